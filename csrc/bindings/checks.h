@@ -1,0 +1,137 @@
+// Everything that is checked or converted between torch tensors and the kernels' plain structs, once, in one place.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "delfast/params.h"
+
+namespace delfast::bindings {
+
+inline std::string shape_text(at::IntArrayRef sizes) {
+  std::string text = "(";
+  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + ")";
+}
+
+inline Dtype dtype_of(const at::Tensor& t, const char* role, size_t index) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::float32;
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected ", role, " #", index, " to be float32, bfloat16 or float16, got ",
+                       t.scalar_type(), "; convert the model (model.float()), or run with DELFAST_BACKEND=torch");
+  }
+}
+
+// Row-major over dims [from, ndim), dimensions of size 1 aside.
+inline bool packed_from(const at::Tensor& t, int64_t from, int64_t innermost_stride) {
+  int64_t expected = innermost_stride;
+  for (int64_t d = t.dim() - 1; d >= from; d--) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// The layout of a tensor whose rows are contiguous or channels-last, or nothing: then it needs a copy.
+inline std::optional<Layout> layout_of(const at::Tensor& t) {
+  if (t.numel() == 0) return Layout{0, 1, 1};
+  if (t.dim() <= 1) {
+    if (t.dim() == 1 && t.size(0) > 1 && t.stride(0) != 1) return std::nullopt;
+    return Layout{t.numel(), 1, 1};
+  }
+  Layout layout{t.size(0), t.numel() / t.size(0), 1};
+  if (packed_from(t, 0, 1)) return layout;
+  const bool rows_apart = t.size(0) == 1 || t.stride(0) == layout.length;
+  const bool channels_inside = t.dim() > 2 && (t.size(1) == 1 || t.stride(1) == 1);
+  if (!rows_apart || !channels_inside || !packed_from(t, 2, t.size(1))) return std::nullopt;
+  layout.spatial = layout.length / t.size(1);
+  return layout;
+}
+
+inline bool same_layout(const Layout& a, const std::optional<Layout>& b) {
+  return b && a.length == b->length && a.spatial == b->spatial;
+}
+
+// The strides of rows laid out as `layout` says, for a tensor of these sizes.
+inline std::vector<int64_t> strides_for(at::IntArrayRef sizes, const Layout& layout) {
+  std::vector<int64_t> strides(sizes.size());
+  const bool channels_last = layout.spatial != 1;
+  int64_t next = channels_last ? sizes[1] : 1;
+  for (size_t d = sizes.size(); d-- > (channels_last ? 2u : 0u);) {
+    strides[d] = next;
+    next *= sizes[d];
+  }
+  if (channels_last) {
+    strides[1] = 1;
+    strides[0] = layout.length;
+  }
+  return strides;
+}
+
+// `t` in the given layout: itself where it is so already, else a copy.
+inline at::Tensor in_layout(const at::Tensor& t, const Layout& layout) {
+  if (t.numel() == 0 || same_layout(layout, layout_of(t))) return t;
+  return at::empty_strided(t.sizes(), strides_for(t.sizes(), layout), t.options()).copy_(t);
+}
+
+// A list of parameters as the kernels see them. Holds the copies that odd strides made necessary.
+class ScoredList {
+ public:
+  ScoredList(at::TensorList theta, at::TensorList grad, Criterion criterion) {
+    TORCH_CHECK_VALUE(grad.size() == theta.size() || (grad.empty() && criterion == Criterion::weight),
+                      "expected one gradient per parameter, got ", theta.size(), " parameters and ", grad.size(),
+                      " gradients; pass a zero gradient for a parameter that the loss does not use");
+    params.reserve(theta.size());
+    for (size_t i = 0; i < theta.size(); i++) {
+      Scored p;
+      p.theta_dtype = dtype_of(theta[i], "parameter", i);
+      std::optional<Layout> layout = layout_of(theta[i]);
+      const at::Tensor values = layout ? theta[i] : keep(theta[i].contiguous());
+      p.layout = layout ? *layout : *layout_of(values);
+      p.theta = values.const_data_ptr();
+      if (!grad.empty()) {
+        TORCH_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",
+                          shape_text(theta[i].sizes()), " like its parameter, got ", shape_text(grad[i].sizes()),
+                          "; pass the gradients in the parameters' order");
+        p.grad_dtype = dtype_of(grad[i], "gradient", i);
+        p.grad = keep(in_layout(grad[i], p.layout)).const_data_ptr();
+      }
+      params.push_back(p);
+    }
+  }
+  std::vector<Scored> params;
+
+ private:
+  const at::Tensor& keep(at::Tensor t) { return kept_.emplace_back(std::move(t)); }
+  std::vector<at::Tensor> kept_;
+};
+
+inline Criterion parse_criterion(c10::string_view name) {
+  if (name == "weighted_grad") return Criterion::weighted_grad;
+  if (name == "grad") return Criterion::grad;
+  if (name == "weight") return Criterion::weight;
+  TORCH_CHECK_VALUE(false, "expected criterion 'weighted_grad', 'grad' or 'weight', got '", name,
+                    "'; pass one of these");
+}
+
+inline Aggregate parse_aggregate(c10::string_view name) {
+  if (name == "topk_mean") return Aggregate::topk_mean;
+  if (name == "mean") return Aggregate::mean;
+  if (name == "sum") return Aggregate::sum;
+  if (name == "max") return Aggregate::max;
+  TORCH_CHECK_VALUE(false, "expected aggregate 'topk_mean', 'mean', 'sum' or 'max', got '", name,
+                    "'; pass one of these");
+}
+
+}  // namespace delfast::bindings

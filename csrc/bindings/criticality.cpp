@@ -1,0 +1,57 @@
+// delfast::criticality on the CPU: checks, threads, one kernel call per task.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "bindings/checks.h"
+#include "bindings/ops.h"
+#include "delfast/cpu_dispatch.h"
+
+namespace delfast::bindings {
+
+namespace {
+
+struct RowTask {
+  size_t param;
+  int64_t begin, end;
+};
+
+}  // namespace
+
+at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_view criterion_name,
+                       c10::string_view aggregate_name, at::IntArrayRef top_h) {
+  const Criterion criterion = parse_criterion(criterion_name);
+  const Aggregate aggregate = parse_aggregate(aggregate_name);
+  const ScoredList list(theta, grad, criterion);
+  TORCH_CHECK_VALUE(top_h.size() == theta.size(), "expected one top_h per parameter, got ", theta.size(),
+                    " parameters and ", top_h.size(), " values; pass one count each");
+
+  std::vector<RowTask> tasks;
+  std::vector<int64_t> first_unit;
+  int64_t units = 0;
+  for (size_t p = 0; p < list.params.size(); p++) {
+    const Layout& layout = list.params[p].layout;
+    first_unit.push_back(units);
+    units += layout.rows;
+    TORCH_CHECK_VALUE(!layout.rows || (top_h[p] >= 1 && top_h[p] <= layout.length), "expected top_h of parameter #", p,
+                      " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
+    const int64_t rows_per_task = std::max<int64_t>(1, cpu::kChunk / layout.length);
+    for (int64_t row = 0; row < layout.rows; row += rows_per_task)
+      tasks.push_back({p, row, std::min(layout.rows, row + rows_per_task)});
+  }
+
+  at::Tensor scores = at::empty({units}, at::TensorOptions().dtype(at::kFloat));
+  float* out = scores.mutable_data_ptr<float>();
+  const auto& kernels = cpu::criticality(cpu::isa());
+  at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const RowTask& task = tasks[t];
+      kernels.score_rows(list.params[task.param], criterion, aggregate, top_h[task.param], out + first_unit[task.param],
+                         task.begin, task.end);
+    }
+  });
+  return scores;
+}
+
+}  // namespace delfast::bindings

@@ -1,0 +1,33 @@
+// The CPU entry points of every op, as registered in module.cpp. Their meaning is their twins' in
+// delfast/ops/reference; their schemas are in delfast/ops/table.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace delfast::bindings {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_view criterion,
+                       c10::string_view aggregate, at::IntArrayRef top_h);
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
+                                                                c10::string_view criterion, int64_t k);
+std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, const at::Tensor& sizes, int64_t k,
+                                                bool cut_last);
+
+void masked_reset_(at::TensorList params, at::TensorList fresh, at::TensorList index);
+void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, at::TensorList steps,
+                 at::TensorList index, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+                 bool maximize, const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
+void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                   at::TensorList steps, at::TensorList index, double lr, double beta1, double beta2, double eps,
+                   double weight_decay, bool maximize, const OptionalTensor& grad_scale,
+                   const OptionalTensor& found_inf);
+
+}  // namespace delfast::bindings

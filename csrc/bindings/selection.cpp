@@ -1,0 +1,132 @@
+// delfast::select_elements and delfast::select_units on the CPU.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "bindings/checks.h"
+#include "bindings/ops.h"
+#include "delfast/radix.h"
+
+namespace delfast::bindings {
+
+namespace {
+
+struct ElementTask {
+  size_t param;
+  int64_t begin, end;
+};
+
+std::vector<ElementTask> cut_in_chunks(const std::vector<Scored>& params) {
+  std::vector<ElementTask> tasks;
+  for (size_t p = 0; p < params.size(); p++)
+    for (int64_t i = 0, numel = params[p].layout.numel(); i < numel; i += cpu::kChunk)
+      tasks.push_back({p, i, std::min(numel, i + cpu::kChunk)});
+  return tasks;
+}
+
+// Integers, so the sum over threads does not depend on which thread counted what.
+std::vector<int64_t> count_digits(const std::vector<Scored>& params, const std::vector<ElementTask>& tasks,
+                                  Criterion criterion, cpu::RadixPass pass) {
+  const auto& kernels = cpu::selection(cpu::isa());
+  const int threads = at::get_num_threads();
+  std::vector<int64_t> counts(size_t(threads) * cpu::kRadixBins);
+  at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    int64_t* mine = counts.data() + at::get_thread_num() * cpu::kRadixBins;
+    for (int64_t t = begin; t < end; t++)
+      kernels.histogram(params[tasks[t].param], criterion, pass, tasks[t].begin, tasks[t].end, mine);
+  });
+  for (int thread = 1; thread < threads; thread++)
+    for (int bin = 0; bin < cpu::kRadixBins; bin++) counts[bin] += counts[size_t(thread) * cpu::kRadixBins + bin];
+  counts.resize(cpu::kRadixBins);
+  return counts;
+}
+
+// Infinity and NaN have all exponent bits set: in the first pass (bits 20 to 30) they are the last bins.
+bool any_nonfinite(const std::vector<int64_t>& first_pass) {
+  constexpr int kInfinity = 0x7f800000 >> 20;
+  return std::any_of(first_pass.begin() + kInfinity, first_pass.end(), [](int64_t count) { return count != 0; });
+}
+
+int64_t first_nonfinite(const std::vector<Scored>& params, Criterion criterion) {
+  for (size_t p = 0; p < params.size(); p++)
+    if (any_nonfinite(count_digits({params[p]}, cut_in_chunks({params[p]}), criterion, cpu::RadixSearch(0).pass())))
+      return int64_t(p);
+  return -1;
+}
+
+}  // namespace
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
+                                                                c10::string_view criterion_name, int64_t k) {
+  TORCH_CHECK_VALUE(k >= 0, "expected k >= 0 elements to select, got ", k, "; pass a non-negative count");
+  const Criterion criterion = parse_criterion(criterion_name);
+  const ScoredList list(theta, grad, criterion);
+  const std::vector<ElementTask> tasks = cut_in_chunks(list.params);
+
+  std::vector<at::Tensor> bits;
+  std::vector<uint8_t*> bits_data;
+  for (const at::Tensor& t : theta) {
+    bits.push_back(at::empty({(t.numel() + 7) / 8}, at::TensorOptions().dtype(at::kByte)));
+    bits_data.push_back(bits.back().mutable_data_ptr<uint8_t>());
+  }
+  at::Tensor nonfinite = at::empty({}, at::TensorOptions().dtype(at::kLong));
+  int64_t& first_bad = *nonfinite.mutable_data_ptr<int64_t>();
+  first_bad = -1;
+
+  cpu::RadixSearch search(k);
+  bool everything = false;
+  for (int pass = 0; pass < cpu::RadixSearch::kPasses && !everything; pass++) {
+    const std::vector<int64_t> counts = count_digits(list.params, tasks, criterion, search.pass());
+    if (pass == 0 && any_nonfinite(counts)) {
+      first_bad = first_nonfinite(list.params, criterion);
+      for (at::Tensor& b : bits) b.zero_();
+      return {std::move(bits), std::move(nonfinite)};
+    }
+    everything = !search.descend(counts.data());
+  }
+
+  // Mark everything at or above the threshold, then take back the ties that the budget does not cover, last first.
+  const auto& kernels = cpu::selection(cpu::isa());
+  const uint32_t threshold = everything ? 0 : search.threshold();
+  std::vector<int64_t> ties(tasks.size());
+  at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      ties[t] = kernels.mark(list.params[tasks[t].param], criterion, threshold, tasks[t].begin, tasks[t].end,
+                             bits_data[tasks[t].param]);
+  });
+  int64_t left = everything ? std::accumulate(ties.begin(), ties.end(), int64_t(0)) : search.left();
+  for (size_t t = 0; t < tasks.size(); t++) {
+    const int64_t keep = std::min(left, ties[t]);
+    if (keep < ties[t])
+      kernels.clear_ties(list.params[tasks[t].param], criterion, threshold, keep, tasks[t].begin, tasks[t].end,
+                         bits_data[tasks[t].param]);
+    left -= keep;
+  }
+  return {std::move(bits), std::move(nonfinite)};
+}
+
+std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, const at::Tensor& sizes, int64_t k,
+                                                bool cut_last) {
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat, "expected scores float32 (units,), got ",
+                    scores.scalar_type(), " ", shape_text(scores.sizes()), "; pass what criticality returns");
+  TORCH_CHECK_VALUE(sizes.sizes() == scores.sizes() && sizes.scalar_type() == at::kLong, "expected sizes int64 ",
+                    shape_text(scores.sizes()), ", got ", sizes.scalar_type(), " ", shape_text(sizes.sizes()),
+                    "; pass one size per unit");
+  const int64_t units = scores.numel();
+  at::Tensor bits = at::empty({(units + 7) / 8}, at::TensorOptions().dtype(at::kByte));
+  at::Tensor info = at::empty({3}, at::TensorOptions().dtype(at::kLong));
+  const at::Tensor scores_row = scores.contiguous(), sizes_row = sizes.contiguous();
+  const cpu::UnitSelection selection =
+      cpu::select_units(scores_row.const_data_ptr<float>(), sizes_row.const_data_ptr<int64_t>(), units, k,
+                        bits.mutable_data_ptr<uint8_t>());
+  int64_t* out = info.mutable_data_ptr<int64_t>();
+  out[0] = cut_last ? selection.cut_unit : -1;
+  out[1] = cut_last ? selection.cut_size : 0;
+  out[2] = selection.nonfinite;
+  return {std::move(bits), std::move(info)};
+}
+
+}  // namespace delfast::bindings

@@ -1,0 +1,139 @@
+// Channel scores: one pass over theta and the gradient, no |theta g| in memory.
+// Written once against Vec; included by criticality_{scalar,avx2,avx512}.cpp inside the namespace of each.
+//
+// Numerics. Scores are float32. A sum keeps 16 interleaved partial sums in float32 for kBlock elements, then adds them
+// to 16 partial sums in double, which are added pairwise at the end: the order depends on the length alone.
+
+#include "cpu/score.inl"
+
+namespace {
+
+constexpr int64_t kBlock = 512;
+// A row up to this length is scored once into a buffer on the stack, which the top-h search then reads; a longer one
+// is scored again in every round of the search.
+constexpr int64_t kBuffered = 1 << 14;
+
+class Sum {
+ public:
+  void add(Vec v) {
+    block_ = block_ + v;
+    if (++pending_ == kBlock / 16) flush();
+  }
+  double total() {
+    flush();
+    for (int width = 8; width; width /= 2)
+      for (int i = 0; i < width; i++) lanes_[i] += lanes_[i + width];
+    return lanes_[0];
+  }
+
+ private:
+  void flush() {
+    float lanes[16];
+    block_.store(lanes);
+    for (int i = 0; i < 16; i++) lanes_[i] += double(lanes[i]);
+    block_ = Vec::broadcast(0);
+    pending_ = 0;
+  }
+  Vec block_ = Vec::broadcast(0);
+  double lanes_[16] = {};
+  int pending_ = 0;
+};
+
+template <class Score>
+double sum_row(const Score& score, int64_t length) {
+  Sum sum;
+  for_groups(score, 0, length, [&](Vec v, int64_t, int) { sum.add(v); });
+  return sum.total();
+}
+
+template <class Score>
+int32_t largest(const Score& score, int64_t length) {
+  Vec best = Vec::broadcast(0);
+  for_groups(score, 0, length, [&](Vec v, int64_t, int) { best = Vec::max_bits(best, v); });
+  return best.largest_bits();
+}
+
+template <class Score>
+int64_t count_at_least(const Score& score, int64_t length, int32_t threshold) {
+  Counter counter[4];  // four chains, so that the loads and not the adds' latency set the pace
+  int64_t i = 0;
+  for (; i + 64 <= length; i += 64)
+    for (int j = 0; j < 4; j++) counter[j].add(score.at(i + 16 * j), threshold);
+  for_groups(score, i, length, [&](Vec v, int64_t, int) { counter[0].add(v, threshold); });
+  for (int j = 1; j < 4; j++) counter[0].add(counter[j]);
+  return counter[0].total();
+}
+
+// The sum of the `top` largest scores, exactly as defined: with T the top-th largest, the sum of all scores >= T if
+// there are `top` of them, else the sum of those > T plus T for each one missing. How T is searched for does not show
+// in the result: first in widening steps below the largest (scores of a row mostly lie within a few powers of two),
+// then by interpolation between the counts at both ends, and by bisection where that shrinks the interval too little.
+template <class Score>
+double sum_of_largest(const Score& score, int64_t length, int64_t top) {
+  int32_t high = largest(score, length);
+  if (high >= 0x7f800000) return bits_float(uint32_t(high));  // infinite or NaN: so is the answer
+  int32_t low = 0;
+  high++;
+  int64_t at_low = length, at_high = 0;  // scores >= low: at least `top`; scores >= high: fewer
+  const auto try_threshold = [&](int32_t middle) {
+    const int64_t count = count_at_least(score, length, middle);
+    (count >= top ? low : high) = middle;
+    (count >= top ? at_low : at_high) = count;
+  };
+  for (int64_t step = int64_t(3) << 23; low == 0 && high > step; step *= 4) try_threshold(int32_t(high - step));
+  for (bool bisect = false; at_low != top && high - low > 1;) {
+    const int64_t width = int64_t(high) - low;
+    const double fraction = bisect ? 0.5 : double(at_low - top) / double(at_low - at_high);
+    const int64_t inside = int64_t(double(width) * fraction);
+    try_threshold(low + int32_t(inside < 1 ? 1 : inside > width - 1 ? width - 1 : inside));
+    bisect = int64_t(high) - low > width / 2;
+  }
+  const bool exact = at_low == top;
+  const int32_t threshold = exact ? low : high;
+  Sum sum;
+  for_groups(score, 0, length, [&](Vec v, int64_t, int) { sum.add(v.at_least(threshold)); });
+  return sum.total() + (exact ? 0 : double(top - at_high) * double(bits_float(uint32_t(low))));
+}
+
+template <class Score>
+double sum_of_largest_buffered(const Score& score, int64_t length, int64_t top) {
+  if (length > kBuffered) return sum_of_largest(score, length, top);
+  alignas(64) float buffer[kBuffered];
+  for_groups(score, 0, length, [&](Vec v, int64_t i, int) { v.store(buffer + i); });  // i + 16 <= kBuffered
+  return sum_of_largest(Magnitude<float>{buffer}, length, top);
+}
+
+template <class Score>
+float aggregate_row(const Score& score, int64_t length, Aggregate aggregate, int64_t top) {
+  switch (aggregate) {
+    case Aggregate::mean:
+      return float(sum_row(score, length) / double(length));
+    case Aggregate::sum:
+      return float(sum_row(score, length));
+    case Aggregate::max:
+      return bits_float(uint32_t(largest(score, length)));
+    case Aggregate::topk_mean:
+      break;
+  }
+  if (top == length) return float(sum_row(score, length) / double(length));
+  if (top == 1) return bits_float(uint32_t(largest(score, length)));
+  return float(sum_of_largest_buffered(score, length, top) / double(top));
+}
+
+void score_rows(const Scored& p, Criterion criterion, Aggregate aggregate, int64_t top, float* out, int64_t begin,
+                int64_t end) {
+  const int64_t length = p.layout.length;
+  with_score(p, criterion, [&](auto score) {
+    if (length == 1) {  // every aggregate of one element is that element
+      for_groups(score, begin, end, [&](Vec v, int64_t i, int n) { v.store_masked(out + i, (1u << n) - 1); });
+      return;
+    }
+    for (int64_t row = begin; row < end; row++)
+      out[row] = aggregate_row(score.from(row * length), length, aggregate, top);
+  });
+}
+
+}  // namespace
+
+extern const CriticalityKernels kCriticality;
+const CriticalityKernels kCriticality = {score_rows};

@@ -1,0 +1,7 @@
+// Compiled with the build's baseline instruction set.
+#include "cpu/vec_scalar.h"
+#include "delfast/cpu_dispatch.h"
+
+namespace delfast::cpu::scalar {
+#include "cpu/criticality.inl"
+}

@@ -1,0 +1,107 @@
+// Which instruction set runs: asked once of the CPU and the operating system, or forced.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "delfast/cpu_dispatch.h"
+
+namespace delfast::cpu {
+
+namespace {
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports checks cpuid and, through XCR0, that the operating system saves the wide registers.
+bool cpu_has(Isa isa) {
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::scalar:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  return false;
+}
+#else
+bool cpu_has(Isa isa) { return isa == Isa::scalar; }
+#endif
+
+Isa best() {
+  for (Isa isa : {Isa::avx512, Isa::avx2})
+    if (cpu_has(isa)) return isa;
+  return Isa::scalar;
+}
+
+bool parse(const char* name, Isa* isa) {
+  for (int i = 0; i < 3; i++)
+    if (!std::strcmp(name, kIsaNames[i])) {
+      *isa = Isa(i);
+      return true;
+    }
+  return false;
+}
+
+struct Choice {
+  std::atomic<Isa> isa{best()};
+  const char* problem = nullptr;
+  Choice() {
+    const char* wanted = std::getenv("DELFAST_FORCE_ISA");
+    Isa forced;
+    if (!wanted || !*wanted) return;
+    if (!parse(wanted, &forced))
+      problem = "expected DELFAST_FORCE_ISA to be scalar, avx2 or avx512; set one of these or unset it";
+    else if (!cpu_has(forced))
+      problem = "DELFAST_FORCE_ISA names an instruction set that this CPU does not have; choose another or unset it";
+    else
+      isa = forced;
+  }
+};
+
+Choice& choice() {
+  static Choice chosen;
+  return chosen;
+}
+
+}  // namespace
+
+bool isa_supported(Isa isa) { return cpu_has(isa); }
+Isa isa() { return choice().isa.load(std::memory_order_relaxed); }
+const char* isa_request_problem() { return choice().problem; }
+
+bool force_isa(const char* name) {
+  Isa isa;
+  if (!parse(name, &isa) || !cpu_has(isa)) return false;
+  choice().isa = isa;
+  return true;
+}
+
+#if defined(__x86_64__)
+#define DELFAST_TABLE(Family, function, table)             \
+  namespace scalar {                                       \
+  extern const Family table;                               \
+  }                                                        \
+  namespace avx2 {                                         \
+  extern const Family table;                               \
+  }                                                        \
+  namespace avx512 {                                       \
+  extern const Family table;                               \
+  }                                                        \
+  const Family& function(Isa isa) {                        \
+    if (isa == Isa::avx512) return avx512::table;          \
+    return isa == Isa::avx2 ? avx2::table : scalar::table; \
+  }
+#else
+#define DELFAST_TABLE(Family, function, table) \
+  namespace scalar {                           \
+  extern const Family table;                   \
+  }                                            \
+  const Family& function(Isa) { return scalar::table; }
+#endif
+
+DELFAST_TABLE(CriticalityKernels, criticality, kCriticality)
+DELFAST_TABLE(SelectionKernels, selection, kSelection)
+DELFAST_TABLE(MaskedUpdateKernels, masked_update, kMaskedUpdate)
+
+}  // namespace delfast::cpu

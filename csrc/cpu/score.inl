@@ -1,0 +1,55 @@
+// The score c_j of sixteen elements at a time, shared by criticality and selection.
+// Included once per instruction set, inside its namespace, after its Vec.
+
+template <class Theta, class Grad>
+struct WeightedGrad {  // |theta g|, the product rounded once, to float32
+  const Theta* theta;
+  const Grad* grad;
+  Vec at(int64_t i) const { return (Vec::load(theta + i) * Vec::load(grad + i)).abs(); }
+  Vec first(int64_t i, int n) const { return (Vec::load_first(theta + i, n) * Vec::load_first(grad + i, n)).abs(); }
+  WeightedGrad from(int64_t i) const { return {theta + i, grad + i}; }
+};
+
+template <class T>
+struct Magnitude {  // |g| or |theta|
+  const T* values;
+  Vec at(int64_t i) const { return Vec::load(values + i).abs(); }
+  Vec first(int64_t i, int n) const { return Vec::load_first(values + i, n).abs(); }
+  Magnitude from(int64_t i) const { return {values + i}; }
+};
+
+template <class F>
+void with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(static_cast<const float*>(nullptr));
+    case Dtype::bfloat16:
+      return f(static_cast<const bfloat16*>(nullptr));
+    case Dtype::float16:
+      return f(static_cast<const float16*>(nullptr));
+  }
+}
+
+// Calls f with the score of this parameter under this criterion, typed.
+template <class F>
+void with_score(const Scored& p, Criterion criterion, F f) {
+  if (criterion == Criterion::weighted_grad) {
+    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
+      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
+        f(WeightedGrad<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+      });
+    });
+    return;
+  }
+  const bool by_grad = criterion == Criterion::grad;
+  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
+             [&]<class T>(const T*) { f(Magnitude<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
+}
+
+// Calls f(v, i, n) for the 16-lane groups of [begin, end): n lanes from element i, the others zero.
+template <class Score, class F>
+void for_groups(const Score& score, int64_t begin, int64_t end, F f) {
+  int64_t i = begin;
+  for (; i + 16 <= end; i += 16) f(score.at(i), i, 16);
+  if (i < end) f(score.first(i, int(end - i)), i, int(end - i));
+}

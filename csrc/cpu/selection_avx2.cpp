@@ -1,0 +1,7 @@
+// Compiled with -mavx2 -mf16c.
+#include "cpu/vec_avx2.h"
+#include "delfast/cpu_dispatch.h"
+
+namespace delfast::cpu::avx2 {
+#include "cpu/selection.inl"
+}

@@ -1,0 +1,61 @@
+// The instruction sets, the one in use, and the tables of kernels that each provides.
+//
+// Every kernel takes a range and runs it on the calling thread: threads belong to the caller. The result for a row
+// or an element never depends on the range it came in, so it never depends on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "delfast/params.h"
+
+namespace delfast::cpu {
+
+enum class Isa : int8_t { scalar, avx2, avx512 };
+inline constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512"};
+
+bool isa_supported(Isa isa);        // by this build and by this CPU (cpuid and XCR0)
+Isa isa();                          // the one in use: DELFAST_FORCE_ISA, or else the best supported
+bool force_isa(const char* name);   // false, and nothing changes, if unknown or not supported
+const char* isa_request_problem();  // why DELFAST_FORCE_ISA could not be honoured, or null
+
+// Elements of a parameter that one task covers: selection and element-wise updates cut parameters at its multiples.
+// A multiple of 512, so that the packed bits of two tasks never share a byte (or a cache line).
+inline constexpr int64_t kChunk = 1 << 16;
+
+struct CriticalityKernels {
+  // out[r] = aggregate of row r, for r in [begin, end); `top` is used by topk_mean and lies in [1, length].
+  void (*score_rows)(const Scored&, Criterion, Aggregate, int64_t top, float* out, int64_t begin, int64_t end);
+};
+
+// Selection is a radix search on the 31 bits of a non-negative float, in three passes of 11, 10 and 10 bits.
+struct RadixPass {
+  int shift;  // the digit is bits [shift, shift + width)
+  int width;
+  uint32_t prefix;  // only scores whose bits above the digit equal this are counted
+};
+inline constexpr int kRadixBins = 2048;
+
+struct SelectionKernels {
+  // histogram[digit] += 1 for each element of [begin, end) of the parameter, in any order.
+  void (*histogram)(const Scored&, Criterion, RadixPass, int64_t begin, int64_t end, int64_t* histogram);
+  // Sets the bits of scores >= threshold (a float's bits) among logical elements [begin, end), begin a multiple of
+  // kChunk; returns how many equal it.
+  int64_t (*mark)(const Scored&, Criterion, uint32_t threshold, int64_t begin, int64_t end, uint8_t* bits);
+  // Clears the bits of scores == threshold among logical elements [begin, end), but for the first `keep`.
+  void (*clear_ties)(const Scored&, Criterion, uint32_t threshold, int64_t keep, int64_t begin, int64_t end,
+                     uint8_t* bits);
+};
+
+struct MaskedUpdateKernels {
+  // [begin, end) are positions in the list of rows, or logical elements (begin a multiple of kChunk); `rank` is the
+  // number of bits set before `begin` (unused with rows).
+  void (*reset)(const Updated&, int64_t begin, int64_t end, int64_t rank);
+  void (*sgd)(const Updated&, const SgdStep&, int64_t begin, int64_t end, int64_t rank);
+  void (*adamw)(const Updated&, const AdamWStep&, int64_t begin, int64_t end, int64_t rank);
+};
+
+const CriticalityKernels& criticality(Isa isa);
+const SelectionKernels& selection(Isa isa);
+const MaskedUpdateKernels& masked_update(Isa isa);
+
+}  // namespace delfast::cpu

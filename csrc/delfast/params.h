@@ -1,0 +1,72 @@
+// Plain structs that describe parameters to the kernels: pointers, 64-bit sizes, no framework.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "delfast/half.h"
+
+namespace delfast {
+
+enum class Dtype : int8_t { float32, bfloat16, float16 };
+
+// c_j of a scalar parameter: |theta g|, |g| or |theta|.
+enum class Criterion : int8_t { weighted_grad, grad, weight };
+
+// How the scores of a row become one: the mean of the `top` largest, or as named.
+enum class Aggregate : int8_t { topk_mean, mean, sum, max };
+
+// One parameter seen as `rows` rows of `length` elements (design: a row is a slice along dim 0, or one element of a
+// parameter with ndim <= 1). A row is contiguous in memory; inside it, the element with row-major (logical) number
+// e = c * spatial + s lies at offset s * (length / spatial) + c. Contiguous rows have spatial = 1, channels-last
+// rows have spatial = the product of the dimensions after the second.
+struct Layout {
+  int64_t rows = 0;
+  int64_t length = 0;
+  int64_t spatial = 1;
+
+  DELFAST_INLINE int64_t numel() const { return rows * length; }
+  DELFAST_INLINE int64_t offset(int64_t logical) const {
+    if (spatial == 1) return logical;
+    const int64_t row = logical / length, e = logical % length;
+    return row * length + e % spatial * (length / spatial) + e / spatial;
+  }
+};
+
+// theta and its gradient, same layout; a pointer that the criterion does not need may be null.
+struct Scored {
+  const void* theta = nullptr;
+  const void* grad = nullptr;
+  Dtype theta_dtype = Dtype::float32;
+  Dtype grad_dtype = Dtype::float32;
+  Layout layout;
+};
+
+// A parameter to change in place. Exactly one of `rows` (ascending row numbers) and `bits` (packed, over logical
+// element numbers, least significant first) is set. `state` arrays hold float32 for masked entries only, in the order
+// of the rows (each in the row's own memory order) or of the set bits.
+struct Updated {
+  void* param = nullptr;
+  const void* source = nullptr;  // the gradient; for reset, the fresh values
+  Dtype param_dtype = Dtype::float32;
+  Dtype source_dtype = Dtype::float32;
+  float* state[2] = {nullptr, nullptr};
+  Layout layout;
+  const int32_t* rows = nullptr;
+  int64_t row_count = 0;
+  const uint8_t* bits = nullptr;
+};
+
+// Constants of one optimizer step, already in float32.
+struct SgdStep {
+  float lr, momentum, gradient_share /* 1 - dampening, or 1 on the first step */, weight_decay;
+  float unscale /* 1 / grad_scale, negated to maximize */;
+  bool nesterov, first;
+};
+struct AdamWStep {
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+  float step_size /* lr / (1 - beta1^t) */, correction /* sqrt(1 - beta2^t) */, decay /* 1 - lr * weight_decay */;
+  float unscale;
+};
+
+}  // namespace delfast

@@ -1,0 +1,33 @@
+"""delfast: fast localized machine unlearning for PyTorch.
+
+    mask = delfast.localize(model, forget_loader, budget=0.3)   # which channels hold the forget set
+    delfast.reset_(model, mask, init=factory)                   # back to a fresh initialization
+    optimizer = delfast.optim.MaskedSGD(model.named_parameters(), mask=mask, lr=0.015, momentum=0.9)
+
+The method is DEL: Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",
+TMLR 2025, arXiv 2412.02432.
+"""
+
+from delfast import optim
+from delfast._version import __version__
+from delfast.errors import InputError
+from delfast.evaluate import evaluate
+from delfast.localize import Scores, localize, score
+from delfast.mask import Mask
+from delfast.reset import reset_
+from delfast.status import status
+from delfast.unlearn import unlearn
+
+__all__ = [
+    "InputError",
+    "Mask",
+    "Scores",
+    "__version__",
+    "evaluate",
+    "localize",
+    "optim",
+    "reset_",
+    "score",
+    "status",
+    "unlearn",
+]

@@ -1,0 +1,108 @@
+"""What a batch is, and the loss of each of its examples: shared by localization, finetuning and evaluation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from delfast.errors import InputError
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""``loss_fn(model, batch) -> per-example losses``, shape (N,)."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter (the CPU for a model without any)."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    """Take (input, target) or (index, input, target) apart and move both to ``device``."""
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise InputError(
+            f"expected batches (input, target) or (index, input, target), got {type(batch).__name__}; "
+            "pass loss_fn(model, batch) -> per-example losses for batches of another form"
+        )
+    return move(batch[-2], device), move(batch[-1], device)
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Tensors, and tuples, lists and dicts of them, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: move(item, device) for key, item in value.items()}
+    return value
+
+
+def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+    """(N,) losses of a batch: cross-entropy of class indices, or the caller's ``loss_fn``."""
+    if loss_fn is not None:
+        losses = loss_fn(model, move(batch, device_of(model)))
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(f"expected loss_fn to return per-example losses (N,), got {shape}; use reduction='none'")
+        return losses
+    inputs, targets = inputs_and_targets(batch, device_of(model))
+    logits = model(inputs)
+    check_targets(targets, logits)
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+def check_targets(targets: Tensor, logits: Tensor) -> None:
+    """InputError unless targets are class indices (N,) of these logits (N, classes)."""
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.is_floating_point():
+        raise InputError(
+            f"expected logits (N, classes) and integer targets (N,), got {tuple(logits.shape)} and "
+            f"{targets.dtype} {tuple(targets.shape)}; pass loss_fn for another task"
+        )
+    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]):
+        raise InputError(
+            f"expected labels in [0, {logits.shape[1]}), got {int(targets.min())} to {int(targets.max())}; "
+            "fix the labels, or build the model with as many outputs as there are classes"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def warn_about_loader(loader: Any, what: str) -> None:
+    """Warn if a loader would not show every example as it is: dropped remainders, random augmentation."""
+    if getattr(loader, "drop_last", False):
+        warnings.warn(
+            f"the {what}'s loader drops its last short batch (drop_last=True): those examples are not seen; "
+            "pass a loader that keeps them",
+            stacklevel=3,
+        )
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None:
+        for transform in _transforms(getattr(dataset, "transform", None)):
+            if type(transform).__name__.startswith(("Random", "AutoAugment", "TrivialAugment", "AugMix")):
+                warnings.warn(
+                    f"the {what}'s data set augments at random ({type(transform).__name__}): results vary from run "
+                    "to run; pass the examples as they are",
+                    stacklevel=3,
+                )
+                return
+        dataset = getattr(dataset, "dataset", None)  # Subset
+
+
+def _transforms(transform: Any) -> list[Any]:
+    return list(getattr(transform, "transforms", [transform]))

@@ -1,0 +1,46 @@
+"""The command line: ``delfast demo | train | oracle | localize | unlearn | evaluate | verify | doctor``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from delfast.errors import InputError
+from delfast.files import one_line
+
+BAD_INPUT, FAILURE = 2, 1
+EXTRA = ("typer", "rich", "torchvision", "sklearn", "matplotlib", "vit_pytorch", "PIL", "scipy", "einops")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; ``arguments`` default to the process's own. Returns the exit code.
+
+    0: done. 1: it failed, or ``verify`` found a change outside the mask. 2: bad input. An error is one line
+    on standard error; with DELFAST_DEBUG=1 the traceback comes too.
+    """
+    try:
+        from delfast.cli.commands import run
+
+        return run(arguments)
+    except InputError as error:
+        return _fail(error, str(error), BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+            return _fail(error, one_line(error), FAILURE)
+        hint = f"'{error.name}' is not installed; the command line needs: pip install 'delfast[experiments]'"
+        return _fail(error, hint, FAILURE)
+    except KeyboardInterrupt as error:
+        return _fail(error, "interrupted", FAILURE)
+    except OSError as error:
+        where = f" ('{error.filename}')" if error.filename else ""
+        return _fail(error, f"{error.strerror or one_line(error)}{where}", FAILURE)
+    except Exception as error:
+        return _fail(error, f"{type(error).__name__}: {one_line(error)}", FAILURE)
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    if os.environ.get("DELFAST_DEBUG") == "1":
+        raise error
+    print(f"delfast: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,315 @@
+"""The commands: their options, and what they print. The work is in steps, comparison, doctor and demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from delfast.cli import comparison, demo, doctor, steps
+from delfast.cli.console import output, start_log
+from delfast.cli.run import (
+    MASK,
+    SUMMARY,
+    Config,
+    check_own_directory,
+    choose_device,
+    load_model,
+    open_run,
+    start,
+)
+from delfast.errors import InputError
+from delfast.evaluate import gaps
+from delfast.files import make_output_dir, write_json
+from delfast.mask import Mask
+from delfast.models import NAMES, recipe
+from delfast.provenance import provenance
+from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+# UsageError, of click or of the copy of it that newer typers carry; a BadParameter is one
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, as `delfast train` writes it")]
+OutputDir = Annotated[Path, typer.Option(help="where the results are written")]
+OptionalOutputDir = Annotated[Path | None, typer.Option(help="where to write summary.json; printed only, if not given")]
+DataDir = Annotated[Path | None, typer.Option(help="where downloaded data lie (default: ~/.cache/delfast)")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+StepSeed = Annotated[int | None, typer.Option(help="seed of this step (default: derived from the run's)")]
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run one command line; returns its exit code. Usage errors become InputError."""
+    start_log()
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="delfast", standalone_mode=False)
+    except _UsageError as error:
+        raise InputError(f"{error.format_message()} (see `delfast --help`)") from None
+    return code if isinstance(code, int) else 0
+
+
+@app.callback()
+def _app() -> None:
+    """Find the channels that hold what a network memorised of a forget set, and make it unlearn them."""
+
+
+@app.command()
+def train(
+    output_dir: OutputDir,
+    data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, svhn or folder:PATH")] = "digits",
+    model: Annotated[str, typer.Option(help=", ".join(NAMES))] = "resnet18-thin",
+    forget: Annotated[str, typer.Option(help="iid, non-iid:2,5 (the classes) or mislabelled")] = "non-iid:2,5",
+    forget_ratio: Annotated[float, typer.Option(help="part of the training set to forget, in (0, 1]")] = 0.1,
+    epochs: Annotated[int | None, typer.Option(help="default: as published for the data and model")] = None,
+    lr: Annotated[float | None, typer.Option(help="default: as published for the data and model")] = None,
+    batch_size: int = 128,
+    weight_decay: float = 0.0,
+    image_size: Annotated[int | None, typer.Option(help="side in pixels, for folder:PATH alone")] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train a network on the whole training set, forget set included; write a run directory."""
+    published = recipe(data, model)
+    config = Config(
+        data=data,
+        model=model,
+        forget=forget,
+        forget_ratio=forget_ratio,
+        epochs=published.epochs if epochs is None else epochs,
+        lr=published.lr if lr is None else lr,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        seed=seed,
+        data_dir=None if data_dir is None else str(data_dir.resolve()),
+        image_size=image_size,
+    )
+    result = steps.train(start(config, choose_device(device)), output_dir)
+    _print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
+
+
+@app.command()
+def oracle(
+    run_dir: RunDir,
+    output_dir: OutputDir,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: StepSeed = None,
+) -> None:
+    """Train a fresh network on the retain set alone, by the run's configuration (initialization: its seed +
+    1).
+    """
+    check_own_directory(output_dir, run_dir)
+    opened = open_run(run_dir, choose_device(device), data_dir)
+    result = steps.oracle(opened, output_dir, seed)
+    _print_methods("retrained", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
+
+
+@app.command()
+def localize(
+    run_dir: RunDir,
+    output_dir: OutputDir,
+    budget: Annotated[float, typer.Option(help="part of all parameters to select, in (0, 1]")] = 0.3,
+    preset: Annotated[str, typer.Option(help="paper or published-code")] = "paper",
+    criterion: Annotated[
+        str, typer.Option(help="weighted_grad, grad, weight, weighted_grad_all or random")
+    ] = "weighted_grad",
+    granularity: Annotated[str | None, typer.Option(help="channel or param (default: the preset's)")] = None,
+    aggregate: Annotated[str | None, typer.Option(help="topk_mean, mean, sum or max (default: the preset's)")] = None,
+    top_h: Annotated[str | None, typer.Option(help="a count (16) or a fraction (0.1), for topk_mean")] = None,
+    policy: Annotated[str | None, typer.Option(help="whole or exact (default: the preset's)")] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: StepSeed = None,
+) -> None:
+    """Find the channels that hold what the network memorised of its forget set; write mask.safetensors."""
+    chosen = {"granularity": granularity, "aggregate": aggregate, "top_h": _top_h(top_h), "policy": policy}
+    options = {name: value for name, value in chosen.items() if value is not None}
+    check_own_directory(output_dir, run_dir)
+    opened = open_run(run_dir, choose_device(device), data_dir)
+    network = load_model(opened, run_dir)
+    found = steps.localize(
+        opened, network, output_dir, budget=budget, preset=preset, criterion=criterion, seed=seed, **options
+    )
+    _print_mask(found.mask)
+
+
+@app.command()
+def unlearn(
+    run_dir: RunDir,
+    mask: Annotated[Path, typer.Option(help="mask.safetensors of `delfast localize`, or a dense .pt mask")],
+    output_dir: OutputDir,
+    method: Annotated[str, typer.Option(help="del")] = "del",
+    epochs: Annotated[int | None, typer.Option(help="of finetuning (default: as published)")] = None,
+    lr: Annotated[float | None, typer.Option(help="of finetuning (default: as published)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="default: the run's")] = None,
+    weight_decay: float = 0.0,
+    head: Annotated[str | None, typer.Option(help="the classifier's module name (default: found)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output directory")] = False,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: StepSeed = None,
+) -> None:
+    """Reset what the mask selects and finetune it, with the classifier, on the retain set; write a run
+    directory.
+    """
+    check_own_directory(output_dir, run_dir, mask.parent)
+    loaded = comparison.load_mask(mask)
+    opened = open_run(run_dir, choose_device(device), data_dir)
+    published = recipe(opened.config.data, opened.config.model)
+    result = steps.unlearn(
+        opened,
+        load_model(opened, run_dir),
+        loaded,
+        output_dir,
+        method=method,
+        epochs=published.finetune_epochs if epochs is None else epochs,
+        lr=published.finetune_lr if lr is None else lr,
+        batch_size=opened.config.batch_size if batch_size is None else batch_size,
+        weight_decay=weight_decay,
+        head=head,
+        seed=seed,
+        resume=resume,
+    )
+    _print_methods("unlearned", {method: {**result.metrics.as_dict(), "seconds": result.seconds}})
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    model_from: Annotated[Path | None, typer.Option(help="measure this run's network on RUN's sets")] = None,
+    oracle: Annotated[
+        Path | None, typer.Option(help="run directory of the oracle, for the gaps Δ = oracle - method")
+    ] = None,
+    output_dir: OptionalOutputDir = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Measure accuracies and membership inference on the run's forget, retain and test sets, and gaps to an
+    oracle.
+    """
+    source = run_dir if model_from is None else model_from
+    if output_dir is not None:
+        check_own_directory(output_dir, run_dir, source, *([oracle] if oracle else []))
+    opened = open_run(run_dir, choose_device(device), data_dir)
+    networks = {str(source): load_model(opened, source)}
+    if oracle is not None:
+        networks["oracle"] = load_model(opened, oracle)
+    if output_dir is not None:
+        make_output_dir(output_dir)
+    measured = {name: opened.measure(network) for name, network in networks.items()}
+    methods: dict[str, dict[str, Any]] = {name: metrics.as_dict() for name, metrics in measured.items()}
+    if oracle is not None:
+        methods = {name: {**methods[name], **gaps(metrics, measured["oracle"])} for name, metrics in measured.items()}
+    _print_methods(f"{run_dir}", methods)
+    if output_dir is not None:
+        summary = {
+            "command": "evaluate",
+            "config": asdict(opened.config),
+            "forget": opened.describe_forget(),
+            "methods": methods,
+            "provenance": provenance(device=str(opened.device)),
+        }
+        write_json(output_dir / SUMMARY, summary)
+
+
+@app.command()
+def verify(
+    before: Annotated[Path, typer.Argument(help="state file or run directory before unlearning")],
+    after: Annotated[Path, typer.Argument(help="state file or run directory after it")],
+    mask: Annotated[Path, typer.Argument(help="the mask that unlearning was to keep to")],
+    head: Annotated[list[str] | None, typer.Option(help="module or parameter that may change too; repeatable")] = None,
+    buffer: Annotated[list[str] | None, typer.Option(help="entry that is a buffer, no parameter; repeatable")] = None,
+    output_dir: OptionalOutputDir = None,
+) -> None:
+    """Compare two networks bit by bit: exit code 1 if an entry outside the mask changed, else 0.
+
+    BatchNorm's running statistics, and what --buffer names, are listed apart and not counted.
+    """
+    result = comparison.compare(
+        comparison.load_network(before),
+        comparison.load_network(after),
+        comparison.load_mask(mask),
+        heads=head or (),
+        buffers=buffer or (),
+    )
+    if output_dir is not None:
+        make_output_dir(output_dir)
+        write_json(output_dir / SUMMARY, {"command": "verify", **result.as_dict(), "provenance": provenance()})
+    console = output()
+    console.print(terminal_table("parameters", comparison.COLUMNS, [row.cells() for row in result.parameters]))
+    if result.buffers:
+        console.print(terminal_table("buffers (not counted)", comparison.COLUMNS, [r.cells() for r in result.buffers]))
+    console.print(
+        f"{result.changed} entries changed, {result.outside} of them outside the mask: "
+        + ("NOT kept to the mask" if result.outside else "kept to the mask"),
+        soft_wrap=True,
+    )
+    if result.outside:
+        raise typer.Exit(1)
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")] = False,
+) -> None:
+    """Say which backend runs and why, what is installed, and how to mend what is missing."""
+    found = doctor.examine()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = [[name, str(value)] for name, value in doctor.flatten(found["facts"])]
+    output().print(terminal_table("delfast doctor", ("fact", "value"), rows))
+    for advice in found["advice"] or ["nothing is missing"]:
+        typer.echo(f"- {advice}")
+
+
+@app.command("demo")
+def demo_command(
+    output_dir: OutputDir = Path("demo-output"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a tenth of the epochs: shows the way, not the result")
+    ] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Unlearn two forget sets of scikit-learn's digits and compare with networks retrained without them."""
+    summary = demo.run(output_dir, choose_device(device), seed, quick=quick)
+    for name, scenario in summary["scenarios"].items():
+        _print_methods(demo.title(name, scenario), scenario["methods"])
+    typer.echo(f"report: {output_dir / demo.REPORT}")
+
+
+def _print_methods(title: str, methods: dict[str, Any]) -> None:
+    output().print(terminal_table(title, METHOD_COLUMNS, method_rows(methods)))
+
+
+def _print_mask(mask: Mask) -> None:
+    rows = [
+        [
+            row.name,
+            "x".join(map(str, row.shape)),
+            f"{row.selected} of {row.total}",
+            f"{row.channels} of {row.of_channels}",
+        ]
+        for row in mask.table()
+    ]
+    console = output()
+    console.print(terminal_table(MASK, ("parameter", "shape", "entries selected", "channels selected"), rows))
+    console.print(
+        f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels"
+    )
+
+
+def _top_h(text: str | None) -> int | float | None:
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise InputError(f"expected --top-h as a count (16) or a fraction (0.1), got '{text}'") from None

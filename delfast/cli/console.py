@@ -1,0 +1,44 @@
+"""What a person sees: progress bars on a terminal, quiet log lines elsewhere, tables on standard output."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
+log = logging.getLogger("delfast")
+
+
+def say(message: str) -> None:
+    """One line of progress, on standard error."""
+    log.info(message)
+
+
+def start_log() -> None:
+    """Send delfast's log lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("delfast: %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def progress(iterable: Iterable[T], description: str, total: int) -> Iterable[T]:
+    """``iterable`` with a bar on a terminal, with one line at its end elsewhere."""
+    if sys.stderr.isatty():
+        yield from track(iterable, description, total=total, console=Console(stderr=True), transient=True)
+        return
+    started = time.perf_counter()
+    yield from iterable
+    say(f"{description}: {total} in {time.perf_counter() - started:.1f} s")
+
+
+def output() -> Console:
+    """Where tables go: standard output, at least wide enough for them when it is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=120)

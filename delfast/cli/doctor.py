@@ -1,0 +1,93 @@
+"""What this installation runs on, and how to mend what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from delfast.status import status
+
+EXPERIMENTS = ("torchvision", "scikit-learn", "matplotlib", "typer", "rich", "vit-pytorch")
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+
+
+def examine() -> dict[str, Any]:
+    """``{"facts": ..., "advice": [...]}``: plain values, ready for JSON; one line of advice for each thing to
+    mend.
+    """
+    facts: dict[str, Any] = {
+        **status(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "cpu_flags": _cpu_flags(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch_cuda": torch.version.cuda,
+        "compilers": {name: _first_line(name) for name in ("c++", "nvcc", "ninja")},
+        "experiments": {name: _version(name) for name in EXPERIMENTS},
+    }
+    return {"facts": facts, "advice": _advise(facts)}
+
+
+def flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``(name, value)`` pairs for a table; names of nested facts are joined by a dot."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _advise(facts: Mapping[str, Any]) -> list[str]:
+    advice = []
+    if facts["backend"] != "native":
+        advice.append(f"the native kernels are not in use: {facts['reason']}")
+        if facts["compilers"]["c++"] is None:
+            advice.append("there is no C++ compiler: install one with C++20 (Debian: apt install g++), then reinstall")
+    elif facts["built_against"] != facts["torch"]:
+        advice.append(
+            f"built against torch {facts['built_against']}, running with {facts['torch']}: reinstall delfast "
+            "with --no-build-isolation"
+        )
+    if facts["cuda_available"] and "cuda" not in facts["devices"]:
+        advice.append("there is a CUDA device and no native kernels for it: it runs on PyTorch's own operations")
+    missing = [name for name, found in facts["experiments"].items() if found is None]
+    if missing:
+        advice.append(f"not installed: {', '.join(missing)}; pip install 'delfast[experiments]'")
+    return advice
+
+
+def _cpu_flags() -> list[str]:
+    """The instruction sets of this CPU that matter to delfast; empty where Linux does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    except OSError:
+        return []
+    return [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def _first_line(tool: str) -> str | None:
+    """What a tool says of its version; None if it is not on PATH."""
+    path = shutil.which(tool)
+    if path is None:
+        return None
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    text = (told.stdout or told.stderr).strip()
+    lines = text.splitlines()
+    # nvcc names itself first and its release in the line that says "release"
+    return next((line for line in lines if "release" in line), lines[0] if lines else path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

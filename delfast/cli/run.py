@@ -1,0 +1,201 @@
+"""A run: its configuration, data and forget set, and the directory that keeps them with the network.
+
+A *run directory* holds ``model.safetensors``, ``forget.json`` and ``summary.json`` (written last), and is all
+that a later step needs, the data set apart. ``train``, ``oracle`` and ``unlearn`` each write one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget
+from delfast.data.forget import check_ratio
+from delfast.errors import InputError
+from delfast.evaluate import Metrics, evaluate
+from delfast.files import load_state, read_json
+from delfast.models import check_model, factory
+from delfast.provenance import digest_state
+
+EVALUATION_BATCH = 512
+MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
+    "model.safetensors",
+    "forget.json",
+    "mask.safetensors",
+    "summary.json",
+    "checkpoint.pt",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is trained on and how: SGD with momentum 0.9, the rate falling by a cosine to 1 %."""
+
+    data: str
+    model: str
+    forget: str
+    forget_ratio: float
+    epochs: int
+    lr: float
+    batch_size: int
+    weight_decay: float = 0.0
+    seed: int = 0
+    data_dir: str | None = None
+    image_size: int | None = None
+
+    def check(self) -> None:
+        """InputError for a value that no run can have; nothing is loaded or computed."""
+        check_source(self.data, self.image_size)
+        check_model(self.model, self.image_size)
+        parse_forget(self.forget)
+        check_ratio(self.forget_ratio)
+        check_training(self.epochs, self.lr, self.batch_size, self.weight_decay, self.seed)
+
+
+def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float, seed: int) -> None:
+    """InputError for a value with which nothing can be trained."""
+    if epochs < 1:
+        raise InputError(f"expected at least 1 epoch, got {epochs}")
+    if not 0 < lr < float("inf"):
+        raise InputError(f"expected a learning rate above 0, got {lr}")
+    if batch_size < 1:
+        raise InputError(f"expected a batch size of at least 1, got {batch_size}")
+    if not 0 <= weight_decay < float("inf"):
+        raise InputError(f"expected a weight decay of 0 or more, got {weight_decay}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"expected a seed of 0 or more, got {seed}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with its data and forget set at hand, and the device to compute on."""
+
+    config: Config
+    data: ImageData
+    forget: ForgetSet
+    device: torch.device
+
+    @property
+    def factory(self) -> Callable[[], nn.Module]:
+        """Builds the run's network anew, on the CPU."""
+        return factory(self.config.model, self.data.num_classes, self.data.channels, self.data.image_size)
+
+    def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
+        """Batches of training examples, with the labels the run trains with."""
+        data = self.data
+        return Batches(
+            data.train_images,
+            self.forget.targets,
+            data.mean,
+            data.std,
+            batch_size=batch_size,
+            indices=indices,
+            shuffle=shuffle,
+            seed=seed,
+        )
+
+    def measure(self, model: nn.Module, oracle: Metrics | None = None) -> Metrics:
+        """The network's metrics on the run's forget, retain and test sets."""
+        data = self.data
+        test = Batches(data.test_images, data.test_targets, data.mean, data.std, batch_size=EVALUATION_BATCH)
+        return evaluate(
+            model,
+            self.batches(self.forget.indices, EVALUATION_BATCH),
+            self.batches(self.forget.retain, EVALUATION_BATCH),
+            test,
+            oracle=oracle,
+            seed=self.config.seed,
+        )
+
+    def digests(self) -> dict[str, str]:
+        """Digests of the data and of the forget set."""
+        return {"data": self.data.digest, "forget": self.forget.digest}
+
+    def describe_forget(self) -> dict[str, Any]:
+        """The forget set in plain values."""
+        forget = self.forget
+        return {
+            "spec": forget.spec,
+            "ratio": forget.ratio,
+            "seed": forget.seed,
+            "examples": len(forget.indices),
+            "of": len(forget.targets),
+            "digest": forget.digest,
+        }
+
+
+def check_own_directory(output_dir: Path, *inputs: Path) -> None:
+    """InputError if writing to ``output_dir`` would overwrite one of the inputs."""
+    if output_dir.resolve() in [path.resolve() for path in inputs]:
+        raise InputError(f"the output directory '{output_dir}' holds the input itself; choose another --output-dir")
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` (CUDA if there is one, else the CPU), or a device by name. InputError if it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        raise InputError(f"expected a device auto, cpu or cuda that this machine has, got '{name}'") from None
+    return device
+
+
+def start(config: Config, device: torch.device) -> Run:
+    """Check a configuration, load its data and choose its forget set. Nothing is written."""
+    config.check()
+    data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.image_size)
+    check_model(config.model, data.image_size)
+    forget = choose(config.forget, config.forget_ratio, data.train_targets, data.num_classes, config.seed)
+    return Run(config, data, forget, device)
+
+
+def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
+    """Open a run directory: its configuration, data and forget set, checked against the digests of
+    ``summary.json``.
+    """
+    summary = read_summary(path)
+    stored = summary["config"]
+    try:
+        config = Config(**{field.name: stored[field.name] for field in fields(Config)})
+    except (KeyError, TypeError):
+        raise InputError(f"'{path / SUMMARY}' has no whole configuration; train anew") from None
+    if data_dir is not None:
+        config = replace(config, data_dir=str(data_dir))
+    config.check()
+    data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.image_size)
+    if data.digest != summary["digests"]["data"]:
+        raise InputError(f"the data '{config.data}' are not those that '{path}' was made with; restore them")
+    return Run(config, data, ForgetSet.load(path / FORGET, data.train_targets), device)
+
+
+def load_model(run: Run, path: Path) -> nn.Module:
+    """The network of a run directory, on the run's device. InputError if it is damaged or of another
+    architecture.
+    """
+    state = load_state(path / MODEL)
+    if digest_state(state) != read_summary(path)["digests"]["model"]:
+        raise InputError(f"'{path / MODEL}' is not the network that '{SUMMARY}' beside it tells of; make it anew")
+    model = run.factory()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise InputError(f"'{path / MODEL}' is no {run.config.model} for {run.config.data}; use its own run") from None
+    return model.to(run.device)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    if not (path / SUMMARY).is_file():
+        raise InputError(f"expected a run directory at '{path}', it holds no {SUMMARY}; make one with `delfast train`")
+    summary = read_json(path / SUMMARY)
+    if not isinstance(summary, dict) or not {"config", "digests", "metrics"} <= summary.keys():
+        raise InputError(
+            f"'{path}' is no run directory: its {SUMMARY} tells of no network; give one of `delfast train`"
+        )
+    return summary

@@ -1,0 +1,240 @@
+"""The steps of an unlearning run, each from files to files: train, oracle, localize, unlearn.
+
+Seeds, from the one ``--seed``: forget set = seed; initialization = seed; order of the batches = seed;
+initialization of the oracle = seed + 1; fresh values for the reset = seed + 2 (with the run's own
+initialization the reset would restore the very values training began from).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delfast.cli.console import progress, say
+from delfast.cli.run import CHECKPOINT, FORGET, MASK, MODEL, SUMMARY, Run, check_training
+from delfast.data import Batches
+from delfast.errors import InputError
+from delfast.evaluate import Metrics
+from delfast.files import make_output_dir, save_state, write_json
+from delfast.localize import Aggregate, Criterion, Granularity, Policy, Preset
+from delfast.localize import localize as find_mask
+from delfast.localize.scores import check_choice, resolve_top_h
+from delfast.mask import Mask
+from delfast.provenance import digest_state, provenance
+from delfast.unlearn import train as train_network
+from delfast.unlearn import unlearn as unlearn_network
+
+MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
+ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that a step wrote, its metrics (percentages), and the seconds of each of the step's parts."""
+
+    model: nn.Module
+    metrics: Metrics
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Localized:
+    """A mask that a step wrote, its description in plain values, and the seconds it took."""
+
+    mask: Mask
+    description: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def train(run: Run, output_dir: Path) -> Trained:
+    """Train on the whole training set and write the run directory."""
+    everything = torch.arange(len(run.data.train_targets))
+    return _train(run, output_dir, "train", everything, run.config.seed)
+
+
+def oracle(run: Run, output_dir: Path, seed: int | None = None) -> Trained:
+    """Train a fresh network on the retain set alone, by the same configuration; ``seed`` is the run's + 1 by
+    default.
+    """
+    return _train(run, output_dir, "oracle", run.forget.retain, _or_default(seed, run.config.seed + ORACLE_SEED))
+
+
+def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int) -> Trained:
+    config = run.config
+    batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed)
+    _check_last_batch(run, batches)
+    make_output_dir(output_dir)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = run.factory().to(run.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
+    say(f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs")
+    result = train_network(model, batches, optimizer, epochs=config.epochs, progress=progress)
+    trained = Trained(model, run.measure(model), {"train": result.seconds})
+    _write_run(run, output_dir, command, trained, {"seed": seed}, {}, result.losses)
+    return trained
+
+
+def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None = None, **options: Any) -> Localized:
+    """Localize the run's forget set in ``model`` and write ``mask.safetensors`` and ``summary.json``.
+
+    options: those of ``delfast.localize``. ``weighted_grad_all`` takes its gradient over the whole training
+    set.
+    """
+    _check_selection(**options)
+    make_output_dir(output_dir)
+    seed = _or_default(seed, run.config.seed)
+    everything = options.get("criterion") == "weighted_grad_all"
+    indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
+    started = time.perf_counter()
+    mask = find_mask(model, run.batches(indices, run.config.batch_size), seed=seed, **options)
+    seconds = {"localize": time.perf_counter() - started}
+    digests = {"model": digest_state(model.state_dict()), **run.digests()}
+    mask = Mask(mask.parameters, {**mask.metadata, "digests": digests})
+    mask.save(output_dir / MASK)
+    description = describe_mask(mask, output_dir / MASK)
+    summary = {
+        "command": "localize",
+        "config": asdict(run.config),
+        "options": {**options, "seed": seed},
+        "forget": run.describe_forget(),
+        "mask": description,
+        "seconds": seconds,
+        "digests": {**digests, "mask": mask.digest},
+        "provenance": provenance(device=str(run.device)),
+    }
+    write_json(output_dir / SUMMARY, summary)
+    return Localized(mask, description, seconds)
+
+
+def _check_selection(budget: float, preset: str, criterion: str = "weighted_grad", **options: Any) -> None:
+    """Refuse what ``delfast.localize`` would refuse, before the output directory is made."""
+    if not 0 < budget <= 1:
+        raise InputError(f"expected a budget in (0, 1], got {budget}; pass the fraction of parameters to select")
+    check_choice("preset", preset, Preset)
+    check_choice("criterion", criterion, Criterion)
+    for name, choices in {"granularity": Granularity, "aggregate": Aggregate, "policy": Policy}.items():
+        if name in options:
+            check_choice(name, options[name], choices)
+    if "top_h" in options:
+        resolve_top_h(options["top_h"], (1, 1))
+
+
+def describe_mask(mask: Mask, path: Path) -> dict[str, Any]:
+    """A saved mask in plain values; ``bytes`` is the size of its file."""
+    return {
+        "budget": mask.metadata.get("budget"),
+        "selected": mask.selected,
+        "total": mask.total,
+        "fraction": mask.fraction,
+        "channels": mask.channels,
+        "bytes": path.stat().st_size,
+        "digest": mask.digest,
+    }
+
+
+def unlearn(
+    run: Run,
+    model: nn.Module,
+    mask: Mask,
+    output_dir: Path,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    method: str = "del",
+    weight_decay: float = 0.0,
+    head: str | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+) -> Trained:
+    """Reset and finetune ``model`` in place; write a run directory, and the mask that was trained, head
+    included.
+
+    While it runs ``output_dir`` holds a checkpoint of the last whole epoch, from which ``resume`` goes on to
+    the same weights. ``seed`` (default: the run's + 2) initializes the values reset to and orders the
+    batches.
+    """
+    seed = _or_default(seed, run.config.seed + RESET_SEED)
+    check_training(epochs, lr, batch_size, weight_decay, seed)
+    retain = run.batches(run.forget.retain, batch_size, shuffle=True, seed=seed)
+    _check_last_batch(run, retain)
+    make_output_dir(output_dir)
+    say(f"unlearn: {method} on {len(run.forget.retain)} examples of the retain set, {epochs} epochs")
+    checkpoint = output_dir / CHECKPOINT
+    result = unlearn_network(
+        model,
+        forget=run.batches(run.forget.indices, batch_size),
+        retain=retain,
+        mask=mask,
+        method=method,
+        init=run.factory,
+        epochs=epochs,
+        lr=lr,
+        momentum=MOMENTUM,
+        weight_decay=weight_decay,
+        seed=seed,
+        head=head,
+        checkpoint=checkpoint,
+        resume=resume,
+        progress=progress,
+    )
+    result.mask.save(output_dir / MASK)
+    trained = Trained(model, run.measure(model), dict(result.seconds))
+    options = {
+        "method": method,
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "weight_decay": weight_decay,
+        "head": result.head,
+        "seed": seed,
+    }
+    masks = {"mask": mask.digest, "mask_with_head": result.mask.digest}
+    _write_run(run, output_dir, "unlearn", trained, options, masks, result.losses)
+    checkpoint.unlink(missing_ok=True)
+    return trained
+
+
+def _or_default(seed: int | None, default: int) -> int:
+    return default if seed is None else seed
+
+
+def _check_last_batch(run: Run, batches: Batches) -> None:
+    """InputError where a ResNet would meet a batch of one example whose last feature map is one pixel."""
+    alone = len(batches.indices) % batches.batch_size == 1 or batches.batch_size == 1
+    if alone and run.config.model.startswith("resnet") and run.data.image_size <= 8:
+        raise InputError(
+            f"{len(batches.indices)} examples in batches of {batches.batch_size} leave a batch of one, "
+            "which BatchNorm cannot train on; choose another --batch-size"
+        )
+
+
+def _write_run(
+    run: Run,
+    output_dir: Path,
+    command: str,
+    trained: Trained,
+    options: dict[str, Any],
+    masks: dict[str, str],
+    losses: list[float],
+) -> None:
+    state = trained.model.state_dict()
+    origin = {
+        "command": command,
+        "config": asdict(run.config),
+        "options": options,
+        "forget": run.describe_forget(),
+        "digests": {"model": digest_state(state), **run.digests(), **masks},
+        "provenance": provenance(device=str(run.device)),
+    }
+    save_state(output_dir / MODEL, state, {"delfast": json.dumps(origin)})
+    run.forget.save(output_dir / FORGET)
+    results = {"metrics": trained.metrics.as_dict(), "losses": losses, "seconds": trained.seconds}
+    write_json(output_dir / SUMMARY, {**origin, **results})

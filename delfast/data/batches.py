@@ -1,0 +1,67 @@
+"""Batches in an order that depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy
+import torch
+from torch import Tensor
+
+from delfast.errors import InputError
+
+
+class Batches:
+    """Re-iterable batches ``(index, input, target)`` of images held in memory. Every example once, none
+    dropped.
+
+    ``index`` (B,) int64 are positions in ``images``, ``input`` (B, C, H, W) float32 is (image / 255 - mean) /
+    std, ``target`` (B,) int64. With ``shuffle`` the order is a function of (seed, epoch) and of nothing else,
+    so a job that resumes at epoch e by ``set_epoch(e)`` sees the batches it would have seen.
+
+    images: (N, C, H, W) uint8; targets: (N,) int64; mean, std: (C,) float32, of the images divided by 255;
+    indices: the positions to run over (all of them by default).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        batch_size: int,
+        indices: Tensor | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"expected a batch size of at least 1, got {batch_size}")
+        if len(images) != len(targets):
+            raise InputError(f"expected one target an image, got {len(images)} images and {len(targets)} targets")
+        self.images, self.targets = images, targets
+        self.indices = torch.arange(len(images)) if indices is None else indices
+        self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
+        self._mean, self._std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next pass takes; without ``shuffle`` it changes nothing."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = self._order()
+        for begin in range(0, len(order), self.batch_size):
+            index = order[begin : begin + self.batch_size]
+            inputs = (self.images[index].to(torch.float32) / 255 - self._mean) / self._std
+            yield index, inputs, self.targets[index]
+
+    def _order(self) -> Tensor:
+        if not self.shuffle:
+            return self.indices
+        # SeedSequence mixes the pair, so that (seed, epoch + 1) and (seed + 1, epoch) have nothing in common
+        mixed = int(numpy.random.SeedSequence((self.seed, self.epoch)).generate_state(1, numpy.uint64)[0])
+        generator = torch.Generator().manual_seed(mixed)
+        return self.indices[torch.randperm(len(self.indices), generator=generator)]

@@ -1,0 +1,237 @@
+"""Scores: how critical every parameter is to the forget set; many masks can be selected from one."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from delfast._version import __version__
+from delfast.batches import LossFn
+from delfast.errors import InputError
+from delfast.localize.gradient import mean_gradient
+from delfast.mask import Mask, ParameterMask
+from delfast.naming import trainable_parameters, unwrap
+from delfast.ops.layout import pack, row_length, unit_count, unpack
+
+Criterion = Literal["weighted_grad", "grad", "weight", "weighted_grad_all", "random"]
+Granularity = Literal["param", "channel"]
+Aggregate = Literal["topk_mean", "mean", "sum", "max"]
+Policy = Literal["whole", "exact"]
+
+
+def score(
+    model: nn.Module,
+    loader: Iterable[Any] | None = None,
+    criterion: Criterion = "weighted_grad",
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Score every trainable parameter of ``model``.
+
+    criterion: element score c_j (DEL paper, section 3 and table 4), with G the mean gradient over ``loader``:
+        "weighted_grad" |θ_j G_j|, DEL's; "grad" |G_j|, SalLoc, the localization of SalUn (Fan et al., ICLR 2024);
+        "weight" |θ_j|; "weighted_grad_all" |θ_j G_j| with ``loader`` over the whole training set;
+        "random" one uniform per competing unit, keyed by (seed, parameter name, index).
+    loader: re-iterable of (input, target), (index, input, target), or of anything with ``loss_fn``; not needed for
+        "weight" and "random", which have no gradient.
+    loss_fn: ``loss_fn(model, batch) -> per-example losses (N,)``; cross-entropy by default.
+
+    The model is left as it was. Raises InputError for an unknown criterion, a missing or empty set, labels out of
+    range, a DTensor.
+    """
+    check_choice("criterion", criterion, Criterion)
+    if criterion in ("weight", "random"):
+        return Scores(trainable_parameters(unwrap(model)), None, criterion, 0, seed)
+    if loader is None:
+        raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
+    what = "training set" if criterion == "weighted_grad_all" else "forget set"
+    gradients, examples = mean_gradient(model, loader, loss_fn, what)
+    return Scores(trainable_parameters(unwrap(model)), gradients, criterion, examples, seed)
+
+
+class Scores:
+    """What ``score`` returns: the live parameters θ, the mean gradient G, and how to rank them.
+
+    ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32, or None.
+    ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        criterion: Criterion,
+        examples: int,
+        seed: int = 0,
+    ) -> None:
+        self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        self.gradients = None if gradients is None else dict(gradients)
+        self.criterion = criterion
+        self.examples = examples
+        self.seed = seed
+        self.total = sum(parameter.numel() for parameter in parameters.values())
+        self._versions = [parameter._version for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def select(
+        self,
+        budget: float,
+        granularity: Granularity = "channel",
+        aggregate: Aggregate = "topk_mean",
+        top_h: int | float | Literal["published"] = 0.1,
+        policy: Policy = "whole",
+    ) -> Mask:
+        """The most critical parameters within ``budget``, a fraction of all P that compete, in (0, 1].
+
+        granularity: "channel": slices along dim 0 of parameters with ndim > 1 compete as one, elements of the
+            others one by one; "param": every scalar competes alone (aggregate, top_h and policy do not matter).
+        aggregate: a channel's score from its elements': "topk_mean", the mean of the h largest (DEL paper, section
+            3), "mean", "sum" or "max". ``top_h``: h as a count (int), as a fraction of the row (float in (0, 1],
+            rounded down), or "published", int(0.1 C_out) as in the authors' code; clipped to [1, row].
+        policy: "whole": the longest prefix of the channels, in falling score, of at most budget × P parameters, so
+            that masks of smaller budgets lie inside larger ones'. "exact": int(budget × P) scalars, the last channel
+            cut, as in the authors' code. Ties fall to the lower (parameter, index).
+
+        Raises InputError for arguments out of range, a budget below the first channel (naming the least that works),
+        non-finite scores (naming the parameter), and parameters that changed since they were scored.
+        """
+        self._check(budget, granularity, aggregate, top_h, policy)
+        budgeted = int(budget * self.total)
+        parts = (
+            self._select_elements(budgeted)
+            if granularity == "param"
+            else self._select_units(budgeted, aggregate, top_h, policy == "exact")
+        )
+        metadata: dict[str, Any] = {"criterion": self.criterion, "granularity": granularity}
+        if granularity == "channel":
+            metadata |= {"aggregate": aggregate, "top_h": top_h, "policy": policy}
+        metadata |= {"budget": budget, "examples": self.examples, "seed": self.seed}
+        metadata |= {"delfast": __version__, "torch": torch.__version__}
+        return Mask(parts, metadata)
+
+    def channel_scores(
+        self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
+    ) -> Tensor:
+        """float32 (units,): the score of every competing unit, in the order of ``parameters``, rows in order."""
+        if self.criterion == "random":
+            return self._join([self._uniform(name, unit_count(t.shape)) for name, t in self.parameters.items()])
+        counts = [resolve_top_h(top_h, parameter.shape) for parameter in self.parameters.values()]
+        result: Tensor = torch.ops.delfast.criticality(
+            list(self.parameters.values()), self._gradient_list(), self._op_criterion, aggregate, counts
+        )
+        return result
+
+    def _select_elements(self, k: int) -> dict[str, ParameterMask]:
+        if k == 0:
+            raise InputError(f"expected a budget of at least one parameter, {1 / max(1, self.total):.2g}; got less")
+        values, gradients, criterion = (
+            list(self.parameters.values()),
+            self._gradient_list(),
+            self._op_criterion,
+        )
+        if self.criterion == "random":
+            values = [self._uniform(name, t.numel()).view(t.shape) for name, t in self.parameters.items()]
+            gradients, criterion = [], "weight"
+        bits, nonfinite = torch.ops.delfast.select_elements(values, gradients, criterion, k)
+        if int(nonfinite) >= 0:
+            self._refuse_nonfinite(list(self.parameters)[int(nonfinite)])
+        return {
+            name: ParameterMask(tuple(t.shape), "row" if t.ndim <= 1 else "element", part)
+            for (name, t), part in zip(self.parameters.items(), bits, strict=True)
+        }
+
+    def _select_units(
+        self, budgeted: int, aggregate: Aggregate, top_h: int | float | Literal["published"], cut_last: bool
+    ) -> dict[str, ParameterMask]:
+        scores = self.channel_scores(aggregate, top_h)
+        counts = [unit_count(parameter.shape) for parameter in self.parameters.values()]
+        lengths = torch.tensor([row_length(parameter.shape) for parameter in self.parameters.values()])
+        sizes = lengths.repeat_interleave(torch.tensor(counts)).to(scores.device)
+        bits, info = torch.ops.delfast.select_units(scores, sizes, budgeted, cut_last)
+        cut_unit, cut_size, nonfinite = info.tolist()
+        if nonfinite >= 0:
+            self._refuse_nonfinite(self._owner(nonfinite, counts)[0])
+        chosen = unpack(bits, len(scores))
+        if not chosen.any() and cut_unit < 0:
+            least = int(sizes[scores.argmax()]) if len(scores) else 1
+            raise InputError(
+                f"expected a budget that holds the first channel, at least {least / max(1, self.total):.6f} "
+                f"({least} of {self.total} parameters), got {budgeted} parameters; raise the budget"
+            )
+        parts = {
+            name: ParameterMask(tuple(t.shape), "row", pack(flags))
+            for (name, t), flags in zip(self.parameters.items(), torch.split(chosen, counts), strict=True)
+        }
+        if cut_unit >= 0:  # the last channel in part: its parameter alone needs a bit per element
+            name, row = self._owner(cut_unit, counts)
+            flags = parts[name].dense().view(counts[list(parts).index(name)], -1)
+            flags[row, :cut_size] = True
+            parts[name] = ParameterMask(parts[name].shape, "element", pack(flags))
+        return parts
+
+    @property
+    def _op_criterion(self) -> str:
+        return "weighted_grad" if self.criterion == "weighted_grad_all" else self.criterion
+
+    def _gradient_list(self) -> list[Tensor]:
+        return [] if self.gradients is None else [self.gradients[name] for name in self.parameters]
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _uniform(self, name: str, count: int) -> Tensor:
+        """float32 (count,) in [0, 1): numpy's Philox, a counter-based generator, keyed by (seed, parameter name)."""
+        generator = numpy.random.Generator(numpy.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
+        return torch.from_numpy(generator.random(count, dtype=numpy.float32)).to(self.parameters[name].device)
+
+    def _owner(self, unit: int, counts: list[int]) -> tuple[str, int]:
+        """(parameter name, row) of a unit."""
+        for name, count in zip(self.parameters, counts, strict=True):
+            if unit < count:
+                return name, unit
+            unit -= count
+        raise IndexError(unit)
+
+    def _refuse_nonfinite(self, name: str) -> None:
+        raise InputError(
+            f"expected finite scores, got NaN or infinity for '{name}'; check the loss, the gradients and the weights "
+            "of this parameter"
+        )
+
+    def _check(self, budget: float, granularity: str, aggregate: str, top_h: object, policy: str) -> None:
+        if not 0 < budget <= 1:
+            raise InputError(f"expected a budget in (0, 1], got {budget}; pass the fraction of parameters to select")
+        check_choice("granularity", granularity, Granularity)
+        check_choice("aggregate", aggregate, Aggregate)
+        check_choice("policy", policy, Policy)
+        resolve_top_h(top_h, (1, 1))
+        for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
+            if parameter._version != version:
+                raise InputError(f"'{name}' has changed since it was scored; call score() again")
+
+
+def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
+    """h of a row of a parameter of this shape, in [1, row]; InputError if ``top_h`` is no count and no fraction."""
+    length = max(1, row_length(shape))
+    if top_h == "published":
+        h = int(0.1 * shape[0]) if len(shape) > 1 else 1
+    elif isinstance(top_h, int) and not isinstance(top_h, bool) and top_h >= 1:
+        h = top_h
+    elif isinstance(top_h, float) and 0 < top_h <= 1:
+        h = math.floor(top_h * length)
+    else:
+        raise InputError(f"expected top_h to be a count (int >= 1), a fraction in (0, 1] or 'published', got {top_h!r}")
+    return min(max(h, 1), length)
+
+
+def check_choice(what: str, value: object, choices: Any) -> None:
+    """InputError unless ``value`` is one of a Literal's values."""
+    if value not in get_args(choices):
+        raise InputError(f"expected {what} to be one of {', '.join(get_args(choices))}; got '{value}'")

@@ -1,0 +1,9 @@
+"""The ops: one table, a native backend where it loads, and a PyTorch twin of each."""
+
+from delfast.ops.native import load_backend
+from delfast.ops.table import OPS, define_ops
+
+BACKEND = load_backend()
+define_ops(BACKEND.devices)
+
+__all__ = ["BACKEND", "OPS"]

@@ -1,0 +1,46 @@
+"""What a *unit* of a parameter is, and how packed bits are laid out: shared by every op and by Mask.
+
+A parameter with ndim > 1 has one unit per slice along dim 0 (a row: an output channel); a parameter with
+ndim <= 1 has one unit per element, so its rows have length 1. Empty parameters have no units.
+
+Packed bits: unit or element ``i`` is bit ``i % 8`` (least significant first) of byte ``i // 8``; the bits past the
+end of the last byte are zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unit_count(shape: Sequence[int]) -> int:
+    """Number of competing units of a parameter of this shape at channel granularity."""
+    numel = math.prod(shape)
+    return shape[0] if len(shape) > 1 and numel else numel
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Number of elements in one unit: ``numel / shape[0]`` for ndim > 1, else 1."""
+    return math.prod(shape[1:]) if len(shape) > 1 else 1
+
+
+def packed_bytes(count: int) -> int:
+    """Bytes that ``count`` packed bits take."""
+    return (count + 7) // 8
+
+
+def pack(flags: Tensor) -> Tensor:
+    """Pack bool (n,) into uint8 (ceil(n/8),), least significant bit first, on the same device."""
+    padded = torch.zeros(packed_bytes(flags.numel()) * 8, dtype=torch.uint8, device=flags.device)
+    padded[: flags.numel()] = flags.reshape(-1)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
+    return (padded.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, count: int) -> Tensor:
+    """Unpack uint8 (ceil(count/8),) into bool (count,), on the same device."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(1) >> shifts) & 1).reshape(-1)[:count].bool()

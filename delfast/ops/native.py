@@ -1,0 +1,72 @@
+"""Loads the compiled extension, or says in one line why the PyTorch twins run instead."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"  # written by setup.py beside the extension
+REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps delfast` (from a clone: `.`)"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs the ops: ``name`` is "native" or "torch"; ``reason`` says why, in one line."""
+
+    name: str
+    reason: str
+    module: ModuleType | None = None
+    devices: tuple[str, ...] = ()
+    build_info: dict[str, Any] = field(default_factory=dict)
+
+
+def load_backend() -> Backend:
+    """Choose the backend once, at import.
+
+    DELFAST_BACKEND=native raises ImportError if the extension cannot be used, =torch does not load it. Unset: the
+    extension if it can be used, else the twins with one warning that says why.
+    """
+    wanted = os.environ.get("DELFAST_BACKEND", "")
+    if wanted not in ("", "native", "torch"):
+        raise ImportError(f"expected DELFAST_BACKEND to be 'native' or 'torch', got '{wanted}'; set one or unset it")
+    if wanted == "torch":
+        return Backend("torch", "chosen by DELFAST_BACKEND=torch")
+    try:
+        module, build_info = _load_extension()
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        if wanted == "native":
+            raise ImportError(f"DELFAST_BACKEND=native, but {reason}") from error
+        warnings.warn(f"delfast runs on its PyTorch twins (right, but slow): {reason}", RuntimeWarning, stacklevel=2)
+        return Backend("torch", reason)
+    devices = ("CPU", "CUDA") if build_info["cuda"] else ("CPU",)
+    return Backend("native", "the compiled extension loaded", module, devices, build_info)
+
+
+def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
+    """Import ``delfast._C`` after checking what it was built against: another torch would crash, not raise."""
+    if not BUILD_INFO.is_file():
+        raise ImportError(f"the extension was not built (no C++20 compiler at install?); {REBUILD}")
+    build_info: dict[str, Any] = json.loads(BUILD_INFO.read_text(encoding="utf-8"))
+    if "torch" not in build_info:
+        raise ImportError(f"the extension was not built: {build_info['failure']}; {REBUILD}")
+    built, running = build_info["torch"], torch.__version__
+    if _release(built) != _release(running):
+        raise ImportError(f"the extension was built against torch {built}, this is torch {running}; {REBUILD}")
+    try:
+        return importlib.import_module("delfast._C"), build_info
+    except ImportError as error:
+        raise ImportError(f"the extension does not load: {str(error).splitlines()[0]}; {REBUILD}") from error
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """("2", "14") of "2.14.1+cu130": torch keeps its C++ interface stable within such a series only."""
+    return tuple(version.split("+")[0].split(".")[:2])

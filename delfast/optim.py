@@ -1,0 +1,240 @@
+"""Optimizers that change masked entries only, and keep state for those alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from delfast.errors import InputError
+from delfast.mask import Mask, ParameterMask
+from delfast.naming import plain_name, unique_parameters
+
+
+class MaskedOptimizer(Optimizer):
+    """What MaskedSGD and MaskedAdamW share: an ordinary ``torch.optim.Optimizer`` that takes its mask as it is.
+
+    named_parameters: ``model.named_parameters()``, or parameter groups whose "params" are such pairs. Every selected
+    entry of the mask must be among them; parameters that the mask does not select are never touched.
+
+    The kernel writes masked entries only, so all others stay bit-identical through weight decay, momentum, gradient
+    clipping and resumes. State is float32 (float64 for float64 parameters), for masked entries alone.
+    With ``torch.amp.GradScaler``, unscaling and skipping happen inside the kernel. ``load_state_dict`` refuses the
+    state of another mask.
+    """
+
+    # tells GradScaler.step to set .grad_scale and .found_inf and leave unscaling and skipping to step()
+    _step_supports_amp_scaling = True
+    state_names: tuple[str, ...] = ()  # of the state tensors, in the order the op takes them
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        mask: Mask,
+        defaults: dict[str, Any],
+    ) -> None:
+        groups: list[Any] = list(named_parameters)
+        if not groups or not all(isinstance(entry, (tuple, dict)) for entry in groups):
+            raise InputError(
+                "expected (name, parameter) pairs, the mask knows parameters by name; pass model.named_parameters()"
+            )
+        pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
+        list(mask.match(dict(unique_parameters(pairs))))
+        self.mask = mask
+        super().__init__(groups, {**defaults, "mask_digest": mask.digest})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "mask": self.mask}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on the masked entries of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for batch in self._batches(group):
+                self._update(group, batch)
+        return loss
+
+    @abstractmethod
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+        """Call the op of this optimizer."""
+
+    def _batches(self, group: dict[str, Any]) -> Iterable[Batch]:
+        """The masked parameters of a group that have gradients, by device, with their state (made here at need)."""
+        batches: dict[torch.device, Batch] = {}
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            part = self.mask.parameters.get(plain_name(name))
+            if parameter.grad is None or part is None or not part.selected:
+                continue
+            if parameter.grad.is_sparse:
+                raise InputError(
+                    f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
+                )
+            state = self.state[parameter]
+            if not state:
+                self._make_state(state, parameter, part)
+            batch = batches.setdefault(parameter.device, Batch(self.state_names))
+            batch.parameters.append(parameter)
+            batch.gradients.append(parameter.grad)
+            batch.index.append(part.index.to(parameter.device))
+            batch.steps.append(state["step"])
+            for state_name in self.state_names:
+                batch.states[state_name].append(state[state_name])
+        return batches.values()
+
+    def _make_state(self, state: dict[str, Tensor], parameter: Tensor, part: ParameterMask) -> None:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name in self.state_names:
+            if part.index.dtype == torch.int32:  # rows, in the parameter's own strides
+                state[name] = torch.zeros_like(parameter.detach()[: part.index.numel()], dtype=wide)
+            else:
+                state[name] = torch.zeros(part.selected, dtype=wide, device=parameter.device)
+
+    @property
+    def _amp(self) -> dict[str, Tensor | None]:
+        return {
+            "grad_scale": getattr(self, "grad_scale", None),
+            "found_inf": getattr(self, "found_inf", None),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` gave. InputError, with nothing changed, if it is the state of another mask."""
+        for group in state_dict["param_groups"]:
+            if group.get("mask_digest") != self.mask.digest:
+                raise InputError(
+                    f"expected optimizer state of the mask {self.mask.digest[:12]}, got that of "
+                    f"{str(group.get('mask_digest'))[:12]}; build the optimizer with the mask it was saved with"
+                )
+        super().load_state_dict(state_dict)
+
+    @staticmethod
+    def _process_value_according_to_param_policy(
+        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
+    ) -> Tensor:
+        """torch would cast state to the parameter's dtype; here it stays float32."""
+        return value.to(param.device)
+
+
+class Batch:
+    """Parallel lists of what one op call takes."""
+
+    def __init__(self, state_names: Iterable[str]) -> None:
+        self.parameters: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.index: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.states: dict[str, list[Tensor]] = {name: [] for name in state_names}
+
+
+class MaskedSGD(MaskedOptimizer):
+    """``torch.optim.SGD`` on the masked entries: the same formulas, and the same meaning of each argument.
+
+    Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
+    """
+
+    state_names: tuple[str, ...] = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        mask: Mask,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        _check_range(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise InputError("expected momentum > 0 and dampening = 0 with nesterov; change one of the three")
+        self.state_names = ("momentum_buffer",) if momentum else ()
+        super().__init__(
+            named_parameters,
+            mask,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+            },
+        )
+
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+        torch.ops.delfast.masked_sgd_(
+            batch.parameters,
+            batch.gradients,
+            batch.states.get("momentum_buffer", []),
+            batch.steps,
+            batch.index,
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            **self._amp,
+        )
+
+
+class MaskedAdamW(MaskedOptimizer):
+    """``torch.optim.AdamW`` (Loshchilov & Hutter, ICLR 2019) on the masked entries, with torch's default constants.
+
+    Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
+    """
+
+    state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        mask: Mask,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        _check_range(lr=lr, eps=eps, weight_decay=weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise InputError(f"expected betas in [0, 1), got {betas}; pass two such numbers")
+        super().__init__(
+            named_parameters,
+            mask,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize},
+        )
+
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+        torch.ops.delfast.masked_adamw_(
+            batch.parameters,
+            batch.gradients,
+            batch.states["exp_avg"],
+            batch.states["exp_avg_sq"],
+            batch.steps,
+            batch.index,
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            **self._amp,
+        )
+
+
+def _check_range(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise InputError(f"expected {name} >= 0, got {value}; pass a non-negative number")

@@ -1,0 +1,49 @@
+"""Where an artefact comes from: versions, digests, the configuration that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from delfast._version import __version__
+from delfast.status import status
+
+
+def digest_tensor(tensor: Tensor) -> bytes:
+    """SHA-256 of a tensor's dtype, shape and values in logical (row-major) order, on any device."""
+    values = tensor.detach().to("cpu").contiguous().reshape(-1)
+    raw = values.view(torch.uint8).numpy() if values.numel() else numpy.empty(0, dtype=numpy.uint8)
+    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return hashlib.sha256(head + b"\0" + raw.tobytes()).digest()
+
+
+def digest_state(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of a state dict: names in sorted order, dtypes, shapes and values."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        total.update(name.encode() + b"\0" + digest_tensor(state[name]))
+    return total.hexdigest()
+
+
+def digest_indices(indices: Tensor) -> str:
+    """SHA-256 (hex) of a list of example indices, as int64, in the order given."""
+    return digest_tensor(indices.to(torch.int64)).hex()
+
+
+def provenance(**facts: object) -> dict[str, Any]:
+    """Versions, machine and backend of this process, with the caller's own facts (seed, configuration, digests)."""
+    return {
+        "delfast": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backend": status(),
+        **facts,
+    }

@@ -1,0 +1,13 @@
+"""Tables and plots of an unlearning run."""
+
+from delfast.report.plots import plot_accuracies, plot_selection
+from delfast.report.tables import METHOD_COLUMNS, markdown_table, method_rows, terminal_table
+
+__all__ = [
+    "METHOD_COLUMNS",
+    "markdown_table",
+    "method_rows",
+    "plot_accuracies",
+    "plot_selection",
+    "terminal_table",
+]

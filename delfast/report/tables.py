@@ -1,0 +1,47 @@
+"""The same table for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+METHOD_COLUMNS = (
+    "method",
+    "forget acc",
+    "retain acc",
+    "test acc",
+    "MIA",
+    "Δ forget",
+    "Δ MIA",
+    "Δ test",
+    "seconds",
+)
+_METHOD_FIELDS = ("forget_acc", "retain_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test")
+
+
+def method_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """One row a method: percentages to two decimals (Δ = oracle - method) and seconds in all."""
+    return [
+        [name]
+        + [f"{values[field]:.2f}" if field in values else "" for field in _METHOD_FIELDS]
+        + [f"{sum(values['seconds'].values()):.1f}" if "seconds" in values else ""]
+        for name, values in methods.items()
+    ]
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (columns, rule, *rows))
+
+
+def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The table for a terminal, to be printed by a rich console."""
+    table = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

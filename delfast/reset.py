@@ -1,0 +1,90 @@
+"""Reset: masked entries back to a fresh initialization."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from delfast.errors import InputError
+from delfast.mask import Mask
+from delfast.naming import plain_name, unique_parameters, unwrap
+
+Init = Callable[[], nn.Module] | nn.Module | Mapping[str, Tensor] | Literal["reset_parameters"]
+"""Where fresh values come from: a factory, a second model, a state dict, or modules' own ``reset_parameters``."""
+
+
+@torch.no_grad()
+def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
+    """θ_j ← θ⁰_j for every masked j, in place (DEL paper, section 3). Other entries and all buffers stay as they are.
+
+    init: a factory, called under a forked generator seeded with ``seed`` (the usual way, for a network's constructor
+        may initialize differently from its modules' ``reset_parameters``: torchvision's ResNet-18 does); a second
+        model; a state dict; or "reset_parameters", run on a copy of the model under the same generator.
+
+    Raises InputError, with nothing changed, if the mask is of another architecture or if ``init`` does not cover a
+    masked parameter with the same shape.
+    """
+    targets = dict(unique_parameters(unwrap(model).named_parameters()))
+    selected = list(mask.match(targets))
+    fresh = _fresh_values(model, init, seed, [name for name, _, _ in selected])
+    for name, parameter, _ in selected:
+        if name not in fresh:
+            raise InputError(f"expected fresh values for '{name}', init has none; pass a factory of the same network")
+        if fresh[name].shape != parameter.shape:
+            raise InputError(
+                f"expected fresh values for '{name}' of shape {tuple(parameter.shape)}, got "
+                f"{tuple(fresh[name].shape)}; pass a factory of the same network"
+            )
+    torch.ops.delfast.masked_reset_(
+        [parameter for _, parameter, _ in selected],
+        [fresh[name].to(parameter) for name, parameter, _ in selected],
+        [part.index.to(parameter.device) for _, parameter, part in selected],
+    )
+
+
+def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> dict[str, Tensor]:
+    """Plain name -> fresh values. A state dict may name a tied parameter by any of its names, so keep them all."""
+    if isinstance(init, Mapping):
+        return {plain_name(name): value.detach() for name, value in init.items()}
+    if init == "reset_parameters":
+        with _seeded(seed):
+            init = _reset_copy(unwrap(model), needed)
+    elif not isinstance(init, nn.Module):
+        with _seeded(seed):
+            init = init()
+    if not isinstance(init, nn.Module):
+        raise InputError(
+            f"expected init to make an nn.Module, got {type(init).__name__}; pass a factory, a model or a state dict"
+        )
+    named = unwrap(init).named_parameters(remove_duplicate=False)
+    return {plain_name(name): parameter.detach() for name, parameter in named}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside: torch's generators seeded. Afterwards: as they were."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _reset_copy(model: nn.Module, needed: list[str]) -> nn.Module:
+    """A copy of ``model`` whose modules have reset themselves; InputError for a needed parameter of one that cannot."""
+    fresh = copy.deepcopy(model)
+    for name in needed:
+        owner = fresh.get_submodule(name.rpartition(".")[0])
+        if not callable(getattr(owner, "reset_parameters", None)):
+            raise InputError(
+                f"'{name}' belongs to a {type(owner).__name__}, which has no reset_parameters(); "
+                "pass a factory of the network as init"
+            )
+    for module in fresh.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return fresh

@@ -1,0 +1,180 @@
+"""The one training loop: pretraining, the oracle and every finetune run through it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from delfast.batches import LossFn, per_example_losses
+from delfast.errors import InputError
+from delfast.files import one_line, write_atomically
+
+Schedule = Literal["cosine", "constant"]
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""``progress(iterable, description, total)`` -> the same items, shown as they pass."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """``losses``: mean training loss of each epoch. ``seconds``: of this call. ``resumed_from``: epochs done before."""
+
+    losses: list[float]
+    seconds: float
+    epochs: int
+    resumed_from: int
+
+
+def train(
+    model: nn.Module,
+    loader: Iterable[Any],
+    optimizer: Optimizer,
+    *,
+    epochs: int,
+    schedule: Schedule = "cosine",
+    final_lr: float = 0.01,
+    loss_fn: LossFn | None = None,
+    max_norm: float | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    config: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train ``model`` in place for ``epochs`` passes over ``loader``.
+
+    loader: re-iterable of batches, with a length; ``loader.set_epoch(e)`` is called where it exists.
+    schedule: "cosine" from the optimizer's rate to ``final_lr`` times it, step by step (DEL paper, appendix: to 1 %).
+    max_norm: clip the gradient's L2 norm to this.
+    checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
+        the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
+        that must be the same when it is resumed.
+
+    Raises InputError for bad arguments or a checkpoint of another run, RuntimeError if the loss is no longer finite.
+    """
+    if epochs < 1:
+        raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
+    steps = _length(loader)
+    scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
+    record = _Checkpoint(checkpoint, dict(config or {}), model, optimizer, scheduler)
+    losses = record.load() if resume else []
+    resumed_from = len(losses)
+    started = time.perf_counter()
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        for epoch in range(resumed_from, epochs):
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(epoch)
+            batches = progress(loader, f"epoch {epoch + 1}/{epochs}", steps) if progress else loader
+            losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm))
+            if not math.isfinite(losses[-1]):
+                raise RuntimeError(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
+            record.save(losses)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        model.zero_grad(set_to_none=True)
+    return TrainResult(losses, time.perf_counter() - started, epochs, resumed_from)
+
+
+def _run_epoch(
+    model: nn.Module,
+    batches: Iterable[Any],
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
+    loss_fn: LossFn | None,
+    max_norm: float | None,
+) -> float:
+    """One pass; the mean loss over its examples."""
+    total, examples = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        losses = per_example_losses(model, batch, loss_fn)
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        scheduler.step()
+        total = total.to(losses.device) + losses.detach().double().sum()
+        examples += losses.numel()
+    return float(total) / max(1, examples)
+
+
+def _length(loader: Iterable[Any]) -> int:
+    try:
+        steps = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(
+            "expected a loader with a length, for the schedule; pass a DataLoader or a list of batches"
+        ) from None
+    if steps == 0:
+        raise InputError("expected a loader with at least one batch, got none; check the retain set")
+    return steps
+
+
+def _factor(schedule: Schedule, final_lr: float, steps: int) -> Callable[[int], float]:
+    """Rate at a step, as a fraction of the optimizer's."""
+    if schedule == "constant":
+        return lambda step: 1.0
+    if schedule == "cosine":  # Loshchilov & Hutter, SGDR, ICLR 2017, equation 5, without restarts
+        return lambda step: final_lr + (1 - final_lr) * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+    raise InputError(f"expected schedule 'cosine' or 'constant', got '{schedule}'; pass one of these")
+
+
+class _Checkpoint:
+    """Everything that the next epoch depends on: weights, optimizer, schedule, torch's generators."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        config: dict[str, object],
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    def save(self, losses: list[float]) -> None:
+        if self.path is None:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"losses": losses, "config": self.config, "rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda_rng"] = torch.cuda.get_rng_state_all()
+        write_atomically(self.path, lambda partial: torch.save(state, partial))
+
+    def load(self) -> list[float]:
+        """Put everything back; the losses so far. Without a checkpoint there is nothing to continue: []."""
+        if self.path is None or not self.path.is_file():
+            return []
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds
+            raise InputError(
+                f"checkpoint '{self.path}' cannot be read ({one_line(error)}); start without --resume"
+            ) from None
+        if state["config"] != self.config:
+            different = sorted(
+                k for k in {*state["config"], *self.config} if state["config"].get(k) != self.config.get(k)
+            )
+            raise InputError(
+                f"checkpoint '{self.path}' is of a run with other settings ({', '.join(different)}); "
+                "use the same settings, or start without --resume"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and "cuda_rng" in state:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        losses: list[float] = state["losses"]
+        return losses

@@ -1,0 +1,124 @@
+"""Builds delfast: the CPU kernels with their own instruction-set flags, then the extension that links them.
+
+Environment: DELFAST_NATIVE=auto|0|1: auto (the default) installs without the extension if it cannot be built, and
+says so; 1 fails instead; 0 does not try.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    sys.exit(
+        "delfast's build needs the torch it will run with: install torch, then `pip install --no-build-isolation .`"
+    )
+
+# The rule by file name that CMakeLists.txt follows too. -ffp-contract=off: no FMA, so that all sets agree to the bit.
+ISA_FLAGS = {"avx2": ["-mavx2", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+KERNEL_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+def kernel_sources() -> list[Path]:
+    """csrc/cpu/*.cpp, without the instruction sets of another architecture."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return [
+        path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if x86 or not path.stem.endswith(tuple(ISA_FLAGS))
+    ]
+
+
+class Build(BuildExtension):
+    """Compiles the torch-free kernels one by one, with per-file flags; BuildExtension does the rest."""
+
+    info: dict[str, object]
+
+    def run(self) -> None:
+        super().run()
+        # run() puts `inplace` aside while it builds, so where the package lies is known only here
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "delfast"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_info.json").write_text(json.dumps(self.info) + "\n", encoding="utf-8")
+
+    def build_extensions(self) -> None:
+        try:
+            if os.environ.get("DELFAST_NATIVE") == "0":
+                raise RuntimeError("DELFAST_NATIVE=0 at install")
+            objects = Path(self.build_temp).resolve() / "kernels"
+            objects.mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self.extensions[0].extra_objects = list(
+                    pool.map(lambda source: self._compile_kernel(source, objects), kernel_sources())
+                )
+            super().build_extensions()
+            self.info = {
+                "torch": torch.__version__,
+                "cuda": False,
+                "compiler": _first_line([_compiler(), "--version"]),
+            }
+        except Exception as error:  # distutils, subprocess and torch raise unrelated kinds
+            if os.environ.get("DELFAST_NATIVE", "auto") == "1":
+                raise
+            self.info = {"failure": (str(error).strip() or type(error).__name__).splitlines()[0]}
+            print(
+                f"\n*** delfast: NO NATIVE KERNELS, the slow PyTorch twins will run: {self.info['failure']}\n",
+                file=sys.stderr,
+            )
+            self.extensions = []
+
+    def _compile_kernel(self, source: Path, objects: Path) -> str:
+        flags = next((flags for isa, flags in ISA_FLAGS.items() if source.stem.endswith(isa)), [])
+        target = objects / f"{source.stem}.o"
+        command = [
+            _compiler(),
+            *KERNEL_FLAGS,
+            *flags,
+            f"-I{ROOT / 'csrc'}",
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            sys.stderr.write(result.stderr)
+            raise RuntimeError(f"{_compiler()} could not compile {source.name}")
+        return str(target)
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _first_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "delfast._C",
+            [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings").glob("*.cpp"))],
+            include_dirs=[str(ROOT / "csrc")],
+            # at::parallel_for is serial unless it is told of OpenMP
+            extra_compile_args=[
+                "-std=c++20",
+                "-O2",
+                "-fopenmp",
+                "-DAT_PARALLEL_OPENMP=1",
+                "-fvisibility=hidden",
+            ],
+            extra_link_args=["-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)

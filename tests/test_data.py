@@ -1,0 +1,300 @@
+"""Data sets, batches and forget sets."""
+
+import gzip
+import json
+import pickle
+import struct
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from delfast.data import Batches, ForgetSet, choose, load
+from delfast.data import images as images_module
+from delfast.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def batches(data, **options):
+    return Batches(data.train_images, data.train_targets, data.mean, data.std, **options)
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+def test_digits_are_a_fixed_stratified_split(digits):
+    assert digits.train_images.shape == (1437, 1, 8, 8) and digits.test_images.shape == (360, 1, 8, 8)
+    assert digits.train_images.dtype == torch.uint8 and digits.train_targets.dtype == torch.int64
+    assert digits.train_images.max() == 255 and digits.train_images.min() == 0
+    assert (digits.num_classes, digits.channels, digits.image_size) == (10, 1, 8)
+    share = (
+        digits.train_targets.bincount() / torch.cat([digits.train_targets, digits.test_targets]).bincount()
+    )
+    assert (share - 0.8).abs().max() < 0.01
+    assert digits.digest == load("digits").digest
+
+
+def test_statistics_are_those_of_the_training_images(digits):
+    scaled = digits.train_images.double() / 255
+    torch.testing.assert_close(digits.mean.double(), scaled.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(digits.std.double(), scaled.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("spec", ["mnist", "cifar", "", "folder"])
+def test_unknown_data_is_refused(spec):
+    with pytest.raises(InputError, match="expected data digits"):
+        load(spec)
+
+
+def test_image_size_is_for_folders_alone():
+    with pytest.raises(InputError, match="folder:PATH alone"):
+        load("digits", image_size=16)
+
+
+def write_idx(path, array):
+    head = struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(head + array.tobytes()))
+
+
+def write_fashion_mnist(folder, numbers):
+    arrays = {
+        "train-images-idx3": numbers.integers(0, 256, (20, 28, 28), dtype=numpy.uint8),
+        "train-labels-idx1": numpy.arange(20, dtype=numpy.uint8) % 10,
+        "t10k-images-idx3": numbers.integers(0, 256, (10, 28, 28), dtype=numpy.uint8),
+        "t10k-labels-idx1": numpy.arange(10, dtype=numpy.uint8),
+    }
+    for name, array in arrays.items():
+        write_idx(folder / f"{name}-ubyte.gz", array)
+    return arrays
+
+
+def test_fashion_mnist_from_its_four_files(tmp_path):
+    arrays = write_fashion_mnist(tmp_path, numpy.random.default_rng(0))
+    data = load("fashion-mnist", tmp_path)
+    assert data.train_images.shape == (20, 1, 28, 28)
+    assert torch.equal(data.train_images[:, 0], torch.from_numpy(arrays["train-images-idx3"]))
+    assert torch.equal(data.test_targets, torch.arange(10))
+
+
+def test_damaged_idx_file_is_named(tmp_path):
+    write_fashion_mnist(tmp_path, numpy.random.default_rng(0))
+    broken = tmp_path / "t10k-images-idx3-ubyte.gz"
+    broken.write_bytes(broken.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"t10k-images-idx3-ubyte\.gz") as caught:
+        load("fashion-mnist", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_cifar10_layout_is_channels_first(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    numbers = numpy.random.default_rng(0)
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    flat = {}
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+        flat[name] = numbers.integers(0, 256, (4, 3072), dtype=numpy.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": flat[name], "labels": [0, 1, 2, 9]}))
+    (folder / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # these are no originals
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    data = load("cifar10", tmp_path)
+    assert data.train_images.shape == (20, 3, 32, 32) and data.test_images.shape == (4, 3, 32, 32)
+    first = torch.from_numpy(flat["data_batch_1"]).reshape(4, 3, 32, 32)  # CIFAR's bytes are channels-first
+    assert torch.equal(data.train_images[:4], first)
+    assert data.test_targets.tolist() == [0, 1, 2, 9]
+
+
+@pytest.mark.parametrize(
+    "spec, name", [("cifar10", "CIFAR10"), ("svhn", "SVHN"), ("fashion-mnist", "FashionMNIST")]
+)
+def test_failed_download_says_what_was_looked_for(tmp_path, monkeypatch, spec, name):
+    from torchvision import datasets
+
+    def no_network(self):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(getattr(datasets, name), "download", no_network)
+    with pytest.raises(InputError, match="--data-dir") as caught:
+        load(spec, tmp_path)
+    assert (
+        str(tmp_path) in str(caught.value)
+        and "no network" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    numbers = numpy.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for position in range(3):
+                pixels = numbers.integers(0, 256, (12, 12, 3), dtype=numpy.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / label / f"{position}.png")
+    return tmp_path
+
+
+def test_folder_of_images(folder):
+    data = load(f"folder:{folder}")
+    assert data.train_images.shape == (6, 3, 12, 12) and data.train_targets.tolist() == [0, 0, 0, 1, 1, 1]
+    pixels = numpy.array(Image.open(folder / "train" / "dog" / "2.png"))
+    assert torch.equal(data.train_images[5], torch.from_numpy(pixels).permute(2, 0, 1))
+    assert load(f"folder:{folder}", image_size=8).test_images.shape == (6, 3, 8, 8)
+
+
+def test_folder_with_bad_content_is_refused(folder, monkeypatch):
+    with pytest.raises(InputError, match="no such folder"):
+        load(f"folder:{folder}/nowhere")
+    monkeypatch.setattr(images_module, "MAX_BYTES", 12 * 3 * 12 * 12 - 1)
+    with pytest.raises(InputError, match="pass a smaller --image-size"):
+        load(f"folder:{folder}")
+    monkeypatch.undo()
+    Image.new("RGB", (10, 12)).save(folder / "train" / "cat" / "0.png")
+    with pytest.raises(InputError, match="10x12, not square"):
+        load(f"folder:{folder}")
+    (folder / "train" / "cat" / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"cannot read the image .*0\.png"):
+        load(f"folder:{folder}", image_size=8)
+    (folder / "test" / "dog").rename(folder / "test" / "wolf")
+    with pytest.raises(InputError, match="'dog' is in one alone"):
+        load(f"folder:{folder}", image_size=8)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_batches_hold_every_example_once_and_normalised(digits):
+    chosen = torch.arange(0, 101)
+    loader = batches(digits, batch_size=32, indices=chosen, shuffle=True, seed=3)
+    seen = list(loader)
+    assert [len(index) for index, _, _ in seen] == [32, 32, 32, 5] and len(loader) == 4
+    index, inputs, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert torch.equal(index.sort().values, chosen) and not torch.equal(index, chosen)
+    assert torch.equal(targets, digits.train_targets[index]) and inputs.dtype == torch.float32
+    expected = (digits.train_images[index].float() / 255 - digits.mean[0]) / digits.std[0]
+    assert torch.equal(inputs, expected)
+
+
+def test_order_depends_on_seed_and_epoch_alone(digits):
+    def order(seed, epoch, passes_before=0):
+        loader = batches(digits, batch_size=500, shuffle=True, seed=seed)
+        for _ in range(passes_before):
+            list(loader)
+        torch.manual_seed(passes_before)  # the global generator has no say
+        loader.set_epoch(epoch)
+        return torch.cat([index for index, _, _ in loader])
+
+    assert torch.equal(order(0, 5), order(0, 5, passes_before=2))
+    assert not torch.equal(order(0, 5), order(0, 6))
+    assert not torch.equal(order(0, 6), order(1, 5))
+
+
+def test_no_examples_make_no_batches(digits):
+    empty = batches(digits, batch_size=4, indices=torch.empty(0, dtype=torch.int64))
+    assert len(empty) == 0 and list(empty) == []
+
+
+def test_batches_refuse_bad_input(digits):
+    with pytest.raises(InputError, match="batch size of at least 1, got 0"):
+        batches(digits, batch_size=0)
+    with pytest.raises(InputError, match="1437 images and 5 targets"):
+        Batches(digits.train_images, digits.train_targets[:5], digits.mean, digits.std, batch_size=4)
+
+
+# --- forget sets ----------------------------------------------------------------------------------
+
+
+def test_iid_takes_a_share_at_random(digits):
+    targets = digits.train_targets
+    chosen = choose("iid", 0.1, targets, 10, seed=0)
+    assert len(chosen.indices) == 144 and torch.equal(chosen.indices, chosen.indices.unique())
+    assert torch.equal(chosen.targets, targets)
+    assert len(targets[chosen.indices].unique()) == 10
+    assert chosen.digest == choose("iid", 0.1, targets, 10, seed=0).digest
+    assert chosen.digest != choose("iid", 0.1, targets, 10, seed=1).digest
+    both = torch.cat([chosen.indices, chosen.retain])
+    assert torch.equal(both.sort().values, torch.arange(len(targets)))
+
+
+def test_choosing_leaves_the_global_generator_alone(digits):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    choose("mislabelled", 0.1, digits.train_targets, 10, seed=0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_non_iid_draws_from_its_classes(digits):
+    chosen = choose("non-iid:2,5", 0.1, digits.train_targets, 10, seed=0)
+    assert len(chosen.indices) == 144
+    assert digits.train_targets[chosen.indices].unique().tolist() == [2, 5]
+
+
+def test_non_iid_may_cover_a_whole_class_and_says_so(digits, caplog):
+    with caplog.at_level("INFO", logger="delfast"):
+        chosen = choose("non-iid:7", 0.5, digits.train_targets, 10, seed=0)
+    assert torch.equal(chosen.indices, (digits.train_targets == 7).nonzero().flatten())
+    assert "the forget set is all of them" in caplog.text
+
+
+def test_mislabelled_flips_each_label_to_another_class(digits):
+    targets = digits.train_targets.clone()
+    chosen = choose("mislabelled", 0.5, targets, 10, seed=0)
+    assert torch.equal(targets, digits.train_targets)  # the input stays
+    changed = (chosen.targets != targets).nonzero().flatten()
+    assert torch.equal(changed, chosen.indices)
+    assert chosen.targets.min() >= 0 and chosen.targets.max() <= 9
+    offsets = ((chosen.targets - targets) % 10)[chosen.indices].bincount(minlength=10)
+    # uniform over the nine other classes: 718 / 9 = 80 each, standard deviation 8.4
+    assert offsets[0] == 0 and offsets[1:].min() > 40 and offsets[1:].max() < 120
+
+
+@pytest.mark.parametrize(
+    "spec, ratio, message",
+    [
+        ("iid", 0.0, r"ratio in \(0, 1\], got 0.0"),
+        ("iid", 1.5, r"ratio in \(0, 1\], got 1.5"),
+        ("iid", float("nan"), r"ratio in \(0, 1\], got nan"),
+        ("iid", 1e-6, "is empty"),
+        ("iid", 1.0, "whole training set"),
+        ("non-iid:2,11", 0.1, "classes 0 to 9 in 'non-iid:2,11', got 11"),
+        ("non-iid", 0.1, "expected a forget set"),
+        ("non-iid:a", 0.1, "expected a forget set"),
+        ("random", 0.1, "expected a forget set"),
+    ],
+)
+def test_bad_forget_sets_are_refused(digits, spec, ratio, message):
+    with pytest.raises(InputError, match=message):
+        choose(spec, ratio, digits.train_targets, 10, seed=0)
+
+
+def test_forget_set_survives_its_file(digits, tmp_path):
+    path = tmp_path / "forget.json"
+    chosen = choose("mislabelled", 0.1, digits.train_targets, 10, seed=4)
+    chosen.save(path)
+    loaded = ForgetSet.load(path, digits.train_targets)
+    assert (loaded.spec, loaded.ratio, loaded.seed) == ("mislabelled", 0.1, 4)
+    assert torch.equal(loaded.indices, chosen.indices) and torch.equal(loaded.targets, chosen.targets)
+
+
+def test_altered_forget_file_is_refused(digits, tmp_path):
+    path = tmp_path / "forget.json"
+    choose("iid", 0.1, digits.train_targets, 10, seed=4).save(path)
+    with pytest.raises(InputError, match="1437 examples, this one has 10"):
+        ForgetSet.load(path, digits.train_targets[:10])
+    content = json.loads(path.read_text())
+    for change, message in [
+        ({"labels": [(content["labels"][0] + 1) % 10, *content["labels"][1:]]}, "digest"),
+        ({"indices": [-1, *content["indices"][1:]]}, "do not exist"),
+        ({"indices": "all"}, "is no forget set"),
+    ]:
+        path.write_text(json.dumps({**content, **change}))
+        with pytest.raises(InputError, match=message):
+            ForgetSet.load(path, digits.train_targets)
