@@ -32,9 +32,7 @@ def test_digits_are_a_fixed_stratified_split(digits):
     assert digits.train_images.dtype == torch.uint8 and digits.train_targets.dtype == torch.int64
     assert digits.train_images.max() == 255 and digits.train_images.min() == 0
     assert (digits.num_classes, digits.channels, digits.image_size) == (10, 1, 8)
-    share = (
-        digits.train_targets.bincount() / torch.cat([digits.train_targets, digits.test_targets]).bincount()
-    )
+    share = digits.train_targets.bincount() / torch.cat([digits.train_targets, digits.test_targets]).bincount()
     assert (share - 0.8).abs().max() < 0.01
     assert digits.digest == load("digits").digest
 
@@ -110,9 +108,7 @@ def test_cifar10_layout_is_channels_first(tmp_path, monkeypatch):
     assert data.test_targets.tolist() == [0, 1, 2, 9]
 
 
-@pytest.mark.parametrize(
-    "spec, name", [("cifar10", "CIFAR10"), ("svhn", "SVHN"), ("fashion-mnist", "FashionMNIST")]
-)
+@pytest.mark.parametrize("spec, name", [("cifar10", "CIFAR10"), ("svhn", "SVHN"), ("fashion-mnist", "FashionMNIST")])
 def test_failed_download_says_what_was_looked_for(tmp_path, monkeypatch, spec, name):
     from torchvision import datasets
 
@@ -122,11 +118,7 @@ def test_failed_download_says_what_was_looked_for(tmp_path, monkeypatch, spec, n
     monkeypatch.setattr(getattr(datasets, name), "download", no_network)
     with pytest.raises(InputError, match="--data-dir") as caught:
         load(spec, tmp_path)
-    assert (
-        str(tmp_path) in str(caught.value)
-        and "no network" in str(caught.value)
-        and "\n" not in str(caught.value)
-    )
+    assert str(tmp_path) in str(caught.value) and "no network" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.fixture

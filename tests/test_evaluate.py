@@ -11,9 +11,7 @@ from delfast.evaluate import Metrics, accuracy_and_loss, evaluate, gaps, members
 
 def loader(inputs, targets, batch_size=7):
     index = torch.arange(len(targets))
-    return list(
-        zip(index.split(batch_size), inputs.split(batch_size), targets.split(batch_size), strict=True)
-    )
+    return list(zip(index.split(batch_size), inputs.split(batch_size), targets.split(batch_size), strict=True))
 
 
 @pytest.fixture

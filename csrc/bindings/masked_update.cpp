@@ -120,13 +120,12 @@ class UpdateList {
   }
 
   float* add_state(const at::Tensor& state, const Updated& u, int64_t entries, size_t i) {
-    TORCH_CHECK_VALUE(state.scalar_type() == at::kFloat && state.numel() == entries, "expected state #", i,
-                      " to be float32 with ", entries, " entries, got ", state.scalar_type(), " with ", state.numel(),
-                      "; the optimizer state is of another mask");
+    TORCH_CHECK_VALUE(state.scalar_type() == at::kFloat && state.numel() == entries && (!u.bits || state.dim() == 1),
+                      "expected state #", i, " to be float32 with ", entries, " entries, got ", state.scalar_type(),
+                      " with ", state.numel(), "; the optimizer state is of another mask");
     changed_.push_back(state.unsafeGetTensorImpl());
-    // rows keep their own memory order in the state; bits are listed in logical order
-    return writable(state, u.rows ? u.layout : Layout{0, state.dim() > 1 ? state.numel() / state.size(0) : 1, 1})
-        .mutable_data_ptr<float>();
+    // rows keep their own memory order in the state; bits are listed in logical order, one dimension
+    return writable(state, u.bits ? Layout{0, 1, 1} : u.layout).mutable_data_ptr<float>();
   }
 
   at::Tensor writable(const at::Tensor& t, const Layout& layout) {

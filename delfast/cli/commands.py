@@ -30,7 +30,7 @@ from delfast.models import NAMES, recipe
 from delfast.provenance import provenance
 from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # UsageError, of click or of the copy of it that newer typers carry; a BadParameter is one
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
@@ -39,8 +39,8 @@ OutputDir = Annotated[Path, typer.Option(help="where the results are written")]
 OptionalOutputDir = Annotated[Path | None, typer.Option(help="where to write summary.json; printed only, if not given")]
 DataDir = Annotated[Path | None, typer.Option(help="where downloaded data lie (default: ~/.cache/delfast)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Seed = Annotated[int, typer.Option(help="seed of everything random")]
-StepSeed = Annotated[int | None, typer.Option(help="seed of this step (default: derived from the run's)")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
+StepSeed = Annotated[int | None, typer.Option(min=0, help="seed of this step (default: derived from the run's)")]
 
 
 def run(arguments: Sequence[str] | None) -> int:
@@ -101,9 +101,7 @@ def oracle(
     device: Device = "auto",
     seed: StepSeed = None,
 ) -> None:
-    """Train a fresh network on the retain set alone, by the run's configuration (initialization: its seed +
-    1).
-    """
+    """Train a fresh network (its own initialization) on the run's retain set alone; write a run directory."""
     check_own_directory(output_dir, run_dir)
     opened = open_run(run_dir, choose_device(device), data_dir)
     result = steps.oracle(opened, output_dir, seed)
@@ -155,9 +153,7 @@ def unlearn(
     device: Device = "auto",
     seed: StepSeed = None,
 ) -> None:
-    """Reset what the mask selects and finetune it, with the classifier, on the retain set; write a run
-    directory.
-    """
+    """Reset what the mask selects, finetune it and the head on the retain set; write a run directory."""
     check_own_directory(output_dir, run_dir, mask.parent)
     loaded = comparison.load_mask(mask)
     opened = open_run(run_dir, choose_device(device), data_dir)
@@ -167,7 +163,7 @@ def unlearn(
         load_model(opened, run_dir),
         loaded,
         output_dir,
-        method=method,
+        method=cast(Any, method),
         epochs=published.finetune_epochs if epochs is None else epochs,
         lr=published.finetune_lr if lr is None else lr,
         batch_size=opened.config.batch_size if batch_size is None else batch_size,
@@ -190,9 +186,7 @@ def evaluate(
     data_dir: DataDir = None,
     device: Device = "auto",
 ) -> None:
-    """Measure accuracies and membership inference on the run's forget, retain and test sets, and gaps to an
-    oracle.
-    """
+    """Measure a network on the run's forget, retain and test sets, and its gaps to an oracle."""
     source = run_dir if model_from is None else model_from
     if output_dir is not None:
         check_own_directory(output_dir, run_dir, source, *([oracle] if oracle else []))

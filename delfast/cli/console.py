@@ -29,14 +29,25 @@ def start_log() -> None:
     log.propagate = False
 
 
-def progress(iterable: Iterable[T], description: str, total: int) -> Iterable[T]:
-    """``iterable`` with a bar on a terminal, with one line at its end elsewhere."""
-    if sys.stderr.isatty():
-        yield from track(iterable, description, total=total, console=Console(stderr=True), transient=True)
-        return
-    started = time.perf_counter()
-    yield from iterable
-    say(f"{description}: {total} in {time.perf_counter() - started:.1f} s")
+class _Progress:
+    """``progress(iterable, description, total)``: a bar on a terminal; elsewhere a line where ``EVERY`` has passed."""
+
+    EVERY = 10.0  # seconds between two log lines
+
+    def __init__(self) -> None:
+        self._told = time.perf_counter()
+
+    def __call__(self, iterable: Iterable[T], description: str, total: int) -> Iterable[T]:
+        if sys.stderr.isatty():
+            yield from track(iterable, description, total=total, console=Console(stderr=True), transient=True)
+            return
+        if time.perf_counter() - self._told > self.EVERY:
+            self._told = time.perf_counter()
+            say(description)
+        yield from iterable
+
+
+progress = _Progress()
 
 
 def output() -> Console:

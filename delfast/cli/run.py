@@ -54,10 +54,10 @@ class Config:
         check_model(self.model, self.image_size)
         parse_forget(self.forget)
         check_ratio(self.forget_ratio)
-        check_training(self.epochs, self.lr, self.batch_size, self.weight_decay, self.seed)
+        check_training(self.epochs, self.lr, self.batch_size, self.weight_decay)
 
 
-def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float, seed: int) -> None:
+def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float) -> None:
     """InputError for a value with which nothing can be trained."""
     if epochs < 1:
         raise InputError(f"expected at least 1 epoch, got {epochs}")
@@ -67,8 +67,6 @@ def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float,
         raise InputError(f"expected a batch size of at least 1, got {batch_size}")
     if not 0 <= weight_decay < float("inf"):
         raise InputError(f"expected a weight decay of 0 or more, got {weight_decay}")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"expected a seed of 0 or more, got {seed}")
 
 
 @dataclass(frozen=True)

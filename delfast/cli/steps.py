@@ -26,9 +26,12 @@ from delfast.localize import Aggregate, Criterion, Granularity, Policy, Preset
 from delfast.localize import localize as find_mask
 from delfast.localize.scores import check_choice, resolve_top_h
 from delfast.mask import Mask
+from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
+from delfast.unlearn import Method
 from delfast.unlearn import train as train_network
 from delfast.unlearn import unlearn as unlearn_network
+from delfast.unlearn.head import head_parameters
 
 MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
 ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed
@@ -77,7 +80,7 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int)
     say(f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs")
     result = train_network(model, batches, optimizer, epochs=config.epochs, progress=progress)
     trained = Trained(model, run.measure(model), {"train": result.seconds})
-    _write_run(run, output_dir, command, trained, {"seed": seed}, {}, result.losses)
+    _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
     return trained
 
 
@@ -148,7 +151,7 @@ def unlearn(
     epochs: int,
     lr: float,
     batch_size: int,
-    method: str = "del",
+    method: Method = "del",
     weight_decay: float = 0.0,
     head: str | None = None,
     seed: int | None = None,
@@ -162,12 +165,17 @@ def unlearn(
     batches.
     """
     seed = _or_default(seed, run.config.seed + RESET_SEED)
-    check_training(epochs, lr, batch_size, weight_decay, seed)
+    check_training(epochs, lr, batch_size, weight_decay)
+    check_choice("method", method, Method)
+    mask.match(trainable_parameters(model))  # raises if the mask is for another architecture
+    if head is not None:
+        head_parameters(model, head)  # raises if there is none
     retain = run.batches(run.forget.retain, batch_size, shuffle=True, seed=seed)
     _check_last_batch(run, retain)
     make_output_dir(output_dir)
     say(f"unlearn: {method} on {len(run.forget.retain)} examples of the retain set, {epochs} epochs")
     checkpoint = output_dir / CHECKPOINT
+    original = digest_state(model.state_dict())
     result = unlearn_network(
         model,
         forget=run.batches(run.forget.indices, batch_size),
@@ -183,6 +191,7 @@ def unlearn(
         head=head,
         checkpoint=checkpoint,
         resume=resume,
+        config={"batch_size": batch_size, "original": original, **run.digests()},
         progress=progress,
     )
     result.mask.save(output_dir / MASK)
@@ -196,8 +205,9 @@ def unlearn(
         "head": result.head,
         "seed": seed,
     }
-    masks = {"mask": mask.digest, "mask_with_head": result.mask.digest}
-    _write_run(run, output_dir, "unlearn", trained, options, masks, result.losses)
+    inputs = {"original": original, "mask": mask.digest, "mask_with_head": result.mask.digest}
+    course = {"losses": result.losses, "resumed_from": result.resumed_from}
+    _write_run(run, output_dir, "unlearn", trained, options, inputs, course)
     checkpoint.unlink(missing_ok=True)
     return trained
 
@@ -222,19 +232,20 @@ def _write_run(
     command: str,
     trained: Trained,
     options: dict[str, Any],
-    masks: dict[str, str],
-    losses: list[float],
+    inputs: dict[str, str],
+    course: dict[str, Any],
 ) -> None:
+    """Write a run directory. ``inputs``: digests of what the step began from; ``course``: how the training went."""
     state = trained.model.state_dict()
     origin = {
         "command": command,
         "config": asdict(run.config),
         "options": options,
         "forget": run.describe_forget(),
-        "digests": {"model": digest_state(state), **run.digests(), **masks},
+        "digests": {"model": digest_state(state), **run.digests(), **inputs},
         "provenance": provenance(device=str(run.device)),
     }
     save_state(output_dir / MODEL, state, {"delfast": json.dumps(origin)})
     run.forget.save(output_dir / FORGET)
-    results = {"metrics": trained.metrics.as_dict(), "losses": losses, "seconds": trained.seconds}
+    results = {"metrics": trained.metrics.as_dict(), "seconds": trained.seconds, **course}
     write_json(output_dir / SUMMARY, {**origin, **results})

@@ -1,0 +1,137 @@
+"""One source of sample inputs: the awkward ones by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delfast.ops.layout import row_length
+
+SHAPES = [
+    (),
+    (1,),
+    (0,),
+    (17,),
+    (5, 0),
+    (1, 1),
+    (3, 1),
+    (7, 9),
+    (1, 65, 48),
+    (8, 1, 3, 3),
+    (16, 3, 3, 3),
+    (5, 31, 3, 3),
+    (33, 1000),
+    (2, 4608),
+    (3, 20000),
+    (4, 6, 2, 3, 2),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def parameters(seed: int = 0, dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None) -> Any:
+    """(theta, grad): a list of every awkward shape."""
+    generator = torch.Generator().manual_seed(seed)
+    theta = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    grad = [torch.randn(shape, generator=generator).to(grad_dtype or dtype) for shape in SHAPES]
+    return theta, grad
+
+
+def strided(tensors: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
+    """The same values in other memory: channels-last, slices of wider tensors, transposed."""
+    yield "contiguous", [t.clone() for t in tensors]
+    yield "channels_last", [_channels_last(t) for t in tensors]
+    yield "sliced", [_sliced(t) for t in tensors]
+    yield "transposed", [_transposed(t) for t in tensors]
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """Dim 1 innermost, for any ndim > 2 (torch's own memory formats know 4 and 5 only)."""
+    return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1) if t.ndim > 2 else t.clone()
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1) if t.ndim > 1 else t.clone()
+
+
+def _sliced(t: Tensor) -> Tensor:
+    if t.ndim == 0:
+        return t.clone()
+    wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
+    wide[..., 1 : 1 + t.shape[-1]] = t
+    return wide[..., 1 : 1 + t.shape[-1]]
+
+
+def top_h(tensors: list[Tensor], fraction: float = 0.1) -> list[int]:
+    return [max(1, int(fraction * row_length(t.shape))) for t in tensors]
+
+
+class Everything(nn.Module):
+    """One of each layer that localization must know: all convolutions, norms, an embedding, tied and frozen and
+    0-dimensional parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.conv1 = nn.Conv1d(8, 8, 3, padding=1)
+        self.group_norm = nn.GroupNorm(2, 8)
+        self.conv2 = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.batch_norm = nn.BatchNorm2d(4)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.grouped = nn.Conv2d(4, 8, 1, groups=2)
+        self.transposed = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.conv3 = nn.Conv3d(1, 2, (1, 3, 3), padding=(0, 1, 1))
+        self.layer_norm = nn.LayerNorm(2)
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+        self.frozen = nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+        self.first = nn.Linear(2, 2, bias=False)
+        self.second = nn.Linear(2, 2, bias=False)
+        self.second.weight = self.first.weight  # tied
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.group_norm(self.conv1(self.embedding(tokens).transpose(1, 2)))  # (N, 8, T)
+        x = self.batch_norm(self.conv2(x.unsqueeze(1)))  # (N, 4, 8, T)
+        x = self.transposed(self.grouped(self.depthwise(x)))  # (N, 4, 16, 2T)
+        x = self.conv3(x.unsqueeze(1)).mean(dim=(2, 3, 4))  # (N, 2)
+        x = self.frozen(self.layer_norm(x)) * self.temperature
+        return self.head(self.second(self.first(x).relu()))
+
+
+def everything_batches(examples: int = 10, batch_size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """(tokens, target) batches for Everything; the last is short."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 11, (examples, 6), generator=generator)
+    targets = torch.randint(0, 3, (examples,), generator=generator)
+    return list(zip(tokens.split(batch_size), targets.split(batch_size), strict=True))
+
+
+class SmallNet(nn.Module):
+    """A small convolutional classifier of (N, 3, 8, 8) images, 10 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU()
+        )
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).mean(dim=(2, 3)))
+
+
+def image_batches(examples: int = 40, batch_size: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(examples, 3, 8, 8, generator=generator)
+    targets = torch.randint(0, 10, (examples,), generator=generator)
+    return list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
+
+
+def resnet18(num_classes: int = 10) -> nn.Module:
+    """torchvision's ResNet-18 with the CIFAR stem: 11,173,962 parameters."""
+    from delfast.models import build
+
+    return build("resnet18", num_classes, 3, 32)

@@ -1,0 +1,411 @@
+"""Every op: native kernels against their twins, in every dtype, layout and instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delfast.ops import BACKEND, OPS
+from delfast.ops.layout import pack, row_length, unit_count, unpack
+from tests import cases
+from tests.tolerances import assert_within_budget
+
+REFERENCE = {op.name: op.reference for op in OPS}
+NATIVE = torch.ops.delfast
+CRITERIA = ["weighted_grad", "grad", "weight"]
+AGGREGATES = ["topk_mean", "mean", "sum", "max"]
+
+needs_native = pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1001])
+def test_pack_and_unpack_are_inverse(count: int) -> None:
+    flags = torch.rand(count) < 0.4
+    bits = pack(flags)
+    assert bits.numel() == (count + 7) // 8 and torch.equal(unpack(bits, count), flags)
+    assert all(bool(bits[i // 8] >> (i % 8) & 1) == bool(flags[i]) for i in range(count))
+
+
+# criticality
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_criticality_within_budget(isa: str, dtype: torch.dtype, aggregate: str) -> None:
+    for grad_dtype in {dtype, torch.float32}:
+        theta, grad = cases.parameters(dtype=dtype, grad_dtype=grad_dtype)
+        h = cases.top_h(theta)
+        for criterion in CRITERIA:
+            result = NATIVE.criticality(theta, grad, criterion, aggregate, h)
+            twin = REFERENCE["criticality"](theta, grad, criterion, aggregate, h)
+            wide = [t.double() for t in theta], [g.double() for g in grad]
+            parts = []  # the twin rounds its answer to float32: aggregate in float64 here
+            for t, g, top in zip(*wide, h, strict=True):
+                scores = {"weighted_grad": t * g, "grad": g, "weight": t}[criterion].abs()
+                rows = scores.reshape(unit_count(t.shape), row_length(t.shape) if t.numel() else 0)
+                if rows.numel() == 0:
+                    continue
+                parts.append(
+                    {
+                        "topk_mean": lambda r=rows, k=top: r.topk(k, dim=1).values.mean(dim=1),
+                        "mean": lambda r=rows: r.mean(dim=1),
+                        "sum": lambda r=rows: r.sum(dim=1),
+                        "max": lambda r=rows: r.amax(dim=1),
+                    }[aggregate]()
+                )
+            assert_within_budget(result, torch.cat(parts), twin)
+
+
+@needs_native
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_criticality_is_bit_identical_on_any_isa_and_thread_count(
+    aggregate: str, one_and_two_threads: tuple[int, int]
+) -> None:
+    assert BACKEND.module is not None
+    theta, grad = cases.parameters()
+    theta, grad = theta + [torch.randn(300, 700)], grad + [torch.randn(300, 700)]
+    before, results = BACKEND.module.isa(), []
+    for name in BACKEND.module.isas():
+        BACKEND.module.force_isa(name)
+        for threads in one_and_two_threads:
+            torch.set_num_threads(threads)
+            results.append(NATIVE.criticality(theta, grad, "weighted_grad", aggregate, cases.top_h(theta)))
+    BACKEND.module.force_isa(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_criticality_in_any_strides(isa: str) -> None:
+    theta, grad = cases.parameters()
+    h = cases.top_h(theta)
+    for aggregate in AGGREGATES:
+        expected = NATIVE.criticality(theta, grad, "weighted_grad", aggregate, h)
+        for (_, other_theta), (_, other_grad) in zip(
+            cases.strided(theta), reversed(list(cases.strided(grad))), strict=True
+        ):
+            result = NATIVE.criticality(other_theta, other_grad, "weighted_grad", aggregate, h)
+            torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)  # order within a row may differ
+
+
+@pytest.mark.parametrize("values", ["ties", "zeros", "denormals", "one_large"])
+def test_criticality_of_degenerate_rows(isa: str, values: str) -> None:
+    row = {
+        "ties": torch.full((3, 500), 0.25),
+        "zeros": torch.zeros(3, 500),
+        "denormals": torch.rand(3, 500) * 1e-40,
+        "one_large": torch.cat([torch.full((3, 499), 1e-30), torch.full((3, 1), 1e30)], dim=1),
+    }[values]
+    for h in (1, 2, 50, 499, 500):
+        result = NATIVE.criticality([row], [], "weight", "topk_mean", [h])
+        exact = row.double().topk(h, dim=1).values.mean(dim=1)
+        torch.testing.assert_close(result.double(), exact, rtol=1e-6, atol=1e-45)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_criticality_never_hides_a_nonfinite_score(isa: str, bad: float, aggregate: str) -> None:
+    theta = torch.rand(4, 100)
+    theta[2, 57] = bad
+    result = NATIVE.criticality([theta], [], "weight", aggregate, [10])
+    assert result.isfinite().tolist() == [True, True, False, True]
+
+
+# selection
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_select_elements_equals_the_twin(isa: str, dtype: torch.dtype, criterion: str) -> None:
+    theta, grad = cases.parameters(dtype=dtype)  # 16-bit values tie often
+    total = sum(t.numel() for t in theta)
+    for k in (0, 1, total // 3, total - 1, total, total + 5):
+        result, nonfinite = NATIVE.select_elements(theta, grad, criterion, k)
+        expected, _ = REFERENCE["select_elements"](theta, grad, criterion, k)
+        assert int(nonfinite) == -1
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+        assert sum(int(unpack(b, t.numel()).sum()) for b, t in zip(result, theta, strict=True)) == min(k, total)
+
+
+def test_select_elements_counts_in_logical_order_whatever_the_strides(isa: str) -> None:
+    theta, grad = cases.parameters()
+    theta = [t.round() for t in theta]  # many ties, so that their order shows
+    total = sum(t.numel() for t in theta)
+    expected, _ = REFERENCE["select_elements"](theta, grad, "weight", total // 3)
+    for name, other in cases.strided(theta):
+        result, _ = NATIVE.select_elements(other, [], "weight", total // 3)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), name
+
+
+def test_select_elements_ties_fall_to_the_lower_index(isa: str) -> None:
+    theta = [torch.ones(70_000), torch.ones(300, 400)]  # more than one chunk each
+    for k in (1, 69_999, 70_000, 70_001, 150_000):
+        bits, _ = NATIVE.select_elements(theta, [], "weight", k)
+        flags = torch.cat([unpack(b, t.numel()) for b, t in zip(bits, theta, strict=True)])
+        assert torch.equal(flags, torch.arange(190_000) < k)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_select_elements_names_the_first_nonfinite_parameter(isa: str, bad: float) -> None:
+    theta, grad = cases.parameters()
+    grad[7].view(-1)[3] = bad
+    grad[12][5, 6] = bad
+    _, nonfinite = NATIVE.select_elements(theta, grad, "weighted_grad", 10)
+    assert int(nonfinite) == 7 == int(REFERENCE["select_elements"](theta, grad, "weighted_grad", 10)[1])
+
+
+@pytest.mark.parametrize("cut_last", [False, True])
+def test_select_units_equals_the_twin(cut_last: bool) -> None:
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        units = int(torch.randint(0, 60, (), generator=generator))
+        scores = torch.randint(0, 12, (units,), generator=generator).float()  # ties and zeros
+        sizes = torch.randint(1, 9, (units,), generator=generator)
+        for k in (0, 1, int(sizes.sum()) // 2, int(sizes.sum()) - 1, int(sizes.sum())):
+            result = NATIVE.select_units(scores, sizes, max(0, k), cut_last)
+            expected = REFERENCE["select_units"](scores, sizes, max(0, k), cut_last)
+            assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), (seed, k)
+
+
+def test_select_units_takes_a_prefix_and_stops_at_the_first_that_does_not_fit() -> None:
+    scores, sizes = torch.tensor([5.0, 4.0, 3.0, 2.0]), torch.tensor([3, 10, 1, 1])
+    bits, info = NATIVE.select_units(scores, sizes, 5, True)
+    assert unpack(bits, 4).tolist() == [True, False, False, False]  # not the smaller ones behind it
+    assert info.tolist() == [1, 2, -1]
+
+
+# masked updates
+
+HYPER = {
+    "masked_sgd_": [
+        dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=5e-4, nesterov=True, maximize=False),
+        dict(lr=0.1, momentum=0.5, dampening=0.3, weight_decay=0.0, nesterov=False, maximize=True),
+        dict(lr=0.1, momentum=0.0, dampening=0.0, weight_decay=0.1, nesterov=False, maximize=False),
+    ],
+    "masked_adamw_": [
+        dict(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, maximize=False),
+        dict(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.0, maximize=True),
+    ],
+}
+STATES = {"masked_sgd_": 1, "masked_adamw_": 2}
+
+
+def masked_arguments(tensors: list[Tensor], op: str, momentum: float = 1.0, by_rows: bool = True) -> dict[str, Any]:
+    """index, states and steps for these parameters: about a third of each selected."""
+    index, states = [], []
+    for i, t in enumerate(tensors):
+        units = unit_count(t.shape)
+        if by_rows and row_length(t.shape) != 1 and t.numel():
+            rows = (torch.arange(units) % 3 == i % 3).nonzero().squeeze(1).to(torch.int32)
+            index.append(rows)
+            states.append(torch.zeros_like(t.detach()[: len(rows)], dtype=torch.float32))
+        else:
+            flags = torch.arange(t.numel()) % 3 == i % 3
+            index.append(pack(flags))
+            states.append(torch.zeros(int(flags.sum())))
+    count = STATES[op] if momentum else 0
+    return {
+        "index": index,
+        "states": [[s.clone() for s in states] for _ in range(count)],
+        "steps": [torch.zeros(()) for _ in tensors],
+    }
+
+
+def run_update(
+    function: Any, params: list[Tensor], grads: list[Tensor], arguments: dict[str, Any], hyper: Any, **amp: Any
+) -> None:
+    states = arguments["states"] or [[]]
+    function(
+        params,
+        grads,
+        *states,
+        arguments["steps"],
+        arguments["index"],
+        **hyper,
+        **{"grad_scale": None, "found_inf": None} | amp,
+    )
+
+
+@pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_masked_update_equals_the_twin(isa: str, op: str, by_rows: bool, dtype: torch.dtype) -> None:
+    for hyper in HYPER[op]:
+        momentum = hyper.get("momentum", 1.0)
+        theta, _ = cases.parameters(dtype=dtype)
+        native, twin = [t.clone() for t in theta], [t.clone() for t in theta]
+        mine, theirs = (masked_arguments(theta, op, momentum, by_rows) for _ in range(2))
+        for step in range(3):
+            grads = cases.parameters(seed=step + 1, dtype=dtype)[1]
+            run_update(getattr(NATIVE, op), native, grads, mine, hyper)
+            run_update(REFERENCE[op], twin, grads, theirs, hyper)
+        # the same float32 formula in the same order; the twin may fuse a product and a sum
+        near = (
+            {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+            if dtype != torch.float32
+            else {"rtol": 1e-5, "atol": 1e-6}
+        )
+        for before, a, b, index in zip(theta, native, twin, mine["index"], strict=True):
+            torch.testing.assert_close(a, b, **near)
+            selected = torch.zeros(before.shape, dtype=torch.bool)
+            if index.dtype == torch.int32:
+                selected[index.long()] = True
+            else:
+                selected = unpack(index, before.numel()).view(before.shape)
+            assert torch.equal(a[~selected], before[~selected])
+            assert bool(selected.any()) is False or not torch.equal(a[selected], before[selected])
+        for a, b in zip(mine["states"], theirs["states"], strict=True):
+            for x, y in zip(a, b, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        assert [float(s) for s in mine["steps"]] == [3.0] * len(theta)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_masked_update_in_any_strides(isa: str, by_rows: bool) -> None:
+    theta, grads = cases.parameters()
+    hyper = HYPER["masked_sgd_"][0]
+    expected = [t.clone() for t in theta]
+    run_update(NATIVE.masked_sgd_, expected, grads, masked_arguments(expected, "masked_sgd_", by_rows=by_rows), hyper)
+    for (name, params), (_, other_grads) in zip(
+        cases.strided(theta), reversed(list(cases.strided(grads))), strict=True
+    ):
+        arguments = masked_arguments(params, "masked_sgd_", by_rows=by_rows)
+        run_update(NATIVE.masked_sgd_, params, other_grads, arguments, hyper)
+        assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True)), name
+
+
+def test_untouched_entries_keep_their_bits_nan_payloads_too(isa: str) -> None:
+    payloads = torch.tensor([0x7F800001, 0x7FC12345, -0x3EDCBB, 0x00000001], dtype=torch.int32).repeat(64)
+    for dtype, view in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)):
+        raw = payloads if view == torch.int32 else (payloads >> 16).to(torch.int16) | 1
+        param = raw.clone().view(dtype).view(16, -1)
+        flags = torch.zeros(param.shape, dtype=torch.bool)
+        flags[:, ::5] = True
+        NATIVE.masked_reset_([param], [torch.ones_like(param)], [pack(flags)])
+        assert torch.equal(param.view(view)[~flags], raw.view(16, -1)[~flags])
+        assert bool((param[flags] == 1).all())
+
+
+def test_reset_copies_exactly(isa: str) -> None:
+    for dtype in cases.DTYPES:
+        theta, fresh = cases.parameters(dtype=dtype)
+        for by_rows in (True, False):
+            params = [t.clone() for t in theta]
+            index = masked_arguments(theta, "masked_sgd_", by_rows=by_rows)["index"]
+            NATIVE.masked_reset_(params, fresh, index)
+            expected = [t.clone() for t in theta]
+            REFERENCE["masked_reset_"](expected, fresh, index)
+            assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
+def test_grad_scale_and_found_inf(isa: str, op: str) -> None:
+    hyper = HYPER[op][0]
+    theta, grads = cases.parameters()
+    plain, scaled, skipped = ([t.clone() for t in theta] for _ in range(3))
+    run_update(getattr(NATIVE, op), plain, grads, masked_arguments(theta, op), hyper)
+    run_update(
+        getattr(NATIVE, op),
+        scaled,
+        [g * 1024 for g in grads],
+        masked_arguments(theta, op),
+        hyper,
+        grad_scale=torch.tensor(1024.0),
+        found_inf=torch.tensor(0.0),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
+    arguments = masked_arguments(theta, op)
+    run_update(getattr(NATIVE, op), skipped, grads, arguments, hyper, found_inf=torch.tensor(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(skipped, theta, strict=True))
+    assert [float(s) for s in arguments["steps"]] == [0.0] * len(theta)
+
+
+@pytest.mark.parametrize("op", ["masked_reset_", "masked_sgd_"])
+def test_in_place_ops_bump_version_counters(op: str) -> None:
+    theta, grads = cases.parameters()
+    before = [t._version for t in theta]
+    arguments = masked_arguments(theta, "masked_sgd_")
+    if op == "masked_reset_":
+        NATIVE.masked_reset_(theta, grads, arguments["index"])
+    else:
+        run_update(NATIVE.masked_sgd_, theta, grads, arguments, HYPER[op][0])
+    assert all(t._version > version for t, version in zip(theta, before, strict=True))
+
+
+# the registry
+
+
+def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """One ordinary call of every op."""
+    theta, grad = cases.parameters()
+    theta, grad = theta[3:11], grad[3:11]
+    scores = NATIVE.criticality(theta, grad, "weighted_grad", "mean", cases.top_h(theta))
+    sgd, adamw = masked_arguments(theta, "masked_sgd_"), masked_arguments(theta, "masked_adamw_")
+    amp = {"grad_scale": torch.tensor(2.0), "found_inf": None}
+    return [
+        (NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}),
+        (NATIVE.select_elements, (theta, grad, "weighted_grad", 100), {}),
+        (NATIVE.select_units, (scores, torch.ones(len(scores), dtype=torch.int64), 5, True), {}),
+        (NATIVE.masked_reset_, (theta, grad, sgd["index"]), {}),
+        (
+            NATIVE.masked_sgd_,
+            (theta, grad, *sgd["states"], sgd["steps"], sgd["index"]),
+            HYPER["masked_sgd_"][0] | amp,
+        ),
+        (
+            NATIVE.masked_adamw_,
+            (theta, grad, *adamw["states"], adamw["steps"], adamw["index"]),
+            HYPER["masked_adamw_"][0] | amp,
+        ),
+    ]
+
+
+def test_the_table_is_complete() -> None:
+    assert {packet.default.name().removeprefix("delfast::") for packet, _, _ in sample_calls()} == set(REFERENCE)
+
+
+@pytest.mark.parametrize("number", range(len(OPS)))
+def test_opcheck(number: int) -> None:
+    packet, args, kwargs = sample_calls()[number]
+    torch.library.opcheck(packet.default, args, kwargs)
+
+
+@pytest.mark.parametrize("number", range(len(OPS)))
+def test_compile_does_not_break_on_an_op(number: int) -> None:
+    packet, args, kwargs = sample_calls()[number]
+    eager_args = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+    compiled = torch.compile(lambda *a: packet(*a, **kwargs), fullgraph=True, backend="aot_eager")
+    expected, result = packet(*eager_args, **kwargs), compiled(*args)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    torch.testing.assert_close(list(args[0]), list(eager_args[0]), rtol=0, atol=0)  # in-place results too
+
+
+@needs_native
+def test_errors_say_what_was_expected_and_what_came() -> None:
+    theta, grad = [torch.rand(4, 5)], [torch.rand(4, 6)]
+    with pytest.raises(ValueError, match=r"gradient #0 to have shape \(4, 5\).*got \(4, 6\)"):
+        NATIVE.criticality(theta, grad, "grad", "mean", [1])
+    with pytest.raises(ValueError, match="one gradient per parameter, got 1 parameters and 0 gradients"):
+        NATIVE.select_elements(theta, [], "weighted_grad", 1)
+    with pytest.raises(TypeError, match="expected parameter #0 to be float32, bfloat16 or float16, got"):
+        NATIVE.criticality([theta[0].double()], [theta[0].double()], "grad", "mean", [1])
+    with pytest.raises(ValueError, match="expected criterion .* got 'nonsense'"):
+        NATIVE.criticality(theta, theta, "nonsense", "mean", [1])
+    with pytest.raises(ValueError, match=r"top_h of parameter #0 in \[1, 5\], got 6"):
+        NATIVE.criticality(theta, theta, "grad", "topk_mean", [6])
+    before = theta[0].clone()
+    for rows in ([0, 4], [2, 1], [-1]):
+        with pytest.raises(IndexError, match=r"rows #0 ascending in \[0, 4\)"):
+            NATIVE.masked_reset_(theta, theta, [torch.tensor(rows, dtype=torch.int32)])
+    with pytest.raises(ValueError, match="bits #0"):
+        NATIVE.masked_reset_(theta, theta, [torch.zeros(2, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="state #0 to be float32 with 5 entries"):
+        run_update(
+            NATIVE.masked_sgd_,
+            theta,
+            theta,
+            {"states": [[torch.zeros(4)]], "steps": [torch.zeros(())], "index": [torch.tensor([1], dtype=torch.int32)]},
+            HYPER["masked_sgd_"][0],
+        )
+    assert torch.equal(theta[0], before)
