@@ -66,7 +66,7 @@ class ParameterMask:
 
     def dense(self) -> Tensor:
         """bool, the parameter's shape."""
-        if self.unit == "element" or len(self.shape) <= 1:
+        if self.unit == "element" or len(self.shape) <= 1 or not self.numel:
             return self.flags.reshape(self.shape)
         return self.flags.reshape(-1, *[1] * (len(self.shape) - 1)).expand(self.shape).contiguous()
 

@@ -114,13 +114,12 @@ class MaskedOptimizer(Optimizer):
                     f"{str(group.get('mask_digest'))[:12]}; build the optimizer with the mask it was saved with"
                 )
         super().load_state_dict(state_dict)
-
-    @staticmethod
-    def _process_value_according_to_param_policy(
-        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
-    ) -> Tensor:
-        """torch would cast state to the parameter's dtype; here it stays float32."""
-        return value.to(param.device)
+        # torch has cast the state to each parameter's dtype: put it back as it was saved, in float32
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
 class Batch:

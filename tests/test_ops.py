@@ -66,7 +66,7 @@ def test_criticality_is_bit_identical_on_any_isa_and_thread_count(
 ) -> None:
     assert BACKEND.module is not None
     theta, grad = cases.parameters()
-    theta, grad = theta + [torch.randn(300, 700)], grad + [torch.randn(300, 700)]
+    theta, grad = [*theta, torch.randn(300, 700)], [*grad, torch.randn(300, 700)]
     before, results = BACKEND.module.isa(), []
     for name in BACKEND.module.isas():
         BACKEND.module.force_isa(name)
@@ -390,7 +390,7 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         NATIVE.select_elements(theta, [], "weighted_grad", 1)
     with pytest.raises(TypeError, match="expected parameter #0 to be float32, bfloat16 or float16, got"):
         NATIVE.criticality([theta[0].double()], [theta[0].double()], "grad", "mean", [1])
-    with pytest.raises(ValueError, match="expected criterion .* got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"expected criterion .* got 'nonsense'"):
         NATIVE.criticality(theta, theta, "nonsense", "mean", [1])
     with pytest.raises(ValueError, match=r"top_h of parameter #0 in \[1, 5\], got 6"):
         NATIVE.criticality(theta, theta, "grad", "topk_mean", [6])

@@ -1,0 +1,73 @@
+"""The C++ tests of the kernels (csrc/tests), with sanitizers and optimized like the wheel, and the objects' symbols."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILERS = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)),
+    reason=f"no C++ compiler: none of {', '.join(COMPILERS)} found; install g++ or clang++, or set CXX",
+)
+
+
+def run(tool: str, *arguments: str) -> str:
+    """Output of a tool of this Python environment, or else of PATH; if it fails, that is the test's failure."""
+    beside_python = Path(sys.executable).parent
+    path = f"{beside_python}{os.pathsep}{os.environ['PATH']}"
+    executable = shutil.which(tool, path=path)
+    assert executable, f"expected {tool} beside {sys.executable} or on PATH; pip install -r requirements-dev.txt"
+    # cmake finds ninja by PATH
+    result = subprocess.run(
+        [executable, *arguments],
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if result.returncode:
+        pytest.fail(f"{tool} {' '.join(arguments)} exited with {result.returncode}:\n{result.stdout}", pytrace=False)
+    return result.stdout
+
+
+def build(kind: str) -> Path:
+    """build/cpp-KIND, which stays: a second run compiles only what has changed."""
+    folder = ROOT / "build" / f"cpp-{kind}"
+    sanitize = "ON" if kind == "sanitize" else "OFF"
+    run("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DDELFAST_SANITIZE={sanitize}")
+    run("cmake", "--build", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["sanitize", "release"])
+def test_kernels_without_torch(kind: str) -> None:
+    folder = build(kind)
+    jobs = str(os.cpu_count())
+    output = run("ctest", "--test-dir", str(folder), "--parallel", jobs, "--output-on-failure", "--no-tests=error")
+    print(output)  # names the instruction sets that this CPU made it skip
+    assert "100% tests passed" in output
+
+
+def test_wide_objects_define_no_function_that_others_share() -> None:
+    """Of a weak function that several objects define the linker keeps one. Were it one compiled for AVX-512, every CPU
+    would run that. So whatever code these objects define outwardly must carry their instruction set in its name."""
+    objects = build("release") / "CMakeFiles" / "delfast_cpu.dir"
+    isas = [line.split()[0] for line in (ROOT / "csrc" / "isa_flags.txt").read_text().splitlines()]
+    for isa in isas:
+        files = sorted(objects.rglob(f"*_{isa}.cpp.o"))
+        assert bool(files) == (platform.machine() in ("x86_64", "AMD64"))
+        for file in files:
+            lines = run("nm", "--extern-only", "--defined-only", "--format=posix", str(file)).splitlines()
+            types = {line.split()[0]: line.split()[1] for line in lines}
+            namespace = f"7delfast3cpu{len(isa)}{isa}"  # as mangled
+            assert any(namespace in symbol for symbol in types), f"{file.name} lacks its table of kernels"
+            # data (types D, B, R, V) is the same for every CPU
+            foreign = [symbol for symbol, type_ in types.items() if namespace not in symbol and type_ not in "DBRV"]
+            assert foreign == [], f"{file.name} defines {', '.join(foreign)}; mark these DELFAST_INLINE"

@@ -1,0 +1,96 @@
+"""reset_: fresh values on the mask, everything else untouched; bad input changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import delfast
+from delfast import InputError
+from tests import cases
+
+
+def model_and_mask(granularity: Any = "channel") -> tuple[nn.Module, delfast.Mask]:
+    torch.manual_seed(0)
+    model = cases.Everything()
+    return model, delfast.score(model, cases.everything_batches()).select(0.4, granularity)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "param"])
+@pytest.mark.parametrize("form", ["factory", "model", "state_dict", "prefixed"])
+def test_masked_entries_are_fresh_and_the_rest_is_bit_identical(granularity: Any, form: str) -> None:
+    model, mask = model_and_mask(granularity)
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    fresh = cases.Everything()
+    init: Any = {
+        "factory": cases.Everything,
+        "model": fresh,
+        "state_dict": fresh.state_dict(),
+        "prefixed": {f"module.{name}": value for name, value in fresh.state_dict().items()},
+    }[form]
+    generator = torch.get_rng_state()
+    delfast.reset_(model, mask, init, seed=5)
+    assert torch.equal(torch.get_rng_state(), generator)  # the caller's random numbers go on as they were
+    expected, dense = fresh.state_dict(), mask.to_dense()
+    for name, value in model.state_dict().items():
+        chosen = dense.get(name, torch.zeros(value.shape, dtype=torch.bool))
+        if name == "second.weight":
+            chosen = dense["first.weight"]
+        assert torch.equal(value[chosen], expected[name if name != "second.weight" else "first.weight"][chosen]), name
+        assert torch.equal(value[~chosen], before[name][~chosen]), name
+
+
+def test_the_seed_decides() -> None:
+    results = []
+    for seed in (0, 0, 1):
+        model, mask = model_and_mask()
+        delfast.reset_(model, mask, cases.Everything, seed=seed)
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_reset_parameters_only_where_asked_for_and_covered() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    mask = delfast.score(model, criterion="weight").select(1.0)
+    before = copy.deepcopy(model.state_dict())
+    delfast.reset_(model, mask, "reset_parameters", seed=3)
+    assert not torch.equal(model[0].weight, before["0.weight"]) and torch.equal(model[1].bias, before["1.bias"])
+    everything, mask = model_and_mask()
+    mask = delfast.score(everything, criterion="weight").select(1.0)
+    before = copy.deepcopy(everything.state_dict())
+    with pytest.raises(InputError, match=r"'temperature' belongs to a Everything, which has no reset_parameters"):
+        delfast.reset_(everything, mask, "reset_parameters")
+    assert all(torch.equal(value, before[name]) for name, value in everything.state_dict().items())
+
+
+def test_bad_input_changes_nothing() -> None:
+    model, mask = model_and_mask()
+    before = copy.deepcopy(model.state_dict())
+    other = delfast.score(cases.SmallNet(), criterion="weight").select(0.5)
+    short = {name: value for name, value in model.state_dict().items() if name != "conv1.weight"}
+    wrong = {**model.state_dict(), "conv1.weight": torch.zeros(8, 8, 5)}
+    whole = delfast.score(model, criterion="weight").select(1.0)
+    for bad_mask, init, message in (
+        (other, cases.SmallNet, "which the model does not have"),
+        (whole, short, "fresh values for 'conv1.weight', init has none"),
+        (whole, wrong, r"fresh values for 'conv1.weight' of shape \(8, 8, 3\), got \(8, 8, 5\)"),
+        (whole, lambda: 3, "expected init to make an nn.Module, got int"),
+    ):
+        with pytest.raises(InputError, match=message):
+            delfast.reset_(model, bad_mask, init)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_16_bit_and_channels_last_models_reset_too() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = cases.SmallNet().to(dtype).to(memory_format=torch.channels_last)
+        mask = delfast.score(model, criterion="weight").select(1.0)
+        torch.manual_seed(0)
+        expected = cases.SmallNet().to(dtype)
+        delfast.reset_(model, mask, cases.SmallNet, seed=0)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
