@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class MaskedOptimizer(Optimizer):
 
     # tells GradScaler.step to set .grad_scale and .found_inf and leave unscaling and skipping to step()
     _step_supports_amp_scaling = True
-    state_names: tuple[str, ...] = ()  # of the state tensors, in the order the op takes them
+    state_name = ""  # of the state tensor
+    state_count = 0  # values of state per masked entry
 
     def __init__(
         self,
@@ -45,10 +47,11 @@ class MaskedOptimizer(Optimizer):
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
         list(mask.match(dict(unique_parameters(pairs))))
         self.mask = mask
+        self._calls: dict[int, list[Call]] = {}
         super().__init__(groups, {**defaults, "mask_digest": mask.digest})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "mask": self.mask}
+        return {**super().__getstate__(), "mask": self.mask, "_calls": {}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -57,18 +60,29 @@ class MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for batch in self._batches(group):
-                self._update(group, batch)
+        amp = {"grad_scale": getattr(self, "grad_scale", None), "found_inf": getattr(self, "found_inf", None)}
+        for number, group in enumerate(self.param_groups):
+            for call in self._calls_of(number, group):
+                gradients = [parameter.grad for parameter in call.parameters]
+                self._update(group, call.parameters, gradients, call.states, call.steps, call.bits, call.by_row, amp)
         return loss
 
     @abstractmethod
-    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+    def _update(self, group: dict[str, Any], *arguments: Any) -> None:
         """Call the op of this optimizer."""
 
-    def _batches(self, group: dict[str, Any]) -> Iterable[Batch]:
-        """The masked parameters of a group that have gradients, by device, with their state (made here at need)."""
-        batches: dict[torch.device, Batch] = {}
+    def _calls_of(self, number: int, group: dict[str, Any]) -> list[Call]:
+        """The op calls, one a device, that step this group; kept until other parameters have gradients."""
+        present = [parameter for parameter in group["params"] if parameter.grad is not None]
+        calls = self._calls.get(number)
+        if calls is None or calls[0].present != [id(parameter) for parameter in present]:
+            calls = self._make_calls(group, present)
+            if calls:
+                self._calls[number] = calls
+        return calls
+
+    def _make_calls(self, group: dict[str, Any], present: list[Tensor]) -> list[Call]:
+        by_device: dict[torch.device, list[tuple[Tensor, ParameterMask]]] = {}
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             part = self.mask.parameters.get(plain_name(name))
             if parameter.grad is None or part is None or not part.selected:
@@ -77,33 +91,27 @@ class MaskedOptimizer(Optimizer):
                 raise InputError(
                     f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
                 )
-            state = self.state[parameter]
-            if not state:
-                self._make_state(state, parameter, part)
-            batch = batches.setdefault(parameter.device, Batch(self.state_names))
-            batch.parameters.append(parameter)
-            batch.gradients.append(parameter.grad)
-            batch.index.append(part.index.to(parameter.device))
-            batch.steps.append(state["step"])
-            for state_name in self.state_names:
-                batch.states[state_name].append(state[state_name])
-        return batches.values()
+            if not self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+                if self.state_count:
+                    self.state[parameter][self.state_name] = part.state_like(parameter, self.state_count)
+            by_device.setdefault(parameter.device, []).append((parameter, part))
+        return [self._make_call(entries, present) for entries in by_device.values()]
 
-    def _make_state(self, state: dict[str, Tensor], parameter: Tensor, part: ParameterMask) -> None:
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for name in self.state_names:
-            if part.index.dtype == torch.int32:  # rows, in the parameter's own strides
-                state[name] = torch.zeros_like(parameter.detach()[: part.index.numel()], dtype=wide)
-            else:
-                state[name] = torch.zeros(part.selected, dtype=wide, device=parameter.device)
-
-    @property
-    def _amp(self) -> dict[str, Tensor | None]:
-        return {
-            "grad_scale": getattr(self, "grad_scale", None),
-            "found_inf": getattr(self, "found_inf", None),
-        }
+    def _make_call(self, entries: list[tuple[Tensor, ParameterMask]], present: list[Tensor]) -> Call:
+        states = [self.state[parameter] for parameter, _ in entries]
+        # one tensor counts the steps of all: a state's "step" becomes its view of it
+        steps = torch.stack([state["step"] for state in states])
+        for state, step in zip(states, steps.unbind(), strict=True):
+            state["step"] = step
+        return Call(
+            [id(parameter) for parameter in present],
+            [parameter for parameter, _ in entries],
+            [state[self.state_name] for state in states] if self.state_count else [],
+            steps,
+            torch.cat([part.bits.to(parameter.device) for parameter, part in entries]),
+            [part.by_row for _, part in entries],
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave. InputError, with nothing changed, if it is the state of another mask."""
@@ -113,6 +121,7 @@ class MaskedOptimizer(Optimizer):
                     f"expected optimizer state of the mask {self.mask.digest[:12]}, got that of "
                     f"{str(group.get('mask_digest'))[:12]}; build the optimizer with the mask it was saved with"
                 )
+        self._calls = {}
         super().load_state_dict(state_dict)
         # torch has cast the state to each parameter's dtype: put it back as it was saved, in float32
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -122,15 +131,16 @@ class MaskedOptimizer(Optimizer):
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
-class Batch:
-    """Parallel lists of what one op call takes."""
+@dataclass(frozen=True)
+class Call:
+    """What one call of a masked op takes, but for the gradients. ``present``: ids of what had gradients then."""
 
-    def __init__(self, state_names: Iterable[str]) -> None:
-        self.parameters: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        self.index: list[Tensor] = []
-        self.steps: list[Tensor] = []
-        self.states: dict[str, list[Tensor]] = {name: [] for name in state_names}
+    present: list[int]
+    parameters: list[Tensor]
+    states: list[Tensor]
+    steps: Tensor
+    bits: Tensor
+    by_row: list[bool]
 
 
 class MaskedSGD(MaskedOptimizer):
@@ -139,7 +149,7 @@ class MaskedSGD(MaskedOptimizer):
     Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
     """
 
-    state_names: tuple[str, ...] = ("momentum_buffer",)
+    state_name = "momentum_buffer"
 
     def __init__(
         self,
@@ -156,7 +166,7 @@ class MaskedSGD(MaskedOptimizer):
         _check_range(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError("expected momentum > 0 and dampening = 0 with nesterov; change one of the three")
-        self.state_names = ("momentum_buffer",) if momentum else ()
+        self.state_count = 1 if momentum else 0
         super().__init__(
             named_parameters,
             mask,
@@ -170,20 +180,17 @@ class MaskedSGD(MaskedOptimizer):
             },
         )
 
-    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+    def _update(self, group: dict[str, Any], *arguments: Any) -> None:
+        *tensors, amp = arguments
         torch.ops.delfast.masked_sgd_(
-            batch.parameters,
-            batch.gradients,
-            batch.states.get("momentum_buffer", []),
-            batch.steps,
-            batch.index,
+            *tensors,
             lr=float(group["lr"]),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
-            **self._amp,
+            **amp,
         )
 
 
@@ -193,7 +200,8 @@ class MaskedAdamW(MaskedOptimizer):
     Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
     """
 
-    state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    state_name = "moments"  # exp_avg, then exp_avg_sq
+    state_count = 2
 
     def __init__(
         self,
@@ -215,21 +223,17 @@ class MaskedAdamW(MaskedOptimizer):
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize},
         )
 
-    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+    def _update(self, group: dict[str, Any], *arguments: Any) -> None:
+        *tensors, amp = arguments
         torch.ops.delfast.masked_adamw_(
-            batch.parameters,
-            batch.gradients,
-            batch.states["exp_avg"],
-            batch.states["exp_avg_sq"],
-            batch.steps,
-            batch.index,
+            *tensors,
             lr=float(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            **self._amp,
+            **amp,
         )
 
 

@@ -40,11 +40,14 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
                 f"expected fresh values for '{name}' of shape {tuple(parameter.shape)}, got "
                 f"{tuple(fresh[name].shape)}; pass a factory of the same network"
             )
-    torch.ops.delfast.masked_reset_(
-        [parameter for _, parameter, _ in selected],
-        [fresh[name].to(parameter) for name, parameter, _ in selected],
-        [part.index.to(parameter.device) for _, parameter, part in selected],
-    )
+    for device in {parameter.device for _, parameter, _ in selected}:
+        here = [entry for entry in selected if entry[1].device == device]
+        torch.ops.delfast.masked_reset_(
+            [parameter for _, parameter, _ in here],
+            [fresh[name].to(parameter) for name, parameter, _ in here],
+            torch.cat([part.bits.to(device) for _, _, part in here]),
+            [part.by_row for _, _, part in here],
+        )
 
 
 def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> dict[str, Tensor]:

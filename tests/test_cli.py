@@ -1,18 +1,22 @@
 """The command line: the whole way through run directories, exit codes, bad input."""
 
+import io
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 import time
+from itertools import product
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from delfast.cli import comparison, main
+from delfast.cli import comparison, console, doctor, main
 from delfast.cli.comparison import compare
 from delfast.errors import InputError
 from delfast.files import load_state
@@ -32,6 +36,15 @@ def run(*arguments, expect=0):
 
 def read(path):
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads of a network this small wait for one another more than they work, the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +146,7 @@ def test_a_forget_set_may_cover_a_whole_class(tmp_path):
     run("verify", tmp_path / "run", tmp_path / "del", tmp_path / "del/mask.safetensors")
 
 
-def delfast(*arguments, **options):
+def delfast(*arguments):
     """The command in a process of its own."""
     code = "import sys; from delfast.cli import main; sys.exit(main())"
     return [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
@@ -141,9 +154,15 @@ def delfast(*arguments, **options):
 
 def test_unlearn_resumes_after_a_kill_to_the_same_weights(workspace, tmp_path, capsys):
     mask = workspace / "mask" / "mask.safetensors"
-    command = ["unlearn", workspace / "run", "--mask", mask, "--epochs", 12, "--lr", 0.015, "--output-dir"]
+    command = ["unlearn", workspace / "run", "--mask", mask, "--epochs", 8, "--lr", 0.015, "--output-dir"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = subprocess.Popen(delfast(*command, cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # as many threads as here: the weights depend on it
+    process = subprocess.Popen(
+        delfast(*command, cut),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while not (cut / "checkpoint.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -271,7 +290,14 @@ def test_missing_and_damaged_runs_are_refused(workspace, tmp_path, capsys):
         (damaged / name).write_bytes((workspace / "run" / name).read_bytes())
     (damaged / "model.safetensors").write_bytes((workspace / "oracle" / "model.safetensors").read_bytes())
     assert "is not the network" in refused(capsys, "localize", damaged, *out)
+    (damaged / "model.safetensors").unlink()
+    assert "expected a state file" in refused(capsys, "localize", damaged, *out)
     summary = read(damaged / "summary.json")
+    (damaged / "summary.json").write_text(json.dumps({**summary, "config": {}}))
+    assert "no whole configuration" in refused(capsys, "evaluate", damaged)
+    changed_digest = {**summary["digests"], "forget": "0" * 64}
+    (damaged / "summary.json").write_text(json.dumps({**summary, "digests": changed_digest}))
+    assert "is not the forget set" in refused(capsys, "evaluate", damaged)
     summary["digests"]["data"] = "0" * 64
     (damaged / "summary.json").write_text(json.dumps(summary))
     assert "are not those that" in refused(capsys, "evaluate", damaged)
@@ -281,11 +307,24 @@ def test_missing_and_damaged_runs_are_refused(workspace, tmp_path, capsys):
 
 
 def test_a_network_of_another_run_is_refused(workspace, tmp_path, capsys):
-    run("train", "--model", "vit", "--epochs", 1, "--output-dir", tmp_path / "vit")
-    assert "is no resnet18-thin" in refused(capsys, "evaluate", workspace / "run", "--model-from", tmp_path / "vit")
+    for part, label, shade in product(("train", "test"), ("dark", "light"), range(4)):
+        folder = tmp_path / "images" / part / label
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (10 * shade + 200 * (label == "light"),) * 3).save(folder / f"{shade}.png")
+    other = tmp_path / "other"
+    options = ["--data", f"folder:{tmp_path / 'images'}", "--forget", "iid", "--forget-ratio", 0.3, "--epochs", 1]
+    run("train", *options, "--output-dir", other)
+    run("evaluate", other)
+    assert "is no resnet18-thin" in refused(capsys, "evaluate", workspace / "run", "--model-from", other)
     mask = workspace / "mask" / "mask.safetensors"
-    line = refused(capsys, "verify", tmp_path / "vit", tmp_path / "vit", mask)
+    line = refused(capsys, "verify", other, other, mask)
     assert "the mask is for another architecture" in line
+
+
+def test_an_oracle_of_another_forget_set_is_refused(workspace, tmp_path, capsys):
+    run("train", "--epochs", 1, "--forget", "iid", "--output-dir", tmp_path / "iid")
+    line = refused(capsys, "evaluate", workspace / "run", "--oracle", tmp_path / "iid")
+    assert "is of another forget set" in line
 
 
 def test_results_never_overwrite_their_input(workspace, capsys):
@@ -320,7 +359,7 @@ class Malice:
 
 def test_a_pickle_with_code_is_refused_and_not_run(workspace, tmp_path, capsys):
     evil, marker = tmp_path / "evil.pt", tmp_path / "ran"
-    evil.write_bytes(pickle.dumps({"conv1.weight": Malice(marker)}))
+    evil.write_bytes(pickle.dumps({"conv1.weight": Malice(marker)}, protocol=2))
     mask = workspace / "mask" / "mask.safetensors"
     for arguments in ([evil, workspace / "run", mask], [workspace / "run", workspace / "run", evil]):
         assert "is refused" in refused(capsys, "verify", *arguments)
@@ -348,6 +387,57 @@ def test_a_process_exits_with_the_code_and_without_a_traceback(tmp_path):
     assert told.returncode == 2 and told.stdout == ""
     assert told.stderr.splitlines()[-1].startswith("delfast: error: expected a run directory")
     assert "Traceback" not in told.stderr
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # the network takes 2.8 MB
+    try:
+        run("train", "--epochs", 1, "--output-dir", tmp_path, expect=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len([line for line in capsys.readouterr().err.splitlines() if "error" in line]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_extra_the_command_says_what_to_install():
+    code = "import sys; sys.modules['rich'] = None; from delfast.cli import main; sys.exit(main(['doctor']))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.returncode == 1 and "pip install 'delfast[experiments]'" in told.stderr.splitlines()[-1]
+
+
+# --- what a person sees ---------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_passes_everything_on_and_draws_on_terminals_alone(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert list(console.Progress()([1, 2, 3], "epoch 1/1", 3)) == [1, 2, 3]
+    assert ("epoch 1/1" in sys.stderr.getvalue()) == (stream is Terminal)
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    console.start_log()
+    progress = console.Progress()
+    list(progress([1], "epoch 1/3", 1))
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    list(progress([1], "epoch 2/3", 1))
+    assert capsys.readouterr().err == "delfast: epoch 2/3\n"
+
+
+def test_doctor_says_how_to_mend_what_is_missing(monkeypatch):
+    found = {**doctor.status(), "backend": "torch", "reason": "the extension was not built", "cuda_available": False}
+    monkeypatch.setattr(doctor, "status", lambda: found)
+    monkeypatch.setattr(doctor, "EXPERIMENTS", ("rich", "no-such-package"))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    advice = "\n".join(doctor.examine()["advice"])
+    assert "the extension was not built" in advice and "no C++ compiler" in advice
+    assert "not installed: no-such-package" in advice and "delfast[experiments]" in advice
 
 
 # --- compare --------------------------------------------------------------------------------------

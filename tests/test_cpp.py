@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+KINDS = ["sanitize", "release"]
 COMPILERS = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
 
 pytestmark = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def build(kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["sanitize", "release"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernels_without_torch(kind: str) -> None:
     folder = build(kind)
     jobs = str(os.cpu_count())
@@ -55,10 +56,11 @@ def test_kernels_without_torch(kind: str) -> None:
     assert "100% tests passed" in output
 
 
-def test_wide_objects_define_no_function_that_others_share() -> None:
+@pytest.mark.parametrize("kind", KINDS)  # the less is inlined, the more is defined
+def test_wide_objects_define_no_function_that_others_share(kind: str) -> None:
     """Of a weak function that several objects define the linker keeps one. Were it one compiled for AVX-512, every CPU
     would run that. So whatever code these objects define outwardly must carry their instruction set in its name."""
-    objects = build("release") / "CMakeFiles" / "delfast_cpu.dir"
+    objects = build(kind) / "CMakeFiles" / "delfast_cpu.dir"
     isas = [line.split()[0] for line in (ROOT / "csrc" / "isa_flags.txt").read_text().splitlines()]
     for isa in isas:
         files = sorted(objects.rglob(f"*_{isa}.cpp.o"))

@@ -15,7 +15,7 @@ from torch import nn
 
 from delfast import InputError, Mask
 from delfast.mask import ParameterMask, from_flags
-from delfast.ops.layout import pack, unpack
+from delfast.ops.layout import pack
 from tests import cases
 
 
@@ -55,14 +55,16 @@ def test_any_shape_round_trips(shape: list[int], seed: int) -> None:
     assert torch.equal(part.elements().dense(), flags)
 
 
-def test_index_is_what_the_ops_take() -> None:
+def test_state_is_shaped_as_the_ops_take_it() -> None:
     rows = ParameterMask((4, 3), "row", pack(torch.tensor([True, False, True, False])))
-    assert rows.index.dtype == torch.int32 and rows.index.tolist() == [0, 2] and rows.state_shape() == (2, 3)
+    assert rows.by_row and rows.state_like(torch.ones(4, 3), 1).shape == (2, 3)
     elements = from_flags((4, 3), torch.arange(12).view(4, 3) < 4)
-    assert elements.index.dtype == torch.uint8 and elements.state_shape() == (4,)
-    assert unpack(elements.index, 12).sum() == 4
+    assert not elements.by_row and elements.state_like(torch.ones(4, 3, dtype=torch.bfloat16), 2).shape == (8,)
     vector = from_flags((5,), torch.arange(5) < 2)
-    assert vector.index.dtype == torch.uint8 and vector.state_shape() == (2,)
+    assert not vector.by_row and vector.state_like(torch.ones(5), 1).dtype == torch.float32
+    last = torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    state = from_flags((4, 3, 2, 2), torch.ones(4, 3, 2, 2, dtype=torch.bool)).state_like(last, 2)
+    assert state.shape == (8, 3, 2, 2) and state.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_set_operations() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from delfast.mask import ParameterMask
 from delfast.ops import BACKEND, OPS
 from delfast.ops.layout import pack, row_length, unit_count, unpack
 from tests import cases
@@ -188,43 +189,33 @@ HYPER = {
         dict(lr=0.01, beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.0, maximize=True),
     ],
 }
-STATES = {"masked_sgd_": 1, "masked_adamw_": 2}
+STATES = {"masked_reset_": 0, "masked_sgd_": 1, "masked_adamw_": 2}
 
 
 def masked_arguments(tensors: list[Tensor], op: str, momentum: float = 1.0, by_rows: bool = True) -> dict[str, Any]:
-    """index, states and steps for these parameters: about a third of each selected."""
-    index, states = [], []
+    """bits, by_row, states and steps for these parameters: about a third of each selected, and which that is."""
+    parts, chosen = [], []
     for i, t in enumerate(tensors):
-        units = unit_count(t.shape)
-        if by_rows and row_length(t.shape) != 1 and t.numel():
-            rows = (torch.arange(units) % 3 == i % 3).nonzero().squeeze(1).to(torch.int32)
-            index.append(rows)
-            states.append(torch.zeros_like(t.detach()[: len(rows)], dtype=torch.float32))
-        else:
-            flags = torch.arange(t.numel()) % 3 == i % 3
-            index.append(pack(flags))
-            states.append(torch.zeros(int(flags.sum())))
+        units = unit_count(t.shape) if by_rows else t.numel()
+        flags = torch.arange(units) % 3 == i % 3
+        parts.append(ParameterMask(tuple(t.shape), "row" if by_rows else "element", pack(flags)))
+        chosen.append(parts[-1].dense())
     count = STATES[op] if momentum else 0
     return {
-        "index": index,
-        "states": [[s.clone() for s in states] for _ in range(count)],
-        "steps": [torch.zeros(()) for _ in tensors],
+        "bits": torch.cat([part.bits for part in parts]),
+        "by_row": [part.by_row for part in parts],
+        "states": [part.state_like(t, count) for part, t in zip(parts, tensors, strict=True)] if count else [],
+        "steps": torch.zeros(len(tensors)),
+        "chosen": chosen,
     }
 
 
 def run_update(
     function: Any, params: list[Tensor], grads: list[Tensor], arguments: dict[str, Any], hyper: Any, **amp: Any
 ) -> None:
-    states = arguments["states"] or [[]]
-    function(
-        params,
-        grads,
-        *states,
-        arguments["steps"],
-        arguments["index"],
-        **hyper,
-        **{"grad_scale": None, "found_inf": None} | amp,
-    )
+    names = ("states", "steps", "bits", "by_row")
+    amp = {"grad_scale": None, "found_inf": None} | amp
+    function(params, grads, *(arguments[name] for name in names), **hyper, **amp)
 
 
 @pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
@@ -246,19 +237,13 @@ def test_masked_update_equals_the_twin(isa: str, op: str, by_rows: bool, dtype: 
             if dtype != torch.float32
             else {"rtol": 1e-5, "atol": 1e-6}
         )
-        for before, a, b, index in zip(theta, native, twin, mine["index"], strict=True):
+        for before, a, b, chosen in zip(theta, native, twin, mine["chosen"], strict=True):
             torch.testing.assert_close(a, b, **near)
-            selected = torch.zeros(before.shape, dtype=torch.bool)
-            if index.dtype == torch.int32:
-                selected[index.long()] = True
-            else:
-                selected = unpack(index, before.numel()).view(before.shape)
-            assert torch.equal(a[~selected], before[~selected])
-            assert bool(selected.any()) is False or not torch.equal(a[selected], before[selected])
-        for a, b in zip(mine["states"], theirs["states"], strict=True):
-            for x, y in zip(a, b, strict=True):
-                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-        assert [float(s) for s in mine["steps"]] == [3.0] * len(theta)
+            assert torch.equal(a[~chosen], before[~chosen])
+            assert bool(chosen.any()) is False or not torch.equal(a[chosen], before[chosen])
+        for x, y in zip(mine["states"], theirs["states"], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        assert mine["steps"].tolist() == [3.0] * len(theta)
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
@@ -282,7 +267,7 @@ def test_untouched_entries_keep_their_bits_nan_payloads_too(isa: str) -> None:
         param = raw.clone().view(dtype).view(16, -1)
         flags = torch.zeros(param.shape, dtype=torch.bool)
         flags[:, ::5] = True
-        NATIVE.masked_reset_([param], [torch.ones_like(param)], [pack(flags)])
+        NATIVE.masked_reset_([param], [torch.ones_like(param)], pack(flags), [False])
         assert torch.equal(param.view(view)[~flags], raw.view(16, -1)[~flags])
         assert bool((param[flags] == 1).all())
 
@@ -292,10 +277,10 @@ def test_reset_copies_exactly(isa: str) -> None:
         theta, fresh = cases.parameters(dtype=dtype)
         for by_rows in (True, False):
             params = [t.clone() for t in theta]
-            index = masked_arguments(theta, "masked_sgd_", by_rows=by_rows)["index"]
-            NATIVE.masked_reset_(params, fresh, index)
+            mask = masked_arguments(theta, "masked_reset_", by_rows=by_rows)
+            NATIVE.masked_reset_(params, fresh, mask["bits"], mask["by_row"])
             expected = [t.clone() for t in theta]
-            REFERENCE["masked_reset_"](expected, fresh, index)
+            REFERENCE["masked_reset_"](expected, fresh, mask["bits"], mask["by_row"])
             assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
 
 
@@ -318,7 +303,7 @@ def test_grad_scale_and_found_inf(isa: str, op: str) -> None:
     arguments = masked_arguments(theta, op)
     run_update(getattr(NATIVE, op), skipped, grads, arguments, hyper, found_inf=torch.tensor(1.0))
     assert all(torch.equal(a, b) for a, b in zip(skipped, theta, strict=True))
-    assert [float(s) for s in arguments["steps"]] == [0.0] * len(theta)
+    assert arguments["steps"].tolist() == [0.0] * len(theta)
 
 
 @pytest.mark.parametrize("op", ["masked_reset_", "masked_sgd_"])
@@ -327,7 +312,7 @@ def test_in_place_ops_bump_version_counters(op: str) -> None:
     before = [t._version for t in theta]
     arguments = masked_arguments(theta, "masked_sgd_")
     if op == "masked_reset_":
-        NATIVE.masked_reset_(theta, grads, arguments["index"])
+        NATIVE.masked_reset_(theta, grads, arguments["bits"], arguments["by_row"])
     else:
         run_update(NATIVE.masked_sgd_, theta, grads, arguments, HYPER[op][0])
     assert all(t._version > version for t, version in zip(theta, before, strict=True))
@@ -347,15 +332,15 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         (NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}),
         (NATIVE.select_elements, (theta, grad, "weighted_grad", 100), {}),
         (NATIVE.select_units, (scores, torch.ones(len(scores), dtype=torch.int64), 5, True), {}),
-        (NATIVE.masked_reset_, (theta, grad, sgd["index"]), {}),
+        (NATIVE.masked_reset_, (theta, grad, sgd["bits"], sgd["by_row"]), {}),
         (
             NATIVE.masked_sgd_,
-            (theta, grad, *sgd["states"], sgd["steps"], sgd["index"]),
+            (theta, grad, sgd["states"], sgd["steps"], sgd["bits"], sgd["by_row"]),
             HYPER["masked_sgd_"][0] | amp,
         ),
         (
             NATIVE.masked_adamw_,
-            (theta, grad, *adamw["states"], adamw["steps"], adamw["index"]),
+            (theta, grad, adamw["states"], adamw["steps"], adamw["bits"], adamw["by_row"]),
             HYPER["masked_adamw_"][0] | amp,
         ),
     ]
@@ -394,18 +379,17 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         NATIVE.criticality(theta, theta, "nonsense", "mean", [1])
     with pytest.raises(ValueError, match=r"top_h of parameter #0 in \[1, 5\], got 6"):
         NATIVE.criticality(theta, theta, "grad", "topk_mean", [6])
-    before = theta[0].clone()
-    for rows in ([0, 4], [2, 1], [-1]):
-        with pytest.raises(IndexError, match=r"rows #0 ascending in \[0, 4\)"):
-            NATIVE.masked_reset_(theta, theta, [torch.tensor(rows, dtype=torch.int32)])
-    with pytest.raises(ValueError, match="bits #0"):
-        NATIVE.masked_reset_(theta, theta, [torch.zeros(2, dtype=torch.uint8)])
-    with pytest.raises(ValueError, match="state #0 to be float32 with 5 entries"):
-        run_update(
-            NATIVE.masked_sgd_,
-            theta,
-            theta,
-            {"states": [[torch.zeros(4)]], "steps": [torch.zeros(())], "index": [torch.tensor([1], dtype=torch.int32)]},
-            HYPER["masked_sgd_"][0],
-        )
+    before, some = theta[0].clone(), torch.tensor([5], dtype=torch.uint8)
+    for bits, by_row, message in (
+        (torch.zeros(2, dtype=torch.uint8), True, "got 1 bytes more"),
+        (some, False, "expected 3 bytes of bits for parameter #0, got 1"),
+        (torch.tensor([16], dtype=torch.uint8), True, "bits past the last of the 4 of parameter #0 to be zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NATIVE.masked_reset_(theta, theta, bits, [by_row])
+    arguments = {"states": [torch.zeros(4)], "steps": torch.zeros(1), "bits": some, "by_row": [True]}
+    with pytest.raises(ValueError, match="state #0 to be float32 with 10 entries, got Float with 4"):
+        run_update(NATIVE.masked_sgd_, theta, theta, arguments, HYPER["masked_sgd_"][0])
+    with pytest.raises(ValueError, match="expected lists of equal length, got 1 parameters, 2 gradients"):
+        NATIVE.masked_reset_(theta, theta * 2, some, [True])
     assert torch.equal(theta[0], before)

@@ -51,7 +51,7 @@ inline std::optional<Layout> layout_of(const at::Tensor& t) {
     return Layout{t.numel(), 1, 1};
   }
   Layout layout{t.size(0), t.numel() / t.size(0), 1};
-  if (packed_from(t, 0, 1)) return layout;
+  if (t.is_contiguous() || packed_from(t, 0, 1)) return layout;  // the first is a flag, and the usual case
   const bool rows_apart = t.size(0) == 1 || t.stride(0) == layout.length;
   const bool channels_inside = t.dim() > 2 && (t.size(1) == 1 || t.stride(1) == 1);
   if (!rows_apart || !channels_inside || !packed_from(t, 2, t.size(1))) return std::nullopt;
@@ -79,13 +79,44 @@ inline std::vector<int64_t> strides_for(at::IntArrayRef sizes, const Layout& lay
   return strides;
 }
 
-// `t` in the given layout: itself where it is so already, else a copy.
-inline at::Tensor in_layout(const at::Tensor& t, const Layout& layout) {
-  if (t.numel() == 0 || same_layout(layout, layout_of(t))) return t;
+inline bool is_in_layout(const at::Tensor& t, const Layout& layout) {
+  if (layout.spatial == 1 && t.is_contiguous()) return true;
+  return t.numel() == 0 || same_layout(layout, layout_of(t));
+}
+
+inline at::Tensor copy_in_layout(const at::Tensor& t, const Layout& layout) {
   return at::empty_strided(t.sizes(), strides_for(t.sizes(), layout), t.options()).copy_(t);
 }
 
-// A list of parameters as the kernels see them. Holds the copies that odd strides made necessary.
+// Tensors that odd strides made necessary to copy, kept for as long as the kernels read them.
+class Copies {
+ public:
+  // The data of `t` in the given layout: its own where it is so already.
+  const void* read(const at::Tensor& t, const Layout& layout) {
+    if (is_in_layout(t, layout)) return t.const_data_ptr();
+    return kept_.emplace_back(copy_in_layout(t, layout)).const_data_ptr();
+  }
+  // The same to write to; write_back() puts copies in place.
+  void* write(const at::Tensor& t, const Layout& layout) {
+    if (is_in_layout(t, layout)) return t.mutable_data_ptr();
+    return written_.emplace_back(t, copy_in_layout(t, layout)).second.mutable_data_ptr();
+  }
+  void write_back() {
+    for (auto& [original, copy] : written_) original.copy_(copy);
+  }
+
+ private:
+  std::vector<at::Tensor> kept_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> written_;
+};
+
+// The layout the kernels will see a parameter in: its own, or contiguous where that needs a copy.
+inline Layout usable_layout(const at::Tensor& t) {
+  if (const std::optional<Layout> layout = layout_of(t)) return *layout;
+  return t.dim() > 1 ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
+}
+
+// A list of parameters as the kernels see them.
 class ScoredList {
  public:
   ScoredList(at::TensorList theta, at::TensorList grad, Criterion criterion) {
@@ -96,16 +127,14 @@ class ScoredList {
     for (size_t i = 0; i < theta.size(); i++) {
       Scored p;
       p.theta_dtype = dtype_of(theta[i], "parameter", i);
-      std::optional<Layout> layout = layout_of(theta[i]);
-      const at::Tensor values = layout ? theta[i] : keep(theta[i].contiguous());
-      p.layout = layout ? *layout : *layout_of(values);
-      p.theta = values.const_data_ptr();
+      p.layout = usable_layout(theta[i]);
+      p.theta = copies_.read(theta[i], p.layout);
       if (!grad.empty()) {
         TORCH_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",
                           shape_text(theta[i].sizes()), " like its parameter, got ", shape_text(grad[i].sizes()),
                           "; pass the gradients in the parameters' order");
         p.grad_dtype = dtype_of(grad[i], "gradient", i);
-        p.grad = keep(in_layout(grad[i], p.layout)).const_data_ptr();
+        p.grad = copies_.read(grad[i], p.layout);
       }
       params.push_back(p);
     }
@@ -113,8 +142,7 @@ class ScoredList {
   std::vector<Scored> params;
 
  private:
-  const at::Tensor& keep(at::Tensor t) { return kept_.emplace_back(std::move(t)); }
-  std::vector<at::Tensor> kept_;
+  Copies copies_;
 };
 
 inline Criterion parse_criterion(c10::string_view name) {

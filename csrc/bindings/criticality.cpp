@@ -1,11 +1,11 @@
 // delfast::criticality on the CPU: checks, threads, one kernel call per task.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 
 #include "bindings/checks.h"
 #include "bindings/ops.h"
+#include "bindings/threads.h"
 #include "delfast/cpu_dispatch.h"
 
 namespace delfast::bindings {
@@ -29,11 +29,12 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
 
   std::vector<RowTask> tasks;
   std::vector<int64_t> first_unit;
-  int64_t units = 0;
+  int64_t units = 0, elements = 0;
   for (size_t p = 0; p < list.params.size(); p++) {
     const Layout& layout = list.params[p].layout;
     first_unit.push_back(units);
     units += layout.rows;
+    elements += layout.numel();
     TORCH_CHECK_VALUE(!layout.rows || (top_h[p] >= 1 && top_h[p] <= layout.length), "expected top_h of parameter #", p,
                       " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
     const int64_t rows_per_task = std::max<int64_t>(1, cpu::kChunk / layout.length);
@@ -44,12 +45,9 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
   at::Tensor scores = at::empty({units}, at::TensorOptions().dtype(at::kFloat));
   float* out = scores.mutable_data_ptr<float>();
   const auto& kernels = cpu::criticality(cpu::isa());
-  at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      const RowTask& task = tasks[t];
-      kernels.score_rows(list.params[task.param], criterion, aggregate, top_h[task.param], out + first_unit[task.param],
-                         task.begin, task.end);
-    }
+  run_tasks(tasks, elements, [&](const RowTask& task) {
+    kernels.score_rows(list.params[task.param], criterion, aggregate, top_h[task.param], out + first_unit[task.param],
+                       task.begin, task.end);
   });
   return scores;
 }

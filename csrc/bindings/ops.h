@@ -2,6 +2,7 @@
 // delfast/ops/reference; their schemas are in delfast/ops/table.py.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/string_view.h>
 
@@ -21,13 +22,14 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList t
 std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, const at::Tensor& sizes, int64_t k,
                                                 bool cut_last);
 
-void masked_reset_(at::TensorList params, at::TensorList fresh, at::TensorList index);
-void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, at::TensorList steps,
-                 at::TensorList index, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                 bool maximize, const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
-void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-                   at::TensorList steps, at::TensorList index, double lr, double beta1, double beta2, double eps,
-                   double weight_decay, bool maximize, const OptionalTensor& grad_scale,
+void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row);
+void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, const at::Tensor& steps,
+                 const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
+                 const OptionalTensor& found_inf);
+void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList moments, const at::Tensor& steps,
+                   const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf);
 
 }  // namespace delfast::bindings

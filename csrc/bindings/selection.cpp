@@ -1,13 +1,12 @@
 // delfast::select_elements and delfast::select_units on the CPU.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <numeric>
 
 #include "bindings/checks.h"
 #include "bindings/ops.h"
+#include "bindings/threads.h"
 #include "delfast/radix.h"
 
 namespace delfast::bindings {
@@ -17,26 +16,30 @@ namespace {
 struct ElementTask {
   size_t param;
   int64_t begin, end;
+  int64_t ties = 0;  // scores equal to the threshold, once marked
 };
 
-std::vector<ElementTask> cut_in_chunks(const std::vector<Scored>& params) {
-  std::vector<ElementTask> tasks;
-  for (size_t p = 0; p < params.size(); p++)
-    for (int64_t i = 0, numel = params[p].layout.numel(); i < numel; i += cpu::kChunk)
-      tasks.push_back({p, i, std::min(numel, i + cpu::kChunk)});
-  return tasks;
-}
+struct ElementTasks {
+  explicit ElementTasks(const std::vector<Scored>& params) {
+    for (size_t p = 0; p < params.size(); p++) {
+      const int64_t numel = params[p].layout.numel();
+      elements += numel;
+      for (int64_t i = 0; i < numel; i += cpu::kChunk) list.push_back({p, i, std::min(numel, i + cpu::kChunk)});
+    }
+  }
+  std::vector<ElementTask> list;
+  int64_t elements = 0;
+};
 
 // Integers, so the sum over threads does not depend on which thread counted what.
-std::vector<int64_t> count_digits(const std::vector<Scored>& params, const std::vector<ElementTask>& tasks,
-                                  Criterion criterion, cpu::RadixPass pass) {
+std::vector<int64_t> count_digits(const std::vector<Scored>& params, const ElementTasks& tasks, Criterion criterion,
+                                  cpu::RadixPass pass) {
   const auto& kernels = cpu::selection(cpu::isa());
   const int threads = at::get_num_threads();
   std::vector<int64_t> counts(size_t(threads) * cpu::kRadixBins);
-  at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+  run_tasks(tasks.list, tasks.elements, [&](const ElementTask& task) {
     int64_t* mine = counts.data() + at::get_thread_num() * cpu::kRadixBins;
-    for (int64_t t = begin; t < end; t++)
-      kernels.histogram(params[tasks[t].param], criterion, pass, tasks[t].begin, tasks[t].end, mine);
+    kernels.histogram(params[task.param], criterion, pass, task.begin, task.end, mine);
   });
   for (int thread = 1; thread < threads; thread++)
     for (int bin = 0; bin < cpu::kRadixBins; bin++) counts[bin] += counts[size_t(thread) * cpu::kRadixBins + bin];
@@ -51,9 +54,10 @@ bool any_nonfinite(const std::vector<int64_t>& first_pass) {
 }
 
 int64_t first_nonfinite(const std::vector<Scored>& params, Criterion criterion) {
-  for (size_t p = 0; p < params.size(); p++)
-    if (any_nonfinite(count_digits({params[p]}, cut_in_chunks({params[p]}), criterion, cpu::RadixSearch(0).pass())))
-      return int64_t(p);
+  for (size_t p = 0; p < params.size(); p++) {
+    const std::vector<Scored> one = {params[p]};
+    if (any_nonfinite(count_digits(one, ElementTasks(one), criterion, cpu::RadixSearch(0).pass()))) return int64_t(p);
+  }
   return -1;
 }
 
@@ -64,7 +68,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList t
   TORCH_CHECK_VALUE(k >= 0, "expected k >= 0 elements to select, got ", k, "; pass a non-negative count");
   const Criterion criterion = parse_criterion(criterion_name);
   const ScoredList list(theta, grad, criterion);
-  const std::vector<ElementTask> tasks = cut_in_chunks(list.params);
+  ElementTasks tasks(list.params);
 
   std::vector<at::Tensor> bits;
   std::vector<uint8_t*> bits_data;
@@ -91,18 +95,16 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList t
   // Mark everything at or above the threshold, then take back the ties that the budget does not cover, last first.
   const auto& kernels = cpu::selection(cpu::isa());
   const uint32_t threshold = everything ? 0 : search.threshold();
-  std::vector<int64_t> ties(tasks.size());
-  at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++)
-      ties[t] = kernels.mark(list.params[tasks[t].param], criterion, threshold, tasks[t].begin, tasks[t].end,
-                             bits_data[tasks[t].param]);
+  run_tasks(tasks.list, tasks.elements, [&](ElementTask& task) {
+    task.ties =
+        kernels.mark(list.params[task.param], criterion, threshold, task.begin, task.end, bits_data[task.param]);
   });
-  int64_t left = everything ? std::accumulate(ties.begin(), ties.end(), int64_t(0)) : search.left();
-  for (size_t t = 0; t < tasks.size(); t++) {
-    const int64_t keep = std::min(left, ties[t]);
-    if (keep < ties[t])
-      kernels.clear_ties(list.params[tasks[t].param], criterion, threshold, keep, tasks[t].begin, tasks[t].end,
-                         bits_data[tasks[t].param]);
+  int64_t left = everything ? tasks.elements : search.left();
+  for (const ElementTask& task : tasks.list) {
+    const int64_t keep = std::min(left, task.ties);
+    if (keep < task.ties)
+      kernels.clear_ties(list.params[task.param], criterion, threshold, keep, task.begin, task.end,
+                         bits_data[task.param]);
     left -= keep;
   }
   return {std::move(bits), std::move(nonfinite)};

@@ -1,8 +1,8 @@
 // In-place updates of the masked entries of a parameter: reset, SGD, AdamW. Entries outside the mask are neither
-// written nor (with rows) read. Included per instruction set like criticality.inl.
+// written nor (by rows) read. Included per instruction set like criticality.inl.
 //
 // A rule turns (entries, gradients, optimizer state) into new entries and new state, 16 at a time; two loops apply a
-// rule, one over whole rows and one over packed bits. Arithmetic is float32, every product and sum rounded (no FMA),
+// rule, one over whole rows and one over elements. Arithmetic is float32, every product and sum rounded (no FMA),
 // so that all instruction sets agree; the result is rounded once to the parameter's dtype.
 
 #include "cpu/score.inl"
@@ -50,29 +50,31 @@ struct AdamWRule {
 };
 
 template <class Rule, class Param, class Source>
-void update_rows(const Rule& rule, const Updated& u, int64_t begin, int64_t end) {
+void update_rows(const Rule& rule, const Updated& u, int64_t begin, int64_t end, int64_t rank) {
   const int64_t length = u.layout.length;
-  for (int64_t position = begin; position < end; position++) {
-    Param* param = static_cast<Param*>(u.param) + u.rows[position] * length;
-    const Source* source = static_cast<const Source*>(u.source) + u.rows[position] * length;
+  for (int64_t row = begin; row < end; row++) {
+    if (!(u.bits[row / 8] >> row % 8 & 1)) continue;
+    Param* param = static_cast<Param*>(u.param) + row * length;
+    const Source* source = static_cast<const Source*>(u.source) + row * length;
+    const int64_t compact = rank++ * length;
     Vec state[2];
     int64_t i = 0;
     for (; i + 16 <= length; i += 16) {
-      for (int s = 0; s < Rule::kStates; s++) state[s] = Vec::load(u.state[s] + position * length + i);
+      for (int s = 0; s < Rule::kStates; s++) state[s] = Vec::load(u.state[s] + compact + i);
       rule(Vec::load(param + i), Vec::load(source + i), state).store(param + i);
-      for (int s = 0; s < Rule::kStates; s++) state[s].store(u.state[s] + position * length + i);
+      for (int s = 0; s < Rule::kStates; s++) state[s].store(u.state[s] + compact + i);
     }
     if (i == length) continue;
     const int n = int(length - i);
     const uint32_t lanes = (1u << n) - 1;
-    for (int s = 0; s < Rule::kStates; s++) state[s] = Vec::load_first(u.state[s] + position * length + i, n);
+    for (int s = 0; s < Rule::kStates; s++) state[s] = Vec::load_first(u.state[s] + compact + i, n);
     rule(Vec::load_first(param + i, n), Vec::load_first(source + i, n), state).store_masked(param + i, lanes);
-    for (int s = 0; s < Rule::kStates; s++) state[s].store_masked(u.state[s] + position * length + i, lanes);
+    for (int s = 0; s < Rule::kStates; s++) state[s].store_masked(u.state[s] + compact + i, lanes);
   }
 }
 
 template <class Rule, class Param, class Source>
-void update_bits(const Rule& rule, const Updated& u, int64_t begin, int64_t end, int64_t rank) {
+void update_elements(const Rule& rule, const Updated& u, int64_t begin, int64_t end, int64_t rank) {
   Param* param = static_cast<Param*>(u.param);
   const Source* source = static_cast<const Source*>(u.source);
   for (int64_t i = begin; i < end; i += 16) {
@@ -104,10 +106,10 @@ template <class Rule>
 void update(const Rule& rule, const Updated& u, int64_t begin, int64_t end, int64_t rank) {
   with_dtype(u.param_dtype, [&]<class Param>(const Param*) {
     with_dtype(u.source_dtype, [&]<class Source>(const Source*) {
-      if (u.rows)
-        update_rows<Rule, Param, Source>(rule, u, begin, end);
+      if (u.by_row)
+        update_rows<Rule, Param, Source>(rule, u, begin, end, rank);
       else
-        update_bits<Rule, Param, Source>(rule, u, begin, end, rank);
+        update_elements<Rule, Param, Source>(rule, u, begin, end, rank);
     });
   });
 }

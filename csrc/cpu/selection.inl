@@ -5,9 +5,9 @@
 
 namespace {
 
-void histogram(const Scored& p, Criterion criterion, RadixPass pass, int64_t begin, int64_t end, int64_t* histogram) {
-  // Four interleaved histograms: neighbours often share a digit, and would wait for each other's store.
-  uint32_t counts[4][kRadixBins] = {};
+// Calls count(digit, lane) for each element of [begin, end) that matches the pass's prefix.
+template <class F>
+void for_digits(const Scored& p, Criterion criterion, RadixPass pass, int64_t begin, int64_t end, F count) {
   const uint32_t digit = (1u << pass.width) - 1;
   const bool everything = pass.shift + pass.width == 31;
   with_score(p, criterion, [&](auto score) {
@@ -15,13 +15,23 @@ void histogram(const Scored& p, Criterion criterion, RadixPass pass, int64_t beg
       uint32_t bits[16];
       v.store_bits(bits);
       if (everything) {
-        for (int i = 0; i < n; i++) counts[i % 4][bits[i] >> pass.shift & digit]++;
+        for (int i = 0; i < n; i++) count(bits[i] >> pass.shift & digit, i);
         return;
       }
       uint32_t mask = v.mask_shifted_equal(pass.shift + pass.width, pass.prefix) & ((1u << n) - 1);
-      for (; mask; mask &= mask - 1) counts[0][bits[__builtin_ctz(mask)] >> pass.shift & digit]++;
+      for (; mask; mask &= mask - 1) count(bits[__builtin_ctz(mask)] >> pass.shift & digit, 0);
     });
   });
+}
+
+void histogram(const Scored& p, Criterion criterion, RadixPass pass, int64_t begin, int64_t end, int64_t* histogram) {
+  if (end - begin < kRadixBins) {  // clearing and adding up the four below would cost more than they save
+    for_digits(p, criterion, pass, begin, end, [&](uint32_t digit, int) { histogram[digit]++; });
+    return;
+  }
+  // Four interleaved histograms: neighbours often share a digit, and would wait for each other's store.
+  uint32_t counts[4][kRadixBins] = {};
+  for_digits(p, criterion, pass, begin, end, [&](uint32_t digit, int lane) { counts[lane % 4][digit]++; });
   for (int bin = 0; bin < kRadixBins; bin++)
     histogram[bin] += int64_t(counts[0][bin]) + counts[1][bin] + counts[2][bin] + counts[3][bin];
 }

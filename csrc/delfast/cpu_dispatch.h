@@ -47,8 +47,8 @@ struct SelectionKernels {
 };
 
 struct MaskedUpdateKernels {
-  // [begin, end) are positions in the list of rows, or logical elements (begin a multiple of kChunk); `rank` is the
-  // number of bits set before `begin` (unused with rows).
+  // [begin, end) are bits: rows, or logical elements (then begin is a multiple of kChunk); `rank` is the number of
+  // bits set before `begin`.
   void (*reset)(const Updated&, int64_t begin, int64_t end, int64_t rank);
   void (*sgd)(const Updated&, const SgdStep&, int64_t begin, int64_t end, int64_t rank);
   void (*adamw)(const Updated&, const AdamWStep&, int64_t begin, int64_t end, int64_t rank);

@@ -42,9 +42,9 @@ struct Scored {
   Layout layout;
 };
 
-// A parameter to change in place. Exactly one of `rows` (ascending row numbers) and `bits` (packed, over logical
-// element numbers, least significant first) is set. `state` arrays hold float32 for masked entries only, in the order
-// of the rows (each in the row's own memory order) or of the set bits.
+// A parameter to change in place, where its packed bits (least significant first) say so: one bit a row, or one a
+// logical element. `state` arrays hold float32 for masked entries only, in the order of the set bits; the entries of a
+// row in the row's own memory order.
 struct Updated {
   void* param = nullptr;
   const void* source = nullptr;  // the gradient; for reset, the fresh values
@@ -52,9 +52,8 @@ struct Updated {
   Dtype source_dtype = Dtype::float32;
   float* state[2] = {nullptr, nullptr};
   Layout layout;
-  const int32_t* rows = nullptr;
-  int64_t row_count = 0;
   const uint8_t* bits = nullptr;
+  bool by_row = false;
 };
 
 // Constants of one optimizer step, already in float32.

@@ -140,7 +140,8 @@ inline void fill(Array& array, Kind kind, Random& random) {
   for (int64_t i = 0; i < array.size(); i++) {
     float x = random.value();
     if (kind == Kind::few_values) x = float(random.below(3)) - 1.25f;
-    if (kind == Kind::ties) x = random.below(2) ? 0.75f : -0.75f;
+    // of the numbers to add up again and again in float32 a bad one: 512 additions err by 100 * 2^-24
+    if (kind == Kind::ties) x = random.below(2) ? 0.89f : -0.89f;
     if (kind == Kind::zeros) x = random.below(2) ? 0.0f : -0.0f;
     if (kind == Kind::denormal) x = least * float(random.below(100)) * (random.below(2) ? 1.0f : -1.0f);
     if (kind == Kind::outlier && i == outlier) x = 30000;

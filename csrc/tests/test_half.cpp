@@ -102,29 +102,25 @@ void kernel_loads(cpu::Isa isa, Dtype dtype) {
   }
 }
 
-// A kernel that only stores: reset from float32, over whole rows and over bits.
+// A kernel that only stores: reset from float32, a whole row and all elements.
 void kernel_stores(cpu::Isa isa, Dtype dtype, const std::vector<float>& inputs) {
   const int64_t count = int64_t(inputs.size());
   Guarded<float> source(count);
   std::copy(inputs.begin(), inputs.end(), source.begin());
-  const int32_t row = 0;
-  Guarded<uint8_t> bits((count + 7) / 8);
-  for (uint8_t& byte : bits) byte = 0xff;
-  for (bool by_rows : {true, false}) {
+  for (bool by_row : {true, false}) {
+    const int64_t bit_count = by_row ? 1 : count;
+    Guarded<uint8_t> bits((bit_count + 7) / 8);
+    std::fill(bits.begin(), bits.end(), uint8_t(0xff));
     Array param(dtype, count);
     Updated u;
     u.param = param.data();
     u.source = source.data();
     u.param_dtype = dtype;
     u.layout = {1, count, 1};
-    if (by_rows) {
-      u.rows = &row;
-      u.row_count = 1;
-    } else {
-      u.bits = bits.data();
-    }
-    cpu::masked_update(isa).reset(u, 0, by_rows ? 1 : count, 0);
-    describe("kernel stores ", name(dtype), by_rows ? " by rows" : " by bits");
+    u.bits = bits.data();
+    u.by_row = by_row;
+    cpu::masked_update(isa).reset(u, 0, bit_count, 0);
+    describe("kernel stores ", name(dtype), by_row ? ", by row" : ", by element");
     for (int64_t i = 0; i < count; i++) CHECK_EQUAL(param.bits(i), param.rounded_bits(source[i]));
   }
 }

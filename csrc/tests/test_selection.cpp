@@ -153,7 +153,7 @@ void kernels_alone(cpu::Isa isa, Random& random) {
     const Scores& scores = *params[0];
     const auto score_bits = [&](int64_t i) { return float_bits(scores.score(i)); };
 
-    for (int64_t begin : {int64_t(0), int64_t(7), size - 5}) {
+    for (int64_t begin : {int64_t(0), int64_t(7), size - cpu::kRadixBins, size - cpu::kRadixBins + 1, size - 5}) {
       const uint32_t seen = score_bits(begin);  // a prefix that occurs
       for (cpu::RadixPass pass : {cpu::RadixPass{20, 11, 0}, {10, 10, seen >> 20}, {0, 10, seen >> 10}, {0, 10, 1}}) {
         describe("histogram, ", name(kind), ", from ", begin, ", shift ", pass.shift);

@@ -48,6 +48,8 @@ def run(arguments: Sequence[str] | None) -> int:
     start_log()
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="delfast", standalone_mode=False)
+    except typer.Abort:  # what typer makes of Ctrl-C
+        raise KeyboardInterrupt from None
     except _UsageError as error:
         raise InputError(f"{error.format_message()} (see `delfast --help`)") from None
     return code if isinstance(code, int) else 0
@@ -76,6 +78,8 @@ def train(
 ) -> None:
     """Train a network on the whole training set, forget set included; write a run directory."""
     published = recipe(data, model)
+    if data.startswith("folder:"):  # later commands may be run from elsewhere
+        data = f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
     config = Config(
         data=data,
         model=model,
@@ -185,6 +189,7 @@ def evaluate(
     output_dir: OptionalOutputDir = None,
     data_dir: DataDir = None,
     device: Device = "auto",
+    seed: StepSeed = None,
 ) -> None:
     """Measure a network on the run's forget, retain and test sets, and its gaps to an oracle."""
     source = run_dir if model_from is None else model_from
@@ -196,7 +201,7 @@ def evaluate(
         networks["oracle"] = load_model(opened, oracle)
     if output_dir is not None:
         make_output_dir(output_dir)
-    measured = {name: opened.measure(network) for name, network in networks.items()}
+    measured = {name: opened.measure(network, seed) for name, network in networks.items()}
     methods: dict[str, dict[str, Any]] = {name: metrics.as_dict() for name, metrics in measured.items()}
     if oracle is not None:
         methods = {name: {**methods[name], **gaps(metrics, measured["oracle"])} for name, metrics in measured.items()}
@@ -204,6 +209,7 @@ def evaluate(
     if output_dir is not None:
         summary = {
             "command": "evaluate",
+            "options": {"seed": opened.config.seed if seed is None else seed},
             "config": asdict(opened.config),
             "forget": opened.describe_forget(),
             "methods": methods,

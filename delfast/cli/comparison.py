@@ -25,9 +25,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One tensor: its entries, those that may change, those that changed, and those that changed though they
-    may not.
-    """
+    """One tensor: its entries, those that may change, those that changed, those that changed though they may not."""
 
     name: str
     entries: int

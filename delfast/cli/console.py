@@ -29,7 +29,7 @@ def start_log() -> None:
     log.propagate = False
 
 
-class _Progress:
+class Progress:
     """``progress(iterable, description, total)``: a bar on a terminal; elsewhere a line where ``EVERY`` has passed."""
 
     EVERY = 10.0  # seconds between two log lines
@@ -47,7 +47,7 @@ class _Progress:
         yield from iterable
 
 
-progress = _Progress()
+progress = Progress()
 
 
 def output() -> Console:

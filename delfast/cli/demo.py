@@ -4,6 +4,8 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,29 @@ def run(output_dir: Path, device: torch.device, seed: int, *, quick: bool = Fals
         config.check()
     make_output_dir(output_dir)
     origin = provenance(device=str(device), seed=seed)
-    scenarios = {name: _scenario(name, config, settings, output_dir / name, device) for name, config in configs.items()}
+    with _one_thread():
+        scenarios = {
+            name: _scenario(name, config, settings, output_dir / name, device) for name, config in configs.items()
+        }
     summary = {"scenarios": scenarios, "backend": origin["backend"], "quick": quick, "provenance": origin}
     write_text(output_dir / REPORT, _report(summary))
     write_json(output_dir / SUMMARY, summary)
     return summary
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread inside: the figures are then the same on any number of cores.
+
+    A second thread would gain this small network a third of the time, and lose it manifold wherever another process
+    wants the same core (OpenMP's threads wait for one another by spinning).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def title(name: str, scenario: dict[str, Any]) -> str:

@@ -19,9 +19,7 @@ CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_b
 
 
 def examine() -> dict[str, Any]:
-    """``{"facts": ..., "advice": [...]}``: plain values, ready for JSON; one line of advice for each thing to
-    mend.
-    """
+    """``{"facts": ..., "advice": [...]}``: plain values, ready for JSON; a line of advice for each thing to mend."""
     facts: dict[str, Any] = {
         **status(),
         "python": platform.python_version(),

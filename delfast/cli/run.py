@@ -97,17 +97,15 @@ class Run:
             seed=seed,
         )
 
-    def measure(self, model: nn.Module, oracle: Metrics | None = None) -> Metrics:
-        """The network's metrics on the run's forget, retain and test sets."""
+    def measure(self, model: nn.Module, seed: int | None = None) -> Metrics:
+        """The network's metrics on the run's forget, retain and test sets; ``seed`` as for ``evaluate``."""
         data = self.data
-        test = Batches(data.test_images, data.test_targets, data.mean, data.std, batch_size=EVALUATION_BATCH)
         return evaluate(
             model,
             self.batches(self.forget.indices, EVALUATION_BATCH),
             self.batches(self.forget.retain, EVALUATION_BATCH),
-            test,
-            oracle=oracle,
-            seed=self.config.seed,
+            Batches(data.test_images, data.test_targets, data.mean, data.std, batch_size=EVALUATION_BATCH),
+            seed=self.config.seed if seed is None else seed,
         )
 
     def digests(self) -> dict[str, str]:
@@ -135,13 +133,12 @@ def check_own_directory(output_dir: Path, *inputs: Path) -> None:
 
 def choose_device(name: str) -> torch.device:
     """``auto`` (CUDA if there is one, else the CPU), or a device by name. InputError if it cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # torch without CUDA asserts
         raise InputError(f"expected a device auto, cpu or cuda that this machine has, got '{name}'") from None
+    torch.backends.cudnn.deterministic = True  # the same seed is to give the same weights on CUDA too
     return device
 
 
@@ -155,9 +152,7 @@ def start(config: Config, device: torch.device) -> Run:
 
 
 def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
-    """Open a run directory: its configuration, data and forget set, checked against the digests of
-    ``summary.json``.
-    """
+    """Open a run directory: its configuration, data and forget set, checked against the digests of its summary."""
     summary = read_summary(path)
     stored = summary["config"]
     try:
@@ -170,25 +165,32 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.image_size)
     if data.digest != summary["digests"]["data"]:
         raise InputError(f"the data '{config.data}' are not those that '{path}' was made with; restore them")
-    return Run(config, data, ForgetSet.load(path / FORGET, data.train_targets), device)
+    forget = ForgetSet.load(path / FORGET, data.train_targets)
+    if forget.digest != summary["digests"]["forget"]:
+        raise InputError(f"'{path / FORGET}' is not the forget set that '{SUMMARY}' beside it tells of; restore it")
+    return Run(config, data, forget, device)
 
 
 def load_model(run: Run, path: Path) -> nn.Module:
-    """The network of a run directory, on the run's device. InputError if it is damaged or of another
-    architecture.
+    """The network that ``path`` keeps, on the run's device.
+
+    InputError if it is damaged, of another architecture, or of another forget set than the run's.
     """
-    state = load_state(path / MODEL)
-    if digest_state(state) != read_summary(path)["digests"]["model"]:
+    state, digests = load_state(path / MODEL), read_summary(path)["digests"]
+    if digest_state(state) != digests["model"]:
         raise InputError(f"'{path / MODEL}' is not the network that '{SUMMARY}' beside it tells of; make it anew")
     model = run.factory()
     try:
         model.load_state_dict(state)
     except RuntimeError:
         raise InputError(f"'{path / MODEL}' is no {run.config.model} for {run.config.data}; use its own run") from None
+    if digests["forget"] != run.forget.digest:
+        raise InputError(f"'{path}' is of another forget set than the run; use networks of one `delfast train`")
     return model.to(run.device)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a run directory; InputError if ``path`` is none."""
     if not (path / SUMMARY).is_file():
         raise InputError(f"expected a run directory at '{path}', it holds no {SUMMARY}; make one with `delfast train`")
     summary = read_json(path / SUMMARY)

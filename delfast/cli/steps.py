@@ -62,9 +62,7 @@ def train(run: Run, output_dir: Path) -> Trained:
 
 
 def oracle(run: Run, output_dir: Path, seed: int | None = None) -> Trained:
-    """Train a fresh network on the retain set alone, by the same configuration; ``seed`` is the run's + 1 by
-    default.
-    """
+    """Train a fresh network on the retain set alone, by the same configuration; ``seed`` defaults to the run's + 1."""
     return _train(run, output_dir, "oracle", run.forget.retain, _or_default(seed, run.config.seed + ORACLE_SEED))
 
 
@@ -73,7 +71,7 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int)
     batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed)
     _check_last_batch(run, batches)
     make_output_dir(output_dir)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = run.factory().to(run.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
@@ -87,8 +85,7 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int)
 def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None = None, **options: Any) -> Localized:
     """Localize the run's forget set in ``model`` and write ``mask.safetensors`` and ``summary.json``.
 
-    options: those of ``delfast.localize``. ``weighted_grad_all`` takes its gradient over the whole training
-    set.
+    options: those of ``delfast.localize``. ``weighted_grad_all`` takes its gradient over the whole training set.
     """
     _check_selection(**options)
     make_output_dir(output_dir)
@@ -157,12 +154,10 @@ def unlearn(
     seed: int | None = None,
     resume: bool = False,
 ) -> Trained:
-    """Reset and finetune ``model`` in place; write a run directory, and the mask that was trained, head
-    included.
+    """Reset and finetune ``model`` in place; write a run directory, and the mask that was trained, head included.
 
-    While it runs ``output_dir`` holds a checkpoint of the last whole epoch, from which ``resume`` goes on to
-    the same weights. ``seed`` (default: the run's + 2) initializes the values reset to and orders the
-    batches.
+    While it runs ``output_dir`` holds a checkpoint of the last whole epoch, from which ``resume`` goes on to the same
+    weights. ``seed`` (default: the run's + 2) initializes the values reset to and orders the batches.
     """
     seed = _or_default(seed, run.config.seed + RESET_SEED)
     check_training(epochs, lr, batch_size, weight_decay)
@@ -178,7 +173,6 @@ def unlearn(
     original = digest_state(model.state_dict())
     result = unlearn_network(
         model,
-        forget=run.batches(run.forget.indices, batch_size),
         retain=retain,
         mask=mask,
         method=method,

@@ -77,21 +77,21 @@ OPS = (
         select_units,
     ),
     Op(
-        "masked_reset_(Tensor(a!)[] params, Tensor[] fresh, Tensor[] index) -> ()",
+        "masked_reset_(Tensor(a!)[] params, Tensor[] fresh, Tensor bits, bool[] by_row) -> ()",
         _fake_in_place,
         masked_reset_,
     ),
     Op(
-        "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] steps, "
-        "Tensor[] index, *, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
+        "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!) steps, "
+        "Tensor bits, bool[] by_row, *, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
         "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
         _fake_in_place,
         masked_sgd_,
     ),
     Op(
-        "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] steps, Tensor[] index, *, float lr, float beta1, float beta2, float eps, "
-        "float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+        "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!) steps, "
+        "Tensor bits, bool[] by_row, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+        "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
         _fake_in_place,
         masked_adamw_,
     ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 
 METHOD_COLUMNS = (
@@ -39,9 +40,11 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """The table for a terminal, to be printed by a rich console."""
-    table = Table(title=title, title_justify="left")
+    # without vertical rules the nine columns of methods fit into 80 characters
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if position else "left"
+        table.add_column(column, justify=justify, overflow="fold", min_width=None if position else 8)
     for row in rows:
         table.add_row(*row)
     return table

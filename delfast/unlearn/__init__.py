@@ -26,7 +26,7 @@ Method = Literal["del"]
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """``mask``: what was allowed to change: the mask, widened by the head. ``seconds``: by stage. ``losses``: by epoch."""
+    """``mask``: what was allowed to change (widened by the head). ``seconds``: by stage. ``losses``: by epoch."""
 
     method: str
     mask: Mask
