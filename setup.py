@@ -1,12 +1,16 @@
 """Builds delfast: the CPU kernels with their own instruction-set flags, then the extension that links them.
 
-Environment: DELFAST_NATIVE=auto|0|1: auto (the default) installs without the extension if it cannot be built, and
-says so; 1 fails instead; 0 does not try.
+Environment:
+  DELFAST_NATIVE=auto|0|1  auto (the default) installs without the extension if it cannot be built, and says so; 1 fails
+                           instead; 0 does not try.
+  DELFAST_CUDA=auto|0|1    1 fails where CUDA kernels cannot be built. There are none yet (csrc/cuda/README.md), so auto
+                           and 0 build for the CPU alone.
 """
 
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +28,11 @@ except ImportError:
         "delfast's build needs the torch it will run with: install torch, then `pip install --no-build-isolation .`"
     )
 
-# The rule by file name that CMakeLists.txt follows too. -ffp-contract=off: no FMA, so that all sets agree to the bit.
-ISA_FLAGS = {"avx2": ["-mavx2", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+# One instruction set a line: the name that its sources end with, and their flags. CMakeLists.txt reads it too.
+ISA_FLAGS = {
+    line.split()[0]: line.split()[1:] for line in (ROOT / "csrc/isa_flags.txt").read_text(encoding="utf-8").splitlines()
+}
+# -ffp-contract=off: no FMA, so that all instruction sets agree to the bit
 KERNEL_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
@@ -50,9 +57,15 @@ class Build(BuildExtension):
         (package / "_build_info.json").write_text(json.dumps(self.info) + "\n", encoding="utf-8")
 
     def build_extensions(self) -> None:
+        if os.environ.get("DELFAST_CUDA") == "1":
+            sys.exit("DELFAST_CUDA=1, but this version has no CUDA kernels: unset it to build for the CPU")
         try:
             if os.environ.get("DELFAST_NATIVE") == "0":
                 raise RuntimeError("DELFAST_NATIVE=0 at install")
+            if not shutil.which(_compiler()):
+                raise RuntimeError(
+                    f"no C++ compiler: '{_compiler()}' is not there (set CXX, or install g++ 11 or newer)"
+                )
             objects = Path(self.build_temp).resolve() / "kernels"
             objects.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(os.cpu_count()) as pool:

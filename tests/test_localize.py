@@ -13,6 +13,7 @@ from torch import nn
 
 import delfast
 from delfast import InputError, Mask
+from delfast.localize import preset_settings
 from delfast.localize.gradient import mean_gradient
 from delfast.localize.scores import Scores, resolve_top_h
 from delfast.models import build
@@ -124,7 +125,7 @@ def test_published_code_preset_element_for_element(
 ) -> None:
     theta, gradient, examples = scored
     gradients = None if criterion == "weight" else gradient
-    settings = {**delfast.localize.__globals__["PRESETS"]["published-code"], "granularity": granularity}
+    settings = preset_settings("published-code", granularity=granularity)
     mask = Scores(theta, gradients, criterion, examples).select(budget, **settings)
     expected = published_mask(theta, gradients, criterion, granularity, budget)
     dense = mask.to_dense()

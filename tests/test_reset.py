@@ -69,7 +69,7 @@ def test_reset_parameters_only_where_asked_for_and_covered() -> None:
 
 
 def test_bad_input_changes_nothing() -> None:
-    model, mask = model_and_mask()
+    model, _ = model_and_mask()
     before = copy.deepcopy(model.state_dict())
     other = delfast.score(cases.SmallNet(), criterion="weight").select(0.5)
     short = {name: value for name, value in model.state_dict().items() if name != "conv1.weight"}

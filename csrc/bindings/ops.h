@@ -8,7 +8,6 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
 namespace delfast::bindings {
 
@@ -17,8 +16,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_view criterion,
                        c10::string_view aggregate, at::IntArrayRef top_h);
 
-std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
-                                                                c10::string_view criterion, int64_t k);
+std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
+                                                   c10::string_view criterion, int64_t k);
 std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, const at::Tensor& sizes, int64_t k,
                                                 bool cut_last);
 

@@ -35,10 +35,10 @@ struct ElementTasks {
 std::vector<int64_t> count_digits(const std::vector<Scored>& params, const ElementTasks& tasks, Criterion criterion,
                                   cpu::RadixPass pass) {
   const auto& kernels = cpu::selection(cpu::isa());
-  const int threads = at::get_num_threads();
+  const int threads = tasks.elements < kWorthThreads ? 1 : at::get_num_threads();
   std::vector<int64_t> counts(size_t(threads) * cpu::kRadixBins);
   run_tasks(tasks.list, tasks.elements, [&](const ElementTask& task) {
-    int64_t* mine = counts.data() + at::get_thread_num() * cpu::kRadixBins;
+    int64_t* mine = counts.data() + (threads > 1 ? at::get_thread_num() : 0) * cpu::kRadixBins;
     kernels.histogram(params[task.param], criterion, pass, task.begin, task.end, mine);
   });
   for (int thread = 1; thread < threads; thread++)
@@ -63,19 +63,22 @@ int64_t first_nonfinite(const std::vector<Scored>& params, Criterion criterion) 
 
 }  // namespace
 
-std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
-                                                                c10::string_view criterion_name, int64_t k) {
+std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
+                                                   c10::string_view criterion_name, int64_t k) {
   TORCH_CHECK_VALUE(k >= 0, "expected k >= 0 elements to select, got ", k, "; pass a non-negative count");
   const Criterion criterion = parse_criterion(criterion_name);
   const ScoredList list(theta, grad, criterion);
   ElementTasks tasks(list.params);
 
-  std::vector<at::Tensor> bits;
-  std::vector<uint8_t*> bits_data;
-  for (const at::Tensor& t : theta) {
-    bits.push_back(at::empty({(t.numel() + 7) / 8}, at::TensorOptions().dtype(at::kByte)));
-    bits_data.push_back(bits.back().mutable_data_ptr<uint8_t>());
+  int64_t bytes = 0;
+  std::vector<int64_t> first_byte;
+  first_byte.reserve(list.params.size());
+  for (const Scored& p : list.params) {
+    first_byte.push_back(bytes);
+    bytes += (p.layout.numel() + 7) / 8;
   }
+  at::Tensor bits = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+  uint8_t* bits_data = bits.mutable_data_ptr<uint8_t>();
   at::Tensor nonfinite = at::empty({}, at::TensorOptions().dtype(at::kLong));
   int64_t& first_bad = *nonfinite.mutable_data_ptr<int64_t>();
   first_bad = -1;
@@ -86,7 +89,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList t
     const std::vector<int64_t> counts = count_digits(list.params, tasks, criterion, search.pass());
     if (pass == 0 && any_nonfinite(counts)) {
       first_bad = first_nonfinite(list.params, criterion);
-      for (at::Tensor& b : bits) b.zero_();
+      bits.zero_();
       return {std::move(bits), std::move(nonfinite)};
     }
     everything = !search.descend(counts.data());
@@ -96,15 +99,15 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> select_elements(at::TensorList t
   const auto& kernels = cpu::selection(cpu::isa());
   const uint32_t threshold = everything ? 0 : search.threshold();
   run_tasks(tasks.list, tasks.elements, [&](ElementTask& task) {
-    task.ties =
-        kernels.mark(list.params[task.param], criterion, threshold, task.begin, task.end, bits_data[task.param]);
+    task.ties = kernels.mark(list.params[task.param], criterion, threshold, task.begin, task.end,
+                             bits_data + first_byte[task.param]);
   });
   int64_t left = everything ? tasks.elements : search.left();
   for (const ElementTask& task : tasks.list) {
     const int64_t keep = std::min(left, task.ties);
     if (keep < task.ties)
       kernels.clear_ties(list.params[task.param], criterion, threshold, keep, task.begin, task.end,
-                         bits_data[task.param]);
+                         bits_data + first_byte[task.param]);
     left -= keep;
   }
   return {std::move(bits), std::move(nonfinite)};

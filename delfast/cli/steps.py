@@ -22,9 +22,9 @@ from delfast.data import Batches
 from delfast.errors import InputError
 from delfast.evaluate import Metrics
 from delfast.files import make_output_dir, save_state, write_json
-from delfast.localize import Aggregate, Criterion, Granularity, Policy, Preset
+from delfast.localize import Criterion, Preset, check_selection, preset_settings
 from delfast.localize import localize as find_mask
-from delfast.localize.scores import check_choice, resolve_top_h
+from delfast.localize.scores import check_choice
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
@@ -87,7 +87,7 @@ def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None =
 
     options: those of ``delfast.localize``. ``weighted_grad_all`` takes its gradient over the whole training set.
     """
-    _check_selection(**options)
+    _check_localize(**options)
     make_output_dir(output_dir)
     seed = _or_default(seed, run.config.seed)
     everything = options.get("criterion") == "weighted_grad_all"
@@ -113,17 +113,10 @@ def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None =
     return Localized(mask, description, seconds)
 
 
-def _check_selection(budget: float, preset: str, criterion: str = "weighted_grad", **options: Any) -> None:
+def _check_localize(budget: float, preset: Preset, criterion: str = "weighted_grad", **options: Any) -> None:
     """Refuse what ``delfast.localize`` would refuse, before the output directory is made."""
-    if not 0 < budget <= 1:
-        raise InputError(f"expected a budget in (0, 1], got {budget}; pass the fraction of parameters to select")
-    check_choice("preset", preset, Preset)
     check_choice("criterion", criterion, Criterion)
-    for name, choices in {"granularity": Granularity, "aggregate": Aggregate, "policy": Policy}.items():
-        if name in options:
-            check_choice(name, options[name], choices)
-    if "top_h" in options:
-        resolve_top_h(options["top_h"], (1, 1))
+    check_selection(budget, **preset_settings(preset, **options))
 
 
 def describe_mask(mask: Mask, path: Path) -> dict[str, Any]:

@@ -8,7 +8,16 @@ from typing import Any, Literal
 from torch import nn
 
 from delfast.batches import LossFn
-from delfast.localize.scores import Aggregate, Criterion, Granularity, Policy, Scores, check_choice, score
+from delfast.localize.scores import (
+    Aggregate,
+    Criterion,
+    Granularity,
+    Policy,
+    Scores,
+    check_choice,
+    check_selection,
+    score,
+)
 from delfast.mask import Mask
 
 Preset = Literal["paper", "published-code"]
@@ -22,6 +31,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy": "exact",
     },
 }
+
+
+def preset_settings(preset: Preset, **overrides: Any) -> dict[str, Any]:
+    """The arguments of ``Scores.select`` that a preset stands for, with ``overrides``; InputError if there is none."""
+    check_choice("preset", preset, Preset)
+    return {**PRESETS[preset], **overrides}
 
 
 def localize(
@@ -49,21 +64,22 @@ def localize(
 
     Raises InputError as ``score`` and ``Scores.select`` do; bad arguments are refused before anything is computed.
     """
-    check_choice("preset", preset, Preset)
-    settings = {**PRESETS[preset], **overrides}
-    Scores({}, None, criterion, 0)._check(budget, **settings)
+    settings = preset_settings(preset, **overrides)
+    check_choice("criterion", criterion, Criterion)
+    check_selection(budget, **settings)
     mask = score(model, forget_loader, criterion, loss_fn=loss_fn, seed=seed).select(budget, **settings)
     return Mask(mask.parameters, {**mask.metadata, "preset": preset})
 
 
 __all__ = [
-    "PRESETS",
     "Aggregate",
     "Criterion",
     "Granularity",
     "Policy",
     "Preset",
     "Scores",
+    "check_selection",
     "localize",
+    "preset_settings",
     "score",
 ]

@@ -17,7 +17,7 @@ from delfast.errors import InputError
 from delfast.localize.gradient import mean_gradient
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import trainable_parameters, unwrap
-from delfast.ops.layout import pack, row_length, unit_count, unpack
+from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
 
 Criterion = Literal["weighted_grad", "grad", "weight", "weighted_grad_all", "random"]
 Granularity = Literal["param", "channel"]
@@ -102,7 +102,10 @@ class Scores:
         Raises InputError for arguments out of range, a budget below the first channel (naming the least that works),
         non-finite scores (naming the parameter), and parameters that changed since they were scored.
         """
-        self._check(budget, granularity, aggregate, top_h, policy)
+        check_selection(budget, granularity, aggregate, top_h, policy)
+        for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
+            if parameter._version != version:
+                raise InputError(f"'{name}' has changed since it was scored; call score() again")
         budgeted = int(budget * self.total)
         parts = (
             self._select_elements(budgeted)
@@ -142,9 +145,10 @@ class Scores:
         bits, nonfinite = torch.ops.delfast.select_elements(values, gradients, criterion, k)
         if int(nonfinite) >= 0:
             self._refuse_nonfinite(list(self.parameters)[int(nonfinite)])
+        sizes = [packed_bytes(t.numel()) for t in self.parameters.values()]
         return {
             name: ParameterMask(tuple(t.shape), "row" if t.ndim <= 1 else "element", part)
-            for (name, t), part in zip(self.parameters.items(), bits, strict=True)
+            for (name, t), part in zip(self.parameters.items(), torch.split(bits, sizes), strict=True)
         }
 
     def _select_units(
@@ -205,16 +209,21 @@ class Scores:
             "of this parameter"
         )
 
-    def _check(self, budget: float, granularity: str, aggregate: str, top_h: object, policy: str) -> None:
-        if not 0 < budget <= 1:
-            raise InputError(f"expected a budget in (0, 1], got {budget}; pass the fraction of parameters to select")
-        check_choice("granularity", granularity, Granularity)
-        check_choice("aggregate", aggregate, Aggregate)
-        check_choice("policy", policy, Policy)
-        resolve_top_h(top_h, (1, 1))
-        for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
-            if parameter._version != version:
-                raise InputError(f"'{name}' has changed since it was scored; call score() again")
+
+def check_selection(
+    budget: float,
+    granularity: str = "channel",
+    aggregate: str = "topk_mean",
+    top_h: object = 0.1,
+    policy: str = "whole",
+) -> None:
+    """InputError for arguments that ``Scores.select`` would refuse whatever the scores."""
+    if not 0 < budget <= 1:
+        raise InputError(f"expected a budget in (0, 1], got {budget}; pass the fraction of parameters to select")
+    check_choice("granularity", granularity, Granularity)
+    check_choice("aggregate", aggregate, Aggregate)
+    check_choice("policy", policy, Policy)
+    resolve_top_h(top_h, (1, 1))
 
 
 def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:

@@ -31,8 +31,9 @@ class Backend:
 def load_backend() -> Backend:
     """Choose the backend once, at import.
 
-    DELFAST_BACKEND=native raises ImportError if the extension cannot be used, =torch does not load it. Unset: the
-    extension if it can be used, else the twins with one warning that says why.
+    DELFAST_BACKEND=native raises ImportError if the extension cannot be used (and so does a DELFAST_FORCE_ISA that it
+    cannot honour), =torch does not load it. Unset: the extension if it can be used, else the twins with one warning
+    that says why.
     """
     wanted = os.environ.get("DELFAST_BACKEND", "")
     if wanted not in ("", "native", "torch"):
@@ -43,8 +44,8 @@ def load_backend() -> Backend:
         module, build_info = _load_extension()
     except ImportError as error:
         reason = str(error).splitlines()[0]
-        if wanted == "native":
-            raise ImportError(f"DELFAST_BACKEND=native, but {reason}") from error
+        if wanted == "native" or os.environ.get("DELFAST_FORCE_ISA"):
+            raise ImportError(f"native kernels are asked for, but {reason}") from error
         warnings.warn(f"delfast runs on its PyTorch twins (right, but slow): {reason}", RuntimeWarning, stacklevel=2)
         return Backend("torch", reason)
     devices = ("CPU", "CUDA") if build_info["cuda"] else ("CPU",)

@@ -44,9 +44,10 @@ def _fake_criticality(
 
 def _fake_select_elements(
     theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, k: int
-) -> tuple[list[Tensor], Tensor]:
-    bits = [torch.empty(packed_bytes(t.numel()), dtype=torch.uint8, device=t.device) for t in theta]
-    return bits, torch.empty((), dtype=torch.int64, device=_device(theta))
+) -> tuple[Tensor, Tensor]:
+    device = _device(theta)
+    bits = torch.empty(sum(packed_bytes(t.numel()) for t in theta), dtype=torch.uint8, device=device)
+    return bits, torch.empty((), dtype=torch.int64, device=device)
 
 
 def _fake_select_units(scores: Tensor, sizes: Tensor, k: int, cut_last: bool) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ OPS = (
         criticality,
     ),
     Op(
-        "select_elements(Tensor[] theta, Tensor[] grad, str criterion, SymInt k) -> (Tensor[], Tensor)",
+        "select_elements(Tensor[] theta, Tensor[] grad, str criterion, SymInt k) -> (Tensor, Tensor)",
         _fake_select_elements,
         select_elements,
     ),

@@ -11,13 +11,12 @@ from delfast.ops.layout import pack
 from delfast.ops.reference.criticality import element_scores
 
 
-def select_elements(
-    theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, k: int
-) -> tuple[list[Tensor], Tensor]:
+def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, k: int) -> tuple[Tensor, Tensor]:
     """The k highest-scoring scalars over all parameters.
 
-    Returns the packed bits of each parameter (uint8, row-major order of its elements) and ``nonfinite``: an int64
-    scalar, the first parameter with a NaN or infinite score, or -1. With a non-finite score the bits mean nothing.
+    Returns the packed bits (uint8) of all parameters one after the other, each in row-major order of its elements and
+    padded to whole bytes, and ``nonfinite``: an int64 scalar, the first parameter with a NaN or infinite score, or -1.
+    With a non-finite score the bits mean nothing.
     """
     scores = [
         element_scores(parameter, grad[index] if grad else None, criterion).reshape(-1)
@@ -28,7 +27,8 @@ def select_elements(
     chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=device)
     chosen[torch.sort(flat, descending=True, stable=True).indices[:k]] = True
     bits = [pack(flags) for flags in torch.split(chosen, [score.numel() for score in scores])] if scores else []
-    return bits, _first_nonfinite([bool(score.isfinite().all()) for score in scores], device)
+    nonfinite = _first_nonfinite([bool(score.isfinite().all()) for score in scores], device)
+    return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *bits]), nonfinite
 
 
 def select_units(scores: Tensor, sizes: Tensor, k: int, cut_last: bool) -> tuple[Tensor, Tensor]:
