@@ -159,19 +159,20 @@ def test_select_elements_names_the_first_nonfinite_parameter(isa: str, bad: floa
 def test_select_units_equals_the_twin(cut_last: bool) -> None:
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
-        units = int(torch.randint(0, 60, (), generator=generator))
-        scores = torch.randint(0, 12, (units,), generator=generator).float()  # ties and zeros
-        sizes = torch.randint(1, 9, (units,), generator=generator)
-        for k in (0, 1, int(sizes.sum()) // 2, int(sizes.sum()) - 1, int(sizes.sum())):
-            result = NATIVE.select_units(scores, sizes, max(0, k), cut_last)
-            expected = REFERENCE["select_units"](scores, sizes, max(0, k), cut_last)
+        counts = torch.randint(0, 20, (seed % 5,), generator=generator).tolist()
+        lengths = torch.randint(1, 9, (seed % 5,), generator=generator).tolist()
+        scores = torch.randint(0, 12, (sum(counts),), generator=generator).float()  # ties and zeros
+        total = sum(count * length for count, length in zip(counts, lengths, strict=True))
+        for k in (0, 1, total // 2, max(0, total - 1), total):
+            result = NATIVE.select_units(scores, counts, lengths, k, cut_last)
+            expected = REFERENCE["select_units"](scores, counts, lengths, k, cut_last)
             assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), (seed, k)
 
 
 def test_select_units_takes_a_prefix_and_stops_at_the_first_that_does_not_fit() -> None:
-    scores, sizes = torch.tensor([5.0, 4.0, 3.0, 2.0]), torch.tensor([3, 10, 1, 1])
-    bits, info = NATIVE.select_units(scores, sizes, 5, True)
-    assert unpack(bits, 4).tolist() == [True, False, False, False]  # not the smaller ones behind it
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    bits, info = NATIVE.select_units(scores, [1, 1, 2], [3, 10, 1], 5, True)
+    assert bits.tolist() == [1, 0, 0]  # not the smaller ones behind it
     assert info.tolist() == [1, 2, -1]
 
 
@@ -201,7 +202,7 @@ def masked_arguments(tensors: list[Tensor], op: str, momentum: float = 1.0, by_r
         chosen.append(parts[-1].dense())
     count = STATES[op] if momentum else 0
     return {
-        "bits": torch.cat([part.bits for part in parts]),
+        "bits": torch.cat([torch.empty(0, dtype=torch.uint8), *(part.bits for part in parts)]),
         "by_row": [part.by_row for part in parts],
         "states": [part.state_like(t, count) for part, t in zip(parts, tensors, strict=True)] if count else [],
         "steps": torch.zeros(len(tensors)),
@@ -330,7 +331,7 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     return [
         (NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}),
         (NATIVE.select_elements, (theta, grad, "weighted_grad", 100), {}),
-        (NATIVE.select_units, (scores, torch.ones(len(scores), dtype=torch.int64), 5, True), {}),
+        (NATIVE.select_units, (scores, [len(scores) - 3, 3], [2, 1], 5, True), {}),
         (NATIVE.masked_reset_, (theta, grad, sgd["bits"], sgd["by_row"]), {}),
         (
             NATIVE.masked_sgd_,

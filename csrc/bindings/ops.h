@@ -18,8 +18,8 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
 
 std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
                                                    c10::string_view criterion, int64_t k);
-std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, const at::Tensor& sizes, int64_t k,
-                                                bool cut_last);
+std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
+                                                at::IntArrayRef lengths, int64_t k, bool cut_last);
 
 void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row);
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, const at::Tensor& steps,

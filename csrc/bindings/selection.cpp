@@ -113,20 +113,26 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
   return {std::move(bits), std::move(nonfinite)};
 }
 
-std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, const at::Tensor& sizes, int64_t k,
-                                                bool cut_last) {
-  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat, "expected scores float32 (units,), got ",
-                    scores.scalar_type(), " ", shape_text(scores.sizes()), "; pass what criticality returns");
-  TORCH_CHECK_VALUE(sizes.sizes() == scores.sizes() && sizes.scalar_type() == at::kLong, "expected sizes int64 ",
-                    shape_text(scores.sizes()), ", got ", sizes.scalar_type(), " ", shape_text(sizes.sizes()),
-                    "; pass one size per unit");
-  const int64_t units = scores.numel();
-  at::Tensor bits = at::empty({(units + 7) / 8}, at::TensorOptions().dtype(at::kByte));
+std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
+                                                at::IntArrayRef lengths, int64_t k, bool cut_last) {
+  TORCH_CHECK_VALUE(counts.size() == lengths.size(), "expected one count and one length per parameter, got ",
+                    counts.size(), " and ", lengths.size(), "; pass lists of equal length");
+  std::vector<cpu::UnitGroup> groups;
+  groups.reserve(counts.size());
+  int64_t units = 0, bytes = 0;
+  for (size_t p = 0; p < counts.size(); p++) {
+    groups.push_back({counts[p], lengths[p]});
+    units += counts[p];
+    bytes += (counts[p] + 7) / 8;
+  }
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat && scores.numel() == units,
+                    "expected scores float32 (", units, ",), got ", scores.scalar_type(), " ",
+                    shape_text(scores.sizes()), "; pass what criticality returns for these parameters");
+  at::Tensor bits = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
   at::Tensor info = at::empty({3}, at::TensorOptions().dtype(at::kLong));
-  const at::Tensor scores_row = scores.contiguous(), sizes_row = sizes.contiguous();
-  const cpu::UnitSelection selection =
-      cpu::select_units(scores_row.const_data_ptr<float>(), sizes_row.const_data_ptr<int64_t>(), units, k,
-                        bits.mutable_data_ptr<uint8_t>());
+  const at::Tensor scores_row = scores.contiguous();
+  const cpu::UnitSelection selection = cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(),
+                                                         int64_t(groups.size()), k, bits.mutable_data_ptr<uint8_t>());
   int64_t* out = info.mutable_data_ptr<int64_t>();
   out[0] = cut_last ? selection.cut_unit : -1;
   out[1] = cut_last ? selection.cut_size : 0;

@@ -1,51 +1,63 @@
 // Selection of units (channels): there are few of them, so plain loops do.
 #include <cmath>
-#include <cstring>
 
 #include "delfast/radix.h"
 
 namespace delfast::cpu {
 
-UnitSelection select_units(const float* scores, const int64_t* sizes, int64_t units, int64_t budget, uint8_t* bits) {
+namespace {
+
+// Calls f(unit, its score's bits, its size, its byte of bits, its bit there) for every unit.
+template <class F>
+void for_units(const float* scores, const UnitGroup* groups, int64_t group_count, uint8_t* bits, F f) {
+  int64_t unit = 0;
+  for (int64_t g = 0; g < group_count; g++) {
+    for (int64_t i = 0; i < groups[g].count; i++, unit++)
+      f(unit, float_bits(std::fabs(scores[unit])), groups[g].length, bits + i / 8, uint8_t(1u << i % 8));
+    bits += (groups[g].count + 7) / 8;
+  }
+}
+
+}  // namespace
+
+UnitSelection select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget,
+                           uint8_t* bits) {
   UnitSelection result;
-  std::memset(bits, 0, size_t(units + 7) / 8);
-  const auto choose = [&](int64_t i) { bits[i / 8] |= uint8_t(1u << i % 8); };
-  for (int64_t i = 0; i < units; i++)
-    if (!std::isfinite(scores[i])) {
-      result.nonfinite = i;
-      return result;
-    }
+  const auto each = [&](auto f) { for_units(scores, groups, group_count, bits, f); };
+  each([&](int64_t unit, uint32_t score, int64_t, uint8_t* byte, uint8_t) {
+    *byte = 0;
+    if (score >= 0x7f800000 && result.nonfinite < 0) result.nonfinite = unit;
+  });
+  if (result.nonfinite >= 0) return result;
 
   RadixSearch search(budget);
   bool everything = false;
   for (int p = 0; p < RadixSearch::kPasses && !everything; p++) {
     int64_t histogram[kRadixBins] = {};
     const RadixPass pass = search.pass();
-    for (int64_t i = 0; i < units; i++) {
-      const uint32_t score = float_bits(std::fabs(scores[i]));  // fabs: a score of -0.0 is 0
+    each([&](int64_t, uint32_t score, int64_t size, uint8_t*, uint8_t) {
       if (score >> (pass.shift + pass.width) == pass.prefix)
-        histogram[score >> pass.shift & ((1u << pass.width) - 1)] += sizes[i];
-    }
+        histogram[score >> pass.shift & ((1u << pass.width) - 1)] += size;
+    });
     everything = !search.descend(histogram);
   }
 
   int64_t left = search.left();
   bool fits = true;  // a tie that does not fit ends the prefix, even if a later, smaller one would fit
-  for (int64_t i = 0; i < units; i++) {
-    const uint32_t score = float_bits(std::fabs(scores[i]));
+  each([&](int64_t unit, uint32_t score, int64_t size, uint8_t* byte, uint8_t bit) {
     if (everything || score > search.threshold()) {
-      choose(i);
+      *byte |= bit;
     } else if (fits && score == search.threshold()) {
-      fits = sizes[i] <= left;
+      fits = size <= left;
       if (fits) {
-        choose(i);
-        left -= sizes[i];
+        *byte |= bit;
+        left -= size;
       } else if (left > 0) {
-        result.cut_unit = i;
+        result.cut_unit = unit;
         result.cut_size = left;
       }
     }
-  }
+  });
   return result;
 }
 

@@ -47,7 +47,15 @@ struct UnitSelection {
   int64_t nonfinite = -1;  // the first unit with a NaN or infinite score; if any, the rest means nothing
 };
 
-// The longest prefix of the units, in falling score (ties by index), whose sizes sum to at most budget: packed bits.
-UnitSelection select_units(const float* scores, const int64_t* sizes, int64_t units, int64_t budget, uint8_t* bits);
+// The units of one parameter: `count` of them, of `length` scalars each.
+struct UnitGroup {
+  int64_t count = 0;
+  int64_t length = 0;
+};
+
+// The longest prefix of the units, in falling score (ties by index), whose sizes sum to at most budget. Scores are
+// non-negative, of all groups one after the other; so are the packed bits, each group padded to whole bytes.
+UnitSelection select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget,
+                           uint8_t* bits);
 
 }  // namespace delfast::cpu

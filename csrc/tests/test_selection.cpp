@@ -195,15 +195,23 @@ void kernels_alone(cpu::Isa isa, Random& random) {
   }
 }
 
-void check_units(const std::vector<float>& scores, const std::vector<int64_t>& sizes, int64_t budget) {
-  const int64_t units = int64_t(scores.size());
-  Guarded<float> given_scores(units);
-  Guarded<int64_t> given_sizes(units);
+void check_units(const std::vector<float>& scores, const std::vector<cpu::UnitGroup>& groups, int64_t budget) {
+  Guarded<float> given_scores(int64_t(scores.size()));
+  Guarded<cpu::UnitGroup> given_groups(int64_t(groups.size()));
   std::copy(scores.begin(), scores.end(), given_scores.begin());
-  std::copy(sizes.begin(), sizes.end(), given_sizes.begin());
-  Bits bits((units + 7) / 8);
+  std::copy(groups.begin(), groups.end(), given_groups.begin());
+  std::vector<int64_t> sizes, places;  // of each unit: its size, and the number of its bit
+  int64_t bytes = 0;
+  for (const cpu::UnitGroup& group : groups) {
+    for (int64_t i = 0; i < group.count; i++) {
+      sizes.push_back(group.length);
+      places.push_back(8 * bytes + i);
+    }
+    bytes += (group.count + 7) / 8;
+  }
+  Bits bits(bytes);
   const cpu::UnitSelection selection =
-      cpu::select_units(given_scores.data(), given_sizes.data(), units, budget, bits.data());
+      cpu::select_units(given_scores.data(), given_groups.data(), int64_t(groups.size()), budget, bits.data());
 
   const auto bad = std::find_if(scores.begin(), scores.end(), [](float x) { return !std::isfinite(x); });
   CHECK_EQUAL(selection.nonfinite, bad == scores.end() ? int64_t(-1) : int64_t(bad - scores.begin()));
@@ -212,38 +220,40 @@ void check_units(const std::vector<float>& scores, const std::vector<int64_t>& s
   std::vector<size_t> order(scores.size());
   std::iota(order.begin(), order.end(), size_t(0));
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return scores[a] > scores[b]; });
-  std::vector<bool> expected(scores.size());
+  std::vector<bool> expected(size_t(8 * bytes));
   int64_t left = budget, cut_unit = -1;
   for (size_t unit : order) {
     if (sizes[unit] > left) {
       if (left > 0) cut_unit = int64_t(unit);
       break;
     }
-    expected[unit] = true;
+    expected[size_t(places[unit])] = true;
     left -= sizes[unit];
   }
   CHECK_EQUAL(selection.cut_unit, cut_unit);
   CHECK_EQUAL(selection.cut_size, cut_unit < 0 ? int64_t(0) : left);
-  for (int64_t i = 0; i < bits.size() * 8; i++) CHECK_EQUAL(bit(bits, i), i < units && expected[size_t(i)]);
+  for (int64_t i = 0; i < bits.size() * 8; i++) CHECK_EQUAL(bit(bits, i), bool(expected[size_t(i)]));
 }
 
 void units(Random& random) {
   for (int round = 0; round < 3000; round++) {
     const int64_t count = random.below(round % 100 ? 40 : 3000), distinct = 1 + random.below(round % 2 ? 5 : 1 << 20);
     std::vector<float> scores;
-    std::vector<int64_t> sizes;
+    std::vector<cpu::UnitGroup> groups;
     int64_t total = 0;
     for (int64_t i = 0; i < count; i++) {
       const float score = float(random.below(distinct)) * (round % 3 ? 0.37f : 0x1p-149f);
       scores.push_back(score == 0 && random.below(2) ? -0.0f : score);
-      sizes.push_back(round % 5 ? 1 + random.below(20) : random.below(3));  // some of nothing
-      total += sizes.back();
+      if (groups.empty() || random.below(10) == 0)  // some of nothing
+        groups.push_back({0, round % 5 ? 1 + random.below(20) : random.below(3)});
+      groups.back().count++;
+      total += groups.back().length;
     }
     const float spoilers[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()};
     if (round % 10 == 0 && count) scores[size_t(random.below(count))] = spoilers[random.below(2)];
     for (int64_t budget : {int64_t(0), int64_t(1), random.below(total + 1), total - 1, total, total + 1}) {
       describe("select_units, round ", round, ", ", count, " units, budget ", budget, " of ", total);
-      if (budget >= 0) check_units(scores, sizes, budget);
+      if (budget >= 0) check_units(scores, groups, budget);
     }
   }
 }

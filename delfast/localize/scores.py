@@ -17,7 +17,7 @@ from delfast.errors import InputError
 from delfast.localize.gradient import mean_gradient
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import trainable_parameters, unwrap
-from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
+from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
 
 Criterion = Literal["weighted_grad", "grad", "weight", "weighted_grad_all", "random"]
 Granularity = Literal["param", "channel"]
@@ -156,22 +156,23 @@ class Scores:
     ) -> dict[str, ParameterMask]:
         scores = self.channel_scores(aggregate, top_h)
         counts = [unit_count(parameter.shape) for parameter in self.parameters.values()]
-        lengths = torch.tensor([row_length(parameter.shape) for parameter in self.parameters.values()])
-        sizes = lengths.repeat_interleave(torch.tensor(counts)).to(scores.device)
-        bits, info = torch.ops.delfast.select_units(scores, sizes, budgeted, cut_last)
+        lengths = [row_length(parameter.shape) for parameter in self.parameters.values()]
+        bits, info = torch.ops.delfast.select_units(scores, counts, lengths, budgeted, cut_last)
         cut_unit, cut_size, nonfinite = info.tolist()
         if nonfinite >= 0:
             self._refuse_nonfinite(self._owner(nonfinite, counts)[0])
-        chosen = unpack(bits, len(scores))
-        if not chosen.any() and cut_unit < 0:
-            least = int(sizes[scores.argmax()]) if len(scores) else 1
+        if cut_unit < 0 and not bits.any():
+            name, _ = self._owner(int(scores.argmax()), counts) if len(scores) else ("", 0)
+            least = row_length(self.parameters[name].shape) if name else 1
             raise InputError(
                 f"expected a budget that holds the first channel, at least {least / max(1, self.total):.6f} "
                 f"({least} of {self.total} parameters), got {budgeted} parameters; raise the budget"
             )
         parts = {
-            name: ParameterMask(tuple(t.shape), "row", pack(flags))
-            for (name, t), flags in zip(self.parameters.items(), torch.split(chosen, counts), strict=True)
+            name: ParameterMask(tuple(t.shape), "row", part)
+            for (name, t), part in zip(
+                self.parameters.items(), torch.split(bits, [packed_bytes(count) for count in counts]), strict=True
+            )
         }
         if cut_unit >= 0:  # the last channel in part: its parameter alone needs a bit per element
             name, row = self._owner(cut_unit, counts)

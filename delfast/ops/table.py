@@ -50,9 +50,11 @@ def _fake_select_elements(
     return bits, torch.empty((), dtype=torch.int64, device=device)
 
 
-def _fake_select_units(scores: Tensor, sizes: Tensor, k: int, cut_last: bool) -> tuple[Tensor, Tensor]:
+def _fake_select_units(
+    scores: Tensor, counts: Sequence[int], lengths: Sequence[int], k: int, cut_last: bool
+) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty(packed_bytes(scores.numel()), dtype=torch.uint8, device=scores.device),
+        torch.empty(sum(packed_bytes(count) for count in counts), dtype=torch.uint8, device=scores.device),
         torch.empty(3, dtype=torch.int64, device=scores.device),
     )
 
@@ -73,7 +75,7 @@ OPS = (
         select_elements,
     ),
     Op(
-        "select_units(Tensor scores, Tensor sizes, SymInt k, bool cut_last) -> (Tensor, Tensor)",
+        "select_units(Tensor scores, int[] counts, int[] lengths, SymInt k, bool cut_last) -> (Tensor, Tensor)",
         _fake_select_units,
         select_units,
     ),

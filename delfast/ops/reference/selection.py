@@ -31,26 +31,38 @@ def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: 
     return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *bits]), nonfinite
 
 
-def select_units(scores: Tensor, sizes: Tensor, k: int, cut_last: bool) -> tuple[Tensor, Tensor]:
+def select_units(
+    scores: Tensor, counts: Sequence[int], lengths: Sequence[int], k: int, cut_last: bool
+) -> tuple[Tensor, Tensor]:
     """The longest prefix of the units, in falling score, whose sizes sum to at most k.
 
-    scores: float32 (units,); sizes: int64 (units,), parameters in each unit.
+    scores: float32 (units,), non-negative, of all parameters one after the other. counts, lengths: of each parameter,
+    its number of units and how many scalars each of them holds.
     cut_last: also say how much of the next unit the rest of the budget covers (the published code's cut).
-    Returns the packed bits of the units chosen whole, and int64 (3,): the cut unit (-1: none), how many of its
-    parameters, and the first unit with a NaN or infinite score (-1: none; else the rest means nothing).
+    Returns the packed bits (uint8) of the units chosen whole, each parameter padded to whole bytes, and int64 (3,): the
+    cut unit (-1: none), how many of its scalars, and the first unit with a NaN or infinite score (-1: none; else the
+    rest means nothing).
     """
+    device = scores.device
+    sizes = torch.tensor(lengths, dtype=torch.int64, device=device).repeat_interleave(
+        torch.tensor(counts, dtype=torch.int64, device=device)
+    )
     order = torch.sort(scores, descending=True, stable=True).indices
     used = sizes[order].cumsum(0)
     # the first unit that does not fit ends the prefix, even if a later, smaller one would fit
     count = int((used <= k).sum())
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=device)
     chosen[order[:count]] = True
     spent = int(used[count - 1]) if count else 0
     cut_unit, cut_size = -1, 0
     if cut_last and count < scores.numel() and spent < k:
         cut_unit, cut_size = int(order[count]), k - spent
-    nonfinite = int(_first_nonfinite(scores.isfinite(), scores.device))
-    return pack(chosen), torch.tensor([cut_unit, cut_size, nonfinite], device=scores.device)
+    nonfinite = int(_first_nonfinite(scores.isfinite(), device))
+    bits = [pack(flags) for flags in torch.split(chosen, list(counts))] if len(counts) else []
+    return (
+        torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *bits]),
+        torch.tensor([cut_unit, cut_size, nonfinite], device=device),
+    )
 
 
 def _first_nonfinite(finite: Tensor | list[bool], device: torch.device) -> Tensor:

@@ -1,0 +1,76 @@
+"""Both sides in one run, taking turns, on the same threads; ratios of medians, never a bare time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from delfast.ops import BACKEND
+
+RESULTS: list[tuple[str, str, str]] = []
+
+
+class Versus:
+    """Times ``ours`` and a ``baseline`` by turns: the baseline runs, timed, before each of our rounds."""
+
+    def __init__(self, benchmark: Any, name: str) -> None:
+        self.benchmark, self.name = benchmark, name
+
+    def __call__(self, ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 15) -> float:
+        """Median time of the baseline divided by ours."""
+        times: list[float] = []
+
+        def timed_baseline() -> None:
+            started = time.perf_counter()
+            baseline()
+            times.append(time.perf_counter() - started)
+
+        self.benchmark.pedantic(ours, setup=timed_baseline, rounds=rounds, warmup_rounds=2)
+        ratio = statistics.median(times[2:]) / self.benchmark.stats.stats.median
+        self.benchmark.extra_info.update(ratio=ratio, baseline_seconds=statistics.median(times[2:]), isa=isa())
+        self.benchmark.extra_info["threads"] = torch.get_num_threads()
+        return ratio
+
+    def report(self, measured: str, target: str) -> None:
+        """A line of the table that ends the run."""
+        RESULTS.append((self.name, measured, target))
+        self.benchmark.extra_info.update(measured=measured, target=target)
+
+
+def isa() -> str:
+    return str(BACKEND.module.isa()) if BACKEND.module else "twins"
+
+
+@pytest.fixture
+def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
+    return Versus(benchmark, request.node.name)
+
+
+@pytest.fixture
+def force_isa() -> Iterator[Callable[[str], None]]:
+    """Run on a given instruction set; skips where the CPU has none such."""
+    if BACKEND.module is None:
+        pytest.skip(f"no native kernels: {BACKEND.reason}")
+    before = BACKEND.module.isa()
+
+    def force(name: str) -> None:
+        if name not in BACKEND.module.isas():
+            pytest.skip(f"this CPU has no {name}")
+        BACKEND.module.force_isa(name)
+
+    yield force
+    BACKEND.module.force_isa(before)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not RESULTS:
+        return
+    terminalreporter.section(f"measured on {torch.get_num_threads()} threads, {isa()}")
+    width = max(len(name) for name, _, _ in RESULTS)
+    for name, measured, target in RESULTS:
+        terminalreporter.write_line(f"{name:<{width}}  {measured:<44}  target {target}")
