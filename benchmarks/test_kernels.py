@@ -155,7 +155,7 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
     sgd, adamw = masked_arguments(theta, "masked_sgd_"), masked_arguments(theta, "masked_adamw_")
     h, amp = cases.top_h(theta), {"grad_scale": None, "found_inf": None}
     counts, lengths = [t.shape[0] for t in theta], [t.shape[1] for t in theta]
-    names = ("states", "steps", "bits", "by_row")
+    names = ("state", "steps", "bits", "by_row")
     return {
         "criticality": partial(NATIVE.criticality, theta, grad, "weighted_grad", "topk_mean", h),
         "select_elements": partial(NATIVE.select_elements, theta, grad, "weighted_grad", 100),

@@ -79,20 +79,6 @@ class ParameterMask:
         """What a bit stands for to the masked ops: a row of several elements, or one element."""
         return self.unit == "row" and row_length(self.shape) != 1
 
-    def state_like(self, parameter: Tensor, count: int) -> Tensor:
-        """Zeros: ``count`` values of optimizer state per selected entry of ``parameter``, as the masked ops take them.
-
-        Shape (count * rows, *shape[1:]), strided like the parameter, or (count * elements,); float32, or float64.
-        """
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        if not self.by_row:
-            return torch.zeros(count * self.selected, dtype=wide, device=parameter.device)
-        rows = count * int(self.flags.sum())
-        last = parameter.detach().movedim(1, -1).is_contiguous() and not parameter.is_contiguous()
-        shape = (*self.shape[2:], self.shape[1]) if last else self.shape[1:]
-        state = torch.zeros((rows, *shape), dtype=wide, device=parameter.device)
-        return state.movedim(-1, 1) if last else state
-
 
 def from_flags(shape: tuple[int, ...], flags: Tensor) -> ParameterMask:
     """The most compact ParameterMask of a bool tensor of this shape: by rows if every row is all or nothing."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import plain_name, unique_parameters
+from delfast.ops.layout import as_rows, flat_rows
 
 
 class MaskedOptimizer(Optimizer):
@@ -64,7 +65,7 @@ class MaskedOptimizer(Optimizer):
         for number, group in enumerate(self.param_groups):
             for call in self._calls_of(number, group):
                 gradients = [parameter.grad for parameter in call.parameters]
-                self._update(group, call.parameters, gradients, call.states, call.steps, call.bits, call.by_row, amp)
+                self._update(group, call.parameters, gradients, call.state, call.steps, call.bits, call.by_row, amp)
         return loss
 
     @abstractmethod
@@ -82,7 +83,7 @@ class MaskedOptimizer(Optimizer):
         return calls
 
     def _make_calls(self, group: dict[str, Any], present: list[Tensor]) -> list[Call]:
-        by_device: dict[torch.device, list[tuple[Tensor, ParameterMask]]] = {}
+        batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ParameterMask]]] = {}
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             part = self.mask.parameters.get(plain_name(name))
             if parameter.grad is None or part is None or not part.selected:
@@ -91,25 +92,41 @@ class MaskedOptimizer(Optimizer):
                 raise InputError(
                     f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
                 )
-            if not self.state[parameter]:
-                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
-                if self.state_count:
-                    self.state[parameter][self.state_name] = part.state_like(parameter, self.state_count)
-            by_device.setdefault(parameter.device, []).append((parameter, part))
-        return [self._make_call(entries, present) for entries in by_device.values()]
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            batches.setdefault((parameter.device, wide), []).append((parameter, part))
+        return [self._make_call(*key, entries, present) for key, entries in batches.items()]
 
-    def _make_call(self, entries: list[tuple[Tensor, ParameterMask]], present: list[Tensor]) -> Call:
-        states = [self.state[parameter] for parameter, _ in entries]
-        # one tensor counts the steps of all: a state's "step" becomes its view of it
-        steps = torch.stack([state["step"] for state in states])
-        for state, step in zip(states, steps.unbind(), strict=True):
-            state["step"] = step
+    def _make_call(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        entries: list[tuple[Tensor, ParameterMask]],
+        present: list[Tensor],
+    ) -> Call:
+        """One flat tensor holds the state of all, and one counts their steps: what ``self.state`` has are its views."""
+        steps = torch.stack(
+            [self.state[parameter].get("step", torch.zeros((), device=device)) for parameter, _ in entries]
+        )
+        pieces = []
+        for parameter, part in entries:
+            old = self.state[parameter].get(self.state_name)
+            if old is None:
+                pieces.append(torch.zeros(self.state_count * part.selected, dtype=dtype, device=device))
+            else:
+                pieces.append(flat_rows(old, parameter) if part.by_row else old)
+        state = torch.cat(pieces)
+        for (parameter, part), step, piece in zip(
+            entries, steps.unbind(), torch.split(state, [piece.numel() for piece in pieces]), strict=True
+        ):
+            self.state[parameter]["step"] = step
+            if self.state_count:
+                self.state[parameter][self.state_name] = as_rows(piece, parameter) if part.by_row else piece
         return Call(
             [id(parameter) for parameter in present],
             [parameter for parameter, _ in entries],
-            [state[self.state_name] for state in states] if self.state_count else [],
+            state,
             steps,
-            torch.cat([part.bits.to(parameter.device) for parameter, part in entries]),
+            torch.cat([part.bits.to(device) for _, part in entries]),
             [part.by_row for _, part in entries],
         )
 
@@ -137,7 +154,7 @@ class Call:
 
     present: list[int]
     parameters: list[Tensor]
-    states: list[Tensor]
+    state: Tensor
     steps: Tensor
     bits: Tensor
     by_row: list[bool]
@@ -200,7 +217,7 @@ class MaskedAdamW(MaskedOptimizer):
     Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
     """
 
-    state_name = "moments"  # exp_avg, then exp_avg_sq
+    state_name = "moments"  # twice the masked entries: exp_avg, then exp_avg_sq
     state_count = 2
 
     def __init__(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from delfast.mask import ParameterMask
 from delfast.ops import BACKEND, OPS
-from delfast.ops.layout import pack, row_length, unit_count, unpack
+from delfast.ops.layout import as_rows, flat_rows, pack, row_length, unit_count, unpack
 from tests import cases
 from tests.tolerances import assert_within_budget
 
@@ -193,7 +193,7 @@ STATES = {"masked_reset_": 0, "masked_sgd_": 1, "masked_adamw_": 2}
 
 
 def masked_arguments(tensors: list[Tensor], op: str, momentum: float = 1.0, by_rows: bool = True) -> dict[str, Any]:
-    """bits, by_row, states and steps for these parameters: about a third of each selected, and which that is."""
+    """bits, by_row, state and steps for these parameters: about a third of each selected, and which that is."""
     parts, chosen = [], []
     for i, t in enumerate(tensors):
         units = unit_count(t.shape) if by_rows else t.numel()
@@ -204,7 +204,7 @@ def masked_arguments(tensors: list[Tensor], op: str, momentum: float = 1.0, by_r
     return {
         "bits": torch.cat([torch.empty(0, dtype=torch.uint8), *(part.bits for part in parts)]),
         "by_row": [part.by_row for part in parts],
-        "states": [part.state_like(t, count) for part, t in zip(parts, tensors, strict=True)] if count else [],
+        "state": torch.zeros(count * sum(part.selected for part in parts)),
         "steps": torch.zeros(len(tensors)),
         "chosen": chosen,
     }
@@ -213,7 +213,7 @@ def masked_arguments(tensors: list[Tensor], op: str, momentum: float = 1.0, by_r
 def run_update(
     function: Any, params: list[Tensor], grads: list[Tensor], arguments: dict[str, Any], hyper: Any, **amp: Any
 ) -> None:
-    names = ("states", "steps", "bits", "by_row")
+    names = ("state", "steps", "bits", "by_row")
     amp = {"grad_scale": None, "found_inf": None} | amp
     function(params, grads, *(arguments[name] for name in names), **hyper, **amp)
 
@@ -241,8 +241,7 @@ def test_masked_update_equals_the_twin(isa: str, op: str, by_rows: bool, dtype: 
             torch.testing.assert_close(a, b, **near)
             assert torch.equal(a[~chosen], before[~chosen])
             assert bool(chosen.any()) is False or not torch.equal(a[chosen], before[chosen])
-        for x, y in zip(mine["states"], theirs["states"], strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine["state"], theirs["state"], rtol=1e-5, atol=1e-6)
         assert mine["steps"].tolist() == [3.0] * len(theta)
 
 
@@ -270,6 +269,24 @@ def test_untouched_entries_keep_their_bits_nan_payloads_too(isa: str) -> None:
         NATIVE.masked_reset_([param], [torch.ones_like(param)], pack(flags), [False])
         assert torch.equal(param.view(view)[~flags], raw.view(16, -1)[~flags])
         assert bool((param[flags] == 1).all())
+
+
+def test_state_follows_the_rows_own_memory_order(isa: str) -> None:
+    """The twin and the kernel agree on it for channels-last parameters, and as_rows reads it back."""
+    theta, grads = (list(dict(cases.strided(t))["channels_last"]) for t in cases.parameters())
+    twin = [t.clone() for t in theta]
+    mine, theirs = (masked_arguments(theta, "masked_sgd_") for _ in range(2))
+    run_update(NATIVE.masked_sgd_, theta, grads, mine, HYPER["masked_sgd_"][1])
+    run_update(REFERENCE["masked_sgd_"], twin, grads, theirs, HYPER["masked_sgd_"][1])
+    torch.testing.assert_close(mine["state"], theirs["state"])
+    start = 0
+    for t, grad, chosen, by_row in zip(theta, grads, mine["chosen"], mine["by_row"], strict=True):
+        values = mine["state"][start : start + int(chosen.sum())]
+        if by_row and t.numel():  # maximize: the first buffer is the negated gradient
+            rows = chosen.flatten(1)[:, 0]
+            torch.testing.assert_close(as_rows(values, t), -grad[rows])
+            assert torch.equal(flat_rows(as_rows(values, t), t), values)
+        start += len(values)
 
 
 def test_reset_copies_exactly(isa: str) -> None:
@@ -335,12 +352,12 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         (NATIVE.masked_reset_, (theta, grad, sgd["bits"], sgd["by_row"]), {}),
         (
             NATIVE.masked_sgd_,
-            (theta, grad, sgd["states"], sgd["steps"], sgd["bits"], sgd["by_row"]),
+            (theta, grad, sgd["state"], sgd["steps"], sgd["bits"], sgd["by_row"]),
             HYPER["masked_sgd_"][0] | amp,
         ),
         (
             NATIVE.masked_adamw_,
-            (theta, grad, adamw["states"], adamw["steps"], adamw["bits"], adamw["by_row"]),
+            (theta, grad, adamw["state"], adamw["steps"], adamw["bits"], adamw["by_row"]),
             HYPER["masked_adamw_"][0] | amp,
         ),
     ]
@@ -387,8 +404,8 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             NATIVE.masked_reset_(theta, theta, bits, [by_row])
-    arguments = {"states": [torch.zeros(4)], "steps": torch.zeros(1), "bits": some, "by_row": [True]}
-    with pytest.raises(ValueError, match="state #0 to be float32 with 10 entries, got Float with 4"):
+    arguments = {"state": torch.zeros(4), "steps": torch.zeros(1), "bits": some, "by_row": [True]}
+    with pytest.raises(ValueError, match=r"state to be contiguous float32 \(10,\), got Float \(4\)"):
         run_update(NATIVE.masked_sgd_, theta, theta, arguments, HYPER["masked_sgd_"][0])
     with pytest.raises(ValueError, match="expected lists of equal length, got 1 parameters, 2 gradients"):
         NATIVE.masked_reset_(theta, theta * 2, some, [True])

@@ -33,31 +33,31 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes) {
 // The parameters to change, checked, and cut into tasks.
 class UpdateList {
  public:
-  // states: one tensor per parameter that holds `state_count` values per masked entry, one after the other; or none.
-  UpdateList(at::TensorList param_tensors, at::TensorList sources, at::TensorList states, int state_count,
+  // state: flat, `state_count` values per masked entry, parameter after parameter; null without state.
+  UpdateList(at::TensorList param_tensors, at::TensorList sources, const at::Tensor* state, int state_count,
              const at::Tensor& bits, const c10::List<bool>& by_row) {
     const size_t count = param_tensors.size();
     TORCH_CHECK_VALUE(sources.size() == count && by_row.size() == count, "expected lists of equal length, got ", count,
                       " parameters, ", sources.size(), " gradients (or fresh values) and ", by_row.size(),
                       " values of by_row; pass one each");
-    TORCH_CHECK_VALUE(!state_count || states.size() == count, "expected one state tensor per parameter, got ", count,
-                      " parameters and ", states.size(), " states; pass one each");
     TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous(),
                      "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ",
                      shape_text(bits.sizes()), "; concatenate the masks' packed bits");
     bits_ = bits.const_data_ptr<uint8_t>();
     bytes_left_ = bits.numel();
     params.reserve(count);
-    changed_.reserve(2 * count);
+    std::vector<int64_t> entries;
+    entries.reserve(count);
+    changed_.reserve(count + 1);
     for (size_t i = 0; i < count; i++) {
       Updated u = add(param_tensors[i], sources[i], by_row.get(i), i);
-      const int64_t entries = add_tasks(u, i);
-      if (state_count) add_state(u, states[i], state_count, entries, i);
+      entries.push_back(add_tasks(u, i));
       params.push_back(u);
       changed_.push_back(param_tensors[i].unsafeGetTensorImpl());
     }
     TORCH_CHECK_VALUE(bytes_left_ == 0, "expected bits for ", count, " parameters, got ", bytes_left_,
                       " bytes more; the mask is of other parameters");
+    if (state) set_state(*state, state_count, entries);
   }
 
   template <class Kernel>  // kernel(param index, begin, end, rank)
@@ -108,15 +108,16 @@ class UpdateList {
     return rank * length;
   }
 
-  void add_state(Updated& u, const at::Tensor& state, int state_count, int64_t entries, size_t i) {
+  void set_state(const at::Tensor& state, int state_count, const std::vector<int64_t>& entries) {
     TORCH_CHECK_VALUE(
-        state.scalar_type() == at::kFloat && state.numel() == state_count * entries && (u.by_row || state.dim() == 1),
-        "expected state #", i, " to be float32 with ", state_count * entries, " entries, got ", state.scalar_type(),
-        " with ", state.numel(), "; the optimizer state is of another mask");
+        state.scalar_type() == at::kFloat && state.is_contiguous() && state.numel() == state_count * entries_,
+        "expected state to be contiguous float32 (", state_count * entries_, ",), got ", state.scalar_type(), " ",
+        shape_text(state.sizes()), "; the optimizer state is of another mask");
+    float* next = state.mutable_data_ptr<float>();
+    for (size_t i = 0; i < params.size(); i++) {
+      for (int s = 0; s < state_count; s++, next += entries[i]) params[i].state[s] = next;
+    }
     changed_.push_back(state.unsafeGetTensorImpl());
-    // rows keep their own memory order in the state; elements are listed in logical order
-    u.state[0] = static_cast<float*>(copies_.write(state, u.by_row ? u.layout : Layout{0, 1, 1}));
-    u.state[1] = state_count == 2 ? u.state[0] + entries : nullptr;
   }
 
   const uint8_t* bits_;
@@ -149,16 +150,16 @@ std::vector<double> advance(const at::Tensor& steps, size_t params) {
 }  // namespace
 
 void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row) {
-  UpdateList list(params, fresh, {}, 0, bits, by_row);
+  UpdateList list(params, fresh, nullptr, 0, bits, by_row);
   const auto kernel = cpu::masked_update(cpu::isa()).reset;
   list.run([&](size_t p, int64_t begin, int64_t end, int64_t rank) { kernel(list.params[p], begin, end, rank); });
 }
 
-void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, const at::Tensor& steps,
+void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                  const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf) {
-  UpdateList list(params, grads, momentum_buffers, momentum != 0 ? 1 : 0, bits, by_row);
+  UpdateList list(params, grads, momentum != 0 ? &state : nullptr, 1, bits, by_row);
   if (skipped(found_inf)) return;
   SgdStep step{float(lr),
                float(momentum),
@@ -179,11 +180,11 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList mom
   });
 }
 
-void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList moments, const at::Tensor& steps,
+void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                    const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
                    double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf) {
-  UpdateList list(params, grads, moments, 2, bits, by_row);
+  UpdateList list(params, grads, &state, 2, bits, by_row);
   if (skipped(found_inf)) return;
   std::vector<AdamWStep> step_of;
   step_of.reserve(params.size());

@@ -22,11 +22,11 @@ std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::In
                                                 at::IntArrayRef lengths, int64_t k, bool cut_last);
 
 void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row);
-void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, const at::Tensor& steps,
+void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                  const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf);
-void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList moments, const at::Tensor& steps,
+void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                    const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
                    double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf);

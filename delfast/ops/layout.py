@@ -44,3 +44,20 @@ def unpack(bits: Tensor, count: int) -> Tensor:
     """Unpack uint8 (ceil(count/8),) into bool (count,), on the same device."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(1) >> shifts) & 1).reshape(-1)[:count].bool()
+
+
+def as_rows(values: Tensor, like: Tensor) -> Tensor:
+    """View flat values (n * row length,), each row in the memory order of ``like``'s rows, as (n, *like.shape[1:])."""
+    rows = values.numel() // max(1, row_length(like.shape))
+    if _channels_last(like):
+        return values.view(rows, *like.shape[2:], like.shape[1]).movedim(-1, 1)
+    return values.view(rows, *like.shape[1:])
+
+
+def flat_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``as_rows``: a view where ``rows`` is already in that order, else a copy."""
+    return (rows.movedim(1, -1) if _channels_last(like) else rows).reshape(-1)
+
+
+def _channels_last(t: Tensor) -> bool:
+    return t.ndim > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()

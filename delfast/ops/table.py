@@ -85,14 +85,14 @@ OPS = (
         masked_reset_,
     ),
     Op(
-        "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!) steps, "
+        "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
         "Tensor bits, bool[] by_row, *, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
         "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
         _fake_in_place,
         masked_sgd_,
     ),
     Op(
-        "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!) steps, "
+        "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
         "Tensor bits, bool[] by_row, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
         "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
         _fake_in_place,

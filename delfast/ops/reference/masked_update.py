@@ -2,8 +2,9 @@
 
 ``bits``: uint8, the packed bits of all parameters one after the other, each padded to whole bytes (as in
 delfast.ops.layout). ``by_row[p]`` says what a bit of ``params[p]`` stands for: a row (a slice along dim 0), or an
-element in row-major order. Optimizer state is one tensor a parameter, for masked entries only, in the order of the set
-bits: shape (rows, *params[p].shape[1:]) or (elements,); float32 whatever the parameter's dtype (float64 for float64).
+element in row-major order. ``state``: one flat tensor, float32 (float64 for float64 parameters), of the optimizer's
+state for masked entries only: for each parameter and each kind of state, the values in the order of the set bits, a
+row's in the row's own memory order (``as_rows``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from delfast.ops.layout import packed_bytes, unpack
+from delfast.ops.layout import as_rows, packed_bytes, row_length, unpack
 
 Update = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,6 +27,18 @@ def _masked(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> I
         units = (param.shape[0] if param.numel() else 0) if rows else param.numel()
         yield unpack(bits[start : start + packed_bytes(units)], units).nonzero().squeeze(1)
         start += packed_bytes(units)
+
+
+def _state_of(
+    state: Tensor, count: int, params: Sequence[Tensor], masked: Sequence[Tensor], by_row: Sequence[bool]
+) -> Iterator[list[Tensor]]:
+    """For each parameter, ``count`` views of ``state``, shaped like its masked entries."""
+    start = 0
+    for param, entries, rows in zip(params, masked, by_row, strict=True):
+        size = entries.numel() * (row_length(param.shape) if rows else 1)
+        pieces = state[start : start + count * size].split(size) if size else [state[:0]] * count  # type: ignore[no-untyped-call]
+        yield [as_rows(piece, param) if rows else piece for piece in pieces]
+        start += count * size
 
 
 def _apply(param: Tensor, source: Tensor, entries: Tensor, rows: bool, update: Update) -> None:
@@ -54,7 +67,7 @@ def _unscaled(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor
 def masked_sgd_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
+    state: Tensor,
     steps: Tensor,
     bits: Tensor,
     by_row: Sequence[bool],
@@ -70,15 +83,15 @@ def masked_sgd_(
 ) -> None:
     """One step of ``torch.optim.SGD`` on the masked entries.
 
-    momentum_buffers: empty if ``momentum`` is 0. steps: float32 (parameters,), steps taken, advanced here.
+    state: the momentum buffers; empty if ``momentum`` is 0. steps: float32 (parameters,), steps taken, advanced here.
     grad_scale: gradients are divided by it first. found_inf: if it is not 0, nothing at all changes.
     """
     if found_inf is not None and bool(found_inf):
         return
-    for i, (param, grad, entries, rows) in enumerate(
-        zip(params, grads, _masked(params, bits, by_row), by_row, strict=True)
-    ):
-        buffer = momentum_buffers[i] if momentum else None
+    masked = list(_masked(params, bits, by_row))
+    states = _state_of(state, 1 if momentum else 0, params, masked, by_row)
+    for i, (param, grad, entries, rows, kept) in enumerate(zip(params, grads, masked, by_row, states, strict=True)):
+        buffer = kept[0] if momentum else None
         first = float(steps[i]) == 0
 
         def update(old: Tensor, gradient: Tensor, buffer: Tensor | None = buffer, first: bool = first) -> Tensor:
@@ -97,7 +110,7 @@ def masked_sgd_(
 def masked_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    moments: Sequence[Tensor],
+    state: Tensor,
     steps: Tensor,
     bits: Tensor,
     by_row: Sequence[bool],
@@ -113,15 +126,16 @@ def masked_adamw_(
 ) -> None:
     """One step of ``torch.optim.AdamW`` (Loshchilov & Hutter, ICLR 2019, algorithm 2) on the masked entries.
 
-    moments: the running means of the gradients, then of their squares: 2n rows or elements where n are masked.
+    state: for each parameter the running means of the gradients, then of their squares.
     steps, grad_scale, found_inf: as for ``masked_sgd_``.
     """
     if found_inf is not None and bool(found_inf):
         return
-    for i, (param, grad, entries, rows) in enumerate(
-        zip(params, grads, _masked(params, bits, by_row), by_row, strict=True)
+    masked = list(_masked(params, bits, by_row))
+    states = _state_of(state, 2, params, masked, by_row)
+    for i, (param, grad, entries, rows, (mean, square)) in enumerate(
+        zip(params, grads, masked, by_row, states, strict=True)
     ):
-        mean, square = moments[i].chunk(2)
         count = float(steps[i]) + 1
         step_size = lr / (1 - beta1**count)
         correction = math.sqrt(1 - beta2**count)
