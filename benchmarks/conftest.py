@@ -74,3 +74,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     width = max(len(name) for name, _, _ in RESULTS)
     for name, measured, target in RESULTS:
         terminalreporter.write_line(f"{name:<{width}}  {measured:<44}  target {target}")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Results are kept in the repository: the processor matters there, the host does not."""
+    for key in ("node", "release", "python_build"):
+        machine_info.pop(key, None)
+    cpu = machine_info.get("cpu", {})
+    machine_info["cpu"] = {key: cpu[key] for key in ("arch", "brand_raw", "count") if key in cpu}
+    machine_info["torch"] = torch.__version__
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Keep the statistics, not every round's time."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)

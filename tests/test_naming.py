@@ -1,0 +1,67 @@
+"""Parameters by name: the wrappers people use, for real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import delfast
+from delfast import InputError
+from delfast.naming import plain_name, unique_parameters, unwrap
+from tests import cases
+
+
+@pytest.fixture
+def one_process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_plain_name_removes_leading_wrappers_only() -> None:
+    assert plain_name("module._orig_mod.conv.weight") == "conv.weight"
+    assert plain_name("_orig_mod.module.conv.weight") == "conv.weight"
+    assert plain_name("block.module.weight") == "block.module.weight"
+    assert plain_name("module") == "module"
+
+
+def test_ddp_and_compile_are_seen_through(one_process_group: None) -> None:
+    model = cases.SmallNet()
+    plain = delfast.localize(model, cases.image_batches(), budget=0.4)
+    wrapped = torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager")
+    assert unwrap(wrapped) is model
+    assert delfast.localize(wrapped, cases.image_batches(), budget=0.4).digest == plain.digest
+    result = delfast.unlearn(wrapped, retain=cases.image_batches(), mask=plain, init=cases.SmallNet, epochs=1, lr=0.1)
+    assert result.head == "head"
+
+
+def test_a_real_dtensor_is_refused_by_name(one_process_group: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+
+    def shard(name: str, module: nn.Module, mesh: object) -> None:
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(key, nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()])))
+
+    model = distribute_module(nn.Sequential(nn.Linear(3, 2)), mesh, shard)
+    with pytest.raises(InputError, match=r"plain tensor for '0.weight', got a DTensor"):
+        delfast.score(model, criterion="weight")
+    mask = delfast.score(nn.Sequential(nn.Linear(3, 2)), criterion="weight").select(1.0)
+    with pytest.raises(InputError, match=r"'0.weight', got a DTensor"):
+        delfast.optim.MaskedSGD(model.named_parameters(), mask=mask, lr=0.1)
+    with pytest.raises(InputError, match=r"'0.weight', got a DTensor"):
+        delfast.reset_(model, mask, init=lambda: nn.Sequential(nn.Linear(3, 2)))
+
+
+def test_tied_parameters_count_once_under_their_first_name() -> None:
+    names = [name for name, _ in unique_parameters(cases.Everything().named_parameters(remove_duplicate=False))]
+    assert "first.weight" in names and "second.weight" not in names
+    with pytest.raises(InputError, match="got 'weight' twice"):
+        list(unique_parameters([("module.weight", torch.ones(1)), ("weight", torch.ones(1))]))
