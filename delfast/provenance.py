@@ -43,7 +43,7 @@ def provenance(**facts: object) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "backend": status(),
         **facts,
     }
