@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py
-CXX_FILES = $(shell git ls-files 'csrc/**.cpp' 'csrc/**.h' 'csrc/**.inl' 'csrc/**.cu' 'csrc/**.cuh')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: all demo test test-all lint bench results clean
 

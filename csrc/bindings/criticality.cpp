@@ -14,7 +14,8 @@ namespace {
 
 struct RowTask {
   size_t param;
-  int64_t begin, end;
+  int64_t begin, end;  // rows
+  int64_t work;
 };
 
 }  // namespace
@@ -29,23 +30,24 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
 
   std::vector<RowTask> tasks;
   std::vector<int64_t> first_unit;
-  int64_t units = 0, elements = 0;
+  int64_t units = 0;
   for (size_t p = 0; p < list.params.size(); p++) {
     const Layout& layout = list.params[p].layout;
     first_unit.push_back(units);
     units += layout.rows;
-    elements += layout.numel();
     TORCH_CHECK_VALUE(!layout.rows || (top_h[p] >= 1 && top_h[p] <= layout.length), "expected top_h of parameter #", p,
                       " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
     const int64_t rows_per_task = std::max<int64_t>(1, cpu::kChunk / layout.length);
-    for (int64_t row = 0; row < layout.rows; row += rows_per_task)
-      tasks.push_back({p, row, std::min(layout.rows, row + rows_per_task)});
+    for (int64_t row = 0; row < layout.rows; row += rows_per_task) {
+      const int64_t end = std::min(layout.rows, row + rows_per_task);
+      tasks.push_back({p, row, end, (end - row) * layout.length});
+    }
   }
 
   at::Tensor scores = at::empty({units}, at::TensorOptions().dtype(at::kFloat));
   float* out = scores.mutable_data_ptr<float>();
   const auto& kernels = cpu::criticality(cpu::isa());
-  run_tasks(tasks, elements, [&](const RowTask& task) {
+  run_tasks(tasks, [&](const RowTask& task) {
     kernels.score_rows(list.params[task.param], criterion, aggregate, top_h[task.param], out + first_unit[task.param],
                        task.begin, task.end);
   });

@@ -17,6 +17,7 @@ struct UpdateTask {
   size_t param;
   int64_t begin, end;  // bits: rows, or logical elements
   int64_t rank;        // bits set before `begin`
+  int64_t work;
 };
 
 int64_t count_bits(const uint8_t* bits, int64_t bytes) {
@@ -62,7 +63,7 @@ class UpdateList {
 
   template <class Kernel>  // kernel(param index, begin, end, rank)
   void run(Kernel kernel) {
-    run_tasks(tasks_, entries_, [&](const UpdateTask& task) { kernel(task.param, task.begin, task.end, task.rank); });
+    run_tasks(tasks_, [&](const UpdateTask& task) { kernel(task.param, task.begin, task.end, task.rank); });
     copies_.write_back();
     for (c10::TensorImpl* changed : changed_)
       if (!changed->is_inference()) changed->bump_version();
@@ -97,7 +98,7 @@ class UpdateList {
     for (int64_t begin = 0; begin < units; begin += step) {
       const int64_t end = std::min(units, begin + step);
       const int64_t set = count_bits(u.bits + begin / 8, (end - begin + 7) / 8);
-      if (set) tasks_.push_back({i, begin, end, rank});
+      if (set) tasks_.push_back({i, begin, end, rank, set * length});
       rank += set;
     }
     TORCH_CHECK_VALUE(units % 8 == 0 || !(u.bits[bytes - 1] >> units % 8), "expected the bits past the last of the ",

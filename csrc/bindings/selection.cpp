@@ -15,7 +15,8 @@ namespace {
 
 struct ElementTask {
   size_t param;
-  int64_t begin, end;
+  int64_t begin, end;  // elements
+  int64_t work;
   int64_t ties = 0;  // scores equal to the threshold, once marked
 };
 
@@ -24,7 +25,10 @@ struct ElementTasks {
     for (size_t p = 0; p < params.size(); p++) {
       const int64_t numel = params[p].layout.numel();
       elements += numel;
-      for (int64_t i = 0; i < numel; i += cpu::kChunk) list.push_back({p, i, std::min(numel, i + cpu::kChunk)});
+      for (int64_t i = 0; i < numel; i += cpu::kChunk) {
+        const int64_t end = std::min(numel, i + cpu::kChunk);
+        list.push_back({p, i, end, end - i});
+      }
     }
   }
   std::vector<ElementTask> list;
@@ -35,9 +39,9 @@ struct ElementTasks {
 std::vector<int64_t> count_digits(const std::vector<Scored>& params, const ElementTasks& tasks, Criterion criterion,
                                   cpu::RadixPass pass) {
   const auto& kernels = cpu::selection(cpu::isa());
-  const int threads = tasks.elements < kWorthThreads ? 1 : at::get_num_threads();
+  const int threads = tasks.elements <= kWorthThreads ? 1 : at::get_num_threads();
   std::vector<int64_t> counts(size_t(threads) * cpu::kRadixBins);
-  run_tasks(tasks.list, tasks.elements, [&](const ElementTask& task) {
+  run_tasks(tasks.list, [&](const ElementTask& task) {
     int64_t* mine = counts.data() + (threads > 1 ? at::get_thread_num() : 0) * cpu::kRadixBins;
     kernels.histogram(params[task.param], criterion, pass, task.begin, task.end, mine);
   });
@@ -98,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
   // Mark everything at or above the threshold, then take back the ties that the budget does not cover, last first.
   const auto& kernels = cpu::selection(cpu::isa());
   const uint32_t threshold = everything ? 0 : search.threshold();
-  run_tasks(tasks.list, tasks.elements, [&](ElementTask& task) {
+  run_tasks(tasks.list, [&](ElementTask& task) {
     task.ties = kernels.mark(list.params[task.param], criterion, threshold, task.begin, task.end,
                              bits_data + first_byte[task.param]);
   });

@@ -5,20 +5,28 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace delfast::bindings {
 
-// Below this many elements, waking the other threads costs more than they save (a few microseconds).
+// Below this much work, waking the other threads costs more than they save (a few microseconds).
 inline constexpr int64_t kWorthThreads = 1 << 15;
 
-// Calls f(task) for every task, on all threads if there is enough to do. Tasks are cut by the data's shape alone, and
-// no result depends on which thread runs which.
+// Calls f(task) for every task, on all threads if there is enough to do. `task.work` is how many elements it touches:
+// every thread gets neighbouring tasks of about the same work. Tasks are cut by the data's shape alone, and no result
+// depends on which thread runs which.
 template <class Tasks, class F>
-void run_tasks(Tasks& tasks, int64_t elements, F f) {
-  const int64_t count = int64_t(tasks.size());
-  const int64_t grain = elements < kWorthThreads ? std::max<int64_t>(1, count) : 1;
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) f(tasks[t]);
+void run_tasks(Tasks& tasks, F f) {
+  std::vector<int64_t> starts;
+  starts.reserve(tasks.size());
+  int64_t total = 0;
+  for (const auto& task : tasks) {
+    starts.push_back(total);
+    total += std::max<int64_t>(1, task.work);
+  }
+  at::parallel_for(0, total, kWorthThreads, [&](int64_t begin, int64_t end) {
+    const auto first = std::lower_bound(starts.begin(), starts.end(), begin);
+    for (size_t t = size_t(first - starts.begin()); t < tasks.size() && starts[t] < end; t++) f(tasks[t]);
   });
 }
 

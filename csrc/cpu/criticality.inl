@@ -66,28 +66,33 @@ int64_t count_at_least(const Score& score, int64_t length, int32_t threshold) {
 
 // The sum of the `top` largest scores, exactly as defined: with T the top-th largest, the sum of all scores >= T if
 // there are `top` of them, else the sum of those > T plus T for each one missing. How T is searched for does not show
-// in the result: first in widening steps below the largest (scores of a row mostly lie within a few powers of two),
-// then by interpolation between the counts at both ends, and by bisection where that shrinks the interval too little.
+// in the result, so the search may start from a hint, the T of the row before: from there in widening steps until T
+// lies between two counts, then by interpolation, and by bisection where that shrinks the interval too little.
 template <class Score>
-double sum_of_largest(const Score& score, int64_t length, int64_t top) {
-  int32_t high = largest(score, length);
-  if (high >= 0x7f800000) return bits_float(uint32_t(high));  // infinite or NaN: so is the answer
-  int32_t low = 0;
-  high++;
+double sum_of_largest(const Score& score, int64_t length, int64_t top, int32_t largest, int32_t& hint) {
+  if (largest >= 0x7f800000) return bits_float(uint32_t(largest));  // infinite or NaN: so is the answer
+  const int32_t limit = largest + 1;
+  int32_t low = 0, high = limit;
   int64_t at_low = length, at_high = 0;  // scores >= low: at least `top`; scores >= high: fewer
-  const auto try_threshold = [&](int32_t middle) {
-    const int64_t count = count_at_least(score, length, middle);
+  int32_t middle = hint;
+  int64_t step = 0;
+  for (bool bisect = false; at_low != top && high - low > 1;) {
+    if (middle <= low || middle >= high) middle = low + (high - low) / 2;
+    const int64_t width = int64_t(high) - low, count = count_at_least(score, length, middle);
     (count >= top ? low : high) = middle;
     (count >= top ? at_low : at_high) = count;
-  };
-  for (int64_t step = int64_t(3) << 23; low == 0 && high > step; step *= 4) try_threshold(int32_t(high - step));
-  for (bool bisect = false; at_low != top && high - low > 1;) {
-    const int64_t width = int64_t(high) - low;
-    const double fraction = bisect ? 0.5 : double(at_low - top) / double(at_low - at_high);
-    const int64_t inside = int64_t(double(width) * fraction);
-    try_threshold(low + int32_t(inside < 1 ? 1 : inside > width - 1 ? width - 1 : inside));
-    bisect = int64_t(high) - low > width / 2;
+    if (low == 0 || high == limit) {
+      // a factor of two in the scores changes the count by about as much: aim a little past T
+      step = step ? 4 * step : (count > top ? count - top : top - count) * (int64_t(3) << 22) / top + (1 << 14);
+      middle = int32_t(low == 0 ? (high > step ? high - step : 0) : (limit - low > step ? low + step : limit));
+    } else {
+      const double fraction = bisect ? 0.5 : double(at_low - top) / double(at_low - at_high);
+      bisect = !bisect && int64_t(high) - low > width / 2;
+      const int64_t inside = int64_t(double(high - low) * fraction);
+      middle = low + int32_t(inside < 1 ? 1 : inside);
+    }
   }
+  hint = low;
   const bool exact = at_low == top;
   const int32_t threshold = exact ? low : high;
   Sum sum;
@@ -96,15 +101,19 @@ double sum_of_largest(const Score& score, int64_t length, int64_t top) {
 }
 
 template <class Score>
-double sum_of_largest_buffered(const Score& score, int64_t length, int64_t top) {
-  if (length > kBuffered) return sum_of_largest(score, length, top);
+double sum_of_largest_buffered(const Score& score, int64_t length, int64_t top, int32_t& hint) {
+  if (length > kBuffered) return sum_of_largest(score, length, top, largest(score, length), hint);
   alignas(64) float buffer[kBuffered];
-  for_groups(score, 0, length, [&](Vec v, int64_t i, int) { v.store(buffer + i); });  // i + 16 <= kBuffered
-  return sum_of_largest(Magnitude<float>{buffer}, length, top);
+  Vec best = Vec::broadcast(0);
+  for_groups(score, 0, length, [&](Vec v, int64_t i, int) {
+    v.store(buffer + i);  // i + 16 <= kBuffered
+    best = Vec::max_bits(best, v);
+  });
+  return sum_of_largest(Magnitude<float>{buffer}, length, top, best.largest_bits(), hint);
 }
 
 template <class Score>
-float aggregate_row(const Score& score, int64_t length, Aggregate aggregate, int64_t top) {
+float aggregate_row(const Score& score, int64_t length, Aggregate aggregate, int64_t top, int32_t& hint) {
   switch (aggregate) {
     case Aggregate::mean:
       return float(sum_row(score, length) / double(length));
@@ -117,7 +126,7 @@ float aggregate_row(const Score& score, int64_t length, Aggregate aggregate, int
   }
   if (top == length) return float(sum_row(score, length) / double(length));
   if (top == 1) return bits_float(uint32_t(largest(score, length)));
-  return float(sum_of_largest_buffered(score, length, top) / double(top));
+  return float(sum_of_largest_buffered(score, length, top, hint) / double(top));
 }
 
 void score_rows(const Scored& p, Criterion criterion, Aggregate aggregate, int64_t top, float* out, int64_t begin,
@@ -128,8 +137,9 @@ void score_rows(const Scored& p, Criterion criterion, Aggregate aggregate, int64
       for_groups(score, begin, end, [&](Vec v, int64_t i, int n) { v.store_masked(out + i, (1u << n) - 1); });
       return;
     }
+    int32_t hint = 0;
     for (int64_t row = begin; row < end; row++)
-      out[row] = aggregate_row(score.from(row * length), length, aggregate, top);
+      out[row] = aggregate_row(score.from(row * length), length, aggregate, top, hint);
   });
 }
 
