@@ -92,10 +92,9 @@ def load_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise InputError(f"'{path}' is no whole safetensors file ({one_line(error)}); write it anew") from None
-    except Exception as error:  # torch.load raises many kinds: UnpicklingError, RuntimeError, EOFError, KeyError ...
+    except Exception:  # torch.load raises many kinds, and its texts advise to load without weights_only
         raise InputError(
-            f"'{path}' is refused: it is damaged or holds more than tensors ({one_line(error)}); "
-            "save a plain state dict, best as .safetensors"
+            f"'{path}' is refused: it is damaged or holds more than tensors; save a plain state dict as .safetensors"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"expected '{path}' to hold a state dict (name -> tensor), got {type(state).__name__}")

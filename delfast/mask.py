@@ -174,7 +174,7 @@ class Mask:
     def match(self, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, ParameterMask]]:
         """(name, parameter, its mask) for every parameter with anything selected, checked against ``named``.
 
-        Raises InputError if a selected parameter is missing from ``named`` or has another shape, before yielding.
+        Raises InputError, before yielding, if a selected one is missing from ``named``, frozen, or of another shape.
         """
         found = []
         for name, part in self.parameters.items():
@@ -186,6 +186,11 @@ class Mask:
                     "pass the mask of this architecture (and its trainable parameters)"
                 )
             self._check_shape(name, part, named[name])
+            if isinstance(named[name], torch.nn.Parameter) and not named[name].requires_grad:
+                raise InputError(
+                    f"mask selects entries of '{name}', which is frozen (requires_grad=False); "
+                    "unfreeze it, or localize the model as it is now"
+                )
             found.append((name, named[name], part))
         return iter(found)
 

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from delfast.errors import InputError
 
-_WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel and DataParallel; torch.compile
-
 
 def plain_name(name: str) -> str:
-    """``name`` without the parts that DDP (``module.``) and torch.compile (``_orig_mod.``) put in front.
+    """``name`` as the network itself has it: without what wrappers put in.
 
-    The wrappers may be nested, in any order. A model's own submodule may be called "module": only leading parts go.
+    ``module.`` goes from the front (DDP, DataParallel; they may be nested), ``_orig_mod.`` from anywhere: torch.compile
+    of the whole network or of some of its blocks. A submodule called "module" deeper inside stays.
     """
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DDP, DataParallel and torch.compile wrappers."""
+    """The network inside DistributedDataParallel, DataParallel and torch.compile. Other wrappers compute: they stay."""
     while True:
-        for wrapper in _WRAPPERS:
-            inner = model._modules.get(wrapper)
-            if inner is not None and len(model._modules) == 1 and not list(model.parameters(recurse=False)):
-                model = inner
-                break
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
         else:
             return model
 

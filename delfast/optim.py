@@ -32,7 +32,6 @@ class MaskedOptimizer(Optimizer):
     # tells GradScaler.step to set .grad_scale and .found_inf and leave unscaling and skipping to step()
     _step_supports_amp_scaling = True
     state_name = ""  # of the state tensor
-    state_count = 0  # values of state per masked entry
 
     def __init__(
         self,
@@ -40,7 +39,10 @@ class MaskedOptimizer(Optimizer):
         mask: Mask,
         defaults: dict[str, Any],
     ) -> None:
-        groups: list[Any] = list(named_parameters)
+        groups: list[Any] = [
+            {**entry, "params": list(entry["params"])} if isinstance(entry, dict) else entry
+            for entry in named_parameters
+        ]
         if not groups or not all(isinstance(entry, (tuple, dict)) for entry in groups):
             raise InputError(
                 "expected (name, parameter) pairs, the mask knows parameters by name; pass model.named_parameters()"
@@ -69,20 +71,28 @@ class MaskedOptimizer(Optimizer):
         return loss
 
     @abstractmethod
+    def _state_count(self, group: dict[str, Any]) -> int:
+        """Values of state per masked entry."""
+
+    @abstractmethod
     def _update(self, group: dict[str, Any], *arguments: Any) -> None:
         """Call the op of this optimizer."""
 
     def _calls_of(self, number: int, group: dict[str, Any]) -> list[Call]:
         """The op calls, one a device, that step this group; kept until other parameters have gradients."""
-        present = [parameter for parameter in group["params"] if parameter.grad is not None]
+        present = [
+            (id(parameter), parameter.stride(), parameter.dtype, parameter.device)
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
         calls = self._calls.get(number)
-        if calls is None or calls[0].present != [id(parameter) for parameter in present]:
+        if calls is None or calls[0].present != present:
             calls = self._make_calls(group, present)
             if calls:
                 self._calls[number] = calls
         return calls
 
-    def _make_calls(self, group: dict[str, Any], present: list[Tensor]) -> list[Call]:
+    def _make_calls(self, group: dict[str, Any], present: list[Any]) -> list[Call]:
         batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ParameterMask]]] = {}
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             part = self.mask.parameters.get(plain_name(name))
@@ -94,14 +104,16 @@ class MaskedOptimizer(Optimizer):
                 )
             wide = torch.promote_types(parameter.dtype, torch.float32)
             batches.setdefault((parameter.device, wide), []).append((parameter, part))
-        return [self._make_call(*key, entries, present) for key, entries in batches.items()]
+        count = self._state_count(group)
+        return [self._make_call(*key, count, entries, present) for key, entries in batches.items()]
 
     def _make_call(
         self,
         device: torch.device,
         dtype: torch.dtype,
+        count: int,
         entries: list[tuple[Tensor, ParameterMask]],
-        present: list[Tensor],
+        present: list[Any],
     ) -> Call:
         """One flat tensor holds the state of all, and one counts their steps: what ``self.state`` has are its views."""
         steps = torch.stack(
@@ -111,7 +123,7 @@ class MaskedOptimizer(Optimizer):
         for parameter, part in entries:
             old = self.state[parameter].get(self.state_name)
             if old is None:
-                pieces.append(torch.zeros(self.state_count * part.selected, dtype=dtype, device=device))
+                pieces.append(torch.zeros(count * part.selected, dtype=dtype, device=device))
             else:
                 pieces.append(flat_rows(old, parameter) if part.by_row else old)
         state = torch.cat(pieces)
@@ -119,10 +131,10 @@ class MaskedOptimizer(Optimizer):
             entries, steps.unbind(), torch.split(state, [piece.numel() for piece in pieces]), strict=True
         ):
             self.state[parameter]["step"] = step
-            if self.state_count:
+            if count:
                 self.state[parameter][self.state_name] = as_rows(piece, parameter) if part.by_row else piece
         return Call(
-            [id(parameter) for parameter in present],
+            present,
             [parameter for parameter, _ in entries],
             state,
             steps,
@@ -150,9 +162,9 @@ class MaskedOptimizer(Optimizer):
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of a masked op takes, but for the gradients. ``present``: ids of what had gradients then."""
+    """What one call of a masked op takes, but for the gradients. ``present``: what had gradients then, and how."""
 
-    present: list[int]
+    present: list[Any]
     parameters: list[Tensor]
     state: Tensor
     steps: Tensor
@@ -183,7 +195,6 @@ class MaskedSGD(MaskedOptimizer):
         _check_range(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError("expected momentum > 0 and dampening = 0 with nesterov; change one of the three")
-        self.state_count = 1 if momentum else 0
         super().__init__(
             named_parameters,
             mask,
@@ -196,6 +207,9 @@ class MaskedSGD(MaskedOptimizer):
                 "maximize": maximize,
             },
         )
+
+    def _state_count(self, group: dict[str, Any]) -> int:
+        return 1 if group["momentum"] else 0
 
     def _update(self, group: dict[str, Any], *arguments: Any) -> None:
         *tensors, amp = arguments
@@ -218,7 +232,6 @@ class MaskedAdamW(MaskedOptimizer):
     """
 
     state_name = "moments"  # twice the masked entries: exp_avg, then exp_avg_sq
-    state_count = 2
 
     def __init__(
         self,
@@ -240,6 +253,9 @@ class MaskedAdamW(MaskedOptimizer):
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize},
         )
 
+    def _state_count(self, group: dict[str, Any]) -> int:
+        return 2
+
     def _update(self, group: dict[str, Any], *arguments: Any) -> None:
         *tensors, amp = arguments
         torch.ops.delfast.masked_adamw_(
@@ -256,5 +272,5 @@ class MaskedAdamW(MaskedOptimizer):
 
 def _check_range(**values: float) -> None:
     for name, value in values.items():
-        if not value >= 0:
-            raise InputError(f"expected {name} >= 0, got {value}; pass a non-negative number")
+        if not 0 <= value < float("inf"):
+            raise InputError(f"expected {name} >= 0, got {value}; pass a finite, non-negative number")

@@ -53,11 +53,13 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
 def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> dict[str, Tensor]:
     """Plain name -> fresh values. A state dict may name a tied parameter by any of its names, so keep them all."""
     if isinstance(init, Mapping):
+        if not all(isinstance(value, Tensor) for value in init.values()):
+            raise InputError("expected init to be a state dict (name -> tensor), got other values; pass the inner dict")
         return {plain_name(name): value.detach() for name, value in init.items()}
     if init == "reset_parameters":
         with _seeded(seed):
             init = _reset_copy(unwrap(model), needed)
-    elif not isinstance(init, nn.Module):
+    elif callable(init) and not isinstance(init, nn.Module):
         with _seeded(seed):
             init = init()
     if not isinstance(init, nn.Module):
@@ -79,8 +81,9 @@ def _seeded(seed: int) -> Iterator[None]:
 def _reset_copy(model: nn.Module, needed: list[str]) -> nn.Module:
     """A copy of ``model`` whose modules have reset themselves; InputError for a needed parameter of one that cannot."""
     fresh = copy.deepcopy(model)
+    full_names = {plain_name(name): name for name, _ in fresh.named_parameters()}
     for name in needed:
-        owner = fresh.get_submodule(name.rpartition(".")[0])
+        owner = fresh.get_submodule(full_names[name].rpartition(".")[0])
         if not callable(getattr(owner, "reset_parameters", None)):
             raise InputError(
                 f"'{name}' belongs to a {type(owner).__name__}, which has no reset_parameters(); "

@@ -65,3 +65,25 @@ def test_tied_parameters_count_once_under_their_first_name() -> None:
     assert "first.weight" in names and "second.weight" not in names
     with pytest.raises(InputError, match="got 'weight' twice"):
         list(unique_parameters([("module.weight", torch.ones(1)), ("weight", torch.ones(1))]))
+
+
+def test_a_users_own_wrapper_is_not_stripped() -> None:
+    class Normalized(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.module((images - 1) * 100)
+
+    model = cases.SmallNet()
+    assert unwrap(Normalized(model)) is not model
+    own, bare = (delfast.score(m, cases.image_batches()).gradients for m in (Normalized(model), model))
+    assert own is not None and bare is not None and not torch.equal(own["head.weight"], bare["head.weight"])
+
+
+def test_compiled_blocks_match_too() -> None:
+    model = cases.SmallNet()
+    mask = delfast.localize(model, cases.image_batches())
+    model.features = torch.compile(model.features, backend="eager")  # type: ignore[assignment]
+    assert delfast.localize(model, cases.image_batches()).digest == mask.digest

@@ -245,6 +245,16 @@ def test_masked_update_equals_the_twin(isa: str, op: str, by_rows: bool, dtype: 
         assert mine["steps"].tolist() == [3.0] * len(theta)
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 1, 1), (8, 1, 3, 3), (1, 4, 3, 3), (4, 6, 3, 3)])
+@pytest.mark.parametrize("function", ["native", "twin"])
+def test_element_masks_of_channels_last_parameters(shape: tuple[int, ...], function: str) -> None:
+    reset = NATIVE.masked_reset_ if function == "native" else REFERENCE["masked_reset_"]
+    flags = torch.rand(shape) < 0.5
+    param = torch.zeros(shape).to(memory_format=torch.channels_last)
+    reset([param], [torch.ones(shape)], pack(flags), [False])
+    assert torch.equal(param.bool(), flags)
+
+
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_masked_update_in_any_strides(isa: str, by_rows: bool) -> None:
     theta, grads = cases.parameters()

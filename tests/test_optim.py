@@ -226,3 +226,74 @@ def test_bad_input() -> None:
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(InputError, match="dense gradient for 'weight', got a sparse one"):
         optimizer.step()
+
+
+def momentum_sgd(model: nn.Module, mask: Mask) -> MaskedSGD:
+    return MaskedSGD(model.named_parameters(), mask, lr=0.05, momentum=0.9)
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        scaled_loss(model, step).backward()
+        optimizer.step()
+
+
+def test_a_model_that_changes_its_memory_format_midway_keeps_its_momentum() -> None:
+    one, mask = cases.SmallNet(), delfast.score(cases.SmallNet(), criterion="random").select(1.0)
+    two = copy.deepcopy(one)
+    ours, theirs = momentum_sgd(one, mask), torch.optim.SGD(two.parameters(), lr=0.05, momentum=0.9)
+    for model, optimizer in ((one, ours), (two, theirs)):
+        take_steps(model, optimizer, range(2))
+    one.to(memory_format=torch.channels_last)
+    for model, optimizer in ((one, ours), (two, theirs)):
+        take_steps(model, optimizer, range(2, 5))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_copied_optimizer_goes_on_as_the_original(before: int) -> None:
+    model = cases.SmallNet()
+    optimizer = momentum_sgd(model, delfast.score(model, criterion="weight").select(0.5))
+    take_steps(model, optimizer, range(before))
+    other_model, other = copy.deepcopy((model, optimizer))
+    take_steps(model, optimizer, range(before, before + 3))
+    take_steps(other_model, other, range(before, before + 3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
+
+
+def test_groups_with_their_own_momentum_and_generators_of_parameters() -> None:
+    model = cases.SmallNet()
+    mask = delfast.score(model, criterion="weight").select(0.5)
+    expected = copy.deepcopy(model)
+    take_steps(model, MaskedSGD([{"params": model.named_parameters(), "momentum": 0.9}], mask, lr=0.05), range(3))
+    take_steps(expected, momentum_sgd(expected, mask), range(3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_parameter_without_gradient_in_one_step_keeps_its_own_count() -> None:
+    one, mask = cases.SmallNet(), delfast.score(cases.SmallNet(), criterion="random").select(1.0)
+    two = copy.deepcopy(one)
+    pairs = (
+        (one, MaskedAdamW(one.named_parameters(), mask, lr=0.01)),
+        (two, torch.optim.AdamW(two.parameters(), lr=0.01)),
+    )
+    for step in range(4):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            scaled_loss(model, step).backward()
+            if step == 1:
+                model.head.weight.grad = None
+            optimizer.step()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_selected_parameter_is_refused() -> None:
+    model = cases.SmallNet()
+    mask = delfast.score(model, criterion="weight").select(1.0)
+    model.head.requires_grad_(False)
+    for use in (lambda: momentum_sgd(model, mask), lambda: delfast.reset_(model, mask, cases.SmallNet)):
+        with pytest.raises(InputError, match=r"'head.weight', which is frozen"):
+            use()

@@ -163,3 +163,56 @@ def test_a_forget_set_of_a_whole_class_and_of_one_example() -> None:
         model = cases.SmallNet()
         result = run(model, forget=[(images[chosen], targets[chosen])], retain=[(images[~chosen], targets[~chosen])])
         assert result.mask.selected > 0
+
+
+def test_refusals_that_only_training_can_make_come_before_the_reset(tmp_path: Path) -> None:
+    done = tmp_path / "checkpoint.pt"
+    run(cases.SmallNet(), epochs=2, checkpoint=done)
+    plain = tmp_path / "plain.pt"
+    torch.save({"weight": torch.ones(2)}, plain)
+    model = cases.SmallNet()
+    before = copy.deepcopy(model.state_dict())
+    for changes, message in (
+        ({"checkpoint": done, "resume": True, "epochs": 1}, "2 epochs behind it, more than 1"),
+        ({"checkpoint": plain, "resume": True}, "no checkpoint of this loop"),
+        ({"checkpoint": tmp_path / "absent" / "c.pt"}, "the directory of checkpoint"),
+        ({"retain": (batch for batch in RETAIN)}, "a loader with a length"),
+        ({"lr": float("inf")}, "lr > 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(model, **changes)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loaders_own_generator_resumes_too(tmp_path: Path) -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    images, targets = (torch.cat(parts) for parts in zip(*RETAIN, strict=True))
+
+    def loader() -> Any:
+        return DataLoader(TensorDataset(images, targets), 8, shuffle=True, generator=torch.Generator().manual_seed(7))
+
+    def stop(batches: Any, description: str, total: int) -> Any:
+        if description.startswith("epoch 3/"):
+            raise Interrupted
+        return batches
+
+    states = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model, path = cases.SmallNet(), tmp_path / f"{interrupted}.pt"
+        if interrupted:
+            with pytest.raises(Interrupted):
+                run(copy.deepcopy(model), retain=loader(), epochs=4, head="head", checkpoint=path, progress=stop)
+        run(model, retain=loader(), epochs=4, head="head", checkpoint=path, resume=True)
+        states.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(states[0], states[1])
+
+
+def test_a_batch_norm_set_to_eval_stays_frozen_and_no_grad_callers_are_served() -> None:
+    model = cases.SmallNet()
+    model.features[1].eval()
+    before = model.features[1].running_mean.clone()
+    with torch.no_grad():
+        run(model)
+    assert torch.equal(model.features[1].running_mean, before) and not model.features[1].training and model.training

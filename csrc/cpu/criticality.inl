@@ -84,6 +84,7 @@ double sum_of_largest(const Score& score, int64_t length, int64_t top, int32_t l
     if (low == 0 || high == limit) {
       // a factor of two in the scores changes the count by about as much: aim a little past T
       step = step ? 4 * step : (count > top ? count - top : top - count) * (int64_t(3) << 22) / top + (1 << 14);
+      step = step < limit ? step : limit;
       middle = int32_t(low == 0 ? (high > step ? high - step : 0) : (limit - low > step ? low + step : limit));
     } else {
       const double fraction = bisect ? 0.5 : double(at_low - top) / double(at_low - at_high);

@@ -19,7 +19,8 @@ def mean_gradient(
     """G = (1/|S|) Σ ∇ℓ(x) over every example of ``loader`` once (DEL paper, section 3), and |S|.
 
     The model runs in eval mode, without its DDP and compile wrappers, and is left as it was: ``.grad``, modes,
-    ``requires_grad``, hooks. Batches are summed and divided once, so the last short batch counts as what it is.
+    ``requires_grad``, hooks. Batches are summed and divided once, so the last short batch counts as what it is. Under
+    DDP nothing is exchanged: give every process the whole set, and all get the same G.
 
     Returns plain name -> gradient, float32 (float64 for float64 parameters), shape of the parameter; zero for a
     parameter that the loss does not use. Raises InputError for an empty set and for labels out of range.
@@ -27,11 +28,9 @@ def mean_gradient(
     warn_about_loader(loader, what)
     network = unwrap(model)
     parameters = trainable_parameters(network)
-    if not parameters:
-        raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
     total = _zeros_like(parameters)
     examples = 0
-    with evaluating(network), torch.enable_grad():
+    with evaluating(network), torch.inference_mode(False), torch.enable_grad():
         for batch in loader:
             losses = per_example_losses(network, batch, loss_fn)
             examples += losses.numel()

@@ -47,20 +47,24 @@ def score(
     range, a DTensor.
     """
     check_choice("criterion", criterion, Criterion)
+    parameters = trainable_parameters(unwrap(model))
+    if not parameters:
+        raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
     if criterion in ("weight", "random"):
-        return Scores(trainable_parameters(unwrap(model)), None, criterion, 0, seed)
+        return Scores(parameters, None, criterion, 0, seed)
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
     what = "training set" if criterion == "weighted_grad_all" else "forget set"
     gradients, examples = mean_gradient(model, loader, loss_fn, what)
-    return Scores(trainable_parameters(unwrap(model)), gradients, criterion, examples, seed)
+    return Scores(parameters, gradients, criterion, examples, seed)
 
 
 class Scores:
     """What ``score`` returns: the live parameters θ, the mean gradient G, and how to rank them.
 
     ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32, or None.
-    ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters).
+    ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters, which
+    assignments through ``.data`` go past).
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Scores:
         for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
             if parameter._version != version:
                 raise InputError(f"'{name}' has changed since it was scored; call score() again")
+        budget = float(budget)  # numpy's numbers are no JSON
         budgeted = int(budget * self.total)
         parts = (
             self._select_elements(budgeted)
@@ -133,7 +138,7 @@ class Scores:
 
     def _select_elements(self, k: int) -> dict[str, ParameterMask]:
         if k == 0:
-            raise InputError(f"expected a budget of at least one parameter, {1 / max(1, self.total):.2g}; got less")
+            raise self._too_small(1, "parameter")
         values, gradients, criterion = (
             list(self.parameters.values()),
             self._gradient_list(),
@@ -162,12 +167,8 @@ class Scores:
         if nonfinite >= 0:
             self._refuse_nonfinite(self._owner(nonfinite, counts)[0])
         if cut_unit < 0 and not bits.any():
-            name, _ = self._owner(int(scores.argmax()), counts) if len(scores) else ("", 0)
-            least = row_length(self.parameters[name].shape) if name else 1
-            raise InputError(
-                f"expected a budget that holds the first channel, at least {least / max(1, self.total):.6f} "
-                f"({least} of {self.total} parameters), got {budgeted} parameters; raise the budget"
-            )
+            name, _ = self._owner(int(scores.argmax()), counts)
+            raise self._too_small(1 if cut_last else row_length(self.parameters[name].shape), "channel")
         parts = {
             name: ParameterMask(tuple(t.shape), "row", part)
             for (name, t), part in zip(
@@ -203,6 +204,16 @@ class Scores:
                 return name, unit
             unit -= count
         raise IndexError(unit)
+
+    def _too_small(self, least: int, what: str) -> InputError:
+        """The error for a budget that holds nothing; names the least that does, rounded up."""
+        digits = 6
+        while int(float(f"{least / self.total:.{digits}g}") * self.total) < least and digits < 17:
+            digits += 1
+        return InputError(
+            f"expected a budget that holds the first {what}, at least {least / self.total:.{digits}g} "
+            f"({least} of {self.total} parameters), got less; raise the budget"
+        )
 
     def _refuse_nonfinite(self, name: str) -> None:
         raise InputError(

@@ -38,6 +38,8 @@ def load_backend() -> Backend:
     wanted = os.environ.get("DELFAST_BACKEND", "")
     if wanted not in ("", "native", "torch"):
         raise ImportError(f"expected DELFAST_BACKEND to be 'native' or 'torch', got '{wanted}'; set one or unset it")
+    if wanted == "torch" and os.environ.get("DELFAST_FORCE_ISA"):
+        raise ImportError("DELFAST_FORCE_ISA asks for native kernels, DELFAST_BACKEND=torch for none; unset one")
     if wanted == "torch":
         return Backend("torch", "chosen by DELFAST_BACKEND=torch")
     try:
@@ -65,6 +67,8 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
     try:
         return importlib.import_module("delfast._C"), build_info
     except ImportError as error:
+        if "DELFAST_FORCE_ISA" in str(error):
+            raise
         raise ImportError(f"the extension does not load: {str(error).splitlines()[0]}; {REBUILD}") from error
 
 

@@ -67,10 +67,11 @@ def unlearn(
     checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
-    Raises InputError for bad arguments, before anything is changed.
+    Under DDP every process needs the same mask: localize the whole forget set in each.
+    Raises InputError for bad arguments, before anything is changed (labels are seen when their batch comes).
     """
     check_choice("method", method, Method)
-    if epochs < 1 or not lr > 0:
+    if epochs < 1 or not 0 < lr < float("inf"):
         raise InputError(f"expected epochs >= 1 and lr > 0, got {epochs} and {lr}; pass positive numbers")
     network = unwrap(model)
     if mask is None:
@@ -83,13 +84,17 @@ def unlearn(
     widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
     optimizer = MaskedSGD(network.named_parameters(), widened, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
-    started = time.perf_counter()
-    reset_(network, mask, init, seed)
-    seconds = {"reset": time.perf_counter() - started}
+    seconds = {"reset": 0.0}
+
+    def reset() -> None:
+        started = time.perf_counter()
+        reset_(network, mask, init, seed)
+        seconds["reset"] = time.perf_counter() - started
+
     settings = {"method": method, "mask": mask.digest, "head": head, "epochs": epochs, "lr": lr}
     settings |= {"momentum": momentum, "weight_decay": weight_decay, "seed": seed}
     result: TrainResult = train(
-        network,
+        model,  # not the network inside: DDP's own forward is what exchanges gradients
         retain,
         optimizer,
         epochs=epochs,
@@ -98,6 +103,7 @@ def unlearn(
         resume=resume,
         config={**settings, **(config or {})},
         progress=progress,
+        before=reset,
     )
     seconds["finetune"] = result.seconds
     return UnlearnResult(method, widened, head, seconds, result.losses, result.resumed_from)

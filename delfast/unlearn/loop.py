@@ -47,15 +47,21 @@ def train(
     resume: bool = False,
     config: Mapping[str, object] | None = None,
     progress: Progress | None = None,
+    before: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place for ``epochs`` passes over ``loader``.
 
     loader: re-iterable of batches, with a length; ``loader.set_epoch(e)`` is called where it exists.
     schedule: "cosine" from the optimizer's rate to ``final_lr`` times it, step by step (DEL paper, appendix: to 1 %).
+    before: called once everything is checked and only where training starts anew, not where it is resumed.
     max_norm: clip the gradient's L2 norm to this.
     checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
         the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
-        that must be the same when it is resumed.
+        that must be the same when it is resumed. Torch's generators and the loader's own are part of a checkpoint;
+        Python's and numpy's are not.
+
+    A model in training mode keeps the modes of its modules (a BatchNorm set to eval stays frozen); one in eval mode is
+    put into training mode. Afterwards all modes are as they were.
 
     Raises InputError for bad arguments or a checkpoint of another run, RuntimeError if the loss is no longer finite.
     """
@@ -63,18 +69,22 @@ def train(
         raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
     steps = _length(loader)
     scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
-    record = _Checkpoint(checkpoint, dict(config or {}), model, optimizer, scheduler)
-    losses = record.load() if resume else []
+    record = _Checkpoint(checkpoint, dict(config or {}), loader, model, optimizer, scheduler)
+    losses = record.load(epochs) if resume else []
     resumed_from = len(losses)
+    if before is not None and not losses:
+        before()
     started = time.perf_counter()
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
+    if not model.training:
+        model.train()
     try:
         for epoch in range(resumed_from, epochs):
             if hasattr(loader, "set_epoch"):
                 loader.set_epoch(epoch)
             batches = progress(loader, f"epoch {epoch + 1}/{epochs}", steps) if progress else loader
-            losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm))
+            with torch.inference_mode(False), torch.enable_grad():
+                losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm))
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
             record.save(losses)
@@ -130,18 +140,23 @@ def _factor(schedule: Schedule, final_lr: float, steps: int) -> Callable[[int], 
 
 
 class _Checkpoint:
-    """Everything that the next epoch depends on: weights, optimizer, schedule, torch's generators."""
+    """Everything that the next epoch depends on: weights, optimizer, schedule, torch's generators, the loader's."""
 
     def __init__(
         self,
         path: Path | None,
         config: dict[str, object],
+        loader: Iterable[Any],
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: LambdaLR,
     ) -> None:
+        if path is not None and not Path(path).parent.is_dir():
+            raise InputError(f"expected the directory of checkpoint '{path}' to exist, it does not; make it first")
         self.path = path
         self.config = config
+        sources = (getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None)))
+        self.generators = [source for source in sources if isinstance(source, torch.Generator)]
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
     def save(self, losses: list[float]) -> None:
@@ -149,11 +164,12 @@ class _Checkpoint:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"losses": losses, "config": self.config, "rng": torch.get_rng_state()}
+        state["loader_rng"] = [generator.get_state() for generator in self.generators]
         if torch.cuda.is_available():
             state["cuda_rng"] = torch.cuda.get_rng_state_all()
         write_atomically(self.path, lambda partial: torch.save(state, partial))
 
-    def load(self) -> list[float]:
+    def load(self, epochs: int) -> list[float]:
         """Put everything back; the losses so far. Without a checkpoint there is nothing to continue: []."""
         if self.path is None or not self.path.is_file():
             return []
@@ -163,6 +179,13 @@ class _Checkpoint:
             raise InputError(
                 f"checkpoint '{self.path}' cannot be read ({one_line(error)}); start without --resume"
             ) from None
+        if not isinstance(state, dict) or not {*self.parts, "losses", "config", "rng", "loader_rng"} <= state.keys():
+            raise InputError(f"'{self.path}' is no checkpoint of this loop; start without --resume")
+        if len(state["losses"]) > epochs:
+            raise InputError(
+                f"checkpoint '{self.path}' has {len(state['losses'])} epochs behind it, more than {epochs}; "
+                "ask for more epochs, or start without --resume"
+            )
         if state["config"] != self.config:
             different = sorted(
                 k for k in {*state["config"], *self.config} if state["config"].get(k) != self.config.get(k)
@@ -174,6 +197,8 @@ class _Checkpoint:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
+        for generator, generator_state in zip(self.generators, state["loader_rng"], strict=True):
+            generator.set_state(generator_state)
         if torch.cuda.is_available() and "cuda_rng" in state:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         losses: list[float] = state["losses"]

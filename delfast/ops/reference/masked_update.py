@@ -47,7 +47,7 @@ def _apply(param: Tensor, source: Tensor, entries: Tensor, rows: bool, update: U
     if rows:
         param[entries] = update(param[entries].to(wide), source[entries].to(wide)).to(param.dtype)
         return
-    flat = param.reshape(-1)  # a copy where param is not contiguous
+    flat = param.reshape(-1).clone()  # a view of some strides would overlap itself when copied back
     flat[entries] = update(flat[entries].to(wide), source.reshape(-1)[entries].to(wide)).to(param.dtype)
     param.copy_(flat.view_as(param))
 
