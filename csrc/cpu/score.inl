@@ -1,11 +1,18 @@
 // The score c_j of sixteen elements at a time, shared by criticality and selection.
 // Included once per instruction set, inside its namespace, after its Vec.
 
+// Elements to prefetch ahead: rows follow one another in memory, and the hardware's prefetcher pauses between pages.
+constexpr int64_t kAhead = 512;
+
 template <class Theta, class Grad>
 struct WeightedGrad {  // |theta g|, the product rounded once, to float32
   const Theta* theta;
   const Grad* grad;
-  Vec at(int64_t i) const { return (Vec::load(theta + i) * Vec::load(grad + i)).abs(); }
+  Vec at(int64_t i) const {
+    __builtin_prefetch(theta + i + kAhead);
+    __builtin_prefetch(grad + i + kAhead);
+    return (Vec::load(theta + i) * Vec::load(grad + i)).abs();
+  }
   Vec first(int64_t i, int n) const { return (Vec::load_first(theta + i, n) * Vec::load_first(grad + i, n)).abs(); }
   WeightedGrad from(int64_t i) const { return {theta + i, grad + i}; }
 };
