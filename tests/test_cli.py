@@ -232,6 +232,7 @@ def refused(capsys, *arguments):
         (["--batch-size", "1436"], "leave a batch of one"),
         (["--weight-decay", "-1"], "weight decay of 0 or more"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**40)], "--seed"),
         (["--image-size", "16"], "folder:PATH alone"),
         (["--device", "tpu9"], "expected a device"),
         (["--epochs", "many"], "--epochs"),

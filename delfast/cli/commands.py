@@ -39,8 +39,10 @@ OutputDir = Annotated[Path, typer.Option(help="where the results are written")]
 OptionalOutputDir = Annotated[Path | None, typer.Option(help="where to write summary.json; printed only, if not given")]
 DataDir = Annotated[Path | None, typer.Option(help="where downloaded data lie (default: ~/.cache/delfast)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
-StepSeed = Annotated[int | None, typer.Option(min=0, help="seed of this step (default: derived from the run's)")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of everything random")]
+StepSeed = Annotated[
+    int | None, typer.Option(min=0, max=2**31 - 1, help="seed of this step (default: derived from the run's)")
+]
 
 
 def run(arguments: Sequence[str] | None) -> int:
