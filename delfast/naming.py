@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from delfast.errors import InputError
@@ -28,8 +26,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        elif type(model).__name__ == "OptimizedModule":  # by name: importing torch._dynamo takes a second
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 
