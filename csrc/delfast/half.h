@@ -6,7 +6,11 @@
 
 // Code shared by files that are compiled for different instruction sets must never be emitted as a function of its
 // own: the linker would keep one copy, perhaps one that this CPU cannot run.
+#ifdef __CUDACC__
+#define DELFAST_INLINE __host__ __device__ __forceinline__
+#else
 #define DELFAST_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace delfast {
 
@@ -31,11 +35,17 @@ DELFAST_INLINE float bits_float(uint32_t bits) {
 DELFAST_INLINE float to_float(float x) { return x; }
 DELFAST_INLINE float to_float(bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 DELFAST_INLINE float to_float(float16 x) {
+#ifdef __CUDA_ARCH__  // one instruction, and the same value
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t exponent = x.bits >> 10 & 0x1f, mantissa = x.bits & 0x3ff;
   if (exponent == 0x1f) return bits_float(sign | 0x7f800000 | mantissa << 13 | (mantissa ? 0x400000 : 0));
   if (exponent == 0) return bits_float(sign | float_bits(float(mantissa) * 0x1p-24f));
   return bits_float(sign | (exponent + 112) << 23 | mantissa << 13);
+#endif
 }
 
 // Round to nearest, ties to even; a NaN stays a NaN.
@@ -46,6 +56,9 @@ DELFAST_INLINE void assign(bfloat16& to, float x) {
   to.bits = nan ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 DELFAST_INLINE void assign(float16& to, float x) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   uint32_t half;
   if (magnitude > 0x7f800000)
@@ -57,6 +70,7 @@ DELFAST_INLINE void assign(float16& to, float x) {
   else
     half = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
   to.bits = uint16_t(sign | half);
+#endif
 }
 
 }  // namespace delfast

@@ -1,0 +1,284 @@
+// What all kernels share: the few words that nvcc and the tests' CUDA-on-CPU header spell differently, access to global
+// memory, tables of parameters in a kernel's arguments, block-wide scans, and a parameter's scores.
+#pragma once
+
+#include <cstdint>
+
+#include "delfast/params.h"
+
+#ifndef DELFAST_CUDA_ON_CPU  // under it g++ compiles this text, and csrc/tests/cuda_on_cpu defines these words
+#include <cuda_runtime.h>
+#define DELFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define DELFAST_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+#define DELFAST_DYNAMIC_SHARED(T, name)                            \
+  extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
+  T* const name = reinterpret_cast<T*>(dynamic_shared_)
+
+// Global memory is read and written through these alone, so that the tests can count what a warp asks for.
+template <class T>
+__device__ __forceinline__ T global_load(const T* address) {
+  return *address;
+}
+template <class T>
+__device__ __forceinline__ T global_load_const(const T* address) {  // of what is not written while the kernel runs
+  return __ldg(address);
+}
+template <class T>
+__device__ __forceinline__ void global_store(T* address, T value) {
+  *address = value;
+}
+template <class T>
+__device__ __forceinline__ void global_add(T* address, T value) {
+  atomicAdd(address, value);
+}
+#endif
+
+namespace delfast::cuda {
+
+using Error = const char*;
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kThreads = 256;  // a block's, unless it says otherwise
+
+__device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
+
+// ---- tables: what a launch works on, in the kernel's arguments, which hold 4 KiB
+
+template <class Entry>
+struct Table {
+  // leaves room for a kernel's other arguments
+  static constexpr int kEntries = int((4096 - 128) / (sizeof(Entry) + sizeof(uint32_t)) - 1);
+  int count = 0;
+  uint32_t first_block[kEntries + 1] = {};  // of each entry; then how many blocks there are in all
+  Entry entries[kEntries] = {};
+
+  uint32_t blocks() const { return first_block[count]; }
+};
+
+// The entry that this block works on.
+template <class Entry>
+__device__ __forceinline__ int find_entry(const Table<Entry>& table) {
+  int low = 0, high = table.count;  // first_block[low] <= blockIdx.x < first_block[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (table.first_block[middle] <= blockIdx.x ? low : high) = middle;
+  }
+  return low;
+}
+
+// Collects entries and calls launch(table) whenever the table is full, and at the end.
+template <class Entry, class Launch>
+class Chunks {
+ public:
+  explicit Chunks(Launch launch) : launch_(launch) {}
+  void add(const Entry& entry, int64_t blocks) {
+    // a grid has at most 2^31 - 1 blocks
+    if (table_.count == Table<Entry>::kEntries || int64_t(table_.blocks()) + blocks > INT32_MAX) flush();
+    table_.entries[table_.count] = entry;
+    table_.first_block[table_.count + 1] = table_.blocks() + uint32_t(blocks);
+    table_.count++;
+  }
+  void flush() {
+    if (table_.count) launch_(table_);
+    table_.count = 0;
+  }
+
+ private:
+  Launch launch_;
+  Table<Entry> table_;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Error last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// ---- sums in the order of the threads
+
+template <class T>
+__device__ __forceinline__ T warp_inclusive_scan(T value) {
+  for (int step = 1; step < kWarp; step *= 2) {
+    const T below = __shfl_up_sync(kAllLanes, value, step);
+    if (lane() >= step) value += below;
+  }
+  return value;
+}
+
+// The sum of `value` over the threads before this one, and over all of them. For whole blocks of whole warps;
+// `totals` is shared memory, not to be used for anything else before the next __syncthreads.
+template <class T>
+__device__ __forceinline__ T block_exclusive_scan(T value, T* totals /* [32] */, T& total) {
+  const T inclusive = warp_inclusive_scan(value);
+  const int warps = int(blockDim.x) / kWarp;
+  __syncthreads();  // whoever still reads the totals of an earlier call
+  if (lane() == kWarp - 1) totals[warp()] = inclusive;
+  __syncthreads();
+  T before = 0;
+  total = 0;
+  for (int w = 0; w < warps; w++) {
+    const T sum = totals[w];
+    if (w < warp()) before += sum;
+    total += sum;
+  }
+  return before + inclusive - value;
+}
+
+// ---- packs: as many neighbours as make 16 bytes of the wider dtype, read by one instruction
+
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+// kWritten: the kernel writes to this memory too.
+template <bool kWritten = false, int kCount, class T>
+__device__ __forceinline__ void load_pack(const T* address, float (&out)[kCount]) {
+  using Word = typename WordOf<kCount* int(sizeof(T))>::type;
+  const Word* const at = reinterpret_cast<const Word*>(address);
+  const Word word = kWritten ? global_load(at) : global_load_const(at);
+  T values[kCount];
+  memcpy(values, &word, sizeof word);
+  for (int i = 0; i < kCount; i++) out[i] = to_float(values[i]);
+}
+template <class T>
+__device__ __forceinline__ float load_one(const T* address) {
+  float out[1];
+  load_pack(address, out);
+  return out[0];
+}
+// Rounds to T.
+template <int kCount, class T>
+__device__ __forceinline__ void store_pack(T* address, const float (&values)[kCount]) {
+  using Word = typename WordOf<kCount* int(sizeof(T))>::type;
+  T rounded[kCount];
+  for (int i = 0; i < kCount; i++) assign(rounded[i], values[i]);
+  Word word;
+  memcpy(&word, rounded, sizeof word);
+  global_store(reinterpret_cast<Word*>(address), word);
+}
+
+// How many elements past the start of a pack `address` lies.
+template <int kCount, class T>
+__device__ __forceinline__ int pack_offset(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) / sizeof(T) % kCount);
+}
+
+// Calls f with a null pointer of the dtype's type.
+template <class F>
+__device__ __forceinline__ void with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(static_cast<const float*>(nullptr));
+    case Dtype::bfloat16:
+      return f(static_cast<const bfloat16*>(nullptr));
+    case Dtype::float16:
+      return f(static_cast<const float16*>(nullptr));
+  }
+}
+
+// ---- the scores c_j of a parameter, as bits of a non-negative float: these sort as the scores do
+
+template <class Theta, class Grad>
+struct WeightedGrad {  // |theta g|, the product rounded once, to float32
+  static constexpr int kPack = 16 / int(sizeof(Theta) > sizeof(Grad) ? sizeof(Theta) : sizeof(Grad));
+  const Theta* theta;
+  const Grad* grad;
+
+  __device__ __forceinline__ uint32_t one(int64_t i) const {
+    return float_bits(load_one(theta + i) * load_one(grad + i)) & 0x7fffffff;
+  }
+  __device__ __forceinline__ void pack(int64_t i, uint32_t (&bits)[kPack]) const {
+    float weights[kPack], gradients[kPack];
+    load_pack(theta + i, weights);
+    load_pack(grad + i, gradients);
+    for (int j = 0; j < kPack; j++) bits[j] = float_bits(weights[j] * gradients[j]) & 0x7fffffff;
+  }
+  // How far element 0 is from the start of a pack, or -1 if theta and its gradient disagree about that.
+  __device__ __forceinline__ int offset() const {
+    const int offset = pack_offset<kPack>(theta);
+    return offset == pack_offset<kPack>(grad) ? offset : -1;
+  }
+};
+
+template <class T>
+struct Magnitude {  // |g| or |theta|
+  static constexpr int kPack = 16 / int(sizeof(T));
+  const T* values;
+
+  __device__ __forceinline__ uint32_t one(int64_t i) const { return float_bits(load_one(values + i)) & 0x7fffffff; }
+  __device__ __forceinline__ void pack(int64_t i, uint32_t (&bits)[kPack]) const {
+    float loaded[kPack];
+    load_pack(values + i, loaded);
+    for (int j = 0; j < kPack; j++) bits[j] = float_bits(loaded[j]) & 0x7fffffff;
+  }
+  __device__ __forceinline__ int offset() const { return pack_offset<kPack>(values); }
+};
+
+// What a score needs of a parameter.
+struct Operands {
+  const void* theta;
+  const void* grad;
+  Dtype theta_dtype, grad_dtype;
+};
+
+// Calls f with the score of this parameter under this criterion, typed.
+template <class F>
+__device__ __forceinline__ void with_score(const Operands& p, Criterion criterion, F f) {
+  if (criterion == Criterion::weighted_grad) {
+    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
+      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
+        f(WeightedGrad<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+      });
+    });
+    return;
+  }
+  const bool by_grad = criterion == Criterion::grad;
+  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
+             [&]<class T>(const T*) { f(Magnitude<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
+}
+
+// Calls f(i, bits) for each element of [begin, end) in memory, shared out among `threads` threads of which this is
+// number `thread`; by packs, the incomplete ones at both ends element by element. Where theta and its gradient are
+// aligned differently there are no packs: neighbouring threads take neighbouring elements.
+template <class Score, class F>
+__device__ __forceinline__ void for_each_score(const Score& score, int64_t begin, int64_t end, int thread, int threads,
+                                               F f) {
+  constexpr int kPack = Score::kPack;
+  const int offset = score.offset();
+  if (offset < 0) {
+    for (int64_t i = begin + thread; i < end; i += threads) f(i, score.one(i));
+    return;
+  }
+  int64_t i = begin - (begin + offset) % kPack + int64_t(thread) * kPack;
+  for (; i < end; i += int64_t(threads) * kPack) {
+    if (i >= begin && i + kPack <= end) {
+      uint32_t bits[kPack];
+      score.pack(i, bits);
+      for (int j = 0; j < kPack; j++) f(i + j, bits[j]);
+    } else {
+      for (int j = 0; j < kPack; j++)
+        if (i + j >= begin && i + j < end) f(i + j, score.one(i + j));
+    }
+  }
+}
+
+}  // namespace delfast::cuda

@@ -1,0 +1,62 @@
+// The radix search for the score T such that everything above T weighs at most a budget and everything at or above T
+// weighs more, on the 31 bits of a non-negative float, in three passes of 11, 10 and 10 bits as on the CPU. One pass:
+// blocks count digits in shared memory and add their counts to a histogram in global memory (integers: any order gives
+// the same sum); one block then descends into a digit.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace delfast::cuda {
+
+constexpr int kRadixPasses = 3;
+constexpr int kRadixBins = 2048;
+
+struct RadixPass {
+  int shift, width;  // the digit is bits [shift, shift + width)
+};
+__host__ __device__ constexpr RadixPass radix_pass(int pass) {
+  return pass == 0 ? RadixPass{20, 11} : pass == 1 ? RadixPass{10, 10} : RadixPass{0, 10};
+}
+
+// Clears a block's bins; count_digit may follow at once.
+__device__ __forceinline__ void clear_bins(uint32_t* bins) {
+  for (int bin = int(threadIdx.x); bin < kRadixBins; bin += int(blockDim.x)) bins[bin] = 0;
+  __syncthreads();
+}
+
+// threshold: the digits found in earlier passes, in place; a score that does not share them is not counted.
+__device__ __forceinline__ void count_digit(uint32_t bits, RadixPass pass, uint32_t threshold, uint32_t* bins) {
+  const int above = pass.shift + pass.width;
+  if (bits >> above == threshold >> above) atomicAdd(&bins[bits >> pass.shift & ((1u << pass.width) - 1)], 1u);
+}
+
+template <class Count>
+__device__ __forceinline__ void add_bins(const uint32_t* bins, Count weight, Count* histogram) {
+  __syncthreads();
+  for (int bin = int(threadIdx.x); bin < kRadixBins; bin += int(blockDim.x))
+    if (bins[bin]) global_add(&histogram[bin], bins[bin] * weight);
+}
+
+// For a block of kThreads: finds the highest digit at which the histogram's sum from the top exceeds `left`, and calls
+// found(digit, the sum above it, its own count) in one thread, in none if all of it is within `left`. Clears the
+// histogram for the next pass.
+template <class Count, class F>
+__device__ __forceinline__ void descend(Count* histogram, Count left, Count* totals /* shared, [32] */, F found) {
+  constexpr int kBins = kRadixBins / kThreads;
+  const int top = kRadixBins - 1 - int(threadIdx.x) * kBins;  // this thread's bins are [top - kBins + 1, top]
+  Count counts[kBins], sum = 0;
+  for (int i = 0; i < kBins; i++) {
+    counts[i] = global_load(&histogram[top - i]);
+    sum += counts[i];
+    global_store(&histogram[top - i], Count(0));
+  }
+  Count total;
+  Count above = block_exclusive_scan(sum, totals, total);
+  if (above > left || above + sum <= left) return;
+  for (int i = 0; i < kBins; i++) {
+    if (above + counts[i] > left) return found(uint32_t(top - i), above, counts[i]);
+    above += counts[i];
+  }
+}
+
+}  // namespace delfast::cuda

@@ -1,0 +1,64 @@
+// What the CUDA kernels offer to the bindings: launchers that know neither torch nor, here, any CUDA header.
+//
+// Every launcher works on the current device and on the stream it is given, allocates nothing, waits for nothing and
+// can be captured in a CUDA graph. Pointers inside the structs are device pointers, the arrays of structs are the
+// host's. A workspace is uninitialized device memory, aligned to 16 bytes, of as many bytes as NAME_workspace() says.
+// Returns null, or what CUDA says went wrong.
+#pragma once
+
+#include <cstdint>
+
+#include "delfast/params.h"
+
+struct CUstream_st;  // cudaStream_t is a pointer to it
+
+namespace delfast::cuda {
+
+using Stream = CUstream_st*;
+using Error = const char*;
+
+// out[unit] for every row of every parameter, one parameter after the other; top[i] in [1, length] is used by
+// topk_mean. Bit for bit what the CPU kernels compute.
+int64_t criticality_workspace(const Scored* params, const int64_t* top, int64_t count, Aggregate aggregate);
+Error criticality(const Scored* params, const int64_t* top, int64_t count, Criterion criterion, Aggregate aggregate,
+                  float* out, void* workspace, Stream stream);
+
+// The bits of the k highest-scoring elements, each parameter's padded to whole bytes, in logical order;
+// *nonfinite = the first parameter with a NaN or infinite score (then all bits are zero), or -1.
+int64_t select_elements_workspace(const Scored* params, int64_t count);
+Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits,
+                      int64_t* nonfinite, void* workspace, Stream stream);
+
+// The longest prefix of the units, in falling score, whose sizes sum to at most k: counts[i] units of lengths[i]
+// scalars each, their scores one group after the other. info = {cut_unit, cut_size, nonfinite} as in UnitSelection of
+// the CPU; without cut_last the first two are -1 and 0.
+int64_t select_units_workspace(const int64_t* counts, int64_t count);
+Error select_units(const float* scores, const int64_t* counts, const int64_t* lengths, int64_t count, int64_t k,
+                   bool cut_last, uint8_t* bits, int64_t* info, void* workspace, Stream stream);
+
+// Masked updates. Of each Updated, `bits` points to its own packed bits; its `state` is not looked at: `state` here is
+// the whole flat array, of state_numel float32 in all, laid out as for the CPU (parameter after parameter, in each all
+// of state[0] before state[1]). A state_numel that is not that of the mask traps on the device.
+struct StepInputs {
+  float* state;
+  int64_t state_numel;
+  float* steps;             // one counter per parameter: steps taken so far; this one is added
+  const float* grad_scale;  // one number, or null
+  const float* found_inf;   // one number, or null: unless zero, nothing changes
+};
+struct SgdOptions {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+Error masked_reset(const Updated* params, int64_t count, Stream stream);
+int64_t masked_update_workspace(const Updated* params, int64_t count);
+Error masked_sgd(const Updated* params, int64_t count, const StepInputs& inputs, const SgdOptions& options,
+                 void* workspace, Stream stream);
+Error masked_adamw(const Updated* params, int64_t count, const StepInputs& inputs, const AdamWOptions& options,
+                   void* workspace, Stream stream);
+
+}  // namespace delfast::cuda
