@@ -156,8 +156,11 @@ struct Scores {
   Criterion criterion;
 
   Scores(Layout layout, Criterion criterion, Dtype theta_dtype, Dtype grad_dtype, int64_t shift = 0)
-      : theta(theta_dtype, layout.numel(), shift),
-        grad(grad_dtype, layout.numel(), shift),
+      : Scores(layout, criterion, theta_dtype, grad_dtype, shift, shift) {}
+  Scores(Layout layout, Criterion criterion, Dtype theta_dtype, Dtype grad_dtype, int64_t theta_shift,
+         int64_t grad_shift)
+      : theta(theta_dtype, layout.numel(), theta_shift),
+        grad(grad_dtype, layout.numel(), grad_shift),
         layout(layout),
         criterion(criterion) {}
 

@@ -1,0 +1,200 @@
+"""What nvcc makes of the CUDA kernels, for architectures that no machine here has: `python -m benchmarks.ptxas`.
+
+Compiles csrc/cuda for each of them and writes benchmarks/results/ptxas.md: registers, shared memory, stack frame,
+spills and 128-bit global loads of every kernel, and the theoretical occupancy on sm_90. tests/test_nvcc.py checks the
+same things.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "benchmarks" / "results" / "ptxas.md"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90", "100", "120")
+
+# Kernels that read parameters or gradients: threads and bytes of dynamic shared memory of a block, at the most.
+# criticality_block_rows: two ways to run, for rows of up to 8192 and of up to 16384 elements.
+ROW, BINS, PART = 1024 + 32, 256, 4096 + 4  # words: csrc/cuda/criticality.cuh, masked_update.cuh
+STREAMING = {
+    "criticality_elements": [(256, 0)],
+    "criticality_warp_rows": [(256, 8 * (ROW + BINS) * 4)],
+    "criticality_block_rows": [(256, (8 * ROW + BINS + 256) * 4), (512, (16 * ROW + BINS + 512) * 4)],
+    "criticality_long_count": [(256, 0)],
+    "criticality_long_sum": [(256, 0)],
+    "selection_count": [(256, 0)],
+    "selection_mark": [(256, 0)],
+    "selection_settle": [(256, 0)],
+    "masked_update<ResetRule>": [(256, 0)],
+    "masked_update<PlainSgdRule>": [(256, 0)],
+    "masked_update<SgdRule>": [(256, PART * 4)],
+    "masked_update<AdamWRule>": [(256, 2 * PART * 4)],
+}
+# A kernel may spill or have a stack frame only if it is here, with its reason.
+ALLOWED: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel on one architecture; shared memory is the static part, in bytes."""
+
+    name: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    wide_loads: int  # 128-bit global loads inside loops
+
+
+@dataclass(frozen=True)
+class Compiled:
+    source: str
+    architecture: str
+    seconds: float
+    dependencies: str
+    kernels: tuple[Kernel, ...]
+
+
+def compile_all(nvcc: str) -> list[Compiled]:
+    """Every source for every architecture, two at a time."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        jobs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+        return list(pool.map(lambda job: _compile(nvcc, *job, Path(folder)), jobs))
+
+
+def _compile(nvcc: str, source: Path, architecture: str, folder: Path) -> Compiled:
+    cubin = folder / f"{source.stem}-{architecture}.cubin"
+    depfile = cubin.with_suffix(".d")
+    flags = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
+    begin = time.perf_counter()
+    result = subprocess.run(
+        [nvcc, *flags, f"-arch=sm_{architecture}", "-MD", "-MF", depfile, "-o", cubin, source],
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - begin
+    if result.returncode:
+        raise RuntimeError(f"nvcc could not compile {source.name} for sm_{architecture}:\n{result.stderr}")
+    loads = _wide_loads(cubin)
+    kernels = tuple(
+        Kernel(name, architecture, *numbers, loads.get(name, 0)) for name, numbers in _resources(result.stderr).items()
+    )
+    return Compiled(source.name, architecture, seconds, depfile.read_text(encoding="utf-8"), kernels)
+
+
+def _resources(log: str) -> dict[str, tuple[int, int, int, int]]:
+    """Registers, shared memory, stack frame and spills (in bytes) of each kernel that ptxas reports."""
+    found = {}
+    # each report is complete before the next one begins
+    for report in re.split(r"(?=Compiling entry function)", log)[1:]:
+        name = demangled(re.search(r"entry function '(\w+)'", report)[1])  # type: ignore[index]
+        stack, stores, loads = (
+            int(re.search(pattern, report)[1])  # type: ignore[index]
+            for pattern in (r"(\d+) bytes stack frame", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
+        )
+        registers = int(re.search(r"Used (\d+) registers", report)[1])  # type: ignore[index]
+        shared = re.search(r"(\d+) bytes smem", report)
+        found[name] = (registers, int(shared[1]) if shared else 0, stack, stores + loads)
+    return found
+
+
+def demangled(symbol: str) -> str:
+    """``masked_update<SgdRule>`` of ``_ZN7delfast4cuda13masked_updateINS0_7SgdRuleEEEv...``."""
+    text = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
+    match = re.match(r"(?:void )?delfast::cuda::(\w+)(?:<(.*?)>)?\(", text)
+    if not match:
+        raise ValueError(f"expected a kernel in delfast::cuda, got {text}")
+    arguments = match[2].replace("delfast::cuda::", "") if match[2] else ""
+    return f"{match[1]}<{arguments}>" if arguments else match[1]
+
+
+def _wide_loads(cubin: Path) -> dict[str, int]:
+    """128-bit global loads inside loops, by kernel: between a label and a later jump back to it."""
+    from nvidia import cu13  # of nvidia-cuda-nvdisasm: not every toolkit has one
+
+    nvdisasm = Path(next(iter(cu13.__path__))) / "bin" / "nvdisasm"
+    text = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
+        symbol, lines = section.split(":", 1)[0], section.splitlines()
+        labels = {match[1]: n for n, line in enumerate(lines) if (match := re.match(r"(\.L_x_\w+):", line))}
+        in_loop = [False] * len(lines)
+        for n, line in enumerate(lines):
+            target = re.search(r"BRA.*`\((\.L_x_\w+)\)", line)
+            if target and labels[target[1]] < n:
+                in_loop[labels[target[1]] : n] = [True] * (n - labels[target[1]])
+        found[demangled(symbol)] = sum("LDG.E.128" in line for line, inside in zip(lines, in_loop, strict=True) if inside)
+    return found
+
+
+def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
+    """Share of an sm_90 multiprocessor's 64 warps that can be there at once.
+
+    Limits of compute capability 9.0 (CUDA C++ Programming Guide, "Compute Capabilities"): 64 warps, 32 blocks, 65536
+    registers given out 256 at a time to a warp, 228 KiB of shared memory of which a block takes 1 KiB for the system.
+    """
+    warps = threads // 32
+    registers_of_warp = -(-kernel.registers * 32 // 256) * 256
+    by_registers = 65536 // registers_of_warp // warps
+    shared = -(-(kernel.shared + dynamic_shared + 1024) // 128) * 128
+    blocks = min(64 // warps, 32, by_registers, 228 * 1024 // shared)
+    return blocks * warps / 64
+
+
+def occupancies(kernel: Kernel) -> list[float]:
+    return [occupancy(kernel, *shape) for shape in STREAMING[kernel.name]]
+
+
+def table(compiled: list[Compiled], version: str) -> str:
+    lines = [
+        "# What ptxas makes of the kernels",
+        "",
+        f"Written by `python -m benchmarks.ptxas` with nvcc {version}. For each kernel: registers / static shared memory",
+        "in bytes / stack frame and spills in bytes. Then, for the kernels that read parameters or gradients: 128-bit",
+        "global loads inside loops and theoretical occupancy, both on sm_90 (of two, for short and for long rows).",
+        "",
+        f"| kernel | {' | '.join(f'sm_{a}' for a in ARCHITECTURES)} | 128-bit loads | occupancy |",
+        f"|---|{'---|' * len(ARCHITECTURES)}---|---|",
+    ]
+    kernels: dict[str, dict[str, Kernel]] = {}
+    for unit in compiled:
+        for kernel in unit.kernels:
+            kernels.setdefault(kernel.name, {})[kernel.architecture] = kernel
+    for name, by_architecture in sorted(kernels.items()):
+        cells = [
+            f"{k.registers} / {k.shared} / {k.stack} + {k.spills}"
+            for k in (by_architecture[architecture] for architecture in ARCHITECTURES)
+        ]
+        hopper = by_architecture["90"]
+        streams = name in STREAMING
+        cells.append(str(hopper.wide_loads) if streams else "")
+        cells.append(", ".join(f"{share:.0%}" for share in occupancies(hopper)) if streams else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def nvcc_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text)[1]  # type: ignore[index]
+
+
+def main() -> None:
+    from setup_cuda import find_toolkit
+
+    toolkit = find_toolkit()
+    nvcc = str(toolkit.nvcc)
+    TABLE.write_text(table(compile_all(nvcc), nvcc_version(nvcc)), encoding="utf-8")
+    print(f"wrote {TABLE.relative_to(ROOT)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

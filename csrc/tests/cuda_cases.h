@@ -1,0 +1,77 @@
+// What the tests of the emulated CUDA kernels share: parameters of awkward sizes, several of which go into one launch,
+// workspaces, and the schedules to try.
+#pragma once
+
+#include <cstdlib>
+
+#include "cuda_on_cpu/cuda_on_cpu.h"
+#include "delfast/cuda_launch.h"
+#include "select.h"
+
+namespace delfast::test {
+
+// Every schedule that main()'s arguments name: 0 runs threads and blocks in order, others shuffle them.
+inline std::vector<uint64_t> seeds(int argc, char** argv) {
+  std::vector<uint64_t> list;
+  for (int i = 1; i < argc; i++) list.push_back(std::strtoull(argv[i], nullptr, 10));
+  if (list.empty()) {
+    std::cerr << "expected the seeds of the schedules to run, got none\n";
+    std::exit(2);
+  }
+  return list;
+}
+
+// Uninitialized memory, as a kernel gets it, with 16-byte alignment.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : memory_((bytes + 15) / 16 * 16) {
+    std::fill(memory_.begin(), memory_.end(), static_cast<unsigned char>(0xff));
+  }
+  void* get() { return memory_.data(); }
+
+ private:
+  Guarded<unsigned char> memory_;
+};
+
+inline std::vector<Scored> scored(const Params& params) {
+  std::vector<Scored> list;
+  for (const auto& param : params) list.push_back(param->scored());
+  return list;
+}
+
+// Rows of 1, 31, 32, 33, 1000, 4608, 70000 and 10^6 + 3 elements and what lies at the limits between kernels, of all
+// dtypes and kinds of values, from all alignments; theta and its gradient not always aligned alike.
+inline Params awkward_params(Criterion criterion, Random& random) {
+  Params params;
+  const auto add = [&](Layout layout, Dtype theta, Dtype grad) {
+    const int64_t n = int64_t(params.size());
+    params.push_back(std::make_unique<Scores>(layout, criterion, theta, grad, n % 5, n % 7 == 3 ? n % 5 + 1 : n % 5));
+    params.back()->fill(kKinds[n % int64_t(std::size(kKinds))], random);
+  };
+  for (Dtype theta : kDtypes)
+    for (Dtype grad : kDtypes) {
+      for (int64_t length : {1, 31, 32, 33}) add({length == 1 ? 37 : 9, length, 1}, theta, grad);
+      if (theta != grad && grad != Dtype::float32) continue;
+      for (int64_t length : {1000, 4608}) add({2, length, 1}, theta, grad);
+    }
+  for (Dtype dtype : kDtypes) add({1, 70000, 1}, dtype, dtype);
+  for (int64_t length : {1024, 1025, 8192, 8193, 16384, 16385}) add({2, length, 1}, Dtype::bfloat16, Dtype::float32);
+  add({1, 1000003, 1}, Dtype::float32, Dtype::float32);
+  return params;
+}
+
+// Three hundred small parameters, some of them empty: more than a kernel's arguments hold.
+inline Params many_params(Criterion criterion, Random& random) {
+  Params params;
+  for (int i = 0; i < 300; i++) {
+    const Layout layout{random.below(6), i % 3 ? 1 + random.below(70) : 1, 1};
+    params.push_back(std::make_unique<Scores>(layout, criterion, kDtypes[random.below(3)], kDtypes[random.below(3)],
+                                              random.below(8)));
+    params.back()->fill(kKinds[i % int64_t(std::size(kKinds))], random);
+  }
+  return params;
+}
+
+constexpr CUstream_st* kStream = nullptr;
+
+}  // namespace delfast::test

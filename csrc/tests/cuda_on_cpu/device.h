@@ -1,0 +1,347 @@
+// The device: blocks, their threads, the scheduler, and launches.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cuda_on_cpu/fibers.h"
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_on_cpu {
+
+using Place = std::source_location;
+
+struct KernelError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline constexpr int kWarp = 32;
+// Of compute capability 9.0: CUDA C++ Programming Guide, "Compute Capabilities"
+inline constexpr size_t kMaxThreads = 1024, kSharedUnasked = 48 << 10, kMaxShared = 227 << 10;
+
+enum class Wait : uint8_t { none, block, warp, done };
+
+struct Thread {
+  Wait wait = Wait::none;
+  const char* operation = "";  // of a warp
+  unsigned mask = 0;
+  uint64_t value = 0, result = 0;  // what it brings to the operation, and gets
+  int source = 0;                  // the lane a shuffle reads
+  unsigned barriers = 0;           // passed, of the block
+  unsigned collectives = 0;        // passed, of block or warp
+  unsigned meeting = 0;            // the number of the last warp operation
+  char event = 0;                  // its address stands for the thread's arrival at a __syncwarp
+  Fiber* fiber = nullptr;
+  Place place;
+};
+
+struct Device {
+  uint64_t seed = 0, random = 0;
+  bool running = false;
+  const char* kernel = "";
+  dim3 grid, block;
+  uint3 thread_index{}, block_index{};
+  std::vector<Thread> threads;
+  std::vector<int> runnable;
+  int current = 0, alive = 0, arrived = 0;
+  const std::function<void()>* body = nullptr;
+  std::string error;
+
+  Fiber scheduler;
+  std::vector<Fiber*> idle_fibers, all_fibers;
+  uint64_t launches = 0;
+  uint64_t blocks_run = 0;  // in all launches: static shared memory is poisoned when it changes
+  unsigned meetings = 0;
+  char barrier_events[2] = {};
+  char meeting_events[4096] = {};  // more than there can be at one time
+
+  char* dynamic_shared = nullptr;
+  size_t dynamic_bytes = 0;
+  std::unordered_map<const void*, size_t> shared_allowed;  // by kernel: cudaFuncSetAttribute
+
+  std::function<void()> block_done;  // for the sector counter
+};
+inline Device device;
+
+inline void set_seed(uint64_t seed) { device.seed = seed; }
+
+inline unsigned random_below(unsigned limit) {  // xorshift64
+  device.random ^= device.random << 13;
+  device.random ^= device.random >> 7;
+  device.random ^= device.random << 17;
+  return unsigned((device.random >> 11) % limit);
+}
+
+// ---- failures
+
+inline std::string describe_thread(int i) {
+  const Thread& t = device.threads[size_t(i)];
+  std::string text = "thread " + std::to_string(i) + " of block " + std::to_string(device.block_index.x);
+  if (t.wait == Wait::done) return text + " has exited";
+  const char* what = t.wait == Wait::block ? " waits at __syncthreads" : t.wait == Wait::warp ? " waits at " : " is";
+  text += what;
+  if (t.wait == Wait::warp) text += t.operation;
+  return text + " in " + t.place.file_name() + ":" + std::to_string(t.place.line());
+}
+
+inline void report_failure(const std::string& message) {
+  if (device.error.empty()) device.error = std::string("kernel ") + device.kernel + ": " + message;
+}
+
+// Ends the kernel from inside a thread, which is left where it is.
+[[noreturn]] inline void fail_here(const std::string& message, const Place& place) {
+  const IgnoreAccesses ignore;
+  device.threads[size_t(device.current)].place = place;
+  report_failure(message + ": " + describe_thread(device.current));
+  for (;;) switch_fiber(*device.threads[size_t(device.current)].fiber, device.scheduler);
+}
+
+// ---- threads
+
+inline void yield() { switch_fiber(*device.threads[size_t(device.current)].fiber, device.scheduler); }
+
+inline void make_runnable(int i) {
+  device.threads[size_t(i)].wait = Wait::none;
+  device.runnable.push_back(i);
+}
+
+inline void thread_main() {
+  fiber_has_begun(device.scheduler);
+  for (;;) {  // a fiber serves many threads, one after the other
+    const std::function<void()>* body;
+    {
+      const IgnoreAccesses ignore;
+      body = device.body;
+    }
+    (*body)();
+    const IgnoreAccesses ignore;
+    Thread& thread = device.threads[size_t(device.current)];
+    thread.wait = Wait::done;
+    device.alive--;
+    switch_fiber(*thread.fiber, device.scheduler);
+  }
+}
+
+inline void resume(int i) {
+  Thread& thread = device.threads[size_t(i)];
+  if (!thread.fiber) {
+    if (device.idle_fibers.empty()) {
+      device.idle_fibers.push_back(new_fiber(thread_main));
+      device.all_fibers.push_back(device.idle_fibers.back());
+    }
+    thread.fiber = device.idle_fibers.back();
+    device.idle_fibers.pop_back();
+  }
+  const dim3& block = device.block;
+  device.current = i;
+  device.thread_index = {unsigned(i) % block.x, unsigned(i) / block.x % block.y, unsigned(i) / (block.x * block.y)};
+  switch_fiber(device.scheduler, *thread.fiber);
+#if !defined(__SANITIZE_THREAD__)  // to ThreadSanitizer a fiber is one thread of the block, until the block is done
+  if (thread.wait == Wait::done) device.idle_fibers.push_back(thread.fiber);
+#endif
+}
+
+// ---- barriers of the block
+
+inline void block_barrier(const Place& place) {
+  const IgnoreAccesses ignore;
+  Thread& thread = device.threads[size_t(device.current)];
+  thread.wait = Wait::block;
+  thread.place = place;
+  thread.collectives++;
+  device.arrived++;
+  void* const event = &device.barrier_events[thread.barriers++ % 2];
+  happens_before(event);
+  yield();
+  happens_after(event);
+}
+
+// With nobody runnable: lets the block go on if all of it waits at the same __syncthreads. False if not.
+inline bool release_block_barrier() {
+  if (!device.arrived || device.arrived != device.alive) return false;
+  const int count = int(device.threads.size());
+  const auto waits = [](const Thread& t) { return t.wait == Wait::block; };
+  const int first = int(std::find_if(device.threads.begin(), device.threads.end(), waits) - device.threads.begin());
+  for (int i = 0; i < count; i++) {
+    const Thread& t = device.threads[size_t(i)];
+    if (waits(t) && t.place.line() == device.threads[size_t(first)].place.line()) continue;
+    report_failure("divergent __syncthreads: " + describe_thread(first) + ", but " + describe_thread(i));
+    return false;
+  }
+  device.arrived = 0;
+  for (int i = 0; i < count; i++) make_runnable(i);
+  return true;
+}
+
+inline void report_deadlock() {
+  std::string message = "deadlock";
+  const auto& threads = device.threads;
+  for (size_t i = 0, shown = 0; i < threads.size() && shown < 6; i++) {
+    if (i && threads[i].wait == threads[i - 1].wait && threads[i].place.line() == threads[i - 1].place.line()) continue;
+    message += (shown++ ? ", " : ": ") + describe_thread(int(i));
+  }
+  report_failure(message);
+}
+
+// ---- operations of the warp
+
+// A lane's part in an operation of the lanes in `mask`: the last one to arrive computes every lane's result by
+// combine(the warp's threads, mask). Only __syncwarp orders memory.
+template <class Combine>
+uint64_t warp_operation(const char* name, unsigned mask, uint64_t value, int source, const Place& place,
+                        bool orders_memory, Combine combine) {
+  const IgnoreAccesses ignore;
+  const int me = device.current, first = me / kWarp * kWarp, lane = me - first;
+  const int lanes = std::min(kWarp, int(device.threads.size()) - first);
+  Thread* const warp = &device.threads[size_t(first)];
+  Thread& thread = warp[lane];
+  if (lanes < kWarp && mask == ~0u) mask = (1u << lanes) - 1;  // the last warp of a block may be incomplete
+  if (!(mask >> lane & 1)) fail_here(std::string("a lane that is not in its own mask, at ") + name, place);
+  thread.wait = Wait::warp;
+  thread.operation = name;
+  thread.mask = mask;
+  thread.value = value;
+  thread.source = source;
+  thread.place = place;
+  thread.collectives++;
+  if (orders_memory) happens_before(&thread.event);
+
+  bool complete = true;
+  for (int l = 0; l < lanes && complete; l++) {
+    if (!(mask >> l & 1)) continue;
+    const Thread& other = warp[l];
+    if (other.wait != Wait::warp || other.mask != mask) {
+      complete = false;
+    } else if (std::strcmp(other.operation, name) || other.place.line() != place.line()) {
+      fail_here("lanes of one mask in different operations, with " + describe_thread(first + l), place);
+    }
+  }
+  if (!complete) {
+    yield();
+    if (orders_memory) happens_after(&device.meeting_events[thread.meeting]);
+    return thread.result;
+  }
+  combine(warp, mask);
+  const unsigned meeting = device.meetings++ % unsigned(sizeof device.meeting_events);
+  for (int l = 0; l < lanes; l++) {
+    if (!(mask >> l & 1)) continue;
+    if (orders_memory) happens_after(&warp[l].event);
+    warp[l].meeting = meeting;
+    if (l != lane) make_runnable(first + l);
+  }
+  if (orders_memory) happens_before(&device.meeting_events[meeting]);
+  thread.wait = Wait::none;
+  return thread.result;
+}
+
+// ---- launches
+
+inline void run_block() {
+  const size_t count = size_t(device.block.x) * device.block.y * device.block.z;
+  device.blocks_run++;
+  device.alive = int(count);
+  device.arrived = 0;
+  device.threads.assign(count, Thread{});
+  device.runnable.clear();
+  for (int i = int(count); i-- > 0;) device.runnable.push_back(i);
+  constexpr size_t kRedZone = 64;
+  if (device.dynamic_bytes) {
+    device.dynamic_shared =
+        static_cast<char*>(std::aligned_alloc(64, (device.dynamic_bytes + kRedZone + 63) / 64 * 64));
+    std::memset(device.dynamic_shared, 0xff, device.dynamic_bytes);  // as floats, NaN
+    forbid_access(device.dynamic_shared + device.dynamic_bytes, kRedZone);
+  }
+  while (device.error.empty()) {
+    if (device.runnable.empty()) {
+      if (device.alive == 0) break;
+      if (!release_block_barrier()) report_deadlock();
+      continue;
+    }
+    if (device.random)
+      std::swap(device.runnable[random_below(unsigned(device.runnable.size()))], device.runnable.back());
+    const int next = device.runnable.back();
+    device.runnable.pop_back();
+    resume(next);
+  }
+#if defined(__SANITIZE_THREAD__)
+  for (const Thread& t : device.threads)
+    if (t.wait == Wait::done) device.idle_fibers.push_back(t.fiber);
+#endif
+  if (device.dynamic_bytes) {
+    allow_access(device.dynamic_shared, device.dynamic_bytes + kRedZone);
+    std::free(device.dynamic_shared);
+  }
+  if (device.block_done) device.block_done();
+}
+
+// Blocks reuse fibers and shared memory one after the other: to ThreadSanitizer each comes after the one before.
+inline void order_blocks() {
+#if defined(__SANITIZE_THREAD__)
+  for (int round = 0; round < 2; round++)  // all fibers before the scheduler, then the scheduler before all fibers
+    for (Fiber* fiber : device.all_fibers) {
+      __tsan_switch_to_fiber(fiber->tsan_fiber, 0);
+      __tsan_switch_to_fiber(device.scheduler.tsan_fiber, 0);
+    }
+#endif
+}
+
+inline void check_launch(const void* kernel, const char* name) {
+  const dim3 &g = device.grid, &b = device.block;
+  const size_t threads = size_t(b.x) * b.y * b.z;
+  const auto allowed = device.shared_allowed.find(kernel);
+  const size_t shared =
+      allowed == device.shared_allowed.end() ? kSharedUnasked : std::max(allowed->second, kSharedUnasked);
+  const auto refuse = [&](const std::string& why) { throw KernelError(std::string("launch of ") + name + ": " + why); };
+  if (threads == 0 || threads > kMaxThreads || b.z > 64) refuse(std::to_string(threads) + " threads in a block");
+  if (!g.x || !g.y || !g.z || g.x > INT32_MAX || g.y > 65535 || g.z > 65535) refuse("a grid of impossible size");
+  if (device.dynamic_bytes > std::min(shared, kMaxShared))
+    refuse(std::to_string(device.dynamic_bytes) + " bytes of dynamic shared memory, " + std::to_string(shared) +
+           " allowed");
+}
+
+inline void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& body) {
+  if (device.running) throw KernelError("a launch from inside a kernel");
+  device.kernel = name;
+  device.grid = grid;
+  device.block = block;
+  device.dynamic_bytes = shared_bytes;
+  check_launch(kernel, name);
+  device.launches++;
+  device.body = &body;
+  device.error.clear();
+  device.random = device.seed * 0x9e3779b97f4a7c15u;
+#if defined(__SANITIZE_THREAD__)
+  device.scheduler.tsan_fiber = __tsan_get_current_fiber();
+#endif
+  const IgnoreAccesses ignore;
+  device.running = true;
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  std::vector<uint64_t> order(blocks);
+  for (uint64_t i = 0; i < blocks; i++) order[i] = i;
+  for (uint64_t i = blocks; device.random && i-- > 1;) std::swap(order[i], order[random_below(unsigned(i + 1))]);
+  for (uint64_t number : order) {
+    device.block_index = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y),
+                          unsigned(number / grid.x / grid.y)};
+    order_blocks();
+    run_block();
+    if (!device.error.empty()) break;
+  }
+  order_blocks();
+  device.running = false;
+  if (!device.error.empty()) throw KernelError(device.error);
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,217 @@
+// How many 32-byte sectors the kernels' warps ask for, on ResNet-18's parameters (CIFAR stem), against the least
+// possible: every sector that a launch touches moved once in each direction. What is known of bandwidth without a GPU.
+// Prints the table that is kept in benchmarks/results/sectors.md.
+#include <cstdio>
+#include <map>
+#include <memory>
+
+#include "check.h"
+#include "delfast/cuda_launch.h"
+
+namespace delfast::test {
+namespace {
+
+using Results = std::map<std::string, cuda_on_cpu::SectorCounter::Result>;
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+// float32 memory, `shift` elements past a multiple of 256 bytes, as torch's allocator gives them.
+class Memory {
+ public:
+  Memory(int64_t count, int shift) : shift_(shift) {
+    memory_.reset(static_cast<float*>(std::aligned_alloc(256, size_t((count + shift) * 4 + 255) / 256 * 256)));
+    for (int64_t i = 0; i < count; i++) data()[i] = float((i * 2654435761u % 1000003) + 1) * 1e-6f;
+  }
+  float* data() { return memory_.get() + shift_; }
+
+ private:
+  int shift_;
+  std::unique_ptr<float, Free> memory_;
+};
+
+std::vector<Layout> resnet18() {
+  std::vector<Layout> list;
+  const auto conv = [&](int64_t out, int64_t in, int64_t kernel) {
+    list.push_back({out, in * kernel * kernel, 1});
+    list.push_back({out, 1, 1});  // BatchNorm's weight
+    list.push_back({out, 1, 1});  // and bias
+  };
+  conv(64, 3, 3);
+  int64_t in = 64;
+  for (int64_t out : {64, 128, 256, 512}) {
+    for (int block = 0; block < 2; block++) {
+      conv(out, in, 3);
+      conv(out, out, 3);
+      if (in != out) conv(out, in, 1);
+      in = out;
+    }
+  }
+  list.push_back({10, 512, 1});
+  list.push_back({10, 1, 1});
+  return list;
+}
+
+struct Model {
+  std::vector<Layout> layouts;
+  std::vector<Memory> theta, grad;
+  std::vector<Scored> scored;
+  std::vector<int64_t> top;
+  int64_t numel = 0;
+
+  Model(std::vector<Layout> shapes, int theta_shift, int grad_shift) : layouts(std::move(shapes)) {
+    for (const Layout& layout : layouts) {
+      theta.emplace_back(layout.numel(), theta_shift);
+      grad.emplace_back(layout.numel(), grad_shift);
+      scored.push_back({theta.back().data(), grad.back().data(), Dtype::float32, Dtype::float32, layout});
+      top.push_back(std::max<int64_t>(1, layout.length / 10));
+      numel += layout.numel();
+    }
+  }
+  int64_t count() const { return int64_t(layouts.size()); }
+};
+
+void print(const char* what, const char* kernel, const cuda_on_cpu::SectorCounter::Result& r) {
+  std::printf("| %s | `%s` | %llu | %llu | %.3f |\n", what, kernel,
+              static_cast<unsigned long long>(r.loads.asked + r.stores.asked),
+              static_cast<unsigned long long>(r.loads.least + r.stores.least), r.ratio());
+}
+
+// Prints every kernel of a family, and the family if it has several; checks the family's ratio.
+double report_family(const char* what, const std::string& family, const Results& results) {
+  cuda_on_cpu::SectorCounter::Result sum;
+  int kernels = 0;
+  for (const auto& [name, r] : results) {
+    if (name.rfind(family, 0) != 0) continue;
+    kernels++;
+    print(what, name.c_str(), r);
+    sum.loads.asked += r.loads.asked;
+    sum.loads.least += r.loads.least;
+    sum.stores.asked += r.stores.asked;
+    sum.stores.least += r.stores.least;
+  }
+  CHECK(kernels > 0);
+  if (kernels > 1) print(what, (family + "*").c_str(), sum);
+  return sum.ratio();
+}
+
+Results score(Model& model) {
+  std::vector<float> out(20000);
+  std::vector<uint4> workspace(
+      size_t(cuda::criticality_workspace(model.scored.data(), model.top.data(), model.count(), Aggregate::topk_mean)) /
+          16 +
+      1);
+  cuda_on_cpu::sectors.start();
+  CHECK(!cuda::criticality(model.scored.data(), model.top.data(), model.count(), Criterion::weighted_grad,
+                           Aggregate::topk_mean, out.data(), workspace.data(), nullptr));
+  return cuda_on_cpu::sectors.stop();
+}
+
+Results select(Model& model) {
+  std::vector<uint8_t> bits(size_t(model.numel / 8 + model.count()));
+  std::vector<uint4> workspace(size_t(cuda::select_elements_workspace(model.scored.data(), model.count())) / 16 + 1);
+  int64_t nonfinite = 0;
+  cuda_on_cpu::sectors.start();
+  CHECK(!cuda::select_elements(model.scored.data(), model.count(), Criterion::weighted_grad, model.numel * 3 / 10,
+                               bits.data(), &nonfinite, workspace.data(), nullptr));
+  CHECK_EQUAL(nonfinite, int64_t(-1));
+  return cuda_on_cpu::sectors.stop();
+}
+
+enum class Update { reset, sgd, adamw };
+
+// Every third row, or element, is masked.
+Results update(Model& model, Update kind, bool by_row) {
+  std::vector<std::vector<uint8_t>> bits;
+  std::vector<Updated> params;
+  int64_t entries = 0;
+  for (size_t p = 0; p < model.layouts.size(); p++) {
+    const Layout& layout = model.layouts[p];
+    const int64_t units = by_row ? layout.rows : layout.numel();
+    bits.emplace_back(size_t((units + 7) / 8));
+    for (int64_t i = 0; i < units; i += 3) {
+      bits.back()[size_t(i / 8)] |= uint8_t(1u << i % 8);
+      entries += by_row ? layout.length : 1;
+    }
+    Updated u;
+    u.param = model.theta[p].data();
+    u.source = model.grad[p].data();
+    u.layout = layout;
+    u.bits = bits.back().data();
+    u.by_row = by_row;
+    params.push_back(u);
+  }
+  const int states = kind == Update::adamw ? 2 : 1;
+  Memory state(entries * states, 0);
+  std::vector<float> steps(params.size());
+  std::vector<uint4> workspace(size_t(cuda::masked_update_workspace(params.data(), model.count())) / 16 + 1);
+  const cuda::StepInputs inputs = {state.data(), entries * states, steps.data(), nullptr, nullptr};
+  cuda_on_cpu::sectors.start();
+  const char* error = kind == Update::reset ? cuda::masked_reset(params.data(), model.count(), nullptr)
+                      : kind == Update::sgd
+                          ? cuda::masked_sgd(params.data(), model.count(), inputs, {0.1, 0.9, 0, 0, false, false},
+                                             workspace.data(), nullptr)
+                          : cuda::masked_adamw(params.data(), model.count(), inputs, {1e-3, 0.9, 0.999, 1e-8, 0, false},
+                                               workspace.data(), nullptr);
+  CHECK(!error);
+  return cuda_on_cpu::sectors.stop();
+}
+
+void check_model(const char* what, int theta_shift, int grad_shift, double bound) {
+  Model model(resnet18(), theta_shift, grad_shift);
+  CHECK_EQUAL(model.numel, int64_t(11173962));
+  describe(what, ", criticality");
+  CHECK(report_family(what, "criticality", score(model)) <= bound);
+  const Results selected = select(model);
+  for (const char* kernel : {"selection_count", "selection_mark"}) {
+    describe(what, ", ", kernel);
+    CHECK(report_family(what, kernel, selected) <= bound);
+  }
+  const std::pair<Update, const char*> updates[] = {
+      {Update::reset, "reset"}, {Update::sgd, "SGD with momentum"}, {Update::adamw, "AdamW"}};
+  for (const auto& [kind, name] : updates)
+    for (bool by_row : {true, false}) {
+      const std::string title = std::string(what) + ", " + name + (by_row ? ", rows" : ", elements");
+      describe(title);
+      const double ratio = report_family(title.c_str(), "masked_update", update(model, kind, by_row));
+      CHECK(ratio <= bound);
+    }
+}
+
+}  // namespace
+}  // namespace delfast::test
+
+int main() {
+  using namespace delfast::test;
+  std::printf(
+      "# Sectors that the CUDA kernels ask for\n\n"
+      "Written by `build/cpp-release/test_cuda_sectors > benchmarks/results/sectors.md`. The kernels run on the CPU; "
+      "32-byte\n"
+      "sectors are counted as a warp's instructions would ask for them. \"Least\": every sector that a launch touches, "
+      "once.\n"
+      "ResNet-18 with 10 classes and the CIFAR stem, float32. In \"shifted\" all parameters and gradients begin one "
+      "element\n"
+      "past an aligned address, in \"apart\" the parameters alone do. A third of the rows, or elements, is updated.\n\n"
+      "| | kernel | sectors asked for | least | ratio |\n|---|---|---|---|---|\n");
+  check_model("aligned", 0, 0, 1.10);
+  check_model("shifted", 1, 1, 1.25);
+  check_model("apart", 1, 0, 1.25);
+  {
+    // too long for shared memory: read by three radix passes and by the sum, hence four times the least
+    Model model({{40, 25088, 1}}, 0, 0);
+    const Results results = score(model);
+    describe("rows of 25088");
+    CHECK(report_family("rows of 25088", "criticality", results) <= 1.10);
+    uint64_t asked = 0;
+    for (const auto& [name, r] : results) asked += r.loads.asked + r.stores.asked;
+    const double once = double(model.numel) * 8 / 32;
+    std::printf(
+        "\nRows of 25088 elements do not fit in a block's shared memory: three radix passes and the sum each read\n"
+        "them, which makes %.2f times the sectors of one reading.\n",
+        double(asked) / once);
+    CHECK(double(asked) / once < 4.4);
+  }
+  if (failures) report();
+  return failures ? 1 : 0;
+}
