@@ -3,8 +3,9 @@
 Environment:
   DELFAST_NATIVE=auto|0|1  auto (the default) installs without the extension if it cannot be built, and says so; 1 fails
                            instead; 0 does not try.
-  DELFAST_CUDA=auto|0|1    1 fails where CUDA kernels cannot be built. There are none yet (csrc/cuda/README.md), so auto
-                           and 0 build for the CPU alone.
+  DELFAST_CUDA=auto|0|1    auto builds the CUDA kernels too if torch is a CUDA build and a toolkit of the same major
+                           version is found (no GPU is needed), and says why not; 1 fails instead; 0 does not try.
+  TORCH_CUDA_ARCH_LIST     the architectures to build for, as for torch: setup_cuda.py has the default.
 """
 
 import json
@@ -19,6 +20,10 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
+
+sys.path.insert(0, str(ROOT))  # pip's isolated front end leaves it out
+import setup_cuda  # noqa: E402
+from setup_cuda import CudaUnavailable, Toolkit  # noqa: E402
 
 try:
     import torch
@@ -57,8 +62,6 @@ class Build(BuildExtension):
         (package / "_build_info.json").write_text(json.dumps(self.info) + "\n", encoding="utf-8")
 
     def build_extensions(self) -> None:
-        if os.environ.get("DELFAST_CUDA") == "1":
-            sys.exit("DELFAST_CUDA=1, but this version has no CUDA kernels: unset it to build for the CPU")
         try:
             if os.environ.get("DELFAST_NATIVE") == "0":
                 raise RuntimeError("DELFAST_NATIVE=0 at install")
@@ -66,18 +69,18 @@ class Build(BuildExtension):
                 raise RuntimeError(
                     f"no C++ compiler: '{_compiler()}' is not there (set CXX, or install g++ 11 or newer)"
                 )
+            self.info = {
+                "torch": torch.__version__,
+                "compiler": _first_line([_compiler(), "--version"]),
+                "cuda": None,
+            }
             objects = Path(self.build_temp).resolve() / "kernels"
             objects.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self.extensions[0].extra_objects = list(
-                    pool.map(lambda source: self._compile_kernel(source, objects), kernel_sources())
-                )
+                kernels = [pool.submit(self._compile_kernel, source, objects) for source in kernel_sources()]
+                cuda_kernels = self._compile_cuda(pool, objects)
+                self.extensions[0].extra_objects = [kernel.result() for kernel in kernels] + cuda_kernels
             super().build_extensions()
-            self.info = {
-                "torch": torch.__version__,
-                "cuda": False,
-                "compiler": _first_line([_compiler(), "--version"]),
-            }
         except Exception as error:  # distutils, subprocess and torch raise unrelated kinds
             if os.environ.get("DELFAST_NATIVE", "auto") == "1":
                 raise
@@ -87,6 +90,31 @@ class Build(BuildExtension):
                 file=sys.stderr,
             )
             self.extensions = []
+
+    def _compile_cuda(self, pool: ThreadPoolExecutor, objects: Path) -> list[str]:
+        """The CUDA kernels' objects, with the extension told of them; none, and why, if they cannot be built."""
+        wanted = os.environ.get("DELFAST_CUDA", "auto")
+        try:
+            if wanted not in ("auto", "0", "1"):
+                sys.exit(f"expected DELFAST_CUDA to be auto, 0 or 1, got '{wanted}'; set one or unset it")
+            toolkit = _toolkit(wanted)
+            jobs = [pool.submit(setup_cuda.compile_object, toolkit, source, objects) for source in setup_cuda.SOURCES]
+            compiled = [job.result() for job in jobs]
+            extension = self.extensions[0]
+            extension.sources += [
+                str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
+            ]
+            extension.include_dirs.append(str(toolkit.include))
+            extension.library_dirs.append(str(toolkit.libraries))
+            extension.libraries += ["c10_cuda", "cudart"]
+        except CudaUnavailable as error:
+            if wanted == "1":
+                sys.exit(f"DELFAST_CUDA=1, but {error}")
+            self.info["cuda_failure"] = str(error)
+            print(f"\n*** delfast: no CUDA kernels: {error}\n", file=sys.stderr)
+            return []
+        self.info["cuda"] = {"toolkit": toolkit.version, "architectures": setup_cuda.architectures()}
+        return compiled
 
     def _compile_kernel(self, source: Path, objects: Path) -> str:
         flags = next((flags for isa, flags in ISA_FLAGS.items() if source.stem.endswith(isa)), [])
@@ -106,6 +134,15 @@ class Build(BuildExtension):
             sys.stderr.write(result.stderr)
             raise RuntimeError(f"{_compiler()} could not compile {source.name}")
         return str(target)
+
+
+def _toolkit(wanted: str) -> Toolkit:
+    if wanted == "0":
+        raise CudaUnavailable("DELFAST_CUDA=0 at install")
+    if not torch.version.cuda:
+        raise CudaUnavailable(f"expected a CUDA build of torch, this is {torch.__version__}; install one")
+    setup_cuda.architectures()  # says at once what it does not understand
+    return setup_cuda.find_toolkit(torch.version.cuda.split(".")[0])
 
 
 def _compiler() -> str:

@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from setup_cuda import FLAGS, SOURCES, find_toolkit
+
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "ptxas.md"
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90", "100", "120")
 
 # Kernels that read parameters or gradients: threads and bytes of dynamic shared memory of a block, at the most.
@@ -74,10 +75,22 @@ def compile_all(nvcc: str) -> list[Compiled]:
 def _compile(nvcc: str, source: Path, architecture: str, folder: Path) -> Compiled:
     cubin = folder / f"{source.stem}-{architecture}.cubin"
     depfile = cubin.with_suffix(".d")
-    flags = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
     begin = time.perf_counter()
     result = subprocess.run(
-        [nvcc, *flags, f"-arch=sm_{architecture}", "-MD", "-MF", depfile, "-o", cubin, source],
+        [
+            nvcc,
+            *FLAGS,
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            f"-arch=sm_{architecture}",
+            "-MD",
+            "-MF",
+            depfile,
+            "-o",
+            cubin,
+            source,
+        ],
         capture_output=True,
         text=True,
     )
@@ -132,7 +145,9 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
             target = re.search(r"BRA.*`\((\.L_x_\w+)\)", line)
             if target and labels[target[1]] < n:
                 in_loop[labels[target[1]] : n] = [True] * (n - labels[target[1]])
-        found[demangled(symbol)] = sum("LDG.E.128" in line for line, inside in zip(lines, in_loop, strict=True) if inside)
+        found[demangled(symbol)] = sum(
+            "LDG.E.128" in line for line, inside in zip(lines, in_loop, strict=True) if inside
+        )
     return found
 
 
@@ -188,10 +203,7 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def main() -> None:
-    from setup_cuda import find_toolkit
-
-    toolkit = find_toolkit()
-    nvcc = str(toolkit.nvcc)
+    nvcc = str(find_toolkit().nvcc)
     TABLE.write_text(table(compile_all(nvcc), nvcc_version(nvcc)), encoding="utf-8")
     print(f"wrote {TABLE.relative_to(ROOT)}", file=sys.stderr)
 

@@ -162,4 +162,37 @@ inline Aggregate parse_aggregate(c10::string_view name) {
                     "'; pass one of these");
 }
 
+// Returns the number of units of all parameters.
+inline int64_t check_top_h(const std::vector<Scored>& params, at::IntArrayRef top_h) {
+  TORCH_CHECK_VALUE(top_h.size() == params.size(), "expected one top_h per parameter, got ", params.size(),
+                    " parameters and ", top_h.size(), " values; pass one count each");
+  int64_t units = 0;
+  for (size_t p = 0; p < params.size(); p++) {
+    const Layout& layout = params[p].layout;
+    units += layout.rows;
+    TORCH_CHECK_VALUE(!layout.rows || (top_h[p] >= 1 && top_h[p] <= layout.length), "expected top_h of parameter #", p,
+                      " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
+  }
+  return units;
+}
+
+inline void check_budget(int64_t k) {
+  TORCH_CHECK_VALUE(k >= 0, "expected k >= 0 elements to select, got ", k, "; pass a non-negative count");
+}
+
+// Returns the number of bytes of the units' bits.
+inline int64_t check_units(const at::Tensor& scores, at::IntArrayRef counts, at::IntArrayRef lengths) {
+  TORCH_CHECK_VALUE(counts.size() == lengths.size(), "expected one count and one length per parameter, got ",
+                    counts.size(), " and ", lengths.size(), "; pass lists of equal length");
+  int64_t units = 0, bytes = 0;
+  for (int64_t count : counts) {
+    units += count;
+    bytes += (count + 7) / 8;
+  }
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat && scores.numel() == units,
+                    "expected scores float32 (", units, ",), got ", scores.scalar_type(), " ",
+                    shape_text(scores.sizes()), "; pass what criticality returns for these parameters");
+  return bytes;
+}
+
 }  // namespace delfast::bindings

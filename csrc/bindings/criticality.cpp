@@ -25,18 +25,15 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
   const Criterion criterion = parse_criterion(criterion_name);
   const Aggregate aggregate = parse_aggregate(aggregate_name);
   const ScoredList list(theta, grad, criterion);
-  TORCH_CHECK_VALUE(top_h.size() == theta.size(), "expected one top_h per parameter, got ", theta.size(),
-                    " parameters and ", top_h.size(), " values; pass one count each");
+  const int64_t all_units = check_top_h(list.params, top_h);
 
   std::vector<RowTask> tasks;
   std::vector<int64_t> first_unit;
-  int64_t units = 0;
+  int64_t units = 0;  // before this parameter
   for (size_t p = 0; p < list.params.size(); p++) {
     const Layout& layout = list.params[p].layout;
     first_unit.push_back(units);
     units += layout.rows;
-    TORCH_CHECK_VALUE(!layout.rows || (top_h[p] >= 1 && top_h[p] <= layout.length), "expected top_h of parameter #", p,
-                      " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
     const int64_t rows_per_task = std::max<int64_t>(1, cpu::kChunk / layout.length);
     for (int64_t row = 0; row < layout.rows; row += rows_per_task) {
       const int64_t end = std::min(layout.rows, row + rows_per_task);
@@ -44,7 +41,7 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
     }
   }
 
-  at::Tensor scores = at::empty({units}, at::TensorOptions().dtype(at::kFloat));
+  at::Tensor scores = at::empty({all_units}, at::TensorOptions().dtype(at::kFloat));
   float* out = scores.mutable_data_ptr<float>();
   const auto& kernels = cpu::criticality(cpu::isa());
   run_tasks(tasks, [&](const RowTask& task) {

@@ -69,7 +69,7 @@ int64_t first_nonfinite(const std::vector<Scored>& params, Criterion criterion) 
 
 std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
                                                    c10::string_view criterion_name, int64_t k) {
-  TORCH_CHECK_VALUE(k >= 0, "expected k >= 0 elements to select, got ", k, "; pass a non-negative count");
+  check_budget(k);
   const Criterion criterion = parse_criterion(criterion_name);
   const ScoredList list(theta, grad, criterion);
   ElementTasks tasks(list.params);
@@ -119,19 +119,10 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
 
 std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
                                                 at::IntArrayRef lengths, int64_t k, bool cut_last) {
-  TORCH_CHECK_VALUE(counts.size() == lengths.size(), "expected one count and one length per parameter, got ",
-                    counts.size(), " and ", lengths.size(), "; pass lists of equal length");
+  const int64_t bytes = check_units(scores, counts, lengths);
   std::vector<cpu::UnitGroup> groups;
   groups.reserve(counts.size());
-  int64_t units = 0, bytes = 0;
-  for (size_t p = 0; p < counts.size(); p++) {
-    groups.push_back({counts[p], lengths[p]});
-    units += counts[p];
-    bytes += (counts[p] + 7) / 8;
-  }
-  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat && scores.numel() == units,
-                    "expected scores float32 (", units, ",), got ", scores.scalar_type(), " ",
-                    shape_text(scores.sizes()), "; pass what criticality returns for these parameters");
+  for (size_t p = 0; p < counts.size(); p++) groups.push_back({counts[p], lengths[p]});
   at::Tensor bits = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
   at::Tensor info = at::empty({3}, at::TensorOptions().dtype(at::kLong));
   const at::Tensor scores_row = scores.contiguous();

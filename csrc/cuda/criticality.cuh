@@ -287,9 +287,10 @@ __global__ void __launch_bounds__(kThreads)
   const Rows& p = table.entries[entry];
   if (p.reduce != Reduce::top) return;
   LongRow& row = long_rows.rows[p.slot + blockIdx.x - table.first_block[entry]];
+  DELFAST_SHARED(uint32_t, bins, [kRadixBins]);
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
   const uint32_t left = global_load(&row.left), digits = global_load(&row.digits);
-  descend(row.histogram, left, totals, [&](uint32_t digit, uint32_t above, uint32_t count) {
+  descend(row.histogram, left, bins, totals, [&](uint32_t digit, uint32_t above, uint32_t count) {
     const uint32_t found = digits | digit << radix_pass(pass).shift, ties = left - above + 1;
     global_store(&row.digits, found);
     global_store(&row.left, left - above);

@@ -37,13 +37,12 @@ struct Masked {
 
 // ---- bits
 
-// Bits [32 word, 32 word + 32) of `units`, the last of which may be followed by padding.
-__device__ __forceinline__ uint32_t load_bits(const uint8_t* bits, int64_t units, int64_t word) {
-  const int64_t first = word * 32;
-  uint32_t loaded = 0;
-  for (int b = 0; b < 4; b++)
-    if (first + b * 8 < units) loaded |= uint32_t(global_load_const(&bits[first / 8 + b])) << b * 8;
-  return first + 32 <= units ? loaded : first < units ? loaded & ((1u << (units - first)) - 1) : 0;
+// Byte number `byte` of the bits of `units`, the last of which may be followed by padding; 0 past the end.
+__device__ __forceinline__ uint32_t load_bits(const uint8_t* bits, int64_t units, int64_t byte) {
+  const int64_t left = units - byte * 8;
+  if (left <= 0) return 0;
+  const uint32_t loaded = global_load_const(&bits[byte]);
+  return left >= 8 ? loaded : loaded & ((1u << left) - 1);
 }
 
 // counts[stretch] = masked entries in the stretch.
@@ -52,9 +51,10 @@ __global__ void __launch_bounds__(kThreads)
   const int entry = find_entry(table);
   const Masked& p = table.entries[entry];
   const int64_t stretch = blockIdx.x - table.first_block[entry];
-  static_assert(kCountedBits == 32 * kThreads);
-  const uint32_t mine = load_bits(p.bits, p.units, stretch * kThreads + threadIdx.x);
-  const uint32_t set = __reduce_add_sync(kAllLanes, unsigned(__popc(mine)));
+  uint32_t set = 0;
+  for (int byte = int(threadIdx.x); byte < kCountedBits / 8; byte += kThreads)
+    set += uint32_t(__popc(load_bits(p.bits, p.units, stretch * (kCountedBits / 8) + byte)));
+  set = __reduce_add_sync(kAllLanes, set);
   DELFAST_SHARED(uint32_t, total);
   if (threadIdx.x == 0) total = 0;
   __syncthreads();
@@ -178,20 +178,21 @@ class TileMask {
     first_offset_ = uint32_t(offset);
     first_rest_ = int(p.unit_length - offset < kUpdateTile ? p.unit_length - offset : kUpdateTile);
     divisor_ = uint32_t(p.unit_length < kUpdateTile ? p.unit_length : kUpdateTile);
-    // the words of this tile, and the words before it in its counted stretch, each thread at most one of either
-    const int thread = int(threadIdx.x);
-    const int64_t first_word = first_unit / 32;
+    // the bits of this tile, and those before it in its counted stretch
+    const int64_t first_byte = first_unit / 32 * 4;
     stretch = first_unit / kCountedBits;
-    const uint32_t word = thread < kWords ? load_bits(p.bits, p.units, first_word + thread) : 0;
-    const int64_t earlier = stretch * (kCountedBits / 32) + thread;
-    const uint32_t passed = earlier < first_word ? uint32_t(__popc(load_bits(p.bits, p.units, earlier))) : 0;
+    for (int byte = int(threadIdx.x); byte < 4 * kWords; byte += kThreads)
+      reinterpret_cast<uint8_t*>(words)[byte] = uint8_t(load_bits(p.bits, p.units, first_byte + byte));
+    uint32_t passed = 0;
+    for (int64_t byte = stretch * (kCountedBits / 8) + int64_t(threadIdx.x); byte < first_byte; byte += kThreads)
+      passed += uint32_t(__popc(load_bits(p.bits, p.units, byte)));
+    __syncthreads();
+    const int thread = int(threadIdx.x);
+    const uint32_t in_word = thread < kWords ? uint32_t(__popc(words[thread])) : 0;
     unsigned long long total;
     const unsigned long long sum =
-        block_exclusive_scan(static_cast<unsigned long long>(passed) << 32 | uint32_t(__popc(word)), totals, total);
-    if (thread < kWords) {
-      words_[thread] = word;
-      sums_[thread] = uint32_t(sum);
-    }
+        block_exclusive_scan(static_cast<unsigned long long>(passed) << 32 | in_word, totals, total);
+    if (thread < kWords) sums[thread] = uint32_t(sum);
     __syncthreads();
     const bool set = words_[0] >> first_unit_ & 1;
     entries_before = (int64_t(total >> 32) + units_before(first_unit_)) * p.unit_length + (set ? offset : 0);

@@ -39,23 +39,24 @@ __device__ __forceinline__ void add_bins(const uint32_t* bins, Count weight, Cou
 
 // For a block of kThreads: finds the highest digit at which the histogram's sum from the top exceeds `left`, and calls
 // found(digit, the sum above it, its own count) in one thread, in none if all of it is within `left`. Clears the
-// histogram for the next pass.
+// histogram for the next pass. Shared memory: `bins` of kRadixBins, `totals` of 32.
 template <class Count, class F>
-__device__ __forceinline__ void descend(Count* histogram, Count left, Count* totals /* shared, [32] */, F found) {
+__device__ __forceinline__ void descend(Count* histogram, Count left, Count* bins, Count* totals, F found) {
+  for (int bin = int(threadIdx.x); bin < kRadixBins; bin += kThreads) {
+    bins[bin] = global_load(&histogram[bin]);
+    global_store(&histogram[bin], Count(0));
+  }
+  __syncthreads();
   constexpr int kBins = kRadixBins / kThreads;
   const int top = kRadixBins - 1 - int(threadIdx.x) * kBins;  // this thread's bins are [top - kBins + 1, top]
-  Count counts[kBins], sum = 0;
-  for (int i = 0; i < kBins; i++) {
-    counts[i] = global_load(&histogram[top - i]);
-    sum += counts[i];
-    global_store(&histogram[top - i], Count(0));
-  }
+  Count sum = 0;
+  for (int i = 0; i < kBins; i++) sum += bins[top - i];
   Count total;
   Count above = block_exclusive_scan(sum, totals, total);
   if (above > left || above + sum <= left) return;
   for (int i = 0; i < kBins; i++) {
-    if (above + counts[i] > left) return found(uint32_t(top - i), above, counts[i]);
-    above += counts[i];
+    if (above + bins[top - i] > left) return found(uint32_t(top - i), above, bins[top - i]);
+    above += bins[top - i];
   }
 }
 

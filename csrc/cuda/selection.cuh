@@ -16,7 +16,7 @@
 
 namespace delfast::cuda {
 
-constexpr int64_t kTile = 8192;  // a multiple of 8 kPack kThreads
+constexpr int64_t kTile = 8192;  // a multiple of 32: tiles do not share bytes of bits, nor warps words
 
 struct Candidates {
   Operands operands;
@@ -73,13 +73,14 @@ __global__ void __launch_bounds__(kThreads) selection_count(const __grid_constan
 }
 
 __global__ void __launch_bounds__(kThreads) selection_descend(SelectionState* state, int pass) {
+  DELFAST_SHARED(unsigned long long, bins, [kRadixBins]);
   DELFAST_SHARED(unsigned long long, totals, [kWarp]);
   DELFAST_SHARED(uint32_t, found_one);
   if (threadIdx.x == 0) found_one = 0;
   const unsigned long long left = global_load(&state->left);
   const uint32_t digits = global_load(&state->threshold);
   __syncthreads();
-  descend(state->histogram, left, totals, [&](uint32_t digit, unsigned long long above, unsigned long long) {
+  descend(state->histogram, left, bins, totals, [&](uint32_t digit, unsigned long long above, unsigned long long) {
     global_store(&state->threshold, digits | digit << radix_pass(pass).shift);
     global_store(&state->left, left - above);
     found_one = 1;
@@ -90,50 +91,64 @@ __global__ void __launch_bounds__(kThreads) selection_descend(SelectionState* st
 
 // ---- bits in logical order
 
-template <int kPack>
-using Bits = uint32_t[kPack];
+constexpr int kTileWords = int(kTile / 32);
 
-// Calls selected(bits, n) with the scores of n <= kPack neighbours, and writes the mask that it returns. All threads of
-// the block call it equally often (n may be 0), for ascending elements.
+// Calls selected(scores, valid, element) with packs of neighbours, of which the bits of `valid` say which belong to the
+// tile, and keeps the mask that it returns. All threads of the block call it equally often, for ascending elements.
 template <class Score, class F>
-__device__ __forceinline__ void write_packs(const Score& score, Tile tile, uint8_t* out, F selected) {
+__device__ __forceinline__ void select_packs(const Score& score, Tile tile, uint32_t* words, F selected) {
   constexpr int kPack = Score::kPack;
-  for (int64_t window = tile.begin; window < tile.end; window += kThreads * kPack) {
+  for (int64_t window = tile.begin - score.offset(); window < tile.end; window += kThreads * kPack) {
     const int64_t i = window + int64_t(threadIdx.x) * kPack;
-    const int n = i >= tile.end ? 0 : tile.end - i < kPack ? int(tile.end - i) : kPack;
-    Bits<kPack> bits = {};
-    if (n == kPack)
+    uint32_t bits[kPack] = {}, valid = 0;
+    if (i >= tile.begin && i + kPack <= tile.end) {
+      valid = (1u << kPack) - 1;
       score.pack(i, bits);
-    else
-      for (int j = 0; j < kPack; j++)
-        if (j < n) bits[j] = score.one(i + j);
-    uint32_t mask = selected(bits, n);
-    if constexpr (kPack == 4) mask |= __shfl_down_sync(kAllLanes, mask, 1) << 4;
-    if (n && i % 8 == 0) global_store(&out[i / 8], uint8_t(mask));
+    } else {
+      for (int j = 0; j < kPack; j++) {
+        if (i + j < tile.begin || i + j >= tile.end) continue;
+        valid |= 1u << j;
+        bits[j] = score.one(i + j);
+      }
+    }
+    const uint32_t mask = selected(bits, valid, i);
+    if (!mask) continue;
+    const int skipped = i < tile.begin ? int(tile.begin - i) : 0, first = int(i + skipped - tile.begin);
+    const uint64_t placed = uint64_t(mask >> skipped) << first % 32;
+    atomicOr(&words[first / 32], uint32_t(placed));
+    if (placed >> 32) atomicOr(&words[first / 32 + 1], uint32_t(placed >> 32));
   }
 }
 
 template <class Score, class F>
-__device__ __forceinline__ void write_ones(const Score& score, const Layout& layout, Tile tile, uint8_t* out,
-                                           F selected) {
+__device__ __forceinline__ void select_ones(const Score& score, const Layout& layout, Tile tile, uint32_t* words,
+                                            F selected) {
   for (int64_t window = tile.begin; window < tile.end; window += kThreads) {
     const int64_t i = window + int64_t(threadIdx.x);
-    const int n = i < tile.end;
-    Bits<1> bits = {n ? score.one(layout.offset(i)) : 0};
-    const uint32_t word = __ballot_sync(kAllLanes, int(selected(bits, n)));
-    const int64_t byte = (i - lane()) / 8 + lane();
-    if (lane() < kWarp / 8 && byte * 8 < tile.end) global_store(&out[byte], uint8_t(word >> lane() * 8));
+    const uint32_t valid = i < tile.end;
+    uint32_t bits[1] = {valid ? score.one(layout.offset(i)) : 0};
+    const uint32_t word = __ballot_sync(kAllLanes, int(selected(bits, valid, i)));
+    if (lane() == 0) words[(i - tile.begin) / 32] = word;
   }
 }
 
+// Writes the bits of the tile's elements that `selected` says.
 template <class F>
 __device__ __forceinline__ void write_bits(const Candidates& p, Criterion criterion, Tile tile, F selected) {
+  DELFAST_SHARED(uint32_t, words, [kTileWords]);
+  for (int word = int(threadIdx.x); word < kTileWords; word += kThreads) words[word] = 0;
+  __syncthreads();
   with_score(p.operands, criterion, [&](auto score) {
-    if (p.layout.spatial == 1 && score.offset() == 0)
-      write_packs(score, tile, p.bits, selected);
+    if (p.layout.spatial == 1 && score.offset() >= 0)
+      select_packs(score, tile, words, selected);
     else
-      write_ones(score, p.layout, tile, p.bits, selected);
+      select_ones(score, p.layout, tile, words, selected);
   });
+  __syncthreads();
+  const int bytes = int((tile.end - tile.begin + 7) / 8);
+  uint8_t* const out = p.bits + tile.begin / 8;
+  for (int byte = int(threadIdx.x); byte < bytes; byte += kThreads)
+    global_store(&out[byte], reinterpret_cast<const uint8_t*>(words)[byte]);
 }
 
 // Writes the bits of scores >= T (none if a score is not finite), and how much the tile's ties with T weigh.
@@ -151,14 +166,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) tied = 0;
   __syncthreads();
   uint32_t count = 0;
-  write_bits(p, criterion, tile_of(p, block), [&](const auto& bits, int n) {
+  write_bits(p, criterion, tile_of(p, block), [&](const auto& bits, uint32_t valid, int64_t) {
     uint32_t mask = 0;
     for (int j = 0; j < int(sizeof(bits) / 4); j++) {
-      if (j >= n) continue;
       mask |= uint32_t(bits[j] >= threshold) << j;
-      count += bits[j] == threshold;
+      count += (valid >> j & 1) && bits[j] == threshold;
     }
-    return mask;
+    return mask & valid;
   });
   count = __reduce_add_sync(kAllLanes, count);
   if (lane() == 0 && count) atomicAdd(&tied, count);
@@ -207,25 +221,22 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned long long rest = ends_here ? (left - before) % weight : 0;
   const uint32_t threshold = global_load(&state->threshold);
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
-  uint32_t rank = 0;  // of the first tie in a window
-  int64_t element = tile_of(p, block).begin;
-  write_bits(p, criterion, tile_of(p, block), [&](const auto& bits, int n) {
-    constexpr int kPack = int(sizeof(bits) / 4);
+  uint32_t rank = 0;  // of a window's first tie
+  write_bits(p, criterion, tile_of(p, block), [&](const auto& bits, uint32_t valid, int64_t i) {
     uint32_t mask = 0, mine = 0, total;
-    for (int j = 0; j < kPack; j++) mine += j < n && bits[j] == threshold;
+    for (int j = 0; j < int(sizeof(bits) / 4); j++) mine += (valid >> j & 1) && bits[j] == threshold;
     uint32_t tie = rank + block_exclusive_scan(mine, totals, total);
-    for (int j = 0; j < kPack; j++) {
-      if (j >= n) continue;
+    for (int j = 0; j < int(sizeof(bits) / 4); j++) {
+      if (!(valid >> j & 1)) continue;
       const bool tied = bits[j] == threshold;
       mask |= uint32_t(bits[j] > threshold || (tied && tie < keep)) << j;
       if (cut && rest && tied && tie == keep) {
-        global_store(&cut[0], p.id + (element + int64_t(threadIdx.x) * kPack + j) * p.id_per_element);
+        global_store(&cut[0], p.id + (i + j) * p.id_per_element);
         global_store(&cut[1], int64_t(rest));
       }
       tie += tied;
     }
     rank += total;
-    element += kThreads * kPack;
     return mask;
   });
 }

@@ -208,9 +208,9 @@ int main() {
     const double once = double(model.numel) * 8 / 32;
     std::printf(
         "\nRows of 25088 elements do not fit in a block's shared memory: three radix passes and the sum each read\n"
-        "them, which makes %.2f times the sectors of one reading.\n",
+        "them, and each pass its histogram: %.2f times the sectors of one reading in all.\n",
         double(asked) / once);
-    CHECK(double(asked) / once < 4.4);
+    CHECK(double(asked) / once < 5);
   }
   if (failures) report();
   return failures ? 1 : 0;

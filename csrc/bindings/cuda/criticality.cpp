@@ -1,0 +1,28 @@
+// delfast::criticality on CUDA devices.
+#include "bindings/checks.h"
+#include "bindings/cuda/device.h"
+#include "bindings/cuda/ops.h"
+
+namespace delfast::bindings::on_cuda {
+
+at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_view criterion_name,
+                       c10::string_view aggregate_name, at::IntArrayRef top_h) {
+  const Criterion criterion = parse_criterion(criterion_name);
+  const Aggregate aggregate = parse_aggregate(aggregate_name);
+  const OnDevice device(theta.empty() ? grad.front() : theta.front());
+  device.check(theta, "parameter");
+  device.check(grad, "gradient");
+  const ScoredList list(theta, grad, criterion);
+  const int64_t units = check_top_h(list.params, top_h);
+
+  at::Tensor scores = device.empty({units}, at::kFloat);
+  const int64_t count = int64_t(list.params.size());
+  const at::Tensor workspace =
+      device.empty({cuda::criticality_workspace(list.params.data(), top_h.data(), count, aggregate)}, at::kByte);
+  check_launch(cuda::criticality(list.params.data(), top_h.data(), count, criterion, aggregate,
+                                 scores.mutable_data_ptr<float>(), workspace.mutable_data_ptr(), device.stream()),
+               "criticality");
+  return scores;
+}
+
+}  // namespace delfast::bindings::on_cuda

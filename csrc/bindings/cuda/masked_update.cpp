@@ -1,0 +1,91 @@
+// delfast::masked_{reset,sgd,adamw}_ on CUDA devices. The host never waits for the device, so it does not learn how
+// many entries a mask has: that the state fits the mask is checked there. Nor does it know of found_inf: versions are
+// bumped even where the device then changes nothing.
+#include "bindings/cuda/device.h"
+#include "bindings/cuda/ops.h"
+#include "bindings/updates.h"
+
+namespace delfast::bindings::on_cuda {
+
+namespace {
+
+class Step {
+ public:
+  Step(at::TensorList params, at::TensorList sources, const at::Tensor& bits, const c10::List<bool>& by_row)
+      : device_(bits),
+        list_((device_.check(params, "parameter"), device_.check(sources, "gradient"), params), sources, bits, by_row) {
+  }
+
+  const Updated* params() const { return list_.params.data(); }
+  int64_t count() const { return int64_t(list_.params.size()); }
+  cuda::Stream stream() const { return device_.stream(); }
+  void* workspace() {
+    workspace_ = device_.empty({cuda::masked_update_workspace(params(), count())}, at::kByte);
+    return workspace_.mutable_data_ptr();
+  }
+
+  cuda::StepInputs inputs(const at::Tensor& state, const at::Tensor& steps, const OptionalTensor& grad_scale,
+                          const OptionalTensor& found_inf) {
+    device_.check(state, "state");
+    device_.check(steps, "steps");
+    TORCH_CHECK_VALUE(state.scalar_type() == at::kFloat && state.is_contiguous(),
+                      "expected state to be contiguous float32, got ", state.scalar_type(), " ",
+                      shape_text(state.sizes()), "; the optimizer state is of another mask");
+    check_steps(steps, list_.params.size());
+    list_.also_changes(state);
+    list_.also_changes(steps);
+    return {state.mutable_data_ptr<float>(), state.numel(), steps.mutable_data_ptr<float>(),
+            scalar(grad_scale, "grad_scale"), scalar(found_inf, "found_inf")};
+  }
+
+  void finish(cuda::Error error, const char* op) {
+    check_launch(error, op);
+    list_.finish();
+  }
+
+ private:
+  const float* scalar(const OptionalTensor& t, const char* role) {
+    if (!t) return nullptr;
+    device_.check(*t, role);
+    TORCH_CHECK_VALUE(t->numel() == 1, "expected ", role, " to be one number, got shape ", shape_text(t->sizes()),
+                      "; pass the scaler's own");
+    return scalars_.emplace_back(t->to(at::kFloat)).const_data_ptr<float>();
+  }
+
+  OnDevice device_;
+  UpdateList list_;
+  at::Tensor workspace_;
+  std::vector<at::Tensor> scalars_;
+};
+
+}  // namespace
+
+void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row) {
+  Step step(params, fresh, bits, by_row);
+  step.finish(cuda::masked_reset(step.params(), step.count(), step.stream()), "masked_reset_");
+}
+
+void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
+                 const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
+                 const OptionalTensor& found_inf) {
+  Step step(params, grads, bits, by_row);
+  const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf);
+  step.finish(
+      cuda::masked_sgd(step.params(), step.count(), inputs, {lr, momentum, dampening, weight_decay, nesterov, maximize},
+                       step.workspace(), step.stream()),
+      "masked_sgd_");
+}
+
+void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
+                   const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
+                   const OptionalTensor& found_inf) {
+  Step step(params, grads, bits, by_row);
+  const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf);
+  step.finish(cuda::masked_adamw(step.params(), step.count(), inputs, {lr, beta1, beta2, eps, weight_decay, maximize},
+                                 step.workspace(), step.stream()),
+              "masked_adamw_");
+}
+
+}  // namespace delfast::bindings::on_cuda

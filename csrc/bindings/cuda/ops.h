@@ -1,0 +1,15 @@
+// The CUDA entry points of every op, as registered in cuda/module.cpp: functions like the CPU's of bindings/ops.h.
+#pragma once
+
+#include "bindings/ops.h"
+
+namespace delfast::bindings::on_cuda {
+
+decltype(bindings::criticality) criticality;
+decltype(bindings::select_elements) select_elements;
+decltype(bindings::select_units) select_units;
+decltype(bindings::masked_reset_) masked_reset_;
+decltype(bindings::masked_sgd_) masked_sgd_;
+decltype(bindings::masked_adamw_) masked_adamw_;
+
+}  // namespace delfast::bindings::on_cuda

@@ -1,0 +1,44 @@
+// delfast::select_elements and delfast::select_units on CUDA devices.
+#include "bindings/checks.h"
+#include "bindings/cuda/device.h"
+#include "bindings/cuda/ops.h"
+
+namespace delfast::bindings::on_cuda {
+
+std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
+                                                   c10::string_view criterion_name, int64_t k) {
+  check_budget(k);
+  const Criterion criterion = parse_criterion(criterion_name);
+  const OnDevice device(theta.empty() ? grad.front() : theta.front());
+  device.check(theta, "parameter");
+  device.check(grad, "gradient");
+  const ScoredList list(theta, grad, criterion);
+  int64_t bytes = 0;
+  for (const Scored& p : list.params) bytes += (p.layout.numel() + 7) / 8;
+
+  at::Tensor bits = device.empty({bytes}, at::kByte), nonfinite = device.empty({}, at::kLong);
+  const int64_t count = int64_t(list.params.size());
+  const at::Tensor workspace = device.empty({cuda::select_elements_workspace(list.params.data(), count)}, at::kByte);
+  check_launch(
+      cuda::select_elements(list.params.data(), count, criterion, k, bits.mutable_data_ptr<uint8_t>(),
+                            nonfinite.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(), device.stream()),
+      "select_elements");
+  return {std::move(bits), std::move(nonfinite)};
+}
+
+std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
+                                                at::IntArrayRef lengths, int64_t k, bool cut_last) {
+  const OnDevice device(scores);
+  const int64_t bytes = check_units(scores, counts, lengths);
+  at::Tensor bits = device.empty({bytes}, at::kByte), info = device.empty({3}, at::kLong);
+  const at::Tensor scores_row = scores.contiguous();
+  const int64_t count = int64_t(counts.size());
+  const at::Tensor workspace = device.empty({cuda::select_units_workspace(counts.data(), count)}, at::kByte);
+  check_launch(cuda::select_units(scores_row.const_data_ptr<float>(), counts.data(), lengths.data(), count, k, cut_last,
+                                  bits.mutable_data_ptr<uint8_t>(), info.mutable_data_ptr<int64_t>(),
+                                  workspace.mutable_data_ptr(), device.stream()),
+               "select_units");
+  return {std::move(bits), std::move(info)};
+}
+
+}  // namespace delfast::bindings::on_cuda

@@ -1,0 +1,80 @@
+// What the masked updates check on every device, and the list of parameters that comes out of it.
+#pragma once
+
+#include <ATen/core/List.h>
+
+#include "bindings/checks.h"
+
+namespace delfast::bindings {
+
+// The parameters to change in place. Bits are not looked at: where they lie, and how many there must be, is all.
+class UpdateList {
+ public:
+  UpdateList(at::TensorList param_tensors, at::TensorList sources, const at::Tensor& bits,
+             const c10::List<bool>& by_row) {
+    const size_t count = param_tensors.size();
+    TORCH_CHECK_VALUE(sources.size() == count && by_row.size() == count, "expected lists of equal length, got ", count,
+                      " parameters, ", sources.size(), " gradients (or fresh values) and ", by_row.size(),
+                      " values of by_row; pass one each");
+    TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous(),
+                     "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ",
+                     shape_text(bits.sizes()), "; concatenate the masks' packed bits");
+    const uint8_t* next = bits.const_data_ptr<uint8_t>();
+    int64_t left = bits.numel();
+    params.reserve(count);
+    changed_.reserve(count + 2);
+    for (size_t i = 0; i < count; i++) {
+      params.push_back(checked(param_tensors[i], sources[i], by_row.get(i), i));
+      changed_.push_back(param_tensors[i].unsafeGetTensorImpl());
+      const int64_t bytes = (units(params[i]) + 7) / 8;
+      TORCH_CHECK_VALUE(bytes <= left, "expected ", bytes, " bytes of bits for parameter #", i, ", got ", left,
+                        "; the mask is of other parameters");
+      params[i].bits = next;
+      next += bytes;
+      left -= bytes;
+    }
+    TORCH_CHECK_VALUE(left == 0, "expected bits for ", count, " parameters, got ", left,
+                      " bytes more; the mask is of other parameters");
+  }
+
+  // What the parameter's bits stand for: rows, or elements.
+  static int64_t units(const Updated& u) { return u.by_row ? u.layout.rows : u.layout.numel(); }
+  static int64_t unit_length(const Updated& u) { return u.by_row ? u.layout.length : 1; }
+
+  // Another tensor that the update changes.
+  void also_changes(const at::Tensor& t) { changed_.push_back(t.unsafeGetTensorImpl()); }
+  // To be called after the update.
+  void finish() {
+    copies_.write_back();
+    for (c10::TensorImpl* changed : changed_)
+      if (!changed->is_inference()) changed->bump_version();
+  }
+
+  std::vector<Updated> params;
+
+ private:
+  Updated checked(const at::Tensor& param, const at::Tensor& source, bool by_row, size_t i) {
+    TORCH_CHECK_VALUE(source.sizes() == param.sizes(), "expected values for parameter #", i, " of shape ",
+                      shape_text(param.sizes()), ", got ", shape_text(source.sizes()),
+                      "; pass them in the parameters' order");
+    Updated u;
+    u.param_dtype = dtype_of(param, "parameter", i);
+    u.source_dtype = dtype_of(source, "gradient", i);
+    u.layout = usable_layout(param);
+    u.param = copies_.write(param, u.layout);
+    u.source = copies_.read(source, u.layout);
+    u.by_row = by_row;
+    return u;
+  }
+
+  Copies copies_;
+  std::vector<c10::TensorImpl*> changed_;
+};
+
+inline void check_steps(const at::Tensor& steps, size_t params) {
+  TORCH_CHECK_VALUE(steps.scalar_type() == at::kFloat && steps.is_contiguous() && size_t(steps.numel()) == params,
+                    "expected steps to be contiguous float32 (", params, ",), got ", steps.scalar_type(), " ",
+                    shape_text(steps.sizes()), "; pass one counter per parameter");
+}
+
+}  // namespace delfast::bindings

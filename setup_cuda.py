@@ -1,0 +1,122 @@
+"""The CUDA side of the build: finds a toolkit, reads which architectures are wanted, runs nvcc. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.resolve()
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# -fmad=false: no fused multiply-add, so that results equal the CPU kernels' to the bit
+FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
+
+
+class CudaUnavailable(Exception):
+    """Why the CUDA kernels cannot be built, in one line."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: ``version`` is like "13.0"."""
+
+    root: Path
+    version: str
+
+    @property
+    def nvcc(self) -> Path:
+        return self.root / "bin" / "nvcc"
+
+    @property
+    def include(self) -> Path:
+        return self.root / "include"
+
+    @property
+    def libraries(self) -> Path:
+        """The folder of libcudart.so."""
+        folders = [self.root / "lib64", self.root / "lib", *self.root.glob("targets/*/lib"), *self.root.glob("lib/*")]
+        for folder in folders:
+            if (folder / "libcudart.so").exists():
+                return folder
+        raise CudaUnavailable(f"the CUDA toolkit in {self.root} has no libcudart.so; install its development files")
+
+
+def find_toolkit(wanted_major: str | None = None) -> Toolkit:
+    """The first toolkit found, of CUDA ``wanted_major`` if given. CudaUnavailable says where it was looked for.
+
+    CUDA_HOME or CUDA_PATH, if set, is the only place. A toolkit is where include/cuda_runtime.h and bin/nvcc are: `nvcc`
+    on PATH may be a wrapper that lies elsewhere, so it is asked.
+    """
+    seen = []
+    for root in _candidates():
+        header = root / "include" / "cuda_runtime_api.h"
+        if not (root / "include" / "cuda_runtime.h").is_file() or not (root / "bin" / "nvcc").is_file():
+            seen.append(str(root))
+            continue
+        number = int(re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(encoding="utf-8"))[1])  # type: ignore[index]
+        toolkit = Toolkit(root, f"{number // 1000}.{number % 1000 // 10}")
+        if wanted_major in (None, toolkit.version.split(".")[0]):
+            return toolkit
+        seen.append(f"{root} (CUDA {toolkit.version})")
+    wanted = f"a toolkit of CUDA {wanted_major}" if wanted_major else "a CUDA toolkit"
+    raise CudaUnavailable(f"expected {wanted}, found none (looked in {', '.join(seen)}); install one or set CUDA_HOME")
+
+
+def _candidates() -> Iterator[Path]:
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        yield Path(named)
+        return
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        yield Path(nvcc).resolve().parent.parent
+        dry = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        if top := re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE):
+            yield Path(top[1]).resolve()
+    yield Path("/usr/local/cuda")
+    yield from sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
+
+
+def architectures() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, or all that the kernels are tested for: like ["8.0", "9.0+PTX"]."""
+    wanted = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES)
+    for architecture in wanted:
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", architecture)
+        if not match or int(match[1]) < 8:
+            raise CudaUnavailable(
+                f"expected TORCH_CUDA_ARCH_LIST like '8.0 9.0+PTX', of 8.0 and above, got '{architecture}' in it; "
+                "change or unset it"
+            )
+    return wanted
+
+
+def generate_flags(wanted: list[str]) -> list[str]:
+    """nvcc's flags for these architectures: machine code for each, PTX too where so marked."""
+    flags = []
+    for architecture in wanted:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if architecture.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def compile_object(toolkit: Toolkit, source: Path, folder: Path) -> str:
+    """Compiles one of SOURCES for ``architectures()``; the object's path. CudaUnavailable if nvcc fails."""
+    target = folder / f"{source.stem}_cuda.o"
+    compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+    command = [
+        *(str(toolkit.nvcc), *compiler, *FLAGS, *generate_flags(architectures())),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden", "-MD", "-MF", str(target.with_suffix(".d"))),
+        *("-c", str(source), "-o", str(target)),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        line = next(iter(result.stderr.strip().splitlines()), "no message")
+        raise CudaUnavailable(f"nvcc could not compile {source.name}: {line}")
+    return str(target)
