@@ -173,7 +173,7 @@ def table(compiled: list[Compiled], version: str) -> str:
     lines = [
         "# What ptxas makes of the kernels",
         "",
-        f"Written by `python -m benchmarks.ptxas` with nvcc {version}. For each kernel: registers / static shared memory",
+        f"Written by `python -m benchmarks.ptxas` with nvcc {version}. Of each kernel: registers / static shared memory",
         "in bytes / stack frame and spills in bytes. Then, for the kernels that read parameters or gradients: 128-bit",
         "global loads inside loops and theoretical occupancy, both on sm_90 (of two, for short and for long rows).",
         "",

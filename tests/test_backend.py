@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import delfast
-from delfast.ops import BACKEND
+import setup_cuda
+from delfast.ops import BACKEND, OPS
 
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
@@ -89,7 +90,7 @@ print([scores.select(0.3, granularity).digest for granularity in ("channel", "pa
         (None, "the extension was not built"),
         ({"failure": "no C++ compiler"}, r"the extension was not built: no C\+\+ compiler"),
         (
-            {"torch": "1.13.0", "cuda": False},
+            {"torch": "1.13.0", "cuda": None},
             f"built against torch 1.13.0, this is torch {re.escape(torch.__version__)}",
         ),
     ],
@@ -106,7 +107,7 @@ def test_an_unusable_extension_warns_once_or_fails_loudly(tmp_path: Path, info: 
 
 @needs_native
 def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
-    package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": False})
+    package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
     next((package / "delfast").glob("_C*.so")).write_bytes(b"\x7fELF, but no more")
     result = python(STATUS, package)
     assert json.loads(result.stdout)["backend"] == "torch"
@@ -142,7 +143,7 @@ delfast.localize(torch.nn.Linear(8, 4), [(torch.randn(3, 8), torch.tensor([0, 1,
 
 
 def test_kernels_know_no_torch() -> None:
-    for path in [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/delfast").iterdir(), *(ROOT / "csrc/tests").iterdir()]:
+    for path in [path for name in ("cpu", "cuda", "delfast", "tests") for path in (ROOT / "csrc" / name).rglob("*.*")]:
         assert not re.search(r"#include *[<\"](torch|ATen|c10)/", path.read_text(encoding="utf-8")), path
     including = [p.name for p in (ROOT / "csrc").rglob("*.*") if "<torch/extension.h>" in p.read_text(encoding="utf-8")]
     assert including == ["module.cpp"]  # it takes most of a minute to compile
@@ -151,7 +152,7 @@ def test_kernels_know_no_torch() -> None:
 def install(tmp_path: Path, **environment: str) -> tuple[str, subprocess.CompletedProcess[str]]:
     """Build the wheel from a copy of the sources, install it alone into a directory, and ask it for its status."""
     source, target = tmp_path / "source", tmp_path / "site"
-    names = ["delfast", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+    names = ["delfast", "csrc", "setup.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
     for name in names:
         if (ROOT / name).is_dir():
             unwanted = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
@@ -174,17 +175,92 @@ def test_without_a_compiler_it_installs_and_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_native_kernels(tmp_path: Path) -> None:
-    _, result = install(tmp_path, DELFAST_NATIVE="1")
+    _, result = install(tmp_path, DELFAST_NATIVE="1", DELFAST_CUDA="0")
     status = json.loads(result.stdout)
     assert status["backend"] == "native" and status["built_against"] == torch.__version__ and not result.stderr
+    assert status["devices"] == ["cpu"] and status["cuda"].startswith("not built: DELFAST_CUDA=0 at install")
 
 
-def test_cuda_kernels_are_refused_as_long_as_there_are_none(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "DELFAST_CUDA": "1"},
-    )
-    assert result.returncode != 0 and "this version has no CUDA kernels" in result.stderr
+# the CUDA side of the build
+
+
+def build_ext(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+def fake_toolkit(root: Path, version: int = 13020) -> Path:
+    """What a toolkit is recognized by."""
+    for name, text in {
+        "include/cuda_runtime.h": "",
+        "include/cuda_runtime_api.h": f"#define CUDART_VERSION  {version}\n",
+        "bin/nvcc": "#!/bin/sh\n",
+        "lib64/libcudart.so": "",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "bin/nvcc").chmod(0o755)
+    return root
+
+
+def test_cuda_that_is_asked_for_and_not_there_fails_in_one_line(tmp_path: Path) -> None:
+    result = build_ext(tmp_path, DELFAST_CUDA="yes")
+    assert result.returncode != 0 and "expected DELFAST_CUDA to be auto, 0 or 1, got 'yes'" in result.stderr
+    result = build_ext(tmp_path, DELFAST_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
+    expected = "expected a toolkit of CUDA" if torch.version.cuda else "expected a CUDA build of torch"
+    assert result.returncode != 0 and f"DELFAST_CUDA=1, but {expected}" in result.stderr
+
+
+def test_a_toolkit_is_found_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit = fake_toolkit(tmp_path / "opt/cuda")
+    wrapper = tmp_path / "bin/nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    wrapper.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(wrapper.parent))
+    found = setup_cuda.find_toolkit("13")
+    assert (found.root, found.version) == (toolkit.resolve(), "13.2")
+    assert found.nvcc.is_file() and found.libraries == toolkit.resolve() / "lib64"
+
+
+def test_a_toolkit_of_another_major_version_is_named_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path, 12090)))
+    with pytest.raises(setup_cuda.CudaUnavailable, match=r"expected a toolkit of CUDA 13, .*\(CUDA 12\.9\)"):
+        setup_cuda.find_toolkit("13")
+
+
+def test_architectures_are_torchs_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup_cuda.architectures() == ["8.0", "9.0", "10.0", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
+    flags = ["arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"]
+    assert setup_cuda.generate_flags(setup_cuda.architectures())[1::2] == flags
+    for bad in ("7.5", "8.0 Hopper"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", bad)
+        with pytest.raises(setup_cuda.CudaUnavailable, match="expected TORCH_CUDA_ARCH_LIST like"):
+            setup_cuda.architectures()
+
+
+@needs_native
+def test_status_says_what_becomes_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = delfast.status()
+    assert ("cuda" in status["devices"]) == status["cuda"].startswith("built with CUDA")
+    if status["cuda"].startswith("built") and not torch.cuda.is_available():
+        assert "no CUDA device is here, so the CPU kernels run" in status["cuda"]
+    monkeypatch.setitem(BACKEND.build_info, "cuda", None)
+    monkeypatch.setitem(BACKEND.build_info, "cuda_failure", "DELFAST_CUDA=0 at install")
+    assert delfast.status()["cuda"] == "not built: DELFAST_CUDA=0 at install; on a GPU the twins run"
+
+
+@needs_native
+@pytest.mark.skipif(not BACKEND.build_info.get("cuda"), reason="the extension was built without CUDA")
+def test_an_extension_with_cuda_kernels_needs_no_driver() -> None:
+    assert BACKEND.module is not None
+    listing = subprocess.run(["readelf", "-d", BACKEND.module.__file__], capture_output=True, text=True, check=True)
+    assert "libcudart" in listing.stdout and "libcuda.so" not in listing.stdout
+    kernels = [torch._C._dispatch_has_kernel_for_dispatch_key(f"delfast::{op.name}", "CUDA") for op in OPS]
+    assert all(kernels)

@@ -1,4 +1,6 @@
-"""The C++ tests of the kernels (csrc/tests), with sanitizers and optimized like the wheel, and the objects' symbols."""
+"""The C++ tests of the kernels (csrc/tests), with sanitizers and optimized like the wheel, and the objects' symbols.
+
+The CUDA kernels are among them: they are compiled by the C++ compiler and run on the CPU."""
 
 import os
 import platform
@@ -10,12 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KINDS = ["sanitize", "release"]
+SANITIZERS = {"release": "", "address": "address", "thread": "thread"}  # by kind of build
+KINDS = list(SANITIZERS)
 COMPILERS = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)),
     reason=f"no C++ compiler: none of {', '.join(COMPILERS)} found; install g++ or clang++, or set CXX",
+)
+x86_only = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the fibers that run CUDA kernels on the CPU are for x86-64"
 )
 
 
@@ -41,8 +47,7 @@ def run(tool: str, *arguments: str) -> str:
 def build(kind: str) -> Path:
     """build/cpp-KIND, which stays: a second run compiles only what has changed."""
     folder = ROOT / "build" / f"cpp-{kind}"
-    sanitize = "ON" if kind == "sanitize" else "OFF"
-    run("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DDELFAST_SANITIZE={sanitize}")
+    run("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DDELFAST_SANITIZE={SANITIZERS[kind]}")
     run("cmake", "--build", str(folder))
     return folder
 
@@ -56,7 +61,51 @@ def test_kernels_without_torch(kind: str) -> None:
     assert "100% tests passed" in output
 
 
-@pytest.mark.parametrize("kind", KINDS)  # the less is inlined, the more is defined
+# which build must notice a bug that is planted in a small CUDA kernel, whatever the schedule, and what it then says
+CAUGHT = [
+    ("missing-syncthreads", "thread", "data race"),
+    ("missing-syncwarp", "thread", "data race"),
+    ("shared-reuse", "thread", "data race"),
+    ("out-of-bounds-static", "address", "out of bounds"),
+    ("out-of-bounds-dynamic", "address", "use-after-poison"),
+    ("divergent-barrier", "release", "divergent __syncthreads"),
+]
+
+
+def run_planted(kind: str, bug: str, seed: int) -> subprocess.CompletedProcess[str]:
+    program = build(kind) / "planted_bugs"
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run([program, bug, str(seed)], capture_output=True, text=True, env=environment)
+
+
+@x86_only
+@pytest.mark.parametrize(("bug", "kind", "said"), CAUGHT)
+def test_bugs_planted_in_cuda_kernels_are_caught(bug: str, kind: str, said: str) -> None:
+    for seed in range(6):
+        result = run_planted(kind, bug, seed)
+        assert result.returncode != 0
+        assert said in result.stdout + result.stderr
+        assert "planted_bugs.cpp:" in result.stdout + result.stderr  # names the line
+
+
+@x86_only
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_caught_where_there_is_no_bug(kind: str) -> None:
+    for seed in range(6):
+        result = run_planted(kind, "none", seed)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "right results\n", "")
+
+
+@x86_only
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["criticality", "selection", "masked_update"])
+def test_cuda_kernels_under_many_schedules(family: str) -> None:
+    print(run(str(build("release") / f"test_cuda_{family}"), *map(str, range(3, 40))))
+    print(run(str(build("address") / f"test_cuda_{family}"), "0", "1", "2"))
+    print(run(str(build("thread") / f"test_cuda_{family}"), "0", "1", "2"))
+
+
+@pytest.mark.parametrize("kind", ["release", "address"])  # the less is inlined, the more is defined
 def test_wide_objects_define_no_function_that_others_share(kind: str) -> None:
     """Of a weak function that several objects define the linker keeps one. Were it one compiled for AVX-512, every CPU
     would run that. So whatever code these objects define outwardly must carry their instruction set in its name."""

@@ -1,0 +1,67 @@
+"""What nvcc makes of the CUDA kernels, on every architecture they are built for; no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+import setup_cuda
+from benchmarks import ptxas
+
+try:
+    TOOLKIT = setup_cuda.find_toolkit()
+except setup_cuda.CudaUnavailable as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[ptxas.Compiled]:
+    return ptxas.compile_all(str(TOOLKIT.nvcc))
+
+
+def kernels(compiled: list[ptxas.Compiled], names: object = None) -> list[ptxas.Kernel]:
+    return [k for unit in compiled for k in unit.kernels if names is None or k.name in names]  # type: ignore[operator]
+
+
+def test_every_source_compiles_quickly(compiled: list[ptxas.Compiled]) -> None:
+    assert {unit.source for unit in compiled} == {path.name for path in setup_cuda.SOURCES} != set()
+    assert {unit.architecture for unit in compiled} == set(ptxas.ARCHITECTURES)
+    for unit in compiled:
+        assert unit.seconds < 20, f"{unit.source} took {unit.seconds:.0f} s for sm_{unit.architecture}"
+
+
+def test_no_torch_header_reaches_nvcc(compiled: list[ptxas.Compiled]) -> None:
+    for unit in compiled:
+        assert "csrc/delfast/params.h" in unit.dependencies
+        foreign = [
+            path for path in unit.dependencies.split() if any(f"/{name}/" in path for name in ("torch", "ATen", "c10"))
+        ]
+        assert foreign == []
+
+
+def test_no_kernel_spills_or_has_a_stack_frame(compiled: list[ptxas.Compiled]) -> None:
+    assert kernels(compiled)
+    for kernel in kernels(compiled):
+        assert (kernel.spills, kernel.stack) == (0, 0) or kernel.name in ptxas.ALLOWED, kernel
+
+
+def test_streaming_loops_load_128_bits(compiled: list[ptxas.Compiled]) -> None:
+    streaming = kernels(compiled, ptxas.STREAMING)
+    assert {kernel.name for kernel in streaming} == set(ptxas.STREAMING)
+    for kernel in streaming:
+        assert kernel.wide_loads >= 7, (
+            kernel
+        )  # at least one loop for each pair of dtypes with a float32 or two of 16 bits
+
+
+def test_at_least_half_of_hoppers_warps_fit(compiled: list[ptxas.Compiled]) -> None:
+    for kernel in kernels(compiled, ptxas.STREAMING):
+        if kernel.architecture == "90":
+            assert min(ptxas.occupancies(kernel)) >= 0.5, kernel
+
+
+def test_the_table_in_the_repository_is_of_these_kernels(compiled: list[ptxas.Compiled]) -> None:
+    version = ptxas.nvcc_version(str(TOOLKIT.nvcc))
+    kept = ptxas.TABLE.read_text(encoding="utf-8")
+    if f"with nvcc {version}." not in kept:
+        pytest.skip(f"the table was made with another nvcc than {version}, whose register allocation may differ")
+    assert kept == ptxas.table(compiled, version), "make it anew: python -m benchmarks.ptxas"
