@@ -16,6 +16,7 @@ from torch import Tensor
 from delfast.ops.layout import packed_bytes, unit_count
 from delfast.ops.reference.criticality import criticality
 from delfast.ops.reference.masked_update import masked_adamw_, masked_reset_, masked_sgd_
+from delfast.ops.reference.per_example import channel_dot, per_example_accumulate_
 from delfast.ops.reference.selection import select_elements, select_units
 
 
@@ -59,6 +60,11 @@ def _fake_select_units(
     )
 
 
+def _fake_channel_dot(deltas: Tensor, values: Tensor | None) -> Tensor:
+    wide = torch.promote_types(deltas.dtype, torch.float32)
+    return torch.empty(deltas.shape[:2], dtype=wide, device=deltas.device)
+
+
 def _fake_in_place(*args: object, **kwargs: object) -> None:
     """An op that changes its arguments and returns nothing has no shapes to infer."""
 
@@ -98,6 +104,13 @@ OPS = (
         _fake_in_place,
         masked_adamw_,
     ),
+    Op(
+        "per_example_accumulate_(Tensor(a!) sums, Tensor inputs, Tensor deltas, int[] stride, int[] padding, "
+        "int[] dilation, int groups, str epilogue) -> ()",
+        _fake_in_place,
+        per_example_accumulate_,
+    ),
+    Op("channel_dot(Tensor deltas, Tensor? values) -> Tensor", _fake_channel_dot, channel_dot),
 )
 
 # lives as long as the process: dropping it would drop the ops

@@ -1,0 +1,39 @@
+// Plain structs that describe a layer's part in the per-example sums: pointers, 64-bit sizes, no framework.
+#pragma once
+
+#include <cstdint>
+
+#include "delfast/params.h"
+
+namespace delfast {
+
+// What is added up over the examples: |g| or g^2 of the gradient g of one example alone.
+enum class Epilogue : int8_t { abs, square };
+
+// A convolution of one, two or three dimensions, a missing one being 1 everywhere (and 0 of padding): depth, height,
+// width. Of each example, `inputs` is in[0] x in[1] x in[2] x in_channels, `deltas` is out[0] x out[1] x out[2] x
+// out_channels: channels-last and contiguous. A linear layer on (N, T, features) is a convolution with in = out =
+// {1, 1, T} and kernel 1.
+struct ConvShape {
+  int64_t examples = 0;
+  int64_t in_channels = 0, out_channels = 0, groups = 1;  // channels of all groups
+  int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1}, kernel[3] = {1, 1, 1};
+  int64_t stride[3] = {1, 1, 1}, padding[3] = {0, 0, 0}, dilation[3] = {1, 1, 1};
+
+  DELFAST_INLINE int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  DELFAST_INLINE int64_t positions() const { return out[0] * out[1] * out[2]; }
+  DELFAST_INLINE int64_t row() const { return taps() * (in_channels / groups); }  // elements of a row of the sums
+};
+
+// sums[m][tap][c] += sum over x of epilogue(sum over t of deltas[x][t][m] * inputs[x][source of t and tap][c]), with c
+// counting within m's group: the memory of a channels-last weight. Float32 sums; a source in the padding counts as 0.
+struct PerExample {
+  const void* inputs = nullptr;
+  const void* deltas = nullptr;
+  float* sums = nullptr;
+  Dtype inputs_dtype = Dtype::float32, deltas_dtype = Dtype::float32;
+  Epilogue epilogue = Epilogue::abs;
+  ConvShape shape;
+};
+
+}  // namespace delfast
