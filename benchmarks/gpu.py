@@ -30,24 +30,31 @@ ROUNDS = 30
 
 
 def build() -> None:
-    """The extension in place, for this card alone."""
+    """The extension in place, for this card alone. CalledProcessError if that fails."""
     major, minor = torch.cuda.get_device_capability()
     environment = {**os.environ, "DELFAST_NATIVE": "1", "DELFAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
 
 
 class Clock:
-    """Median microseconds on the device, with cold caches."""
+    """Median microseconds between two events around ``run``, with cold caches.
+
+    ``queued``: all of it waits in the stream behind a pause before the first event comes, so that the time is the
+    device's alone. Otherwise the device waits for the host, as it does for a single call.
+    """
 
     def __init__(self) -> None:
-        self._flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")  # more than any L2
+        self._other = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")  # more than any L2
 
-    def __call__(self, run: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    def __call__(self, run: Callable[[], Any], queued: bool = False) -> float:
         times = []
-        for number in range(rounds + 3):
-            self._flush.zero_()
+        for number in range(ROUNDS + 3):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
+            self._other.amax()  # reading leaves nothing to be written back later
+            if queued:
+                torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
+            else:
+                torch.cuda.synchronize()
             begin.record()
             run()
             end.record()
@@ -61,7 +68,7 @@ def copy_rate(clock: Clock) -> float:
     """GB/s of a device-to-device copy of 1 GiB: read and written."""
     source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / clock(lambda: target.copy_(source)) / 1e3
+    return 2 * source.numel() / clock(lambda: target.copy_(source), queued=True) / 1e3
 
 
 def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
@@ -89,7 +96,7 @@ def measure(quick: bool) -> dict[str, Any]:
                 others |= {other: clock(torch.compile(run)) for other, run in case.compiles.items()}
             call = clock(case.ours)
             # what returns a Mask reads the answer on the host: no graph
-            graph = clock(graph_of(case.ours)) if "whole call" not in case.name else None
+            graph = clock(graph_of(case.ours), queued=True) if "whole call" not in case.name else None
             rate = case.moved / (graph or call) / 1e3
             result = {"name": case.name, "on": case.setting, "graph_us": graph, "call_us": call, "bytes": case.moved}
             results.append(result | {"gb_per_s": rate, "of_copy": rate / copy, "others_us": others})
@@ -115,7 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu: error: expected a CUDA device, found none; run this on a machine with a GPU", file=sys.stderr)
         return 1
     if BUILT not in os.environ:
-        build()
+        try:
+            build()
+        except subprocess.CalledProcessError as error:
+            print(f"gpu: error: the build failed, as said above: {error}", file=sys.stderr)
+            return 1
         # a new process: this one may have loaded the extension as it was
         command = [sys.executable, "-m", "benchmarks.gpu", *(arguments if arguments is not None else sys.argv[1:])]
         return subprocess.run(command, cwd=ROOT, env={**os.environ, BUILT: "1", "DELFAST_BACKEND": "native"}).returncode

@@ -124,7 +124,7 @@ def _updates(setting: str, model: nn.Module, gradients: dict[str, Tensor], mask:
     for name, p in ours.items():
         p.grad = gradients[name].to(p.dtype)
     for name, p in zip(names, theirs, strict=True):
-        p.grad = gradients[name].to(p.dtype)
+        p.grad = gradients[name].to(p.dtype, copy=True)  # which the baselines multiply by the mask
     entry = sum(mask.parameters[name].selected * ours[name].element_size() for name in names)
     entries = sum(mask.parameters[name].selected for name in names)
 
@@ -148,6 +148,9 @@ def _updates(setting: str, model: nn.Module, gradients: dict[str, Tensor], mask:
     def same_everywhere(step: Callable[[], Any], other: Callable[[], Any], **near: float) -> Callable[[], None]:
         def verify() -> None:
             before = {name: p.detach().clone() for name, p in ours.items()}
+            with torch.no_grad():  # the cases before this one have not stepped both sides equally often
+                for name, p in zip(names, theirs, strict=True):
+                    p.copy_(ours[name])
             step()
             other()
             for name, p in zip(names, theirs, strict=True):

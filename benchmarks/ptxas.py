@@ -149,6 +149,14 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
     return found
 
 
+def least_wide_loads(name: str) -> int:
+    """128-bit loads that a streaming kernel cannot do without: two a pair of dtypes, one where their widths differ."""
+    pairs = 2 * (1 + 4) + (2 + 2)
+    if not name.startswith("masked_update"):
+        return pairs + 3  # and one a dtype for |g| and |theta|
+    return pairs // 2 if name == "masked_update<ResetRule>" else pairs  # a reset does not read what it replaces
+
+
 def _nvdisasm() -> Path:
     """PyPI's, whatever the toolkit has: not every toolkit has one, and an older one may not know the newest cards."""
     places = importlib.util.find_spec("nvidia")

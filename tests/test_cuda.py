@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif("CUDA" not in BACKEND.devices, reason=f"no CUDA kernels: {delfast.status()['cuda']}"),
 ]
 UPDATES = ["masked_sgd_", "masked_adamw_"]
-NUMBERS = range(len(OPS))
+NUMBERS = range(len(OPS) + 1)  # of sample_call
 
 
 def copied(value: Any, device: str) -> Any:
@@ -192,9 +192,15 @@ def never_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def rows_of_every_length() -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A call that runs every kernel of criticality, with more shared memory than a kernel gets unasked."""
+    theta, grad = ([torch.randn(5, length) for length in (1, 40, 3000, 12000, 20000)] for _ in range(2))
+    return NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}
+
+
 def sample_call(number: int) -> tuple[Callable[[], Any], list[Tensor]]:
-    """A call of op ``number`` on the device, and every tensor that it reads or writes."""
-    packet, args, kwargs = on_device(sample_calls()[number])
+    """Call ``number`` on the device, and every tensor that it reads or writes."""
+    packet, args, kwargs = on_device([*sample_calls(), rows_of_every_length()][number])
     return lambda: packet(*args, **kwargs), tensors_in((args, kwargs))
 
 
@@ -249,7 +255,7 @@ def test_an_op_runs_on_the_current_stream(number: int) -> None:
 def test_an_op_runs_on_its_tensors_device(number: int) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    packet, args, kwargs = sample_calls()[number]
+    packet, args, kwargs = [*sample_calls(), rows_of_every_length()][number]
     first, second = (copied((args, kwargs), f"cuda:{index}") for index in (0, 1))
     results = [packet(*args, **kwargs) for args, kwargs in (first, second)]
     assert torch.cuda.current_device() == 0

@@ -15,7 +15,8 @@ def test_every_case_is_verified_and_every_baseline_runs(dtype: torch.dtype) -> N
     seen = []
     for case in cases("resnet18-thin", build("resnet18-thin", 10, 3, 32), dtype, "cpu"):
         case.verify()
-        case.ours()
+        for _ in range(20):  # as when it is timed: the next case must be right all the same
+            case.ours()
         for run in (*case.others.values(), *case.compiles.values()):
             run()
         assert case.moved > 0 and case.others
