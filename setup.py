@@ -99,13 +99,13 @@ class Build(BuildExtension):
                 sys.exit(f"expected DELFAST_CUDA to be auto, 0 or 1, got '{wanted}'; set one or unset it")
             toolkit = _toolkit(wanted)
             jobs = [pool.submit(setup_cuda.compile_object, toolkit, source, objects) for source in setup_cuda.SOURCES]
-            compiled = [job.result() for job in jobs]
-            extension = self.extensions[0]
+            compiled, libraries = [job.result() for job in jobs], str(toolkit.libraries)
+            extension = self.extensions[0]  # from here on nothing may fail
             extension.sources += [
                 str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
             ]
             extension.include_dirs.append(str(toolkit.include))
-            extension.library_dirs.append(str(toolkit.libraries))
+            extension.library_dirs.append(libraries)
             extension.libraries += ["c10_cuda", "cudart"]
         except CudaUnavailable as error:
             if wanted == "1":

@@ -44,5 +44,26 @@ def _cuda() -> str:
     text = f"built with CUDA {built['toolkit']} for {' '.join(built['architectures'])}"
     if not torch.cuda.is_available():
         return f"{text}; no CUDA device is here, so the CPU kernels run"
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return f"{text}; runs on {', '.join(names)}"
+    cards = []
+    for number in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(number)
+        able = any(_runs_on(architecture, capability) for architecture in built["architectures"])
+        wanted = ".".join(map(str, capability))
+        cards.append(
+            torch.cuda.get_device_name(number)
+            + ("" if able else f" (not: install again with TORCH_CUDA_ARCH_LIST={wanted})")
+        )
+    return f"{text}; runs on {', '.join(cards)}"
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Machine code runs on cards of its major version from its minor one on; PTX, on all later cards.
+
+    CUDA C++ Programming Guide, "Compatibility": binary and PTX.
+    """
+    number = architecture.removesuffix("+PTX")
+    major, minor = (int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):  # for that very card
+        return capability == (major, minor)
+    later = capability >= (major, minor)
+    return later and (capability[0] == major or architecture.endswith("+PTX"))

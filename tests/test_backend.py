@@ -16,6 +16,7 @@ import torch
 import delfast
 import setup_cuda
 from delfast.ops import BACKEND, OPS
+from delfast.status import _runs_on
 
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
@@ -254,6 +255,23 @@ def test_status_says_what_becomes_of_tensors_on_a_gpu(monkeypatch: pytest.Monkey
     monkeypatch.setitem(BACKEND.build_info, "cuda", None)
     monkeypatch.setitem(BACKEND.build_info, "cuda_failure", "DELFAST_CUDA=0 at install")
     assert delfast.status()["cuda"] == "not built: DELFAST_CUDA=0 at install; on a GPU the twins run"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),  # machine code: of its major version
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 0)]),  # PTX: on all later ones
+        ("9.0a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(12, 0)]),
+    ],
+)
+def test_which_cards_an_architecture_runs_on(
+    architecture: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
+) -> None:
+    assert all(_runs_on(architecture, capability) for capability in runs)
+    assert not any(_runs_on(architecture, capability) for capability in does_not)
 
 
 @needs_native

@@ -78,7 +78,8 @@ Error criticality(const Scored* params, const int64_t* top, int64_t count, Crite
   int64_t longest_warp_row = 0, longest_block_row = 0;
   for (int64_t i = 0; i < count; i++) {
     const int64_t length = params[i].layout.length;
-    if (length > UINT32_MAX) return "rows of 2^32 elements or more are not supported";
+    if (length > UINT32_MAX)
+      return "expected rows of fewer than 2^32 elements, got a longer one; leave that parameter out";
     if (length <= kWarpRow && length > longest_warp_row) longest_warp_row = length;
     if (length <= kBlockRow && length > longest_block_row) longest_block_row = length;
   }
@@ -98,10 +99,10 @@ Error criticality(const Scored* params, const int64_t* top, int64_t count, Crite
       });
 
   const int block_slots = int(shared_slot(longest_block_row));
-  const size_t block_bytes =
-      (size_t(block_slots) + kSelectBins + size_t(ceil_div(longest_block_row, kBlock)) * 16) * sizeof(uint32_t);
-  if (block_bytes > 48 << 10)  // more than a kernel gets unasked
-    cudaFuncSetAttribute(criticality_block_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, int(block_bytes));
+  const size_t block_bytes = size_t(block_row_words(longest_block_row)) * sizeof(uint32_t);
+  if (block_bytes > 48 << 10)  // more than a kernel gets unasked; always as much, since other threads launch it too
+    cudaFuncSetAttribute(criticality_block_rows, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         int(block_row_words(kBlockRow) * int64_t(sizeof(uint32_t))));
   launch(
       kWarpRow + 1, kBlockRow, [](const Rows& p) { return p.rows; },
       [&](const Table<Rows>& table) {

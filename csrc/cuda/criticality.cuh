@@ -182,7 +182,12 @@ __global__ void __launch_bounds__(kThreads)
   if (lane() == 0) global_store(&p.out[row], reduced(p, sum, threshold));
 }
 
-// Dynamic shared memory: the row's scores, then its bins, then its partial sums. kBlockRow elements take 71 KB: three
+// Dynamic shared memory: the row's scores, then its bins, then its partial sums, in words.
+__host__ __device__ constexpr int64_t block_row_words(int64_t length) {
+  return shared_slot(length) + kSelectBins + (length + kBlock - 1) / kBlock * 16;
+}
+
+// kBlockRow elements take 71 KB: three
 // blocks of 512 threads on sm_90, 75 % of its threads; rows of half of that leave room for six blocks of 256, as many.
 __global__ void __launch_bounds__(2 * kThreads)
     criticality_block_rows(const __grid_constant__ Table<Rows> table, Criterion criterion, int slots) {
@@ -210,7 +215,6 @@ __global__ void __launch_bounds__(2 * kThreads)
     if (threadIdx.x == 0) global_store(&p.out[row], bits_float(bins[0]));
     return;
   }
-  __syncthreads();  // bins[0] is about to be a bin
   Threshold threshold = {0, 0, 0};
   if (p.reduce == Reduce::top) threshold = select_top<BlockGroup>(scores, int(p.length), p.top, bins);
   const int blocks = int((p.length + kBlock - 1) / kBlock);

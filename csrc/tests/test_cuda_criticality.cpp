@@ -24,9 +24,8 @@ std::vector<int64_t> some_tops(const Params& params) {
   return tops;
 }
 
-void check(const Params& params, const Question& question, const std::vector<uint64_t>& seeds,
-           const std::string& what) {
-  const std::vector<int64_t> tops = some_tops(params);
+void check(const Params& params, const Question& question, const std::vector<uint64_t>& seeds, const std::string& what,
+           const std::vector<int64_t>& tops) {
   const std::vector<Scored> list = scored(params);
   const int64_t count = int64_t(list.size());
   const Criterion criterion = params.empty() ? Criterion::weighted_grad : params[0]->criterion;
@@ -54,6 +53,34 @@ void check(const Params& params, const Question& question, const std::vector<uin
         CHECK_SAME(out[unit], expected[size_t(unit)]);
       }
   }
+}
+
+void check(const Params& params, const Question& question, const std::vector<uint64_t>& seeds,
+           const std::string& what) {
+  check(params, question, seeds, what, some_tops(params));
+}
+
+// Every kind of values in rows for each kernel that selects a top h, by every criterion.
+void every_kind(const std::vector<uint64_t>& seeds, Random& random) {
+  for (Criterion criterion : kCriteria)
+    for (Dtype dtype : kDtypes) {
+      if (kFewCases && (criterion != Criterion::weighted_grad || dtype != Dtype::float32)) continue;
+      Params params;
+      for (Kind kind : kKinds)
+        for (int64_t length : {31, 1000, 4608, 16384, 20000, 70000}) {
+          params.push_back(std::make_unique<Scores>(Layout{1, length, 1}, criterion, dtype, Dtype::float32, 1));
+          params.back()->fill(kind, random);
+        }
+      for (const auto top :
+           {+[](int64_t) -> int64_t { return 1; }, +[](int64_t) -> int64_t { return 2; },
+            +[](int64_t n) { return n / 10; }, +[](int64_t n) { return n / 2; }, +[](int64_t n) { return n - 1; }}) {
+        std::vector<int64_t> tops;
+        for (const auto& p : params) tops.push_back(top(p->layout.length));
+        check(params, kQuestions[0], {seeds.back()}, "every kind", tops);
+        if (kFewCases) break;
+      }
+      for (const Question& question : kQuestions) check(params, question, {seeds.back()}, "every kind");
+    }
 }
 
 void nonfinite(const std::vector<uint64_t>& seeds, Random& random) {
@@ -84,6 +111,7 @@ int main(int argc, char** argv) {
     for (const Question& question : kQuestions) check(many, question, list, "300 parameters");
   }
   check({}, kQuestions[0], list, "no parameters");
+  every_kind(list, random);
   nonfinite(list, random);
   return report();
 }

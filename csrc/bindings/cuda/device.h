@@ -14,10 +14,7 @@ namespace delfast::bindings {
 // The device of the first tensor, made current for as long as this lives; all others must be there too.
 class OnDevice {
  public:
-  explicit OnDevice(const at::Tensor& first) : device_(first.device()), guard_(device_) {
-    TORCH_CHECK_VALUE(first.is_cuda(), "expected tensors on a CUDA device, got one on ", first.device(),
-                      "; move all of them to one device");
-  }
+  explicit OnDevice(const at::Tensor& first) : device_(cuda_device(first)), guard_(device_) {}
 
   void check(const at::Tensor& t, const char* role) const {
     TORCH_CHECK_VALUE(t.device() == device_, "expected ", role, " on ", device_, ", got it on ", t.device(),
@@ -35,13 +32,20 @@ class OnDevice {
   cuda::Stream stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
 
  private:
+  static c10::Device cuda_device(const at::Tensor& t) {
+    TORCH_CHECK_VALUE(t.is_cuda(), "expected tensors on a CUDA device, got one on ", t.device(),
+                      "; move all tensors to one device");
+    return t.device();
+  }
+
   c10::Device device_;
   c10::cuda::CUDAGuard guard_;
 };
 
 inline void check_launch(cuda::Error error, const char* op) {
-  TORCH_CHECK(!error, "delfast::", op, ": CUDA says '", error ? error : "",
-              "'; set CUDA_LAUNCH_BLOCKING=1 to see where");
+  TORCH_CHECK(!error, "delfast::", op, ": '", error ? error : "",
+              "'; delfast.status()['cuda'] says which cards it was ",
+              "built for; CUDA_LAUNCH_BLOCKING=1 shows an error where it happens");
 }
 
 }  // namespace delfast::bindings

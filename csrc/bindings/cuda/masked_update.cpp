@@ -1,6 +1,7 @@
 // delfast::masked_{reset,sgd,adamw}_ on CUDA devices. The host never waits for the device, so it does not learn how
-// many entries a mask has: that the state fits the mask is checked there. Nor does it know of found_inf: versions are
-// bumped even where the device then changes nothing.
+// many entries a mask has: that the state fits the mask is checked there, and a state that does not stops the device,
+// as a failed assertion in a kernel does. Bits past a parameter's last are ignored. Nor does the host know of
+// found_inf: versions are bumped even where the device then changes nothing.
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/ops.h"
 #include "bindings/updates.h"
