@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "delfast/params.h"
+#include "delfast/per_example.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
 
@@ -60,5 +61,12 @@ Error masked_sgd(const Updated* params, int64_t count, const StepInputs& inputs,
                  void* workspace, Stream stream);
 Error masked_adamw(const Updated* params, int64_t count, const StepInputs& inputs, const AdamWOptions& options,
                    void* workspace, Stream stream);
+
+// Adds to p.sums what each example contributes. Products and sums in float32; with tensor_cores, products of operands
+// that have 16 bits, both of one dtype, or else are rounded to tf32.
+int64_t per_example_workspace(const ConvShape& shape);
+Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* workspace, Stream stream);
+
+Error channel_dot(const ChannelDot& p, Stream stream);
 
 }  // namespace delfast::cuda
