@@ -1,6 +1,5 @@
 // Launchers of the per-example sums: which kernel suits a layer, and how many slabs.
 #include "cuda/per_example.cuh"
-
 #include "cuda/per_example_dot.cuh"
 #include "delfast/cuda_launch.h"
 
@@ -8,8 +7,8 @@ namespace delfast::cuda {
 
 namespace {
 
-constexpr int64_t kWantedBlocks = 1024;   // two to three times as many as an H100 runs at once
-constexpr int64_t kSlabPositions = 256;   // the least that is worth the writing and reading of a slab's sums
+constexpr int64_t kWantedBlocks = 1024;  // two to three times as many as an H100 runs at once
+constexpr int64_t kSlabPositions = 256;  // the least that is worth the writing and reading of a slab's sums
 constexpr int64_t kMostPositions = 1 << 30;
 
 bool is_depthwise(const ConvShape& s) { return s.in_channels == s.groups; }

@@ -37,7 +37,7 @@ struct Layer {
   int64_t group_inputs, group_outputs;  // channels of each
   int64_t row;                          // columns of an output channel
   int in[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
-  Position step;            // from one position that a thread loads to its next
+  Position step;                          // from one position that a thread loads to its next
   uint32_t tiles, m_tiles, column_tiles;  // of a slab; of it, of a group's output channels and of a row
   Dtype inputs_dtype, deltas_dtype;
   Epilogue epilogue;
@@ -150,8 +150,8 @@ class Loader {
       const int source = exists && has_column_ ? layer_.source(position_, tap_) : -1;
       read_deltas_[i] = read_inputs_[i] = Word{};
       if (exists && has_output_)
-        read_deltas_[i] = read(layer_.deltas, deltas_ + layer_.out_index(position_) * layer_.out_channels,
-                               layer_.deltas_dtype);
+        read_deltas_[i] =
+            read(layer_.deltas, deltas_ + layer_.out_index(position_) * layer_.out_channels, layer_.deltas_dtype);
       if (source >= 0)
         read_inputs_[i] = read(layer_.inputs, inputs_ + source * layer_.in_channels, layer_.inputs_dtype);
       layer_.advance(position_);
@@ -199,13 +199,15 @@ class Loader {
 };
 
 template <class Multiply, int kPack>
-__global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResident) per_example_tiles(const __grid_constant__ Layer layer) {
+__global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResident)
+    per_example_tiles(const __grid_constant__ Layer layer) {
   using Memory = TileMemory<typename Multiply::Staged>;
   DELFAST_SHARED(Memory, memory);
   // neighbouring blocks take the same columns, and of these the same inputs
   const uint32_t tile = blockIdx.x % layer.tiles;
   const int64_t group = tile / layer.m_tiles / layer.column_tiles;
-  const int64_t m = int64_t(tile % layer.m_tiles) * kTile, column = int64_t(tile / layer.m_tiles % layer.column_tiles) * kTile;
+  const int64_t m = int64_t(tile % layer.m_tiles) * kTile,
+                column = int64_t(tile / layer.m_tiles % layer.column_tiles) * kTile;
 
   Loader<Multiply, kPack> loader(layer, group, m, column);
   Multiply multiply;

@@ -1,9 +1,9 @@
 // Each example's and channel's sum, over the positions, of deltas times values.
 //
-// Mapping. Contiguous: a row of positions for each team of lanes of a warp, as many as the row has packs. Channels-last:
-// a block for kDotLanes channels of an example; its strands share out the positions, and their parts are added up.
-// Memory. Everything is read once, by 16-byte loads wherever alignment allows; nothing but the sums is written.
-// Numerics. Products and sums in float32; who adds what depends on the shape and on alignment alone.
+// Mapping. Contiguous: a row of positions for each team of lanes of a warp, as many as the row has packs.
+// Channels-last: a block for kDotLanes channels of an example; its strands share out the positions, and their parts are
+// added up. Memory. Everything is read once, by 16-byte loads wherever alignment allows; nothing but the sums is
+// written. Numerics. Products and sums in float32; who adds what depends on the shape and on alignment alone.
 #pragma once
 
 #include "cuda/common.cuh"

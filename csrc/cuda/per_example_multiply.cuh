@@ -17,9 +17,9 @@
 
 namespace delfast::cuda {
 
-constexpr int kTile = 64;         // output channels, and columns (a tap and an input channel), of a block
+constexpr int kTile = 64;  // output channels, and columns (a tap and an input channel), of a block
 constexpr int kTileThreads = 128;
-constexpr int kDepth = 16;        // positions of a stage
+constexpr int kDepth = 16;  // positions of a stage
 // Words of a row of 64 and the next are 8 banks apart: the tensor cores' operands, of 8 x 4 elements, lie in 32 banks.
 constexpr int kPitch = kTile + 8;
 
