@@ -7,6 +7,7 @@ same things.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -132,10 +133,7 @@ def demangled(symbol: str) -> str:
 
 def _wide_loads(cubin: Path) -> dict[str, int]:
     """128-bit global loads inside loops, by kernel: between a label and a later jump back to it."""
-    from nvidia import cu13  # of nvidia-cuda-nvdisasm: not every toolkit has one
-
-    nvdisasm = Path(next(iter(cu13.__path__))) / "bin" / "nvdisasm"
-    text = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
         symbol, lines = section.split(":", 1)[0], section.splitlines()
@@ -149,6 +147,15 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
             "LDG.E.128" in line for line, inside in zip(lines, in_loop, strict=True) if inside
         )
     return found
+
+
+def _nvdisasm() -> Path:
+    """PyPI's, whatever the toolkit has: not every toolkit has one, and an older one may not know the newest cards."""
+    places = importlib.util.find_spec("nvidia")
+    for folder in places.submodule_search_locations or [] if places else []:
+        for program in Path(folder).glob("cu*/bin/nvdisasm"):
+            return program
+    raise FileNotFoundError("expected nvdisasm, found none; pip install -r requirements-dev.txt")
 
 
 def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
@@ -173,9 +180,9 @@ def table(compiled: list[Compiled], version: str) -> str:
     lines = [
         "# What ptxas makes of the kernels",
         "",
-        f"Written by `python -m benchmarks.ptxas` with nvcc {version}. Of each kernel: registers / static shared memory",
-        "in bytes / stack frame and spills in bytes. Then, for the kernels that read parameters or gradients: 128-bit",
-        "global loads inside loops and theoretical occupancy, both on sm_90 (of two, for short and for long rows).",
+        f"Written by `python -m benchmarks.ptxas` with nvcc {version}. Of each kernel: registers / static shared",
+        "memory in bytes / stack frame and spills in bytes. Then, for the kernels that read parameters or gradients:",
+        "128-bit global loads inside loops and theoretical occupancy, both on sm_90 (of two, for short and long rows).",
         "",
         f"| kernel | {' | '.join(f'sm_{a}' for a in ARCHITECTURES)} | 128-bit loads | occupancy |",
         f"|---|{'---|' * len(ARCHITECTURES)}---|---|",

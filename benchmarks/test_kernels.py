@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import delfast
+from benchmarks.baselines import channel_scores, double_argsort, element_scores, expanded
 from benchmarks.conftest import Versus
 from benchmarks.stream import load_stream
 from delfast.localize.scores import Scores, resolve_top_h
@@ -74,12 +75,6 @@ def scored() -> Scores:
     )
 
 
-def double_argsort(scores: list[Tensor], k: int) -> Tensor:
-    """The usual way to a mask: rank every element by sorting twice."""
-    flat = torch.cat([score.reshape(-1) for score in scores])
-    return torch.argsort(torch.argsort(flat, descending=True)) < k
-
-
 def test_selection_of_elements(versus: Versus, scored: Scores) -> None:
     k = int(0.3 * scored.total)
     theta, grad = list(scored.parameters.values()), list(scored.gradients.values())
@@ -88,23 +83,18 @@ def test_selection_of_elements(versus: Versus, scored: Scores) -> None:
     assert torch.equal(unpack(bits, scored.total), torch.cat([m.reshape(-1) for m in expected.values()]))  # whole bytes
     ratio = versus(
         lambda: NATIVE.select_elements(theta, grad, "weighted_grad", k),
-        lambda: double_argsort([(t * g).abs() for t, g in zip(theta, grad, strict=True)], k),
+        lambda: double_argsort(element_scores(theta, grad), k),
         rounds=7,
     )
     versus.report(f"{ratio:.0f} x faster than the double argsort", ">= 40 x")
 
 
 def test_selection_of_channels_whole_call(versus: Versus, scored: Scores) -> None:
+    theta, grad = list(scored.parameters.values()), list(scored.gradients.values())
+    h = [resolve_top_h("published", t.shape) for t in theta]
+
     def baseline() -> Tensor:
-        expanded = []
-        for name, t in scored.parameters.items():
-            score = (t * scored.gradients[name]).abs()
-            if t.ndim > 1:
-                rows = score.flatten(1)
-                mean = rows.topk(resolve_top_h("published", t.shape), dim=1).values.mean(dim=1)
-                score = mean.view(-1, *[1] * (t.ndim - 1)).expand_as(t)
-            expanded.append(score)
-        return double_argsort(expanded, int(0.3 * scored.total))
+        return double_argsort(expanded(channel_scores(theta, grad, h), theta), int(0.3 * scored.total))
 
     mask = scored.select(0.3, top_h="published", policy="exact")
     expected = published_mask(scored.parameters, scored.gradients, "weighted_grad", "channel", 0.3)
@@ -117,11 +107,11 @@ def test_selection_of_channels_ranking(versus: Versus, scored: Scores) -> None:
     scores = scored.channel_scores()
     counts = [unit_count(t.shape) for t in scored.parameters.values()]
     lengths = [row_length(t.shape) for t in scored.parameters.values()]
-    expanded = scores.repeat_interleave(torch.tensor(lengths).repeat_interleave(torch.tensor(counts)))
+    elements = scores.repeat_interleave(torch.tensor(lengths).repeat_interleave(torch.tensor(counts)))
     arguments = (scores, counts, lengths, int(0.3 * scored.total), True)
     result, expected = NATIVE.select_units(*arguments), REFERENCE["select_units"](*arguments)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    ratio = versus(lambda: NATIVE.select_units(*arguments), lambda: double_argsort([expanded], arguments[3]), rounds=7)
+    ratio = versus(lambda: NATIVE.select_units(*arguments), lambda: double_argsort([elements], arguments[3]), rounds=7)
     versus.report(f"{ratio:.0f} x faster than the double argsort", ">= 300 x")
 
 

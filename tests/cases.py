@@ -59,7 +59,7 @@ def _transposed(t: Tensor) -> Tensor:
 def _sliced(t: Tensor) -> Tensor:
     if t.ndim == 0:
         return t.clone()
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
     wide[..., 1 : 1 + t.shape[-1]] = t
     return wide[..., 1 : 1 + t.shape[-1]]
 

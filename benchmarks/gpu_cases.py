@@ -1,0 +1,186 @@
+"""What benchmarks.gpu times: every op on a network's parameters, what it must compute, and what it is compared with.
+
+Runs on any device, so that tests/test_gpu_benchmark.py can run it where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import delfast
+from benchmarks.baselines import channel_scores, double_argsort, element_scores, expanded
+from delfast.localize.scores import Scores, resolve_top_h
+from delfast.optim import MaskedAdamW, MaskedSGD
+
+NATIVE = torch.ops.delfast
+BUDGET = 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """``ours`` as called; ``others`` by name, doing the same; ``moved``: the bytes that ours has to read and write.
+
+    ``verify`` raises AssertionError unless ours computes what it should; it may be called once, before timing.
+    """
+
+    name: str
+    setting: str
+    ours: Callable[[], Any]
+    others: Mapping[str, Callable[[], Any]]
+    moved: int
+    verify: Callable[[], None]
+    compiles: Mapping[str, Callable[[], Any]] = field(default_factory=dict)  # of others: to run under torch.compile
+
+
+def cases(name: str, network: nn.Module, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """All cases on this network's parameters in this dtype, with float32 gradients, as localization has them."""
+    model = copy.deepcopy(network).to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {n: torch.randn(p.shape, generator=generator).to(device) * 1e-3 for n, p in model.named_parameters()}
+    setting = f"{name}, {str(dtype).removeprefix('torch.')}"
+    scores = Scores(dict(model.named_parameters()), gradients, "weighted_grad", 1)
+    yield from _localization(setting, scores, gradients)
+    yield from _updates(setting, model, gradients, scores.select(BUDGET))
+
+
+# ---- criticality and selection
+
+
+def _localization(setting: str, scores: Scores, gradients: dict[str, Tensor]) -> Iterator[Case]:
+    theta, grad = list(scores.parameters.values()), list(gradients.values())
+    h, k = [resolve_top_h(0.1, t.shape) for t in theta], int(BUDGET * scores.total)
+    read = sum(t.nbytes + g.nbytes for t, g in zip(theta, grad, strict=True))
+    on_host = [[t.cpu() for t in tensors] for tensors in (theta, grad)]
+
+    def channels() -> Tensor:
+        return NATIVE.criticality(theta, grad, "weighted_grad", "topk_mean", h)
+
+    def means() -> Tensor:
+        return NATIVE.criticality(theta, grad, "weighted_grad", "mean", h)
+
+    def elements() -> tuple[Tensor, Tensor]:
+        return NATIVE.select_elements(theta, grad, "weighted_grad", k)
+
+    def eager_channels() -> list[Tensor]:
+        return channel_scores(theta, grad, h)
+
+    def eager_means() -> list[Tensor]:
+        return [s.flatten(1).mean(dim=1) if s.ndim > 1 else s for s in element_scores(theta, grad)]
+
+    def same_as_on_the_cpu(op: Any, *arguments: Any) -> Callable[[], None]:
+        def verify() -> None:
+            result, expected = op(theta, grad, *arguments), op(*on_host, *arguments)
+            for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (result, expected)), strict=True):
+                assert torch.equal(a.cpu(), b), f"{op} differs from the CPU kernels"
+
+        return verify
+
+    units = channels().nbytes
+    yield Case(
+        *("criticality, mean of the top tenth", setting, channels, {"eager": eager_channels}, read + units),
+        same_as_on_the_cpu(NATIVE.criticality, "weighted_grad", "topk_mean", h),
+        {"compile": eager_channels},
+    )
+    yield Case(
+        *("criticality, mean", setting, means, {"eager": eager_means}, read + units),
+        same_as_on_the_cpu(NATIVE.criticality, "weighted_grad", "mean", h),
+        {"compile": eager_means},
+    )
+    yield Case(
+        *("selection of elements", setting, elements),
+        {"double argsort": lambda: double_argsort(element_scores(theta, grad), k)},
+        4 * read + elements()[0].nbytes,  # three radix passes and the marking
+        same_as_on_the_cpu(NATIVE.select_elements, "weighted_grad", k),
+    )
+
+    def verify_mask() -> None:
+        parameters, host_gradients = ({n: t.cpu() for n, t in d.items()} for d in (scores.parameters, gradients))
+        expected = Scores(parameters, host_gradients, "weighted_grad", 1).select(BUDGET)
+        assert scores.select(BUDGET).digest == expected.digest, "the mask differs from the CPU's"
+
+    yield Case(
+        *("a channel mask, whole call", setting, lambda: scores.select(BUDGET)),
+        {"double argsort": lambda: double_argsort(expanded(channel_scores(theta, grad, h), theta), k)},
+        read + units,
+        verify_mask,
+    )
+
+
+# ---- masked updates
+
+
+def _updates(setting: str, model: nn.Module, gradients: dict[str, Tensor], mask: delfast.Mask) -> Iterator[Case]:
+    dense = {name: part.dense().to(gradients[name].device) for name, part in mask.parameters.items()}
+    names = [name for name, part in mask.parameters.items() if part.selected]
+    ours = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    theirs = [nn.Parameter(dict(model.named_parameters())[name].detach().clone()) for name in names]
+    masks = [dense[name].to(p.dtype) for name, p in zip(names, theirs, strict=True)]
+    for name, p in ours.items():
+        p.grad = gradients[name].to(p.dtype)
+    for name, p in zip(names, theirs, strict=True):
+        p.grad = gradients[name].to(p.dtype)
+    entry = sum(mask.parameters[name].selected * ours[name].element_size() for name in names)
+    entries = sum(mask.parameters[name].selected for name in names)
+
+    fresh = {name: torch.randn_like(p) for name, p in ours.items()}
+    arguments = (
+        [ours[name] for name in names],
+        [fresh[name] for name in names],
+        torch.cat([mask.parameters[name].bits.to(theirs[0].device) for name in names]),
+        [mask.parameters[name].by_row for name in names],
+    )
+
+    @torch.no_grad()
+    def reset() -> None:
+        NATIVE.masked_reset_(*arguments)
+
+    @torch.no_grad()
+    def where() -> None:
+        for name, p in zip(names, theirs, strict=True):
+            p.copy_(torch.where(dense[name], fresh[name], p))
+
+    def same_everywhere(step: Callable[[], Any], other: Callable[[], Any], **near: float) -> Callable[[], None]:
+        def verify() -> None:
+            before = {name: p.detach().clone() for name, p in ours.items()}
+            step()
+            other()
+            for name, p in zip(names, theirs, strict=True):
+                torch.testing.assert_close(ours[name], p, **near)
+            for name, p in ours.items():
+                assert torch.equal(p[~dense[name]], before[name][~dense[name]]), f"'{name}' moved outside the mask"
+
+        return verify
+
+    yield Case(
+        *("masked reset", setting, reset, {"eager": where}, 2 * entry),
+        same_everywhere(reset, where, rtol=0, atol=0),
+        {"compile": where},
+    )
+    # no weight decay: with it the baselines would move what they must not
+    kinds: list[tuple[str, Any, Any, int, dict[str, Any]]] = [
+        ("masked SGD with momentum", MaskedSGD, torch.optim.SGD, 1, {"momentum": 0.9}),
+        ("masked AdamW", MaskedAdamW, torch.optim.AdamW, 2, {"weight_decay": 0.0}),
+    ]
+    for name, masked_class, dense_class, states, settings in kinds:
+        optimizer = masked_class(ours.items(), mask=mask, lr=1e-4, **settings)
+        foreach, fused = (dense_class(theirs, lr=1e-4, **settings, **{how: True}) for how in ("foreach", "fused"))
+
+        def masked_then(other: torch.optim.Optimizer) -> Callable[[], None]:
+            def step() -> None:
+                torch._foreach_mul_([p.grad for p in theirs], masks)
+                other.step()
+
+            return step
+
+        eps = torch.finfo(theirs[0].dtype).eps
+        yield Case(
+            *(name, setting, optimizer.step, {"foreach": masked_then(foreach), "fused": masked_then(fused)}),
+            3 * entry + 8 * states * entries,
+            same_everywhere(optimizer.step, masked_then(foreach), rtol=4 * eps, atol=1e-6),
+        )
