@@ -39,6 +39,18 @@ STREAMING = {
     "masked_update<PlainSgdRule>": [(256, 0)],
     "masked_update<SgdRule>": [(256, PART * 4)],
     "masked_update<AdamWRule>": [(256, 2 * PART * 4)],
+    "channel_dot_rows": [(256, 0)],
+    "channel_dot_columns": [(256, 0)],
+}
+# The same for kernels that read activations and their gradients, many products of each. Their sums stay in registers,
+# so fewer warps fit; each has as many independent products at a time as hide their own latency.
+MULTIPLYING = {
+    "per_example_tiles<FusedMultiplyAdd, 4>": [(128, 0)],
+    "per_example_tiles<TensorCores<nvcuda::wmma::precision::tf32>, 4>": [(128, 0)],
+    "per_example_tiles<TensorCores<__nv_bfloat16>, 8>": [(128, 0)],
+    "per_example_tiles<TensorCores<__half>, 8>": [(128, 0)],
+    "per_example_depthwise<4>": [(256, 0)],
+    "per_example_add_slabs<4>": [(256, 0)],
 }
 # A kernel may spill or have a stack frame only if it is here, with its reason.
 ALLOWED: dict[str, str] = {}
@@ -173,7 +185,7 @@ def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
 
 
 def occupancies(kernel: Kernel) -> list[float]:
-    return [occupancy(kernel, *shape) for shape in STREAMING[kernel.name]]
+    return [occupancy(kernel, *shape) for shape in (STREAMING | MULTIPLYING)[kernel.name]]
 
 
 def table(compiled: list[Compiled], version: str) -> str:
@@ -181,7 +193,7 @@ def table(compiled: list[Compiled], version: str) -> str:
         "# What ptxas makes of the kernels",
         "",
         f"Written by `python -m benchmarks.ptxas` with nvcc {version}. Of each kernel: registers / static shared",
-        "memory in bytes / stack frame and spills in bytes. Then, for the kernels that read parameters or gradients:",
+        "memory in bytes / stack frame and spills in bytes. Then, for the kernels that read what a model has:",
         "128-bit global loads inside loops and theoretical occupancy, both on sm_90 (of two, for short and long rows).",
         "",
         f"| kernel | {' | '.join(f'sm_{a}' for a in ARCHITECTURES)} | 128-bit loads | occupancy |",
@@ -197,9 +209,9 @@ def table(compiled: list[Compiled], version: str) -> str:
             for k in (by_architecture[architecture] for architecture in ARCHITECTURES)
         ]
         hopper = by_architecture["90"]
-        streams = name in STREAMING
-        cells.append(str(hopper.wide_loads) if streams else "")
-        cells.append(", ".join(f"{share:.0%}" for share in occupancies(hopper)) if streams else "")
+        reads = name in STREAMING | MULTIPLYING
+        cells.append(str(hopper.wide_loads) if reads else "")
+        cells.append(", ".join(f"{share:.0%}" for share in occupancies(hopper)) if reads else "")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
