@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kWantedBlocks = 1024;  // two to three times as many as an H100 runs at once
 constexpr int64_t kSlabPositions = 256;  // the least that is worth the writing and reading of a slab's sums
 constexpr int64_t kMostPositions = 1 << 30;
+constexpr Error kTooManyBlocks = "sums of more than 2^31 tiles are not supported";
 
 bool is_depthwise(const ConvShape& s) { return s.in_channels == s.groups; }
 
@@ -136,7 +137,7 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
   if (s.positions() > kMostPositions || s.in[0] * s.in[1] * s.in[2] > kMostPositions)
     return "examples of more than 2^30 positions are not supported";
   const Plan plan(s);
-  if (plan.tiles * plan.slabs > INT32_MAX) return "weights of more than 2^31 tiles are not supported";
+  if (plan.tiles * plan.slabs > INT32_MAX) return kTooManyBlocks;
   Layer layer = layer_of(p, s, plan, workspace);
   if (fold) {
     layer.transform = p.epilogue == Epilogue::abs ? Transform::abs : Transform::square;
@@ -172,10 +173,12 @@ Error channel_dot(const ChannelDot& p, Stream stream) {
   if (!rows) return nullptr;
   if (p.channels_last && p.positions > 1) {
     const int64_t tiles = ceil_div(p.channels, kDotLanes);
+    if (p.examples * tiles > INT32_MAX) return kTooManyBlocks;
     DELFAST_LAUNCH(channel_dot_columns, unsigned(p.examples * tiles), kThreads, 0, stream, p, tiles);
   } else {
     int lanes = 1;
     while (lanes < kWarp && lanes * 4 < p.positions) lanes *= 2;
+    if (ceil_div(rows * lanes, kThreads) > INT32_MAX) return kTooManyBlocks;
     DELFAST_LAUNCH(channel_dot_rows, unsigned(ceil_div(rows * lanes, kThreads)), kThreads, 0, stream, p, lanes);
   }
   return last_error();

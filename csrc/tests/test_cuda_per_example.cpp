@@ -205,6 +205,11 @@ void nothing_to_add() {
   PerExample p;
   p.shape = linear(1, (int64_t(1) << 30) + 1, 4, 4);
   CHECK(cuda::per_example_accumulate(p, false, nullptr, kStream) != nullptr);
+  ChannelDot dot;
+  dot.examples = int64_t(1) << 31;
+  dot.channels = dot.positions = 2;
+  dot.channels_last = true;
+  CHECK(cuda::channel_dot(dot, kStream) != nullptr);
 }
 
 // A NaN or an infinity reaches the sums of its channel, and no other.
@@ -283,6 +288,96 @@ void channel_dots(const std::vector<uint64_t>& seeds, Random& random) {
   }
 }
 
+// ---- what is not seen in sums
+
+// Inputs of 2^32 elements in memory that is not there until it is touched: of each example the first and the last
+// position are used.
+void far_apart(Random& random) {
+  const int64_t channels = 64, positions = int64_t(1) << 25, examples = 2;
+  const size_t bytes = size_t(examples * positions * channels) * sizeof(bfloat16);
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  describe("inputs of 2^32 elements");
+  CHECK(memory != MAP_FAILED);
+  if (memory == MAP_FAILED) return;
+  bfloat16* const inputs = static_cast<bfloat16*>(memory);
+  for (int64_t groups : {int64_t(1), channels})
+    for (bool tensor_cores : {false, true}) {
+      const ConvShape shape = conv(examples, channels, channels, {positions}, {1}, {positions - 1}, {0}, {}, groups);
+      const ConvShape near = conv(examples, channels, channels, {2}, {1}, {1}, {0}, {}, groups);
+      const Problem problem(near, Dtype::bfloat16, Dtype::bfloat16, tensor_cores, 0, random);
+      for (int64_t x = 0; x < examples; x++)
+        for (int64_t t = 0; t < 2; t++)
+          for (int64_t c = 0; c < channels; c++)
+            inputs[(x * positions + t * (positions - 1)) * channels + c].bits =
+                uint16_t(problem.inputs.bits((x * 2 + t) * channels + c));
+      std::vector<float> sums[2];
+      for (bool far : {false, true}) {
+        Guarded<float> result(int64_t(problem.before.size()));
+        std::fill(result.begin(), result.end(), 0.0f);
+        const PerExample p = {far ? memory : problem.inputs.data(),
+                              problem.deltas.data(),
+                              result.data(),
+                              Dtype::bfloat16,
+                              Dtype::bfloat16,
+                              Epilogue::abs,
+                              far ? shape : near};
+        CHECK_EQUAL(cuda::per_example_workspace(p.shape), int64_t(0));
+        CHECK(cuda::per_example_accumulate(p, tensor_cores, nullptr, kStream) == nullptr);
+        sums[far].assign(result.begin(), result.end());
+      }
+      describe("inputs of 2^32 elements, ", groups, " groups", tensor_cores ? ", tensor cores" : "");
+      CHECK(sums[0] == sums[1]);
+    }
+  munmap(memory, bytes);
+}
+
+// Slabs are written and read, but how many there are does not depend on how many examples.
+void bounded_workspace() {
+  describe("workspace");
+  for (int64_t examples : {10, 1000, 1000000}) {
+    CHECK(cuda::per_example_workspace(conv(examples, 64, 64, {32, 32}, {3, 3}, {1, 1}, {1, 1})) <= 18 << 20);
+    CHECK(cuda::per_example_workspace(conv(examples, 512, 512, {4, 4}, {3, 3}, {1, 1}, {1, 1})) <= 20 << 20);
+    CHECK(cuda::per_example_workspace(conv(examples, 96, 96, {8, 8}, {7, 7}, {1, 1}, {3, 3}, {}, 96)) <= 2 << 20);
+    CHECK_EQUAL(cuda::per_example_workspace(linear(examples, 1, 4096, 1000)), int64_t(0));
+  }
+}
+
+// Where one tile is all there is and one tap, no sector is asked for twice.
+void coalesced(Random& random) {
+  cuda_on_cpu::set_seed(0);
+  const auto check_sectors = [&](const char* kernel, auto run) {
+    cuda_on_cpu::sectors.start();
+    run();
+    const auto result = cuda_on_cpu::sectors.stop().at(kernel);
+    CHECK(result.loads.asked > 0);
+    CHECK_EQUAL(result.loads.asked, result.loads.least);
+    if (std::string(kernel) != "channel_dot_rows")  // whose sums are written by a lane of each team
+      CHECK_EQUAL(result.stores.asked, result.stores.least);
+  };
+  for (const Operands& o : kOperands)
+    for (int64_t groups : {1, 64}) {
+      const Problem problem(conv(2, 64, 64, {64}, {1}, {1}, {0}, {}, groups), o.inputs, o.deltas, o.tensor_cores, 0,
+                            random);
+      Guarded<float> sums(int64_t(problem.before.size()));
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      const PerExample p = {problem.inputs.data(),  problem.deltas.data(), sums.data(),  problem.inputs.dtype(),
+                            problem.deltas.dtype(), Epilogue::abs,         problem.shape};
+      describe("sectors, ", name(o.inputs), " and ", name(o.deltas), ", ", groups, " groups");
+      check_sectors(groups == 1 ? "per_example_tiles" : "per_example_depthwise",
+                    [&] { cuda::per_example_accumulate(p, o.tensor_cores, nullptr, kStream); });
+    }
+  for (bool channels_last : {false, true})
+    for (Dtype dtype : kDtypes) {
+      Array deltas(dtype, 2 * 64 * 64), values(dtype, 2 * 64 * 64);
+      fill(deltas, Kind::ordinary, random);
+      fill(values, Kind::ordinary, random);
+      Guarded<float> out(2 * 64);
+      const ChannelDot p = {deltas.data(), values.data(), out.data(), dtype, dtype, 2, 64, 64, channels_last};
+      describe("sectors, channel_dot, ", name(dtype), channels_last ? ", channels-last" : "");
+      check_sectors(channels_last ? "channel_dot_columns" : "channel_dot_rows", [&] { cuda::channel_dot(p, kStream); });
+    }
+}
+
 // That tensor cores were used shows: operands rounded to tf32 change the result.
 void paths_differ(Random& random) {
   const ConvShape& shape = geometries()[0].shape;
@@ -313,6 +408,9 @@ int main(int argc, char** argv) {
   nothing_to_add();
   nonfinite(random);
   channel_dots(list, random);
+  far_apart(random);
+  bounded_workspace();
+  coalesced(random);
   paths_differ(random);
   return report();
 }
