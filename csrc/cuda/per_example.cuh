@@ -86,6 +86,16 @@ struct Layer {
 
 // ---- values on their way: as read, and as float32
 
+// Calls f(dtype of the deltas, dtype of the inputs, transform): with constants, so that f's loops do not branch, where
+// both are float32 and not transformed.
+template <class F>
+__device__ __forceinline__ void with_kinds(const Layer& layer, F f) {
+  if (layer.deltas_dtype == Dtype::float32 && layer.inputs_dtype == Dtype::float32 &&
+      layer.transform == Transform::none)
+    return f(Dtype::float32, Dtype::float32, Transform::none);
+  f(layer.deltas_dtype, layer.inputs_dtype, layer.transform);
+}
+
 // kPack neighbours of either 32 or 16 bits.
 template <int kPack>
 __device__ __forceinline__ typename WordOf<4 * kPack>::type read_raw(const void* values, int64_t i, Dtype dtype) {
@@ -144,25 +154,27 @@ class Loader {
     inputs_ = example * layer_.in_size() * layer_.in_channels + first_input_;
   }
   __device__ __forceinline__ void load() {
+    with_kinds(layer_, [&](Dtype deltas, Dtype inputs, Transform) {
 #pragma unroll
-    for (int i = 0; i < kLoads; i++) {
-      const bool exists = position_.z < layer_.out_size[0];
-      const int source = exists && has_column_ ? layer_.source(position_, tap_) : -1;
-      read_deltas_[i] = read_inputs_[i] = Word{};
-      if (exists && has_output_)
-        read_deltas_[i] =
-            read(layer_.deltas, deltas_ + layer_.out_index(position_) * layer_.out_channels, layer_.deltas_dtype);
-      if (source >= 0)
-        read_inputs_[i] = read(layer_.inputs, inputs_ + source * layer_.in_channels, layer_.inputs_dtype);
-      layer_.advance(position_);
-    }
+      for (int i = 0; i < kLoads; i++) {
+        const bool exists = position_.z < layer_.out_size[0];
+        const int source = exists && has_column_ ? layer_.source(position_, tap_) : -1;
+        read_deltas_[i] = read_inputs_[i] = Word{};
+        if (exists && has_output_)
+          read_deltas_[i] = read(layer_.deltas, deltas_ + layer_.out_index(position_) * layer_.out_channels, deltas);
+        if (source >= 0) read_inputs_[i] = read(layer_.inputs, inputs_ + source * layer_.in_channels, inputs);
+        layer_.advance(position_);
+      }
+    });
   }
   __device__ __forceinline__ void store(Stage<Staged>& stage) const {
+    with_kinds(layer_, [&](Dtype deltas, Dtype inputs, Transform transform) {
 #pragma unroll
-    for (int i = 0; i < kLoads; i++) {
-      put(&stage.deltas[row() + i * kRows][pack()], read_deltas_[i], layer_.deltas_dtype);
-      put(&stage.inputs[row() + i * kRows][pack()], read_inputs_[i], layer_.inputs_dtype);
-    }
+      for (int i = 0; i < kLoads; i++) {
+        put(&stage.deltas[row() + i * kRows][pack()], read_deltas_[i], deltas, transform);
+        put(&stage.inputs[row() + i * kRows][pack()], read_inputs_[i], inputs, transform);
+      }
+    });
   }
 
  private:
@@ -174,15 +186,15 @@ class Loader {
     else
       return read_raw<kPack>(values, i, dtype);
   }
-  __device__ __forceinline__ void put(Staged* to, const Word& word, Dtype dtype) const {
+  static __device__ __forceinline__ void put(Staged* to, const Word& word, Dtype dtype, Transform transform) {
     if constexpr (kCopied) {
       *reinterpret_cast<Word*>(to) = word;
     } else {
       float values[kPack] = {};
       widen(word, dtype, values);
       for (int i = 0; i < kPack; i++) {
-        if (layer_.transform == Transform::abs) values[i] = fabsf(values[i]);
-        if (layer_.transform == Transform::square) values[i] = values[i] * values[i];
+        if (transform == Transform::abs) values[i] = fabsf(values[i]);
+        if (transform == Transform::square) values[i] = values[i] * values[i];
         values[i] = Multiply::staged(values[i]);
       }
       Word converted;
@@ -272,20 +284,21 @@ __global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(const __gri
     const int64_t deltas = example * layer.positions() * layer.out_channels + m,
                   inputs = example * layer.in_size() * layer.in_channels + channel;
     float gradient[kTaps][kPack] = {};
-    Position position = layer.position(int(threadIdx.x) / kPacks);
-    for (; m < layer.out_channels && position.z < layer.out_size[0]; layer.advance(position)) {
-      float delta[kPack] = {}, input[kPack] = {};
-      widen(read_raw<kPack>(layer.deltas, deltas + layer.out_index(position) * layer.out_channels, layer.deltas_dtype),
-            layer.deltas_dtype, delta);
+    with_kinds(layer, [&](Dtype deltas_dtype, Dtype inputs_dtype, Transform) {
+      Position position = layer.position(int(threadIdx.x) / kPacks);
+      for (; m < layer.out_channels && position.z < layer.out_size[0]; layer.advance(position)) {
+        float delta[kPack] = {}, input[kPack] = {};
+        widen(read_raw<kPack>(layer.deltas, deltas + layer.out_index(position) * layer.out_channels, deltas_dtype),
+              deltas_dtype, delta);
 #pragma unroll
-      for (int tap = 0; tap < kTaps; tap++) {
-        const int source = layer.source(position, taps[tap]);
-        if (source < 0) continue;
-        widen(read_raw<kPack>(layer.inputs, inputs + source * layer.in_channels, layer.inputs_dtype),
-              layer.inputs_dtype, input);
-        for (int i = 0; i < kPack; i++) gradient[tap][i] = fmaf(delta[i], input[i], gradient[tap][i]);
+        for (int tap = 0; tap < kTaps; tap++) {
+          const int source = layer.source(position, taps[tap]);
+          if (source < 0) continue;
+          widen(read_raw<kPack>(layer.inputs, inputs + source * layer.in_channels, inputs_dtype), inputs_dtype, input);
+          for (int i = 0; i < kPack; i++) gradient[tap][i] = fmaf(delta[i], input[i], gradient[tap][i]);
+        }
       }
-    }
+    });
     // the strands of a warp, then the warps
 #pragma unroll
     for (int tap = 0; tap < kTaps; tap++)
