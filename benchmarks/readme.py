@@ -1,4 +1,4 @@
-"""Writes the README's tables from the results kept beside this file, so that no number in it is typed.
+"""Writes the README's tables from the results kept in benchmarks/results, so that no number in them is typed.
 
 python -m benchmarks.readme           rewrites README.md
 python -m benchmarks.readme --check   writes nothing; exit code 1 if README.md differs. Either: 2 for bad results
@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
+SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/cpp-release/test_cuda_sectors prints
+
+ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
 
 
 def measured(results: dict[str, Any]) -> str:
@@ -62,6 +65,29 @@ def demo(summary: dict[str, Any]) -> str:
     return "\n".join([markdown_table(METHOD_COLUMNS, rows), *lines])
 
 
+def sectors(report: str) -> str:
+    """The report's ratios of whole families: the largest of each kind of kernel, by how memory is aligned."""
+    ratios: dict[str, str] = {}  # by what was run, the selection's passes apart; a family's sum comes last
+    for what, kernel, ratio in re.findall(r"^\| ([\w ,]+) \| `([\w*]+)` \|.*\| ([\d.]+) \|$", report, re.MULTILINE):
+        ratios[f"{what}, {kernel}" if kernel.startswith("selection") else what] = ratio
+    kinds = {
+        "criticality": lambda what: "," not in what,
+        "selection, of its passes": lambda what: "selection" in what,
+        "masked updates by rows": lambda what: what.endswith("rows"),
+        "masked updates by elements": lambda what: what.endswith("elements"),
+    }
+    rows = []
+    for kind, belongs in kinds.items():
+        found = [
+            [float(ratio) for what, ratio in ratios.items() if what.partition(",")[0] == alignment and belongs(what)]
+            for alignment in ALIGNMENTS
+        ]
+        if not all(found):
+            raise InputError(f"'{SECTORS.name}' has no figure for {kind}; make it again as it says")
+        rows.append([kind, *(f"{max(some):.2f}" for some in found)])
+    return markdown_table(("sectors asked for / least", *ALIGNMENTS), rows)
+
+
 def fill(text: str, name: str, content: str) -> str:
     """``text`` with what stands between the markers of ``name`` replaced; InputError unless they are there once."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -77,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     try:
         before = README.read_text(encoding="utf-8")
-        after = fill(fill(before, "measured", measured(read_json(CPU))), "demo", demo(read_json(DEMO)))
+        after = fill(before, "measured", measured(read_json(CPU)))
+        after = fill(after, "sectors", sectors(SECTORS.read_text(encoding="utf-8")))
+        after = fill(after, "demo", demo(read_json(DEMO)))
     except (InputError, OSError) as error:
         print(f"readme: error: {error}", file=sys.stderr)
         return 2

@@ -38,7 +38,7 @@ def named(tool: str) -> set[str]:
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """benchmarks.readme at work on copies of the README and the results."""
-    for name in ("README", "CPU", "DEMO"):
+    for name in ("README", "CPU", "DEMO", "SECTORS"):
         source = getattr(readme, name)
         (tmp_path / source.name).write_bytes(source.read_bytes())
         monkeypatch.setattr(readme, name, tmp_path / source.name)
@@ -65,7 +65,7 @@ def test_check_sees_a_changed_figure_and_writing_mends_it(copies: Path, capsys: 
     assert (copies / "README.md").read_text(encoding="utf-8") == TEXT
 
 
-@pytest.mark.parametrize("name", ["README.md", "cpu.json", "demo.json"])
+@pytest.mark.parametrize("name", ["README.md", "cpu.json", "demo.json", "sectors.md"])
 def test_a_missing_file_is_named(name: str, copies: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copies / name).unlink()
     before = {path: path.read_bytes() for path in copies.iterdir()}
@@ -90,6 +90,12 @@ def test_unfit_results_and_lost_markers_are_refused(copies: Path, capsys: pytest
     (copies / "demo.json").write_text(json.dumps({**summary, "quick": True}), encoding="utf-8")
     assert "delfast demo --quick" in refused()
     (copies / "demo.json").write_text(json.dumps(summary), encoding="utf-8")
+    report = (copies / "sectors.md").read_text(encoding="utf-8")
+    (copies / "sectors.md").write_text(report.replace("| apart, SGD", "| elsewhere, SGD"), encoding="utf-8")
+    assert readme.main([]) == 0  # there is still a figure of each kind
+    (copies / "sectors.md").write_text(report.replace("| apart", "| elsewhere"), encoding="utf-8")
+    assert "has no figure for criticality" in refused()
+    (copies / "sectors.md").write_text(report, encoding="utf-8")
     (copies / "README.md").write_text(TEXT.replace("<!-- /demo -->", ""), encoding="utf-8")
     assert "expected one pair of markers '<!-- demo -->'" in refused()
 

@@ -79,7 +79,7 @@ void nonfinite(const std::vector<uint64_t>& seeds, Random& random) {
 }
 
 void units(const std::vector<uint64_t>& seeds, Random& random) {
-  for (int round = 0; round < 24; round++) {
+  for (int round = 0; round < (kFewCases ? 4 : 24); round++) {
     const int64_t groups = round % 6 ? random.below(40) : 300, distinct = round % 2 ? 5 : 1 << 20;
     std::vector<int64_t> counts, lengths;
     std::vector<cpu::UnitGroup> given;
@@ -95,7 +95,8 @@ void units(const std::vector<uint64_t>& seeds, Random& random) {
     Guarded<float> scores(unit_count, round % 3);
     for (float& score : scores) score = float(random.below(distinct)) * 0.37f;
     if (round % 8 == 7 && unit_count) scores[random.below(unit_count)] = std::numeric_limits<float>::quiet_NaN();
-    for (int64_t budget : {int64_t(0), int64_t(1), random.below(total + 1), total / 3, total}) {
+    for (int64_t budget : {random.below(total + 1), total / 3, int64_t(0), int64_t(1), total}) {
+      if (kFewCases && budget != total / 3) continue;
       Bits expected(bytes);
       const cpu::UnitSelection twin = cpu::select_units(scores.data(), given.data(), groups, budget, expected.data());
       for (uint64_t seed : seeds)
@@ -128,16 +129,21 @@ int main(int argc, char** argv) {
   Random random(6);
   const Params awkward = awkward_params(Criterion::weighted_grad, random);
   const int64_t n = elements(awkward);
-  check(awkward, {1, n / 3}, list, "awkward");
-  check(awkward, {0, n - 1, n, n + 5}, {list.back()}, "awkward");
+  check(awkward, {n / 3}, list, "awkward");
+  if (!kFewCases) {
+    check(awkward, {1}, list, "awkward");
+    check(awkward, {0, n - 1, n, n + 5}, {list.back()}, "awkward");
+  }
   for (Criterion criterion : kCriteria) {
     const Params many = many_params(criterion, random);
     const int64_t all = elements(many);
-    check(many, {0, 1, all / 3, all - 1, all, all + 1}, list, "300 parameters");
+    check(many, {all / 3}, list, "300 parameters");
+    if (!kFewCases) check(many, {0, 1, all - 1, all, all + 1}, list, "300 parameters");
   }
   check({}, {0, 7}, list, "no parameters");
   for (Kind kind : kKinds)  // ties across tiles
     for (delfast::Dtype dtype : kDtypes) {
+      if (kFewCases && kind != Kind::ties) continue;
       check(one({3, 9000, 1}, kind, random, dtype), {1, 8191, 8192, 20001}, {list.back()}, name(kind));
       check(one({3, 9000, 1}, kind, random, dtype, 1), {1, 13000}, {list.back()}, name(kind));
     }

@@ -65,6 +65,7 @@ struct Device {
   uint64_t blocks_run = 0;  // in all launches: static shared memory is poisoned when it changes
   unsigned meetings = 0;
   char barrier_events[2] = {};
+  char block_events[2] = {};       // what the threads of a block did; those of the next one come after it
   char meeting_events[4096] = {};  // more than there can be at one time
 
   char* dynamic_shared = nullptr;
@@ -124,9 +125,11 @@ inline void thread_main() {
     {
       const IgnoreAccesses ignore;
       body = device.body;
+      happens_after(&device.block_events[(device.blocks_run + 1) % 2]);
     }
     (*body)();
     const IgnoreAccesses ignore;
+    happens_before(&device.block_events[device.blocks_run % 2]);
     Thread& thread = device.threads[size_t(device.current)];
     thread.wait = Wait::done;
     device.alive--;
@@ -286,14 +289,13 @@ inline void run_block() {
   if (device.block_done) device.block_done();
 }
 
-// Blocks reuse fibers and shared memory one after the other: to ThreadSanitizer each comes after the one before.
-inline void order_blocks() {
+// After a failure threads are left where they are; the host goes on, and may look at what they wrote.
+inline void order_abandoned_threads() {
 #if defined(__SANITIZE_THREAD__)
-  for (int round = 0; round < 2; round++)  // all fibers before the scheduler, then the scheduler before all fibers
-    for (Fiber* fiber : device.all_fibers) {
-      __tsan_switch_to_fiber(fiber->tsan_fiber, 0);
-      __tsan_switch_to_fiber(device.scheduler.tsan_fiber, 0);
-    }
+  for (Fiber* fiber : device.all_fibers) {
+    __tsan_switch_to_fiber(fiber->tsan_fiber, 0);
+    __tsan_switch_to_fiber(device.scheduler.tsan_fiber, 0);
+  }
 #endif
 }
 
@@ -328,6 +330,7 @@ inline void launch(const void* kernel, const char* name, dim3 grid, dim3 block, 
 #endif
   const IgnoreAccesses ignore;
   device.running = true;
+  happens_before(&device.block_events[device.blocks_run % 2]);  // the host's part comes before the first block
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; i++) order[i] = i;
@@ -335,13 +338,14 @@ inline void launch(const void* kernel, const char* name, dim3 grid, dim3 block, 
   for (uint64_t number : order) {
     device.block_index = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y),
                           unsigned(number / grid.x / grid.y)};
-    order_blocks();
     run_block();
     if (!device.error.empty()) break;
   }
-  order_blocks();
+  happens_after(&device.block_events[device.blocks_run % 2]);
   device.running = false;
-  if (!device.error.empty()) throw KernelError(device.error);
+  if (device.error.empty()) return;
+  order_abandoned_threads();
+  throw KernelError(device.error);
 }
 
 }  // namespace cuda_on_cpu
