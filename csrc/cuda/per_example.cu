@@ -86,26 +86,25 @@ Layer layer_of(const PerExample& p, const ConvShape& s, const Plan& plan, void* 
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// Whether packs of this many elements are aligned wherever channels begin, and 16 bytes of sums wherever rows do.
-bool packs(const PerExample& p, const Layer& layer, int64_t count) {
-  const auto aligned = [](const void* pointer, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % size_t(bytes) == 0;
-  };
-  return layer.group_inputs % count == 0 && layer.group_outputs % count == 0 && aligned(layer.out, 16) &&
-         aligned(p.inputs, count * bytes_of(p.inputs_dtype)) && aligned(p.deltas, count * bytes_of(p.deltas_dtype));
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % size_t(bytes) == 0; }
+
+// Whether a pack of this many elements is aligned wherever the operands' channels are taken by packs.
+bool aligned_packs(const PerExample& p, int64_t count) {
+  return aligned(p.inputs, count * bytes_of(p.inputs_dtype)) && aligned(p.deltas, count * bytes_of(p.deltas_dtype));
 }
 
 template <class Multiply, int kPack>
 void launch_tiles(Layer layer, const Plan& plan, Stream stream) {
-  layer.step = layer.position(Loader<Multiply, kPack>::kStride);
+  layer.step = layer.position(Loader<Multiply, kPack>::kRows);
   DELFAST_LAUNCH((per_example_tiles<Multiply, kPack>), unsigned(plan.tiles * plan.slabs), kTileThreads, 0, stream,
                  layer);
 }
 template <class Multiply>
 void launch_tiles(const PerExample& p, const Layer& layer, const Plan& plan, Stream stream) {
   constexpr int kPack = 16 / int(sizeof(typename Multiply::Staged));
-  if (packs(p, layer, kPack)) return launch_tiles<Multiply, kPack>(layer, plan, stream);
-  launch_tiles<Multiply, 1>(layer, plan, stream);
+  const bool by_packs = layer.group_inputs % kPack == 0 && layer.group_outputs % kPack == 0 &&
+                        aligned_packs(p, kPack) && aligned(layer.out, 16);
+  by_packs ? launch_tiles<Multiply, kPack>(layer, plan, stream) : launch_tiles<Multiply, 1>(layer, plan, stream);
 }
 
 template <int kPack>
@@ -113,12 +112,9 @@ void launch_depthwise(Layer layer, const Plan& plan, Stream stream) {
   layer.step = layer.position(kThreads / kLanes * kPack);
   DELFAST_LAUNCH(per_example_depthwise<kPack>, unsigned(plan.tiles * plan.slabs), kThreads, 0, stream, layer);
 }
-bool packs_depthwise(const PerExample& p, const Layer& layer) {
-  const auto aligned = [](const void* pointer, Dtype dtype) {
-    return reinterpret_cast<uintptr_t>(pointer) % size_t(4 * bytes_of(dtype)) == 0;
-  };
-  return layer.in_channels == layer.out_channels && layer.in_channels % 4 == 0 && aligned(p.inputs, p.inputs_dtype) &&
-         aligned(p.deltas, p.deltas_dtype);
+void launch_depthwise(const PerExample& p, const Layer& layer, const Plan& plan, Stream stream) {
+  const bool by_packs = layer.group_outputs == 1 && layer.in_channels % 4 == 0 && aligned_packs(p, 4);
+  by_packs ? launch_depthwise<4>(layer, plan, stream) : launch_depthwise<1>(layer, plan, stream);
 }
 
 }  // namespace
@@ -144,7 +140,7 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
     layer.epilogue = Epilogue::abs;  // of what is not negative: itself
   }
   if (is_depthwise(s)) {
-    packs_depthwise(p, layer) ? launch_depthwise<4>(layer, plan, stream) : launch_depthwise<1>(layer, plan, stream);
+    launch_depthwise(p, layer, plan, stream);
   } else if (!tensor_cores) {
     launch_tiles<FusedMultiplyAdd>(p, layer, plan, stream);
   } else if (fold || p.inputs_dtype != p.deltas_dtype || p.inputs_dtype == Dtype::float32) {
@@ -158,7 +154,7 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
   if (plan.slabs > 1) {
     const int64_t count = s.out_channels * s.row();
     const float* const partial = static_cast<const float*>(workspace);
-    if (count % 4 == 0 && reinterpret_cast<uintptr_t>(p.sums) % 16 == 0)
+    if (count % 4 == 0 && aligned(p.sums, 16))
       DELFAST_LAUNCH(per_example_add_slabs<4>, unsigned(ceil_div(count, 4 * kThreads)), kThreads, 0, stream, p.sums,
                      partial, count, layer.slab_pitch, plan.slabs);
     else

@@ -76,7 +76,7 @@ struct Layer {
   }
   // Adds to the sums from element i on, or writes them to the slab's.
   template <int kCount>
-  __device__ __forceinline__ void put(int64_t i, const float (&values)[kCount]) const {
+  __device__ __forceinline__ void write_sums(int64_t i, const float (&values)[kCount]) const {
     float sums[kCount] = {};
     if (!slab_pitch) load_pack<true>(out + i, sums);
     for (int j = 0; j < kCount; j++) sums[j] += values[j];
@@ -130,13 +130,13 @@ union TileMemory {
 template <class Multiply, int kPack>
 class Loader {
   using Staged = typename Multiply::Staged;
-  static constexpr int kPacks = kTile / kPack, kRows = kTileThreads / kPacks, kLoads = kDepth / kRows;
+  static constexpr int kPacks = kTile / kPack;
   // what is staged in 16 bits is copied as it is, anything else becomes float32
   static constexpr bool kCopied = sizeof(Staged) == 2;
   using Word = typename WordOf<(kCopied ? 2 : 4) * kPack>::type;
 
  public:
-  static constexpr int kStride = kRows;
+  static constexpr int kRows = kTileThreads / kPacks, kLoads = kDepth / kRows;
 
   __device__ __forceinline__ Loader(const Layer& layer, int64_t group, int64_t m, int64_t column) : layer_(layer) {
     m += pack();
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
     per_example_tiles(const __grid_constant__ Layer layer) {
   using Memory = TileMemory<typename Multiply::Staged>;
   DELFAST_SHARED(Memory, memory);
-  // neighbouring blocks take the same columns, and of these the same inputs
+  // neighbouring blocks read the same inputs: those of one tile of columns
   const uint32_t tile = blockIdx.x % layer.tiles;
   const int64_t group = tile / layer.m_tiles / layer.column_tiles;
   const int64_t m = int64_t(tile % layer.m_tiles) * kTile,
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
   const int positions = layer.positions();
   const int64_t end = layer.end_example();
   int64_t example = layer.first_example();
-  int left = positions, half = 0;
+  int left = positions, stage = 0;  // left: of the example's positions
   loader.load();
   loader.store(memory.stages[0]);
   __syncthreads();
@@ -236,12 +236,12 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
     if (more) loader.load();
 #pragma unroll
     for (int k = 0; k < kDepth; k += Multiply::kStep)
-      if (k < left) multiply.multiply(memory.stages[half], k);
+      if (k < left) multiply.multiply(memory.stages[stage], k);
     if (example_ends) multiply.end_example(layer.epilogue);
     left = example_ends ? positions : left - kDepth;
     example += example_ends;
-    half ^= 1;
-    if (more) loader.store(memory.stages[half]);
+    stage ^= 1;
+    if (more) loader.store(memory.stages[stage]);
     __syncthreads();
   }
 
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
     if (channel >= layer.group_outputs || at >= layer.row) continue;
     float values[kOut];
     memcpy(values, &memory.tile[i / kTile][i % kTile], sizeof values);
-    layer.put((group * layer.group_outputs + channel) * layer.row + at, values);
+    layer.write_sums((group * layer.group_outputs + channel) * layer.row + at, values);
   }
 }
 
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(const __gri
     const int i = int(threadIdx.x) + s * kThreads, tap = i / kLanes;
     const int64_t out = first_m + i % kLanes;
     const float value[1] = {sums[s]};
-    if (tap < tap_count && out < layer.out_channels) layer.put(out * layer.row + first_tap + tap, value);
+    if (tap < tap_count && out < layer.out_channels) layer.write_sums(out * layer.row + first_tap + tap, value);
   }
 }
 
