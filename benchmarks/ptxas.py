@@ -8,11 +8,11 @@ same things.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,18 @@ STREAMING = {
     "masked_update<PlainSgdRule>": [(256, 0)],
     "masked_update<SgdRule>": [(256, PART * 4)],
     "masked_update<AdamWRule>": [(256, 2 * PART * 4)],
+    "channel_dot_rows": [(256, 0)],
+    "channel_dot_columns": [(256, 0)],
+}
+# The same for kernels that read activations and their gradients, many products of each. Their sums stay in registers,
+# so fewer warps fit; each has as many independent products at a time as hide their own latency.
+MULTIPLYING = {
+    "per_example_tiles<FusedMultiplyAdd, 4>": [(128, 0)],
+    "per_example_tiles<TensorCores<nvcuda::wmma::precision::tf32>, 4>": [(128, 0)],
+    "per_example_tiles<TensorCores<__nv_bfloat16>, 8>": [(128, 0)],
+    "per_example_tiles<TensorCores<__half>, 8>": [(128, 0)],
+    "per_example_depthwise<4>": [(256, 0)],
+    "per_example_add_slabs<4>": [(256, 0)],
 }
 # A kernel may spill or have a stack frame only if it is here, with its reason.
 ALLOWED: dict[str, str] = {}
@@ -59,6 +71,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Compiled:
+    """``seconds`` are the CPU's: what else the machine does is not counted."""
+
     source: str
     architecture: str
     seconds: float
@@ -76,33 +90,24 @@ def compile_all(nvcc: str) -> list[Compiled]:
 def _compile(nvcc: str, source: Path, architecture: str, folder: Path) -> Compiled:
     cubin = folder / f"{source.stem}-{architecture}.cubin"
     depfile = cubin.with_suffix(".d")
-    begin = time.perf_counter()
-    result = subprocess.run(
-        [
-            nvcc,
-            *FLAGS,
-            "-Xptxas",
-            "-v",
-            "-cubin",
-            f"-arch=sm_{architecture}",
-            "-MD",
-            "-MF",
-            depfile,
-            "-o",
-            cubin,
-            source,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    seconds = time.perf_counter() - begin
-    if result.returncode:
-        raise RuntimeError(f"nvcc could not compile {source.name} for sm_{architecture}:\n{result.stderr}")
+    command = [
+        *(nvcc, *FLAGS, "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"),
+        *("-MD", "-MF", depfile, "-o", cubin, source),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        log = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"nvcc could not compile {source.name} for sm_{architecture}:\n{log}")
     loads = _wide_loads(cubin)
     kernels = tuple(
-        Kernel(name, architecture, *numbers, loads.get(name, 0)) for name, numbers in _resources(result.stderr).items()
+        Kernel(name, architecture, *numbers, loads.get(name, 0)) for name, numbers in _resources(log).items()
     )
-    return Compiled(source.name, architecture, seconds, depfile.read_text(encoding="utf-8"), kernels)
+    return Compiled(
+        source.name, architecture, usage.ru_utime + usage.ru_stime, depfile.read_text(encoding="utf-8"), kernels
+    )
 
 
 def _resources(log: str) -> dict[str, tuple[int, int, int, int]]:
@@ -181,7 +186,7 @@ def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
 
 
 def occupancies(kernel: Kernel) -> list[float]:
-    return [occupancy(kernel, *shape) for shape in STREAMING[kernel.name]]
+    return [occupancy(kernel, *shape) for shape in (STREAMING | MULTIPLYING)[kernel.name]]
 
 
 def table(compiled: list[Compiled], version: str) -> str:
@@ -189,7 +194,7 @@ def table(compiled: list[Compiled], version: str) -> str:
         "# What ptxas makes of the kernels",
         "",
         f"Written by `python -m benchmarks.ptxas` with nvcc {version}. Of each kernel: registers / static shared",
-        "memory in bytes / stack frame and spills in bytes. Then, for the kernels that read parameters or gradients:",
+        "memory in bytes / stack frame and spills in bytes. Then, for the kernels that read what a model has:",
         "128-bit global loads inside loops and theoretical occupancy, both on sm_90 (of two, for short and long rows).",
         "",
         f"| kernel | {' | '.join(f'sm_{a}' for a in ARCHITECTURES)} | 128-bit loads | occupancy |",
@@ -205,9 +210,9 @@ def table(compiled: list[Compiled], version: str) -> str:
             for k in (by_architecture[architecture] for architecture in ARCHITECTURES)
         ]
         hopper = by_architecture["90"]
-        streams = name in STREAMING
-        cells.append(str(hopper.wide_loads) if streams else "")
-        cells.append(", ".join(f"{share:.0%}" for share in occupancies(hopper)) if streams else "")
+        reads = name in STREAMING | MULTIPLYING
+        cells.append(str(hopper.wide_loads) if reads else "")
+        cells.append(", ".join(f"{share:.0%}" for share in occupancies(hopper)) if reads else "")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -98,7 +98,7 @@ def test_nothing_is_caught_where_there_is_no_bug(kind: str) -> None:
 
 @x86_only
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["criticality", "selection", "masked_update"])
+@pytest.mark.parametrize("family", ["criticality", "selection", "masked_update", "per_example"])
 def test_cuda_kernels_under_many_schedules(family: str) -> None:
     print(run(str(build("release") / f"test_cuda_{family}"), *map(str, range(3, 40))))
     print(run(str(build("address") / f"test_cuda_{family}"), "0", "1", "2"))

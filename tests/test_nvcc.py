@@ -57,6 +57,20 @@ def test_at_least_half_of_hoppers_warps_fit(compiled: list[ptxas.Compiled]) -> N
             assert min(ptxas.occupancies(kernel)) >= 0.5, kernel
 
 
+def test_multiplying_loops_load_128_bits(compiled: list[ptxas.Compiled]) -> None:
+    multiplying = kernels(compiled, ptxas.MULTIPLYING)
+    assert {kernel.name for kernel in multiplying} == set(ptxas.MULTIPLYING)
+    for kernel in multiplying:
+        operands = 1 if "slabs" in kernel.name else 2
+        assert kernel.wide_loads >= operands, kernel
+
+
+def test_twelve_multiplying_warps_fit_on_hopper(compiled: list[ptxas.Compiled]) -> None:
+    for kernel in kernels(compiled, ptxas.MULTIPLYING):
+        if kernel.architecture == "90":
+            assert 64 * min(ptxas.occupancies(kernel)) >= 12, kernel
+
+
 def test_the_table_in_the_repository_is_of_these_kernels(compiled: list[ptxas.Compiled]) -> None:
     version = ptxas.nvcc_version(str(TOOLKIT.nvcc))
     kept = ptxas.TABLE.read_text(encoding="utf-8")

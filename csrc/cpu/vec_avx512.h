@@ -13,6 +13,7 @@ struct Vec {
   __m512 v;
 
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec broadcast_at(const float* p) { return broadcast(*p); }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const bfloat16* p) { return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const float16* p) {
@@ -53,6 +54,7 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max_bits(Vec a, Vec b) { return {_mm512_castsi512_ps(_mm512_max_epi32(a.bits(), b.bits()))}; }
 
   __m512i bits() const { return _mm512_castps_si512(v); }

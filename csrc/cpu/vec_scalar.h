@@ -1,5 +1,6 @@
 // Vec: 16 floats, one lane at a time. This file is the definition; vec_avx2.h and vec_avx512.h do the same, bit for
-// bit, with wider registers. All kernels are written against Vec, so they sum in the same order everywhere.
+// bit (multiply_add aside), with wider registers. All kernels are written against Vec, so they sum in the same order
+// everywhere.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,9 @@ struct Vec {
     for (float& lane : v.lane) lane = x;
     return v;
   }
+  // Of a value in memory. Volatile, since GCC 12 at -O3 would else load neighbours of the next iteration too, past the
+  // end of the array, to broadcast two at a time.
+  static Vec broadcast_at(const float* p) { return broadcast(*static_cast<const volatile float*>(p)); }
   template <class T>
   static Vec load(const T* p) {
     Vec v;
@@ -93,6 +97,8 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) {
     return zip(a, b, [](float x, float y) { return x / y; });
   }
+  // a b + c, rounded once where the instruction set can, else twice: the one operation whose bits differ.
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
   // Larger by bits as integers: the larger of non-negative floats, and a NaN beats every number.
   static Vec max_bits(Vec a, Vec b) {
     return zip(a, b, [](float x, float y) { return int32_t(float_bits(x)) > int32_t(float_bits(y)) ? x : y; });

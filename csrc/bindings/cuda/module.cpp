@@ -10,4 +10,6 @@ TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
   m.impl("masked_reset_", TORCH_FN(delfast::bindings::on_cuda::masked_reset_));
   m.impl("masked_sgd_", TORCH_FN(delfast::bindings::on_cuda::masked_sgd_));
   m.impl("masked_adamw_", TORCH_FN(delfast::bindings::on_cuda::masked_adamw_));
+  m.impl("per_example_accumulate_", TORCH_FN(delfast::bindings::on_cuda::per_example_accumulate_));
+  m.impl("channel_dot", TORCH_FN(delfast::bindings::on_cuda::channel_dot));
 }

@@ -11,5 +11,7 @@ decltype(bindings::select_units) select_units;
 decltype(bindings::masked_reset_) masked_reset_;
 decltype(bindings::masked_sgd_) masked_sgd_;
 decltype(bindings::masked_adamw_) masked_adamw_;
+decltype(bindings::per_example_accumulate_) per_example_accumulate_;
+decltype(bindings::channel_dot) channel_dot;
 
 }  // namespace delfast::bindings::on_cuda

@@ -1,0 +1,183 @@
+// Launchers of the per-example sums: which kernel suits a layer, and how many slabs.
+#include "cuda/per_example.cuh"
+#include "cuda/per_example_dot.cuh"
+#include "delfast/cuda_launch.h"
+
+namespace delfast::cuda {
+
+namespace {
+
+constexpr int64_t kWantedBlocks = 1024;  // two to three times as many as an H100 runs at once
+constexpr int64_t kSlabPositions = 256;  // the least that is worth the writing and reading of a slab's sums
+constexpr int64_t kMostPositions = 1 << 30;
+constexpr Error kTooManyBlocks = "sums of more than 2^31 tiles are not supported";
+
+bool is_depthwise(const ConvShape& s) { return s.in_channels == s.groups; }
+
+// Groups, columns, output channels: how many tiles there are of each.
+struct Plan {
+  int64_t m_tiles, column_tiles, tiles, slab_examples, slabs;
+
+  explicit Plan(const ConvShape& s) {
+    if (is_depthwise(s)) {
+      m_tiles = ceil_div(s.out_channels, kLanes);
+      column_tiles = ceil_div(s.row(), kTaps);
+      tiles = m_tiles * column_tiles;
+    } else {
+      m_tiles = ceil_div(s.out_channels / s.groups, kTile);
+      column_tiles = ceil_div(s.row(), kTile);
+      tiles = s.groups * m_tiles * column_tiles;
+    }
+    const int64_t wanted = ceil_div(kWantedBlocks, tiles);
+    const int64_t by_blocks = ceil_div(s.examples, wanted), by_work = ceil_div(kSlabPositions, s.positions());
+    slab_examples = by_blocks > by_work ? by_blocks : by_work;
+    slabs = ceil_div(s.examples, slab_examples);
+  }
+};
+
+int64_t slab_pitch(const ConvShape& s) { return ceil_div(s.out_channels * s.row(), 4) * 4; }
+
+bool is_empty(const ConvShape& s) {
+  return !s.examples || !s.out_channels || !s.in_channels || !s.positions() || !s.row();
+}
+
+// One position for each example: the examples become positions of one, along a dimension that has nothing else in it.
+bool folds(const ConvShape& s) {
+  return s.positions() == 1 && s.in[0] == 1 && s.kernel[0] == 1 && s.padding[0] == 0 && s.examples <= kMostPositions &&
+         s.examples * s.in[1] * s.in[2] <= kMostPositions && !is_depthwise(s);
+}
+ConvShape folded(ConvShape s) {
+  s.in[0] = s.out[0] = s.examples;
+  s.stride[0] = 1;
+  s.examples = 1;
+  return s;
+}
+
+Layer layer_of(const PerExample& p, const ConvShape& s, const Plan& plan, void* workspace) {
+  Layer layer = {};
+  layer.inputs = p.inputs;
+  layer.deltas = p.deltas;
+  layer.out = plan.slabs > 1 ? static_cast<float*>(workspace) : p.sums;
+  layer.slab_pitch = plan.slabs > 1 ? slab_pitch(s) : 0;
+  layer.examples = s.examples;
+  layer.slab_examples = plan.slab_examples;
+  layer.in_channels = s.in_channels;
+  layer.out_channels = s.out_channels;
+  layer.group_inputs = s.in_channels / s.groups;
+  layer.group_outputs = s.out_channels / s.groups;
+  layer.row = s.row();
+  for (int d = 0; d < 3; d++) {
+    layer.in[d] = int(s.in[d]);
+    layer.out_size[d] = int(s.out[d]);
+    layer.kernel[d] = int(s.kernel[d]);
+    layer.stride[d] = int(s.stride[d]);
+    layer.padding[d] = int(s.padding[d]);
+    layer.dilation[d] = int(s.dilation[d]);
+  }
+  layer.tiles = uint32_t(plan.tiles);
+  layer.m_tiles = uint32_t(plan.m_tiles);
+  layer.column_tiles = uint32_t(plan.column_tiles);
+  layer.inputs_dtype = p.inputs_dtype;
+  layer.deltas_dtype = p.deltas_dtype;
+  layer.epilogue = p.epilogue;
+  layer.transform = Transform::none;
+  return layer;
+}
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % size_t(bytes) == 0; }
+
+// Whether a pack of this many elements is aligned wherever the operands' channels are taken by packs.
+bool aligned_packs(const PerExample& p, int64_t count) {
+  return aligned(p.inputs, count * bytes_of(p.inputs_dtype)) && aligned(p.deltas, count * bytes_of(p.deltas_dtype));
+}
+
+template <class Multiply, int kPack>
+void launch_tiles(Layer layer, const Plan& plan, Stream stream) {
+  layer.step = layer.position(Loader<Multiply, kPack>::kRows);
+  DELFAST_LAUNCH((per_example_tiles<Multiply, kPack>), unsigned(plan.tiles * plan.slabs), kTileThreads, 0, stream,
+                 layer);
+}
+template <class Multiply>
+void launch_tiles(const PerExample& p, const Layer& layer, const Plan& plan, Stream stream) {
+  constexpr int kPack = 16 / int(sizeof(typename Multiply::Staged));
+  const bool by_packs = layer.group_inputs % kPack == 0 && layer.group_outputs % kPack == 0 &&
+                        aligned_packs(p, kPack) && aligned(layer.out, 16);
+  by_packs ? launch_tiles<Multiply, kPack>(layer, plan, stream) : launch_tiles<Multiply, 1>(layer, plan, stream);
+}
+
+template <int kPack>
+void launch_depthwise(Layer layer, const Plan& plan, Stream stream) {
+  layer.step = layer.position(kThreads / kLanes * kPack);
+  DELFAST_LAUNCH(per_example_depthwise<kPack>, unsigned(plan.tiles * plan.slabs), kThreads, 0, stream, layer);
+}
+void launch_depthwise(const PerExample& p, const Layer& layer, const Plan& plan, Stream stream) {
+  const bool by_packs = layer.group_outputs == 1 && layer.in_channels % 4 == 0 && aligned_packs(p, 4);
+  by_packs ? launch_depthwise<4>(layer, plan, stream) : launch_depthwise<1>(layer, plan, stream);
+}
+
+}  // namespace
+
+int64_t per_example_workspace(const ConvShape& shape) {
+  if (is_empty(shape)) return 0;
+  const ConvShape s = folds(shape) ? folded(shape) : shape;
+  const Plan plan(s);
+  return plan.slabs > 1 ? plan.slabs * slab_pitch(s) * int64_t(sizeof(float)) : 0;
+}
+
+Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* workspace, Stream stream) {
+  if (is_empty(p.shape)) return nullptr;
+  const bool fold = folds(p.shape);
+  const ConvShape s = fold ? folded(p.shape) : p.shape;
+  if (s.positions() > kMostPositions || s.in[0] * s.in[1] * s.in[2] > kMostPositions)
+    return "examples of more than 2^30 positions are not supported";
+  const Plan plan(s);
+  if (plan.tiles * plan.slabs > INT32_MAX) return kTooManyBlocks;
+  Layer layer = layer_of(p, s, plan, workspace);
+  if (fold) {
+    layer.transform = p.epilogue == Epilogue::abs ? Transform::abs : Transform::square;
+    layer.epilogue = Epilogue::abs;  // of what is not negative: itself
+  }
+  if (is_depthwise(s)) {
+    launch_depthwise(p, layer, plan, stream);
+  } else if (!tensor_cores) {
+    launch_tiles<FusedMultiplyAdd>(p, layer, plan, stream);
+  } else if (fold || p.inputs_dtype != p.deltas_dtype || p.inputs_dtype == Dtype::float32) {
+    launch_tiles<TensorCores<nvcuda::wmma::precision::tf32>>(p, layer, plan, stream);
+  } else if (p.inputs_dtype == Dtype::bfloat16) {
+    launch_tiles<TensorCores<__nv_bfloat16>>(p, layer, plan, stream);
+  } else {
+    launch_tiles<TensorCores<__half>>(p, layer, plan, stream);
+  }
+
+  if (plan.slabs > 1) {
+    const int64_t count = s.out_channels * s.row();
+    const float* const partial = static_cast<const float*>(workspace);
+    if (count % 4 == 0 && aligned(p.sums, 16))
+      DELFAST_LAUNCH(per_example_add_slabs<4>, unsigned(ceil_div(count, 4 * kThreads)), kThreads, 0, stream, p.sums,
+                     partial, count, layer.slab_pitch, plan.slabs);
+    else
+      DELFAST_LAUNCH(per_example_add_slabs<1>, unsigned(ceil_div(count, kThreads)), kThreads, 0, stream, p.sums,
+                     partial, count, layer.slab_pitch, plan.slabs);
+  }
+  return last_error();
+}
+
+Error channel_dot(const ChannelDot& p, Stream stream) {
+  const int64_t rows = p.examples * p.channels;
+  if (!rows) return nullptr;
+  if (p.channels_last && p.positions > 1) {
+    const int64_t tiles = ceil_div(p.channels, kDotLanes);
+    if (p.examples * tiles > INT32_MAX) return kTooManyBlocks;
+    DELFAST_LAUNCH(channel_dot_columns, unsigned(p.examples * tiles), kThreads, 0, stream, p, tiles);
+  } else {
+    int lanes = 1;
+    while (lanes < kWarp && lanes * 4 < p.positions) lanes *= 2;
+    if (ceil_div(rows * lanes, kThreads) > INT32_MAX) return kTooManyBlocks;
+    DELFAST_LAUNCH(channel_dot_rows, unsigned(ceil_div(rows * lanes, kThreads)), kThreads, 0, stream, p, lanes);
+  }
+  return last_error();
+}
+
+}  // namespace delfast::cuda

@@ -1,0 +1,132 @@
+// Each example's and channel's sum, over the positions, of deltas times values.
+//
+// Mapping. Contiguous: a row of positions for each team of lanes of a warp, as many as the row has packs.
+// Channels-last: a block for kDotLanes channels of an example; its strands share out the positions, and their parts are
+// added up. Memory. Everything is read once, by 16-byte loads wherever alignment allows; nothing but the sums is
+// written. Numerics. Products and sums in float32; who adds what depends on the shape and on alignment alone.
+#pragma once
+
+#include "cuda/common.cuh"
+#include "delfast/cuda_launch.h"
+
+namespace delfast::cuda {
+
+constexpr int kDotLanes = 32;
+
+// ---- the products, or the deltas alone
+
+template <class Delta, class Value>
+struct Products {
+  static constexpr int kPack = 16 / int(sizeof(Delta) > sizeof(Value) ? sizeof(Delta) : sizeof(Value));
+  const Delta* deltas;
+  const Value* values;
+
+  template <int kCount>
+  __device__ __forceinline__ void load(int64_t i, float (&out)[kCount]) const {
+    float factors[kCount];
+    load_pack(deltas + i, out);
+    load_pack(values + i, factors);
+    for (int j = 0; j < kCount; j++) out[j] *= factors[j];
+  }
+  __device__ __forceinline__ bool aligned() const {
+    return pack_offset<kPack>(deltas) == 0 && pack_offset<kPack>(values) == 0;
+  }
+};
+
+template <class Delta>
+struct Deltas {
+  static constexpr int kPack = 16 / int(sizeof(Delta));
+  const Delta* deltas;
+
+  template <int kCount>
+  __device__ __forceinline__ void load(int64_t i, float (&out)[kCount]) const {
+    load_pack(deltas + i, out);
+  }
+  __device__ __forceinline__ bool aligned() const { return pack_offset<kPack>(deltas) == 0; }
+};
+
+template <class F>
+__device__ __forceinline__ void with_products(const ChannelDot& p, F f) {
+  with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
+    const Delta* const deltas = static_cast<const Delta*>(p.deltas);
+    if (!p.values) return f(Deltas<Delta>{deltas});
+    with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
+      f(Products<Delta, Value>{deltas, static_cast<const Value*>(p.values)});
+    });
+  });
+}
+
+// ---- contiguous
+
+// What one member of a team of `lanes` adds up of the elements [begin, end).
+template <int kPack, class Source>
+__device__ __forceinline__ float row_part(const Source& source, int64_t begin, int64_t end, int member, int lanes) {
+  float sum = 0;
+#pragma unroll 4
+  for (int64_t i = begin + member * kPack; i < end; i += lanes * kPack) {
+    float products[kPack];
+    source.load(i, products);
+    for (int j = 0; j < kPack; j++) sum += products[j];
+  }
+  return sum;
+}
+
+// `lanes`: of a team, a power of two.
+__global__ void __launch_bounds__(kThreads, 4) channel_dot_rows(const ChannelDot p, int lanes) {
+  const int64_t row = (int64_t(blockIdx.x) * kThreads + int(threadIdx.x)) / lanes;
+  const int member = int(threadIdx.x) % lanes;
+  const bool exists = row < p.examples * p.channels;
+  const int64_t begin = row * p.positions, end = exists ? begin + p.positions : begin;
+  float sum = 0;
+  with_products(p, [&]<class Source>(const Source& source) {
+    sum = source.aligned() && p.positions % Source::kPack == 0
+              ? row_part<Source::kPack>(source, begin, end, member, lanes)
+              : row_part<1>(source, begin, end, member, lanes);
+  });
+  for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  if (exists && member == 0) global_store(&p.out[row], sum);
+}
+
+// ---- channels-last
+
+// This thread's part of the sums of the block's channels from `channel` on, at parts[warp][channel].
+template <int kPack, class Source>
+__device__ __forceinline__ void add_columns(const ChannelDot& p, const Source& source, int64_t example, int64_t channel,
+                                            float (&parts)[kThreads / kWarp][kDotLanes]) {
+  constexpr int kPacks = kDotLanes / kPack, kStrands = kThreads / kPacks;
+  const int mine = int(threadIdx.x) % kPacks * kPack;
+  float sums[kPack] = {};
+  if (channel + mine < p.channels) {
+    const int64_t first = example * p.positions * p.channels + channel + mine;
+#pragma unroll 4
+    for (int64_t t = int(threadIdx.x) / kPacks; t < p.positions; t += kStrands) {
+      float products[kPack];
+      source.load(first + t * p.channels, products);
+      for (int j = 0; j < kPack; j++) sums[j] += products[j];
+    }
+  }
+  for (int j = 0; j < kPack; j++) {
+    for (int step = kPacks; step < kWarp; step *= 2) sums[j] += __shfl_xor_sync(kAllLanes, sums[j], step);
+    if (lane() < kPacks) parts[warp()][mine + j] = sums[j];
+  }
+}
+
+// `tiles` of kDotLanes channels make an example.
+__global__ void __launch_bounds__(kThreads) channel_dot_columns(const ChannelDot p, int64_t tiles) {
+  DELFAST_SHARED(float, parts, [kThreads / kWarp][kDotLanes]);
+  const int64_t example = blockIdx.x / tiles, channel = blockIdx.x % tiles * kDotLanes;
+  with_products(p, [&]<class Source>(const Source& source) {
+    if (source.aligned() && p.channels % Source::kPack == 0)
+      add_columns<Source::kPack>(p, source, example, channel, parts);
+    else
+      add_columns<1>(p, source, example, channel, parts);
+  });
+  __syncthreads();
+  const int mine = int(threadIdx.x);
+  if (mine >= kDotLanes || channel + mine >= p.channels) return;
+  float sum = 0;
+  for (int w = 0; w < kThreads / kWarp; w++) sum += parts[w][mine];
+  global_store(&p.out[example * p.channels + channel + mine], sum);
+}
+
+}  // namespace delfast::cuda

@@ -1,0 +1,418 @@
+// Per-example sums by the CUDA kernels, run on the CPU, against a loop in double precision: within the error that their
+// arithmetic allows, and the same bits for every schedule of threads and order of blocks.
+//
+// The bounds. u = 2^-24 is float32's unit roundoff. A sum of T terms in any order takes at most T roundings of each:
+// relative to the sum A of the terms' magnitudes the error of one example's gradient g is at most gamma(T) = T u /
+// (1 - T u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.1 and 4.2; products are not rounded). Tensor
+// cores may cut off instead of rounding, so theirs counts 2 u; and a float32 operand becomes tf32, an error of 2^-11.
+// g^2 errs by at most e (2 |g| + e), and the sum over n examples takes n + 2 additions more.
+#include <limits>
+
+#include "cuda_cases.h"
+
+namespace delfast::test {
+namespace {
+
+struct Geometry {
+  const char* name;
+  ConvShape shape;
+};
+
+// in, kernel, stride, padding and dilation are of the last dimensions.
+ConvShape conv(int64_t examples, int64_t in_channels, int64_t out_channels, std::vector<int64_t> in,
+               std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
+               std::vector<int64_t> dilation = {}, int64_t groups = 1) {
+  ConvShape s;
+  s.examples = examples;
+  s.in_channels = in_channels;
+  s.out_channels = out_channels;
+  s.groups = groups;
+  for (size_t i = 0; i < in.size(); i++) {
+    const size_t d = 3 - in.size() + i;
+    s.in[d] = in[i];
+    s.kernel[d] = kernel[i];
+    s.stride[d] = stride[i];
+    s.padding[d] = padding[i];
+    s.dilation[d] = dilation.empty() ? 1 : dilation[i];
+    s.out[d] = (s.in[d] + 2 * s.padding[d] - s.dilation[d] * (s.kernel[d] - 1) - 1) / s.stride[d] + 1;
+  }
+  return s;
+}
+ConvShape linear(int64_t examples, int64_t positions, int64_t in_channels, int64_t out_channels) {
+  return conv(examples, in_channels, out_channels, {positions}, {1}, {1}, {0});
+}
+
+const std::vector<Geometry>& geometries() {
+  static const std::vector<Geometry> list = {
+      {"3x3", conv(3, 16, 24, {6, 5}, {3, 3}, {1, 1}, {1, 1})},
+      {"stem", conv(2, 3, 10, {9, 8}, {7, 7}, {2, 2}, {3, 3})},
+      {"1x1, two tiles each way", conv(2, 72, 68, {5, 5}, {1, 1}, {2, 2}, {0, 0})},
+      {"1-d, dilated", conv(2, 4, 8, {19}, {5}, {1}, {4}, {3})},
+      {"3-d", conv(2, 4, 8, {3, 4, 5}, {2, 3, 2}, {1, 2, 1}, {1, 0, 1}, {1, 1, 2})},
+      {"groups of 4 and 6 channels", conv(2, 8, 12, {4, 5}, {3, 3}, {1, 1}, {1, 1}, {2, 1}, 2)},
+      {"groups of 8 channels", conv(2, 32, 32, {4, 4}, {3, 3}, {2, 1}, {1, 1}, {}, 4)},
+      {"more padding than input", conv(2, 4, 4, {2, 2}, {5, 5}, {1, 1}, {2, 2})},
+      {"kernel strides past the input", conv(2, 8, 4, {7, 5}, {2, 2}, {3, 3}, {0, 0})},
+      {"depthwise", conv(3, 20, 20, {5, 6}, {3, 3}, {1, 1}, {1, 1}, {}, 20)},
+      {"depthwise, two tiles, 25 taps", conv(2, 40, 40, {9, 7}, {5, 5}, {2, 2}, {2, 2}, {}, 40)},
+      {"depthwise, two outputs each", conv(2, 6, 12, {6, 4}, {3, 2}, {1, 2}, {1, 0}, {2, 1}, 6)},
+      {"one input channel", conv(2, 1, 5, {6, 6}, {3, 3}, {1, 1}, {1, 1})},
+      {"depthwise, slabs", conv(9, 8, 8, {8, 8}, {3, 3}, {1, 1}, {1, 1}, {}, 8)},
+      {"linear", linear(5, 7, 24, 40)},
+      {"linear, 16 positions", linear(3, 16, 8, 8)},
+      {"linear, 33 positions", linear(2, 33, 8, 16)},
+      {"linear, slabs", linear(9, 64, 8, 4)},
+      {"linear, slabs of odd size", linear(7, 100, 3, 5)},
+      {"linear, one position", linear(37, 1, 40, 12)},
+      {"one position, all of the input", conv(19, 5, 7, {3, 2}, {3, 2}, {1, 1}, {0, 0})},
+      {"one position, padding", conv(19, 4, 8, {2, 2}, {3, 3}, {2, 2}, {1, 1})},
+      {"one position, 3-d", conv(3, 4, 4, {2, 2, 2}, {2, 2, 2}, {1, 1, 1}, {0, 0, 0})},
+      {"depthwise, one position", conv(5, 8, 8, {3, 3}, {3, 3}, {1, 1}, {0, 0}, {}, 8)},
+  };
+  return list;
+}
+
+// A layer's operands, and the sums and their bounds for both epilogues, by the definition.
+struct Problem {
+  ConvShape shape;
+  Array inputs, deltas;
+  std::vector<float> before;  // what the sums were
+  std::vector<double> sums[2], gradient_errors[2];
+  bool tensor_cores;
+
+  Problem(const ConvShape& s, Dtype inputs_dtype, Dtype deltas_dtype, bool tensor_cores, int64_t shift, Random& random)
+      : shape(s),
+        inputs(inputs_dtype, s.examples * s.in[0] * s.in[1] * s.in[2] * s.in_channels, shift),
+        deltas(deltas_dtype, s.examples * s.positions() * s.out_channels, shift),
+        tensor_cores(tensor_cores) {
+    fill(inputs, Kind::ordinary, random);
+    fill(deltas, Kind::ordinary, random);
+    before.resize(size_t(s.out_channels * s.row()));
+    for (float& sum : before) sum = random.unit();
+    for (auto* list : {&sums[0], &sums[1], &gradient_errors[0], &gradient_errors[1]}) list->resize(before.size());
+    for (int64_t i = 0; i < int64_t(before.size()); i++) define(i);
+  }
+
+  double unit() const { return tensor_cores ? 0x1p-23 : 0x1p-24; }
+
+  // Element i of the sums.
+  void define(int64_t i) {
+    const ConvShape& s = shape;
+    const int64_t m = i / s.row(), tap = i % s.row() / (s.in_channels / s.groups);
+    const int64_t channel =
+        m / (s.out_channels / s.groups) * (s.in_channels / s.groups) + i % (s.in_channels / s.groups);
+    const int64_t taps[3] = {tap / s.kernel[2] / s.kernel[1], tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
+    const bool folded = s.positions() == 1;  // then squares are what is rounded
+    double operand_error = 0;
+    for (Dtype dtype : {inputs.dtype(), deltas.dtype()})
+      if (tensor_cores && (dtype == Dtype::float32 || folded)) operand_error += 0x1p-11 * (1 + 0x1p-11);
+    const double terms = double(s.positions()) * unit(), gamma = terms / (1 - terms);
+    for (int64_t x = 0; x < s.examples; x++) {
+      double gradient = 0, magnitude = 0;
+      for (int64_t t = 0; t < s.positions(); t++) {
+        const int64_t at[3] = {t / s.out[2] / s.out[1], t / s.out[2] % s.out[1], t % s.out[2]};
+        int64_t source = x;
+        bool inside = true;
+        for (int d = 0; d < 3; d++) {
+          const int64_t coordinate = at[d] * s.stride[d] + taps[d] * s.dilation[d] - s.padding[d];
+          inside &= coordinate >= 0 && coordinate < s.in[d];
+          source = source * s.in[d] + coordinate;
+        }
+        if (!inside) continue;
+        const double product = double(deltas.get((x * s.positions() + t) * s.out_channels + m)) *
+                               double(inputs.get(source * s.in_channels + channel));
+        gradient += product;
+        magnitude += std::fabs(product);
+      }
+      const double error = (gamma + operand_error) * (1 + gamma) * magnitude;
+      sums[0][size_t(i)] += std::fabs(gradient);
+      sums[1][size_t(i)] += gradient * gradient;
+      gradient_errors[0][size_t(i)] += error;
+      gradient_errors[1][size_t(i)] += error * (2 * std::fabs(gradient) + error);
+    }
+  }
+};
+
+void check(const std::string& what, const Problem& problem, int64_t shift, const std::vector<uint64_t>& seeds) {
+  for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
+    std::vector<float> first;
+    for (uint64_t seed : seeds) {
+      describe(what, ", inputs ", name(problem.inputs.dtype()), ", deltas ", name(problem.deltas.dtype()),
+               problem.tensor_cores ? ", tensor cores" : "", epilogue == Epilogue::abs ? ", abs" : ", square",
+               ", shift ", shift, ", seed ", seed);
+      cuda_on_cpu::set_seed(seed);
+      Guarded<float> sums(int64_t(problem.before.size()), shift);
+      std::copy(problem.before.begin(), problem.before.end(), sums.begin());
+      Workspace workspace(cuda::per_example_workspace(problem.shape));
+      const PerExample p = {problem.inputs.data(),  problem.deltas.data(),  sums.data(),
+                            problem.inputs.dtype(), problem.deltas.dtype(), epilogue,
+                            problem.shape};
+      CHECK(cuda::per_example_accumulate(p, problem.tensor_cores, workspace.get(), kStream) == nullptr);
+      if (!first.empty()) {
+        CHECK(std::equal(first.begin(), first.end(), sums.begin(), same));
+        continue;
+      }
+      first.assign(sums.begin(), sums.end());
+      const double additions = double(problem.shape.examples + 2) * problem.unit();
+      for (size_t i = 0; i < first.size(); i++) {
+        const double exact = problem.sums[int(epilogue)][i], error = problem.gradient_errors[int(epilogue)][i];
+        const double before = double(problem.before[i]);
+        CHECK_NEAR(double(first[i]), before + exact, error + additions / (1 - additions) * (before + exact + error));
+      }
+    }
+  }
+}
+
+struct Operands {
+  Dtype inputs, deltas;
+  bool tensor_cores;
+};
+constexpr Operands kOperands[] = {
+    {Dtype::float32, Dtype::float32, false},  {Dtype::bfloat16, Dtype::bfloat16, false},
+    {Dtype::float16, Dtype::float16, false},  {Dtype::float32, Dtype::bfloat16, false},
+    {Dtype::float16, Dtype::float32, false},  {Dtype::float32, Dtype::float32, true},
+    {Dtype::bfloat16, Dtype::bfloat16, true}, {Dtype::float16, Dtype::float16, true},
+    {Dtype::bfloat16, Dtype::float32, true},
+};
+
+void every_geometry(const std::vector<uint64_t>& seeds, Random& random) {
+  for (size_t g = 0; g < geometries().size(); g += kFewCases ? 3 : 1)
+    for (const Operands& o : kOperands) {
+      const Geometry& geometry = geometries()[g];
+      check(geometry.name, Problem(geometry.shape, o.inputs, o.deltas, o.tensor_cores, 0, random), 0, seeds);
+    }
+}
+
+// Memory that does not begin where 16 bytes do.
+void unaligned(const std::vector<uint64_t>& seeds, Random& random) {
+  for (size_t g : {0, 9, 17, 19})
+    for (const Operands& o : kOperands) {
+      const Geometry& geometry = geometries()[g];
+      check(geometry.name, Problem(geometry.shape, o.inputs, o.deltas, o.tensor_cores, 1, random), 1, {seeds.back()});
+    }
+}
+
+// Nothing changes, and no pointer is followed.
+void nothing_to_add() {
+  const ConvShape shapes[] = {conv(0, 4, 4, {3, 3}, {3, 3}, {1, 1}, {1, 1}), linear(3, 0, 4, 4), linear(3, 2, 4, 0),
+                              linear(3, 2, 0, 4)};
+  for (const ConvShape& shape : shapes) {
+    describe("nothing to add");
+    PerExample p;
+    p.shape = shape;
+    CHECK_EQUAL(cuda::per_example_workspace(shape), int64_t(0));
+    CHECK(cuda::per_example_accumulate(p, false, nullptr, kStream) == nullptr);
+  }
+  describe("too many positions");
+  PerExample p;
+  p.shape = linear(1, (int64_t(1) << 30) + 1, 4, 4);
+  CHECK(cuda::per_example_accumulate(p, false, nullptr, kStream) != nullptr);
+  ChannelDot dot;
+  dot.examples = int64_t(1) << 31;
+  dot.channels = dot.positions = 2;
+  dot.channels_last = true;
+  CHECK(cuda::channel_dot(dot, kStream) != nullptr);
+}
+
+// A NaN or an infinity reaches the sums of its channel, and no other.
+void nonfinite(Random& random) {
+  for (float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+    for (size_t g : {0, 9, 19})
+      for (const Operands& o : kOperands) {
+        const Geometry& geometry = geometries()[g];
+        Problem problem(geometry.shape, o.inputs, o.deltas, o.tensor_cores, 0, random);
+        problem.deltas.set(problem.shape.positions() / 2 * problem.shape.out_channels + 1, bad);
+        Guarded<float> sums(int64_t(problem.before.size()));
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        Workspace workspace(cuda::per_example_workspace(problem.shape));
+        const PerExample p = {problem.inputs.data(),  problem.deltas.data(), sums.data(),  problem.inputs.dtype(),
+                              problem.deltas.dtype(), Epilogue::abs,         problem.shape};
+        CHECK(cuda::per_example_accumulate(p, o.tensor_cores, workspace.get(), kStream) == nullptr);
+        describe("not finite, ", geometry.name, ", inputs ", name(o.inputs), o.tensor_cores ? ", tensor cores" : "");
+        const int64_t row = problem.shape.row();
+        for (int64_t i = 0; i < sums.size(); i++)
+          if (i / row != 1) CHECK(std::isfinite(sums[i]));
+        CHECK(!std::isfinite(sums[row + row / 2]));
+      }
+}
+
+// ---- channel_dot
+
+void check_dot(int64_t examples, int64_t channels, int64_t positions, Dtype deltas_dtype, const Dtype* values_dtype,
+               bool channels_last, int64_t shift, const std::vector<uint64_t>& seeds, Random& random) {
+  const int64_t count = examples * channels * positions;
+  Array deltas(deltas_dtype, count, shift), values(values_dtype ? *values_dtype : Dtype::float32, count, shift);
+  fill(deltas, Kind::ordinary, random);
+  fill(values, Kind::ordinary, random);
+  std::vector<float> first;
+  for (uint64_t seed : seeds) {
+    describe("channel_dot of ", examples, " x ", channels, " x ", positions, channels_last ? ", channels-last" : "",
+             ", deltas ", name(deltas_dtype), ", values ", values_dtype ? name(*values_dtype) : "none", ", shift ",
+             shift, ", seed ", seed);
+    cuda_on_cpu::set_seed(seed);
+    Guarded<float> out(examples * channels, shift);
+    const ChannelDot p = {deltas.data(),  values_dtype ? values.data() : nullptr,
+                          out.data(),     deltas_dtype,
+                          values.dtype(), examples,
+                          channels,       positions,
+                          channels_last};
+    CHECK(cuda::channel_dot(p, kStream) == nullptr);
+    if (!first.empty()) {
+      CHECK(std::equal(first.begin(), first.end(), out.begin(), same));
+      continue;
+    }
+    first.assign(out.begin(), out.end());
+    for (int64_t i = 0; i < examples * channels; i++) {
+      double sum = 0, magnitude = 0;
+      for (int64_t t = 0; t < positions; t++) {
+        const int64_t at = channels_last ? (i / channels * positions + t) * channels + i % channels : i * positions + t;
+        const double product = double(deltas.get(at)) * (values_dtype ? double(values.get(at)) : 1);
+        sum += product;
+        magnitude += std::fabs(product);
+      }
+      const double terms = double(positions + 1) * 0x1p-24;  // products are rounded too
+      CHECK_NEAR(double(out[i]), sum, terms / (1 - terms) * magnitude);
+    }
+  }
+}
+
+void channel_dots(const std::vector<uint64_t>& seeds, Random& random) {
+  for (bool channels_last : {false, true}) {
+    for (Dtype deltas : kDtypes) {
+      for (Dtype values : kDtypes) check_dot(2, 40, 49, deltas, &values, channels_last, 0, seeds, random);
+      check_dot(2, 40, 64, deltas, nullptr, channels_last, 0, seeds, random);
+      check_dot(2, 8, 64, deltas, &deltas, channels_last, 1, seeds, random);
+    }
+    const int64_t shapes[][3] = {{1, 1, 1},   {300, 7, 1},  {3, 5, 2}, {3, 33, 3}, {5, 10, 4},
+                                 {2, 64, 16}, {1, 3, 5000}, {0, 4, 4}, {4, 0, 4},  {3, 4, 0}};
+    for (const auto& shape : shapes)
+      check_dot(shape[0], shape[1], shape[2], Dtype::float32, &kDtypes[0], channels_last, 0, seeds, random);
+  }
+}
+
+// ---- what is not seen in sums
+
+// Inputs of 2^32 elements in memory that is not there until it is touched: of each example the first and the last
+// position are used.
+void far_apart(Random& random) {
+  const int64_t channels = 64, positions = int64_t(1) << 25, examples = 2;
+  const size_t bytes = size_t(examples * positions * channels) * sizeof(bfloat16);
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  describe("inputs of 2^32 elements");
+  CHECK(memory != MAP_FAILED);
+  if (memory == MAP_FAILED) return;
+  bfloat16* const inputs = static_cast<bfloat16*>(memory);
+  for (int64_t groups : {int64_t(1), channels})
+    for (bool tensor_cores : {false, true}) {
+      const ConvShape shape = conv(examples, channels, channels, {positions}, {1}, {positions - 1}, {0}, {}, groups);
+      const ConvShape near = conv(examples, channels, channels, {2}, {1}, {1}, {0}, {}, groups);
+      const Problem problem(near, Dtype::bfloat16, Dtype::bfloat16, tensor_cores, 0, random);
+      for (int64_t x = 0; x < examples; x++)
+        for (int64_t t = 0; t < 2; t++)
+          for (int64_t c = 0; c < channels; c++)
+            inputs[(x * positions + t * (positions - 1)) * channels + c].bits =
+                uint16_t(problem.inputs.bits((x * 2 + t) * channels + c));
+      std::vector<float> sums[2];
+      for (bool far : {false, true}) {
+        Guarded<float> result(int64_t(problem.before.size()));
+        std::fill(result.begin(), result.end(), 0.0f);
+        const PerExample p = {far ? memory : problem.inputs.data(),
+                              problem.deltas.data(),
+                              result.data(),
+                              Dtype::bfloat16,
+                              Dtype::bfloat16,
+                              Epilogue::abs,
+                              far ? shape : near};
+        CHECK_EQUAL(cuda::per_example_workspace(p.shape), int64_t(0));
+        CHECK(cuda::per_example_accumulate(p, tensor_cores, nullptr, kStream) == nullptr);
+        sums[far].assign(result.begin(), result.end());
+      }
+      describe("inputs of 2^32 elements, ", groups, " groups", tensor_cores ? ", tensor cores" : "");
+      CHECK(sums[0] == sums[1]);
+    }
+  munmap(memory, bytes);
+}
+
+// Slabs are written and read, but how many there are does not depend on how many examples.
+void bounded_workspace() {
+  describe("workspace");
+  for (int64_t examples : {10, 1000, 1000000}) {
+    CHECK(cuda::per_example_workspace(conv(examples, 64, 64, {32, 32}, {3, 3}, {1, 1}, {1, 1})) <= 18 << 20);
+    CHECK(cuda::per_example_workspace(conv(examples, 512, 512, {4, 4}, {3, 3}, {1, 1}, {1, 1})) <= 20 << 20);
+    CHECK(cuda::per_example_workspace(conv(examples, 96, 96, {8, 8}, {7, 7}, {1, 1}, {3, 3}, {}, 96)) <= 2 << 20);
+    CHECK_EQUAL(cuda::per_example_workspace(linear(examples, 1, 4096, 1000)), int64_t(0));
+  }
+}
+
+// Where one tile is all there is and one tap, no sector is asked for twice.
+void coalesced(Random& random) {
+  cuda_on_cpu::set_seed(0);
+  const auto check_sectors = [&](const char* kernel, auto run) {
+    cuda_on_cpu::sectors.start();
+    run();
+    const auto result = cuda_on_cpu::sectors.stop().at(kernel);
+    CHECK(result.loads.asked > 0);
+    CHECK_EQUAL(result.loads.asked, result.loads.least);
+    if (std::string(kernel) != "channel_dot_rows")  // whose sums are written by a lane of each team
+      CHECK_EQUAL(result.stores.asked, result.stores.least);
+  };
+  for (const Operands& o : kOperands)
+    for (int64_t groups : {1, 64}) {
+      const Problem problem(conv(2, 64, 64, {64}, {1}, {1}, {0}, {}, groups), o.inputs, o.deltas, o.tensor_cores, 0,
+                            random);
+      Guarded<float> sums(int64_t(problem.before.size()));
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      const PerExample p = {problem.inputs.data(),  problem.deltas.data(), sums.data(),  problem.inputs.dtype(),
+                            problem.deltas.dtype(), Epilogue::abs,         problem.shape};
+      describe("sectors, ", name(o.inputs), " and ", name(o.deltas), ", ", groups, " groups");
+      check_sectors(groups == 1 ? "per_example_tiles" : "per_example_depthwise",
+                    [&] { cuda::per_example_accumulate(p, o.tensor_cores, nullptr, kStream); });
+    }
+  for (bool channels_last : {false, true})
+    for (Dtype dtype : kDtypes) {
+      Array deltas(dtype, 2 * 64 * 64), values(dtype, 2 * 64 * 64);
+      fill(deltas, Kind::ordinary, random);
+      fill(values, Kind::ordinary, random);
+      Guarded<float> out(2 * 64);
+      const ChannelDot p = {deltas.data(), values.data(), out.data(), dtype, dtype, 2, 64, 64, channels_last};
+      describe("sectors, channel_dot, ", name(dtype), channels_last ? ", channels-last" : "");
+      check_sectors(channels_last ? "channel_dot_columns" : "channel_dot_rows", [&] { cuda::channel_dot(p, kStream); });
+    }
+}
+
+// That tensor cores were used shows: operands rounded to tf32 change the result.
+void paths_differ(Random& random) {
+  const ConvShape& shape = geometries()[0].shape;
+  const Problem problem(shape, Dtype::float32, Dtype::float32, false, 0, random);
+  std::vector<float> sums[2];
+  for (bool tensor_cores : {false, true}) {
+    Guarded<float> result(int64_t(problem.before.size()));
+    std::fill(result.begin(), result.end(), 0.0f);
+    Workspace workspace(cuda::per_example_workspace(shape));
+    const PerExample p = {problem.inputs.data(), problem.deltas.data(), result.data(), Dtype::float32,
+                          Dtype::float32,        Epilogue::abs,         shape};
+    CHECK(cuda::per_example_accumulate(p, tensor_cores, workspace.get(), kStream) == nullptr);
+    sums[tensor_cores].assign(result.begin(), result.end());
+  }
+  describe("tensor cores and not");
+  CHECK(sums[0] != sums[1]);
+}
+
+}  // namespace
+}  // namespace delfast::test
+
+int main(int argc, char** argv) {
+  using namespace delfast::test;
+  const std::vector<uint64_t> list = seeds(argc, argv);
+  Random random(8);
+  every_geometry(list, random);
+  unaligned(list, random);
+  nothing_to_add();
+  nonfinite(random);
+  channel_dots(list, random);
+  far_apart(random);
+  bounded_workspace();
+  coalesced(random);
+  paths_differ(random);
+  return report();
+}
