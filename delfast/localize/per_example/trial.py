@@ -1,0 +1,90 @@
+"""The trial: where a network's layers keep the examples, found out by a backward pass for one example's loss alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from delfast.localize.per_example.capture import Capture, Use
+
+
+class Trial(Capture):
+    """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
+
+    After ``learn``: ``dims``: parameter -> the dim of its outputs along which the examples lie; missing if that could
+    not be seen, because the δ of an example was zero everywhere. ``unknown``: those that mix the examples too.
+    ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers.
+    ``rewritten``: parameters whose output is changed in place by what follows.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str]) -> None:
+        super().__init__(parameters, unknown)
+        self.dims: dict[str, int] = {}
+        self.channelwise: set[str] = set()
+        self.otherwise: set[str] = set()  # used by anything but a convolution or a linear layer
+        self.rewritten: set[str] = set()
+        self.examples = 0
+        self._example = 0
+        self._possible: dict[str, set[int]] = {}
+        self._reached: Counter[str] = Counter()  # in one backward pass
+        self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
+        self._written: list[tuple[Use, Tensor, int]] = []
+
+    def learn(self, losses: Tensor) -> None:
+        """Run the backward passes of the first and the last of the losses (N,)."""
+        self.examples = losses.numel()
+        for example in dict.fromkeys((0, self.examples - 1)):
+            self._example, self._reached = example, Counter()
+            self.backward(losses[example], retain_graph=True)
+            self._look_at_copies()
+            self.uses |= self._reached
+        for use, output, version in self._written:
+            if output._version != version:
+                self.rewritten.update(use.names)
+        self._written = []
+        for name, possible in self._possible.items():
+            if not possible:
+                self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
+            elif self.examples > 1 and len(self._evidence[name]) == 2:
+                self.dims[name] = min(possible)
+
+    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        output = self.tap(use, function({**use.call, "input": inputs}, use.layer), None)
+        self._written.append((use, output.detach(), output._version))
+        if use.weight is not None:
+            (self.channelwise if use.layer.is_channelwise else self.otherwise).add(use.weight)
+        if use.bias is not None:
+            self.otherwise.add(use.bias)
+        return output
+
+    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
+        self._note(use.names, deltas, use.leading)
+
+    def _look_at_copies(self) -> None:
+        for (name, _), copies in self.free.copies.items():
+            self.otherwise.add(name)
+            if copies.grad is not None:
+                self._note((name,), copies.grad, 1)
+                copies.grad = None
+
+    def _note(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
+        self._reached.update(names)
+        possible = {dim for dim in range(leading) if self._is_alone(deltas, dim)}
+        for name in names:
+            self._possible[name] = self._possible.get(name, possible) & possible
+            evidence = self._evidence.setdefault(name, set())
+            if bool(deltas.any()):
+                evidence.add(self._example)
+
+    def _is_alone(self, deltas: Tensor, dim: int) -> bool:
+        """Whether δ is zero outside the block along ``dim`` that would be the example's."""
+        size = deltas.shape[dim]
+        if size % self.examples:
+            return False
+        block = size // self.examples
+        start = 0 if self._example else block
+        others: Any = deltas.narrow(dim, start, size - block)
+        return not bool(others.any())
