@@ -19,7 +19,9 @@ inline std::string shape_text(at::IntArrayRef sizes) {
   return text + ")";
 }
 
-inline Dtype dtype_of(const at::Tensor& t, const char* role, size_t index) {
+// `role`, in parts, names the tensor.
+template <class... Role>
+Dtype dtype_of(const at::Tensor& t, const Role&... role) {
   switch (t.scalar_type()) {
     case at::kFloat:
       return Dtype::float32;
@@ -28,8 +30,8 @@ inline Dtype dtype_of(const at::Tensor& t, const char* role, size_t index) {
     case at::kHalf:
       return Dtype::float16;
     default:
-      TORCH_CHECK_TYPE(false, "expected ", role, " #", index, " to be float32, bfloat16 or float16, got ",
-                       t.scalar_type(), "; convert the model (model.float()), or run with DELFAST_BACKEND=torch");
+      TORCH_CHECK_TYPE(false, "expected ", role..., " to be float32, bfloat16 or float16, got ", t.scalar_type(),
+                       "; convert the model (model.float()), or run with DELFAST_BACKEND=torch");
   }
 }
 
@@ -126,14 +128,14 @@ class ScoredList {
     params.reserve(theta.size());
     for (size_t i = 0; i < theta.size(); i++) {
       Scored p;
-      p.theta_dtype = dtype_of(theta[i], "parameter", i);
+      p.theta_dtype = dtype_of(theta[i], "parameter #", i);
       p.layout = usable_layout(theta[i]);
       p.theta = copies_.read(theta[i], p.layout);
       if (!grad.empty()) {
         TORCH_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",
                           shape_text(theta[i].sizes()), " like its parameter, got ", shape_text(grad[i].sizes()),
                           "; pass the gradients in the parameters' order");
-        p.grad_dtype = dtype_of(grad[i], "gradient", i);
+        p.grad_dtype = dtype_of(grad[i], "gradient #", i);
         p.grad = copies_.read(grad[i], p.layout);
       }
       params.push_back(p);

@@ -33,6 +33,8 @@ TORCH_LIBRARY_IMPL(delfast, CPU, m) {
   m.impl("masked_reset_", TORCH_FN(delfast::bindings::masked_reset_));
   m.impl("masked_sgd_", TORCH_FN(delfast::bindings::masked_sgd_));
   m.impl("masked_adamw_", TORCH_FN(delfast::bindings::masked_adamw_));
+  m.impl("per_example_accumulate_", TORCH_FN(delfast::bindings::per_example_accumulate_));
+  m.impl("channel_dot", TORCH_FN(delfast::bindings::channel_dot));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -31,4 +31,9 @@ void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor
                    double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf);
 
+void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             c10::string_view epilogue);
+at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values);
+
 }  // namespace delfast::bindings

@@ -58,8 +58,8 @@ class UpdateList {
                       shape_text(param.sizes()), ", got ", shape_text(source.sizes()),
                       "; pass them in the parameters' order");
     Updated u;
-    u.param_dtype = dtype_of(param, "parameter", i);
-    u.source_dtype = dtype_of(source, "gradient", i);
+    u.param_dtype = dtype_of(param, "parameter #", i);
+    u.source_dtype = dtype_of(source, "gradient #", i);
     u.layout = usable_layout(param);
     u.param = copies_.write(param, u.layout);
     u.source = copies_.read(source, u.layout);

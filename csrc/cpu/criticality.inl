@@ -1,50 +1,16 @@
 // Channel scores: one pass over theta and the gradient, no |theta g| in memory.
 // Written once against Vec; included by criticality_{scalar,avx2,avx512}.cpp inside the namespace of each.
 //
-// Numerics. Scores are float32. A sum keeps 16 interleaved partial sums in float32 for kBlock elements, then adds them
-// to 16 partial sums in double, which are added pairwise at the end: the order depends on the length alone.
+// Numerics. Scores are float32; for how they are summed see sum.inl.
 
 #include "cpu/score.inl"
+#include "cpu/sum.inl"
 
 namespace {
 
-constexpr int64_t kBlock = 512;
 // A row up to this length is scored once into a buffer on the stack, which the top-h search then reads; a longer one
 // is scored again in every round of the search.
 constexpr int64_t kBuffered = 1 << 14;
-
-class Sum {
- public:
-  void add(Vec v) {
-    block_ = block_ + v;
-    if (++pending_ == kBlock / 16) flush();
-  }
-  double total() {
-    flush();
-    for (int width = 8; width; width /= 2)
-      for (int i = 0; i < width; i++) lanes_[i] += lanes_[i + width];
-    return lanes_[0];
-  }
-
- private:
-  void flush() {
-    float lanes[16];
-    block_.store(lanes);
-    for (int i = 0; i < 16; i++) lanes_[i] += double(lanes[i]);
-    block_ = Vec::broadcast(0);
-    pending_ = 0;
-  }
-  Vec block_ = Vec::broadcast(0);
-  double lanes_[16] = {};
-  int pending_ = 0;
-};
-
-template <class Score>
-double sum_row(const Score& score, int64_t length) {
-  Sum sum;
-  for_groups(score, 0, length, [&](Vec v, int64_t, int) { sum.add(v); });
-  return sum.total();
-}
 
 template <class Score>
 int32_t largest(const Score& score, int64_t length) {

@@ -17,7 +17,7 @@ bool cpu_has(Isa isa) {
     case Isa::scalar:
       return true;
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -103,5 +103,6 @@ bool force_isa(const char* name) {
 DELFAST_TABLE(CriticalityKernels, criticality, kCriticality)
 DELFAST_TABLE(SelectionKernels, selection, kSelection)
 DELFAST_TABLE(MaskedUpdateKernels, masked_update, kMaskedUpdate)
+DELFAST_TABLE(PerExampleKernels, per_example, kPerExample)
 
 }  // namespace delfast::cpu

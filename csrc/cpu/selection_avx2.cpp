@@ -1,4 +1,4 @@
-// Compiled with -mavx2 -mf16c.
+// Compiled with -mavx2 -mfma -mf16c.
 #include "cpu/vec_avx2.h"
 #include "delfast/cpu_dispatch.h"
 

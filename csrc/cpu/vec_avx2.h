@@ -1,4 +1,4 @@
-// Vec (defined by vec_scalar.h) in two AVX2 registers. Needs -mavx2 -mf16c.
+// Vec (defined by vec_scalar.h) in two AVX2 registers. Needs -mavx2 -mfma -mf16c.
 #pragma once
 
 #include <immintrin.h>
@@ -16,6 +16,10 @@ struct Vec {
   static Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Vec load(const bfloat16* p) { return {widen(p), widen(p + 8)}; }
   static Vec load(const float16* p) { return {widen(p), widen(p + 8)}; }
+  static Vec load_first(const float* p, int n) {
+    const uint32_t mask = (1u << n) - 1;
+    return {_mm256_maskload_ps(p, lanes(mask)), _mm256_maskload_ps(p + 8, lanes(mask >> 8))};
+  }
   template <class T>
   static Vec load_first(const T* p, int n) {
     T padded[16] = {};
@@ -40,6 +44,10 @@ struct Vec {
   void store(float16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+  }
+  void store_masked(float* p, uint32_t mask) const {
+    _mm256_maskstore_ps(p, lanes(mask), low);
+    _mm256_maskstore_ps(p + 8, lanes(mask >> 8), high);
   }
   template <class T>
   void store_masked(T* p, uint32_t mask) const {
@@ -85,11 +93,19 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
   friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+  static Vec multiply_add(Vec a, Vec b, Vec c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
   static Vec max_bits(Vec a, Vec b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
 
   static __m256i above(__m256 v, __m256i below) { return _mm256_cmpgt_epi32(_mm256_castps_si256(v), below); }
 
  private:
+  // All bits of lane i set where bit i of mask is.
+  static __m256i lanes(uint32_t mask) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(mask)), bit), bit);
+  }
   static __m256 widen(const bfloat16* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

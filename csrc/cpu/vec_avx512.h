@@ -53,6 +53,7 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max_bits(Vec a, Vec b) { return {_mm512_castsi512_ps(_mm512_max_epi32(a.bits(), b.bits()))}; }
 
   __m512i bits() const { return _mm512_castps_si512(v); }

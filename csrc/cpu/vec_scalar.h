@@ -1,5 +1,6 @@
 // Vec: 16 floats, one lane at a time. This file is the definition; vec_avx2.h and vec_avx512.h do the same, bit for
-// bit, with wider registers. All kernels are written against Vec, so they sum in the same order everywhere.
+// bit (multiply_add aside), with wider registers. All kernels are written against Vec, so they sum in the same order
+// everywhere.
 #pragma once
 
 #include <cstdint>
@@ -93,6 +94,8 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) {
     return zip(a, b, [](float x, float y) { return x / y; });
   }
+  // a b + c, rounded once where the instruction set can, else twice: the one operation whose bits differ.
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
   // Larger by bits as integers: the larger of non-negative floats, and a NaN beats every number.
   static Vec max_bits(Vec a, Vec b) {
     return zip(a, b, [](float x, float y) { return int32_t(float_bits(x)) > int32_t(float_bits(y)) ? x : y; });

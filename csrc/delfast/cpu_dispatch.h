@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "delfast/params.h"
+#include "delfast/per_example.h"
 
 namespace delfast::cpu {
 
@@ -54,8 +55,55 @@ struct MaskedUpdateKernels {
   void (*adamw)(const Updated&, const AdamWStep&, int64_t begin, int64_t end, int64_t rank);
 };
 
+// Rows of elements to copy as float32, each between zeros.
+struct Packing {
+  enum class Map : int8_t { none, abs, square };
+  const void* from = nullptr;
+  float* to = nullptr;
+  Dtype dtype = Dtype::float32;
+  Map map = Map::none;
+  int64_t rows = 0, length = 0;  // no rows: the operand is read where it is
+  int64_t before = 0, after = 0;
+  int64_t groups = 1;  // element g * (length / groups) + j of a row goes to j * groups + g
+};
+
+// Some of the examples, as the kernels read them once packed.
+struct PerExampleBlock {
+  Packing pack_inputs, pack_deltas;
+  const float* inputs = nullptr;
+  const float* deltas = nullptr;
+  float* sums = nullptr;
+  Epilogue epilogue = Epilogue::abs;
+  ConvShape shape;
+  int64_t columns = 0;  // neighbouring elements that a tap reads: its group's channels, or a row of taps with theirs
+};
+
+// How the sums are taken: in blocks of examples, each packed first where it cannot be read as it is.
+struct PerExamplePlan {
+  explicit PerExamplePlan(const PerExample&);
+  PerExampleBlock block(int64_t first_example, float* workspace) const;
+
+  PerExample whole;
+  int64_t block_examples = 1;
+  int64_t workspace = 0;  // floats
+
+ private:
+  bool packs_inputs() const;
+  bool packs_deltas() const;
+};
+
+struct PerExampleKernels {
+  void (*pack)(const Packing&, int64_t begin, int64_t end);  // rows
+  // The sums are taken tile by tile; each sees all examples in order, so the order of tiles does not matter.
+  int64_t (*tiles)(const PerExampleBlock&);
+  void (*accumulate)(const PerExampleBlock&, int64_t begin, int64_t end);
+  // out[begin, end), of examples * channels.
+  void (*channel_dot)(const ChannelDot&, int64_t begin, int64_t end);
+};
+
 const CriticalityKernels& criticality(Isa isa);
 const SelectionKernels& selection(Isa isa);
 const MaskedUpdateKernels& masked_update(Isa isa);
+const PerExampleKernels& per_example(Isa isa);
 
 }  // namespace delfast::cpu

@@ -1,4 +1,4 @@
-// Plain structs that describe a layer's part in the per-example sums: pointers, 64-bit sizes, no framework.
+// Plain structs that describe what is summed per example: pointers, 64-bit sizes, no framework.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +34,17 @@ struct PerExample {
   Dtype inputs_dtype = Dtype::float32, deltas_dtype = Dtype::float32;
   Epilogue epilogue = Epilogue::abs;
   ConvShape shape;
+};
+
+// out[x][c] = sum over positions of deltas * values, or of deltas alone if `values` is null, in float32. Both lie in
+// memory as [examples][channels][positions], or channels-last as [examples][positions][channels].
+struct ChannelDot {
+  const void* deltas = nullptr;
+  const void* values = nullptr;
+  float* out = nullptr;
+  Dtype deltas_dtype = Dtype::float32, values_dtype = Dtype::float32;
+  int64_t examples = 0, channels = 0, positions = 0;
+  bool channels_last = false;
 };
 
 }  // namespace delfast

@@ -1,0 +1,110 @@
+// How the operands of the per-example sums are brought into the form that the kernels read: float32, no padding.
+#include <algorithm>
+
+#include "delfast/cpu_dispatch.h"
+
+namespace delfast::cpu {
+
+namespace {
+
+// Packed operands of a block: small enough to stay in an outer cache, large enough to keep all threads busy.
+constexpr int64_t kPackedFloats = 1 << 21;
+
+int64_t vectors(int64_t elements) { return (elements + 15) / 16; }
+int64_t pixels(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2]; }
+
+// Taps side by side in the kernel read neighbours in memory. Seen as one tap, they fill vectors that few channels alone
+// would leave mostly empty (3 of an image); the price is a copy of the input, with its padding along the width.
+bool joins_taps(const ConvShape& s) {
+  const int64_t row = s.kernel[2] * s.in_channels;
+  return s.groups == 1 && s.dilation[2] == 1 && vectors(row) < s.kernel[2] * vectors(s.in_channels);
+}
+
+// With a single position, |sum over t of d a| is |d| |a|, and the square of the product the product of the squares: the
+// sum over examples is the plain product of matrices of absolute values, examples taking the place of positions.
+bool joins_examples(const ConvShape& s) {
+  const bool padded = s.padding[0] || s.padding[1] || s.padding[2];
+  return s.taps() == 1 && s.positions() == 1 && pixels(s) == 1 && !padded;
+}
+
+bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == s.groups; }
+
+const void* advanced(const void* data, Dtype dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * (dtype == Dtype::float32 ? 4 : 2);
+}
+
+}  // namespace
+
+bool PerExamplePlan::packs_inputs() const {
+  return whole.inputs_dtype != Dtype::float32 || joins_taps(whole.shape) || joins_examples(whole.shape);
+}
+
+bool PerExamplePlan::packs_deltas() const {
+  const bool rearranges = is_depthwise(whole.shape) && whole.shape.out_channels != whole.shape.groups;
+  return whole.deltas_dtype != Dtype::float32 || rearranges || joins_examples(whole.shape);
+}
+
+PerExamplePlan::PerExamplePlan(const PerExample& p) : whole(p), block_examples(std::max<int64_t>(1, p.shape.examples)) {
+  const ConvShape& s = whole.shape;
+  int64_t floats = 0;  // of an example
+  if (packs_inputs()) {
+    const int64_t width = s.in[2] + (joins_taps(s) ? 2 * s.padding[2] : 0);
+    floats += s.in[0] * s.in[1] * width * s.in_channels;
+  }
+  if (packs_deltas()) floats += s.positions() * s.out_channels;
+  if (floats) block_examples = std::clamp<int64_t>(kPackedFloats / floats, 1, block_examples);
+  workspace = floats * block_examples;
+}
+
+PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_floats) const {
+  PerExampleBlock b;
+  b.sums = whole.sums;
+  b.epilogue = whole.epilogue;
+  b.shape = whole.shape;
+  ConvShape& s = b.shape;
+  s.examples = std::min(block_examples, s.examples - first_example);
+  b.columns = s.in_channels / s.groups;
+  const void* inputs = advanced(whole.inputs, whole.inputs_dtype, first_example * pixels(s) * s.in_channels);
+  const void* deltas = advanced(whole.deltas, whole.deltas_dtype, first_example * s.positions() * s.out_channels);
+  b.inputs = static_cast<const float*>(inputs);
+  b.deltas = static_cast<const float*>(deltas);
+
+  Packing pack;
+  if (joins_examples(s)) pack.map = b.epilogue == Epilogue::abs ? Packing::Map::abs : Packing::Map::square;
+  if (packs_inputs()) {
+    pack.from = inputs;
+    pack.dtype = whole.inputs_dtype;
+    pack.to = workspace_floats;
+    pack.rows = s.examples * s.in[0] * s.in[1];
+    pack.length = s.in[2] * s.in_channels;
+    if (joins_taps(s)) {
+      pack.before = pack.after = s.padding[2] * s.in_channels;
+      b.columns = s.kernel[2] * s.in_channels;
+      s.in[2] += 2 * s.padding[2];
+      s.padding[2] = 0;
+      s.kernel[2] = 1;
+    }
+    b.inputs = pack.to;
+    b.pack_inputs = pack;
+    workspace_floats += pack.rows * (pack.before + pack.length + pack.after);
+  }
+  if (packs_deltas()) {
+    pack.from = deltas;
+    pack.dtype = whole.deltas_dtype;
+    pack.to = workspace_floats;
+    pack.rows = s.examples * s.positions();
+    pack.length = s.out_channels;
+    pack.before = pack.after = 0;
+    if (is_depthwise(s)) pack.groups = s.groups;
+    b.deltas = pack.to;
+    b.pack_deltas = pack;
+  }
+  if (joins_examples(s)) {
+    b.epilogue = Epilogue::abs;  // of sums of what is not negative: they stay as they are
+    s.in[2] = s.out[2] = s.examples;
+    s.examples = 1;
+  }
+  return b;
+}
+
+}  // namespace delfast::cpu

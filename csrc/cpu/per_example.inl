@@ -1,0 +1,363 @@
+// Sums over examples of |g| or g^2, g the weight gradient of one example alone, which never leaves the registers.
+// Included per instruction set like criticality.inl, after kTileRows and kTileVecs.
+//
+// A tile is kTileRows output channels by kTileVecs vectors of columns (input channels of one tap). For each example,
+// its part of the gradient is summed up in registers over the positions, a product of one vector and one scalar at a
+// time; then its absolute value or square is added to the tile's part of the sums. That takes no more arithmetic than
+// the gradient of the whole batch does. Positions whose source lies in the padding are left out. Examples come in
+// blocks that stay in the cache while all tiles pass over them.
+//
+// Numerics. Float32; positions are added in row-major order and examples one after another, so a result depends on the
+// shape alone, not on threads. multiply_add rounds once or twice: instruction sets may differ in the last bits.
+
+#include "cpu/score.inl"
+#include "cpu/sum.inl"
+
+namespace {
+
+constexpr int64_t kCachedFloats = 1 << 18;  // of inputs and deltas: half of a second-level cache of 2 MiB
+
+constexpr int kTileColumns = 16 * kTileVecs;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t pixels(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2]; }
+bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == s.groups; }
+
+// f(0), ..., f(count - 1), each argument a constant, so that arrays of vectors are registers.
+template <int count, class F>
+constexpr __attribute__((always_inline)) void unrolled(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, count>{});
+}
+
+// The positions at which one tap reads inside the input: a loop nest over both operands.
+struct Walk {
+  int64_t count[3];
+  int64_t input_step[3], delta_step[3];
+  int64_t input_start = 0, delta_start = 0;
+
+  Walk(const ConvShape& s, int64_t tap) {
+    int64_t at[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
+    int64_t input_pitch = s.in_channels, delta_pitch = s.out_channels;
+    for (int i = 2; i >= 0; i--) {
+      const int64_t source = at[i] * s.dilation[i] - s.padding[i];  // of the position 0
+      const int64_t first = source < 0 ? ceil_div(-source, s.stride[i]) : 0;
+      const int64_t past = source < s.in[i] ? (s.in[i] - 1 - source) / s.stride[i] + 1 : 0;
+      count[i] = (past < s.out[i] ? past : s.out[i]) - first;
+      if (count[i] < 0) count[i] = 0;
+      input_start += (source + first * s.stride[i]) * input_pitch;
+      delta_start += first * delta_pitch;
+      input_step[i] = s.stride[i] * input_pitch;
+      delta_step[i] = delta_pitch;
+      input_pitch *= s.in[i];
+      delta_pitch *= s.out[i];
+    }
+    for (int i = 1; i >= 0; i--) {  // one long loop where steps allow
+      if (input_step[i] != count[2] * input_step[2] || delta_step[i] != count[2] * delta_step[2]) break;
+      count[2] *= count[i];
+      count[i] = 1;
+    }
+  }
+
+  // Calls f(input, delta) for each position.
+  template <class F>
+  inline __attribute__((always_inline)) void each(const float* input, const float* delta, F f) const {
+    for (int64_t i = 0; i < count[0]; i++)
+      for (int64_t j = 0; j < count[1]; j++) {
+        const float* a = input + i * input_step[0] + j * input_step[1];
+        const float* d = delta + i * delta_step[0] + j * delta_step[1];
+        for (int64_t k = count[2]; k; k--, a += input_step[2], d += delta_step[2]) f(a, d);
+      }
+  }
+};
+
+// Which examples of a block a pass of all tiles is over.
+struct Pass {
+  int64_t first, examples;
+};
+
+// What one tile of one tap adds to in a pass.
+struct Tile {
+  Walk walk;
+  int64_t examples, input_pitch, delta_pitch;  // between examples
+  const float *inputs, *deltas;                // of the first example, at the tile's first column and row
+  float* sums;
+  int64_t sums_pitch;  // between rows
+  int tail;            // lanes of the last vector, if not 16
+  bool square;
+
+  // At the first column and row of the tap; move() goes to the tile's own.
+  Tile(const PerExampleBlock& b, Pass pass, int64_t tap)
+      : walk(b.shape, tap),
+        examples(pass.examples),
+        input_pitch(pixels(b.shape) * b.shape.in_channels),
+        delta_pitch(b.shape.positions() * b.shape.out_channels),
+        inputs(b.inputs + pass.first * input_pitch + walk.input_start),
+        deltas(b.deltas + pass.first * delta_pitch + walk.delta_start),
+        sums(b.sums + tap * b.columns),
+        sums_pitch(b.shape.taps() * b.columns),
+        tail(0),
+        square(b.epilogue == Epilogue::square) {}
+};
+
+template <int rows, int vecs, bool has_tail>
+void add_dense_tile(const Tile& t) {
+  const auto load = [&](const float* p, auto v) __attribute__((always_inline)) {
+    if constexpr (has_tail && v == vecs - 1) return Vec::load_first(p + 16 * v, t.tail);
+    return Vec::load(p + 16 * v);
+  };
+  const float *inputs = t.inputs, *deltas = t.deltas;
+  for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, deltas += t.delta_pitch) {
+    Vec gradient[rows][vecs];
+    unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+      unrolled<vecs>([&](auto v) __attribute__((always_inline)) { gradient[r][v] = Vec::broadcast(0); });
+    });
+    t.walk.each(inputs, deltas, [&](const float* a, const float* d) __attribute__((always_inline)) {
+      Vec input[vecs];
+      unrolled<vecs>([&](auto v) __attribute__((always_inline)) { input[v] = load(a, v); });
+      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+        const Vec delta = Vec::broadcast(d[r]);
+        unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
+          gradient[r][v] = Vec::multiply_add(input[v], delta, gradient[r][v]);
+        });
+      });
+    });
+    const auto add = [&](auto epilogue) __attribute__((always_inline)) {
+      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+        float* sums = t.sums + r * t.sums_pitch;
+        unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
+          const Vec sum = load(sums, v) + epilogue(gradient[r][v]);
+          if constexpr (has_tail && v == vecs - 1)
+            sum.store_masked(sums + 16 * v, (1u << t.tail) - 1);
+          else
+            sum.store(sums + 16 * v);
+        });
+      });
+    };
+    if (t.square)
+      add([](Vec g) __attribute__((always_inline)) { return g * g; });
+    else
+      add([](Vec g) __attribute__((always_inline)) { return g.abs(); });
+  }
+}
+
+using AddTile = void (*)(const Tile&);
+
+// [rows - 1][vecs - 1][has_tail]
+struct TileTable {
+  AddTile add[kTileRows][kTileVecs][2];
+  constexpr TileTable() : add{} {
+    unrolled<kTileRows>([&](auto r) {
+      unrolled<kTileVecs>([&](auto v) {
+        add[r][v][0] = add_dense_tile<r + 1, v + 1, false>;
+        add[r][v][1] = add_dense_tile<r + 1, v + 1, true>;
+      });
+    });
+  }
+};
+constexpr TileTable kTiles;
+
+// The block's tiles, numbered: columns change fastest, so that neighbours share deltas.
+struct Grid {
+  int64_t row_blocks, taps, column_blocks, count;
+  explicit Grid(const PerExampleBlock& b) : taps(b.shape.taps()) {
+    row_blocks = ceil_div(b.shape.out_channels / b.shape.groups, kTileRows);
+    column_blocks = ceil_div(b.columns, kTileColumns);
+    count = b.shape.groups * row_blocks * taps * column_blocks;
+  }
+};
+
+void add_dense(const PerExampleBlock& b, const Grid& grid, Pass pass, int64_t tile) {
+  const ConvShape& s = b.shape;
+  const int64_t column = tile % grid.column_blocks * kTileColumns;
+  const int64_t tap = tile / grid.column_blocks % grid.taps;
+  const int64_t block = tile / (grid.column_blocks * grid.taps) % grid.row_blocks;
+  const int64_t group = tile / (grid.column_blocks * grid.taps * grid.row_blocks);
+  // rows in blocks of about one size: in a much smaller one the multipliers would wait for each other
+  const int64_t group_rows = s.out_channels / s.groups;
+  const int64_t begin = group_rows * block / grid.row_blocks, end = group_rows * (block + 1) / grid.row_blocks;
+  const int64_t row = group * group_rows + begin;
+  const int64_t columns = b.columns - column < kTileColumns ? b.columns - column : kTileColumns;
+
+  Tile t(b, pass, tap);
+  t.inputs += group * (s.in_channels / s.groups) + column;
+  t.deltas += row;
+  t.sums += row * t.sums_pitch + column;
+  t.tail = int(columns % 16);
+  kTiles.add[end - begin - 1][ceil_div(columns, 16) - 1][t.tail != 0](t);
+}
+
+// Depthwise layers: one input channel a group, so vectors go across groups and a tile is some channels of one tap.
+
+constexpr int kDepthwiseVecs = 4;
+
+template <int vecs, bool has_tail>
+void add_depthwise_tile(const Tile& t) {
+  const auto load = [&](const float* p, auto v) __attribute__((always_inline)) {
+    if constexpr (has_tail && v == vecs - 1) return Vec::load_first(p + 16 * v, t.tail);
+    return Vec::load(p + 16 * v);
+  };
+  Vec sums[vecs];
+  unrolled<vecs>([&](auto v) __attribute__((always_inline)) { sums[v] = Vec::broadcast(0); });
+  const float *inputs = t.inputs, *deltas = t.deltas;
+  for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, deltas += t.delta_pitch) {
+    Vec gradient[vecs];
+    unrolled<vecs>([&](auto v) __attribute__((always_inline)) { gradient[v] = Vec::broadcast(0); });
+    t.walk.each(inputs, deltas, [&](const float* a, const float* d) __attribute__((always_inline)) {
+      unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
+        gradient[v] = Vec::multiply_add(load(a, v), load(d, v), gradient[v]);
+      });
+    });
+    unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
+      sums[v] = sums[v] + (t.square ? gradient[v] * gradient[v] : gradient[v].abs());
+    });
+  }
+  float lanes[16 * vecs];
+  unrolled<vecs>([&](auto v) __attribute__((always_inline)) { sums[v].store(lanes + 16 * v); });
+  const int channels = has_tail ? 16 * (vecs - 1) + t.tail : 16 * vecs;
+  for (int c = 0; c < channels; c++) t.sums[c * t.sums_pitch] += lanes[c];
+}
+
+void add_depthwise(const PerExampleBlock& b, Pass pass, int64_t tile) {
+  static constexpr AddTile kAdd[kDepthwiseVecs][2] = {{add_depthwise_tile<1, false>, add_depthwise_tile<1, true>},
+                                                      {add_depthwise_tile<2, false>, add_depthwise_tile<2, true>},
+                                                      {add_depthwise_tile<3, false>, add_depthwise_tile<3, true>},
+                                                      {add_depthwise_tile<4, false>, add_depthwise_tile<4, true>}};
+  const ConvShape& s = b.shape;
+  const int64_t multiplier = s.out_channels / s.groups, taps = s.taps();
+  const int64_t tap = tile % taps, j = tile / taps % multiplier;
+  const int64_t channel = tile / (taps * multiplier) * (16 * kDepthwiseVecs);
+  const int64_t channels = s.groups - channel < 16 * kDepthwiseVecs ? s.groups - channel : 16 * kDepthwiseVecs;
+
+  Tile t(b, pass, tap);
+  t.inputs += channel;
+  t.deltas += j * s.groups + channel;
+  t.sums += (channel * multiplier + j) * taps;
+  t.sums_pitch *= multiplier;  // from one group to the next
+  t.tail = int(channels % 16);
+  kAdd[ceil_div(channels, 16) - 1][t.tail != 0](t);
+}
+
+int64_t tiles(const PerExampleBlock& b) {
+  const ConvShape& s = b.shape;
+  if (is_depthwise(s)) return ceil_div(s.groups, 16 * kDepthwiseVecs) * (s.out_channels / s.groups) * s.taps();
+  return Grid(b).count;
+}
+
+void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
+  const ConvShape& s = b.shape;
+  const Grid grid(b);
+  const int64_t example = pixels(s) * s.in_channels + s.positions() * s.out_channels;
+  const int64_t cached = example < kCachedFloats && example ? kCachedFloats / example : 1;
+  for (int64_t x = 0; x < s.examples; x += cached) {
+    const Pass pass{x, s.examples - x < cached ? s.examples - x : cached};
+    for (int64_t tile = begin; tile < end; tile++)
+      is_depthwise(s) ? add_depthwise(b, pass, tile) : add_dense(b, grid, pass, tile);
+  }
+}
+
+// Packing.
+
+float mapped(float x, Packing::Map map) {
+  if (map == Packing::Map::none) return x;
+  return map == Packing::Map::abs ? bits_float(float_bits(x) & 0x7fffffff) : x * x;
+}
+
+Vec mapped(Vec x, Packing::Map map) {
+  if (map == Packing::Map::none) return x;
+  return map == Packing::Map::abs ? x.abs() : x * x;
+}
+
+template <class T>
+void pack_row(const T* from, float* to, const Packing& p) {
+  if (p.groups > 1) {
+    const int64_t each = p.length / p.groups;
+    for (int64_t g = 0; g < p.groups; g++)
+      for (int64_t j = 0; j < each; j++) to[j * p.groups + g] = mapped(to_float(from[g * each + j]), p.map);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 16 <= p.length; i += 16) mapped(Vec::load(from + i), p.map).store(to + i);
+  for (; i < p.length; i++) to[i] = mapped(to_float(from[i]), p.map);
+}
+
+void pack(const Packing& p, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, [&]<class T>(const T*) {
+    float* to = p.to + begin * (p.before + p.length + p.after);
+    for (int64_t row = begin; row < end; row++) {
+      for (int64_t i = 0; i < p.before; i++) *to++ = 0;
+      pack_row(static_cast<const T*>(p.from) + row * p.length, to, p);
+      to += p.length;
+      for (int64_t i = 0; i < p.after; i++) *to++ = 0;
+    }
+  });
+}
+
+// channel_dot. Of a row, sum.inl says how it is summed; channels-last, each channel has one partial sum in float32, for
+// kRun positions one after another, then added to one in double.
+
+constexpr int64_t kRun = kBlock / 16;  // as many as a partial sum of a row adds up
+
+template <class Delta, class Value>
+struct Products {
+  const Delta* deltas;
+  const Value* values;
+  Vec at(int64_t i) const { return Vec::load(deltas + i) * Vec::load(values + i); }
+  Vec first(int64_t i, int n) const { return Vec::load_first(deltas + i, n) * Vec::load_first(values + i, n); }
+  Products from(int64_t i) const { return {deltas + i, values + i}; }
+};
+
+template <class Delta>
+struct Plain {
+  const Delta* deltas;
+  Vec at(int64_t i) const { return Vec::load(deltas + i); }
+  Vec first(int64_t i, int n) const { return Vec::load_first(deltas + i, n); }
+  Plain from(int64_t i) const { return {deltas + i}; }
+};
+
+// Up to 16 channels, `pitch` elements between positions.
+template <class Terms>
+void dot_columns(const Terms& terms, int64_t positions, int64_t pitch, int channels, float* out) {
+  double lanes[16] = {};
+  for (int64_t p = 0; p < positions; p += kRun) {
+    const int64_t end = positions - p < kRun ? positions : p + kRun;
+    Vec sum = Vec::broadcast(0);
+    for (int64_t q = p; q < end; q++)
+      sum = sum + (channels == 16 ? terms.at(q * pitch) : terms.first(q * pitch, channels));
+    float run[16];
+    sum.store(run);
+    for (int l = 0; l < 16; l++) lanes[l] += double(run[l]);
+  }
+  for (int l = 0; l < channels; l++) out[l] = float(lanes[l]);
+}
+
+template <class Terms>
+void dot(const Terms& terms, const ChannelDot& p, int64_t begin, int64_t end) {
+  if (!p.channels_last) {
+    for (int64_t row = begin; row < end; row++) p.out[row] = float(sum_row(terms.from(row * p.positions), p.positions));
+    return;
+  }
+  for (int64_t i = begin; i < end;) {
+    const int64_t x = i / p.channels, c = i % p.channels;
+    const int64_t left = p.channels - c < end - i ? p.channels - c : end - i, channels = left < 16 ? left : 16;
+    dot_columns(terms.from(x * p.positions * p.channels + c), p.positions, p.channels, int(channels), p.out + i);
+    i += channels;
+  }
+}
+
+void channel_dot(const ChannelDot& p, int64_t begin, int64_t end) {
+  with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
+    const Delta* deltas = static_cast<const Delta*>(p.deltas);
+    if (!p.values) return dot(Plain<Delta>{deltas}, p, begin, end);
+    with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
+      dot(Products<Delta, Value>{deltas, static_cast<const Value*>(p.values)}, p, begin, end);
+    });
+  });
+}
+
+}  // namespace
+
+extern const PerExampleKernels kPerExample;
+const PerExampleKernels kPerExample = {pack, tiles, accumulate, channel_dot};
