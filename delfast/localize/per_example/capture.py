@@ -202,7 +202,5 @@ class _Tap(torch.autograd.Function):
 
 def _tapped(output: Tensor, saved: Tensor | None, capture: Capture, use: Use, shape: torch.Size) -> Tensor:
     """``output`` with a tap behind it; δ is handed over in ``shape``."""
-    result: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-        output, saved, capture.anchor, capture, use, shape
-    )
+    result: Tensor = _Tap.apply(output, saved, capture.anchor, capture, use, shape)
     return result

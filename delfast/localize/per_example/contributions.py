@@ -74,7 +74,8 @@ class Convolution:
             deltas, inputs, inputs.new_empty(1).expand(self.kernel), None, self.stride, self.padding, self.dilation,
             False, [0] * len(self.stride), self.groups, [False, True, False],
         )  # fmt: skip
-        return gradient.reshape(self.shape)
+        result: Tensor = gradient.reshape(self.shape)
+        return result
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ function, and repeated per copy by ``vmap`` when it meets the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +26,8 @@ ELEMENTWISE = {
     *("iadd", "isub", "imul", "itruediv"),
 }
 EXPAND = {"expand", "expand_as", "broadcast_to"}
-STOPS = {torch.Tensor.detach, torch.Tensor.data.__get__, torch.Tensor.grad.__get__}  # the gradient ends there
+# the gradient ends there
+STOPS = {torch.Tensor.detach, vars(torch._C.TensorBase)["data"].__get__, vars(torch._C.TensorBase)["grad"].__get__}
 SAME_SHAPE = {"to", "contiguous", "clone", "float", "double", "half", "bfloat16", "type", "type_as", "dropout"}
 
 
@@ -51,7 +54,7 @@ class FreeParameters:
         self.parameters = parameters
         self.unknown = unknown
         self.copies: dict[tuple[str, int], Tensor] = {}
-        self._derived = {id(p): Derived(p, (n,), lambda values, n=n: values[n]) for n, p in parameters.items()}
+        self._derived = {id(p): Derived(p, (n,), itemgetter(n)) for n, p in parameters.items()}
 
     def names_in(self, value: Any) -> list[str]:
         """The parameters that tensors in ``value`` are, or are computed from."""
@@ -86,13 +89,13 @@ class FreeParameters:
         if any(t.requires_grad for t in others):
             return True
         try:
-            small = torch.broadcast_shapes(*(d.tensor.shape for d in own))
-            return bool(torch.broadcast_shapes(small, *(t.shape for t in others)) != small)
+            mine = [derived.tensor for derived in own]
+            return _broadcast([*mine, *others]) != _broadcast(mine)
         except RuntimeError:
             return bool(others)
 
     def _elementwise(self, name: str, args: Any, kwargs: Any, own: list[Derived], others: list[Tensor]) -> Any:
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors_in((args, kwargs))))
+        shape = _broadcast(tensors_in((args, kwargs)))
         swap: dict[int, Tensor] = {}
         for derived in own:
             copies = self._aligned(derived, shape)
@@ -140,8 +143,8 @@ class FreeParameters:
         if copies is None:
             return None
         if data.ndim == 2:
-            return (data.unsqueeze(1) @ copies).squeeze(1)
-        return data @ copies.reshape(data.shape[0], *[1] * (data.ndim - 3), *weight.shape)
+            return torch.matmul(data.unsqueeze(1), copies).squeeze(1)
+        return torch.matmul(data, copies.reshape(data.shape[0], *[1] * (data.ndim - 3), *weight.shape))
 
     def _copy(self, derived: Derived, rows: int) -> Tensor | None:
         """(rows, *shape): one copy of ``derived`` per row; None if their gradients would take too much memory."""
@@ -180,7 +183,7 @@ class FreeParameters:
         else:
             for index, part in enumerate(output):
                 if isinstance(part, Tensor):
-                    self._remember(Derived(part, names, lambda values, i=index: compute(values)[i]))
+                    self._remember(Derived(part, names, partial(_part, index, compute)))
         return True, output
 
     def _remember(self, derived: Derived) -> None:
@@ -213,9 +216,23 @@ class FreeParameters:
         return Derived(again(*replace(args, swap), **replace(kwargs, swap)), source.names, compute)
 
 
+def _part(index: int, compute: Callable[..., Any], values: Mapping[str, Tensor]) -> Any:
+    return compute(values)[index]
+
+
 def _in_place(func: Any) -> bool:
     name = str(getattr(func, "__name__", ""))
-    return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__isub__", "__imul__", "__setitem__")
+    return (name.endswith("_") and not name.endswith("__")) or name in (
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__setitem__",
+    )
+
+
+def _broadcast(tensors: Iterable[Tensor]) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+    return shape
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

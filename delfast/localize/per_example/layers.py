@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Place:
     def split(self, t: Tensor) -> Tensor:
         """(examples, entries of each, the other dims)."""
         t = t.movedim(self.dim, 0)
-        return t.unflatten(0, (self.examples, t.shape[0] // self.examples))
+        return t.reshape(self.examples, t.shape[0] // self.examples, *t.shape[1:])
 
     def by_channel(self, t: Tensor, trailing: int | None = None) -> Tensor:
         """(examples, C, *positions). C is what follows ``dim``, or the last ``trailing`` dims as one."""
@@ -51,7 +52,7 @@ class Layer:
     """A layer function with a ``weight``, and maybe a ``bias``. Its examples lie along one of ``leading`` dims."""
 
     arguments: tuple[str, ...] = ("input", "weight", "bias")
-    defaults: Mapping[str, Any] = {}
+    defaults: Mapping[str, Any] = MappingProxyType({"bias": None})
     is_channelwise = False  # a convolution or a linear layer: its rows have signed channel sums
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -82,7 +83,6 @@ class Layer:
 class Linear(Layer):
     """On (*, features): a convolution of kernel 1 over every position of an example."""
 
-    defaults = {"bias": None}
     is_channelwise = True
 
     def leading(self, call: Call) -> int:
@@ -102,8 +102,8 @@ class Linear(Layer):
 class Conv(Layer):
     """Convolution of ``dims`` dimensions. k > 1 images per example become one more dimension, of kernel 1."""
 
-    arguments = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    arguments: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = MappingProxyType({"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
     is_channelwise = True
 
     def __init__(self, dims: int) -> None:
@@ -150,7 +150,7 @@ class TransposedConv(Conv):
     """The gradient of a convolution: inputs and deltas swap their parts, and rows are input channels."""
 
     arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    defaults = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    defaults = MappingProxyType({**Conv.defaults, "output_padding": 0})
 
     def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
         stride = self._per_dim(call["stride"])
@@ -208,7 +208,7 @@ class Embedding(Layer):
     """A row of the table per index."""
 
     arguments = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    defaults = {"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False, "bias": None}
+    defaults = MappingProxyType({"bias": None, "padding_idx": None, "max_norm": None, "scale_grad_by_freq": False})
 
     def refusal(self, call: Call) -> str | None:
         return "changes its weights as it reads them (max_norm)" if call["max_norm"] is not None else None

@@ -93,7 +93,7 @@ class _SumCapture(ExampleCapture):
     def finish(self) -> None:
         for (name, _), copies in self.free.copies.items():
             if copies.grad is not None and self.place(name, copies.grad) is not None:
-                mine = copies.grad.unflatten(0, (self.examples, copies.shape[0] // self.examples)).sum(dim=1)
+                mine = copies.grad.reshape(self.examples, -1, *copies.shape[1:]).sum(dim=1)
                 self._receive(name, Gradients(mine))
         missing = {*self.unknown, *self.undecided}
         if missing & self._added:
