@@ -45,7 +45,9 @@ def example_gradients(
 
 def summed(gradients: list[dict[str, Tensor]], epilogue: str) -> dict[str, Tensor]:
     return {
-        name: sum((g[name].abs() if epilogue == "abs" else g[name] ** 2 for g in gradients), start=0 * gradients[0][name])
+        name: sum(
+            (g[name].abs() if epilogue == "abs" else g[name] ** 2 for g in gradients), start=0 * gradients[0][name]
+        )
         for name in gradients[0]
     }
 

@@ -68,6 +68,11 @@ class Capture(TorchFunctionMode):
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
         """The backward pass has come by a tap."""
 
+    @property
+    def repeats(self) -> bool:
+        """Whether something was computed without gradients in the forward pass, maybe to be repeated with them."""
+        return bool(self._without_grad)
+
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """One backward pass; then ``unknown`` is complete."""
         self._backward = True
@@ -116,7 +121,7 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             output = func(*args, **kwargs)
-            if any(t.is_floating_point() for t in tensors_in(output)):  # no shape, no number
+            if not self._backward and any(t.is_floating_point() for t in tensors_in(output)):  # no shape, no number
                 self._without_grad.update(names)
             return output
         if self._backward:
@@ -131,13 +136,16 @@ class Capture(TorchFunctionMode):
         if reason is not None:
             name = names["weight"] or names["bias"] or getattr(func, "__name__", "a layer")
             raise InputError(f"'{name}' {reason}; change that layer or use per_example=False")
-        use = Use(layer, {**call, "input": None}, names["weight"], names["bias"], layer.leading(call))
         computed = [v for v in call.values() if isinstance(v, Tensor) and id(v) not in self._names]
+        inputs, leading = call["input"], layer.leading(call)
+        # detached: a parameter that is in the graph all the same has a use that was not seen
+        call |= {"input": None} | {role: call[role].detach() for role, name in names.items() if name is not None}
+        use = Use(layer, call, names["weight"], names["bias"], leading)
         if not use.names or not use.leading or self.free.names_in(computed) or not torch.is_grad_enabled():
             return None
         if self._backward:
             self._repeated.update(use.names)
-        return self.compute(use, functools.partial(self._call, func), call["input"])
+        return self.compute(use, functools.partial(self._call, func), inputs)
 
     def _call(self, func: Any, call: Call, layer: Layer) -> Tensor:
         output: Tensor = func(**{name: value for name, value in call.items() if name in layer.arguments})

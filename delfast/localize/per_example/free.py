@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from delfast.files import one_line
 
 MOST_COPIES = 2**26  # elements of the per-example gradients of one parameter
 
@@ -80,7 +81,7 @@ class FreeParameters:
             if replaced is None:
                 return False, None
             return True, replaced if isinstance(replaced, Tensor) else func(*replaced[0], **replaced[1])
-        if any(t.requires_grad for t in others) or (others and isinstance(func, FunctionType)):
+        if any(t.requires_grad or (t.is_floating_point() and name not in ELEMENTWISE) for t in others):
             return False, None
         return self._parameters_alone(func, name, args, kwargs, own)
 
@@ -152,7 +153,12 @@ class FreeParameters:
         if max(sizes) * rows > MOST_COPIES:
             return None
         leaves = {name: self._leaf(name, rows) for name in derived.names}
-        result: Tensor = torch.func.vmap(derived.compute, in_dims=({name: 0 for name in leaves},))(leaves)
+        try:
+            result: Tensor = torch.func.vmap(derived.compute)(leaves)
+        except RuntimeError as error:  # an operation that vmap does not have
+            for name in derived.names:
+                self.unknown.setdefault(name, f"is used where vmap fails ({one_line(error)})")
+            return None
         return result
 
     def _leaf(self, name: str, rows: int) -> Tensor:

@@ -28,17 +28,34 @@ from delfast.localize.per_example.contributions import (
 Call = dict[str, Any]  # the arguments of one call, by name
 
 
+@dataclass(frozen=True, order=True)
+class Order:
+    """Where a layer's output has the examples: along ``dim``, k entries of each.
+
+    They follow one another, x₀ x₀ x₁ x₁ (windows, frames), or ``interleaved``, x₀ x₁ x₀ x₁ (torch's own attention).
+    """
+
+    dim: int = 0
+    interleaved: bool = False
+
+    def split(self, t: Tensor, examples: int) -> Tensor:
+        """(examples, k, the other dims); a view where the strides allow it."""
+        t = t.movedim(self.dim, 0)
+        each = t.shape[0] // examples
+        if self.interleaved:
+            return t.reshape(each, examples, *t.shape[1:]).transpose(0, 1)
+        return t.reshape(examples, each, *t.shape[1:])
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where ``examples`` examples lie: along ``dim``, each size / examples entries in a row."""
+    """``examples`` examples in an order."""
 
-    dim: int
+    order: Order
     examples: int
 
     def split(self, t: Tensor) -> Tensor:
-        """(examples, entries of each, the other dims)."""
-        t = t.movedim(self.dim, 0)
-        return t.reshape(self.examples, t.shape[0] // self.examples, *t.shape[1:])
+        return self.order.split(t, self.examples)
 
     def by_channel(self, t: Tensor, trailing: int | None = None) -> Tensor:
         """(examples, C, *positions). C is what follows ``dim``, or the last ``trailing`` dims as one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from delfast.batches import LossFn, cut, detached, examples_in, per_example_losses
 from delfast.localize.per_example.capture import Capture
-from delfast.localize.per_example.layers import Place, refuse_batch_statistics
+from delfast.localize.per_example.layers import Order, Place, refuse_batch_statistics
 from delfast.localize.per_example.trial import Trial
 
 log = logging.getLogger("delfast")
@@ -43,16 +43,16 @@ class ExampleCapture(Capture):
         if name in self.unknown or name in self.undecided:
             return None
         if self.examples == 1:
-            return Place(0, 1)
-        dim = self.passes.dims.get(name)
-        if dim is None:
+            return Place(Order(), 1)
+        order = self.passes.orders.get(name)
+        if order is None:
             if bool(deltas.any()):
                 self.undecided.add(name)
             return None
-        if dim >= deltas.ndim or deltas.shape[dim] % self.examples:
+        if order.dim >= deltas.ndim or deltas.shape[order.dim] % self.examples:
             self.unknown[name] = f"writes {tuple(deltas.shape)} for {self.examples} examples"
             return None
-        return Place(dim, self.examples)
+        return Place(order, self.examples)
 
     @abstractmethod
     def finish(self) -> None:
@@ -71,10 +71,11 @@ class ExamplePasses(ABC):
         self.network = network
         self.parameters = dict(parameters)
         self.loss_fn = loss_fn
-        self.dims: dict[str, int] = {}  # what the trials have shown
+        self.orders: dict[str, Order] = {}  # what the trials have shown
         self.uses: dict[str, int] = {}
         self.unknown: dict[str, str] = {}  # parameter -> why it is computed example by example
         self._trials = 0
+        self._tried = 0  # examples of the last trial; in fewer than three, some orders look alike
         self._try_again = True
 
     @abstractmethod
@@ -87,7 +88,7 @@ class ExamplePasses(ABC):
 
     def learned(self, trial: Trial) -> None:
         """A trial is over."""
-        self.dims |= trial.dims
+        self.orders |= trial.orders
         self.uses |= trial.uses
         self._remember(trial.unknown)
 
@@ -108,7 +109,7 @@ class ExamplePasses(ABC):
             capture.finish()
             self._remember(capture.unknown)
             if capture.undecided:
-                self._try_again = self._trials < MOST_TRIALS
+                self._try_again, self._tried = self._trials < MOST_TRIALS, 0
                 if not self._try_again:
                     self._remember(dict.fromkeys(capture.undecided, "has examples in no order that could be seen"))
             missing = sorted({*self.unknown, *capture.undecided})
@@ -134,18 +135,30 @@ class ExamplePasses(ABC):
                     parameter.requires_grad_(flag)
 
     def _try(self, batch: Any) -> None:
-        """A trial on the first and the last example, or on the whole batch if it cannot be cut."""
+        """A trial on three examples, or on the whole batch if it cannot be cut."""
         count = examples_in(batch, self.loss_fn)
-        if count is not None and count > 2:
-            batch = cut(batch, [0, count - 1])
-        trial = Trial(self.parameters, self.unknown)
-        with trial:
-            losses = per_example_losses(self.network, batch, self.loss_fn)
-        if losses.numel() and losses.requires_grad:
-            trial.learn(losses)
-            self.learned(trial)
-        self._trials += trial.examples > 1
-        self._try_again = trial.examples < 2
+        if self._tried and count is not None and count <= self._tried:
+            return
+        if count is not None and count > 3:
+            batch = cut(batch, [0, count // 2, count - 1])
+        self._trials += 1
+        unseen: list[str] | None = None
+        while unseen is None or unseen:  # once more without those that were not seen
+            trial = Trial(self.parameters, self.unknown)
+            seen = [parameter for name, parameter in self.parameters.items() if name not in self.unknown]
+            with _requiring_grad(seen):
+                with trial:
+                    losses = per_example_losses(self.network, batch, self.loss_fn)
+                unseen = trial.unseen(losses)
+                if not unseen and not trial.repeats:  # as they were, or recomputing would find other tensors
+                    trial.learn(losses)
+            if not unseen and trial.repeats:
+                trial.learn(losses)
+            reason = "is used by an operation that cannot be seen"
+            self._remember({name: trial.unknown.get(name, reason) for name in unseen})
+        self.learned(trial)
+        self._tried = trial.examples
+        self._try_again = trial.examples < 3
 
     def _remember(self, unknown: Mapping[str, str]) -> None:
         new = {name: reason for name, reason in unknown.items() if name not in self.unknown}
@@ -156,9 +169,7 @@ class ExamplePasses(ABC):
 
     def _one_by_one(self, names: list[str], batch: Any, losses: Tensor) -> None:
         parameters = [self.parameters[name] for name in names]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        try:
+        with _requiring_grad(parameters):
             for example, loss in enumerate(self._single_losses(batch, losses)):
                 if not loss.requires_grad:
                     continue
@@ -166,9 +177,6 @@ class ExamplePasses(ABC):
                 for name, gradient in zip(names, gradients, strict=True):
                     if gradient is not None:
                         self.take(name, example, gradient.to_dense() if gradient.is_sparse else gradient)
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
 
     def _single_losses(self, batch: Any, losses: Tensor) -> Iterator[Tensor]:
         """The loss of each example: alone where that gives the same loss, else within its batch."""
@@ -182,6 +190,19 @@ class ExamplePasses(ABC):
                     yield per_example_losses(self.network, cut(batch, [example]), self.loss_fn)[0]
                 return
         yield from per_example_losses(self.network, batch, self.loss_fn)
+
+
+@contextmanager
+def _requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, these parameters require grad; afterwards none of them does."""
+    parameters = list(parameters)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -92,9 +92,9 @@ class _SumCapture(ExampleCapture):
 
     def finish(self) -> None:
         for (name, _), copies in self.free.copies.items():
-            if copies.grad is not None and self.place(name, copies.grad) is not None:
-                mine = copies.grad.reshape(self.examples, -1, *copies.shape[1:]).sum(dim=1)
-                self._receive(name, Gradients(mine))
+            place = None if copies.grad is None else self.place(name, copies.grad)
+            if copies.grad is not None and place is not None:
+                self._receive(name, Gradients(place.split(copies.grad).sum(dim=1)))
         missing = {*self.unknown, *self.undecided}
         if missing & self._added:
             raise self._changed(min(missing & self._added))
