@@ -331,7 +331,7 @@ def test_layers_that_a_trial_could_not_see() -> None:
     model, [(x, y)] = in_double(DeadAtFirst(), [(torch.randn(6, 4), torch.arange(6) % 3)])
     dead, alive = x.clone(), x.clone()
     dead[:, 0], alive[:, 0] = -1, 1
-    half = torch.cat((dead[:1], alive[1:5], dead[5:]))
+    half = torch.cat((dead[:2], alive[2:5], dead[5:]))
     assert_parity(model, [(dead, y), (half, y), (alive, y), (half, y)])
     assert_parity(model, [(half, y)] * 5, unknown={"layer.weight", "layer.bias"})
 

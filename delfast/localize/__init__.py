@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from delfast.batches import LossFn
 from delfast.localize.anytime import localize_until_stable
+from delfast.localize.per_example import SignedChannels, signed_channels
 from delfast.localize.scores import (
     Aggregate,
     Criterion,
@@ -95,8 +96,10 @@ __all__ = [
     "Policy",
     "Preset",
     "Scores",
+    "SignedChannels",
     "check_selection",
     "localize",
     "preset_settings",
     "score",
+    "signed_channels",
 ]

@@ -2,6 +2,7 @@
 docs/per_example.md.
 """
 
+from delfast.localize.per_example.channels import SignedChannels, signed_channels
 from delfast.localize.per_example.sums import PerExampleGradients
 
-__all__ = ["PerExampleGradients"]
+__all__ = ["PerExampleGradients", "SignedChannels", "signed_channels"]

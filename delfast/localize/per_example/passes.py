@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from delfast.batches import LossFn, cut, detached, examples_in, per_example_losses
 from delfast.localize.per_example.capture import Capture
 from delfast.localize.per_example.layers import Order, Place, refuse_batch_statistics
-from delfast.localize.per_example.trial import Trial
+from delfast.localize.per_example.trial import ENOUGH, Trial
 
 log = logging.getLogger("delfast")
 
@@ -75,7 +75,7 @@ class ExamplePasses(ABC):
         self.uses: dict[str, int] = {}
         self.unknown: dict[str, str] = {}  # parameter -> why it is computed example by example
         self._trials = 0
-        self._tried = 0  # examples of the last trial; in fewer than three, some orders look alike
+        self._tried = 0  # examples of the last trial; in few, some orders look alike
         self._try_again = True
 
     @abstractmethod
@@ -85,6 +85,10 @@ class ExamplePasses(ABC):
     @abstractmethod
     def take(self, name: str, example: int, gradient: Tensor) -> None:
         """The gradient of one example of the batch, for a parameter that the capture could not have."""
+
+    def narrowed(self, trial: Trial) -> bool:
+        """Drop parameters that a trial's forward pass shows not to be wanted; whether there were any."""
+        return False
 
     def learned(self, trial: Trial) -> None:
         """A trial is over."""
@@ -135,30 +139,32 @@ class ExamplePasses(ABC):
                     parameter.requires_grad_(flag)
 
     def _try(self, batch: Any) -> None:
-        """A trial on three examples, or on the whole batch if it cannot be cut."""
+        """A trial on four examples, or on the whole batch if it cannot be cut."""
         count = examples_in(batch, self.loss_fn)
         if self._tried and count is not None and count <= self._tried:
             return
-        if count is not None and count > 3:
-            batch = cut(batch, [0, count // 2, count - 1])
+        if count is not None and count > ENOUGH:
+            batch = cut(batch, [i * (count - 1) // (ENOUGH - 1) for i in range(ENOUGH)])
         self._trials += 1
-        unseen: list[str] | None = None
-        while unseen is None or unseen:  # once more without those that were not seen
+        again = True
+        while again:  # without those that are not wanted, or not seen
             trial = Trial(self.parameters, self.unknown)
             seen = [parameter for name, parameter in self.parameters.items() if name not in self.unknown]
             with _requiring_grad(seen):
                 with trial:
                     losses = per_example_losses(self.network, batch, self.loss_fn)
-                unseen = trial.unseen(losses)
-                if not unseen and not trial.repeats:  # as they were, or recomputing would find other tensors
+                again = self.narrowed(trial)
+                unseen = [] if again else trial.unseen(losses)
+                if not again and not unseen and not trial.repeats:  # or recomputing would find other tensors
                     trial.learn(losses)
-            if not unseen and trial.repeats:
+            if not again and not unseen and trial.repeats:
                 trial.learn(losses)
             reason = "is used by an operation that cannot be seen"
             self._remember({name: trial.unknown.get(name, reason) for name in unseen})
+            again = again or bool(unseen)
         self.learned(trial)
         self._tried = trial.examples
-        self._try_again = trial.examples < 3
+        self._try_again = trial.examples < ENOUGH
 
     def _remember(self, unknown: Mapping[str, str]) -> None:
         new = {name: reason for name, reason in unknown.items() if name not in self.unknown}

@@ -10,6 +10,8 @@ from torch import Tensor
 from delfast.localize.per_example.capture import Capture, Use
 from delfast.localize.per_example.layers import Order
 
+ENOUGH = 4  # examples
+
 
 class Trial(Capture):
     """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
@@ -48,13 +50,18 @@ class Trial(Capture):
         return found
 
     def learn(self, losses: Tensor) -> None:
-        """Run the backward passes of the first and the last of the losses (N,)."""
+        """Run the backward pass of one of the losses (N,).
+
+        Of the second: an order that is no order of the examples (time first, the batch reversed) seldom has an entry
+        of its own just there. Of fewer than four, one example says too little: the first and the last.
+        """
         self.examples = losses.numel()
         if not self.examples or not losses.requires_grad:
             return
-        for example in dict.fromkeys((0, self.examples - 1)):
+        tried = [1] if self.examples >= ENOUGH else sorted({0, self.examples - 1})
+        for example in tried:
             self._example, self._reached = example, Counter()
-            self.backward(losses[example], retain_graph=True)
+            self.backward(losses[example], retain_graph=example != tried[-1])
             self._look_at_copies()
             self.uses |= self._reached
         for use, output, version in self._written:
@@ -64,7 +71,7 @@ class Trial(Capture):
         for name, possible in self._possible.items():
             if not possible:
                 self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
-            elif self.examples > 1 and len(self._evidence[name]) == 2:
+            elif self.examples > 1 and len(self._evidence[name]) == len(tried):
                 self.orders[name] = min(possible)
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
@@ -101,4 +108,4 @@ class Trial(Capture):
         if deltas.shape[order.dim] % self.examples:
             return False
         by_example = order.split(deltas, self.examples)
-        return not bool((by_example[:-1] if self._example else by_example[1:]).any())
+        return not (bool(by_example[: self._example].any()) or bool(by_example[self._example + 1 :].any()))
