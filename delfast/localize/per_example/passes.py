@@ -170,7 +170,9 @@ class ExamplePasses(ABC):
         new = {name: reason for name, reason in unknown.items() if name not in self.unknown}
         if new:
             self.unknown |= new
-            text = "; ".join(f"'{name}' {reason}" for name, reason in new.items())
+            reasons = dict.fromkeys(new.values())
+            names = {why: ", ".join(f"'{name}'" for name, reason in new.items() if reason == why) for why in reasons}
+            text = "; ".join(f"{names[why]} (each {why})" for why in reasons)
             log.warning("per-example gradients are computed one example at a time, which is slow, for: %s", text)
 
     def _one_by_one(self, names: list[str], batch: Any, losses: Tensor) -> None:
