@@ -150,7 +150,7 @@ def test_masked_sgd_against_masked_gradients(versus: Versus, scored: Scores) -> 
 
 
 def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
-    """A call of every op on parameters of these shapes, with nothing left to do in Python but the call."""
+    """A call of every op that takes lists, on these shapes, with nothing left to do in Python but the call."""
     theta, grad = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     sgd, adamw = masked_arguments(theta, "masked_sgd_"), masked_arguments(theta, "masked_adamw_")
     h, amp = cases.top_h(theta), {"grad_scale": None, "found_inf": None}
@@ -170,7 +170,10 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("op", [op.name for op in OPS])
+OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot")  # of one layer's tensors each: see test_per_example.py
+
+
+@pytest.mark.parametrize("op", [op.name for op in OPS if op.name not in OF_ONE_LAYER])
 def test_cost_of_a_call_with_62_tensors(versus: Versus, op: str) -> None:
     """62 tiny tensors; the kernel's own time is that of one tensor of as many rows, less a call on an empty one."""
     many, one, none = (calls_on(shapes)[op] for shapes in ([(4, 4)] * 62, [(248, 4)], [(0, 4)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,6 +67,70 @@ def _sliced(t: Tensor) -> Tensor:
 
 def top_h(tensors: list[Tensor], fraction: float = 0.1) -> list[int]:
     return [max(1, int(fraction * row_length(t.shape))) for t in tensors]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The geometry of a convolution of 1 to 3 dimensions; a linear layer is one of kernel 1."""
+
+    in_channels: int
+    out_channels: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    examples: int = 3
+
+    @property
+    def settings(self) -> tuple[list[int], list[int], list[int], int]:
+        """stride, padding, dilation, groups."""
+        dims = len(self.size)
+        return (
+            list(self.stride) or [1] * dims,
+            list(self.padding) or [0] * dims,
+            list(self.dilation) or [1] * dims,
+            self.groups,
+        )
+
+    @property
+    def out(self) -> list[int]:
+        geometry = zip(self.size, self.kernel, *self.settings[:3], strict=True)
+        return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+
+    def operands(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """(sums, inputs, deltas), contiguous; float32 sums (float64 for float64), not zero."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (
+            torch.rand(self.out_channels, self.in_channels // self.groups, *self.kernel, dtype=wide),
+            torch.randn(self.examples, self.in_channels, *self.size).to(dtype),
+            torch.randn(self.examples, self.out_channels, *self.out).to(dtype),
+        )
+
+
+LAYERS = {
+    "linear": Layer(33, 20, (5,), (1,)),
+    "linear, one position": Layer(40, 15, (1,), (1,), examples=9),
+    "1x1, one pixel, grouped": Layer(12, 6, (1, 1), (1, 1), groups=3, examples=9),
+    "no examples": Layer(3, 4, (5,), (3,), examples=0),
+    "one example": Layer(17, 5, (6, 6), (3, 3), padding=(1, 1), examples=1),
+    "one channel each": Layer(1, 1, (5, 5), (5, 5)),
+    "conv1d": Layer(5, 33, (17,), (3,), (2,), (2,), (2,)),
+    "stem": Layer(3, 64, (9, 8), (3, 3), padding=(1, 1)),
+    "7x7 stem": Layer(3, 8, (15, 17), (7, 7), (2, 2), (3, 3)),
+    "3x3": Layer(32, 29, (6, 6), (3, 3), padding=(1, 1)),
+    "odd": Layer(37, 13, (7, 9), (3, 2), (2, 1), (1, 0)),
+    "dilated": Layer(19, 15, (9, 8), (3, 3), padding=(2, 3), dilation=(2, 3)),
+    "downsample": Layer(24, 48, (7, 8), (1, 1), (2, 2)),
+    "one output channel": Layer(48, 1, (6, 5), (3, 3)),
+    "mostly padding": Layer(16, 10, (1, 2), (3, 5), padding=(1, 4)),
+    "conv3d": Layer(4, 6, (5, 6, 7), (3, 2, 3), (1, 2, 1), (1, 1, 1), (1, 1, 2)),
+    "grouped": Layer(8, 12, (6, 6), (3, 3), padding=(1, 1), groups=4),
+    "depthwise": Layer(70, 70, (6, 5), (3, 3), padding=(1, 1), groups=70),
+    "depthwise, multiplier 3": Layer(35, 105, (6, 5), (3, 3), (2, 1), (1, 0), groups=35),
+    "depthwise conv3d": Layer(18, 18, (3, 4, 5), (2, 1, 3), (1, 2, 1), groups=18),
+}
 
 
 class Everything(nn.Module):

@@ -355,6 +355,8 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     scores = NATIVE.criticality(theta, grad, "weighted_grad", "mean", cases.top_h(theta))
     sgd, adamw = masked_arguments(theta, "masked_sgd_"), masked_arguments(theta, "masked_adamw_")
     amp = {"grad_scale": torch.tensor(2.0), "found_inf": None}
+    layer = cases.LAYERS["odd"]
+    sums, inputs, deltas = layer.operands()
     return [
         (NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}),
         (NATIVE.select_elements, (theta, grad, "weighted_grad", 100), {}),
@@ -370,6 +372,8 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             (theta, grad, adamw["state"], adamw["steps"], adamw["bits"], adamw["by_row"]),
             HYPER["masked_adamw_"][0] | amp,
         ),
+        (NATIVE.per_example_accumulate_, (sums, inputs, deltas, *layer.settings, "abs"), {}),
+        (NATIVE.channel_dot, (deltas, deltas + 1), {}),
     ]
 
 

@@ -28,3 +28,18 @@ def assert_within_budget(result: Tensor, exact: Tensor, same_precision: Tensor) 
     allowed = 2 * relative_error(same_precision, exact) + torch.finfo(result.dtype).eps
     error = relative_error(result, exact)
     assert error <= allowed, f"relative error {error:.3g}, the budget allows {allowed:.3g}"
+
+
+def relative_l2(result: Tensor, exact: Tensor) -> float:
+    """‖result - exact‖ / ‖exact‖: for sums whose terms cancel, where an element's own size says little of its error."""
+    norm = float(exact.double().norm())
+    error = float((result.double() - exact.double()).norm())
+    return error / norm if norm else error
+
+
+def assert_l2_within_budget(result: Tensor, exact: Tensor, same_precision: Tensor) -> None:
+    """As assert_within_budget, for the whole tensor."""
+    assert result.shape == exact.shape
+    allowed = 2 * relative_l2(same_precision, exact) + torch.finfo(result.dtype).eps
+    error = relative_l2(result, exact)
+    assert error <= allowed, f"relative L2 error {error:.3g}, the budget allows {allowed:.3g}"

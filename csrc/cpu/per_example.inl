@@ -13,9 +13,13 @@
 #include "cpu/score.inl"
 #include "cpu/sum.inl"
 
+#define DELFAST_INLINED __attribute__((always_inline))  // for lambdas; a loop nest of calls would keep no registers
+
 namespace {
 
-constexpr int64_t kCachedFloats = 1 << 18;  // of inputs and deltas: half of a second-level cache of 2 MiB
+// Of the operands of as many examples as a pass of all tiles is over: half of a second-level cache of 1 MiB. Of the
+// deltas only one block of rows counts, since the tiles of the next come last.
+constexpr int64_t kCachedFloats = 1 << 17;
 
 constexpr int kTileColumns = 16 * kTileVecs;
 
@@ -26,10 +30,9 @@ bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == 
 
 // f(0), ..., f(count - 1), each argument a constant, so that arrays of vectors are registers.
 template <int count, class F>
-constexpr __attribute__((always_inline)) void unrolled(F f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, count>{});
+constexpr DELFAST_INLINED void unrolled(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      DELFAST_INLINED { (f(std::integral_constant<int, i>{}), ...); }(std::make_integer_sequence<int, count>{});
 }
 
 // The positions at which one tap reads inside the input: a loop nest over both operands.
@@ -63,7 +66,7 @@ struct Walk {
 
   // Calls f(input, delta) for each position.
   template <class F>
-  inline __attribute__((always_inline)) void each(const float* input, const float* delta, F f) const {
+  DELFAST_INLINED void each(const float* input, const float* delta, F f) const {
     for (int64_t i = 0; i < count[0]; i++)
       for (int64_t j = 0; j < count[1]; j++) {
         const float* a = input + i * input_step[0] + j * input_step[1];
@@ -102,45 +105,54 @@ struct Tile {
         square(b.epilogue == Epilogue::square) {}
 };
 
+template <int vecs, bool has_tail>
+struct Lanes {  // loads and stores whole vectors but for the last, which may have a tail
+  int tail;
+  template <class V>
+  Vec load(const float* p, V v) const {
+    if constexpr (has_tail && v == vecs - 1) return Vec::load_first(p + 16 * v, tail);
+    return Vec::load(p + 16 * v);
+  }
+  template <class V>
+  void store(Vec x, float* p, V v) const {
+    if constexpr (has_tail && v == vecs - 1) return x.store_masked(p + 16 * v, (1u << tail) - 1);
+    x.store(p + 16 * v);
+  }
+};
+
 template <int rows, int vecs, bool has_tail>
 void add_dense_tile(const Tile& t) {
-  const auto load = [&](const float* p, auto v) __attribute__((always_inline)) {
-    if constexpr (has_tail && v == vecs - 1) return Vec::load_first(p + 16 * v, t.tail);
-    return Vec::load(p + 16 * v);
+  const Lanes<vecs, has_tail> lanes{t.tail};
+  const auto each = [](auto f) DELFAST_INLINED {
+    unrolled<rows>([&](auto r) DELFAST_INLINED { unrolled<vecs>([&](auto v) DELFAST_INLINED { f(r, v); }); });
   };
+  // A copy, since rows of sums a power of two apart would share few sets of the first-level cache, with inputs and
+  // deltas too, and be driven out by each example.
+  alignas(64) float sums[rows][vecs][16];
+  each([&](auto r, auto v) DELFAST_INLINED { lanes.load(t.sums + r * t.sums_pitch, v).store(sums[r][v]); });
   const float *inputs = t.inputs, *deltas = t.deltas;
   for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, deltas += t.delta_pitch) {
     Vec gradient[rows][vecs];
-    unrolled<rows>([&](auto r) __attribute__((always_inline)) {
-      unrolled<vecs>([&](auto v) __attribute__((always_inline)) { gradient[r][v] = Vec::broadcast(0); });
-    });
-    t.walk.each(inputs, deltas, [&](const float* a, const float* d) __attribute__((always_inline)) {
+    each([&](auto r, auto v) DELFAST_INLINED { gradient[r][v] = Vec::broadcast(0); });
+    t.walk.each(inputs, deltas, [&](const float* a, const float* d) DELFAST_INLINED {
       Vec input[vecs];
-      unrolled<vecs>([&](auto v) __attribute__((always_inline)) { input[v] = load(a, v); });
-      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
-        const Vec delta = Vec::broadcast(d[r]);
-        unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
-          gradient[r][v] = Vec::multiply_add(input[v], delta, gradient[r][v]);
-        });
+      unrolled<vecs>([&](auto v) DELFAST_INLINED { input[v] = lanes.load(a, v); });
+      unrolled<rows>([&](auto r) DELFAST_INLINED {
+        const Vec delta = Vec::broadcast_at(d + r);
+        unrolled<vecs>([&](auto v)
+                           DELFAST_INLINED { gradient[r][v] = Vec::multiply_add(input[v], delta, gradient[r][v]); });
       });
     });
-    const auto add = [&](auto epilogue) __attribute__((always_inline)) {
-      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
-        float* sums = t.sums + r * t.sums_pitch;
-        unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
-          const Vec sum = load(sums, v) + epilogue(gradient[r][v]);
-          if constexpr (has_tail && v == vecs - 1)
-            sum.store_masked(sums + 16 * v, (1u << t.tail) - 1);
-          else
-            sum.store(sums + 16 * v);
-        });
-      });
+    const auto add = [&](auto epilogue) DELFAST_INLINED {
+      each([&](auto r, auto v)
+               DELFAST_INLINED { (Vec::load(sums[r][v]) + epilogue(gradient[r][v])).store(sums[r][v]); });
     };
     if (t.square)
-      add([](Vec g) __attribute__((always_inline)) { return g * g; });
+      add([](Vec g) DELFAST_INLINED { return g * g; });
     else
-      add([](Vec g) __attribute__((always_inline)) { return g.abs(); });
+      add([](Vec g) DELFAST_INLINED { return g.abs(); });
   }
+  each([&](auto r, auto v) DELFAST_INLINED { lanes.store(Vec::load(sums[r][v]), t.sums + r * t.sums_pitch, v); });
 }
 
 using AddTile = void (*)(const Tile&);
@@ -195,29 +207,26 @@ constexpr int kDepthwiseVecs = 4;
 
 template <int vecs, bool has_tail>
 void add_depthwise_tile(const Tile& t) {
-  const auto load = [&](const float* p, auto v) __attribute__((always_inline)) {
-    if constexpr (has_tail && v == vecs - 1) return Vec::load_first(p + 16 * v, t.tail);
-    return Vec::load(p + 16 * v);
-  };
+  const Lanes<vecs, has_tail> lanes{t.tail};
   Vec sums[vecs];
-  unrolled<vecs>([&](auto v) __attribute__((always_inline)) { sums[v] = Vec::broadcast(0); });
+  unrolled<vecs>([&](auto v) DELFAST_INLINED { sums[v] = Vec::broadcast(0); });
   const float *inputs = t.inputs, *deltas = t.deltas;
   for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, deltas += t.delta_pitch) {
     Vec gradient[vecs];
-    unrolled<vecs>([&](auto v) __attribute__((always_inline)) { gradient[v] = Vec::broadcast(0); });
-    t.walk.each(inputs, deltas, [&](const float* a, const float* d) __attribute__((always_inline)) {
-      unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
-        gradient[v] = Vec::multiply_add(load(a, v), load(d, v), gradient[v]);
+    unrolled<vecs>([&](auto v) DELFAST_INLINED { gradient[v] = Vec::broadcast(0); });
+    t.walk.each(inputs, deltas, [&](const float* a, const float* d) DELFAST_INLINED {
+      unrolled<vecs>([&](auto v) DELFAST_INLINED {
+        gradient[v] = Vec::multiply_add(lanes.load(a, v), lanes.load(d, v), gradient[v]);
       });
     });
-    unrolled<vecs>([&](auto v) __attribute__((always_inline)) {
+    unrolled<vecs>([&](auto v) DELFAST_INLINED {
       sums[v] = sums[v] + (t.square ? gradient[v] * gradient[v] : gradient[v].abs());
     });
   }
-  float lanes[16 * vecs];
-  unrolled<vecs>([&](auto v) __attribute__((always_inline)) { sums[v].store(lanes + 16 * v); });
+  float added[16 * vecs];
+  unrolled<vecs>([&](auto v) DELFAST_INLINED { sums[v].store(added + 16 * v); });
   const int channels = has_tail ? 16 * (vecs - 1) + t.tail : 16 * vecs;
-  for (int c = 0; c < channels; c++) t.sums[c * t.sums_pitch] += lanes[c];
+  for (int c = 0; c < channels; c++) t.sums[c * t.sums_pitch] += added[c];
 }
 
 void add_depthwise(const PerExampleBlock& b, Pass pass, int64_t tile) {
@@ -249,7 +258,8 @@ int64_t tiles(const PerExampleBlock& b) {
 void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
   const ConvShape& s = b.shape;
   const Grid grid(b);
-  const int64_t example = pixels(s) * s.in_channels + s.positions() * s.out_channels;
+  const int64_t rows = s.out_channels < 32 ? s.out_channels : 32;  // of deltas, to whole cache lines
+  const int64_t example = pixels(s) * s.in_channels + s.positions() * rows;
   const int64_t cached = example < kCachedFloats && example ? kCachedFloats / example : 1;
   for (int64_t x = 0; x < s.examples; x += cached) {
     const Pass pass{x, s.examples - x < cached ? s.examples - x : cached};
@@ -361,3 +371,5 @@ void channel_dot(const ChannelDot& p, int64_t begin, int64_t end) {
 
 extern const PerExampleKernels kPerExample;
 const PerExampleKernels kPerExample = {pack, tiles, accumulate, channel_dot};
+
+#undef DELFAST_INLINED

@@ -13,6 +13,7 @@ struct Vec {
   __m256 low, high;
 
   static Vec broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static Vec broadcast_at(const float* p) { return broadcast(*p); }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Vec load(const bfloat16* p) { return {widen(p), widen(p + 8)}; }
   static Vec load(const float16* p) { return {widen(p), widen(p + 8)}; }

@@ -13,6 +13,7 @@ struct Vec {
   __m512 v;
 
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec broadcast_at(const float* p) { return broadcast(*p); }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const bfloat16* p) { return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const float16* p) {

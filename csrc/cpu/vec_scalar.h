@@ -17,6 +17,9 @@ struct Vec {
     for (float& lane : v.lane) lane = x;
     return v;
   }
+  // Of a value in memory. Volatile, since GCC 12 at -O3 would else load neighbours of the next iteration too, past the
+  // end of the array, to broadcast two at a time.
+  static Vec broadcast_at(const float* p) { return broadcast(*static_cast<const volatile float*>(p)); }
   template <class T>
   static Vec load(const T* p) {
     Vec v;

@@ -71,6 +71,8 @@ inline const char* name(Criterion criterion) {
   return criterion == Criterion::weighted_grad ? "|theta g|" : criterion == Criterion::grad ? "|g|" : "|theta|";
 }
 
+inline const char* name(Epilogue epilogue) { return epilogue == Epilogue::abs ? "abs" : "square"; }
+
 // An array whose dtype is known at run time only.
 class Array {
  public:
