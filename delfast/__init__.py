@@ -12,7 +12,7 @@ from delfast import optim
 from delfast._version import __version__
 from delfast.errors import InputError
 from delfast.evaluate import evaluate
-from delfast.localize import Scores, localize, score
+from delfast.localize import Scores, SignedChannels, localize, score, signed_channels
 from delfast.mask import Mask
 from delfast.reset import reset_
 from delfast.status import status
@@ -22,12 +22,14 @@ __all__ = [
     "InputError",
     "Mask",
     "Scores",
+    "SignedChannels",
     "__version__",
     "evaluate",
     "localize",
     "optim",
     "reset_",
     "score",
+    "signed_channels",
     "status",
     "unlearn",
 ]

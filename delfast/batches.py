@@ -34,13 +34,45 @@ def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
 
 def move(value: Any, device: torch.device) -> Any:
     """Tensors, and tuples, lists and dicts of them, on ``device``."""
+    return map_tensors(value, lambda t: t.to(device, non_blocking=True))
+
+
+def detached(batch: Any) -> Any:
+    """The batch with tensors that no backward pass goes beyond."""
+    return map_tensors(batch, Tensor.detach)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of every tensor in nested tuples, lists and dicts; everything else as it is."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(move(item, device) for item in value)
+        return type(value)(map_tensors(item, function) for item in value)
     if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
+        return {key: map_tensors(item, function) for key, item in value.items()}
     return value
+
+
+def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
+    """N if every part of the batch is a tensor of N along dim 0, so that ``cut`` works; else None."""
+    parts = _parts(batch[-2:] if loss_fn is None else batch)
+    sizes = {part.shape[0] if isinstance(part, Tensor) and part.ndim else None for part in parts}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def cut(batch: Any, examples: list[int]) -> Any:
+    """These examples of a batch for which ``examples_in`` is not None."""
+    return map_tensors(batch, lambda t: t[examples])
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield value
 
 
 def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:

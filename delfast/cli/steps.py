@@ -22,9 +22,9 @@ from delfast.data import Batches
 from delfast.errors import InputError
 from delfast.evaluate import Metrics
 from delfast.files import make_output_dir, save_state, write_json
-from delfast.localize import Criterion, Preset, check_selection, preset_settings
+from delfast.localize import Preset, check_selection, preset_settings
 from delfast.localize import localize as find_mask
-from delfast.localize.scores import check_choice
+from delfast.localize.scores import check_choice, check_criterion
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
@@ -115,7 +115,7 @@ def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None =
 
 def _check_localize(budget: float, preset: Preset, criterion: str = "weighted_grad", **options: Any) -> None:
     """Refuse what ``delfast.localize`` would refuse, before the output directory is made."""
-    check_choice("criterion", criterion, Criterion)
+    check_criterion(criterion, per_example=False)
     check_selection(budget, **preset_settings(preset, **options))
 
 

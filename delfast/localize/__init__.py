@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from delfast.batches import LossFn
+from delfast.localize.anytime import localize_until_stable
+from delfast.localize.per_example import SignedChannels, signed_channels
 from delfast.localize.scores import (
     Aggregate,
     Criterion,
@@ -15,6 +18,7 @@ from delfast.localize.scores import (
     Policy,
     Scores,
     check_choice,
+    check_criterion,
     check_selection,
     score,
 )
@@ -41,16 +45,24 @@ def preset_settings(preset: Preset, **overrides: Any) -> dict[str, Any]:
 
 def localize(
     model: nn.Module,
-    forget_loader: Iterable[Any] | None,
+    forget_loader: Iterable[Any] | Dataset[Any] | None,
     budget: float = 0.3,
     *,
     preset: Preset = "paper",
     criterion: Criterion = "weighted_grad",
+    per_example: bool = False,
     loss_fn: LossFn | None = None,
     seed: int = 0,
+    stop_when_stable: float | None = None,
+    batch_size: int = 128,
     **overrides: Any,
 ) -> Mask:
     """``score`` and ``Scores.select`` in one call. ``overrides``: granularity, aggregate, top_h, policy.
+
+    stop_when_stable: take only as many examples as the mask needs: a bound in (0, 1] on the Jaccard overlap |A ∩ B| /
+        |A ∪ B| of the masks after n and after 2n examples. ``forget_loader`` is then a map-style Dataset, gone through
+        in an order drawn from ``seed``, ``batch_size`` at a time; n starts at ``batch_size``. The mask's metadata
+        says how many ``examples`` were taken, of how many, and what the last overlap was.
 
     Presets:
         "paper": DEL as the paper describes it (section 3): channels, the mean of the highest tenth of each, whole
@@ -65,9 +77,15 @@ def localize(
     Raises InputError as ``score`` and ``Scores.select`` do; bad arguments are refused before anything is computed.
     """
     settings = preset_settings(preset, **overrides)
-    check_choice("criterion", criterion, Criterion)
+    check_criterion(criterion, per_example)
     check_selection(budget, **settings)
-    mask = score(model, forget_loader, criterion, loss_fn=loss_fn, seed=seed).select(budget, **settings)
+    options: dict[str, Any] = {"per_example": per_example, "loss_fn": loss_fn, "seed": seed}
+    if stop_when_stable is not None:
+        mask = localize_until_stable(
+            model, forget_loader, criterion, budget, settings, stop_when_stable, batch_size, **options
+        )
+    else:
+        mask = score(model, cast(Any, forget_loader), criterion, **options).select(budget, **settings)
     return Mask(mask.parameters, {**mask.metadata, "preset": preset})
 
 
@@ -78,8 +96,10 @@ __all__ = [
     "Policy",
     "Preset",
     "Scores",
+    "SignedChannels",
     "check_selection",
     "localize",
     "preset_settings",
     "score",
+    "signed_channels",
 ]

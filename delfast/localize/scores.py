@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from delfast._version import __version__
-from delfast.batches import LossFn
+from delfast.batches import LossFn, warn_about_loader
 from delfast.errors import InputError
-from delfast.localize.gradient import mean_gradient
+from delfast.localize.gradient import GradientSums, MeanGradient, add_all
+from delfast.localize.per_example import PerExampleGradients
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
 
-Criterion = Literal["weighted_grad", "grad", "weight", "weighted_grad_all", "random"]
+Criterion = Literal["weighted_grad", "grad", "squared_grad", "weight", "weighted_grad_all", "random"]
+GRADIENT_FREE = ("weight", "random")
 Granularity = Literal["param", "channel"]
 Aggregate = Literal["topk_mean", "mean", "sum", "max"]
 Policy = Literal["whole", "exact"]
@@ -30,6 +32,7 @@ def score(
     loader: Iterable[Any] | None = None,
     criterion: Criterion = "weighted_grad",
     *,
+    per_example: bool = False,
     loss_fn: LossFn | None = None,
     seed: int = 0,
 ) -> Scores:
@@ -39,30 +42,50 @@ def score(
         "weighted_grad" |θ_j G_j|, DEL's; "grad" |G_j|, SalLoc, the localization of SalUn (Fan et al., ICLR 2024);
         "weight" |θ_j|; "weighted_grad_all" |θ_j G_j| with ``loader`` over the whole training set;
         "random" one uniform per competing unit, keyed by (seed, parameter name, index).
+    per_example: every example scores by itself, g(x) its own gradient, and c_j is the mean over ``loader`` of
+        |θ_j g_j(x)| or |g_j(x)|; or of g_j(x)², "squared_grad", which is the diagonal of the Fisher information that
+        SSD divides by (Foster et al., AAAI 2024). Exact, in one backward pass per batch: what that asks
+        of a model, and what is slow, is in docs/per_example.md.
     loader: re-iterable of (input, target), (index, input, target), or of anything with ``loss_fn``; not needed for
         "weight" and "random", which have no gradient.
     loss_fn: ``loss_fn(model, batch) -> per-example losses (N,)``; cross-entropy by default.
 
     The model is left as it was. Raises InputError for an unknown criterion, a missing or empty set, labels out of
-    range, a DTensor.
+    range, a DTensor; with per_example, for layers that mix the examples (BatchNorm without running statistics).
     """
-    check_choice("criterion", criterion, Criterion)
+    check_criterion(criterion, per_example)
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
-    if criterion in ("weight", "random"):
+    if criterion in GRADIENT_FREE:
         return Scores(parameters, None, criterion, 0, seed)
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
     what = "training set" if criterion == "weighted_grad_all" else "forget set"
-    gradients, examples = mean_gradient(model, loader, loss_fn, what)
-    return Scores(parameters, gradients, criterion, examples, seed)
+    warn_about_loader(loader, what)
+    sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn)
+    examples = add_all(sums, unwrap(model), loader, what)
+    return Scores(parameters, sums.mean(examples), criterion, examples, seed, per_example)
+
+
+def gradient_sums(
+    network: nn.Module,
+    parameters: Mapping[str, Tensor],
+    criterion: Criterion,
+    per_example: bool,
+    loss_fn: LossFn | None,
+) -> GradientSums:
+    """What batches are added up into for a criterion with a gradient."""
+    if not per_example:
+        return MeanGradient(network, parameters, loss_fn)
+    return PerExampleGradients(network, parameters, loss_fn, "square" if criterion == "squared_grad" else "abs")
 
 
 class Scores:
     """What ``score`` returns: the live parameters θ, the mean gradient G, and how to rank them.
 
-    ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32, or None.
+    ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32, or None;
+    with ``per_example`` the mean of |g(x)|, or of g(x)² for "squared_grad", in its place.
     ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters, which
     assignments through ``.data`` go past).
     """
@@ -74,12 +97,14 @@ class Scores:
         criterion: Criterion,
         examples: int,
         seed: int = 0,
+        per_example: bool = False,
     ) -> None:
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self.gradients = None if gradients is None else dict(gradients)
         self.criterion = criterion
         self.examples = examples
         self.seed = seed
+        self.per_example = per_example
         self.total = sum(parameter.numel() for parameter in parameters.values())
         self._versions = [parameter._version for parameter in self.parameters.values()]
 
@@ -117,7 +142,8 @@ class Scores:
             if granularity == "param"
             else self._select_units(budgeted, aggregate, top_h, policy == "exact")
         )
-        metadata: dict[str, Any] = {"criterion": self.criterion, "granularity": granularity}
+        metadata: dict[str, Any] = {"criterion": self.criterion, "per_example": self.per_example}
+        metadata["granularity"] = granularity
         if granularity == "channel":
             metadata |= {"aggregate": aggregate, "top_h": top_h, "policy": policy}
         metadata |= {"budget": budget, "examples": self.examples, "seed": self.seed}
@@ -184,7 +210,7 @@ class Scores:
 
     @property
     def _op_criterion(self) -> str:
-        return "weighted_grad" if self.criterion == "weighted_grad_all" else self.criterion
+        return {"weighted_grad_all": "weighted_grad", "squared_grad": "grad"}.get(self.criterion, self.criterion)
 
     def _gradient_list(self) -> list[Tensor]:
         return [] if self.gradients is None else [self.gradients[name] for name in self.parameters]
@@ -250,6 +276,15 @@ def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
     else:
         raise InputError(f"expected top_h to be a count (int >= 1), a fraction in (0, 1] or 'published', got {top_h!r}")
     return min(max(h, 1), length)
+
+
+def check_criterion(criterion: str, per_example: bool) -> None:
+    """InputError unless there is such a criterion, with or without a gradient per example."""
+    check_choice("criterion", criterion, Criterion)
+    if criterion == "squared_grad" and not per_example:
+        raise InputError("criterion 'squared_grad' is a mean over the examples' own gradients; pass per_example=True")
+    if criterion in GRADIENT_FREE and per_example:
+        raise InputError(f"expected a criterion with a gradient for per_example=True, got '{criterion}'; leave one out")
 
 
 def check_choice(what: str, value: object, choices: Any) -> None:

@@ -1,0 +1,126 @@
+"""What one use of a parameter contributes to each example's gradient, without the gradients themselves.
+
+A contribution can do two things: ``add`` the sum over its examples of ε(g) to ``sums``, and give ``of(x)``, example
+x's own g, for parameters whose uses must be added up before ε: tied ones, modules called twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from delfast.ops.reference import per_example as reference
+
+Epilogue = Literal["abs", "square"]  # ε(g): |g| or g²
+
+
+class Contribution(Protocol):
+    """One use of one parameter: see the module's docstring."""
+
+    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
+        """``sums += Σ_x ε(g_x)``; sums in the parameter's shape, float32 (float64 for float64 parameters)."""
+
+    def of(self, example: int) -> Tensor:
+        """g of one example, in the parameter's shape, float32 at least."""
+
+
+def epsilon(gradient: Tensor, epilogue: Epilogue) -> Tensor:
+    """ε(g): |g| or g²."""
+    return gradient.abs() if epilogue == "abs" else gradient * gradient
+
+
+def widened(t: Tensor) -> Tensor:
+    """In float32, or float64 if it is that."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def channel_dot(deltas: Tensor, values: Tensor | None = None) -> Tensor:
+    """The op; float64, which no native kernel takes, goes to its twin."""
+    op: Any = reference.channel_dot if deltas.dtype == torch.float64 else torch.ops.delfast.channel_dot
+    result: Tensor = op(deltas, values)
+    return result
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The weight of a convolution of 1 to 3 dimensions: inputs (N, C, *in), deltas (N, M, *out).
+
+    ``kernel``: shape of the weight as the op sees it, (M, C / groups, *kernel); ``shape``: as the parameter has it.
+    """
+
+    inputs: Tensor
+    deltas: Tensor
+    kernel: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
+        op: Any = torch.ops.delfast.per_example_accumulate_
+        if sums.dtype == torch.float64:
+            op = reference.per_example_accumulate_
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        op(sums.view(self.kernel), self.inputs, self.deltas, *geometry, epilogue)
+
+    def of(self, example: int) -> Tensor:
+        deltas = widened(self.deltas[example : example + 1])
+        inputs = self.inputs[example : example + 1].to(deltas.dtype)
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            deltas, inputs, inputs.new_empty(1).expand(self.kernel), None, self.stride, self.padding, self.dilation,
+            False, [0] * len(self.stride), self.groups, [False, True, False],
+        )  # fmt: skip
+        result: Tensor = gradient.reshape(self.shape)
+        return result
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A small parameter, whose per-example gradients are there in full: (N, *shape of the parameter)."""
+
+    gradients: Tensor
+
+    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
+        sums += epsilon(widened(self.gradients), epilogue).sum(dim=0)
+
+    def of(self, example: int) -> Tensor:
+        return widened(self.gradients[example])
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The table of an embedding: indices (N, T), deltas (N, T, D). Memory for the rows that are used, not the table."""
+
+    indices: Tensor
+    deltas: Tensor
+    shape: tuple[int, ...]
+    padding_idx: int | None
+    by_frequency: bool
+
+    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
+        rows, gradients = self._rows(self.indices, self.deltas)
+        sums.index_add_(0, rows, epsilon(gradients, epilogue))
+
+    def of(self, example: int) -> Tensor:
+        rows, gradients = self._rows(self.indices[example : example + 1], self.deltas[example : example + 1])
+        return gradients.new_zeros(self.shape).index_add_(0, rows, gradients)
+
+    def _rows(self, indices: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """Row of the table and gradient (U, D) of every (example, row) pair that occurs."""
+        table = self.shape[0]
+        example = torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
+        pairs, position, counts = torch.unique(
+            (example * table + indices).flatten(), return_inverse=True, return_counts=True
+        )
+        deltas = widened(deltas).flatten(0, 1)
+        gradients = deltas.new_zeros(len(pairs), deltas.shape[1]).index_add_(0, position, deltas)
+        if self.by_frequency:  # an example alone is a batch of its own
+            gradients /= counts.unsqueeze(1)
+        rows = pairs % table
+        if self.padding_idx is not None:
+            gradients[rows == self.padding_idx] = 0
+        return rows, gradients

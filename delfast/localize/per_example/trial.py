@@ -1,0 +1,111 @@
+"""The trial: where a network's layers keep the examples, found out by a backward pass for one example's loss alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from delfast.localize.per_example.capture import Capture, Use
+from delfast.localize.per_example.layers import Order
+
+ENOUGH = 4  # examples
+
+
+class Trial(Capture):
+    """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
+
+    After ``learn``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
+    because the δ of an example was zero everywhere. ``unknown``: those that mix the examples too.
+    ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers.
+    ``rewritten``: parameters whose output is changed in place by what follows.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str]) -> None:
+        super().__init__(parameters, unknown)
+        self.orders: dict[str, Order] = {}
+        self.channelwise: set[str] = set()
+        self.otherwise: set[str] = set()  # used by anything but a convolution or a linear layer
+        self.rewritten: set[str] = set()
+        self.examples = 0
+        self._example = 0
+        self._possible: dict[str, set[Order]] = {}
+        self._reached: Counter[str] = Counter()  # in one backward pass
+        self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
+        self._written: list[tuple[Use, Tensor, int]] = []
+
+    def unseen(self, losses: Tensor) -> list[str]:
+        """Scored parameters that the losses depend on by a way that was not seen, so that they are in the graph."""
+        names = {id(parameter): name for name, parameter in self.free.parameters.items()}
+        found, seen, ahead = [], {losses.grad_fn}, [losses.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in names:
+                found.append(names[id(leaf)])
+            following = [] if node is None else [next_node for next_node, _ in node.next_functions]
+            ahead += [next_node for next_node in following if next_node not in seen]
+            seen.update(following)
+        return found
+
+    def learn(self, losses: Tensor) -> None:
+        """Run the backward pass of one of the losses (N,).
+
+        Of the second: an order that is no order of the examples (time first, the batch reversed) seldom has an entry
+        of its own just there. Of fewer than four, one example says too little: the first and the last.
+        """
+        self.examples = losses.numel()
+        if not self.examples or not losses.requires_grad:
+            return
+        tried = [1] if self.examples >= ENOUGH else sorted({0, self.examples - 1})
+        for example in tried:
+            self._example, self._reached = example, Counter()
+            self.backward(losses[example], retain_graph=example != tried[-1])
+            self._look_at_copies()
+            self.uses |= self._reached
+        for use, output, version in self._written:
+            if output._version != version:
+                self.rewritten.update(use.names)
+        self._written = []
+        for name, possible in self._possible.items():
+            if not possible:
+                self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
+            elif self.examples > 1 and len(self._evidence[name]) == len(tried):
+                self.orders[name] = min(possible)
+
+    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        output = self.tap(use, function({**use.call, "input": inputs}, use.layer), None)
+        self._written.append((use, output.detach(), output._version))
+        if use.weight is not None:
+            (self.channelwise if use.layer.is_channelwise else self.otherwise).add(use.weight)
+        if use.bias is not None:
+            self.otherwise.add(use.bias)
+        return output
+
+    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
+        self._note(use.names, deltas, use.leading)
+
+    def _look_at_copies(self) -> None:
+        for (name, _), copies in self.free.copies.items():
+            self.otherwise.add(name)
+            if copies.grad is not None:
+                self._note((name,), copies.grad, 1)
+                copies.grad = None
+
+    def _note(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
+        self._reached.update(names)
+        orders = [Order(dim, interleaved) for dim in range(leading) for interleaved in (False, True)]
+        possible = {order for order in orders if self._is_alone(deltas, order)}
+        for name in names:
+            self._possible[name] = self._possible.get(name, possible) & possible
+            evidence = self._evidence.setdefault(name, set())
+            if bool(deltas.any()):
+                evidence.add(self._example)
+
+    def _is_alone(self, deltas: Tensor, order: Order) -> bool:
+        """Whether δ is zero outside the entries that would be the example's."""
+        if deltas.shape[order.dim] % self.examples:
+            return False
+        by_example = order.split(deltas, self.examples)
+        return not (bool(by_example[: self._example].any()) or bool(by_example[self._example + 1 :].any()))
