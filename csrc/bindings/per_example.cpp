@@ -35,9 +35,13 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
   const int64_t products = s.out_channels * s.row() * s.positions();  // of an example
   for (int64_t first = 0; first < s.examples; first += plan.block_examples) {
     const cpu::PerExampleBlock block = plan.block(first, workspace.mutable_data_ptr<float>());
-    for (const cpu::Packing* packing : {&block.pack_inputs, &block.pack_deltas})
-      run_range(packing->rows, packing->length,
-                [&](int64_t begin, int64_t end) { kernels.pack(*packing, begin, end); });
+    const cpu::Packing &of_inputs = block.pack_inputs, &of_deltas = block.pack_deltas;
+    const int64_t rows = of_inputs.rows + of_deltas.rows;  // of both at once: threads wait for each other less often
+    run_range(rows, std::max(of_inputs.length, of_deltas.length), [&](int64_t begin, int64_t end) {
+      kernels.pack(of_inputs, std::min(begin, of_inputs.rows), std::min(end, of_inputs.rows));
+      kernels.pack(of_deltas, std::max(begin, of_inputs.rows) - of_inputs.rows,
+                   std::max(end, of_inputs.rows) - of_inputs.rows);
+    });
     const int64_t tiles = kernels.tiles(block), examples = std::min(plan.block_examples, s.examples - first);
     run_range(tiles, products * examples / tiles / kProductsPerElement,
               [&](int64_t begin, int64_t end) { kernels.accumulate(block, begin, end); });

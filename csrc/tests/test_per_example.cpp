@@ -74,6 +74,8 @@ struct Exact {
   }
 };
 
+int64_t blocks = 0;  // run so far
+
 // Runs the kernels in the parts that `cut` makes of each range, last part first.
 template <class Cut>
 void run(cpu::Isa isa, const PerExample& p, Cut cut) {
@@ -85,7 +87,7 @@ void run(cpu::Isa isa, const PerExample& p, Cut cut) {
     f(middle, count);
     f(0, middle);
   };
-  for (int64_t first = 0; first < p.shape.examples; first += plan.block_examples) {
+  for (int64_t first = 0; first < p.shape.examples; first += plan.block_examples, blocks++) {
     const cpu::PerExampleBlock block = plan.block(first, workspace.data());
     for (const cpu::Packing* packing : {&block.pack_inputs, &block.pack_deltas})
       in_parts(packing->rows, [&](int64_t begin, int64_t end) { kernels.pack(*packing, begin, end); });
@@ -186,11 +188,16 @@ void all_layers(cpu::Isa isa, Random& random) {
 
 // Several passes over the tiles, and several blocks of packed operands.
 void many_examples(cpu::Isa isa, Random& random) {
-  check_sums(isa, conv(5, 32, 3, 1, {{40, 2}, {41, 2}}), Dtype::float32, Dtype::float32, random);
-  check_sums(isa, conv(3, 16, 2, 1, {{210, 1}, {256, 1}}), Dtype::bfloat16, Dtype::float32, random);
-  check_sums(isa, conv(3, 16, 32, 16, {{100, 1}, {256, 1}}), Dtype::float16, Dtype::bfloat16, random);
-  check_sums(isa, conv(300, 4000, 2, 1, {{1, 1}}), Dtype::float32, Dtype::bfloat16, random);
-  check_sums(isa, conv(60, 4000, 32000, 4000, {{1, 1}}), Dtype::float32, Dtype::float32, random);
+  const auto check = [&](const ConvShape& shape, Dtype inputs, Dtype deltas, int64_t blocks_each) {
+    const int64_t before = blocks;
+    check_sums(isa, shape, inputs, deltas, random);
+    CHECK_EQUAL(blocks - before, 4 * blocks_each);  // each epilogue twice
+  };
+  check(conv(5, 32, 3, 1, {{40, 2}, {41, 2}}), Dtype::float32, Dtype::float32, 1);
+  check(conv(5, 16, 2, 1, {{410, 1}, {256, 1}}), Dtype::bfloat16, Dtype::float32, 3);
+  check(conv(3, 16, 32, 16, {{200, 1}, {256, 1}}), Dtype::float16, Dtype::bfloat16, 3);
+  check(conv(1100, 4000, 2, 1, {{1, 1}}), Dtype::float32, Dtype::bfloat16, 2);
+  check(conv(140, 4000, 32000, 4000, {{1, 1}}), Dtype::float32, Dtype::float32, 2);
 }
 
 void check_dots(cpu::Isa isa, ChannelDot p, bool with_values, Random& random, int64_t shift) {
