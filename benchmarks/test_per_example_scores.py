@@ -1,0 +1,167 @@
+"""Per-example scores of whole networks, beside an ordinary backward pass and the ways there were before.
+
+Forward and backward are in every figure, and all sides see the same examples in the same layout and dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import delfast
+from benchmarks.conftest import Versus
+from delfast.models import build
+
+BATCH, BATCHES = 64, 2
+Sums = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+MOST = {"resnet18": 1.15, "vit": 1.5}  # the ViT's class token, position embedding and temperatures included
+
+
+def job(name: str, examples: int = BATCH) -> tuple[nn.Module, Batch]:
+    torch.manual_seed(0)
+    model = build(name, 10, 3, 32).eval()
+    images, targets = torch.randn(examples, 3, 32, 32), torch.randint(0, 10, (examples,))
+    if name == "resnet18":  # as oneDNN has it fastest
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    return model, (images, targets)
+
+
+def backward(model: nn.Module, batches: list[Batch]) -> None:
+    """The ordinary one: the gradient of the batch."""
+    for images, targets in batches:
+        torch.autograd.grad(cross_entropy(model(images), targets, reduction="sum"), list(model.parameters()))
+
+
+def scored(model: nn.Module, batches: list[Batch]) -> Sums:
+    gradients = delfast.score(model, batches, per_example=True).gradients
+    assert gradients is not None
+    return gradients
+
+
+def by_loop(model: nn.Module, batch: Batch) -> Sums:
+    """Mean |g| the plain way: example by example."""
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for image, target in zip(*batch, strict=True):
+        loss = cross_entropy(model(image[None]), target[None])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += gradient.abs()
+    return {name: total / len(batch[1]) for name, total in sums.items()}
+
+
+def by_vmap(model: nn.Module, batch: Batch) -> Sums:
+    """torch.func: every example's gradient at once."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(values: Sums, image: Tensor, target: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, (values, buffers), (image[None],))
+        return cross_entropy(logits, target[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, *batch)
+    return {name: gradient.abs().mean(dim=0) for name, gradient in gradients.items()}
+
+
+def by_opacus(model: nn.Module, batch: Batch) -> Sums:
+    """Opacus: hooks that keep every example's gradient in ``grad_sample``."""
+    opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install -r requirements-dev.txt")
+    wrapped = opacus.GradSampleModule(
+        model, strict=False, loss_reduction="sum"
+    )  # strict refuses BatchNorm, even in eval
+    try:
+        cross_entropy(wrapped(batch[0]), batch[1], reduction="sum").backward()
+        return {name: p.grad_sample.abs().mean(dim=0) for name, p in model.named_parameters()}
+    finally:
+        wrapped.to_standard_module()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+OTHERS = {
+    "loop": (by_loop, 16),
+    "vmap": (by_vmap, 32),
+    "opacus": (by_opacus, 32),
+}  # and how many examples it is timed on
+LEAST = {"loop": ">= 1.8 x", "vmap": ">= 5 x", "opacus": "none"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_scores_against_a_batched_backward(versus: Versus, name: str) -> None:
+    model, batch = job(name)
+    batches = [batch] * BATCHES
+    ratio = 1 / versus(partial(scored, model, batches), partial(backward, model, batches), rounds=7)
+    versus.report(f"{ratio:.2f} x a batched forward and backward", f"<= {MOST[name]} x")
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_scores_against_other_ways(versus: Versus, name: str, other: str) -> None:
+    function, examples = OTHERS[other]
+    model, batch = job(name)
+    few = (batch[0][:examples], batch[1][:examples])
+    try:
+        expected = function(model, few)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        if other != "opacus":
+            raise
+        pytest.skip(f"Opacus does not run on {name}: {str(error).splitlines()[0]}")
+    for parameter, result in scored(model, [few]).items():
+        difference = (result - expected[parameter]).norm() / expected[parameter].norm()
+        assert difference < 1e-4, f"{parameter}: {difference:.2g}"
+    ratio = versus(partial(scored, model, [batch] * BATCHES), partial(function, model, few), rounds=3)
+    per_example = ratio * BATCH * BATCHES / examples
+    versus.report(f"{per_example:.1f} x faster an example than {other}, which was timed on {examples}", LEAST[other])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_signed_channels_against_a_batched_backward(versus: Versus, name: str) -> None:
+    model, batch = job(name)
+    batches = [batch] * BATCHES
+    ratio = 1 / versus(partial(delfast.signed_channels, model, batches), partial(backward, model, batches), rounds=7)
+    versus.report(f"{ratio:.2f} x a batched forward and backward", "<= 0.8 x")
+
+
+# ---- memory: each side in a process of its own, since a process keeps its peak
+
+
+def peak(name: str, side: str) -> int:
+    """Bytes that the pass adds to the process's peak."""
+    program = f"from benchmarks.test_per_example_scores import print_peak; print_peak({name!r}, {side!r})"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    return int(json.loads(output))
+
+
+def print_peak(name: str, side: str) -> None:
+    model, batch = job(name)
+    sides: dict[str, Callable[..., Any]] = {"ours": scored, "backward": backward}
+    sides[side](model, [(batch[0][:2], batch[1][:2])])  # libraries' own memory
+    before = _status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    sides[side](model, [batch])
+    print(_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak from /proc")
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_peak_memory_against_a_batched_backward(versus: Versus, name: str) -> None:
+    ours, theirs = (peak(name, side) for side in ("ours", "backward"))
+    versus(partial(time.sleep, 0), partial(time.sleep, 0), rounds=1)  # nothing to time
+    versus.report(f"{ours / theirs:.2f} x a batched backward's, {ours / 2**20:.0f} MiB", "<= 1.3 x")
