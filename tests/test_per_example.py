@@ -278,6 +278,28 @@ class Free(nn.Module):
         return (x @ self.projection)[:, 0] + x.mean(dim=1) @ self.projection
 
 
+class ChangedInPlace(nn.Module):
+    """What is computed from a parameter, and changed in place before it meets the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.scale, self.kept = (nn.Parameter(torch.randn(1, 4)) for _ in range(3))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.shift.clone()
+        shift[:, :2].zero_()
+        scale = self.scale * 2
+        scale.detach().add_(1)
+        return self.head((x * scale + shift).tanh() * self.kept)
+
+
+def test_what_is_changed_in_place_is_not_taken_for_what_it_was() -> None:
+    # not one example: (1, 4) data look like one more parameter then, and more goes example by example
+    model, batches = in_double(ChangedInPlace(), [(torch.randn(n, 4), torch.arange(n) % 3) for n in (5, 2)])
+    assert_parity(model, batches, unknown={"shift", "scale"})
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_free_parameters(n: int) -> None:
     model, batches = in_double(Free(), [(torch.randn(n, 5, 4), torch.randint(0, 3, (n,)))])
@@ -303,7 +325,7 @@ def test_own_networks(name: str, size: int) -> None:
 
 
 def test_depthwise_network() -> None:
-    model, batches = in_double(torchvision.models.mobilenet_v3_small(num_classes=10), images(3, 16))
+    model, batches = in_double(torchvision.models.mobilenet_v3_small(num_classes=10), images(2, 8))
     assert_parity(model, batches)
 
 
@@ -319,8 +341,9 @@ def test_own_networks_at_their_size(name: str, size: int) -> None:
 def test_torchvisions_networks(name: str) -> None:
     options = {"image_size": 32} if name == "vit_b_16" else {}
     model, batches = in_double(getattr(torchvision.models, name)(num_classes=10, **options), images(3, 32))
-    # layers that compute a bias for all examples at once from constants
-    assert_parity(model, batches, unknown={n for n, _ in model.named_parameters() if "cpb_mlp" in n})
+    # Swin v2: layers that compute a bias for all examples at once, and a bias that is changed in place before its use
+    odd = {n for n, _ in model.named_parameters() if name == "swin_v2_t" and ("cpb_mlp" in n or "qkv" in n)}
+    assert_parity(model, batches, unknown=odd)
 
 
 @pytest.mark.slow

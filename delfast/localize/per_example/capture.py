@@ -68,10 +68,28 @@ class Capture(TorchFunctionMode):
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
         """The backward pass has come by a tap."""
 
+    @abstractmethod
+    def run(self, losses: Tensor) -> None:
+        """The backward pass, or passes, of the losses (N,)."""
+
     @property
     def repeats(self) -> bool:
         """Whether something was computed without gradients in the forward pass, maybe to be repeated with them."""
         return bool(self._without_grad)
+
+    def unseen(self, losses: Tensor) -> list[str]:
+        """Scored parameters that the losses depend on by a way that was not seen, so that they are in the graph."""
+        names = {id(parameter): name for name, parameter in self.free.parameters.items()}
+        found, seen, ahead = [], {losses.grad_fn}, [losses.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in names:
+                found.append(names[id(leaf)])
+            following = [] if node is None else [next_node for next_node, _ in node.next_functions]
+            ahead += [next_node for next_node in following if next_node not in seen]
+            seen.update(following)
+        return found
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """One backward pass; then ``unknown`` is complete."""

@@ -56,6 +56,7 @@ class FreeParameters:
         self.unknown = unknown
         self.copies: dict[tuple[str, int], Tensor] = {}
         self._derived = {id(p): Derived(p, (n,), itemgetter(n)) for n, p in parameters.items()}
+        self._versions = {id(p): p._version for p in parameters.values()}
 
     def names_in(self, value: Any) -> list[str]:
         """The parameters that tensors in ``value`` are, or are computed from."""
@@ -67,7 +68,11 @@ class FreeParameters:
         name = str(getattr(func, "__name__", "")).strip("_")
         own = [self._derived[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self._derived]
         others = [t for t in tensors_in((args, kwargs)) if id(t) not in self._derived]
-        if "out" in kwargs:
+        # changed in place, here or before: what was remembered holds no longer
+        changed = [d for d in own if d.tensor._version != self._versions[id(d.tensor)]]
+        if "out" in kwargs or changed or (_in_place(func) and id(args[0]) in self._derived):
+            return False, None
+        if any(n in self.unknown for derived in own for n in derived.names):
             return False, None
         meet = None
         if name in ELEMENTWISE:
@@ -172,8 +177,6 @@ class FreeParameters:
     ) -> tuple[bool, Any]:
         if func in STOPS:
             return True, func(*args, **kwargs)
-        if _in_place(func):
-            return False, None  # what was remembered would no longer hold
         output = func(*args, **kwargs)
         if not any(t.is_floating_point() for t in tensors_in(output)):
             return True, output  # shapes, numbers, comparisons
@@ -195,6 +198,7 @@ class FreeParameters:
     def _remember(self, derived: Derived) -> None:
         if id(derived.tensor) not in self._derived:  # some operations return their argument
             self._derived[id(derived.tensor)] = derived
+            self._versions[id(derived.tensor)] = derived.tensor._version
 
     def _row(self, func: Any, name: str, output: Tensor, args: Any, kwargs: Any, source: Derived) -> Derived | None:
         """What every slice along dim 0 of ``output`` repeats, where this operation makes or keeps it so."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from delfast.batches import LossFn, cut, detached, examples_in, per_example_loss
 from delfast.localize.per_example.capture import Capture
 from delfast.localize.per_example.layers import Order, Place, refuse_batch_statistics
 from delfast.localize.per_example.trial import ENOUGH, Trial
+
+C = TypeVar("C", bound=Capture)
 
 log = logging.getLogger("delfast")
 
@@ -53,6 +55,11 @@ class ExampleCapture(Capture):
             self.unknown[name] = f"writes {tuple(deltas.shape)} for {self.examples} examples"
             return None
         return Place(order, self.examples)
+
+    def run(self, losses: Tensor) -> None:
+        self.examples = losses.numel()
+        if self.examples and losses.requires_grad:
+            self.backward(losses.sum())
 
     @abstractmethod
     def finish(self) -> None:
@@ -102,14 +109,9 @@ class ExamplePasses(ABC):
         with self._quiet():
             if self._try_again:
                 self._try(batch)
-            capture = self.capture()
-            with capture:
-                losses = per_example_losses(self.network, batch, self.loss_fn)
-            capture.examples = losses.numel()
+            capture, losses = self._pass(self.capture, batch)
             if not capture.examples:
                 return 0
-            if losses.requires_grad:
-                capture.backward(losses.sum())
             capture.finish()
             self._remember(capture.unknown)
             if capture.undecided:
@@ -146,25 +148,34 @@ class ExamplePasses(ABC):
         if count is not None and count > ENOUGH:
             batch = cut(batch, [i * (count - 1) // (ENOUGH - 1) for i in range(ENOUGH)])
         self._trials += 1
-        again = True
-        while again:  # without those that are not wanted, or not seen
-            trial = Trial(self.parameters, self.unknown)
-            seen = [parameter for name, parameter in self.parameters.items() if name not in self.unknown]
-            with _requiring_grad(seen):
-                with trial:
-                    losses = per_example_losses(self.network, batch, self.loss_fn)
-                again = self.narrowed(trial)
-                unseen = [] if again else trial.unseen(losses)
-                if not again and not unseen and not trial.repeats:  # or recomputing would find other tensors
-                    trial.learn(losses)
-            if not again and not unseen and trial.repeats:
-                trial.learn(losses)
-            reason = "is used by an operation that cannot be seen"
-            self._remember({name: trial.unknown.get(name, reason) for name in unseen})
-            again = again or bool(unseen)
+        trial, _ = self._pass(lambda: Trial(self.parameters, self.unknown), batch)
         self.learned(trial)
         self._tried = trial.examples
         self._try_again = trial.examples < ENOUGH
+
+    def _pass(self, make: Callable[[], C], batch: Any) -> tuple[C, Tensor]:
+        """A forward and a backward pass; once more where a parameter turns out to be used in a way that is not seen.
+
+        The parameters require grad meanwhile, so that such uses are in the graph; uses that are seen are detached, so
+        that no gradient of a parameter is computed.
+        """
+        while True:
+            capture = make()
+            wanted = [parameter for name, parameter in self.parameters.items() if name not in self.unknown]
+            with _requiring_grad(wanted):
+                with capture:
+                    losses = per_example_losses(self.network, batch, self.loss_fn)
+                if isinstance(capture, Trial) and self.narrowed(capture):
+                    continue
+                unseen = capture.unseen(losses)
+                if not unseen and not capture.repeats:  # as they were, or recomputing would find other tensors
+                    capture.run(losses)
+            if not unseen:
+                if capture.repeats:  # off, or what is repeated might reach them
+                    capture.run(losses)
+                return capture, losses
+            reason = "is used by an operation that cannot be seen"
+            self._remember({name: capture.unknown.get(name, reason) for name in unseen})
 
     def _remember(self, unknown: Mapping[str, str]) -> None:
         new = {name: reason for name, reason in unknown.items() if name not in self.unknown}

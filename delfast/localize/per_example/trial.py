@@ -16,7 +16,7 @@ ENOUGH = 4  # examples
 class Trial(Capture):
     """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
 
-    After ``learn``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
+    After ``run``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
     because the δ of an example was zero everywhere. ``unknown``: those that mix the examples too.
     ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers.
     ``rewritten``: parameters whose output is changed in place by what follows.
@@ -35,21 +35,7 @@ class Trial(Capture):
         self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
         self._written: list[tuple[Use, Tensor, int]] = []
 
-    def unseen(self, losses: Tensor) -> list[str]:
-        """Scored parameters that the losses depend on by a way that was not seen, so that they are in the graph."""
-        names = {id(parameter): name for name, parameter in self.free.parameters.items()}
-        found, seen, ahead = [], {losses.grad_fn}, [losses.grad_fn]
-        while ahead:
-            node = ahead.pop()
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in names:
-                found.append(names[id(leaf)])
-            following = [] if node is None else [next_node for next_node, _ in node.next_functions]
-            ahead += [next_node for next_node in following if next_node not in seen]
-            seen.update(following)
-        return found
-
-    def learn(self, losses: Tensor) -> None:
+    def run(self, losses: Tensor) -> None:
         """Run the backward pass of one of the losses (N,).
 
         Of the second: an order that is no order of the examples (time first, the batch reversed) seldom has an entry
