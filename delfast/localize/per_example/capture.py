@@ -69,9 +69,9 @@ class Capture(TorchFunctionMode):
         """The backward pass has come by a tap."""
 
     @property
-    def repeats(self) -> bool:
-        """Whether something was computed without gradients in the forward pass, maybe to be repeated with them."""
-        return bool(self._without_grad)
+    def repeats(self) -> list[str]:
+        """What was computed without gradients in the forward pass, maybe to be repeated with them."""
+        return list(self._without_grad)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """One backward pass; then ``unknown`` is complete."""
