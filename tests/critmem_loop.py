@@ -19,9 +19,7 @@ def channel_weights(model: nn.Module, head: str | None) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if names.get(id(p)) == name}
 
 
-def search_one(
-    model: nn.Module, weights: dict[str, Tensor], image: Tensor, label: Tensor, max_channels: int
-) -> Found:
+def search_one(model: nn.Module, weights: dict[str, Tensor], image: Tensor, label: Tensor, max_channels: int) -> Found:
     """image (1, ...), label (1,). The model is in eval mode."""
     edited = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     channels: list[tuple[str, int]] = []
@@ -39,13 +37,11 @@ def search_one(
         best = int(torch.cat(scores).argmax())
         if not torch.cat(scores)[best] > 0:
             return channels, False
-        for name, of_layer in zip(edited, scores, strict=True):
-            if best < len(of_layer):
-                break
-            best -= len(of_layer)
-        channels.append((name, best))
+        rows = [(name, row) for name, of_layer in zip(edited, scores, strict=True) for row in range(len(of_layer))]
+        name, row = rows[best]
+        channels.append((name, row))
         weight = edited[name].detach().clone()
-        weight[best] = 0
+        weight[row] = 0
         edited[name] = weight.requires_grad_()
 
 

@@ -50,7 +50,7 @@ class CriticalExample:
 
 @dataclass(frozen=True)
 class CriticalChannels:
-    """``examples``: in the loader's order; their numbers are the index of (index, input, target) batches, else 0 to N-1.
+    """``examples``: in the loader's order; numbered by the index of (index, input, target) batches, else 0 to N-1.
 
     ``counts``: weight name -> int64 (C,), how many examples each channel was zeroed for. ``first``: the same names ->
     float64 (C,), the mean over all N examples of the positive first-order scores in the whole network (zero for
@@ -94,9 +94,9 @@ def critmem(
         pass over the batch for each example and channel; here they are those in the whole network. With 0, the
         default, what is found for an example does not depend on its batch. The original's noise on the inputs is
         not added.
-    include_head: let rows of the layer that makes the logits compete: the last convolution or linear layer to run, if
-        it has a row per class. Left out by default: row c is class c's logit, and zeroing it says nothing of the example.
-        (The original takes single weights of linear layers.)
+    include_head: let rows of the layer that makes the logits compete: the last trainable convolution or linear layer
+        to run, if it has a row per class. Left out by default: row c is class c's logit, and zeroing it says little of
+        the example. (The original takes single weights of linear layers.)
     loader: (input, target) or (index, input, target) batches; anything with ``logits_fn(model, batch) -> (logits,
         labels)`` whose tensors have the examples along dim 0.
 
@@ -126,7 +126,7 @@ def critmem(
         for name, row in example.channels:
             counts[name][row] += 1
     assert isinstance(first, Tensor)
-    means = (first / len(examples)).cpu().split([len(count) for count in counts.values()])
+    means = torch.split((first / len(examples)).cpu(), [len(count) for count in counts.values()])
     return CriticalChannels(tuple(examples), counts, dict(zip(counts, means, strict=True)))
 
 
@@ -232,7 +232,7 @@ class _Search(ChannelPasses):
     def _keep(self, gone: Tensor) -> dict[str, Tensor]:
         """Weight name -> bool (n, C), for those of which some example has lost a channel."""
         sizes = [p.shape[0] for p in self.parameters.values()]
-        lost = zip(self.parameters, gone.split(sizes, dim=1), gone.any(dim=0).split(sizes), strict=True)
+        lost = zip(self.parameters, torch.split(gone, sizes, dim=1), torch.split(gone.any(dim=0), sizes), strict=True)
         return {name: ~part for name, part, columns in lost if bool(columns.any())}
 
     def _scores(self, head: str | None) -> Tensor:
@@ -240,7 +240,7 @@ class _Search(ChannelPasses):
         if not self.include_head and head in rows and rows[head].shape[1] == self._classes:
             rows = rows | {head: torch.zeros_like(rows[head])}
         if not rows:
-            raise InputError("expected trainable convolutions or linear layers, got none; CritMem zeroes their channels")
+            raise InputError("expected a convolution or linear layer that trains, got none; CritMem zeroes channels")
         scores = -torch.cat(list(rows.values()), dim=1)
         if not bool(scores.isfinite().all()):
             name = next(name for name, part in self.rows.items() if not bool(part.isfinite().all()))
