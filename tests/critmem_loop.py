@@ -1,7 +1,8 @@
-"""CritMem by its definition: one example at a time, in an edited copy of the weights, by weight gradients."""
+"""CritMem by its definition: one example at a time, in a copy of the network that is edited, by weight gradients."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,41 +15,44 @@ Found = tuple[list[tuple[str, int]], bool]  # channels in order, whether the pre
 
 def channel_weights(model: nn.Module, head: str | None) -> dict[str, Tensor]:
     """The weights whose rows compete: every trainable convolution's and linear layer's but the head's."""
-    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    names = {id(m.weight): f"{n}.weight" for n, m in reversed(modules) if m.weight.requires_grad and n != head}
-    return {name: p for name, p in model.named_parameters() if names.get(id(p)) == name}
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    wanted = {id(m.weight) for n, m in layers if m.weight.requires_grad and n != head}
+    return {name: p for name, p in model.named_parameters() if id(p) in wanted}
 
 
-def search_one(model: nn.Module, weights: dict[str, Tensor], image: Tensor, label: Tensor, max_channels: int) -> Found:
-    """image (1, ...), label (1,). The model is in eval mode."""
-    edited = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+def search_one(model: nn.Module, weights: dict[str, Tensor], image: Tensor, label: Tensor, most: int) -> Found:
+    """image (1, ...), label (1,). Zeroes rows of ``weights``, the model's own, and puts them back."""
+    rows = [(name, row) for name, weight in weights.items() for row in range(len(weight))]
     channels: list[tuple[str, int]] = []
+    values: list[Tensor] = []
+    flipped = False
     while True:
-        logits = torch.func.functional_call(model, edited, (image,))
-        if int(logits.argmax(dim=1)) != int(label):
-            return channels, True
-        if len(channels) == max_channels:
-            return channels, False
-        gradients = torch.autograd.grad(functional.cross_entropy(logits, label), list(edited.values()))
-        scores = [
-            -(weight.detach() * gradient).flatten(1).sum(dim=1)
-            for weight, gradient in zip(edited.values(), gradients, strict=True)
-        ]
-        best = int(torch.cat(scores).argmax())
-        if not torch.cat(scores)[best] > 0:
-            return channels, False
-        rows = [(name, row) for name, of_layer in zip(edited, scores, strict=True) for row in range(len(of_layer))]
-        name, row = rows[best]
-        channels.append((name, row))
-        weight = edited[name].detach().clone()
-        weight[row] = 0
-        edited[name] = weight.requires_grad_()
+        logits = model(image)
+        flipped = int(logits.argmax(dim=1)) != int(label)
+        if flipped or len(channels) == most:
+            break
+        gradients = torch.autograd.grad(functional.cross_entropy(logits, label), list(weights.values()))
+        with torch.no_grad():
+            products = zip(weights.values(), gradients, strict=True)
+            scores = -torch.cat([(weight * gradient).flatten(1).sum(dim=1) for weight, gradient in products])
+            best = int(scores.argmax())
+            if not scores[best] > 0:
+                break
+            name, row = rows[best]
+            channels.append((name, row))
+            values.append(weights[name][row].clone())
+            weights[name][row] = 0
+    with torch.no_grad():
+        for (name, row), value in zip(channels, values, strict=True):
+            weights[name][row] = value
+    return channels, flipped
 
 
 def loop(
     model: nn.Module, batches: Iterable[Any], max_channels: int, head: str | None = "head", only: Iterable[int] = ()
 ) -> list[Found]:
-    """Every example of the batches, or ``only`` these of each."""
+    """Every example of the batches, or ``only`` these of each. The model is in eval mode; it is copied."""
+    model = copy.deepcopy(model)
     weights = channel_weights(model, head)
     return [
         search_one(model, weights, images[x : x + 1], labels[x : x + 1], max_channels)

@@ -30,7 +30,7 @@ from delfast.errors import InputError
 from delfast.localize.per_example.capture import Use
 from delfast.localize.per_example.channels import ChannelCapture, ChannelPasses, channel_dim, identifiers
 from delfast.localize.per_example.layers import Place
-from delfast.naming import trainable_parameters, unwrap
+from delfast.naming import trainable_parameters, unique_parameters, unwrap
 
 MOST_CHANNELS = 50
 
@@ -190,11 +190,13 @@ class _Search(ChannelPasses):
         return [([channels[c] for c in own], flip) for own, flip in zip(found, flipped, strict=True)], first
 
     def remember(self, unknown: Mapping[str, str]) -> None:
-        for name, reason in unknown.items():
-            raise InputError(
-                f"'{name}' {reason}, so its channels cannot be zeroed for one example alone; freeze it "
-                "(requires_grad_(False)) to leave it out"
-            )
+        for name in unknown:
+            if name in self.channelwise:
+                raise InputError(
+                    f"'{name}' {unknown[name]}, so its channels cannot be zeroed for one example alone; freeze it "
+                    "(requires_grad_(False)) to leave it out"
+                )
+        super().remember(unknown)
 
     def _look(self, batch: Any, gone: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
         """Whether each example is wrong, (n,), and s, (n, columns): zero for those that are, unless ``every``, and
@@ -205,10 +207,6 @@ class _Search(ChannelPasses):
                 capture = _SearchCapture(self, keep, examples_in(batch, self.loss_fn) or 0)
                 with capture:
                     losses = per_example_losses(self.network, batch, self.loss_fn)
-                if losses.numel() != capture.examples:
-                    raise InputError(
-                        f"expected logits for {capture.examples} examples, got {losses.numel()}; return one row each"
-                    )
                 self.remember(dict.fromkeys(capture.repeats, "is computed where gradients are switched off"))
                 head, wrong = capture.last, self._wrong
                 used = losses if every else losses[~wrong]
@@ -223,11 +221,23 @@ class _Search(ChannelPasses):
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
         logits, targets = (model(batch[0]), batch[1]) if self.logits_fn is None else self.logits_fn(model, batch)
         check_targets(targets, logits)
+        if len(logits) != examples_in(batch, self.loss_fn):
+            raise InputError(
+                f"expected logits for {examples_in(batch, self.loss_fn)} examples, got {len(logits)}; return a row each"
+            )
         losses = functional.cross_entropy(logits, targets, reduction="none")
-        # what is not finite goes on to the scores, which name the parameter
-        self._wrong = (logits.detach().argmax(dim=1) != targets) & losses.detach().isfinite()
+        if not bool(losses.isfinite().all()):
+            raise self._not_finite()
+        self._wrong = logits.detach().argmax(dim=1) != targets
         self._classes = logits.shape[1]
         return losses
+
+    def _not_finite(self) -> InputError:
+        """The error for losses; it names the first parameter that is to blame, if one is."""
+        for name, parameter in unique_parameters(self.network.named_parameters()):
+            if not bool(parameter.isfinite().all()):
+                return InputError(f"expected finite weights, got NaN or infinity in '{name}'; load or train it again")
+        return InputError("expected finite losses, got NaN or infinity; check the inputs and the network's precision")
 
     def _keep(self, gone: Tensor) -> dict[str, Tensor]:
         """Weight name -> bool (n, C), for those of which some example has lost a channel."""
@@ -245,8 +255,7 @@ class _Search(ChannelPasses):
         if not bool(scores.isfinite().all()):
             name = next(name for name, part in self.rows.items() if not bool(part.isfinite().all()))
             raise InputError(
-                f"expected finite scores, got NaN or infinity for '{name}'; check the loss, the gradients and the "
-                "weights of this parameter"
+                f"expected finite scores, got NaN or infinity for '{name}'; check the loss and the network's precision"
             )
         return scores
 

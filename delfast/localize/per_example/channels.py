@@ -120,17 +120,26 @@ class ChannelPasses(ExamplePasses):
         super().__init__(network, parameters, loss_fn)
         self.rows: dict[str, Tensor] = {}
         self.rewritten: set[str] = set()
+        self.channelwise: set[str] = set()  # those that are known to be wanted
 
     def narrowed(self, trial: Trial) -> bool:
         before = len(self.parameters)
-        self.parameters = {name: p for name, p in self.parameters.items() if name in trial.channelwise}
+        self.channelwise |= trial.channelwise
+        wanted = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
+        self.parameters = {name: p for name, p in self.parameters.items() if name in wanted}
         return len(self.parameters) < before
 
     def learned(self, trial: Trial) -> None:
+        self.channelwise |= trial.channelwise
+        self.parameters = {name: p for name, p in self.parameters.items() if name in self.channelwise}
         for name in trial.channelwise & trial.otherwise:
             trial.unknown.setdefault(name, "is used by layers of more than one kind")
         self.rewritten |= trial.rewritten
         super().learned(trial)
+
+    def remember(self, unknown: Mapping[str, str]) -> None:
+        self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in self.channelwise}
+        super().remember({name: reason for name, reason in unknown.items() if name in self.channelwise})
 
     def capture(self) -> ExampleCapture:
         return ChannelCapture(self)
