@@ -12,18 +12,20 @@ from delfast import optim
 from delfast._version import __version__
 from delfast.errors import InputError
 from delfast.evaluate import evaluate
-from delfast.localize import Scores, SignedChannels, localize, score, signed_channels
+from delfast.localize import CriticalChannels, Scores, SignedChannels, critmem, localize, score, signed_channels
 from delfast.mask import Mask
 from delfast.reset import reset_
 from delfast.status import status
 from delfast.unlearn import unlearn
 
 __all__ = [
+    "CriticalChannels",
     "InputError",
     "Mask",
     "Scores",
     "SignedChannels",
     "__version__",
+    "critmem",
     "evaluate",
     "localize",
     "optim",

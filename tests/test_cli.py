@@ -102,6 +102,9 @@ def test_localize_keeps_to_its_budget_and_options(workspace, tmp_path):
     run("localize", workspace / "run", *options, "--output-dir", tmp_path)
     narrow = Mask.load(tmp_path / "mask.safetensors")
     assert narrow.selected == int(0.1 * narrow.total) and narrow.metadata["examples"] == 1437
+    run("localize", workspace / "run", "--budget", 0.1, "--criterion", "critmem", "--output-dir", tmp_path / "critmem")
+    critical = Mask.load(tmp_path / "critmem" / "mask.safetensors")
+    assert critical.metadata["criterion"] == "critmem" and 0 < critical.fraction <= 0.1
 
 
 def test_unlearn_changes_the_mask_and_the_head_alone(workspace, capsys):
@@ -252,6 +255,7 @@ def test_train_refuses(options, message, tmp_path, capsys):
         (["--preset", "mine"], "paper, published-code"),
         (["--criterion", "taste"], "expected criterion"),
         (["--granularity", "layer"], "expected granularity"),
+        (["--criterion", "critmem", "--granularity", "param"], "criterion 'critmem' scores channels"),
         (["--aggregate", "median"], "expected aggregate"),
         (["--policy", "some"], "expected policy"),
         (["--top-h", "0"], "top_h"),

@@ -83,6 +83,15 @@ def test_shared_tied_checkpointed_and_odd() -> None:
     assert list(odd.layers) == ["head.weight"]
 
 
+def test_reentrant_checkpoints() -> None:
+    model, batches = in_double(Checkpointed(False), [(torch.randn(5, 3, 5, 5), torch.arange(5) % 4)])
+    plain = delfast.signed_channels(model, batches)
+    model.reentrant = True
+    again = delfast.signed_channels(model, batches)
+    assert again.layers == plain.layers == {"stem.weight": 6, "block.0.weight": 6, "shared.weight": 6, "head.weight": 4}
+    numpy.testing.assert_allclose(again.matrix, plain.matrix, rtol=1e-6)
+
+
 def test_it_is_zero_before_instance_norm() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     model, batches = in_double(model, images(3, 6))

@@ -121,7 +121,7 @@ def localize(
     budget: Annotated[float, typer.Option(help="part of all parameters to select, in (0, 1]")] = 0.3,
     preset: Annotated[str, typer.Option(help="paper or published-code")] = "paper",
     criterion: Annotated[
-        str, typer.Option(help="weighted_grad, grad, weight, weighted_grad_all or random")
+        str, typer.Option(help="weighted_grad, grad, weight, weighted_grad_all, random or critmem")
     ] = "weighted_grad",
     granularity: Annotated[str | None, typer.Option(help="channel or param (default: the preset's)")] = None,
     aggregate: Annotated[str | None, typer.Option(help="topk_mean, mean, sum or max (default: the preset's)")] = None,

@@ -116,7 +116,7 @@ def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None =
 def _check_localize(budget: float, preset: Preset, criterion: str = "weighted_grad", **options: Any) -> None:
     """Refuse what ``delfast.localize`` would refuse, before the output directory is made."""
     check_criterion(criterion, per_example=False)
-    check_selection(budget, **preset_settings(preset, **options))
+    check_selection(budget, criterion=criterion, **preset_settings(preset, **options))
 
 
 def describe_mask(mask: Mask, path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from delfast.batches import LossFn
 from delfast.localize.anytime import localize_until_stable
+from delfast.localize.critmem import CriticalChannels, CriticalExample, critmem
 from delfast.localize.per_example import SignedChannels, signed_channels
 from delfast.localize.scores import (
     Aggregate,
@@ -77,8 +78,8 @@ def localize(
     Raises InputError as ``score`` and ``Scores.select`` do; bad arguments are refused before anything is computed.
     """
     settings = preset_settings(preset, **overrides)
-    check_criterion(criterion, per_example)
-    check_selection(budget, **settings)
+    check_criterion(criterion, per_example, loss_fn)
+    check_selection(budget, criterion=criterion, **settings)
     options: dict[str, Any] = {"per_example": per_example, "loss_fn": loss_fn, "seed": seed}
     if stop_when_stable is not None:
         mask = localize_until_stable(
@@ -92,12 +93,15 @@ def localize(
 __all__ = [
     "Aggregate",
     "Criterion",
+    "CriticalChannels",
+    "CriticalExample",
     "Granularity",
     "Policy",
     "Preset",
     "Scores",
     "SignedChannels",
     "check_selection",
+    "critmem",
     "localize",
     "preset_settings",
     "score",

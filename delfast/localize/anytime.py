@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from delfast.batches import LossFn, warn_about_loader
 from delfast.errors import InputError
 from delfast.localize.gradient import add_all
-from delfast.localize.scores import GRADIENT_FREE, Criterion, Scores, gradient_sums
+from delfast.localize.scores import WITHOUT_MEAN, Criterion, Scores, gradient_sums
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters, unwrap
 
@@ -38,7 +38,7 @@ def localize_until_stable(
         raise InputError(f"expected stop_when_stable in (0, 1], got {bound}; pass the overlap at which to stop")
     if batch_size < 1:
         raise InputError(f"expected a batch_size of at least 1, got {batch_size}")
-    if criterion in GRADIENT_FREE:
+    if criterion in WITHOUT_MEAN:
         raise InputError(f"expected a criterion with a gradient for stop_when_stable, got '{criterion}'")
     if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
         raise InputError(

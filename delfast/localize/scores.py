@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from delfast._version import __version__
 from delfast.batches import LossFn, warn_about_loader
 from delfast.errors import InputError
+from delfast.localize.critmem import MOST_CHANNELS, check_max_channels, critmem
 from delfast.localize.gradient import GradientSums, MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
 
-Criterion = Literal["weighted_grad", "grad", "squared_grad", "weight", "weighted_grad_all", "random"]
-GRADIENT_FREE = ("weight", "random")
+Criterion = Literal["weighted_grad", "grad", "squared_grad", "weight", "weighted_grad_all", "random", "critmem"]
+WITHOUT_SET = ("weight", "random")
+WITHOUT_MEAN = (*WITHOUT_SET, "critmem")  # no mean over the examples of a gradient, or of what is made of it
 Granularity = Literal["param", "channel"]
 Aggregate = Literal["topk_mean", "mean", "sum", "max"]
 Policy = Literal["whole", "exact"]
@@ -35,13 +37,17 @@ def score(
     per_example: bool = False,
     loss_fn: LossFn | None = None,
     seed: int = 0,
+    max_channels: int = MOST_CHANNELS,
 ) -> Scores:
     """Score every trainable parameter of ``model``.
 
     criterion: element score c_j (DEL paper, section 3 and table 4), with G the mean gradient over ``loader``:
         "weighted_grad" |θ_j G_j|, DEL's; "grad" |G_j|, SalLoc, the localization of SalUn (Fan et al., ICLR 2024);
         "weight" |θ_j|; "weighted_grad_all" |θ_j G_j| with ``loader`` over the whole training set;
-        "random" one uniform per competing unit, keyed by (seed, parameter name, index).
+        "random" one uniform per competing unit, keyed by (seed, parameter name, index);
+        "critmem" by how many examples need a channel, at most ``max_channels`` each: see ``critmem``, which also takes
+        what has no ``loss_fn`` here. Never aggregated; equal counts by the mean positive first-order score. Whatever is
+        no channel of a convolution or linear layer, or is the head's, scores 0. Channels only.
     per_example: every example scores by itself, g(x) its own gradient, and c_j is the mean over ``loader`` of
         |θ_j g_j(x)| or |g_j(x)|; or of g_j(x)², "squared_grad", which is the diagonal of the Fisher information that
         SSD divides by (Foster et al., AAAI 2024). Exact, in one backward pass per batch: what that asks
@@ -53,14 +59,18 @@ def score(
     The model is left as it was. Raises InputError for an unknown criterion, a missing or empty set, labels out of
     range, a DTensor; with per_example, for layers that mix the examples (BatchNorm without running statistics).
     """
-    check_criterion(criterion, per_example)
+    check_criterion(criterion, per_example, loss_fn)
+    check_max_channels(max_channels)
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
-    if criterion in GRADIENT_FREE:
+    if criterion in WITHOUT_SET:
         return Scores(parameters, None, criterion, 0, seed)
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
+    if criterion == "critmem":
+        found = critmem(model, loader, max_channels=max_channels)
+        return Scores(parameters, None, criterion, len(found.examples), seed, units=found.unit_scores())
     what = "training set" if criterion == "weighted_grad_all" else "forget set"
     warn_about_loader(loader, what)
     sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn)
@@ -85,7 +95,8 @@ class Scores:
     """What ``score`` returns: the live parameters θ, the mean gradient G, and how to rank them.
 
     ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32, or None;
-    with ``per_example`` the mean of |g(x)|, or of g(x)² for "squared_grad", in its place.
+    with ``per_example`` the mean of |g(x)|, or of g(x)² for "squared_grad", in its place. ``units``: the same names ->
+    float32 (rows,), the scores of units as a criterion gives them; zero for names that are not there.
     ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters, which
     assignments through ``.data`` go past).
     """
@@ -98,6 +109,7 @@ class Scores:
         examples: int,
         seed: int = 0,
         per_example: bool = False,
+        units: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self.gradients = None if gradients is None else dict(gradients)
@@ -105,6 +117,7 @@ class Scores:
         self.examples = examples
         self.seed = seed
         self.per_example = per_example
+        self.units = units
         self.total = sum(parameter.numel() for parameter in parameters.values())
         self._versions = [parameter._version for parameter in self.parameters.values()]
 
@@ -131,7 +144,7 @@ class Scores:
         Raises InputError for arguments out of range, a budget below the first channel (naming the least that works),
         non-finite scores (naming the parameter), and parameters that changed since they were scored.
         """
-        check_selection(budget, granularity, aggregate, top_h, policy)
+        check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
         for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
             if parameter._version != version:
                 raise InputError(f"'{name}' has changed since it was scored; call score() again")
@@ -154,8 +167,8 @@ class Scores:
         self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
     ) -> Tensor:
         """float32 (units,): the score of every competing unit, in the order of ``parameters``, rows in order."""
-        if self.criterion == "random":
-            return self._join([self._uniform(name, unit_count(t.shape)) for name, t in self.parameters.items()])
+        if self.criterion in ("random", "critmem"):  # scored as units, never aggregated
+            return self._join([self._unit_scores(name, unit_count(t.shape)) for name, t in self.parameters.items()])
         counts = [resolve_top_h(top_h, parameter.shape) for parameter in self.parameters.values()]
         result: Tensor = torch.ops.delfast.criticality(
             list(self.parameters.values()), self._gradient_list(), self._op_criterion, aggregate, counts
@@ -218,6 +231,13 @@ class Scores:
     def _join(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts) if parts else torch.empty(0)
 
+    def _unit_scores(self, name: str, count: int) -> Tensor:
+        """float32 (count,): the units' own scores, of a criterion that scores no elements."""
+        if self.units is None:
+            return self._uniform(name, count)
+        device = self.parameters[name].device
+        return self.units[name].to(device) if name in self.units else torch.zeros(count, device=device)
+
     def _uniform(self, name: str, count: int) -> Tensor:
         """float32 (count,) in [0, 1): numpy's Philox, a counter-based generator, keyed by (seed, parameter name)."""
         generator = numpy.random.Generator(numpy.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
@@ -254,6 +274,8 @@ def check_selection(
     aggregate: str = "topk_mean",
     top_h: object = 0.1,
     policy: str = "whole",
+    *,
+    criterion: str = "weighted_grad",
 ) -> None:
     """InputError for arguments that ``Scores.select`` would refuse whatever the scores."""
     if not 0 < budget <= 1:
@@ -262,6 +284,8 @@ def check_selection(
     check_choice("aggregate", aggregate, Aggregate)
     check_choice("policy", policy, Policy)
     resolve_top_h(top_h, (1, 1))
+    if criterion == "critmem" and granularity == "param":
+        raise InputError("criterion 'critmem' scores channels, not their elements; use granularity='channel'")
 
 
 def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
@@ -278,12 +302,14 @@ def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
     return min(max(h, 1), length)
 
 
-def check_criterion(criterion: str, per_example: bool) -> None:
-    """InputError unless there is such a criterion, with or without a gradient per example."""
+def check_criterion(criterion: str, per_example: bool, loss_fn: LossFn | None = None) -> None:
+    """InputError unless there is such a criterion, with or without a gradient per example, and with that loss."""
     check_choice("criterion", criterion, Criterion)
     if criterion == "squared_grad" and not per_example:
         raise InputError("criterion 'squared_grad' is a mean over the examples' own gradients; pass per_example=True")
-    if criterion in GRADIENT_FREE and per_example:
+    if criterion == "critmem" and loss_fn is not None:
+        raise InputError("criterion 'critmem' asks for predictions, not losses; call critmem(logits_fn=...) instead")
+    if criterion in WITHOUT_MEAN and per_example:
         raise InputError(f"expected a criterion with a gradient for per_example=True, got '{criterion}'; leave one out")
 
 

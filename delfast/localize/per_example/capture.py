@@ -73,9 +73,9 @@ class Capture(TorchFunctionMode):
         """The backward pass, or passes, of the losses (N,)."""
 
     @property
-    def repeats(self) -> bool:
-        """Whether something was computed without gradients in the forward pass, maybe to be repeated with them."""
-        return bool(self._without_grad)
+    def repeats(self) -> list[str]:
+        """What was computed without gradients in the forward pass, maybe to be repeated with them."""
+        return list(self._without_grad)
 
     def unseen(self, losses: Tensor) -> list[str]:
         """Scored parameters that the losses depend on by a way that was not seen, so that they are in the graph."""

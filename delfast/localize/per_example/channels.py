@@ -72,7 +72,7 @@ def signed_channels(
     """
     warn_about_loader(loader, "set")
     network = unwrap(model)
-    passes = _ChannelPasses(network, trainable_parameters(network), loss_fn)
+    passes = ChannelPasses(network, trainable_parameters(network), loss_fn)
     if path is not None and Path(path).exists():
         raise InputError(f"expected '{path}' not to exist, it is to be written; choose another path")
     directory = None if path is None else Path(path)
@@ -93,7 +93,7 @@ def signed_channels(
 
 
 def _fill(
-    rows: _Rows, passes: _ChannelPasses, network: nn.Module, loader: Iterable[Any], loss_fn: LossFn | None
+    rows: _Rows, passes: ChannelPasses, network: nn.Module, loader: Iterable[Any], loss_fn: LossFn | None
 ) -> tuple[dict[str, int], Any]:
     """Write every batch's rows; the layers, and which examples the rows are."""
     examples: list[Any] = []
@@ -104,7 +104,7 @@ def _fill(
                 count = passes.add(batch)
                 if count:
                     rows.write(passes.matrix())
-                    examples.append(_identifiers(batch, loss_fn, counted, count))
+                    examples.append(identifiers(batch, loss_fn, counted, count))
                     counted += count
     finally:
         rows.close()
@@ -113,27 +113,36 @@ def _fill(
     return {name: int(p.shape[0]) for name, p in passes.parameters.items()}, numpy.concatenate(examples)
 
 
-class _ChannelPasses(ExamplePasses):
+class ChannelPasses(ExamplePasses):
     """After ``add``: ``rows``, weight name -> (N, C) of that batch, for convolutions and linear layers."""
 
     def __init__(self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None) -> None:
         super().__init__(network, parameters, loss_fn)
         self.rows: dict[str, Tensor] = {}
         self.rewritten: set[str] = set()
+        self.channelwise: set[str] = set()  # those that are known to be wanted
 
     def narrowed(self, trial: Trial) -> bool:
         before = len(self.parameters)
-        self.parameters = {name: p for name, p in self.parameters.items() if name in trial.channelwise}
+        self.channelwise |= trial.channelwise
+        wanted = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
+        self.parameters = {name: p for name, p in self.parameters.items() if name in wanted}
         return len(self.parameters) < before
 
     def learned(self, trial: Trial) -> None:
+        self.channelwise |= trial.channelwise
+        self.parameters = {name: p for name, p in self.parameters.items() if name in self.channelwise}
         for name in trial.channelwise & trial.otherwise:
             trial.unknown.setdefault(name, "is used by layers of more than one kind")
         self.rewritten |= trial.rewritten
         super().learned(trial)
 
+    def remember(self, unknown: Mapping[str, str]) -> None:
+        self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in self.channelwise}
+        super().remember({name: reason for name, reason in unknown.items() if name in self.channelwise})
+
     def capture(self) -> ExampleCapture:
-        return _ChannelCapture(self)
+        return ChannelCapture(self)
 
     def take(self, name: str, example: int, gradient: Tensor) -> None:
         self.rows[name][example] = (self.parameters[name].detach() * widened(gradient)).flatten(1).sum(dim=1)
@@ -143,10 +152,12 @@ class _ChannelPasses(ExamplePasses):
         return torch.cat([rows.float().cpu() for rows in self.rows.values()], dim=1).numpy()
 
 
-class _ChannelCapture(ExampleCapture):
-    passes: _ChannelPasses
+class ChannelCapture(ExampleCapture):
+    """Receives δ beside z, the layer's output before its bias; a transposed convolution's input is its z."""
 
-    def __init__(self, passes: _ChannelPasses) -> None:
+    passes: ChannelPasses
+
+    def __init__(self, passes: ChannelPasses) -> None:
         super().__init__(passes)
         self._sums: dict[str, Tensor] = {}
 
@@ -155,13 +166,17 @@ class _ChannelCapture(ExampleCapture):
         if use.weight is None or not use.layer.is_channelwise:
             return function(call, use.layer)
         if isinstance(use.layer, TransposedConv):  # rows are input channels: δ of the input, through this layer alone
+            inputs = self.kept(use, inputs)
             return function({**call, "input": self.tap(use, inputs.clone(), inputs)}, use.layer)
-        output, bias = function({**call, "bias": None}, use.layer), call["bias"]
+        output, bias = self.kept(use, function({**call, "bias": None}, use.layer)), call["bias"]
         if bias is None:
             return self.tap(use, output, output.clone() if use.weight in self.passes.rewritten else output)
-        channels_at = -1 if use.layer is LINEAR else 1
-        bias = bias.to(output.dtype).reshape([-1 if d == channels_at % output.ndim else 1 for d in range(output.ndim)])
+        bias = bias.to(output.dtype).reshape([-1 if d == channel_dim(use, output) else 1 for d in range(output.ndim)])
         return self.tap(use, output + bias, output)
+
+    def kept(self, use: Use, values: Tensor) -> Tensor:
+        """What is kept of z: here all of it."""
+        return values
 
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
         place = None if use.weight is None else self.place(use.weight, deltas)
@@ -178,6 +193,11 @@ class _ChannelCapture(ExampleCapture):
         for name, parameter in self.passes.parameters.items():
             zeros = widened(parameter.new_zeros(self.examples, parameter.shape[0]))
             self.passes.rows[name] = zeros if name in missing else self._sums.get(name, zeros)
+
+
+def channel_dim(use: Use, values: Tensor) -> int:
+    """Which dim of z has the rows of the weight."""
+    return values.ndim - 1 if use.layer is LINEAR else 1
 
 
 class _Rows:
@@ -212,7 +232,8 @@ class _Rows:
         npy.write_array_header_1_0(self.stream, header)  # type: ignore[arg-type]
 
 
-def _identifiers(batch: Any, loss_fn: LossFn | None, counted: int, count: int) -> Any:
+def identifiers(batch: Any, loss_fn: object, counted: int, count: int) -> Any:
+    """int64 (count,): the index of (index, input, target) batches, else from ``counted`` on."""
     if loss_fn is None and len(batch) == 3:
         return numpy.asarray(batch[0], dtype=numpy.int64).reshape(count)
     return numpy.arange(counted, counted + count, dtype=numpy.int64)

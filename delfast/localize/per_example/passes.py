@@ -101,31 +101,29 @@ class ExamplePasses(ABC):
         """A trial is over."""
         self.orders |= trial.orders
         self.uses |= trial.uses
-        self._remember(trial.unknown)
+        self.remember(trial.unknown)
 
     def add(self, batch: Any) -> int:
         """Add up one batch; its number of examples."""
         batch = detached(batch)
-        with self._quiet():
-            if self._try_again:
-                self._try(batch)
+        with self.ready(batch):
             capture, losses = self._pass(self.capture, batch)
             if not capture.examples:
                 return 0
             capture.finish()
-            self._remember(capture.unknown)
-            if capture.undecided:
-                self._try_again, self._tried = self._trials < MOST_TRIALS, 0
-                if not self._try_again:
-                    self._remember(dict.fromkeys(capture.undecided, "has examples in no order that could be seen"))
+            self.remember(capture.unknown)
+            self.try_again_for(capture.undecided)
             missing = sorted({*self.unknown, *capture.undecided})
             if missing:
                 self._one_by_one(missing, batch, losses.detach())
             return capture.examples
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Gradients on, but none of the network's parameters'; compiled blocks run as they were written."""
+    def ready(self, batch: Any) -> Iterator[None]:
+        """Gradients on, but none of the network's parameters'; compiled blocks run as they were written.
+
+        If a trial is due it has been made, on this batch.
+        """
         flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -135,6 +133,8 @@ class ExamplePasses(ABC):
             try:
                 for parameter, _ in flags:
                     parameter.requires_grad_(False)
+                if self._try_again:
+                    self._try(batch)
                 yield
             finally:
                 for parameter, flag in flags:
@@ -175,9 +175,17 @@ class ExamplePasses(ABC):
                     capture.run(losses)
                 return capture, losses
             reason = "is used by an operation that cannot be seen"
-            self._remember({name: capture.unknown.get(name, reason) for name in unseen})
+            self.remember({name: capture.unknown.get(name, reason) for name in unseen})
 
-    def _remember(self, unknown: Mapping[str, str]) -> None:
+    def try_again_for(self, undecided: set[str]) -> None:
+        """Have the next batch begin with a trial; after MOST_TRIALS of them these parameters are unknown."""
+        if undecided:
+            self._try_again, self._tried = self._trials < MOST_TRIALS, 0
+            if not self._try_again:
+                self.remember(dict.fromkeys(undecided, "has examples in no order that could be seen"))
+
+    def remember(self, unknown: Mapping[str, str]) -> None:
+        """Parameter -> why a capture cannot have its examples."""
         new = {name: reason for name, reason in unknown.items() if name not in self.unknown}
         if new:
             self.unknown |= new
