@@ -247,11 +247,12 @@ class _Search(ChannelPasses):
 
     def _scores(self, head: str | None) -> Tensor:
         rows = self.rows
-        if not self.include_head and head in rows and rows[head].shape[1] == self._classes:
-            rows = rows | {head: torch.zeros_like(rows[head])}
-        if not rows:
-            raise InputError("expected a convolution or linear layer that trains, got none; CritMem zeroes channels")
-        scores = -torch.cat(list(rows.values()), dim=1)
+        left_out = [head] if not self.include_head and head in rows and rows[head].shape[1] == self._classes else []
+        if len(rows) == len(left_out):
+            raise InputError(
+                "expected a convolution or linear layer that trains besides the head, got none; CritMem zeroes channels"
+            )
+        scores = -torch.cat([0 * part if name in left_out else part for name, part in rows.items()], dim=1)
         if not bool(scores.isfinite().all()):
             name = next(name for name, part in self.rows.items() if not bool(part.isfinite().all()))
             raise InputError(
