@@ -95,8 +95,8 @@ def critmem(
         default, what is found for an example does not depend on its batch. The original's noise on the inputs is
         not added.
     include_head: let rows of the layer that makes the logits compete: the last trainable convolution or linear layer
-        to run, if it has a row per class. Left out by default: row c is class c's logit, and zeroing it says little of
-        the example. (The original takes single weights of linear layers.)
+        to run, if it has a row per class. Left out by default: row c is class c's logit, so that the row of its label
+        is taken first for nearly every example, and is enough. (The original takes single weights of linear layers.)
     loader: (input, target) or (index, input, target) batches; anything with ``logits_fn(model, batch) -> (logits,
         labels)`` whose tensors have the examples along dim 0.
 
