@@ -95,8 +95,8 @@ def critmem(
         default, what is found for an example does not depend on its batch. The original's noise on the inputs is
         not added.
     include_head: let rows of the layer that makes the logits compete: the last trainable convolution or linear layer
-        to run, if it has a row per class. Left out by default: row c is class c's logit, and zeroing it says little of
-        the example. (The original takes single weights of linear layers.)
+        to run, if it has a row per class. Left out by default: row c is class c's logit, so that the row of its label
+        is taken first for nearly every example, and is enough. (The original takes single weights of linear layers.)
     loader: (input, target) or (index, input, target) batches; anything with ``logits_fn(model, batch) -> (logits,
         labels)`` whose tensors have the examples along dim 0.
 
@@ -247,11 +247,12 @@ class _Search(ChannelPasses):
 
     def _scores(self, head: str | None) -> Tensor:
         rows = self.rows
-        if not self.include_head and head in rows and rows[head].shape[1] == self._classes:
-            rows = rows | {head: torch.zeros_like(rows[head])}
-        if not rows:
-            raise InputError("expected a convolution or linear layer that trains, got none; CritMem zeroes channels")
-        scores = -torch.cat(list(rows.values()), dim=1)
+        left_out = [head] if not self.include_head and head in rows and rows[head].shape[1] == self._classes else []
+        if len(rows) == len(left_out):
+            raise InputError(
+                "expected a convolution or linear layer that trains besides the head, got none; CritMem zeroes channels"
+            )
+        scores = -torch.cat([0 * part if name in left_out else part for name, part in rows.items()], dim=1)
         if not bool(scores.isfinite().all()):
             name = next(name for name, part in self.rows.items() if not bool(part.isfinite().all()))
             raise InputError(
