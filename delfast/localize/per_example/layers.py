@@ -6,6 +6,7 @@ functional calls, subclasses and the projections inside ``MultiheadAttention`` a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -65,7 +66,7 @@ class Place:
         return t.squeeze(1) if t.shape[1] == 1 else t.transpose(1, 2)
 
 
-class Layer:
+class Layer(ABC):
     """A layer function with a ``weight``, and maybe a ``bias``. Its examples lie along one of ``leading`` dims."""
 
     arguments: tuple[str, ...] = ("input", "weight", "bias")
@@ -80,13 +81,13 @@ class Layer:
         """Why there is no per-example gradient of this call, or of anything before it; None if there is."""
         return None
 
+    @abstractmethod
     def leading(self, call: Call) -> int:
         """Along how many of the output's first dims the examples may lie; 0 if the rule does not know this call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
         """The weight's, from the input as the layer saw it; None if the rule cannot have examples there."""
-        raise NotImplementedError
 
     def channel_deltas(self, call: Call, deltas: Tensor, place: Place) -> Tensor:
         """deltas as (N, C, *positions), C the elements of the bias."""
