@@ -74,16 +74,18 @@ def by_vmap(model: nn.Module, batch: Batch) -> Sums:
 
 
 def by_opacus(model: nn.Module, batch: Batch) -> Sums:
-    """Opacus: hooks that keep every example's gradient in ``grad_sample``."""
+    """Opacus: hooks that keep every example's gradient in ``grad_sample``; in train mode alone."""
     opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install -r requirements-dev.txt")
     wrapped = opacus.GradSampleModule(
         model, strict=False, loss_reduction="sum"
     )  # strict refuses BatchNorm, even in eval
+    model.train()  # the ViT computes the same, without dropout and BatchNorm
     try:
         cross_entropy(wrapped(batch[0]), batch[1], reduction="sum").backward()
         return {name: p.grad_sample.abs().mean(dim=0) for name, p in model.named_parameters()}
     finally:
         wrapped.to_standard_module()
+        model.eval()
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -112,7 +114,7 @@ def test_scores_against_other_ways(versus: Versus, name: str, other: str) -> Non
     few = (batch[0][:examples], batch[1][:examples])
     try:
         expected = function(model, few)
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
         if other != "opacus":
             raise
         pytest.skip(f"Opacus does not run on {name}: {str(error).splitlines()[0]}")
