@@ -14,7 +14,7 @@ std::string isa_in_use() { return delfast::cpu::kIsaNames[int(delfast::cpu::isa(
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+  for (Isa isa : delfast::cpu::kIsas)
     if (delfast::cpu::isa_supported(isa)) names.push_back(delfast::cpu::kIsaNames[int(isa)]);
   return names;
 }

@@ -28,8 +28,9 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              c10::string_view epilogue) {
   PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
-  const auto& kernels = cpu::per_example(cpu::isa());
-  const cpu::PerExamplePlan plan(checked.operands);
+  const cpu::Isa isa = cpu::isa();
+  const auto& kernels = cpu::per_example(isa);
+  const cpu::PerExamplePlan plan(checked.operands, isa);
   const at::Tensor workspace = at::empty({plan.workspace}, at::TensorOptions().dtype(at::kFloat));
   const ConvShape& s = checked.operands.shape;
   const int64_t products = s.out_channels * s.row() * s.positions();  // of an example
@@ -38,8 +39,8 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
     const cpu::Packing &of_inputs = block.pack_inputs, &of_deltas = block.pack_deltas;
     const int64_t rows = of_inputs.rows + of_deltas.rows;  // of both at once: threads wait for each other less often
     run_range(rows, std::max(of_inputs.length, of_deltas.length), [&](int64_t begin, int64_t end) {
-      kernels.pack(of_inputs, std::min(begin, of_inputs.rows), std::min(end, of_inputs.rows));
-      kernels.pack(of_deltas, std::max(begin, of_inputs.rows) - of_inputs.rows,
+      kernels.pack(block, of_inputs, std::min(begin, of_inputs.rows), std::min(end, of_inputs.rows));
+      kernels.pack(block, of_deltas, std::max(begin, of_inputs.rows) - of_inputs.rows,
                    std::max(end, of_inputs.rows) - of_inputs.rows);
     });
     const int64_t tiles = kernels.tiles(block), examples = std::min(plan.block_examples, s.examples - first);

@@ -5,11 +5,32 @@
 
 #include "delfast/cpu_dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace delfast::cpu {
 
 namespace {
 
 #if defined(__x86_64__)
+// Tiles are 8 KiB of state that Linux gives only to processes that ask for them.
+bool allow_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1 << 24, kTileBfloat16 = 1 << 22;  // of edx: Intel SDM volume 2A, CPUID, leaf 7
+  constexpr int kRequest = 0x1023, kTileData = 18;              // ARCH_REQ_XCOMP_PERM: linux, arch/x86/xstate.rst
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  return edx & kTile && edx & kTileBfloat16 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // __builtin_cpu_supports checks cpuid and, through XCR0, that the operating system saves the wide registers.
 bool cpu_has(Isa isa) {
   __builtin_cpu_init();
@@ -21,6 +42,10 @@ bool cpu_has(Isa isa) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::amx: {
+      static const bool allowed = cpu_has(Isa::avx512) && allow_tiles();
+      return allowed;
+    }
   }
   return false;
 }
@@ -29,15 +54,16 @@ bool cpu_has(Isa isa) { return isa == Isa::scalar; }
 #endif
 
 Isa best() {
-  for (Isa isa : {Isa::avx512, Isa::avx2})
-    if (cpu_has(isa)) return isa;
-  return Isa::scalar;
+  Isa found = Isa::scalar;
+  for (Isa isa : kIsas)
+    if (cpu_has(isa)) found = isa;
+  return found;
 }
 
 bool parse(const char* name, Isa* isa) {
-  for (int i = 0; i < 3; i++)
-    if (!std::strcmp(name, kIsaNames[i])) {
-      *isa = Isa(i);
+  for (Isa known : kIsas)
+    if (!std::strcmp(name, kIsaNames[int(known)])) {
+      *isa = known;
       return true;
     }
   return false;
@@ -51,7 +77,7 @@ struct Choice {
     Isa forced;
     if (!wanted || !*wanted) return;
     if (!parse(wanted, &forced))
-      problem = "expected DELFAST_FORCE_ISA to be scalar, avx2 or avx512; set one of these or unset it";
+      problem = "expected DELFAST_FORCE_ISA to be scalar, avx2, avx512 or amx; set one of these or unset it";
     else if (!cpu_has(forced))
       problem = "DELFAST_FORCE_ISA names an instruction set that this CPU does not have; choose another or unset it";
     else
@@ -89,7 +115,7 @@ bool force_isa(const char* name) {
   extern const Family table;                               \
   }                                                        \
   const Family& function(Isa isa) {                        \
-    if (isa == Isa::avx512) return avx512::table;          \
+    if (isa >= Isa::avx512) return avx512::table;          \
     return isa == Isa::avx2 ? avx2::table : scalar::table; \
   }
 #else
@@ -103,6 +129,15 @@ bool force_isa(const char* name) {
 DELFAST_TABLE(CriticalityKernels, criticality, kCriticality)
 DELFAST_TABLE(SelectionKernels, selection, kSelection)
 DELFAST_TABLE(MaskedUpdateKernels, masked_update, kMaskedUpdate)
-DELFAST_TABLE(PerExampleKernels, per_example, kPerExample)
+DELFAST_TABLE(PerExampleKernels, per_example_of, kPerExample)
+
+#if defined(__x86_64__)
+namespace amx {
+extern const PerExampleKernels kPerExample;
+}
+const PerExampleKernels& per_example(Isa isa) { return isa == Isa::amx ? amx::kPerExample : per_example_of(isa); }
+#else
+const PerExampleKernels& per_example(Isa isa) { return per_example_of(isa); }
+#endif
 
 }  // namespace delfast::cpu

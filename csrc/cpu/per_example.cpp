@@ -1,5 +1,7 @@
-// How the operands of the per-example sums are brought into the form that the kernels read: float32, no padding.
+// How the operands of the per-example sums are brought into the form that the kernels read: float32, no padding; or,
+// for AMX, bfloat16 as AmxLayout has it.
 #include <algorithm>
+#include <numeric>
 
 #include "delfast/cpu_dispatch.h"
 
@@ -35,6 +37,33 @@ const void* advanced(const void* data, Dtype dtype, int64_t elements) {
 
 }  // namespace
 
+AmxLayout::AmxLayout(const ConvShape& s) : used(true) {
+  int64_t past = 0;  // the last position that has an output, and one
+  for (int i = 0; i < 3; i++) {
+    phases[i] = std::min(s.kernel[i], s.stride[i] / std::gcd(s.stride[i], s.dilation[i]));
+    plane[i] = s.out[i] + (s.kernel[i] - 1) * s.dilation[i] / s.stride[i];
+    past = past * plane[i] + s.out[i] - 1;
+  }
+  past++;
+  const int64_t taps = s.taps();
+  steps = (past + (taps > 1) + kStep - 1) / kStep;  // one more position: odd offsets shift deltas by one
+  pairs = source(s, taps - 1).offset / 2 + steps * kStep / 2;
+  row_blocks = s.groups * vectors(s.out_channels / s.groups);
+  column_blocks = s.groups * vectors(s.in_channels / s.groups);
+  // a step of zeros before; and an odd number of cache lines, or rows would share few sets of the first-level cache
+  delta_pitch = (steps + 1 + steps % 2) * kStep;
+}
+
+AmxLayout::Source AmxLayout::source(const ConvShape& s, int64_t tap) const {
+  const int64_t at[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
+  Source found{0, 0};
+  for (int i = 0; i < 3; i++) {
+    found.plane = found.plane * phases[i] + at[i] % phases[i];
+    found.offset = found.offset * plane[i] + at[i] * s.dilation[i] / s.stride[i];
+  }
+  return found;
+}
+
 bool PerExamplePlan::packs_inputs() const {
   return whole.inputs_dtype != Dtype::float32 || joins_taps(whole.shape) || joins_examples(whole.shape);
 }
@@ -44,9 +73,18 @@ bool PerExamplePlan::packs_deltas() const {
   return whole.deltas_dtype != Dtype::float32 || rearranges || joins_examples(whole.shape);
 }
 
-PerExamplePlan::PerExamplePlan(const PerExample& p) : whole(p), block_examples(std::max<int64_t>(1, p.shape.examples)) {
+PerExamplePlan::PerExamplePlan(const PerExample& p, Isa isa)
+  : whole(p), block_examples(std::max<int64_t>(1, p.shape.examples)) {
   const ConvShape& s = whole.shape;
+  const bool both = p.inputs_dtype == Dtype::bfloat16 && p.deltas_dtype == Dtype::bfloat16;
+  if (isa == Isa::amx && both && s.examples && !joins_examples(s) && !is_depthwise(s)) amx_ = AmxLayout(s);
   int64_t floats = 0;  // of an example
+  if (amx_.used) {
+    floats = (amx_.inputs() + amx_.deltas()) / 2;
+    block_examples = std::clamp<int64_t>(kPackedFloats / floats, 1, block_examples);
+    workspace = floats * block_examples;
+    return;
+  }
   if (packs_inputs()) {
     const int64_t width = s.in[2] + (joins_taps(s) ? 2 * s.padding[2] : 0);
     floats += s.in[0] * s.in[1] * width * s.in_channels;
@@ -68,6 +106,18 @@ PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_fl
   const void* deltas = advanced(whole.deltas, whole.deltas_dtype, first_example * s.positions() * s.out_channels);
   b.inputs = static_cast<const float*>(inputs);
   b.deltas = static_cast<const float*>(deltas);
+  if (amx_.used) {
+    b.amx = amx_;
+    b.pack_inputs.from = inputs;
+    b.pack_inputs.rows = s.examples * amx_.planes();
+    b.pack_inputs.length = amx_.inputs() / amx_.planes();
+    b.inputs = b.pack_inputs.to = workspace_floats;
+    b.pack_deltas.from = deltas;
+    b.pack_deltas.rows = s.examples * amx_.row_blocks;
+    b.pack_deltas.length = AmxLayout::kSide * amx_.delta_pitch;
+    b.deltas = b.pack_deltas.to = workspace_floats + s.examples * amx_.inputs() / 2;
+    return b;
+  }
 
   Packing pack;
   if (joins_examples(s)) pack.map = b.epilogue == Epilogue::abs ? Packing::Map::abs : Packing::Map::square;

@@ -293,7 +293,7 @@ void pack_row(const T* from, float* to, const Packing& p) {
   for (; i < p.length; i++) to[i] = mapped(to_float(from[i]), p.map);
 }
 
-void pack(const Packing& p, int64_t begin, int64_t end) {
+void pack(const PerExampleBlock&, const Packing& p, int64_t begin, int64_t end) {
   with_dtype(p.dtype, [&]<class T>(const T*) {
     float* to = p.to + begin * (p.before + p.length + p.after);
     for (int64_t row = begin; row < end; row++) {

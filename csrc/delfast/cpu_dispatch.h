@@ -11,8 +11,10 @@
 
 namespace delfast::cpu {
 
-enum class Isa : int8_t { scalar, avx2, avx512 };
-inline constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512"};
+// amx is avx512, and for per-example sums of bfloat16 the tile multiplication.
+enum class Isa : int8_t { scalar, avx2, avx512, amx };
+inline constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx};
+inline constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "amx"};
 
 bool isa_supported(Isa isa);        // by this build and by this CPU (cpuid and XCR0)
 Isa isa();                          // the one in use: DELFAST_FORCE_ISA, or else the best supported
@@ -55,7 +57,7 @@ struct MaskedUpdateKernels {
   void (*adamw)(const Updated&, const AdamWStep&, int64_t begin, int64_t end, int64_t rank);
 };
 
-// Rows of elements to copy as float32, each between zeros.
+// Rows of elements to copy as float32, each between zeros; for AMX see AmxLayout.
 struct Packing {
   enum class Map : int8_t { none, abs, square };
   const void* from = nullptr;
@@ -67,6 +69,31 @@ struct Packing {
   int64_t groups = 1;  // element g * (length / groups) + j of a row goes to j * groups + g
 };
 
+// bfloat16 operands as per_example_amx.cpp packs and reads them. Counts are of one example.
+struct AmxLayout {
+  static constexpr int64_t kSide = 16, kStep = 32;  // rows, or columns, and positions of a tile
+
+  AmxLayout() = default;
+  explicit AmxLayout(const ConvShape&);
+
+  bool used = false;
+  int64_t phases[3] = {1, 1, 1};  // of the input's positions, by stride: those that some tap reads. A plane for each
+  int64_t plane[3] = {1, 1, 1};   // positions
+  int64_t steps = 0;              // of kStep positions of a plane
+  int64_t pairs = 0;              // of positions of a plane, with those that are read after its end
+  int64_t row_blocks = 0, column_blocks = 0;  // of kSide
+  int64_t delta_pitch = 0;                    // elements from one row of the deltas to the next
+
+  int64_t planes() const { return phases[0] * phases[1] * phases[2]; }
+  int64_t inputs() const { return planes() * column_blocks * pairs * 2 * kSide; }  // elements
+  int64_t deltas() const { return row_blocks * kSide * delta_pitch; }
+
+  struct Source {
+    int64_t plane, offset;
+  };
+  Source source(const ConvShape&, int64_t tap) const;  // where a tap reads for the position 0
+};
+
 // Some of the examples, as the kernels read them once packed.
 struct PerExampleBlock {
   Packing pack_inputs, pack_deltas;
@@ -75,12 +102,13 @@ struct PerExampleBlock {
   float* sums = nullptr;
   Epilogue epilogue = Epilogue::abs;
   ConvShape shape;
+  AmxLayout amx;        // if used, inputs and deltas are bfloat16
   int64_t columns = 0;  // neighbouring elements that a tap reads: its group's channels, or a row of taps with theirs
 };
 
 // How the sums are taken: in blocks of examples, each packed first where it cannot be read as it is.
 struct PerExamplePlan {
-  explicit PerExamplePlan(const PerExample&);
+  PerExamplePlan(const PerExample&, Isa);
   PerExampleBlock block(int64_t first_example, float* workspace) const;
 
   PerExample whole;
@@ -88,12 +116,13 @@ struct PerExamplePlan {
   int64_t workspace = 0;  // floats
 
  private:
+  AmxLayout amx_;
   bool packs_inputs() const;
   bool packs_deltas() const;
 };
 
 struct PerExampleKernels {
-  void (*pack)(const Packing&, int64_t begin, int64_t end);  // rows
+  void (*pack)(const PerExampleBlock&, const Packing&, int64_t begin, int64_t end);  // rows of one of the block's two
   // The sums are taken tile by tile; each sees all examples in order, so the order of tiles does not matter.
   int64_t (*tiles)(const PerExampleBlock&);
   void (*accumulate)(const PerExampleBlock&, int64_t begin, int64_t end);

@@ -195,7 +195,7 @@ inline cpu::Isa isa_argument(int argc, char** argv) {
     std::cout << "skipped: this CPU or build does not have " << name << "\n";
     std::exit(77);
   }
-  std::cerr << "expected one argument, scalar, avx2 or avx512, got '" << name << "'\n";
+  std::cerr << "expected one argument, scalar, avx2, avx512 or amx, got '" << name << "'\n";
   std::exit(2);
 }
 

@@ -10,16 +10,18 @@ int main(int argc, char** argv) {
   const std::string wanted = argc == 2 ? argv[1] : "";
   setenv("DELFAST_FORCE_ISA", wanted.c_str(), 1);  // before the first call, which reads it
 
-  CHECK_EQUAL(std::size(cpu::kIsaNames), size_t(3));
+  CHECK_EQUAL(std::size(cpu::kIsaNames), size_t(4));
   CHECK_EQUAL(std::string(cpu::kIsaNames[int(cpu::Isa::scalar)]), std::string("scalar"));
   CHECK_EQUAL(std::string(cpu::kIsaNames[int(cpu::Isa::avx2)]), std::string("avx2"));
   CHECK_EQUAL(std::string(cpu::kIsaNames[int(cpu::Isa::avx512)]), std::string("avx512"));
+  CHECK_EQUAL(std::string(cpu::kIsaNames[int(cpu::Isa::amx)]), std::string("amx"));
 
   CHECK(cpu::isa_supported(cpu::Isa::scalar));
-  CHECK(cpu::isa_supported(cpu::Isa::avx2) || !cpu::isa_supported(cpu::Isa::avx512));  // no CPU has only the wider
+  for (int i = 1; i < 4; i++)  // no CPU has only the wider
+    CHECK(cpu::isa_supported(cpu::Isa(i - 1)) || !cpu::isa_supported(cpu::Isa(i)));
   cpu::Isa best = cpu::Isa::scalar;
   bool honoured = false;
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < 4; i++) {
     if (!cpu::isa_supported(cpu::Isa(i))) continue;
     best = cpu::Isa(i);
     honoured |= wanted == cpu::kIsaNames[i];
@@ -28,7 +30,7 @@ int main(int argc, char** argv) {
   CHECK_EQUAL(cpu::isa_request_problem() == nullptr, honoured);
   CHECK_EQUAL(std::string(cpu::kIsaNames[int(cpu::isa())]), honoured ? wanted : cpu::kIsaNames[int(best)]);
 
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < 4; i++) {
     const cpu::Isa before = cpu::isa(), isa = cpu::Isa(i);
     describe("force_isa ", cpu::kIsaNames[i]);
     CHECK_EQUAL(cpu::force_isa(cpu::kIsaNames[i]), cpu::isa_supported(isa));
@@ -44,8 +46,11 @@ int main(int argc, char** argv) {
     CHECK(cpu::masked_update(isa).reset && cpu::masked_update(isa).sgd && cpu::masked_update(isa).adamw);
     CHECK(cpu::per_example(isa).pack && cpu::per_example(isa).tiles && cpu::per_example(isa).accumulate);
     CHECK(cpu::per_example(isa).channel_dot);
-    for (int other = 0; other < i; other++)  // each has kernels of its own
-      CHECK(cpu::criticality(isa).score_rows != cpu::criticality(cpu::Isa(other)).score_rows);
+    for (int other = 0; other < i; other++) {  // each has kernels of its own, amx for the per-example sums alone
+      const bool same = isa == cpu::Isa::amx && cpu::Isa(other) == cpu::Isa::avx512;
+      CHECK_EQUAL(cpu::criticality(isa).score_rows == cpu::criticality(cpu::Isa(other)).score_rows, same);
+      CHECK(cpu::per_example(isa).accumulate != cpu::per_example(cpu::Isa(other)).accumulate);
+    }
   }
   return report();
 }

@@ -80,7 +80,7 @@ int64_t blocks = 0;  // run so far
 template <class Cut>
 void run(cpu::Isa isa, const PerExample& p, Cut cut) {
   const cpu::PerExampleKernels& kernels = cpu::per_example(isa);
-  const cpu::PerExamplePlan plan(p);
+  const cpu::PerExamplePlan plan(p, isa);
   Guarded<float> workspace(plan.workspace);
   const auto in_parts = [&](int64_t count, auto f) {
     const int64_t middle = cut(count);
@@ -90,7 +90,7 @@ void run(cpu::Isa isa, const PerExample& p, Cut cut) {
   for (int64_t first = 0; first < p.shape.examples; first += plan.block_examples, blocks++) {
     const cpu::PerExampleBlock block = plan.block(first, workspace.data());
     for (const cpu::Packing* packing : {&block.pack_inputs, &block.pack_deltas})
-      in_parts(packing->rows, [&](int64_t begin, int64_t end) { kernels.pack(*packing, begin, end); });
+      in_parts(packing->rows, [&](int64_t begin, int64_t end) { kernels.pack(block, *packing, begin, end); });
     in_parts(kernels.tiles(block), [&](int64_t begin, int64_t end) { kernels.accumulate(block, begin, end); });
   }
 }

@@ -122,12 +122,10 @@ class ChannelPasses(ExamplePasses):
         self.rewritten: set[str] = set()
         self.channelwise: set[str] = set()  # those that are known to be wanted
 
-    def narrowed(self, trial: Trial) -> bool:
-        before = len(self.parameters)
+    def narrow(self, trial: Trial) -> None:
         self.channelwise |= trial.channelwise
         wanted = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
         self.parameters = {name: p for name, p in self.parameters.items() if name in wanted}
-        return len(self.parameters) < before
 
     def learned(self, trial: Trial) -> None:
         self.channelwise |= trial.channelwise

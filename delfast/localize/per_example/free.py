@@ -60,8 +60,20 @@ class FreeParameters:
 
     def names_in(self, value: Any) -> list[str]:
         """The parameters that tensors in ``value`` are, or are computed from."""
-        found = (self._derived.get(id(t)) for t in tensors_in(value))
-        return list(dict.fromkeys(name for derived in found if derived is not None for name in derived.names))
+        names: list[str] = []
+        self._find(value, names)
+        return list(dict.fromkeys(names))
+
+    def _find(self, value: Any, names: list[str]) -> None:
+        derived = self._derived.get(id(value))  # no generators: this runs for each operation of the network
+        if derived is not None:
+            names += derived.names
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                self._find(item, names)
+        elif isinstance(value, dict):
+            for item in value.values():
+                self._find(item, names)
 
     def use(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
         """(True, result) if this operation is understood; else (False, None), and nothing was computed."""

@@ -93,9 +93,8 @@ class ExamplePasses(ABC):
     def take(self, name: str, example: int, gradient: Tensor) -> None:
         """The gradient of one example of the batch, for a parameter that the capture could not have."""
 
-    def narrowed(self, trial: Trial) -> bool:
-        """Drop parameters that a trial's forward pass shows not to be wanted; whether there were any."""
-        return False
+    def narrow(self, trial: Trial) -> None:
+        """Drop the parameters that a trial's forward pass shows not to be wanted."""
 
     def learned(self, trial: Trial) -> None:
         """A trial is over."""
@@ -165,8 +164,8 @@ class ExamplePasses(ABC):
             with _requiring_grad(wanted):
                 with capture:
                     losses = per_example_losses(self.network, batch, self.loss_fn)
-                if isinstance(capture, Trial) and self.narrowed(capture):
-                    continue
+                if isinstance(capture, Trial):
+                    self.narrow(capture)
                 unseen = capture.unseen(losses)
                 if not unseen and not capture.repeats:  # as they were, or recomputing would find other tensors
                     capture.run(losses)

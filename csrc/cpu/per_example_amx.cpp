@@ -1,0 +1,288 @@
+// Sums over examples of |g| or g^2 of bfloat16 operands, by AMX. Compiled with -mavx512... -mamx-tile -mamx-bf16.
+//
+// A tile instruction multiplies 16 rows of deltas by 16 columns of inputs over 32 positions. The deltas of a row lie
+// one after another; inputs lie in pairs of positions, the pairs of 16 channels side by side. So that one stretch of
+// positions serves all rows of an image, deltas are spread over a plane as wide as the padded input, zero where there
+// is no output; a tap is an offset into the plane. With a stride, each phase of the positions is a plane. Offsets are
+// even, for the pairs: at an odd one, deltas are read from one position earlier, where there is a zero.
+//
+// Numerics. Products are exact, and are added in float32 in an order that depends on the shape alone. Denormals count
+// as 0. Positions whose source lies in the padding are multiplied with 0, as are pixels without an output: those must
+// be finite, which the kernels for float32 do not ask.
+#include <immintrin.h>
+
+#include "cpu/vec_avx512.h"
+#include "delfast/cpu_dispatch.h"
+
+namespace delfast::cpu {
+
+namespace avx512 {
+extern const PerExampleKernels kPerExample;
+}
+
+namespace amx {
+
+extern const PerExampleKernels kPerExample;
+
+namespace {
+
+using avx512::Vec;
+
+constexpr int kSide = 16;                         // rows and columns of a tile of sums
+constexpr int kStep = AmxLayout::kStep;           // positions that an instruction multiplies
+constexpr int64_t kTile = kStep * kSide;          // elements
+constexpr int64_t kCachedElements = 1 << 19;      // of the examples in a pass: half of a second-level cache of 2 MiB
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__mmask16 first(int64_t n) { return n >= kSide ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
+
+// Goes through a plane position by position: next() says whether there is one at all in `inside`, and where.
+class Positions {
+ public:
+  explicit Positions(const int64_t (&plane)[3]) : plane_(plane) {}
+  template <class At>
+  const bfloat16* next(At at) {
+    const bfloat16* found = position_[0] < plane_[0] ? at(position_) : nullptr;
+    for (int i = 2; i >= 0; i--) {
+      if (++position_[i] < plane_[i] || i == 0) break;
+      position_[i] = 0;
+    }
+    return found;
+  }
+
+ private:
+  const int64_t (&plane_)[3];
+  int64_t position_[3] = {0, 0, 0};
+};
+
+// Of up to 16 channels each, those of two positions side by side; null is zeros.
+__m512i paired(const bfloat16* even, const bfloat16* odd, __mmask16 channels) {
+  const auto widened = [&](const bfloat16* p) {
+    return p ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(channels, p)) : _mm512_setzero_si512();
+  };
+  return _mm512_or_si512(widened(even), _mm512_slli_epi32(widened(odd), 16));
+}
+
+// Rows of 32-bit elements become columns.
+void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// ---- packing; a row is one plane of one example's inputs, or 16 rows of one example's deltas
+
+void pack_inputs(const PerExampleBlock& b, int64_t row) {
+  const ConvShape& s = b.shape;
+  const AmxLayout& layout = b.amx;
+  const int64_t example = row / layout.planes(), group_columns = s.in_channels / s.groups;
+  int64_t phase = row % layout.planes(), start[3];  // of the input, in the plane's first position
+  for (int i = 2; i >= 0; i--) {
+    start[i] = phase % layout.phases[i] * s.dilation[i] % s.stride[i] - s.padding[i];
+    phase /= layout.phases[i];
+  }
+  const auto* image = static_cast<const bfloat16*>(b.pack_inputs.from) +
+                      example * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
+  auto* to = reinterpret_cast<bfloat16*>(b.pack_inputs.to) + row * layout.column_blocks * layout.pairs * 2 * kSide;
+  const auto at = [&](const int64_t (&position)[3]) -> const bfloat16* {
+    int64_t pixel = 0;
+    for (int i = 0; i < 3; i++) {
+      const int64_t source = start[i] + position[i] * s.stride[i];
+      if (source < 0 || source >= s.in[i]) return nullptr;
+      pixel = pixel * s.in[i] + source;
+    }
+    return image + pixel * s.in_channels;
+  };
+  Positions positions(layout.plane);
+  for (int64_t pair = 0; pair < layout.pairs; pair++, to += 2 * kSide) {
+    const bfloat16 *even = positions.next(at), *odd = positions.next(at);
+    bfloat16* block = to;
+    for (int64_t channel = 0; channel < s.in_channels; channel += group_columns)
+      for (int64_t c = 0; c < group_columns; c += kSide, block += layout.pairs * 2 * kSide) {
+        const int64_t offset = channel + c;
+        _mm512_storeu_si512(block, paired(even ? even + offset : nullptr, odd ? odd + offset : nullptr,
+                                          first(group_columns - c)));
+      }
+  }
+}
+
+void pack_deltas(const PerExampleBlock& b, int64_t row) {
+  const ConvShape& s = b.shape;
+  const AmxLayout& layout = b.amx;
+  const int64_t example = row / layout.row_blocks, block = row % layout.row_blocks;
+  const int64_t group_rows = s.out_channels / s.groups, group_blocks = ceil_div(group_rows, kSide);
+  const int64_t begin = block % group_blocks * kSide;  // of the group's rows
+  const __mmask16 channels = first(group_rows - begin);
+  const auto* deltas = static_cast<const bfloat16*>(b.pack_deltas.from) + example * s.positions() * s.out_channels +
+                       block / group_blocks * group_rows + begin;
+  auto* to = reinterpret_cast<bfloat16*>(b.pack_deltas.to) + row * kSide * layout.delta_pitch;
+  const auto at = [&](const int64_t (&position)[3]) -> const bfloat16* {
+    for (int i = 0; i < 3; i++)
+      if (position[i] >= s.out[i]) return nullptr;
+    return deltas + ((position[0] * s.out[1] + position[1]) * s.out[2] + position[2]) * s.out_channels;
+  };
+  for (int r = 0; r < kSide; r++) _mm512_storeu_si512(to + r * layout.delta_pitch, _mm512_setzero_si512());
+  to += kStep;
+  Positions positions(layout.plane);
+  for (int64_t step = 0; step < layout.steps; step++, to += kStep) {
+    __m512i pairs[kSide];
+    for (auto& pair : pairs) {
+      const bfloat16 *even = positions.next(at), *odd = positions.next(at);
+      pair = paired(even, odd, channels);
+    }
+    transpose(pairs);
+    for (int r = 0; r < kSide; r++) _mm512_storeu_si512(to + r * layout.delta_pitch, pairs[r]);
+  }
+}
+
+void pack(const PerExampleBlock& b, const Packing& p, int64_t begin, int64_t end) {
+  if (!b.amx.used) return avx512::kPerExample.pack(b, p, begin, end);
+  for (int64_t row = begin; row < end; row++) &p == &b.pack_inputs ? pack_inputs(b, row) : pack_deltas(b, row);
+}
+
+// ---- accumulation
+
+struct Operands {
+  const bfloat16 *inputs, *deltas;         // of the first example
+  int64_t inputs_example, deltas_example;  // elements from one to the next
+  int64_t examples, column_block;          // elements of 16 columns
+  const AmxLayout& layout;
+  bool square;
+};
+
+using Sums = float[2 * kSide][2 * kSide];
+
+// Up to two by two tiles, 0 to 3; 4 and 5 hold deltas, 6 and 7 inputs. (Their numbers must be literals for GCC.)
+template <int rows, int columns>
+void add_examples(const Operands& o, Sums& sums) {
+  alignas(64) Sums gradient;
+  constexpr int64_t kPitch = sizeof gradient[0];
+  const int64_t pitch = o.layout.delta_pitch * int64_t(sizeof(bfloat16));
+  for (int64_t x = 0; x < o.examples; x++) {
+    const bfloat16* deltas = o.deltas + x * o.deltas_example;
+    const bfloat16* inputs = o.inputs + x * o.inputs_example;
+    _tile_zero(0);
+    if constexpr (columns == 2) _tile_zero(1);
+    if constexpr (rows == 2) _tile_zero(2);
+    if constexpr (rows == 2 && columns == 2) _tile_zero(3);
+    for (int64_t step = 0; step < o.layout.steps; step++, deltas += kStep, inputs += kTile) {
+      _tile_loadd(4, deltas, pitch);
+      _tile_loadd(6, inputs, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (columns == 2) {
+        _tile_loadd(7, inputs + o.column_block, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (rows == 2) {
+        _tile_loadd(5, deltas + kSide * o.layout.delta_pitch, pitch);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, gradient[0], kPitch);
+    if constexpr (columns == 2) _tile_stored(1, gradient[0] + kSide, kPitch);
+    if constexpr (rows == 2) _tile_stored(2, gradient[kSide], kPitch);
+    if constexpr (rows == 2 && columns == 2) _tile_stored(3, gradient[kSide] + kSide, kPitch);
+    for (int r = 0; r < rows * kSide; r++)
+      for (int c = 0; c < columns * kSide; c += kSide) {
+        const Vec g = Vec::load(gradient[r] + c);
+        (Vec::load(sums[r] + c) + (o.square ? g * g : g.abs())).store(sums[r] + c);
+      }
+  }
+}
+
+// The block's tiles of up to 32 by 32 sums, numbered: columns change fastest, so that neighbours share deltas.
+struct Grid {
+  int64_t rows, columns, taps, row_tiles, column_tiles;  // of a group
+  explicit Grid(const ConvShape& s)
+    : rows(s.out_channels / s.groups),
+      columns(s.in_channels / s.groups),
+      taps(s.taps()),
+      row_tiles(ceil_div(rows, 2 * kSide)),
+      column_tiles(ceil_div(columns, 2 * kSide)) {}
+  int64_t count(int64_t groups) const { return groups * row_tiles * taps * column_tiles; }
+};
+
+void add_tile(const PerExampleBlock& b, const Grid& grid, int64_t first_example, int64_t examples, int64_t tile) {
+  static constexpr decltype(&add_examples<1, 1>) kAdd[2][2] = {{add_examples<1, 1>, add_examples<1, 2>},
+                                                               {add_examples<2, 1>, add_examples<2, 2>}};
+  const AmxLayout& layout = b.amx;
+  const int64_t column = tile % grid.column_tiles * 2 * kSide;
+  const int64_t tap = tile / grid.column_tiles % grid.taps;
+  const int64_t row = tile / (grid.column_tiles * grid.taps) % grid.row_tiles * 2 * kSide;
+  const int64_t group = tile / (grid.column_tiles * grid.taps * grid.row_tiles);
+  const int64_t rows = grid.rows - row, columns = grid.columns - column;  // from here on
+  const int64_t row_block = group * ceil_div(grid.rows, kSide) + row / kSide;
+  const int64_t column_block = group * ceil_div(grid.columns, kSide) + column / kSide;
+  const AmxLayout::Source source = layout.source(b.shape, tap);
+
+  const int64_t block = layout.pairs * 2 * kSide;
+  const bfloat16* inputs = reinterpret_cast<const bfloat16*>(b.inputs) + first_example * layout.inputs() +
+                           (source.plane * layout.column_blocks + column_block) * block +
+                           source.offset / 2 * 2 * kSide;
+  const bfloat16* deltas = reinterpret_cast<const bfloat16*>(b.deltas) + first_example * layout.deltas() +
+                           row_block * kSide * layout.delta_pitch + kStep - source.offset % 2;
+  const bool square = b.epilogue == Epilogue::square;
+  alignas(64) Sums sums = {};
+  kAdd[rows > kSide][columns > kSide](
+      {inputs, deltas, layout.inputs(), layout.deltas(), examples, block, layout, square}, sums);
+
+  float* to = b.sums + ((group * grid.rows + row) * grid.taps + tap) * grid.columns + column;
+  for (int64_t r = 0; r < rows && r < 2 * kSide; r++, to += grid.taps * grid.columns)
+    for (int64_t c = 0; c < columns && c < 2 * kSide; c += kSide) {
+      const __mmask16 lanes = first(columns - c);
+      _mm512_mask_storeu_ps(to + c, lanes, _mm512_maskz_loadu_ps(lanes, to + c) + Vec::load(sums[r] + c).v);
+    }
+}
+
+int64_t tiles(const PerExampleBlock& b) {
+  return b.amx.used ? Grid(b.shape).count(b.shape.groups) : avx512::kPerExample.tiles(b);
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
+  if (!b.amx.used) return avx512::kPerExample.accumulate(b, begin, end);
+  static constexpr TileConfig kConfig;
+  const Grid grid(b.shape);
+  const int64_t example = b.amx.inputs() + 2 * kSide * b.amx.delta_pitch;
+  const int64_t cached = example < kCachedElements ? kCachedElements / example : 1;
+  _tile_loadconfig(&kConfig);
+  for (int64_t x = 0; x < b.shape.examples; x += cached)
+    for (int64_t tile = begin; tile < end; tile++)
+      add_tile(b, grid, x, b.shape.examples - x < cached ? b.shape.examples - x : cached, tile);
+  _tile_release();  // tiles in use would make every switch to another thread dearer
+}
+
+void channel_dot(const ChannelDot& p, int64_t begin, int64_t end) { avx512::kPerExample.channel_dot(p, begin, end); }
+
+}  // namespace
+
+const PerExampleKernels kPerExample = {pack, tiles, accumulate, channel_dot};
+
+}  // namespace amx
+}  // namespace delfast::cpu
