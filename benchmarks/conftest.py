@@ -36,6 +36,13 @@ class Versus:
         self.benchmark.extra_info["threads"] = torch.get_num_threads()
         return ratio
 
+    def once(self, ours: Callable[[], Any], baseline: Callable[[], Any]) -> tuple[Any, Any]:
+        """What each returns, of a figure that is no time."""
+        expected = baseline()
+        result = self.benchmark.pedantic(ours, rounds=1)
+        self.benchmark.extra_info.update(isa=isa(), threads=torch.get_num_threads())
+        return result, expected
+
     def report(self, measured: str, target: str) -> None:
         """A line of the table that ends the run."""
         RESULTS.append((self.name, measured, target))

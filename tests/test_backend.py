@@ -121,7 +121,7 @@ def test_isa_can_be_forced_and_nonsense_is_refused() -> None:
     for isa in BACKEND.module.isas():
         assert json.loads(python(STATUS, DELFAST_FORCE_ISA=isa).stdout)["isa"] == isa
     result = python(STATUS, DELFAST_FORCE_ISA="sse9")
-    assert result.returncode != 0 and "expected DELFAST_FORCE_ISA to be scalar, avx2 or avx512" in result.stderr
+    assert result.returncode != 0 and "expected DELFAST_FORCE_ISA to be scalar, avx2, avx512 or amx" in result.stderr
     result = python(STATUS, DELFAST_BACKEND="gpu")
     assert result.returncode != 0 and "expected DELFAST_BACKEND to be 'native' or 'torch', got 'gpu'" in result.stderr
     with pytest.raises(ValueError, match="expected an instruction set of this CPU, got 'sse9'"):

@@ -104,6 +104,24 @@ def test_autocast_in_bfloat16() -> None:
         assert max(ours.values()) <= 2 * max(theirs.values())
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, lambda i, o: nn.Conv2d(i, o, 1)])
+def test_autocast_lends_the_kernels_what_the_layer_computed_with(kind: Any) -> None:
+    """Not the wider input from before the cast: other numbers, and twice the memory."""
+    dtypes: list[tuple[torch.dtype, torch.dtype]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.delfast.per_example_accumulate_.default:
+                dtypes.append((args[1].dtype, args[2].dtype))
+            return func(*args, **(kwargs or {}))
+
+    shape = (5, 4) if kind is nn.Linear else (5, 4, 3, 3)
+    model = nn.Sequential(kind(4, 6), nn.ReLU(), kind(6, 3), nn.Flatten())
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        delfast.score(model, [(torch.randn(shape), torch.zeros(5, dtype=torch.int64))], per_example=True)
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models_sum_in_float32(dtype: torch.dtype) -> None:
     model = cases.SmallNet().to(dtype)

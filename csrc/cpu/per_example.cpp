@@ -11,6 +11,8 @@ namespace {
 
 // Packed operands of a block, 16 MiB: they stay in an outer cache, and threads seldom wait for each other.
 constexpr int64_t kPackedFloats = 1 << 22;
+// For AMX 2 MiB, a second-level cache: every tile reads them all.
+constexpr int64_t kAmxElements = 1 << 20;
 
 int64_t vectors(int64_t elements) { return (elements + 15) / 16; }
 int64_t pixels(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2]; }
@@ -45,13 +47,15 @@ AmxLayout::AmxLayout(const ConvShape& s) : used(true) {
     past = past * plane[i] + s.out[i] - 1;
   }
   past++;
-  const int64_t taps = s.taps();
-  steps = (past + (taps > 1) + kStep - 1) / kStep;  // one more position: odd offsets shift deltas by one
-  pairs = source(s, taps - 1).offset / 2 + steps * kStep / 2;
+  const int64_t last = source(s, s.taps() - 1).offset;
+  zeros = last ? kStep : 0;
+  steps = (past + (last > 0) + kStep - 1) / kStep;  // one more position: odd offsets shift deltas by one
+  pairs = last / 2 + steps * kStep / 2;
   row_blocks = s.groups * vectors(s.out_channels / s.groups);
   column_blocks = s.groups * vectors(s.in_channels / s.groups);
-  // a step of zeros before; and an odd number of cache lines, or rows would share few sets of the first-level cache
-  delta_pitch = (steps + 1 + steps % 2) * kStep;
+  // an odd number of cache lines, or rows would share few sets of the first-level cache
+  delta_pitch = zeros + steps * kStep;
+  if (delta_pitch / kStep % 2 == 0) delta_pitch += kStep;
 }
 
 AmxLayout::Source AmxLayout::source(const ConvShape& s, int64_t tap) const {
@@ -74,15 +78,15 @@ bool PerExamplePlan::packs_deltas() const {
 }
 
 PerExamplePlan::PerExamplePlan(const PerExample& p, Isa isa)
-  : whole(p), block_examples(std::max<int64_t>(1, p.shape.examples)) {
+    : whole(p), block_examples(std::max<int64_t>(1, p.shape.examples)) {
   const ConvShape& s = whole.shape;
   const bool both = p.inputs_dtype == Dtype::bfloat16 && p.deltas_dtype == Dtype::bfloat16;
   if (isa == Isa::amx && both && s.examples && !joins_examples(s) && !is_depthwise(s)) amx_ = AmxLayout(s);
   int64_t floats = 0;  // of an example
   if (amx_.used) {
-    floats = (amx_.inputs() + amx_.deltas()) / 2;
-    block_examples = std::clamp<int64_t>(kPackedFloats / floats, 1, block_examples);
-    workspace = floats * block_examples;
+    const int64_t elements = amx_.inputs() + amx_.deltas();
+    block_examples = std::clamp<int64_t>(kAmxElements / elements, 1, block_examples);
+    workspace = elements * block_examples / 2;
     return;
   }
   if (packs_inputs()) {
@@ -113,8 +117,8 @@ PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_fl
     b.pack_inputs.length = amx_.inputs() / amx_.planes();
     b.inputs = b.pack_inputs.to = workspace_floats;
     b.pack_deltas.from = deltas;
-    b.pack_deltas.rows = s.examples * amx_.row_blocks;
-    b.pack_deltas.length = AmxLayout::kSide * amx_.delta_pitch;
+    b.pack_deltas.rows = s.examples;
+    b.pack_deltas.length = amx_.deltas();
     b.deltas = b.pack_deltas.to = workspace_floats + s.examples * amx_.inputs() / 2;
     return b;
   }

@@ -28,10 +28,9 @@ namespace {
 
 using avx512::Vec;
 
-constexpr int kSide = 16;                         // rows and columns of a tile of sums
-constexpr int kStep = AmxLayout::kStep;           // positions that an instruction multiplies
-constexpr int64_t kTile = kStep * kSide;          // elements
-constexpr int64_t kCachedElements = 1 << 19;      // of the examples in a pass: half of a second-level cache of 2 MiB
+constexpr int kSide = 16;                 // rows and columns of a tile of sums
+constexpr int kStep = AmxLayout::kStep;   // positions that an instruction multiplies
+constexpr int64_t kTile = kStep * kSide;  // elements
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __mmask16 first(int64_t n) { return n >= kSide ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
@@ -55,10 +54,10 @@ class Positions {
   int64_t position_[3] = {0, 0, 0};
 };
 
-// Of up to 16 channels each, those of two positions side by side; null is zeros.
-__m512i paired(const bfloat16* even, const bfloat16* odd, __mmask16 channels) {
+// Of 16 channels from `channel` on, or the first of them, those of two positions side by side; null is zeros.
+__m512i paired(const bfloat16* even, const bfloat16* odd, int64_t channel, __mmask16 channels) {
   const auto widened = [&](const bfloat16* p) {
-    return p ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(channels, p)) : _mm512_setzero_si512();
+    return p ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(channels, p + channel)) : _mm512_setzero_si512();
   };
   return _mm512_or_si512(widened(even), _mm512_slli_epi32(widened(odd), 16));
 }
@@ -89,7 +88,7 @@ void transpose(__m512i (&v)[16]) {
   }
 }
 
-// ---- packing; a row is one plane of one example's inputs, or 16 rows of one example's deltas
+// ---- packing; a row is one plane of one example's inputs, or one example's deltas
 
 void pack_inputs(const PerExampleBlock& b, int64_t row) {
   const ConvShape& s = b.shape;
@@ -100,9 +99,11 @@ void pack_inputs(const PerExampleBlock& b, int64_t row) {
     start[i] = phase % layout.phases[i] * s.dilation[i] % s.stride[i] - s.padding[i];
     phase /= layout.phases[i];
   }
-  const auto* image = static_cast<const bfloat16*>(b.pack_inputs.from) +
-                      example * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
-  auto* to = reinterpret_cast<bfloat16*>(b.pack_inputs.to) + row * layout.column_blocks * layout.pairs * 2 * kSide;
+  const auto* image =
+      static_cast<const bfloat16*>(b.pack_inputs.from) + example * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
+  const int64_t blocks = s.examples * layout.column();  // from one block of columns to the next
+  auto* to = reinterpret_cast<bfloat16*>(b.pack_inputs.to) + row % layout.planes() * layout.column_blocks * blocks +
+             example * layout.column();
   const auto at = [&](const int64_t (&position)[3]) -> const bfloat16* {
     int64_t pixel = 0;
     for (int i = 0; i < 3; i++) {
@@ -117,40 +118,40 @@ void pack_inputs(const PerExampleBlock& b, int64_t row) {
     const bfloat16 *even = positions.next(at), *odd = positions.next(at);
     bfloat16* block = to;
     for (int64_t channel = 0; channel < s.in_channels; channel += group_columns)
-      for (int64_t c = 0; c < group_columns; c += kSide, block += layout.pairs * 2 * kSide) {
-        const int64_t offset = channel + c;
-        _mm512_storeu_si512(block, paired(even ? even + offset : nullptr, odd ? odd + offset : nullptr,
-                                          first(group_columns - c)));
-      }
+      for (int64_t c = 0; c < group_columns; c += kSide, block += blocks)
+        _mm512_storeu_si512(block, paired(even, odd, channel + c, first(group_columns - c)));
   }
 }
 
-void pack_deltas(const PerExampleBlock& b, int64_t row) {
+void pack_deltas(const PerExampleBlock& b, int64_t example) {
   const ConvShape& s = b.shape;
   const AmxLayout& layout = b.amx;
-  const int64_t example = row / layout.row_blocks, block = row % layout.row_blocks;
-  const int64_t group_rows = s.out_channels / s.groups, group_blocks = ceil_div(group_rows, kSide);
-  const int64_t begin = block % group_blocks * kSide;  // of the group's rows
-  const __mmask16 channels = first(group_rows - begin);
-  const auto* deltas = static_cast<const bfloat16*>(b.pack_deltas.from) + example * s.positions() * s.out_channels +
-                       block / group_blocks * group_rows + begin;
-  auto* to = reinterpret_cast<bfloat16*>(b.pack_deltas.to) + row * kSide * layout.delta_pitch;
+  const int64_t group_rows = s.out_channels / s.groups;
+  const auto* deltas = static_cast<const bfloat16*>(b.pack_deltas.from) + example * s.positions() * s.out_channels;
+  const int64_t blocks = s.examples * layout.row();
+  auto* to = reinterpret_cast<bfloat16*>(b.pack_deltas.to) + example * layout.row();
   const auto at = [&](const int64_t (&position)[3]) -> const bfloat16* {
     for (int i = 0; i < 3; i++)
       if (position[i] >= s.out[i]) return nullptr;
     return deltas + ((position[0] * s.out[1] + position[1]) * s.out[2] + position[2]) * s.out_channels;
   };
-  for (int r = 0; r < kSide; r++) _mm512_storeu_si512(to + r * layout.delta_pitch, _mm512_setzero_si512());
-  to += kStep;
+  for (int64_t block = 0; layout.zeros && block < layout.row_blocks; block++)
+    for (int64_t r = 0; r < kSide; r++)
+      _mm512_storeu_si512(to + block * blocks + r * layout.delta_pitch, _mm512_setzero_si512());
+  to += layout.zeros;
   Positions positions(layout.plane);
   for (int64_t step = 0; step < layout.steps; step++, to += kStep) {
-    __m512i pairs[kSide];
-    for (auto& pair : pairs) {
-      const bfloat16 *even = positions.next(at), *odd = positions.next(at);
-      pair = paired(even, odd, channels);
-    }
-    transpose(pairs);
-    for (int r = 0; r < kSide; r++) _mm512_storeu_si512(to + r * layout.delta_pitch, pairs[r]);
+    const bfloat16* source[kStep];
+    for (auto& position : source) position = positions.next(at);
+    bfloat16* block = to;
+    for (int64_t channel = 0; channel < s.out_channels; channel += group_rows)
+      for (int64_t r = 0; r < group_rows; r += kSide, block += blocks) {
+        __m512i pairs[kSide];
+        for (int i = 0; i < kSide; i++)
+          pairs[i] = paired(source[2 * i], source[2 * i + 1], channel + r, first(group_rows - r));
+        transpose(pairs);
+        for (int i = 0; i < kSide; i++) _mm512_storeu_si512(block + i * layout.delta_pitch, pairs[i]);
+      }
   }
 }
 
@@ -162,51 +163,66 @@ void pack(const PerExampleBlock& b, const Packing& p, int64_t begin, int64_t end
 // ---- accumulation
 
 struct Operands {
-  const bfloat16 *inputs, *deltas;         // of the first example
-  int64_t inputs_example, deltas_example;  // elements from one to the next
-  int64_t examples, column_block;          // elements of 16 columns
+  const bfloat16 *inputs, *deltas;  // of the first example
+  int64_t column_block, row_block;  // elements from one to the next
+  int64_t examples;
   const AmxLayout& layout;
-  bool square;
 };
 
 using Sums = float[2 * kSide][2 * kSide];
 
-// Up to two by two tiles, 0 to 3; 4 and 5 hold deltas, 6 and 7 inputs. (Their numbers must be literals for GCC.)
+// The gradient of one example, in up to two by two tiles, 0 to 3; 4 and 5 hold deltas, 6 and 7 inputs. (For GCC their
+// numbers must be literals.)
 template <int rows, int columns>
-void add_examples(const Operands& o, Sums& sums) {
-  alignas(64) Sums gradient;
+void multiply(const Operands& o, int64_t example, Sums& gradient) {
   constexpr int64_t kPitch = sizeof gradient[0];
   const int64_t pitch = o.layout.delta_pitch * int64_t(sizeof(bfloat16));
-  for (int64_t x = 0; x < o.examples; x++) {
-    const bfloat16* deltas = o.deltas + x * o.deltas_example;
-    const bfloat16* inputs = o.inputs + x * o.inputs_example;
-    _tile_zero(0);
-    if constexpr (columns == 2) _tile_zero(1);
-    if constexpr (rows == 2) _tile_zero(2);
-    if constexpr (rows == 2 && columns == 2) _tile_zero(3);
-    for (int64_t step = 0; step < o.layout.steps; step++, deltas += kStep, inputs += kTile) {
-      _tile_loadd(4, deltas, pitch);
-      _tile_loadd(6, inputs, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (columns == 2) {
-        _tile_loadd(7, inputs + o.column_block, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (rows == 2) {
-        _tile_loadd(5, deltas + kSide * o.layout.delta_pitch, pitch);
-        _tile_dpbf16ps(2, 5, 6);
-      }
-      if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+  const bfloat16* deltas = o.deltas + example * o.layout.row();
+  const bfloat16* inputs = o.inputs + example * o.layout.column();
+  _tile_zero(0);
+  if constexpr (columns == 2) _tile_zero(1);
+  if constexpr (rows == 2) _tile_zero(2);
+  if constexpr (rows == 2 && columns == 2) _tile_zero(3);
+  for (int64_t step = 0; step < o.layout.steps; step++, deltas += kStep, inputs += kTile) {
+    _tile_loadd(4, deltas, pitch);
+    _tile_loadd(6, inputs, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (columns == 2) {
+      _tile_loadd(7, inputs + o.column_block, 64);
+      _tile_dpbf16ps(1, 4, 7);
     }
-    _tile_stored(0, gradient[0], kPitch);
-    if constexpr (columns == 2) _tile_stored(1, gradient[0] + kSide, kPitch);
-    if constexpr (rows == 2) _tile_stored(2, gradient[kSide], kPitch);
-    if constexpr (rows == 2 && columns == 2) _tile_stored(3, gradient[kSide] + kSide, kPitch);
-    for (int r = 0; r < rows * kSide; r++)
-      for (int c = 0; c < columns * kSide; c += kSide) {
-        const Vec g = Vec::load(gradient[r] + c);
-        (Vec::load(sums[r] + c) + (o.square ? g * g : g.abs())).store(sums[r] + c);
-      }
+    if constexpr (rows == 2) {
+      _tile_loadd(5, deltas + o.row_block, pitch);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, gradient[0], kPitch);
+  if constexpr (columns == 2) _tile_stored(1, gradient[0] + kSide, kPitch);
+  if constexpr (rows == 2) _tile_stored(2, gradient[kSide], kPitch);
+  if constexpr (rows == 2 && columns == 2) _tile_stored(3, gradient[kSide] + kSide, kPitch);
+}
+
+constexpr int kTogether = 4;  // examples whose gradients are added to the sums at once, which are read and written less
+
+template <int rows, int columns, bool square>
+void add_examples(const Operands& o, Sums& sums) {
+  alignas(64) Sums gradients[kTogether];
+  for (int64_t x = 0; x < o.examples; x += kTogether) {
+    const int count = int(o.examples - x < kTogether ? o.examples - x : kTogether);
+    for (int i = 0; i < count; i++) multiply<rows, columns>(o, x + i, gradients[i]);
+    const auto add = [&](int these) __attribute__((always_inline)) {
+      for (int r = 0; r < rows * kSide; r++)
+        for (int c = 0; c < columns * kSide; c += kSide) {
+          Vec sum = Vec::load(sums[r] + c);
+          for (int i = 0; i < these; i++) {
+            const Vec g = Vec::load(gradients[i][r] + c);
+            sum = sum + (square ? g * g : g.abs());
+          }
+          sum.store(sums[r] + c);
+        }
+    };
+    count == kTogether ? add(kTogether) : add(count);  // the first is unrolled
   }
 }
 
@@ -214,17 +230,18 @@ void add_examples(const Operands& o, Sums& sums) {
 struct Grid {
   int64_t rows, columns, taps, row_tiles, column_tiles;  // of a group
   explicit Grid(const ConvShape& s)
-    : rows(s.out_channels / s.groups),
-      columns(s.in_channels / s.groups),
-      taps(s.taps()),
-      row_tiles(ceil_div(rows, 2 * kSide)),
-      column_tiles(ceil_div(columns, 2 * kSide)) {}
+      : rows(s.out_channels / s.groups),
+        columns(s.in_channels / s.groups),
+        taps(s.taps()),
+        row_tiles(ceil_div(rows, 2 * kSide)),
+        column_tiles(ceil_div(columns, 2 * kSide)) {}
   int64_t count(int64_t groups) const { return groups * row_tiles * taps * column_tiles; }
 };
 
-void add_tile(const PerExampleBlock& b, const Grid& grid, int64_t first_example, int64_t examples, int64_t tile) {
-  static constexpr decltype(&add_examples<1, 1>) kAdd[2][2] = {{add_examples<1, 1>, add_examples<1, 2>},
-                                                               {add_examples<2, 1>, add_examples<2, 2>}};
+void add_tile(const PerExampleBlock& b, const Grid& grid, int64_t tile) {
+  static constexpr void (*kAdd[2][2][2])(const Operands&, Sums&) = {
+      {{add_examples<1, 1, false>, add_examples<1, 1, true>}, {add_examples<1, 2, false>, add_examples<1, 2, true>}},
+      {{add_examples<2, 1, false>, add_examples<2, 1, true>}, {add_examples<2, 2, false>, add_examples<2, 2, true>}}};
   const AmxLayout& layout = b.amx;
   const int64_t column = tile % grid.column_tiles * 2 * kSide;
   const int64_t tap = tile / grid.column_tiles % grid.taps;
@@ -235,16 +252,15 @@ void add_tile(const PerExampleBlock& b, const Grid& grid, int64_t first_example,
   const int64_t column_block = group * ceil_div(grid.columns, kSide) + column / kSide;
   const AmxLayout::Source source = layout.source(b.shape, tap);
 
-  const int64_t block = layout.pairs * 2 * kSide;
-  const bfloat16* inputs = reinterpret_cast<const bfloat16*>(b.inputs) + first_example * layout.inputs() +
-                           (source.plane * layout.column_blocks + column_block) * block +
+  const int64_t column_blocks = b.shape.examples * layout.column(), row_blocks = b.shape.examples * layout.row();
+  const bfloat16* inputs = reinterpret_cast<const bfloat16*>(b.inputs) +
+                           (source.plane * layout.column_blocks + column_block) * column_blocks +
                            source.offset / 2 * 2 * kSide;
-  const bfloat16* deltas = reinterpret_cast<const bfloat16*>(b.deltas) + first_example * layout.deltas() +
-                           row_block * kSide * layout.delta_pitch + kStep - source.offset % 2;
-  const bool square = b.epilogue == Epilogue::square;
+  const bfloat16* deltas =
+      reinterpret_cast<const bfloat16*>(b.deltas) + row_block * row_blocks + layout.zeros - source.offset % 2;
   alignas(64) Sums sums = {};
-  kAdd[rows > kSide][columns > kSide](
-      {inputs, deltas, layout.inputs(), layout.deltas(), examples, block, layout, square}, sums);
+  kAdd[rows > kSide][columns > kSide][b.epilogue == Epilogue::square](
+      {inputs, deltas, column_blocks, row_blocks, b.shape.examples, layout}, sums);
 
   float* to = b.sums + ((group * grid.rows + row) * grid.taps + tap) * grid.columns + column;
   for (int64_t r = 0; r < rows && r < 2 * kSide; r++, to += grid.taps * grid.columns)
@@ -269,12 +285,8 @@ void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
   if (!b.amx.used) return avx512::kPerExample.accumulate(b, begin, end);
   static constexpr TileConfig kConfig;
   const Grid grid(b.shape);
-  const int64_t example = b.amx.inputs() + 2 * kSide * b.amx.delta_pitch;
-  const int64_t cached = example < kCachedElements ? kCachedElements / example : 1;
   _tile_loadconfig(&kConfig);
-  for (int64_t x = 0; x < b.shape.examples; x += cached)
-    for (int64_t tile = begin; tile < end; tile++)
-      add_tile(b, grid, x, b.shape.examples - x < cached ? b.shape.examples - x : cached, tile);
+  for (int64_t tile = begin; tile < end; tile++) add_tile(b, grid, tile);
   _tile_release();  // tiles in use would make every switch to another thread dearer
 }
 

@@ -69,7 +69,8 @@ struct Packing {
   int64_t groups = 1;  // element g * (length / groups) + j of a row goes to j * groups + g
 };
 
-// bfloat16 operands as per_example_amx.cpp packs and reads them. Counts are of one example.
+// bfloat16 operands as per_example_amx.cpp packs and reads them: inputs [plane][column block][example][pair][16][2],
+// deltas [row block][example][16][delta_pitch]. Counts are of one example.
 struct AmxLayout {
   static constexpr int64_t kSide = 16, kStep = 32;  // rows, or columns, and positions of a tile
 
@@ -82,11 +83,14 @@ struct AmxLayout {
   int64_t steps = 0;              // of kStep positions of a plane
   int64_t pairs = 0;              // of positions of a plane, with those that are read after its end
   int64_t row_blocks = 0, column_blocks = 0;  // of kSide
+  int64_t zeros = 0;                          // elements before the deltas of a row
   int64_t delta_pitch = 0;                    // elements from one row of the deltas to the next
 
   int64_t planes() const { return phases[0] * phases[1] * phases[2]; }
-  int64_t inputs() const { return planes() * column_blocks * pairs * 2 * kSide; }  // elements
-  int64_t deltas() const { return row_blocks * kSide * delta_pitch; }
+  int64_t column() const { return pairs * 2 * kSide; }  // elements of a block
+  int64_t row() const { return kSide * delta_pitch; }
+  int64_t inputs() const { return planes() * column_blocks * column(); }
+  int64_t deltas() const { return row_blocks * row(); }
 
   struct Source {
     int64_t plane, offset;

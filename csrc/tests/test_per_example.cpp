@@ -197,6 +197,8 @@ void many_examples(cpu::Isa isa, Random& random) {
   check(conv(5, 16, 2, 1, {{410, 1}, {256, 1}}), Dtype::bfloat16, Dtype::float32, 3);
   check(conv(3, 16, 32, 16, {{200, 1}, {256, 1}}), Dtype::float16, Dtype::bfloat16, 3);
   check(conv(1100, 4000, 2, 1, {{1, 1}}), Dtype::float32, Dtype::bfloat16, 2);
+  // AMX: 2 blocks of columns and 2 of rows, 33,280 elements each, an example; 2^20 in a block of examples
+  check(conv(9, 20, 20, 1, {{65, 1}, {32, 1}}), Dtype::bfloat16, Dtype::bfloat16, isa == cpu::Isa::amx ? 2 : 1);
   check(conv(140, 4000, 32000, 4000, {{1, 1}}), Dtype::float32, Dtype::float32, 2);
 }
 

@@ -163,7 +163,9 @@ class Capture(TorchFunctionMode):
             return None
         if self._backward:
             self._repeated.update(use.names)
-        return self.compute(use, functools.partial(self._call, func), inputs)
+        return self.compute(
+            use, functools.partial(self._call, func), _autocast(inputs) if layer.is_channelwise else inputs
+        )
 
     def _call(self, func: Any, call: Call, layer: Layer) -> Tensor:
         output: Tensor = func(**{name: value for name, value in call.items() if name in layer.arguments})
@@ -179,6 +181,14 @@ class Capture(TorchFunctionMode):
         for name in names:
             self.unknown.setdefault(name, f"is used by {getattr(func, '__name__', func)}, for which there is no rule")
         return func(*args, **kwargs)
+
+
+def _autocast(inputs: Tensor) -> Tensor:
+    """What autocast makes of the input of a convolution or a linear layer: its weight's gradient is of that."""
+    kind = inputs.device.type
+    if not torch.is_autocast_enabled(kind) or inputs.dtype == torch.float64:
+        return inputs
+    return inputs.to(torch.get_autocast_dtype(kind))
 
 
 @functools.cache
