@@ -20,6 +20,7 @@ from delfast.optim import MaskedAdamW, MaskedSGD
 
 NATIVE = torch.ops.delfast
 BUDGET = 0.3
+PER_EXAMPLE = 32  # images of a batch
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def cases(name: str, network: nn.Module, dtype: torch.dtype, device: str) -> Ite
     setting = f"{name}, {str(dtype).removeprefix('torch.')}"
     scores = Scores(dict(model.named_parameters()), gradients, "weighted_grad", 1)
     yield from _localization(setting, scores, gradients)
+    yield from _per_example(setting, copy.deepcopy(model).eval(), dtype, device)
     yield from _updates(setting, model, gradients, scores.select(BUDGET))
 
 
@@ -110,6 +112,57 @@ def _localization(setting: str, scores: Scores, gradients: dict[str, Tensor]) ->
         read + units,
         verify_mask,
     )
+
+
+# ---- per example
+
+
+def _per_example(setting: str, model: nn.Module, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(PER_EXAMPLE, 3, 32, 32, generator=generator).to(device, dtype)
+    batch = images, torch.randint(0, 10, (PER_EXAMPLE,), generator=generator).to(device)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    moved = 2 * sum(p.nbytes for p in parameters.values())  # the least: as a forward and a backward pass
+
+    def backward() -> None:
+        loss = nn.functional.cross_entropy(model(batch[0]).float(), batch[1], reduction="sum")
+        torch.autograd.grad(loss, list(model.parameters()))
+
+    def vmap() -> dict[str, Tensor]:
+        def loss(values: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
+            logits = torch.func.functional_call(model, values, (image[None],))
+            return nn.functional.cross_entropy(logits.float(), target[None])
+
+        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, *batch)
+        return {name: gradient.abs().mean(dim=0) for name, gradient in gradients.items()}
+
+    def mean_gradients() -> Mapping[str, Tensor]:
+        found = delfast.score(model, [batch], "grad", per_example=True).gradients
+        assert found is not None
+        return found
+
+    def channels() -> delfast.SignedChannels:
+        return delfast.signed_channels(model, [batch])
+
+    bound = 1e-4 if dtype == torch.float32 else 5e-2  # 16 bits round the activations between the layers
+
+    def verify_gradients() -> None:
+        expected = vmap()
+        for name, result in mean_gradients().items():
+            difference = float((result - expected[name]).norm() / expected[name].norm().clamp_min(1e-30))
+            assert difference <= bound, f"'{name}' is off by {difference:.2g}"
+
+    def verify_channels() -> None:
+        whole, alone = channels(), delfast.signed_channels(model, [tuple(t[:1] for t in batch)])
+        difference = float(abs(whole.matrix[:1] - alone.matrix).max() / abs(alone.matrix).max())
+        assert difference <= bound, f"an example alone is off by {difference:.2g}"
+
+    yield Case(
+        *("per-example scores, whole call", setting, mean_gradients, {"batched backward": backward, "vmap": vmap}),
+        moved,
+        verify_gradients,
+    )
+    yield Case("signed channels, whole call", setting, channels, {"batched backward": backward}, moved, verify_channels)
 
 
 # ---- masked updates

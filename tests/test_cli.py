@@ -105,6 +105,11 @@ def test_localize_keeps_to_its_budget_and_options(workspace, tmp_path):
     run("localize", workspace / "run", "--budget", 0.1, "--criterion", "critmem", "--output-dir", tmp_path / "critmem")
     critical = Mask.load(tmp_path / "critmem" / "mask.safetensors")
     assert critical.metadata["criterion"] == "critmem" and 0 < critical.fraction <= 0.1
+    options = ["--per-example", "--criterion", "squared_grad", "--stop-when-stable", 0.5]
+    run("localize", workspace / "run", *options, "--output-dir", tmp_path / "early")
+    early = Mask.load(tmp_path / "early" / "mask.safetensors").metadata
+    assert (early["criterion"], early["per_example"], early["examples_available"]) == ("squared_grad", True, 144)
+    assert early["examples"] == 144 and early["overlap"] >= 0.5  # 128, then all
 
 
 def test_unlearn_changes_the_mask_and_the_head_alone(workspace, capsys):
@@ -260,6 +265,10 @@ def test_train_refuses(options, message, tmp_path, capsys):
         (["--policy", "some"], "expected policy"),
         (["--top-h", "0"], "top_h"),
         (["--top-h", "much"], "--top-h as a count"),
+        (["--criterion", "squared_grad"], "pass per_example=True"),
+        (["--criterion", "random", "--per-example"], "expected a criterion with a gradient for per_example"),
+        (["--stop-when-stable", "0"], "stop_when_stable in (0, 1], got 0"),
+        (["--stop-when-stable", "0.9", "--criterion", "weight"], "a gradient for stop_when_stable, got 'weight'"),
     ],
 )
 def test_localize_refuses(options, message, workspace, tmp_path, capsys):

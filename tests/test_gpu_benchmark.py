@@ -15,13 +15,15 @@ def test_every_case_is_verified_and_every_baseline_runs(dtype: torch.dtype) -> N
     seen = []
     for case in cases("resnet18-thin", build("resnet18-thin", 10, 3, 32), dtype, "cpu"):
         case.verify()
-        for _ in range(20):  # as when it is timed: the next case must be right all the same
+        for _ in range(
+            3 if "whole call" in case.name else 20
+        ):  # as when it is timed: the next case must be right all the same
             case.ours()
         for run in (*case.others.values(), *case.compiles.values()):
             run()
         assert case.moved > 0 and case.others
         seen.append(case.name)
-    assert len(seen) == len(set(seen)) == 7
+    assert len(seen) == len(set(seen)) == 9
 
 
 def test_a_wrong_result_is_noticed() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import delfast
 from benchmarks import readme
@@ -112,8 +113,8 @@ def job() -> dict[str, Any]:
     """What the README's code takes from the job it is put into."""
     torch.manual_seed(0)
 
-    def loader(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return list(zip(torch.randn(count, 1, 8, 8).split(8), (torch.arange(count) % 4).split(8), strict=True))
+    def loader(count: int) -> DataLoader[tuple[torch.Tensor, ...]]:
+        return DataLoader(TensorDataset(torch.randn(count, 1, 8, 8), torch.arange(count) % 4), batch_size=8)
 
     sets = {"forget_loader": loader(12), "retain_loader": loader(24), "test_loader": loader(12)}
     return {"model": make_model(), "make_model": make_model, "loss": nn.functional.cross_entropy, "epochs": 2, **sets}
@@ -137,8 +138,13 @@ def test_the_training_loop_runs_and_keeps_to_its_mask(job: dict[str, Any]) -> No
 
 def test_the_other_python_blocks_run(job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     exec(blocks("python")[1], {**job, "delfast": delfast})
+    here = {**job, "delfast": delfast}
+    exec(blocks("python")[2], here)
+    examples = len(job["forget_loader"].dataset)
+    assert here["leaning"]["0.weight"].shape == (examples, job["model"][0].weight.shape[0])
+    assert len(here["needed"]) == examples and here["mask"].metadata["stop_when_stable"] == 0.99
     mask = delfast.Mask.load(tmp_path / "mask.safetensors")
     assert mask.to_dense()["4.weight"].all() and 0 < mask.fraction < 1  # the head, in full
 

@@ -121,12 +121,18 @@ def localize(
     budget: Annotated[float, typer.Option(help="part of all parameters to select, in (0, 1]")] = 0.3,
     preset: Annotated[str, typer.Option(help="paper or published-code")] = "paper",
     criterion: Annotated[
-        str, typer.Option(help="weighted_grad, grad, weight, weighted_grad_all, random or critmem")
+        str, typer.Option(help="weighted_grad, grad, squared_grad, weight, weighted_grad_all, random or critmem")
     ] = "weighted_grad",
     granularity: Annotated[str | None, typer.Option(help="channel or param (default: the preset's)")] = None,
     aggregate: Annotated[str | None, typer.Option(help="topk_mean, mean, sum or max (default: the preset's)")] = None,
     top_h: Annotated[str | None, typer.Option(help="a count (16) or a fraction (0.1), for topk_mean")] = None,
     policy: Annotated[str | None, typer.Option(help="whole or exact (default: the preset's)")] = None,
+    per_example: Annotated[
+        bool, typer.Option("--per-example", help="score each example by itself: the mean of |θ g(x)| or |g(x)|")
+    ] = False,
+    stop_when_stable: Annotated[
+        float | None, typer.Option(help="take examples only until masks overlap by this, as 0.99")
+    ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     seed: StepSeed = None,
@@ -138,7 +144,16 @@ def localize(
     opened = open_run(run_dir, choose_device(device), data_dir)
     network = load_model(opened, run_dir)
     found = steps.localize(
-        opened, network, output_dir, budget=budget, preset=preset, criterion=criterion, seed=seed, **options
+        opened,
+        network,
+        output_dir,
+        budget=budget,
+        preset=preset,
+        criterion=criterion,
+        per_example=per_example,
+        stop_when_stable=stop_when_stable,
+        seed=seed,
+        **options,
     )
     _print_mask(found.mask)
 

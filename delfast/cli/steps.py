@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from delfast.cli.console import progress, say
 from delfast.cli.run import CHECKPOINT, FORGET, MASK, MODEL, SUMMARY, Run, check_training
-from delfast.data import Batches
+from delfast.data import Batches, Examples
 from delfast.errors import InputError
 from delfast.evaluate import Metrics
 from delfast.files import make_output_dir, save_state, write_json
 from delfast.localize import Preset, check_selection, preset_settings
 from delfast.localize import localize as find_mask
+from delfast.localize.anytime import check_stop
 from delfast.localize.scores import check_choice, check_criterion
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
@@ -82,18 +83,31 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int)
     return trained
 
 
-def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None = None, **options: Any) -> Localized:
+def localize(
+    run: Run,
+    model: nn.Module,
+    output_dir: Path,
+    *,
+    seed: int | None = None,
+    stop_when_stable: float | None = None,
+    **options: Any,
+) -> Localized:
     """Localize the run's forget set in ``model`` and write ``mask.safetensors`` and ``summary.json``.
 
     options: those of ``delfast.localize``. ``weighted_grad_all`` takes its gradient over the whole training set.
     """
-    _check_localize(**options)
+    _check_localize(**options, stop_when_stable=stop_when_stable)
     make_output_dir(output_dir)
     seed = _or_default(seed, run.config.seed)
     everything = options.get("criterion") == "weighted_grad_all"
     indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
     started = time.perf_counter()
-    mask = find_mask(model, run.batches(indices, run.config.batch_size), seed=seed, **options)
+    batches = run.batches(indices, run.config.batch_size)
+    if stop_when_stable is None:
+        mask = find_mask(model, batches, seed=seed, **options)
+    else:
+        options |= {"stop_when_stable": stop_when_stable, "batch_size": run.config.batch_size}
+        mask = find_mask(model, Examples(batches), seed=seed, **options)
     seconds = {"localize": time.perf_counter() - started}
     digests = {"model": digest_state(model.state_dict()), **run.digests()}
     mask = Mask(mask.parameters, {**mask.metadata, "digests": digests})
@@ -113,9 +127,18 @@ def localize(run: Run, model: nn.Module, output_dir: Path, *, seed: int | None =
     return Localized(mask, description, seconds)
 
 
-def _check_localize(budget: float, preset: Preset, criterion: str = "weighted_grad", **options: Any) -> None:
+def _check_localize(
+    budget: float,
+    preset: Preset,
+    criterion: str = "weighted_grad",
+    per_example: bool = False,
+    stop_when_stable: float | None = None,
+    **options: Any,
+) -> None:
     """Refuse what ``delfast.localize`` would refuse, before the output directory is made."""
-    check_criterion(criterion, per_example=False)
+    check_criterion(criterion, per_example)
+    if stop_when_stable is not None:
+        check_stop(stop_when_stable, criterion)
     check_selection(budget, criterion=criterion, **preset_settings(preset, **options))
 
 

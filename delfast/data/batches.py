@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from delfast.errors import InputError
 
@@ -54,9 +55,11 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = self._order()
         for begin in range(0, len(order), self.batch_size):
-            index = order[begin : begin + self.batch_size]
-            inputs = (self.images[index].to(torch.float32) / 255 - self._mean) / self._std
-            yield index, inputs, self.targets[index]
+            yield self.take(order[begin : begin + self.batch_size])
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One batch, of these positions in ``images``."""
+        return index, (self.images[index].to(torch.float32) / 255 - self._mean) / self._std, self.targets[index]
 
     def _order(self) -> Tensor:
         if not self.shuffle:
@@ -65,3 +68,17 @@ class Batches:
         mixed = int(numpy.random.SeedSequence((self.seed, self.epoch)).generate_state(1, numpy.uint64)[0])
         generator = torch.Generator().manual_seed(mixed)
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
+
+
+class Examples(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """The examples of ``Batches`` one by one: ``(index, input, target)``, without the batch's dimension."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        index, inputs, targets = self.batches.take(self.batches.indices[position : position + 1])
+        return index[0], inputs[0], targets[0]

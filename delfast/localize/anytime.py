@@ -34,12 +34,9 @@ def localize_until_stable(
     all examples are taken. No example is computed twice. Errors as ``localize``'s, and InputError for a bound outside
     (0, 1], a batch size below 1, a criterion without a gradient, and anything but a map-style Dataset.
     """
-    if not 0 < bound <= 1:
-        raise InputError(f"expected stop_when_stable in (0, 1], got {bound}; pass the overlap at which to stop")
+    check_stop(bound, criterion)
     if batch_size < 1:
         raise InputError(f"expected a batch_size of at least 1, got {batch_size}")
-    if criterion in WITHOUT_MEAN:
-        raise InputError(f"expected a criterion with a gradient for stop_when_stable, got '{criterion}'")
     if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
         raise InputError(
             f"expected a map-style Dataset for stop_when_stable, got {type(dataset).__name__}; pass the "
@@ -66,3 +63,11 @@ def localize_until_stable(
         previous, goal = mask, 2 * taken
     facts = {"stop_when_stable": bound, "examples_available": available, "overlap": overlap}
     return Mask(mask.parameters, {**mask.metadata, **facts})
+
+
+def check_stop(bound: float, criterion: str) -> None:
+    """InputError for a bound outside (0, 1], and for a criterion without a gradient."""
+    if not 0 < bound <= 1:
+        raise InputError(f"expected stop_when_stable in (0, 1], got {bound}; pass the overlap at which to stop")
+    if criterion in WITHOUT_MEAN:
+        raise InputError(f"expected a criterion with a gradient for stop_when_stable, got '{criterion}'")

@@ -122,10 +122,10 @@ class ChannelPasses(ExamplePasses):
         self.rewritten: set[str] = set()
         self.channelwise: set[str] = set()  # those that are known to be wanted
 
-    def narrow(self, trial: Trial) -> None:
+    def wanted(self, trial: Trial) -> dict[str, Tensor]:
         self.channelwise |= trial.channelwise
-        wanted = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
-        self.parameters = {name: p for name, p in self.parameters.items() if name in wanted}
+        names = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
+        return {name: p for name, p in self.parameters.items() if name in names}
 
     def learned(self, trial: Trial) -> None:
         self.channelwise |= trial.channelwise

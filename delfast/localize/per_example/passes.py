@@ -93,8 +93,9 @@ class ExamplePasses(ABC):
     def take(self, name: str, example: int, gradient: Tensor) -> None:
         """The gradient of one example of the batch, for a parameter that the capture could not have."""
 
-    def narrow(self, trial: Trial) -> None:
-        """Drop the parameters that a trial's forward pass shows not to be wanted."""
+    def wanted(self, trial: Trial) -> dict[str, Tensor]:
+        """Of the parameters those that a trial's forward pass does not show to be of no interest."""
+        return self.parameters
 
     def learned(self, trial: Trial) -> None:
         """A trial is over."""
@@ -165,7 +166,7 @@ class ExamplePasses(ABC):
                 with capture:
                     losses = per_example_losses(self.network, batch, self.loss_fn)
                 if isinstance(capture, Trial):
-                    self.narrow(capture)
+                    self.parameters = self.wanted(capture)
                 unseen = capture.unseen(losses)
                 if not unseen and not capture.repeats:  # as they were, or recomputing would find other tensors
                     capture.run(losses)
