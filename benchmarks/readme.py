@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,24 @@ def measured(results: dict[str, Any]) -> str:
     rows: dict[tuple[str, str], list[str]] = {}
     if not results["benchmarks"]:
         raise InputError(f"'{CPU.name}' holds no benchmark; run `make bench` again")
+    usual = Counter(benchmark["extra_info"].get("isa") for benchmark in results["benchmarks"]).most_common(1)[0][0]
     for benchmark in results["benchmarks"]:
         name, extra = benchmark["name"], benchmark["extra_info"]
         if "measured" not in extra:
             raise InputError(f"'{CPU.name}' has no figure for {name}, which failed; run `make bench` again")
         test = name.partition("[")[0].removeprefix("test_").replace("_", " ")
-        parameters = [value for value in (benchmark["params"] or {}).values() if isinstance(value, str)]
-        case = ", ".join(parameters if extra["isa"] in parameters else [*parameters, extra["isa"]])
-        rows.setdefault((test, extra["target"]), []).append(f"{case}: {extra['measured']}")
+        values = [value for value in (benchmark["params"] or {}).values() if isinstance(value, str)]
+        parameters = [value for value in values if value not in extra["target"]]
+        case = ", ".join(parameters if extra["isa"] in (usual, *parameters) else [*parameters, extra["isa"]])
+        rows.setdefault((test, extra["target"]), []).append(
+            f"{case}: {extra['measured']}" if case else extra["measured"]
+        )
     machine, commit = results["machine_info"], results["commit_info"]
     where = f"{machine['cpu']['brand_raw']} ({machine['machine']}), {machine['cpu']['count']} CPUs"
     version = f"commit {commit['id'][:7]}{' with changes' if commit['dirty'] else ''}"
     threads = "/".join(sorted({str(benchmark["extra_info"]["threads"]) for benchmark in results["benchmarks"]}))
-    head = f"{where}, {threads} threads; Python {machine['python_version']}; {version}."
+    head = f"{where}, {threads} threads, {usual} where nothing else is said; "
+    head += f"Python {machine['python_version']}; {version}."
     lines = [f"| {test} | {'<br>'.join(cases)} | {target} |" for (test, target), cases in rows.items()]
     return "\n".join([head, "", "| benchmark | measured | target |", "|---|---|---|", *lines, ""])
 
