@@ -70,6 +70,21 @@ def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> 
     return {plain_name(name): parameter.detach() for name, parameter in named}
 
 
+def fresh_state(init: Init, seed: int) -> dict[str, Tensor]:
+    """The state dict of a fresh network, buffers included: of a factory, called as ``reset_`` does, or of a model.
+
+    InputError for an ``init`` that is neither.
+    """
+    if callable(init) and not isinstance(init, nn.Module):
+        with _seeded(seed):
+            init = init()
+    if not isinstance(init, nn.Module):
+        raise InputError(
+            f"expected init to make a whole network, got {type(init).__name__}; pass a factory of it, or a second model"
+        )
+    return unwrap(init).state_dict()
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Inside: torch's generators seeded. Afterwards: as they were."""

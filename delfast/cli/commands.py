@@ -26,8 +26,9 @@ from delfast.errors import InputError
 from delfast.evaluate import gaps
 from delfast.files import make_output_dir, write_json
 from delfast.mask import Mask
-from delfast.models import NAMES, recipe
+from delfast.models import NAMES, method_recipe, recipe
 from delfast.provenance import provenance
+from delfast.unlearn import METHODS, make_method
 from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -161,34 +162,42 @@ def localize(
 @app.command()
 def unlearn(
     run_dir: RunDir,
-    mask: Annotated[Path, typer.Option(help="mask.safetensors of `delfast localize`, or a dense .pt mask")],
     output_dir: OutputDir,
-    method: Annotated[str, typer.Option(help="del")] = "del",
-    epochs: Annotated[int | None, typer.Option(help="of finetuning (default: as published)")] = None,
-    lr: Annotated[float | None, typer.Option(help="of finetuning (default: as published)")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="mask.safetensors of `delfast localize`, or a dense .pt mask; else everything may change"),
+    ] = None,
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "del",
+    epochs: Annotated[int | None, typer.Option(help="default: as published for the method")] = None,
+    lr: Annotated[float | None, typer.Option(help="default: as published for the method")] = None,
     batch_size: Annotated[int | None, typer.Option(help="default: the run's")] = None,
-    weight_decay: float = 0.0,
+    weight_decay: Annotated[float | None, typer.Option(help="default: as published for the method")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a hyperparameter of the method; repeatable")
+    ] = None,
     head: Annotated[str | None, typer.Option(help="the classifier's module name (default: found)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output directory")] = False,
     data_dir: DataDir = None,
     device: Device = "auto",
     seed: StepSeed = None,
 ) -> None:
-    """Reset what the mask selects, finetune it and the head on the retain set; write a run directory."""
-    check_own_directory(output_dir, run_dir, mask.parent)
-    loaded = comparison.load_mask(mask)
+    """Unlearn the run's forget set: by default, reset what the mask selects, finetune it and the head on the retain
+    set. Writes a run directory.
+    """
+    check_own_directory(output_dir, run_dir, *([] if mask is None else [mask.parent]))
+    loaded = None if mask is None else comparison.load_mask(mask)
     opened = open_run(run_dir, choose_device(device), data_dir)
-    published = recipe(opened.config.data, opened.config.model)
+    changes = _hyperparameters(method, settings or [])
+    given = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay}
+    changes |= {name: value for name, value in given.items() if value is not None}
+    chosen = make_method(method, method_recipe(opened.config.data, opened.config.model, method) | changes)
     result = steps.unlearn(
         opened,
         load_model(opened, run_dir),
         loaded,
         output_dir,
-        method=cast(Any, method),
-        epochs=published.finetune_epochs if epochs is None else epochs,
-        lr=published.finetune_lr if lr is None else lr,
+        method=chosen,
         batch_size=opened.config.batch_size if batch_size is None else batch_size,
-        weight_decay=weight_decay,
         head=head,
         seed=seed,
         resume=resume,
@@ -321,6 +330,21 @@ def _print_mask(mask: Mask) -> None:
     console.print(
         f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels"
     )
+
+
+def _hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` as the type that the method's field has."""
+    types = {name: type(field.default) for name, field in METHODS[method].__dataclass_fields__.items()} if method in METHODS else {}
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        try:
+            found[name] = types.get(name, str)(text)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise InputError(f"expected --set NAME=VALUE, as alpha=0.9, got '{setting}'")
+    return found
 
 
 def _top_h(text: str | None) -> int | float | None:

@@ -18,6 +18,7 @@ from delfast.cli.run import MASK, SUMMARY, Config, start
 from delfast.evaluate import gaps
 from delfast.files import make_output_dir, write_json, write_text
 from delfast.provenance import provenance
+from delfast.unlearn import Del
 from delfast.report import METHOD_COLUMNS, markdown_table, method_rows, plot_accuracies, plot_selection
 
 REPORT = "report.md"
@@ -115,8 +116,7 @@ def _scenario(name: str, config: Config, settings: Settings, output_dir: Path, d
         original.model,
         found.mask,
         output_dir / "del",
-        epochs=settings.finetune_epochs,
-        lr=settings.finetune_lr,
+        method=Del(epochs=settings.finetune_epochs, lr=settings.finetune_lr),
         batch_size=settings.batch_size,
     )
     seconds = {

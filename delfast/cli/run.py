@@ -63,10 +63,15 @@ def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float)
         raise InputError(f"expected at least 1 epoch, got {epochs}")
     if not 0 < lr < float("inf"):
         raise InputError(f"expected a learning rate above 0, got {lr}")
-    if batch_size < 1:
-        raise InputError(f"expected a batch size of at least 1, got {batch_size}")
+    check_batch_size(batch_size)
     if not 0 <= weight_decay < float("inf"):
         raise InputError(f"expected a weight decay of 0 or more, got {weight_decay}")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """InputError unless there are examples in a batch."""
+    if batch_size < 1:
+        raise InputError(f"expected a batch size of at least 1, got {batch_size}")
 
 
 @dataclass(frozen=True)

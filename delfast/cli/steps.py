@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from delfast.cli.console import progress, say
-from delfast.cli.run import CHECKPOINT, FORGET, MASK, MODEL, SUMMARY, Run, check_training
+from delfast.cli.run import CHECKPOINT, FORGET, MASK, MODEL, SUMMARY, Run, check_batch_size
 from delfast.data import Batches, Examples
 from delfast.errors import InputError
 from delfast.evaluate import Metrics
@@ -25,7 +25,7 @@ from delfast.files import make_output_dir, save_state, write_json
 from delfast.localize import Preset, check_selection, preset_settings
 from delfast.localize import localize as find_mask
 from delfast.localize.anytime import check_stop
-from delfast.localize.scores import check_choice, check_criterion
+from delfast.localize.scores import check_criterion
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
@@ -158,45 +158,46 @@ def describe_mask(mask: Mask, path: Path) -> dict[str, Any]:
 def unlearn(
     run: Run,
     model: nn.Module,
-    mask: Mask,
+    mask: Mask | None,
     output_dir: Path,
     *,
-    epochs: int,
-    lr: float,
+    method: Method,
     batch_size: int,
-    method: Method = "del",
-    weight_decay: float = 0.0,
     head: str | None = None,
     seed: int | None = None,
     resume: bool = False,
 ) -> Trained:
-    """Reset and finetune ``model`` in place; write a run directory, and the mask that was trained, head included.
+    """Have ``model`` unlearn the run's forget set, in place; write a run directory, and the mask that was trained.
 
-    While it runs ``output_dir`` holds a checkpoint of the last whole epoch, from which ``resume`` goes on to the same
-    weights. ``seed`` (default: the run's + 2) initializes the values reset to and orders the batches.
+    mask: None where everything may change. While it runs ``output_dir`` holds a checkpoint of the last whole epoch,
+    from which ``resume`` goes on to the same weights. ``seed`` (default: the run's + 2) initializes the values reset
+    to, draws labels and orders the batches.
     """
     seed = _or_default(seed, run.config.seed + RESET_SEED)
-    check_training(epochs, lr, batch_size, weight_decay)
-    check_choice("method", method, Method)
-    mask.match(trainable_parameters(model))  # raises if the mask is for another architecture
+    method.check()
+    check_batch_size(batch_size)
+    if method.localizes and mask is None:
+        raise InputError(f"'{method.name}' works within a mask, got none; make one with `delfast localize`: --mask")
+    if mask is not None:
+        mask.match(trainable_parameters(model))  # raises if the mask is for another architecture
     if head is not None:
         head_parameters(model, head)  # raises if there is none
     retain = run.batches(run.forget.retain, batch_size, shuffle=True, seed=seed)
-    _check_last_batch(run, retain)
+    forget = run.batches(run.forget.indices, batch_size, shuffle=True, seed=seed)
+    if method.epochs:
+        for batches in (retain, forget) if "forget" in method.needs else (retain,):
+            _check_last_batch(run, batches)
     make_output_dir(output_dir)
-    say(f"unlearn: {method} on {len(run.forget.retain)} examples of the retain set, {epochs} epochs")
+    say(f"unlearn: {method.name} on {len(run.forget.retain)} examples to retain, {method.epochs} epochs")
     checkpoint = output_dir / CHECKPOINT
     original = digest_state(model.state_dict())
     result = unlearn_network(
         model,
         retain=retain,
+        forget=forget,
         mask=mask,
         method=method,
         init=run.factory,
-        epochs=epochs,
-        lr=lr,
-        momentum=MOMENTUM,
-        weight_decay=weight_decay,
         seed=seed,
         head=head,
         checkpoint=checkpoint,
@@ -207,15 +208,14 @@ def unlearn(
     result.mask.save(output_dir / MASK)
     trained = Trained(model, run.measure(model), dict(result.seconds))
     options = {
-        "method": method,
-        "epochs": epochs,
-        "lr": lr,
+        "method": method.name,
+        **asdict(method),
         "batch_size": batch_size,
-        "weight_decay": weight_decay,
         "head": result.head,
         "seed": seed,
     }
-    inputs = {"original": original, "mask": mask.digest, "mask_with_head": result.mask.digest}
+    inputs = {"original": original, "mask": "everything" if mask is None else mask.digest}
+    inputs["mask_with_head"] = result.mask.digest
     course = {"losses": result.losses, "resumed_from": result.resumed_from}
     _write_run(run, output_dir, "unlearn", trained, options, inputs, course)
     checkpoint.unlink(missing_ok=True)

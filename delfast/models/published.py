@@ -29,6 +29,14 @@ PUBLISHED = {
 }
 
 
+def method_recipe(data: str, model: str, method: str) -> dict[str, float]:
+    """Epochs and rate that the DEL paper states for its own method, and for retraining, on these; else nothing."""
+    of = recipe(data, model)
+    if method == "retrain":
+        return {"epochs": of.epochs, "lr": of.lr}
+    return {"epochs": of.finetune_epochs, "lr": of.finetune_lr} if method == "del" else {}
+
+
 def recipe(data: str, model: str) -> Recipe:
     """The published recipe of a pair of data and model, or that of CIFAR-10 / ResNet-18 where none was
     published.

@@ -1,36 +1,57 @@
-"""Unlearning: reset what the mask selects, then finetune it on the retain set."""
+"""Unlearning: a method, within a mask, on the forget and retain sets."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from delfast.batches import LossFn
 from delfast.errors import InputError
 from delfast.localize import localize
-from delfast.localize.scores import check_choice
 from delfast.mask import Mask
-from delfast.naming import unwrap
+from delfast.naming import trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
-from delfast.reset import Init, reset_
+from delfast.reset import Init
 from delfast.unlearn.head import find_head, head_parameters
-from delfast.unlearn.loop import Progress, TrainResult, train
+from delfast.unlearn.loop import Progress, train
+from delfast.unlearn.methods import (
+    Del,
+    Finetune,
+    GradientAscent,
+    Job,
+    L1Sparse,
+    Method,
+    NegGradPlus,
+    Relabel,
+    Retrain,
+    Scrub,
+)
+from delfast.unlearn.strokes import Dampening, Influence
+from delfast.unlearn.turns import Turn, Turns
 
-Method = Literal["del"]
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind
+    for kind in (
+        Del, Finetune, GradientAscent, NegGradPlus, Relabel, L1Sparse, Influence, Dampening, Scrub, Retrain,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """``mask``: what was allowed to change (widened by the head). ``seconds``: by stage. ``losses``: by epoch."""
+    """``mask``: what was allowed to change, with the head if the method trains it. ``seconds``: by stage, "prepare" and
+    "finetune". ``losses``: by epoch. ``head``: None where the method gives it no part of its own.
+    """
 
-    method: str
+    method: Method
     mask: Mask
-    head: str
+    head: str | None
     seconds: dict[str, float]
     losses: list[float]
     resumed_from: int
@@ -39,15 +60,15 @@ class UnlearnResult:
 def unlearn(
     model: nn.Module,
     *,
-    forget: Iterable[Any] | None = None,
     retain: Iterable[Any],
+    forget: Iterable[Any] | None = None,
     mask: Mask | None = None,
-    method: Method = "del",
-    init: Init,
-    epochs: int,
-    lr: float,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    method: str | Method = "del",
+    init: Init | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
     seed: int = 0,
     head: str | None = None,
     loss_fn: LossFn | None = None,
@@ -58,55 +79,102 @@ def unlearn(
 ) -> UnlearnResult:
     """Make ``model`` unlearn the forget set, in place. Outside the mask and the head, every entry stays bit-identical.
 
-    method: "del" (DEL paper, section 3): reset the masked parameters, finetune them and the head on ``retain``, SGD
-        with a cosine schedule to 1 % of ``lr`` (published for CIFAR-10/ResNet-18: 0.015, 30 epochs, no weight decay).
-    forget: the forget set's batches; needed if ``mask`` is None, which means ``localize(model, forget)``.
-    retain: the retain set's batches, re-iterable, with a length.
-    init, seed: as for ``reset_``.
-    head: name of the classifier head, trained in full; found by a forward pass if None.
+    method: a name, with its published hyperparameters, or an instance, ``Scrub(alpha=0.1)``: "del", "finetune",
+        "gradient-ascent", "neggrad+", "relabel", "l1-sparse", "influence", "ssd", "scrub", "retrain". ``epochs``,
+        ``lr``, ``momentum`` and ``weight_decay`` replace its own.
+    forget, retain: batches, re-iterable, with a length. "del" needs the forget set to localize, if mask is None.
+    mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
+    init, seed: as for ``reset_``; for "del" and "retrain". The seed draws "relabel"'s labels too.
+    head: name of the classifier head, which "del" trains in full; found by a forward pass if None.
     checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
     Under DDP every process needs the same mask: localize the whole forget set in each.
     Raises InputError for bad arguments, before anything is changed (labels are seen when their batch comes).
     """
-    check_choice("method", method, Method)
-    if epochs < 1 or not 0 < lr < float("inf"):
-        raise InputError(f"expected epochs >= 1 and lr > 0, got {epochs} and {lr}; pass positive numbers")
+    given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
     network = unwrap(model)
+    needed = {"forget": forget, "init": init}
+    if chosen.localizes and mask is None:
+        mask = localize(network, _needed("forget", forget, "a mask, or the forget set to localize"), loss_fn=loss_fn)
+    for name in chosen.needs & needed.keys():
+        _needed(name, needed[name], f"'{chosen.name}'")
+    if "everything" in chosen.needs and mask is not None:
+        raise InputError(f"'{chosen.name}' changes everything, got a mask; leave mask out")
+    if "logits" in chosen.needs and loss_fn is not None:
+        raise InputError(f"'{chosen.name}' needs logits and labels, not losses; leave loss_fn out, or choose another")
     if mask is None:
-        if forget is None:
-            raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
-        mask = localize(network, forget, loss_fn=loss_fn)
-    if head is None:
-        head = find_head(network, _first_batch(retain), loss_fn)
-    heads = head_parameters(network, head)
-    widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
-    optimizer = MaskedSGD(network.named_parameters(), widened, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        mask = full_mask(network)
+    widened, optimizer = mask, None
+    if chosen.trains_head:
+        head = find_head(network, _first_batch(retain), loss_fn) if head is None else head
+        heads = head_parameters(network, head)
+        widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
+    else:
+        head = None
+    teacher = copy.deepcopy(network).eval() if "teacher" in chosen.needs else None
+    job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)
+    settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
+    seconds = {"prepare": 0.0, "finetune": 0.0}
 
-    seconds = {"reset": 0.0}
-
-    def reset() -> None:
+    def prepare() -> None:
         started = time.perf_counter()
-        reset_(network, mask, init, seed)
-        seconds["reset"] = time.perf_counter() - started
+        chosen.prepare(job)
+        seconds["prepare"] = time.perf_counter() - started
 
-    settings = {"method": method, "mask": mask.digest, "head": head, "epochs": epochs, "lr": lr}
-    settings |= {"momentum": momentum, "weight_decay": weight_decay, "seed": seed}
-    result: TrainResult = train(
+    if not chosen.epochs:
+        list(mask.match(trainable_parameters(network)))  # raises if the mask is of another architecture
+        prepare()
+        return UnlearnResult(chosen, widened, head, seconds, [], 0)
+    options = {"momentum": chosen.momentum, "weight_decay": chosen.weight_decay}
+    optimizer = MaskedSGD(network.named_parameters(), widened, lr=chosen.lr, **options)
+
+    def losses(_: nn.Module, turn: Turn) -> Any:
+        return chosen.loss(job, turn).reshape(1)
+
+    result = train(
         model,  # not the network inside: DDP's own forward is what exchanges gradients
-        retain,
+        Turns(chosen.layout, retain, forget, chosen.forget_epochs),
         optimizer,
-        epochs=epochs,
-        loss_fn=loss_fn,
+        epochs=chosen.epochs,
+        schedule=chosen.schedule,
+        loss_fn=losses,
         checkpoint=checkpoint,
         resume=resume,
         config={**settings, **(config or {})},
         progress=progress,
-        before=reset,
+        before=prepare,
     )
     seconds["finetune"] = result.seconds
-    return UnlearnResult(method, widened, head, seconds, result.losses, result.resumed_from)
+    return UnlearnResult(chosen, widened, head, seconds, result.losses, result.resumed_from)
+
+
+def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
+    """A method by name, or as it is, with hyperparameters changed. InputError for one that does not exist."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise InputError(f"expected method to be one of {', '.join(METHODS)}; got '{method}'")
+        method = METHODS[method]()
+    known = {field.name for field in fields(method)}
+    for name in changes:
+        if name not in known:
+            raise InputError(f"'{method.name}' has no hyperparameter '{name}'; it has {', '.join(sorted(known))}")
+    method = replace(method, **changes)
+    method.check()
+    return method
+
+
+def full_mask(network: nn.Module) -> Mask:
+    """Every trainable parameter in full."""
+    parameters = trainable_parameters(network)
+    return Mask({}).widen(list(parameters), {name: tuple(p.shape) for name, p in parameters.items()})
+
+
+def _needed(name: str, value: Any, who: str) -> Any:
+    if value is None:
+        raise InputError(f"expected {name}= for {who}, got none; pass it")
+    return value
 
 
 def _first_batch(loader: Iterable[Any]) -> Any:
@@ -115,4 +183,21 @@ def _first_batch(loader: Iterable[Any]) -> Any:
     raise InputError("expected a retain set of at least one batch, got none; check its loader")
 
 
-__all__ = ["Method", "UnlearnResult", "train", "unlearn"]
+__all__ = [
+    "METHODS",
+    "Del",
+    "Dampening",
+    "Finetune",
+    "GradientAscent",
+    "Influence",
+    "L1Sparse",
+    "Method",
+    "NegGradPlus",
+    "Relabel",
+    "Retrain",
+    "Scrub",
+    "UnlearnResult",
+    "make_method",
+    "train",
+    "unlearn",
+]

@@ -155,7 +155,9 @@ class _Checkpoint:
             raise InputError(f"expected the directory of checkpoint '{path}' to exist, it does not; make it first")
         self.path = path
         self.config = config
-        sources = (getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None)))
+        loaders = getattr(loader, "loaders", [loader])
+        owners = [owner for each in loaders for owner in (each, getattr(each, "sampler", None))]
+        sources = (getattr(owner, "generator", None) for owner in owners)
         self.generators = [source for source in sources if isinstance(source, torch.Generator)]
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 

@@ -1,0 +1,144 @@
+"""The unlearning methods that change the network in one stroke, and train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from delfast.batches import cut, evaluating, examples_in, per_example_losses
+from delfast.errors import InputError
+from delfast.localize.gradient import MeanGradient, add_all
+from delfast.localize.per_example import PerExampleGradients
+from delfast.naming import trainable_parameters
+from delfast.unlearn.methods import Job, Method, require
+
+MOST_BYTES = 8 * 2**30  # of per-example gradients that influence holds at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stroke(Method):
+    """A method without epochs: ``prepare`` is all of it."""
+
+    epochs: int = 0
+
+    def check(self) -> None:
+        require(self, epochs=self.epochs == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dampening(Stroke):
+    """SSD, selective synaptic dampening (Foster et al., AAAI 2024, equations 4 to 6). With I the mean over examples of
+    g_j(x)², on the forget set S and on all training data D: where I_S > alpha I_D, θ_j is multiplied by
+    min(dampening I_D / I_S, 1). Defaults: alpha 10, dampening 1 (their lambda), as there for ResNet-18.
+
+    I here is of each example's own gradient, in eval mode, so that it does not depend on batches.
+    """
+
+    name: ClassVar[str] = "ssd"
+    needs: ClassVar[frozenset[str]] = frozenset({"forget"})
+    alpha: float = 10.0
+    dampening: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        require(self, alpha=self.alpha > 0, dampening=self.dampening > 0)
+
+    def prepare(self, job: Job) -> None:
+        parameters = {name: parameter for name, parameter, _ in _masked(job)}
+        sums, counts = {}, {}
+        for what, loader in (("forget set", job.forget), ("retain set", job.retain)):
+            squares = PerExampleGradients(job.network, parameters, job.loss_fn, "square")
+            counts[what] = add_all(squares, job.network, loader, what)
+            sums[what] = squares.mean(1)
+        for name, parameter, chosen in _masked(job):
+            of_forget = sums["forget set"][name] / counts["forget set"]
+            of_all = (sums["forget set"][name] + sums["retain set"][name]) / sum(counts.values())
+            dampened = chosen & (of_forget > self.alpha * of_all)
+            factor = (self.dampening * of_all / of_forget.clamp_min(torch.finfo(of_forget.dtype).tiny)).clamp_max(1)
+            with torch.no_grad():
+                parameter.copy_(torch.where(dampened, parameter * factor.to(parameter.dtype), parameter))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(Stroke):
+    """The influence of leaving S out, as one Newton step (Koh & Liang, ICML 2017; for unlearning Jia et al., NeurIPS
+    2023, equation 3): θ + alpha F⁻¹ v, v = (1/|R|) Σ_S ∇ℓ(x). F is the WoodFisher estimate (Singh & Alistarh, NeurIPS
+    2020, equation 4), damping I + (1/N) Σ g(x) g(x)ᵀ over N = ``samples`` examples of R, the first ones.
+
+    F⁻¹ v is solved for exactly, by Woodbury's identity with the N gradients at hand; Jia et al.'s code keeps one vector
+    of the recursion instead. Within a mask F is that of the masked entries. Defaults: 300 samples, as in that code,
+    whose recursion begins with damping 1; alpha 1, in their range [1, 20].
+    """
+
+    name: ClassVar[str] = "influence"
+    needs: ClassVar[frozenset[str]] = frozenset({"forget"})
+    alpha: float = 1.0
+    damping: float = 1.0
+    samples: int = 300
+
+    def check(self) -> None:
+        super().check()
+        require(self, damping=self.damping > 0, samples=self.samples >= 1)
+
+    def prepare(self, job: Job) -> None:
+        masked = list(_masked(job))
+        parameters = {name: parameter for name, parameter, _ in masked}
+        chosen = torch.cat([flags.flatten() for _, _, flags in masked])
+        size = int(chosen.sum())
+        if self.samples * size * 4 > MOST_BYTES:
+            raise InputError(
+                f"'{self.name}' would hold {self.samples} gradients of {size} parameters, more than "
+                f"{MOST_BYTES // 2**30} GiB; lower samples, or the mask's budget"
+            )
+
+        def flat(gradients: Iterable[Tensor]) -> Tensor:
+            return torch.cat([gradient.flatten() for gradient in gradients])[chosen]
+
+        of_forget = MeanGradient(job.network, parameters, job.loss_fn)
+        add_all(of_forget, job.network, job.forget, "forget set")
+        retained, gradients = 0, []
+        with evaluating(job.network):
+            for batch in job.retain:
+                for loss in self._losses(job, batch, len(gradients)):
+                    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                    present = zip(found, parameters.values(), strict=True)
+                    gradients.append(flat(torch.zeros_like(p) if g is None else g for g, p in present).float())
+                retained += self._count(job, batch)
+        v = flat(of_forget.mean(1).values()) / retained
+        moved = self.alpha * self.inverse_product(torch.stack(gradients), v)
+        step = torch.zeros_like(chosen, dtype=v.dtype)
+        step[chosen] = moved
+        parts = step.split([parameter.numel() for parameter in parameters.values()])
+        with torch.no_grad():
+            for (_, parameter, flags), part in zip(masked, parts, strict=True):
+                shifted = (parameter + part.view_as(parameter)).to(parameter.dtype)
+                parameter.copy_(torch.where(flags, shifted, parameter))
+
+    def inverse_product(self, gradients: Tensor, v: Tensor) -> Tensor:
+        """F⁻¹ v, (P,), of gradients (N, P): (v - Gᵀ (N damping I + G Gᵀ)⁻¹ G v) / damping, solved in float64."""
+        count = len(gradients)
+        gram = (gradients @ gradients.T).double()
+        gram.diagonal().add_(count * self.damping)
+        solved = torch.linalg.solve(gram, (gradients @ v.to(gradients.dtype)).double())
+        return (v - gradients.T @ solved.to(gradients.dtype)) / self.damping
+
+    def _losses(self, job: Job, batch: Any, taken: int) -> Iterator[Tensor]:
+        """The losses of the batch's examples, one by one, until there are enough samples."""
+        for example in range(min(self._count(job, batch), self.samples - taken)):
+            yield per_example_losses(job.network, cut(batch, [example]), job.loss_fn).sum()
+
+    def _count(self, job: Job, batch: Any) -> int:
+        count = examples_in(batch, job.loss_fn)
+        if count is None:
+            raise InputError(f"'{self.name}' expects batches of tensors with the examples along dim 0, to take one out")
+        return count
+
+
+def _masked(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Plain name, parameter, and which of its entries may change, of those with any."""
+    for name, parameter, part in job.mask.match(trainable_parameters(job.network)):
+        yield name, parameter, part.dense().to(parameter.device)

@@ -1,0 +1,81 @@
+"""What the steps of an epoch are over: batches of the retain set, of the forget set, or of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from delfast.errors import InputError
+
+Layout = Literal["retain", "forget", "pairs", "mixed", "forget first"]
+"""retain, forget: that set alone. pairs: a batch of each in every step, the forget set over and over. mixed: steps of
+either, each batch once, spread evenly. forget first: one set after the other, the forget set in the first epochs only.
+"""
+Turn = dict[str, Any]  # "retain": a batch, "forget": a batch, "epoch": int, "step": int in the epoch
+
+
+class Turns:
+    """Re-iterable steps, for ``train``. Same length in every epoch, as its schedule needs; but for "forget first"."""
+
+    def __init__(
+        self, layout: Layout, retain: Iterable[Any], forget: Iterable[Any] | None, forget_epochs: int | None = None
+    ) -> None:
+        sets = {"retain": retain} if layout == "retain" else {"forget": forget}
+        if layout not in ("retain", "forget"):
+            sets["retain"] = retain
+        self.layout, self.forget_epochs, self.epoch = layout, forget_epochs, 0
+        self.sets: dict[str, Any] = sets
+        self.loaders = list(sets.values())  # whose generators a checkpoint keeps
+        for name, loader in sets.items():
+            try:
+                batches = len(loader)  # type: ignore[arg-type]
+            except TypeError:
+                raise InputError(
+                    f"expected a {name} set with a length, for the schedule; pass a DataLoader or a list of batches"
+                ) from None
+            if not batches:
+                raise InputError(f"expected a {name} set of at least one batch, got none; check its loader")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of loaders that have ``set_epoch`` too."""
+        self.epoch = epoch
+        for loader in self.loaders:
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        lengths = {name: len(loader) for name, loader in self.sets.items()}
+        return lengths["retain"] if self.layout == "pairs" else sum(lengths.values())
+
+    def __iter__(self) -> Iterator[Turn]:
+        for step, turn in enumerate(self._turns()):
+            yield {**turn, "epoch": self.epoch, "step": step}
+
+    def _turns(self) -> Iterator[Turn]:
+        if self.layout == "pairs":
+            forget = _endless(self.sets["forget"])
+            for batch in self.sets["retain"]:
+                yield {"retain": batch, "forget": next(forget)}
+        elif self.layout == "mixed":
+            yield from self._mixed()
+        else:
+            for name, loader in self.sets.items():
+                if name == "forget" and self.forget_epochs is not None and self.epoch >= self.forget_epochs:
+                    continue
+                for batch in loader:
+                    yield {name: batch}
+
+    def _mixed(self) -> Iterator[Turn]:
+        """Step i of n takes from the set that is further behind its share, the forget set where both are even."""
+        rest = {name: iter(loader) for name, loader in self.sets.items()}
+        count = {name: len(loader) for name, loader in self.sets.items()}
+        taken = dict.fromkeys(rest, 0)
+        for _ in range(sum(count.values())):
+            name = min(rest, key=lambda n: (taken[n] + 1) / count[n])
+            taken[name] += 1
+            yield {name: next(rest[name])}
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from loader
