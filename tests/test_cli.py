@@ -283,7 +283,7 @@ def test_unlearn_refuses(workspace, tmp_path, capsys):
         return refused(capsys, "unlearn", workspace / "run", "--mask", mask, *options, "--output-dir", out)
 
     assert "expected method" in line("--method", "wish")
-    assert "at least 1 epoch" in line("--epochs", 0)
+    assert "expected epochs >= 1 for 'del', got 0" in line("--epochs", 0)
     assert "got 'tail'" in line("--head", "tail")
     assert "there is none" in line(mask=tmp_path / "none.safetensors")
     Mask.from_dense({"conv1.weight": torch.ones(64, 3, 3, 3)}).save(tmp_path / "wide.safetensors")

@@ -43,7 +43,7 @@ def test_the_summary_holds_what_it_promises(demo):
             assert values["delta_forget"] == oracle["forget_acc"] - values["forget_acc"]
             assert values["delta_mia"] == oracle["mia"] - values["mia"]
             assert values["delta_test"] == oracle["test_acc"] - values["test_acc"]
-        assert set(scenario["methods"]["del"]["seconds"]) == {"localize", "reset", "finetune"}
+        assert set(scenario["methods"]["del"]["seconds"]) == {"localize", "prepare", "finetune"}
     json.dumps(summary, allow_nan=False)
 
 

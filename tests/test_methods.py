@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import delfast
 from delfast.errors import InputError
 from delfast.mask import Mask
-from delfast.unlearn import METHODS, full_mask, make_method
+from delfast.unlearn import METHODS, full_mask, make_method, strokes
 from delfast.unlearn.methods import Job, Method
 from delfast.unlearn.turns import Turns
 
@@ -29,7 +28,8 @@ def make_model() -> nn.Module:
 def batches(seed: int, *sizes: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(n, 4, generator=generator).to(dtype), torch.randint(0, 3, (n,), generator=generator)) for n in sizes
+        (torch.randn(n, 4, generator=generator).to(dtype), torch.randint(0, 3, (n,), generator=generator))
+        for n in sizes
     ]
 
 
@@ -37,7 +37,9 @@ def job(seed: int = 0, mask: Mask | None = None) -> Job:
     torch.manual_seed(1)
     model, teacher = make_model().double(), make_model().double()  # a teacher that differs: KL's gradient is not 0
     retain, forget = batches(2, 5, 3), batches(3, 4)
-    return Job(model, model, retain, forget, full_mask(model) if mask is None else mask, make_model, seed, None, teacher)
+    return Job(
+        model, model, retain, forget, full_mask(model) if mask is None else mask, make_model, seed, None, teacher
+    )
 
 
 def flat(tensors: Any) -> Tensor:
@@ -75,7 +77,10 @@ def test_finetuning_descends_on_the_retain_set(name: str) -> None:
 
 def test_gradient_ascent() -> None:
     work = job()
-    near(gradient(METHODS["gradient-ascent"](), work, {"forget": work.forget[0]}), -by_hand(work, ce(work, work.forget[0])))
+    near(
+        gradient(METHODS["gradient-ascent"](), work, {"forget": work.forget[0]}),
+        -by_hand(work, ce(work, work.forget[0])),
+    )
 
 
 def test_neggrad_plus() -> None:
@@ -189,10 +194,10 @@ def test_influence_refuses_what_it_cannot_hold_or_cut(monkeypatch: pytest.Monkey
     work = job()
     work.retain = [{"image": torch.zeros(2, 4)}]
     work.loss_fn = lambda model, batch: model(batch[0] if isinstance(batch, tuple) else batch["image"]).sum(dim=1)
-    monkeypatch.setattr("delfast.unlearn.strokes.examples_in", lambda *_: None)
+    monkeypatch.setattr(strokes, "examples_in", lambda *_: None)
     with pytest.raises(InputError, match="expects batches of tensors"):
         METHODS["influence"]().prepare(work)
-    monkeypatch.setattr("delfast.unlearn.strokes.MOST_BYTES", 100)
+    monkeypatch.setattr(strokes, "MOST_BYTES", 100)
     with pytest.raises(InputError, match="would hold 300 gradients of 51 parameters"):
         METHODS["influence"]().prepare(work)
 
@@ -239,7 +244,8 @@ def test_entries_outside_the_mask_stay_as_they_are(name: str, network: nn.Module
         with pytest.raises(InputError, match="changes everything, got a mask"):
             delfast.unlearn(network, **SETS, mask=mask, method=name)
         return
-    changes = {"alpha": 1.01} if name == "ssd" else {"lr": 0.1, "epochs": 2} if name in TRAINING else {}
+    changes: dict[str, Any] = {"lr": 0.1, "epochs": 2}
+    changes = {"ssd": {"alpha": 0.5, "dampening": 0.1}, "influence": {}}.get(name, changes)
     result = delfast.unlearn(network, **SETS, mask=mask, method=make_method(name, changes))
     flags = result.mask.to_dense()
     changed = 0
@@ -307,9 +313,9 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
         ({"method": "retrain", "init": None}, "expected init= for 'retrain'"),
         ({"method": "retrain", "init": {"0.weight": torch.zeros(6, 4)}}, "a whole network, got dict"),
         ({"method": "relabel", "loss_fn": lambda m, b: m(b[0]).sum(1)}, "needs logits"),
-        ({"method": "ssd", "epochs": 3}, "'ssd' cannot have epochs = 3"),
-        ({"method": "finetune", "epochs": 0}, "'finetune' cannot have epochs = 0"),
-        ({"method": "finetune", "lr": -1.0}, "'finetune' cannot have lr = -1.0"),
+        ({"method": "ssd", "epochs": 3}, "expected epochs = 0 for 'ssd', got 3"),
+        ({"method": "finetune", "epochs": 0}, "expected epochs >= 1 for 'finetune', got 0"),
+        ({"method": "finetune", "lr": -1.0}, "expected lr > 0 for 'finetune', got -1.0"),
         ({"method": "gradient-ascent", "forget": []}, "a forget set of at least one batch"),
         ({"method": "gradient-ascent", "forget": (b for b in [])}, "a forget set with a length"),
     ],
@@ -324,13 +330,13 @@ def test_bad_arguments_change_nothing(options: dict[str, Any], message: str, net
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("neggrad+", {"alpha": 1.5}, "cannot have alpha = 1.5"),
-        ("l1-sparse", {"gamma": -1.0}, "cannot have gamma = -1.0"),
-        ("scrub", {"temperature": 0.0}, "cannot have temperature = 0.0"),
-        ("scrub", {"max_epochs": -1}, "cannot have max_epochs = -1"),
-        ("ssd", {"alpha": 0.0}, "cannot have alpha = 0.0"),
-        ("influence", {"damping": 0.0}, "cannot have damping = 0.0"),
-        ("influence", {"samples": 0}, "cannot have samples = 0"),
+        ("neggrad+", {"alpha": 1.5}, "expected alpha .*, got 1.5"),
+        ("l1-sparse", {"gamma": -1.0}, "expected gamma .*, got -1.0"),
+        ("scrub", {"temperature": 0.0}, "expected temperature .*, got 0.0"),
+        ("scrub", {"max_epochs": -1}, "expected max_epochs .*, got -1"),
+        ("ssd", {"alpha": 0.0}, "expected alpha .*, got 0.0"),
+        ("influence", {"damping": 0.0}, "expected damping .*, got 0.0"),
+        ("influence", {"samples": 0}, "expected samples .*, got 0"),
         ("finetune", {"alpha": 1}, "has no hyperparameter 'alpha'; it has epochs, lr"),
     ],
 )

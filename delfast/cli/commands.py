@@ -28,8 +28,8 @@ from delfast.files import make_output_dir, write_json
 from delfast.mask import Mask
 from delfast.models import NAMES, method_recipe, recipe
 from delfast.provenance import provenance
-from delfast.unlearn import METHODS, make_method
 from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
+from delfast.unlearn import METHODS, make_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # UsageError, of click or of the copy of it that newer typers carry; a BadParameter is one
@@ -334,7 +334,7 @@ def _print_mask(mask: Mask) -> None:
 
 def _hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:
     """``NAME=VALUE`` as the type that the method's field has."""
-    types = {name: type(field.default) for name, field in METHODS[method].__dataclass_fields__.items()} if method in METHODS else {}
+    types: dict[str, Any] = {name: type(value) for name, value in asdict(make_method(method, {})).items()}
     found: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")

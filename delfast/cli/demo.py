@@ -18,8 +18,8 @@ from delfast.cli.run import MASK, SUMMARY, Config, start
 from delfast.evaluate import gaps
 from delfast.files import make_output_dir, write_json, write_text
 from delfast.provenance import provenance
-from delfast.unlearn import Del
 from delfast.report import METHOD_COLUMNS, markdown_table, method_rows, plot_accuracies, plot_selection
+from delfast.unlearn import Del
 
 REPORT = "report.md"
 BUDGET = 0.3  # DEL paper

@@ -97,16 +97,19 @@ def unlearn(
     network = unwrap(model)
     needed = {"forget": forget, "init": init}
     if chosen.localizes and mask is None:
-        mask = localize(network, _needed("forget", forget, "a mask, or the forget set to localize"), loss_fn=loss_fn)
-    for name in chosen.needs & needed.keys():
-        _needed(name, needed[name], f"'{chosen.name}'")
+        if forget is None:
+            raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
+        mask = localize(network, forget, loss_fn=loss_fn)
+    for name in sorted(chosen.needs & needed.keys()):
+        if needed[name] is None:
+            raise InputError(f"expected {name}= for '{chosen.name}', got none; pass it")
     if "everything" in chosen.needs and mask is not None:
         raise InputError(f"'{chosen.name}' changes everything, got a mask; leave mask out")
     if "logits" in chosen.needs and loss_fn is not None:
         raise InputError(f"'{chosen.name}' needs logits and labels, not losses; leave loss_fn out, or choose another")
     if mask is None:
         mask = full_mask(network)
-    widened, optimizer = mask, None
+    widened = mask
     if chosen.trains_head:
         head = find_head(network, _first_batch(retain), loss_fn) if head is None else head
         heads = head_parameters(network, head)
@@ -127,8 +130,13 @@ def unlearn(
         list(mask.match(trainable_parameters(network)))  # raises if the mask is of another architecture
         prepare()
         return UnlearnResult(chosen, widened, head, seconds, [], 0)
-    options = {"momentum": chosen.momentum, "weight_decay": chosen.weight_decay}
-    optimizer = MaskedSGD(network.named_parameters(), widened, lr=chosen.lr, **options)
+    optimizer = MaskedSGD(
+        network.named_parameters(),
+        widened,
+        lr=chosen.lr,
+        momentum=chosen.momentum,
+        weight_decay=chosen.weight_decay,
+    )
 
     def losses(_: nn.Module, turn: Turn) -> Any:
         return chosen.loss(job, turn).reshape(1)
@@ -171,12 +179,6 @@ def full_mask(network: nn.Module) -> Mask:
     return Mask({}).widen(list(parameters), {name: tuple(p.shape) for name, p in parameters.items()})
 
 
-def _needed(name: str, value: Any, who: str) -> Any:
-    if value is None:
-        raise InputError(f"expected {name}= for {who}, got none; pass it")
-    return value
-
-
 def _first_batch(loader: Iterable[Any]) -> Any:
     for batch in loader:
         return batch
@@ -185,8 +187,8 @@ def _first_batch(loader: Iterable[Any]) -> Any:
 
 __all__ = [
     "METHODS",
-    "Del",
     "Dampening",
+    "Del",
     "Finetune",
     "GradientAscent",
     "Influence",

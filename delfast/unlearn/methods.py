@@ -6,7 +6,6 @@ change the network in one stroke are in ``strokes``.
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -54,7 +53,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method:
     """``prepare`` once, then SGD on ``loss`` where there are epochs: ``lr`` falls by ``schedule``.
 
     ``needs``: of "forget", "init", "teacher" (the network as it was), "logits" (no ``loss_fn``), "everything" (no
@@ -76,7 +75,10 @@ class Method(ABC):
 
     def check(self) -> None:
         """InputError for hyperparameters out of range."""
-        require(self, epochs=self.epochs >= 1, lr=0 < self.lr < float("inf"))
+        require(self, "epochs", self.epochs >= 1, ">= 1")
+        require(self, "lr", 0 < self.lr < float("inf"), "> 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), ">= 0")
 
     @property
     def forget_epochs(self) -> int | None:
@@ -91,14 +93,13 @@ class Method(ABC):
         return job.loss(turn["retain"])
 
 
-def require(method: Method, **fields: bool) -> None:
-    """InputError that names the first of these hyperparameters whose value is out of range."""
-    for name, good in fields.items():
-        if not good:
-            raise InputError(
-                f"'{method.name}' cannot have {name} = {getattr(method, name)}; see help(delfast.methods."
-                f"{type(method).__name__}) for its range"
-            )
+def require(method: Method, name: str, good: bool, range_: str) -> None:
+    """InputError unless the value of this hyperparameter is in its range."""
+    if not good:
+        raise InputError(
+            f"expected {name} {range_} for '{method.name}', got {getattr(method, name)}; pass such a value, or leave "
+            "it to the default"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +161,8 @@ class GradientAscent(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class NegGradPlus(Method):
-    """alpha L(R) - (1 - alpha) L(S), a batch of each in every step (Kurmanji et al., NeurIPS 2023, section 5: NegGrad+).
-    Default: alpha 0.99.
+    """alpha L(R) - (1 - alpha) L(S), a batch of each in every step (NegGrad+ of Kurmanji et al., NeurIPS 2023, section
+    5). Default: alpha 0.99.
     """
 
     name: ClassVar[str] = "neggrad+"
@@ -171,7 +172,7 @@ class NegGradPlus(Method):
 
     def check(self) -> None:
         super().check()
-        require(self, alpha=0 <= self.alpha <= 1)
+        require(self, "alpha", 0 <= self.alpha <= 1, "in [0, 1]")
 
     def loss(self, job: Job, turn: Turn) -> Tensor:
         return self.alpha * job.loss(turn["retain"]) - (1 - self.alpha) * job.loss(turn["forget"])
@@ -197,7 +198,9 @@ class Relabel(Method):
     def labels(self, job: Job, turn: Turn, targets: Tensor, classes: int) -> Tensor:
         """(N,): any class but the target, a function of the seed, the epoch and the step."""
         if classes < 2:
-            raise InputError(f"'{self.name}' needs at least 2 classes to draw wrong labels from, the model has {classes}")
+            raise InputError(
+                f"'{self.name}' needs at least 2 classes to draw wrong labels from, the model has {classes}"
+            )
         mixed = (job.seed * 1_000_003 + turn["epoch"]) * 1_000_003 + turn["step"]
         generator = torch.Generator().manual_seed(mixed % 2**63)
         return (targets + torch.randint(1, classes, targets.shape, generator=generator).to(targets.device)) % classes
@@ -215,13 +218,14 @@ class L1Sparse(Method):
 
     def check(self) -> None:
         super().check()
-        require(self, gamma=0 <= self.gamma < float("inf"))
+        require(self, "gamma", 0 <= self.gamma < float("inf"), ">= 0")
 
     def loss(self, job: Job, turn: Turn) -> Tensor:
         gamma = self.gamma * (1 - turn["epoch"] / self.epochs)
         masked = job.mask.match(trainable_parameters(job.network))
-        norm = sum(parameter.abs().sum() for _, parameter, _ in masked)
-        return job.loss(turn["retain"]) + gamma * norm
+        norm = torch.stack([parameter.abs().sum() for _, parameter, _ in masked]).sum()
+        loss: Tensor = job.loss(turn["retain"]) + gamma * norm
+        return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +251,10 @@ class Scrub(Method):
 
     def check(self) -> None:
         super().check()
-        require(self, alpha=self.alpha >= 0, gamma=self.gamma >= 0, temperature=self.temperature > 0)
-        require(self, max_epochs=self.max_epochs >= 0)
+        require(self, "alpha", self.alpha >= 0, ">= 0")
+        require(self, "gamma", self.gamma >= 0, ">= 0")
+        require(self, "temperature", self.temperature > 0, "> 0")
+        require(self, "max_epochs", self.max_epochs >= 0, ">= 0")
 
     @property
     def forget_epochs(self) -> int:
@@ -258,7 +264,8 @@ class Scrub(Method):
         logits, targets, divergence = self._divergence(job, turn["forget" if "forget" in turn else "retain"])
         if "forget" in turn:
             return -divergence
-        return self.alpha * divergence + self.gamma * functional.cross_entropy(logits, targets)
+        loss: Tensor = self.alpha * divergence + self.gamma * functional.cross_entropy(logits, targets)
+        return loss
 
     def _divergence(self, job: Job, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs, logits, targets = job.logits(batch)

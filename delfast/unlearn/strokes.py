@@ -13,6 +13,7 @@ from delfast.batches import cut, evaluating, examples_in, per_example_losses
 from delfast.errors import InputError
 from delfast.localize.gradient import MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
+from delfast.localize.per_example.contributions import widened
 from delfast.naming import trainable_parameters
 from delfast.unlearn.methods import Job, Method, require
 
@@ -26,7 +27,7 @@ class Stroke(Method):
     epochs: int = 0
 
     def check(self) -> None:
-        require(self, epochs=self.epochs == 0)
+        require(self, "epochs", self.epochs == 0, "= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class Dampening(Stroke):
 
     def check(self) -> None:
         super().check()
-        require(self, alpha=self.alpha > 0, dampening=self.dampening > 0)
+        require(self, "alpha", self.alpha > 0, "> 0")
+        require(self, "dampening", self.dampening > 0, "> 0")
 
     def prepare(self, job: Job) -> None:
         parameters = {name: parameter for name, parameter, _ in _masked(job)}
@@ -82,7 +84,8 @@ class Influence(Stroke):
 
     def check(self) -> None:
         super().check()
-        require(self, damping=self.damping > 0, samples=self.samples >= 1)
+        require(self, "damping", self.damping > 0, "> 0")
+        require(self, "samples", self.samples >= 1, ">= 1")
 
     def prepare(self, job: Job) -> None:
         masked = list(_masked(job))
@@ -100,19 +103,20 @@ class Influence(Stroke):
 
         of_forget = MeanGradient(job.network, parameters, job.loss_fn)
         add_all(of_forget, job.network, job.forget, "forget set")
-        retained, gradients = 0, []
+        retained = 0
+        gradients: list[Tensor] = []
         with evaluating(job.network):
             for batch in job.retain:
                 for loss in self._losses(job, batch, len(gradients)):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                     present = zip(found, parameters.values(), strict=True)
-                    gradients.append(flat(torch.zeros_like(p) if g is None else g for g, p in present).float())
+                    gradients.append(widened(flat(torch.zeros_like(p) if g is None else g for g, p in present)))
                 retained += self._count(job, batch)
         v = flat(of_forget.mean(1).values()) / retained
         moved = self.alpha * self.inverse_product(torch.stack(gradients), v)
         step = torch.zeros_like(chosen, dtype=v.dtype)
         step[chosen] = moved
-        parts = step.split([parameter.numel() for parameter in parameters.values()])
+        parts = torch.split(step, [parameter.numel() for parameter in parameters.values()])
         with torch.no_grad():
             for (_, parameter, flags), part in zip(masked, parts, strict=True):
                 shifted = (parameter + part.view_as(parameter)).to(parameter.dtype)
@@ -124,7 +128,8 @@ class Influence(Stroke):
         gram = (gradients @ gradients.T).double()
         gram.diagonal().add_(count * self.damping)
         solved = torch.linalg.solve(gram, (gradients @ v.to(gradients.dtype)).double())
-        return (v - gradients.T @ solved.to(gradients.dtype)) / self.damping
+        result: Tensor = (v - gradients.T @ solved.to(gradients.dtype)) / self.damping
+        return result
 
     def _losses(self, job: Job, batch: Any, taken: int) -> Iterator[Tensor]:
         """The losses of the batch's examples, one by one, until there are enough samples."""

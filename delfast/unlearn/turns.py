@@ -20,15 +20,14 @@ class Turns:
     def __init__(
         self, layout: Layout, retain: Iterable[Any], forget: Iterable[Any] | None, forget_epochs: int | None = None
     ) -> None:
-        sets = {"retain": retain} if layout == "retain" else {"forget": forget}
-        if layout not in ("retain", "forget"):
-            sets["retain"] = retain
         self.layout, self.forget_epochs, self.epoch = layout, forget_epochs, 0
-        self.sets: dict[str, Any] = sets
-        self.loaders = list(sets.values())  # whose generators a checkpoint keeps
-        for name, loader in sets.items():
+        self.sets: dict[str, Any] = {"forget": forget, "retain": retain}
+        if layout in ("retain", "forget"):
+            self.sets = {layout: self.sets[layout]}
+        self.loaders = list(self.sets.values())  # whose generators a checkpoint keeps
+        for name, loader in self.sets.items():
             try:
-                batches = len(loader)  # type: ignore[arg-type]
+                batches = len(loader)
             except TypeError:
                 raise InputError(
                     f"expected a {name} set with a length, for the schedule; pass a DataLoader or a list of batches"
