@@ -266,6 +266,8 @@ def test_train_refuses(options, message, tmp_path, capsys):
         (["--top-h", "0"], "top_h"),
         (["--top-h", "much"], "--top-h as a count"),
         (["--criterion", "squared_grad"], "pass per_example=True"),
+        (["--strategy", "luck"], "expected --strategy to be one of del, salloc"),
+        (["--strategy", "del", "--criterion", "grad"], "without --criterion and --granularity"),
         (["--criterion", "random", "--per-example"], "expected a criterion with a gradient for per_example"),
         (["--stop-when-stable", "0"], "stop_when_stable in (0, 1], got 0"),
         (["--stop-when-stable", "0.9", "--criterion", "weight"], "a gradient for stop_when_stable, got 'weight'"),

@@ -13,7 +13,7 @@ from torch import nn
 
 import delfast
 from delfast import InputError, Mask
-from delfast.localize import preset_settings
+from delfast.localize import STRATEGIES, preset_settings
 from delfast.localize.gradient import mean_gradient
 from delfast.localize.scores import Scores, resolve_top_h
 from delfast.models import build
@@ -185,6 +185,28 @@ def test_batch_size_order_and_threads_hardly_matter_end_to_end(one_and_two_threa
                 ]
             )
             assert bool(((unit_scores[differing] - cut).abs() <= 4 * rounding * cut).all())
+
+
+def test_by_depth_parameters_are_taken_from_one_end() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))  # 24 + 6 + 18 + 3 parameters
+    taken = {}
+    for criterion in ("shallowest", "deepest"):
+        mask = delfast.score(model, criterion=criterion).select(32 / 51)
+        taken[criterion] = {name: part.flags.int().tolist() for name, part in mask.parameters.items()}
+    none, three, six = [0, 0, 0], [1, 1, 1], [1] * 6
+    assert taken["shallowest"] == {"0.weight": six, "0.bias": six, "1.weight": none, "1.bias": none}
+    assert taken["deepest"] == {"0.weight": [1, 0, 0, 0, 0, 0], "0.bias": six, "1.weight": three, "1.bias": three}
+    for criterion in ("shallowest", "deepest"):
+        with pytest.raises(InputError, match=f"criterion '{criterion}' scores channels"):
+            delfast.localize(model, None, criterion=criterion, granularity="param")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_a_call_of_localize(name: str) -> None:
+    model = cases.SmallNet()
+    mask = delfast.localize(model, cases.image_batches(), **STRATEGIES[name])
+    assert 0 < mask.selected <= 0.3 * mask.total
+    assert {key: mask.metadata[key] for key in ("criterion", "granularity")} == STRATEGIES[name]
 
 
 def test_random_is_keyed_by_seed_parameter_and_index() -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -25,6 +25,7 @@ from delfast.cli.run import (
 from delfast.errors import InputError
 from delfast.evaluate import gaps
 from delfast.files import make_output_dir, write_json
+from delfast.localize import STRATEGIES, Criterion
 from delfast.mask import Mask
 from delfast.models import NAMES, method_recipe, recipe
 from delfast.provenance import provenance
@@ -121,9 +122,10 @@ def localize(
     output_dir: OutputDir,
     budget: Annotated[float, typer.Option(help="part of all parameters to select, in (0, 1]")] = 0.3,
     preset: Annotated[str, typer.Option(help="paper or published-code")] = "paper",
-    criterion: Annotated[
-        str, typer.Option(help="weighted_grad, grad, squared_grad, weight, weighted_grad_all, random or critmem")
-    ] = "weighted_grad",
+    strategy: Annotated[
+        str | None, typer.Option(help=f"criterion and granularity by name: {', '.join(STRATEGIES)}")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help=f"{', '.join(get_args(Criterion))}")] = None,
     granularity: Annotated[str | None, typer.Option(help="channel or param (default: the preset's)")] = None,
     aggregate: Annotated[str | None, typer.Option(help="topk_mean, mean, sum or max (default: the preset's)")] = None,
     top_h: Annotated[str | None, typer.Option(help="a count (16) or a fraction (0.1), for topk_mean")] = None,
@@ -139,8 +141,21 @@ def localize(
     seed: StepSeed = None,
 ) -> None:
     """Find the channels that hold what the network memorised of its forget set; write mask.safetensors."""
-    chosen = {"granularity": granularity, "aggregate": aggregate, "top_h": _top_h(top_h), "policy": policy}
+    chosen: dict[str, Any] = {
+        "criterion": criterion,
+        "granularity": granularity,
+        "aggregate": aggregate,
+        "policy": policy,
+    }
+    chosen |= {"policy": policy, "top_h": _top_h(top_h)}
     options = {name: value for name, value in chosen.items() if value is not None}
+    if strategy is not None:
+        if not STRATEGIES.keys() >= {strategy} or options.keys() & STRATEGIES["del"].keys():
+            raise InputError(
+                f"expected --strategy to be one of {', '.join(STRATEGIES)}, without --criterion and --granularity, "
+                f"got '{strategy}'"
+            )
+        options |= STRATEGIES[strategy]
     check_own_directory(output_dir, run_dir)
     opened = open_run(run_dir, choose_device(device), data_dir)
     network = load_model(opened, run_dir)
@@ -150,7 +165,6 @@ def localize(
         output_dir,
         budget=budget,
         preset=preset,
-        criterion=criterion,
         per_example=per_example,
         stop_when_stable=stop_when_stable,
         seed=seed,

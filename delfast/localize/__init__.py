@@ -38,6 +38,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "del": {"criterion": "weighted_grad", "granularity": "channel"},
+    "salloc": {"criterion": "grad", "granularity": "param"},
+    "param-weighted": {"criterion": "weighted_grad", "granularity": "param"},
+    "channel-unweighted": {"criterion": "grad", "granularity": "channel"},
+    "weight": {"criterion": "weight", "granularity": "channel"},
+    "weighted-grad-all": {"criterion": "weighted_grad_all", "granularity": "channel"},
+    "random": {"criterion": "random", "granularity": "channel"},
+    "random-param": {"criterion": "random", "granularity": "param"},
+    "shallowest": {"criterion": "shallowest", "granularity": "channel"},
+    "deepest": {"criterion": "deepest", "granularity": "channel"},
+    "critmem": {"criterion": "critmem", "granularity": "channel"},
+}
+"""The localizations that the DEL paper compares, by name: arguments of ``localize``. "del" to "channel-unweighted" are
+the 2 x 2 of its table 1, "salloc" the localization of SalUn; "random" is the control of table 3; "weight" and
+"weighted-grad-all", which do not look at the forget set alone, are of table 4.
+"""
+
+
 def preset_settings(preset: Preset, **overrides: Any) -> dict[str, Any]:
     """The arguments of ``Scores.select`` that a preset stands for, with ``overrides``; InputError if there is none."""
     check_choice("preset", preset, Preset)
@@ -91,6 +110,7 @@ def localize(
 
 
 __all__ = [
+    "STRATEGIES",
     "Aggregate",
     "Criterion",
     "CriticalChannels",

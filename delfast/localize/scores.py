@@ -21,9 +21,13 @@ from delfast.mask import Mask, ParameterMask
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
 
-Criterion = Literal["weighted_grad", "grad", "squared_grad", "weight", "weighted_grad_all", "random", "critmem"]
-WITHOUT_SET = ("weight", "random")
+Criterion = Literal[
+    "weighted_grad", "grad", "squared_grad", "weight", "weighted_grad_all", "random", "critmem", "shallowest", "deepest"
+]
+BY_DEPTH = ("shallowest", "deepest")
+WITHOUT_SET = ("weight", "random", *BY_DEPTH)
 WITHOUT_MEAN = (*WITHOUT_SET, "critmem")  # no mean over the examples of a gradient, or of what is made of it
+CHANNELS_ONLY = ("critmem", *BY_DEPTH)
 Granularity = Literal["param", "channel"]
 Aggregate = Literal["topk_mean", "mean", "sum", "max"]
 Policy = Literal["whole", "exact"]
@@ -45,6 +49,8 @@ def score(
         "weighted_grad" |θ_j G_j|, DEL's; "grad" |G_j|, SalLoc, the localization of SalUn (Fan et al., ICLR 2024);
         "weight" |θ_j|; "weighted_grad_all" |θ_j G_j| with ``loader`` over the whole training set;
         "random" one uniform per competing unit, keyed by (seed, parameter name, index);
+        "shallowest", "deepest" by the parameter's place in the model, the first or the last highest: one parameter
+        after the other until the budget is full, the last of them from its first channel on. Channels only;
         "critmem" by how many examples need a channel, at most ``max_channels`` each: see ``critmem``, which also takes
         what has no ``loss_fn`` here. Never aggregated; equal counts by the mean positive first-order score. Whatever is
         no channel of a convolution or linear layer, or is the head's, scores 0. Channels only.
@@ -53,7 +59,7 @@ def score(
         SSD divides by (Foster et al., AAAI 2024). Exact, in one backward pass per batch: what that asks
         of a model, and what is slow, is in docs/per_example.md.
     loader: re-iterable of (input, target), (index, input, target), or of anything with ``loss_fn``; not needed for
-        "weight" and "random", which have no gradient.
+        "weight", "random", "shallowest" and "deepest", which look at no example.
     loss_fn: ``loss_fn(model, batch) -> per-example losses (N,)``; cross-entropy by default.
 
     The model is left as it was. Raises InputError for an unknown criterion, a missing or empty set, labels out of
@@ -65,7 +71,8 @@ def score(
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
     if criterion in WITHOUT_SET:
-        return Scores(parameters, None, criterion, 0, seed)
+        units = _by_depth(parameters, criterion == "deepest") if criterion in BY_DEPTH else None
+        return Scores(parameters, None, criterion, 0, seed, units=units)
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
     if criterion == "critmem":
@@ -76,6 +83,15 @@ def score(
     sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn)
     examples = add_all(sums, unwrap(model), loader, what)
     return Scores(parameters, sums.mean(examples), criterion, examples, seed, per_example)
+
+
+def _by_depth(parameters: Mapping[str, Tensor], deepest: bool) -> dict[str, Tensor]:
+    """A score for each unit, above 0: the place of its parameter in the model, counted from the other end."""
+    places = range(1, len(parameters) + 1) if deepest else range(len(parameters), 0, -1)
+    return {
+        name: torch.full((unit_count(parameter.shape),), float(place))
+        for (name, parameter), place in zip(parameters.items(), places, strict=True)
+    }
 
 
 def gradient_sums(
@@ -167,7 +183,7 @@ class Scores:
         self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
     ) -> Tensor:
         """float32 (units,): the score of every competing unit, in the order of ``parameters``, rows in order."""
-        if self.criterion in ("random", "critmem"):  # scored as units, never aggregated
+        if self.criterion == "random" or self.units is not None:  # scored as units, never aggregated
             return self._join([self._unit_scores(name, unit_count(t.shape)) for name, t in self.parameters.items()])
         counts = [resolve_top_h(top_h, parameter.shape) for parameter in self.parameters.values()]
         result: Tensor = torch.ops.delfast.criticality(
@@ -284,8 +300,8 @@ def check_selection(
     check_choice("aggregate", aggregate, Aggregate)
     check_choice("policy", policy, Policy)
     resolve_top_h(top_h, (1, 1))
-    if criterion == "critmem" and granularity == "param":
-        raise InputError("criterion 'critmem' scores channels, not their elements; use granularity='channel'")
+    if criterion in CHANNELS_ONLY and granularity == "param":
+        raise InputError(f"criterion '{criterion}' scores channels, not their elements; use granularity='channel'")
 
 
 def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
