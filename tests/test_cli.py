@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from delfast.cli import comparison, console, doctor, main
-from delfast.cli.comparison import compare
+from delfast.cli import console, doctor, main, verification
+from delfast.cli.verification import compare
 from delfast.errors import InputError
 from delfast.files import load_state
 from delfast.mask import Mask
@@ -543,5 +543,5 @@ def test_compare_refuses_different_networks(network):
 
 def test_load_network_takes_files_and_run_directories(workspace):
     path = workspace / "run"
-    by_file, by_run = (comparison.load_network(p) for p in (path / "model.safetensors", path))
+    by_file, by_run = (verification.load_network(p) for p in (path / "model.safetensors", path))
     assert digest_state(by_file) == digest_state(by_run)

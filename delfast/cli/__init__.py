@@ -10,7 +10,7 @@ from delfast.errors import InputError
 from delfast.files import one_line
 
 BAD_INPUT, FAILURE = 2, 1
-EXTRA = ("typer", "rich", "torchvision", "sklearn", "matplotlib", "vit_pytorch", "PIL", "scipy", "einops")
+EXTRA = ("typer", "rich", "tomli", "torchvision", "sklearn", "matplotlib", "vit_pytorch", "PIL", "scipy", "einops")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

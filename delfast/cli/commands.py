@@ -1,4 +1,4 @@
-"""The commands: their options, and what they print. The work is in steps, comparison, doctor and demo."""
+"""The commands: their options, and what they print. The work is in steps, compare, verification, doctor and demo."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from delfast.cli import comparison, demo, doctor, steps
-from delfast.cli.console import output, start_log
+from delfast.cli import compare as comparing
+from delfast.cli import demo, doctor, steps, verification
+from delfast.cli.console import output, start_log, watching
 from delfast.cli.run import (
     MASK,
     SUMMARY,
@@ -199,7 +200,7 @@ def unlearn(
     set. Writes a run directory.
     """
     check_own_directory(output_dir, run_dir, *([] if mask is None else [mask.parent]))
-    loaded = None if mask is None else comparison.load_mask(mask)
+    loaded = None if mask is None else verification.load_mask(mask)
     opened = open_run(run_dir, choose_device(device), data_dir)
     changes = _hyperparameters(method, settings or [])
     given = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay}
@@ -259,6 +260,22 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    grid: Annotated[Path, typer.Argument(help="a TOML file: see experiments/ and the README")],
+    output_dir: OutputDir,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (default: CPUs / threads)")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of each process; 1: the same bits in every run")] = 1,
+) -> None:
+    """Run a grid of methods, strategies and budgets; write results.csv, report.md and report.html.
+
+    What the output directory holds already is not run again: after a crash, call it once more.
+    """
+    with watching() as watch:
+        found = comparing.compare(grid, output_dir, workers, threads, watch)
+    output().print(f"{len(found.cells)} cells: see {output_dir / comparing.HTML}")
+
+
+@app.command()
 def verify(
     before: Annotated[Path, typer.Argument(help="state file or run directory before unlearning")],
     after: Annotated[Path, typer.Argument(help="state file or run directory after it")],
@@ -271,10 +288,10 @@ def verify(
 
     BatchNorm's running statistics, and what --buffer names, are listed apart and not counted.
     """
-    result = comparison.compare(
-        comparison.load_network(before),
-        comparison.load_network(after),
-        comparison.load_mask(mask),
+    result = verification.compare(
+        verification.load_network(before),
+        verification.load_network(after),
+        verification.load_mask(mask),
         heads=head or (),
         buffers=buffer or (),
     )
@@ -282,9 +299,11 @@ def verify(
         make_output_dir(output_dir)
         write_json(output_dir / SUMMARY, {"command": "verify", **result.as_dict(), "provenance": provenance()})
     console = output()
-    console.print(terminal_table("parameters", comparison.COLUMNS, [row.cells() for row in result.parameters]))
+    console.print(terminal_table("parameters", verification.COLUMNS, [row.cells() for row in result.parameters]))
     if result.buffers:
-        console.print(terminal_table("buffers (not counted)", comparison.COLUMNS, [r.cells() for r in result.buffers]))
+        console.print(
+            terminal_table("buffers (not counted)", verification.COLUMNS, [r.cells() for r in result.buffers])
+        )
     console.print(
         f"{result.changed} entries changed, {result.outside} of them outside the mask: "
         + ("NOT kept to the mask" if result.outside else "kept to the mask"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn, track
+from rich.progress import Progress as Bars
 
 T = TypeVar("T")
 log = logging.getLogger("delfast")
@@ -48,6 +50,25 @@ class Progress:
 
 
 progress = Progress()
+
+
+@contextmanager
+def watching() -> Iterator[Callable[[str, int, int], None]]:
+    """A function ``(what, done, of)`` that shows a bar with the time left on a terminal; elsewhere a line each time."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        tasks: dict[str, TaskID] = {}
+        told: dict[str, int] = {}
+
+        def watch(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done)
+            if bars.disable and of and told.get(what) != done:
+                told[what] = done
+                say(f"{what}: {done} of {of}")
+
+        yield watch
 
 
 def output() -> Console:

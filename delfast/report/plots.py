@@ -52,7 +52,7 @@ def plot_accuracies(methods: Mapping[str, Mapping[str, Any]], path: Path, title:
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(methods) + 1, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_selection(rows: Sequence[LayerRow], path: Path, title: str) -> None:
@@ -70,8 +70,8 @@ def plot_selection(rows: Sequence[LayerRow], path: Path, title: str) -> None:
     axes.set_ylabel("parameter")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))

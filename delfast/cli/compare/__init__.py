@@ -1,0 +1,44 @@
+"""``delfast compare``: a grid of methods, strategies and budgets, its results and its report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from delfast.cli.compare.cells import run_grid
+from delfast.cli.compare.grid import Grid, read_grid
+from delfast.cli.compare.report import make_report
+from delfast.cli.compare.summary import rows_of, to_csv
+from delfast.files import make_output_dir, write_json, write_text
+from delfast.provenance import provenance
+
+RESULTS, MARKDOWN, HTML, SUMMARY = "results.csv", "report.md", "report.html", "summary.json"
+
+
+def compare(
+    path: Path, output_dir: Path, workers: int | None, threads: int, watch: Callable[[str, int, int], None]
+) -> Grid:
+    """Run the grid of ``path``, or what of it ``output_dir`` does not hold yet, and write results and report there.
+
+    workers: processes (default: CPUs / threads); ``threads`` of each. With one thread the results are bit-identical
+    from run to run. Raises InputError for a bad grid, before anything is written.
+    """
+    grid = read_grid(path)
+    make_output_dir(output_dir)
+    count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
+    results = run_grid(grid, output_dir, count, threads, watch)
+    rows = rows_of(grid, results, output_dir)
+    origin: dict[str, Any] = provenance(workers=count, threads=threads)
+    footer = f"{len(grid.cells)} cells of {path.name}; delfast {origin['delfast']}, torch {origin['torch']}, "
+    footer += f"{origin['platform']}, {count} processes of {threads} threads."
+    markdown, page = make_report(grid, rows, output_dir, footer)
+    write_text(output_dir / RESULTS, to_csv(rows))
+    write_text(output_dir / MARKDOWN, markdown)
+    write_text(output_dir / HTML, page)
+    write_json(output_dir / SUMMARY, {"command": "compare", "title": grid.title, "rows": rows, "provenance": origin})
+    return grid
+
+
+__all__ = ["HTML", "MARKDOWN", "RESULTS", "SUMMARY", "compare"]

@@ -1,0 +1,148 @@
+"""Runs a grid: first the networks, then the cells, each in a worker process, each kept in a file of its own.
+
+What is in a file is never computed again. A file is written whole or not at all, so that a run that is killed loses
+what was in progress and no more.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delfast.cli import steps
+from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
+from delfast.cli.run import SUMMARY, Config, Run, load_model, read_summary, start
+from delfast.evaluate import Metrics, gaps
+from delfast.files import read_json, write_json
+from delfast.localize import localize
+from delfast.provenance import provenance
+from delfast.unlearn import unlearn
+
+Watch = Callable[[str, int, int], None]
+"""``watch(what, done, of)``: called after every network and every cell."""
+
+
+def run_grid(grid: Grid, directory: Path, workers: int, threads: int, watch: Watch) -> list[dict[str, Any]]:
+    """Run what is not there yet; the results of all cells, in the grid's order: see ``run_cell``."""
+    (directory / "networks").mkdir(exist_ok=True)
+    (directory / "cells").mkdir(exist_ok=True)
+    networks = [network for network in grid.trained if not _is_trained(directory, network)]
+    context = multiprocessing.get_context("spawn")  # forked processes would share OpenMP's threads
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
+        try:
+            _all(pool, _train, [(directory, network) for network in networks], "networks", watch)
+            cells = [cell for cell in grid.cells if not cell_path(directory, cell).is_file()]
+            _all(pool, run_cell, [(directory, cell) for cell in cells], "cells", watch)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [read_json(cell_path(directory, cell)) for cell in grid.cells]
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: str, watch: Watch) -> None:
+    """Run the task for all arguments; the first failure stops the rest and is raised."""
+    waiting: set[Future[Any]] = {pool.submit(task, *each) for each in arguments}
+    watch(what, 0, len(arguments))
+    done = 0
+    while waiting:
+        finished, waiting = wait(waiting, timeout=1, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
+            done += 1
+        watch(what, done, len(arguments))
+
+
+def cell_path(directory: Path, cell: Cell) -> Path:
+    return directory / "cells" / f"{cell.key}.json"
+
+
+def network_path(directory: Path, network: Trained) -> Path:
+    return directory / "networks" / network.key
+
+
+def _is_trained(directory: Path, network: Trained) -> bool:
+    return (network_path(directory, network) / SUMMARY).is_file()  # written last
+
+
+def _train(directory: Path, network: Trained) -> None:
+    """Train a network into a run directory."""
+    path = network_path(directory, network)
+    shutil.rmtree(path, ignore_errors=True)  # what a killed run has left
+    run = _run(network.config)
+    steps.train(run, path) if network.which == ORIGINAL else steps.oracle(run, path)
+
+
+def run_cell(directory: Path, cell: Cell) -> None:
+    """Unlearn, measure, and write: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle, nats
+    for losses), ``mask`` (its fraction and channels), ``seconds`` by stage, ``relative_time`` to retraining.
+    """
+    run = _run(cell.config)
+    model = load_model(run, network_path(directory, cell.original))
+    seed = cell.config.seed + steps.RESET_SEED
+    seconds: dict[str, float] = {}
+    mask = None
+    if cell.localize is not None and cell.budget is not None:
+        started = time.perf_counter()
+        everything = cell.localize.get("criterion") == "weighted_grad_all"
+        indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
+        batches = run.batches(indices, cell.batch_size)
+        mask = localize(model, batches, cell.budget, seed=cell.config.seed, **cell.localize)
+        seconds["localize"] = time.perf_counter() - started
+    result = unlearn(
+        model,
+        retain=run.batches(run.forget.retain, cell.batch_size, shuffle=True, seed=seed),
+        forget=run.batches(run.forget.indices, cell.batch_size, shuffle=True, seed=seed),
+        mask=mask,
+        method=cell.method,
+        init=run.factory,
+        seed=seed,
+    )
+    seconds |= result.seconds
+    metrics = run.measure(model)
+    retraining = sum(read_summary(network_path(directory, cell.oracle))["seconds"].values())
+    changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
+    content = {
+        "cell": {
+            "setting": cell.setting,
+            "forget": cell.config.forget,
+            "forget_ratio": cell.config.forget_ratio,
+            "seed": cell.config.seed,
+            "method": cell.method.name,
+            "hyperparameters": asdict(cell.method),
+            "strategy": cell.strategy,
+            "localize": None if cell.localize is None else dict(cell.localize),
+            "budget": cell.budget,
+            "batch_size": cell.batch_size,
+        },
+        "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle))},
+        "mask": {"fraction": changeable, "channels": result.mask.channels, "digest": result.mask.digest},
+        "losses": result.losses,
+        "seconds": seconds,
+        "relative_time": sum(seconds.values()) / retraining,
+        "provenance": provenance(device="cpu", threads=torch.get_num_threads()),
+    }
+    write_json(cell_path(directory, cell), content)
+
+
+def metrics_of(directory: Path, network: Trained) -> Metrics:
+    """The metrics of a network that was trained, on its own run's sets."""
+    return Metrics(**read_summary(network_path(directory, network))["metrics"])
+
+
+@lru_cache(maxsize=2)
+def _run(config: Config) -> Run:
+    """A configuration with its data and forget set: cells of one setting and seed share them."""
+    return start(config, torch.device("cpu"))

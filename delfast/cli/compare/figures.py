@@ -1,0 +1,93 @@
+"""The paper's figures 2 to 4: strategies by budget, and strategies by method. PNG files, drawn without a display."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from delfast.cli.compare.summary import Mean, Row
+from delfast.report.plots import INK, save_figure
+
+# Okabe & Ito's palette (https://jfly.uni-koeln.de/color), and a marker and a dash for each, for greyscale
+STYLES = [
+    (colour, marker, dash)
+    for dash in ("-", "--")
+    for colour, marker in (
+        *(("#E69F00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#D55E00", "P")),
+        ("#000000", "X"),
+    )
+]
+GAPS = {
+    "delta_forget": "Δ forget accuracy",
+    "delta_mia": "Δ membership inference",
+    "delta_test": "Δ test accuracy",
+}
+
+
+def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Gaps to the oracle by budget, a line for each strategy, with 95 % intervals; the oracle is the line at 0."""
+    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(GAPS))
+    for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
+        for strategy, (colour, marker, dash) in zip(strategies, STYLES, strict=False):
+            points = sorted((row["budget"], row[field]) for row in rows if row["strategy"] == strategy)
+            axes.errorbar(
+                [100 * budget for budget, _ in points],
+                [mean.value for _, mean in points],
+                yerr=[_bar(mean) for _, mean in points],
+                color=colour,
+                marker=marker,
+                linestyle=dash,
+                markersize=5,
+                linewidth=1.2,
+                capsize=2,
+                label=strategy,
+            )
+        axes.axhline(0, color=INK, linestyle=":", linewidth=1.4, label="oracle")
+        axes.set_xlabel("budget (percent of the parameters)")
+        axes.set_ylabel(f"{label} (points, oracle - method)")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Sizes of the gaps to the oracle, a group of bars for each method, a bar for each strategy."""
+    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(GAPS))
+    width = 0.8 / len(strategies)
+    for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
+        for position, strategy in enumerate(strategies):
+            found = {row["method"]: row[field] for row in rows if row["strategy"] == strategy}
+            places = [place for place, method in enumerate(methods) if method in found]
+            axes.bar(
+                [place + (position - (len(strategies) - 1) / 2) * width for place in places],
+                [abs(found[methods[place]].value) for place in places],
+                width * 0.94,
+                yerr=[_bar(found[methods[place]]) for place in places],
+                error_kw={"linewidth": 0.8, "capsize": 1.5, "ecolor": INK},
+                color=STYLES[position % len(STYLES)][0],
+                hatch="//" if position >= len(STYLES) // 2 else None,
+                label=strategy,
+            )
+        axes.axhline(0, color=INK, linestyle=":", linewidth=1.4, label="oracle")
+        axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right", fontsize=8)
+        axes.set_xlabel("method")
+        axes.set_ylabel(f"|{label}| (points)")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def _bar(mean: Mean) -> float:
+    return 0.0 if math.isnan(mean.half) else mean.half

@@ -1,0 +1,207 @@
+"""What is compared: settings x seeds x methods x strategies x budgets, read from a TOML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from delfast.cli.run import Config, check_batch_size
+from delfast.errors import InputError
+from delfast.files import one_line
+from delfast.localize import STRATEGIES, check_selection, preset_settings
+from delfast.localize.scores import check_criterion
+from delfast.models import method_recipe, recipe
+from delfast.unlearn import METHODS, Method, make_method
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EVERYTHING = "everything"  # the strategy of a method without a mask
+ORIGINAL, ORACLE = "original", "oracle"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network to be trained before any cell: the original of a setting and a seed, or its oracle."""
+
+    setting: str
+    which: str
+    config: Config
+
+    @property
+    def key(self) -> str:
+        """Names its directory; other settings, another key."""
+        return f"{self.setting}-{self.config.seed}-{self.which}-{_digest(asdict(self.config))}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything"."""
+
+    setting: str
+    config: Config
+    method: Method
+    strategy: str
+    budget: float | None
+    localize: Mapping[str, Any] | None
+    batch_size: int
+
+    @property
+    def key(self) -> str:
+        """Names its file; other settings, another key."""
+        determined = {
+            "config": asdict(self.config),
+            "method": {"name": self.method.name, **asdict(self.method)},
+            "localize": None if self.localize is None else dict(self.localize),
+            "budget": self.budget,
+            "batch_size": self.batch_size,
+        }
+        parts = [self.setting, str(self.config.seed), self.method.name, self.strategy]
+        parts += [] if self.budget is None else [f"{self.budget:g}"]
+        return "-".join([*parts, _digest(determined)])
+
+    @property
+    def original(self) -> Trained:
+        return Trained(self.setting, ORIGINAL, self.config)
+
+    @property
+    def oracle(self) -> Trained:
+        return Trained(self.setting, ORACLE, self.config)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``cells`` in the order of the file, each once. ``budget``: the one that tables of a single budget are of."""
+
+    title: str
+    cells: list[Cell]
+    budget: float
+
+    @property
+    def trained(self) -> list[Trained]:
+        """The networks that the cells begin from and are compared with, each once."""
+        found = {network.key: network for cell in self.cells for network in (cell.original, cell.oracle)}
+        return list(found.values())
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid. InputError for a missing file, an unknown table, key or name, and values out of range.
+
+    ``title``; ``seeds``, a list; ``budget``, for tables of one budget (0.3). ``[train]``: a run's configuration, as the
+    options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that. ``[unlearn]``: epochs,
+    batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of one.
+    ``[strategies.NAME]``: arguments of ``localize``, beside the strategies that have names. ``[[compare]]``: lists
+    ``methods``, ``strategies`` ("everything": no mask) and ``budgets``, every combination a cell, for ``settings`` or
+    all of them.
+    """
+    content = _read(path)
+    tables = ("train", "settings", "unlearn", "methods", "strategies", "compare")
+    _known(content, ("title", "seeds", "budget", *tables), f"'{path}'")
+    strategies = {**STRATEGIES, **content.get("strategies", {})}
+    settings = content.get("settings", {})
+    if not settings or not content.get("compare"):
+        raise InputError(f"expected '{path}' to have [settings.NAME] and [[compare]], one is missing; add it")
+    cells: dict[str, Cell] = {}
+    for block in content["compare"]:
+        _known(block, ("methods", "strategies", "budgets", "settings"), "[[compare]]")
+        for setting in block.get("settings", settings):
+            if setting not in settings:
+                raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
+            for seed in content.get("seeds", [0]):
+                config = _config({**content.get("train", {}), **settings[setting]}, seed)
+                for cell in _block(block, setting, config, content, strategies):
+                    cells.setdefault(cell.key, cell)
+    return Grid(str(content.get("title", path.stem)), list(cells.values()), float(content.get("budget", 0.3)))
+
+
+def _block(
+    block: Mapping[str, Any], setting: str, config: Config, content: Mapping[str, Any], strategies: Mapping[str, Any]
+) -> list[Cell]:
+    cells = []
+    for name in block.get("methods", ["del"]):
+        method, batch_size = _method(name, config, content.get("unlearn", {}), content.get("methods", {}))
+        for strategy in block.get("strategies", ["del"]):
+            if strategy == EVERYTHING:
+                if method.localizes:
+                    raise InputError(f"[[compare]] asks for '{name}' without a mask, which it needs; name strategies")
+                cells.append(Cell(setting, config, method, strategy, None, None, batch_size))
+                continue
+            if strategy not in strategies:
+                raise InputError(f"expected strategies among {', '.join(strategies)}, {EVERYTHING}; got '{strategy}'")
+            if "everything" in method.needs:
+                raise InputError(f"[[compare]] pairs '{name}' with '{strategy}', it takes '{EVERYTHING}' alone")
+            arguments = strategies[strategy]
+            for budget in block.get("budgets", [0.3]):
+                _check_strategy(strategy, budget, arguments)
+                cells.append(Cell(setting, config, method, strategy, float(budget), arguments, batch_size))
+    return cells
+
+
+def _method(
+    name: str, config: Config, shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
+) -> tuple[Method, int]:
+    """A method with its hyperparameters, and its batch size: published, then of all methods, then its own."""
+    for known in own:
+        if known not in METHODS:
+            raise InputError(f"expected [methods.NAME] to name one of {', '.join(METHODS)}; got '{known}'")
+    plain = make_method(name, {})
+    shared = {key: value for key, value in shared.items() if hasattr(plain, key) or key == "batch_size"}
+    if not plain.epochs:
+        shared.pop("epochs", None)
+    if name == "retrain":  # as the original was trained
+        shared |= {"epochs": config.epochs, "lr": config.lr}
+    changes = {**method_recipe(config.data, config.model, name), **shared, **own.get(name, {})}
+    batch_size = int(changes.pop("batch_size", config.batch_size))
+    check_batch_size(batch_size)
+    return make_method(name, changes), batch_size
+
+
+def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
+    """Refuse now what ``localize`` would refuse in a cell."""
+    options = dict(arguments)
+    criterion, per_example = options.pop("criterion", "weighted_grad"), options.pop("per_example", False)
+    try:
+        check_criterion(criterion, per_example)
+        check_selection(budget, criterion=criterion, **preset_settings(options.pop("preset", "paper"), **options))
+    except TypeError as error:
+        raise InputError(f"strategy '{name}': {one_line(error)}; see delfast.localize") from None
+
+
+def _config(values: Mapping[str, Any], seed: int) -> Config:
+    names = [field.name for field in fields(Config) if field.name != "seed"]
+    _known(values, names, "[train] and [settings.NAME]")
+    defaults: dict[str, Any] = {"data": "digits", "model": "resnet18-thin", "forget_ratio": 0.1, "batch_size": 128}
+    values = {**defaults, **values}
+    if "forget" not in values:
+        raise InputError("expected [settings.NAME] to say forget = 'iid', 'mislabelled' or 'non-iid:2,5'; add it")
+    published = recipe(values["data"], values["model"])
+    config = Config(**{"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)})
+    config.check()
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return content
+    except FileNotFoundError:
+        raise InputError(f"expected a TOML file at '{path}', there is none; check the path") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot read '{path}' as TOML: {one_line(error)}") from None
+
+
+def _known(table: Mapping[str, Any], names: Any, where: str) -> None:
+    unknown = sorted(table.keys() - set(names))
+    if unknown:
+        raise InputError(f"{where} has the unknown key '{unknown[0]}'; expected {', '.join(names)}")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]

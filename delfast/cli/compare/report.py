@@ -1,0 +1,189 @@
+"""The report of a grid: the paper's tables and figures, as Markdown and as one HTML file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from delfast.cli.compare.figures import plot_budgets, plot_methods
+from delfast.cli.compare.grid import EVERYTHING, ORACLE, ORIGINAL, Grid
+from delfast.cli.compare.summary import STAGES, Row, means
+from delfast.files import make_output_dir
+from delfast.report import markdown_table
+
+FIELDS = {
+    "forget_acc": "forget acc",
+    "test_acc": "test acc",
+    "mia": "MIA",
+    "delta_forget": "Δ forget",
+    "delta_mia": "Δ MIA",
+    "delta_test": "Δ test",
+    "changeable": "changeable %",
+    "seconds": "seconds",
+    "relative_time": "RTE",
+}
+MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t). Δ = oracle - method: the nearer to
+0, the better. MIA: the part of the forget set that membership inference calls non-member. Changeable: the share of the
+parameters that a method might change. RTE: run time relative to retraining, localization included."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a paragraph, and a table or a figure (its path)."""
+
+    title: str
+    text: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    figure: Path | None = None
+
+
+def make_report(grid: Grid, rows: Sequence[Row], directory: Path, footer: str) -> tuple[str, str]:
+    """(Markdown, HTML) of all that the rows allow; figures are written to ``directory``/figures."""
+    sections = [Section(grid.title, MEANING)]
+    make_output_dir(directory / "figures")
+    averaged = means(rows)
+    for setting in dict.fromkeys(row["setting"] for row in averaged):
+        sections += _of_setting(setting, [row for row in averaged if row["setting"] == setting], grid, directory)
+    sections += _sizes(averaged, grid.budget)
+    return _markdown(sections, footer), _html(grid.title, sections, footer, directory)
+
+
+def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> list[Section]:
+    budget, first = grid.budget, rows[0]
+    ends = [row for row in rows if row["method"] in (ORIGINAL, ORACLE)]
+    resets = [row for row in rows if row["method"] == "del"]
+    at_budget = [row for row in resets if row["budget"] == budget]
+    share = f"{100 * first['forget_ratio']:g} % of the training set"
+    sections = [Section(f"Setting {setting}", f"Forget set {first['forget']}, {share}.")]
+
+    def named(*strategies: str) -> list[Row]:
+        return [row for name in strategies for row in at_budget if row["strategy"] == name]
+
+    tables: list[tuple[str, str, list[Row], Callable[[Row], str]]] = [
+        (
+            "Table 1: granularity x criterion",
+            f"Reset and finetune, budget {budget:g}. Channels or single parameters, ranked by |θ G| or |G|.",
+            named("del", "param-weighted", "channel-unweighted", "salloc"),
+            _strategy,
+        ),
+        (
+            "Table 2: methods",
+            f"Each method as it is, and within masks of budget {budget:g}.",
+            [row for row in rows if row not in ends and row["budget"] in (None, budget)],
+            lambda row: row["method"] + ("" if row["strategy"] == EVERYTHING else f" in {row['strategy']}"),
+        ),
+        ("Table 3: random control", "Reset and finetune.", named("del", "random", "random-param"), _strategy),
+        (
+            "Table 4: criteria that do not look at the forget set",
+            "Reset and finetune.",
+            named("del", "weight", "weighted-grad-all", "shallowest", "deepest"),
+            _strategy,
+        ),
+        (
+            "Ablation of h",
+            "How many of a channel's scores count: reset and finetune.",
+            [row for row in at_budget if row["strategy"] == "del" or row["strategy"].startswith("del-h")],
+            _strategy,
+        ),
+    ]
+    for title, text, found, label in tables:
+        if len(found) > 1:
+            sections.append(_table(f"{setting} - {title}", text, ends, found, label))
+    budgets = {row["budget"] for row in resets}
+    if len(budgets) > 1:
+        path = directory / "figures" / f"{setting}-budgets.png"
+        plot_budgets(resets, path, f"{setting}: strategies by budget, reset and finetune")
+        text = "Reset and finetune; error bars are 95 % intervals; the dotted line is the oracle."
+        sections.append(Section(f"{setting} - Figure 2: strategies by budget", text, figure=path))
+    paired = [row for row in rows if row["budget"] == budget]
+    methods = {row["method"] for row in paired}
+    if len(methods) > 1 and len({row["strategy"] for row in paired}) > 1:
+        path = directory / "figures" / f"{setting}-methods.png"
+        plot_methods(paired, path, f"{setting}: strategies by method, budget {budget:g}")
+        text = f"Sizes of the gaps at budget {budget:g}; error bars are 95 % intervals; 0 is the oracle."
+        sections.append(Section(f"{setting} - Figure 3: strategies by method", text, figure=path))
+    sections.append(_times(setting, rows))
+    return sections
+
+
+def _strategy(row: Row) -> str:
+    return str(row["strategy"])
+
+
+def _table(title: str, text: str, ends: list[Row], found: list[Row], label: Callable[[Row], str]) -> Section:
+    shown = [field for field in FIELDS if all(field in row for row in found)]
+    named = [(str(row["method"]), row) for row in ends] + [(label(row), row) for row in found]
+    cells = [[name, *(str(row[field]) for field in shown)] for name, row in named]
+    return Section(title, text, ("", *(FIELDS[field] for field in shown)), cells)
+
+
+def _times(setting: str, rows: list[Row]) -> Section:
+    stages = [f"seconds_{stage}" for stage in STAGES]
+    cells = [
+        [row["method"], row["strategy"], "" if row["budget"] is None else f"{row['budget']:g}"]
+        + [str(row[stage]) if stage in row else "" for stage in stages]
+        + [str(row["relative_time"])]
+        for row in rows
+    ]
+    return Section(
+        f"{setting} - Wall-clock of every stage", "Seconds.", ("method", "strategy", "budget", *STAGES, "RTE"), cells
+    )
+
+
+def _sizes(rows: list[Row], budget: float) -> list[Section]:
+    """Where settings differ in how much is forgotten."""
+    found = [row for row in rows if (row["method"], row["strategy"], row["budget"]) == ("del", "del", budget)]
+    kinds = [kind for kind in dict.fromkeys(row["forget"] for row in found)]
+    sections = []
+    for kind in kinds:
+        same = sorted((row for row in found if row["forget"] == kind), key=lambda row: row["forget_ratio"])
+        if len({row["forget_ratio"] for row in same}) > 1:
+            text = f"DEL at budget {budget:g}; the oracle of each size is its own."
+            title = f"Size of the forget set: {kind}"
+            sections.append(_table(title, text, [], same, lambda row: f"{100 * row['forget_ratio']:g} %"))
+    return sections
+
+
+def _markdown(sections: list[Section], footer: str) -> str:
+    parts = []
+    for number, section in enumerate(sections):
+        parts.append(f"{'#' if not number else '##'} {section.title}\n\n{section.text}\n")
+        if section.rows:
+            parts.append(markdown_table(section.columns, section.rows))
+        if section.figure is not None:
+            parts.append(f"![{section.title}](figures/{section.figure.name})\n")
+    return "\n".join([*parts, footer + "\n"])
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 75em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; font-size: 13px; } th { border-bottom: 1px solid #444; }
+td, th { padding: .2em .7em; text-align: right; white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; }
+tr:nth-child(even) td { background: #f5f5f5; } img { max-width: 100%; } footer { color: #666; font-size: 12px; }
+"""
+
+
+def _html(title: str, sections: list[Section], footer: str, directory: Path) -> str:
+    body = []
+    for number, section in enumerate(sections):
+        level = 1 if not number else 2
+        body.append(f"<h{level}>{html.escape(section.title)}</h{level}><p>{html.escape(section.text)}</p>")
+        if section.rows:
+            head = "".join(f"<th>{html.escape(column)}</th>" for column in section.columns)
+            rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in section.rows)
+            lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
+            body.append(f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table>")
+        if section.figure is not None:
+            image = base64.b64encode(section.figure.read_bytes()).decode()
+            body.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{image}">')
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'
+        + "\n".join(body)
+        + f"\n<footer>{html.escape(footer)}</footer></body></html>\n"
+    )

@@ -1,0 +1,121 @@
+"""What cells have measured: a row for each, and means over seeds with their 95 % intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delfast.cli.compare.cells import metrics_of, network_path
+from delfast.cli.compare.grid import EVERYTHING, ORACLE, ORIGINAL, Grid
+from delfast.cli.run import read_summary
+from delfast.evaluate import gaps
+
+Row = dict[str, Any]
+KEYS = ("setting", "method", "strategy", "budget")
+MEASURES = (
+    *("forget_acc", "retain_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test"),
+    *("forget_loss", "retain_loss", "test_loss", "changeable", "seconds", "relative_time"),
+)
+STAGES = ("localize", "prepare", "finetune", "train")
+COLUMNS = (*KEYS, "seed", "forget", "forget_ratio", *MEASURES, *(f"seconds_{stage}" for stage in STAGES))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds; ``half``: half the width of its 95 % interval (Student's t), NaN for one seed."""
+
+    value: float
+    half: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" if math.isnan(self.half) else f"{self.value:.2f} ± {self.half:.2f}"
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Student 1908: t of n - 1 degrees of freedom, times the standard error."""
+    from scipy.stats import t
+
+    count = len(values)
+    middle = sum(values) / count
+    if count == 1:
+        return Mean(middle, math.nan, 1)
+    error = math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count)
+    return Mean(middle, float(t.ppf(0.975, count - 1)) * error, count)
+
+
+def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -> list[Row]:
+    """A row for every network (method "original" or "oracle") and every cell: ``COLUMNS``. Percentages; Δ = oracle -
+    method; ``changeable``: the share of the parameters that might change, in percent; ``relative_time``: to retraining.
+    """
+    rows = []
+    for network in grid.trained:
+        other = next(n for n in grid.trained if n.config == network.config and n.which == ORACLE)
+        seconds = read_summary(network_path(directory, network))["seconds"]
+        retraining = sum(read_summary(network_path(directory, other))["seconds"].values())
+        metrics = metrics_of(directory, network)
+        config = network.config
+        rows.append(
+            {
+                "setting": network.setting,
+                "method": network.which,
+                "strategy": EVERYTHING,
+                "budget": None,
+                "seed": config.seed,
+                "forget": config.forget,
+                "forget_ratio": config.forget_ratio,
+                "changeable": 100.0,
+                "relative_time": sum(seconds.values()) / retraining,
+                **metrics.as_dict(),
+                **gaps(metrics, metrics_of(directory, other)),
+                **_times(seconds),
+            }
+        )
+    for result in results:
+        cell = result["cell"]
+        rows.append(
+            {
+                **{key: cell[key] for key in (*KEYS, "seed", "forget", "forget_ratio")},
+                **result["metrics"],
+                "changeable": 100 * result["mask"]["fraction"],
+                "relative_time": result["relative_time"],
+                **_times(result["seconds"]),
+            }
+        )
+    return rows
+
+
+def _times(seconds: Mapping[str, float]) -> Row:
+    return {"seconds": sum(seconds.values()), **{f"seconds_{name}": value for name, value in seconds.items()}}
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """The rows as CSV; what a row does not have is empty."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def means(rows: Iterable[Row]) -> list[Row]:
+    """One row for all seeds of a (setting, method, strategy, budget): its measures as ``Mean``."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in KEYS), []).append(row)
+    found = []
+    for group in groups.values():
+        first = {key: group[0][key] for key in (*KEYS, "forget", "forget_ratio")}
+        names = [*MEASURES, *(f"seconds_{stage}" for stage in STAGES)]
+        found.append(
+            first | {name: mean([row[name] for row in group]) for name in names if all(name in row for row in group)}
+        )
+    return found
+
+
+__all__ = ["COLUMNS", "KEYS", "ORIGINAL", "STAGES", "Mean", "Row", "mean", "means", "rows_of", "to_csv"]
