@@ -77,14 +77,15 @@ def train(
     batch_size: int = 128,
     weight_decay: float = 0.0,
     image_size: Annotated[int | None, typer.Option(help="side in pixels, for folder:PATH alone")] = None,
+    train_examples: Annotated[int | None, typer.Option(help="use only so many training images")] = None,
+    test_examples: Annotated[int | None, typer.Option(help="use only so many test images")] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
     """Train a network on the whole training set, forget set included; write a run directory."""
     published = recipe(data, model)
-    if data.startswith("folder:"):  # later commands may be run from elsewhere
-        data = f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
+    data = _resolved(data)
     config = Config(
         data=data,
         model=model,
@@ -97,6 +98,8 @@ def train(
         seed=seed,
         data_dir=None if data_dir is None else str(data_dir.resolve()),
         image_size=image_size,
+        train_examples=train_examples,
+        test_examples=test_examples,
     )
     result = steps.train(start(config, choose_device(device)), output_dir)
     _print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
@@ -263,6 +266,7 @@ def evaluate(
 def compare(
     grid: Annotated[Path, typer.Argument(help="a TOML file: see experiments/ and the README")],
     output_dir: OutputDir,
+    data: Annotated[str | None, typer.Option(help="the grid's data from elsewhere: folder:PATH")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (default: CPUs / threads)")] = None,
     threads: Annotated[int, typer.Option(min=1, help="of each process; 1: the same bits in every run")] = 1,
 ) -> None:
@@ -271,7 +275,8 @@ def compare(
     What the output directory holds already is not run again: after a crash, call it once more.
     """
     with watching() as watch:
-        found = comparing.compare(grid, output_dir, workers, threads, watch)
+        source = None if data is None else _resolved(data)
+        found = comparing.compare(grid, output_dir, workers, threads, watch, source)
     output().print(f"{len(found.cells)} cells: see {output_dir / comparing.HTML}")
 
 
@@ -363,6 +368,13 @@ def _print_mask(mask: Mask) -> None:
     console.print(
         f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels"
     )
+
+
+def _resolved(data: str) -> str:
+    """The data's name, with an absolute path: later commands may be run from elsewhere."""
+    if not data.startswith("folder:"):
+        return data
+    return f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
 
 
 def _hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:

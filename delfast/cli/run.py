@@ -7,14 +7,14 @@ that a later step needs, the data set apart. ``train``, ``oracle`` and ``unlearn
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget
+from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget, subset
 from delfast.data.forget import check_ratio
 from delfast.errors import InputError
 from delfast.evaluate import Metrics, evaluate
@@ -47,11 +47,17 @@ class Config:
     seed: int = 0
     data_dir: str | None = None
     image_size: int | None = None
+    train_examples: int | None = None
+    test_examples: int | None = None
 
     def check(self) -> None:
         """InputError for a value that no run can have; nothing is loaded or computed."""
         check_source(self.data, self.image_size)
         check_model(self.model, self.image_size)
+        for name in ("train_examples", "test_examples"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise InputError(f"expected {name} of at least 1, got {count}")
         parse_forget(self.forget)
         check_ratio(self.forget_ratio)
         check_training(self.epochs, self.lr, self.batch_size, self.weight_decay)
@@ -150,10 +156,15 @@ def choose_device(name: str) -> torch.device:
 def start(config: Config, device: torch.device) -> Run:
     """Check a configuration, load its data and choose its forget set. Nothing is written."""
     config.check()
-    data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.image_size)
+    data = _load(config)
     check_model(config.model, data.image_size)
     forget = choose(config.forget, config.forget_ratio, data.train_targets, data.num_classes, config.seed)
     return Run(config, data, forget, device)
+
+
+def _load(config: Config) -> ImageData:
+    data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.image_size)
+    return subset(data, config.train_examples, config.test_examples)
 
 
 def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
@@ -161,13 +172,14 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     summary = read_summary(path)
     stored = summary["config"]
     try:
-        config = Config(**{field.name: stored[field.name] for field in fields(Config)})
-    except (KeyError, TypeError):
+        optional = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
+        config = Config(**optional | {f.name: stored[f.name] for f in fields(Config) if f.name in stored})
+    except TypeError:
         raise InputError(f"'{path / SUMMARY}' has no whole configuration; train anew") from None
     if data_dir is not None:
         config = replace(config, data_dir=str(data_dir))
     config.check()
-    data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.image_size)
+    data = _load(config)
     if data.digest != summary["digests"]["data"]:
         raise InputError(f"the data '{config.data}' are not those that '{path}' was made with; restore them")
     forget = ForgetSet.load(path / FORGET, data.train_targets)

@@ -2,6 +2,6 @@
 
 from delfast.data.batches import Batches, Examples
 from delfast.data.forget import ForgetSet, choose, parse_forget
-from delfast.data.images import ImageData, check_source, load
+from delfast.data.images import ImageData, check_source, load, subset
 
-__all__ = ["Batches", "Examples", "ForgetSet", "ImageData", "check_source", "choose", "load", "parse_forget"]
+__all__ = ["Batches", "Examples", "ForgetSet", "ImageData", "check_source", "choose", "load", "parse_forget", "subset"]

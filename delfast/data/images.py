@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from delfast.provenance import digest_state
 DEFAULT_DATA_DIR = Path("~/.cache/delfast")
 MAX_BYTES = 4 * 2**30  # a folder of images that takes more is refused: it is read into memory whole
 DIGITS_TEST_SHARE, DIGITS_SPLIT_SEED = 0.2, 0  # the same split for every --seed
+SUBSET_SEED = 0  # and the same subset
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,24 @@ def load(spec: str, data_dir: Path | None = None, image_size: int | None = None)
     if spec.startswith("folder:"):
         return _load_folder(spec, image_size)
     return _SOURCES[spec]((data_dir or DEFAULT_DATA_DIR).expanduser())
+
+
+def subset(data: ImageData, train: int | None, test: int | None) -> ImageData:
+    """The data with only that many training and test images, drawn by a seed of its own; None: all of them.
+
+    ``mean`` and ``std`` stay those of the whole training set. InputError for more than there are.
+    """
+    kept: dict[str, Any] = {}
+    for name, count in (("train", train), ("test", test)):
+        images, targets = getattr(data, f"{name}_images"), getattr(data, f"{name}_targets")
+        if count is not None and count > len(targets):
+            raise InputError(f"expected at most {len(targets)} {name}_examples of '{data.name}', got {count}")
+        if count is not None:
+            order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(SUBSET_SEED))
+            chosen = order[:count].sort().values
+            images, targets = images[chosen], targets[chosen]
+        kept |= {f"{name}_images": images, f"{name}_targets": targets}
+    return replace(data, **kept)
 
 
 def _assemble(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int) -> ImageData:

@@ -18,14 +18,21 @@ RESULTS, MARKDOWN, HTML, SUMMARY = "results.csv", "report.md", "report.html", "s
 
 
 def compare(
-    path: Path, output_dir: Path, workers: int | None, threads: int, watch: Callable[[str, int, int], None]
+    path: Path,
+    output_dir: Path,
+    workers: int | None,
+    threads: int,
+    watch: Callable[[str, int, int], None],
+    data: str | None = None,
 ) -> Grid:
     """Run the grid of ``path``, or what of it ``output_dir`` does not hold yet, and write results and report there.
 
     workers: processes (default: CPUs / threads); ``threads`` of each. With one thread the results are bit-identical
-    from run to run. Raises InputError for a bad grid, before anything is written.
+    from run to run. ``data``: where the data come from, if not from where the grid says.
+
+    Raises InputError for a bad grid, before anything is written.
     """
-    grid = read_grid(path)
+    grid = read_grid(path, data)
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
     results = run_grid(grid, output_dir, count, threads, watch)

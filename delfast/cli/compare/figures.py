@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -34,11 +35,12 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
     panels = figure.subplots(1, len(GAPS))
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
         for strategy, (colour, marker, dash) in zip(strategies, STYLES, strict=False):
-            points = sorted((row["budget"], row[field]) for row in rows if row["strategy"] == strategy)
+            found = sorted((row for row in rows if row["strategy"] == strategy), key=lambda row: row["budget"])
+            aside = 0.3 * (strategies.index(strategy) - (len(strategies) - 1) / 2)  # percent: bars side by side
             axes.errorbar(
-                [100 * budget for budget, _ in points],
-                [mean.value for _, mean in points],
-                yerr=[_bar(mean) for _, mean in points],
+                [100 * row["budget"] + aside for row in found],
+                [row[field].value for row in found],
+                yerr=_bars([row[field] for row in found], least=-100),
                 color=colour,
                 marker=marker,
                 linestyle=dash,
@@ -48,9 +50,10 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
                 label=strategy,
             )
         axes.axhline(0, color=INK, linestyle=":", linewidth=1.4, label="oracle")
+        axes.set_title(label, fontsize=11)
         axes.set_xlabel("budget (percent of the parameters)")
-        axes.set_ylabel(f"{label} (points, oracle - method)")
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("oracle - method (points)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.suptitle(title)
@@ -66,28 +69,34 @@ def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
     width = 0.8 / len(strategies)
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
         for position, strategy in enumerate(strategies):
-            found = {row["method"]: row[field] for row in rows if row["strategy"] == strategy}
-            places = [place for place, method in enumerate(methods) if method in found]
+            means = {row["method"]: row[field] for row in rows if row["strategy"] == strategy}
+            places = [place for place, method in enumerate(methods) if method in means]
+            sizes = [replace(means[methods[place]], value=abs(means[methods[place]].value)) for place in places]
             axes.bar(
                 [place + (position - (len(strategies) - 1) / 2) * width for place in places],
-                [abs(found[methods[place]].value) for place in places],
+                [size.value for size in sizes],
                 width * 0.94,
-                yerr=[_bar(found[methods[place]]) for place in places],
+                yerr=_bars(sizes, least=0),
                 error_kw={"linewidth": 0.8, "capsize": 1.5, "ecolor": INK},
                 color=STYLES[position % len(STYLES)][0],
                 hatch="//" if position >= len(STYLES) // 2 else None,
                 label=strategy,
             )
         axes.axhline(0, color=INK, linestyle=":", linewidth=1.4, label="oracle")
+        axes.set_title(f"|{label}|", fontsize=11)
         axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right", fontsize=8)
+        axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.set_xlabel("method")
-        axes.set_ylabel(f"|{label}| (points)")
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("size of oracle - method (points)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
 
 
-def _bar(mean: Mean) -> float:
-    return 0.0 if math.isnan(mean.half) else mean.half
+def _bars(means: Sequence[Mean], least: float) -> list[list[float]]:
+    """Lengths of the intervals below and above the means, cut where no gap can lie: under ``least``, over 100."""
+    halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
+    below = [min(half, mean.value - least) for mean, half in zip(means, halves, strict=True)]
+    return [below, [min(half, 100 - mean.value) for mean, half in zip(means, halves, strict=True)]]

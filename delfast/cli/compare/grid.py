@@ -91,8 +91,10 @@ class Grid:
         return list(found.values())
 
 
-def read_grid(path: Path) -> Grid:
-    """Read a grid. InputError for a missing file, an unknown table, key or name, and values out of range.
+def read_grid(path: Path, data: str | None = None) -> Grid:
+    """Read a grid; ``data`` replaces that of [train].
+
+    InputError for a missing file, an unknown table, key or name, and values out of range.
 
     ``title``; ``seeds``, a list; ``budget``, for tables of one budget (0.3). ``[train]``: a run's configuration, as the
     options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that. ``[unlearn]``: epochs,
@@ -115,7 +117,8 @@ def read_grid(path: Path) -> Grid:
             if setting not in settings:
                 raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
             for seed in content.get("seeds", [0]):
-                config = _config({**content.get("train", {}), **settings[setting]}, seed)
+                values = {**content.get("train", {}), **settings[setting]}
+                config = _config(values, seed, data)
                 for cell in _block(block, setting, config, content, strategies):
                     cells.setdefault(cell.key, cell)
     return Grid(str(content.get("title", path.stem)), list(cells.values()), float(content.get("budget", 0.3)))
@@ -174,7 +177,7 @@ def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> N
         raise InputError(f"strategy '{name}': {one_line(error)}; see delfast.localize") from None
 
 
-def _config(values: Mapping[str, Any], seed: int) -> Config:
+def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
     names = [field.name for field in fields(Config) if field.name != "seed"]
     _known(values, names, "[train] and [settings.NAME]")
     defaults: dict[str, Any] = {"data": "digits", "model": "resnet18-thin", "forget_ratio": 0.1, "batch_size": 128}
@@ -182,7 +185,8 @@ def _config(values: Mapping[str, Any], seed: int) -> Config:
     if "forget" not in values:
         raise InputError("expected [settings.NAME] to say forget = 'iid', 'mislabelled' or 'non-iid:2,5'; add it")
     published = recipe(values["data"], values["model"])
-    config = Config(**{"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)})
+    values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}
+    config = Config(**(values if data is None else {**values, "data": data}))
     config.check()
     return config
 

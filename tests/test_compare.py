@@ -1,0 +1,241 @@
+"""``delfast compare``: what a grid means, that nothing is run twice, and what the report holds."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delfast.cli import main
+from delfast.cli.compare import HTML, MARKDOWN, RESULTS
+from delfast.cli.compare.grid import read_grid
+from delfast.cli.compare.summary import mean
+from delfast.errors import InputError
+from delfast.localize import STRATEGIES
+from delfast.unlearn import METHODS
+
+HEAD = """
+title = "tiny"
+seeds = [0, 1]
+[train]
+data = "digits"
+epochs = 1
+lr = 0.02
+batch_size = 64
+train_examples = 300
+test_examples = 100
+[settings.non-iid]
+forget = "non-iid:2,5"
+[unlearn]
+epochs = 1
+"""
+TINY = (
+    HEAD
+    + """
+[[compare]]
+strategies = ["del", "salloc", "random"]
+budgets = [0.1, 0.3]
+[[compare]]
+methods = ["finetune", "ssd", "retrain"]
+strategies = ["everything"]
+[[compare]]
+methods = ["finetune"]
+strategies = ["del"]
+"""
+)
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "grid.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def run(grid: Path, output_dir: Path) -> None:
+    assert main(["compare", str(grid), "--output-dir", str(output_dir), "--workers", "1"]) == 0
+
+
+def measured(output_dir: Path) -> list[dict[str, str]]:
+    """The rows of results.csv without their times."""
+    with open(output_dir / RESULTS, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [{k: v for k, v in row.items() if "seconds" not in k and k != "relative_time"} for row in rows]
+
+
+# ---- the grid
+
+
+def test_a_grid_is_a_product_and_each_cell_is_there_once(tmp_path: Path) -> None:
+    grid = read_grid(write(tmp_path, TINY + '[[compare]]\nstrategies = ["del"]\nbudgets = [0.3]\n'))
+    assert grid.title == "tiny" and len(grid.cells) == len({cell.key for cell in grid.cells}) == 2 * (6 + 3 + 1)
+    assert len(grid.trained) == 4  # an original and an oracle of each seed
+    budgets = {(c.method.name, c.strategy, c.budget) for c in grid.cells if c.method.name == "finetune"}
+    assert budgets == {("finetune", "everything", None), ("finetune", "del", 0.3)}
+    retrain = next(cell.method for cell in grid.cells if cell.method.name == "retrain")
+    assert (retrain.epochs, retrain.lr) == (1, 0.02)  # as the original was trained
+    assert {cell.method.epochs for cell in grid.cells if cell.method.name == "ssd"} == {0}
+
+
+def test_hyperparameters_and_strategies_of_ones_own(tmp_path: Path) -> None:
+    text = HEAD + '[methods.scrub]\nalpha = 0.5\nbatch_size = 32\n[strategies.del-h1]\ncriterion = "grad"\ntop_h = 1\n'
+    grid = read_grid(write(tmp_path, text + '[[compare]]\nmethods = ["scrub"]\nstrategies = ["del-h1"]\n'))
+    cell = grid.cells[0]
+    assert (cell.method.alpha, cell.method.epochs, cell.batch_size) == (0.5, 1, 32)  # type: ignore[attr-defined]
+    assert cell.localize == {"criterion": "grad", "top_h": 1}
+    changed = read_grid(
+        write(tmp_path, text.replace("0.5", "0.6") + '[[compare]]\nmethods=["scrub"]\nstrategies=["del-h1"]')
+    )
+    assert changed.cells[0].key != cell.key and changed.trained == grid.trained
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("title = ", "cannot read"),
+        ("[settings.a]\nforget = 'iid'", "one is missing"),
+        (HEAD + "[[compare]]\nmethods = ['magic']", "expected method to be one of"),
+        (HEAD + "[[compare]]\nstrategies = ['magic']", "expected strategies among"),
+        (HEAD + "[[compare]]\nbudgets = [0.0]", "budget in (0, 1]"),
+        (HEAD + "[[compare]]\nsettings = ['other']", "names the setting 'other', there is non-iid"),
+        (HEAD + "[[compare]]\nmethod = ['del']", "unknown key 'method'"),
+        (HEAD + "[[compare]]\nstrategies = ['everything']", "asks for 'del' without a mask"),
+        (HEAD + "[[compare]]\nmethods = ['retrain']", "pairs 'retrain' with 'del'"),
+        (HEAD + "[methods.magic]\nlr = 1.0\n[[compare]]", "expected [methods.NAME] to name one of"),
+        (HEAD + "[methods.del]\nalpha = 1.0\n[[compare]]", "has no hyperparameter 'alpha'"),
+        (HEAD + "[strategies.own]\ntop = 1\n[[compare]]\nstrategies = ['own']", "strategy 'own'"),
+        (HEAD.replace("forget =", "forgets =") + "[[compare]]", "unknown key 'forgets'"),
+        (HEAD.replace('forget = "non-iid:2,5"', "epochs = 2") + "[[compare]]", "to say forget ="),
+        (HEAD.replace("epochs = 1\nlr", "epochs = 0\nlr") + "[[compare]]", "at least 1 epoch"),
+    ],
+)
+def test_a_bad_grid_is_refused_in_one_line(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    path, output_dir = write(tmp_path, text), tmp_path / "out"
+    assert main(["compare", str(path), "--output-dir", str(output_dir)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and error.startswith("delfast: error: ") and not output_dir.exists()
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments").rglob("*.toml")), ids=str)
+def test_the_grids_that_ship_can_be_read(path: Path) -> None:
+    assert read_grid(path).cells
+
+
+def test_the_small_grid_has_every_method_and_every_strategy() -> None:
+    cells = read_grid(Path("experiments/small/digits.toml")).cells
+    assert {cell.method.name for cell in cells if cell.strategy == "del"} == METHODS.keys() - {"retrain"}
+    assert {cell.strategy for cell in cells if cell.method.name == "del"} == STRATEGIES.keys()
+
+
+# ---- the run
+
+PROGRAM = "import sys; from delfast.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("compare")
+    run(write(directory, TINY), directory / "out")
+    return directory
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(finished: Path, tmp_path: Path) -> None:
+    grid, output_dir = finished / "grid.toml", tmp_path / "out"
+    command = [sys.executable, "-c", PROGRAM, "compare", str(grid), "--output-dir", str(output_dir), "--workers", "1"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(list(output_dir.glob("cells/*.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*.json") if ".partial" not in path.name}
+    assert len(kept) >= 3 and not (output_dir / RESULTS).exists()
+    run(grid, output_dir)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # none was run again
+    assert measured(output_dir) == measured(finished / "out")
+
+
+def test_a_second_run_computes_nothing(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("out/*/*")}
+    text = (finished / "out" / RESULTS).read_text(encoding="utf-8")
+    run(finished / "grid.toml", finished / "out")
+    assert text == (finished / "out" / RESULTS).read_text(encoding="utf-8")
+    after = {path: path.stat().st_mtime_ns for path in finished.glob("out/*/*")}
+    assert {path for path in before if after[path] != before[path]} <= set(finished.glob("out/figures/*"))
+
+
+def test_rows_are_of_networks_and_cells_with_gaps_to_their_own_oracle(finished: Path) -> None:
+    rows = measured(finished / "out")
+    assert len(rows) == 4 + 20
+    oracles = {row["seed"]: row for row in rows if row["method"] == "oracle"}
+    for row in rows:
+        oracle = oracles[row["seed"]]
+        assert float(row["delta_forget"]) == float(oracle["forget_acc"]) - float(row["forget_acc"])
+        assert 0 < float(row["changeable"]) <= 100
+
+
+# ---- the report
+
+
+def test_means_have_students_intervals() -> None:
+    found = mean([1.0, 2.0, 3.0])
+    assert found.value == 2.0 and math.isclose(found.half, 4.302653 / math.sqrt(3), rel_tol=1e-6)  # t(0.975, 2)
+    assert str(mean([2.0])) == "2.00" and str(found) == "2.00 ± 2.48"
+
+
+def test_the_report_has_tables_and_figures_and_asks_the_network_for_nothing(finished: Path) -> None:
+    out = finished / "out"
+    markdown = (out / MARKDOWN).read_text(encoding="utf-8")
+    for title in (
+        "Table 1",
+        "Table 2: methods",
+        "Table 3: random",
+        "Figure 2",
+        "Figure 3",
+        "Wall-clock of every stage",
+    ):
+        assert title in markdown
+
+    class Links(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[str] = []
+            self.open_tags: list[str] = []
+
+        def handle_starttag(self, tag: str, attributes: Any) -> None:
+            self.found += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+            if tag not in ("meta", "link", "img"):
+                self.open_tags.append(tag)
+            assert tag not in ("script", "iframe", "object")
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open_tags.pop() == tag
+
+    page = (out / HTML).read_text(encoding="utf-8")
+    links = Links()
+    links.feed(page)
+    assert links.open_tags == [] and "url(" not in page and "@import" not in page
+    assert len(links.found) == 3 and all(link.startswith("data:") for link in links.found)  # the icon and two figures
+    for figure in ("non-iid-budgets.png", "non-iid-methods.png"):
+        assert (out / "figures" / figure).read_bytes().startswith(b"\x89PNG")
+        assert f"figures/{figure}" in markdown
+
+
+def test_more_examples_than_there_are_are_refused(tmp_path: Path, capsys: Any) -> None:
+    grid = write(tmp_path, TINY.replace("train_examples = 300", "train_examples = 3000"))
+    assert main(["compare", str(grid), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "expected at most 1437 train_examples of 'digits', got 3000" in capsys.readouterr().err
+
+
+def test_an_unknown_grid_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a TOML file"):
+        read_grid(tmp_path / "none.toml")
