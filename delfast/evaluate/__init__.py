@@ -2,5 +2,15 @@
 
 from delfast.evaluate.membership import membership_inference
 from delfast.evaluate.metrics import Metrics, SetResult, accuracy_and_loss, evaluate, gaps
+from delfast.evaluate.predictions import logit_confidences, predictions
 
-__all__ = ["Metrics", "SetResult", "accuracy_and_loss", "evaluate", "gaps", "membership_inference"]
+__all__ = [
+    "Metrics",
+    "SetResult",
+    "accuracy_and_loss",
+    "evaluate",
+    "gaps",
+    "logit_confidences",
+    "membership_inference",
+    "predictions",
+]
