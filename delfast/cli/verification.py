@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from delfast.bits import bits
 from delfast.cli.run import MODEL
 from delfast.errors import InputError
 from delfast.files import load_state
@@ -20,7 +21,6 @@ COLUMNS = ("name", "entries", "in the mask", "changed", "changed outside")
 # A state file does not tell buffers from parameters; these are the ones that training moves, of every torch
 # norm layer
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def compare(
             raise InputError(f"expected a module or entry of the network, got '{wanted}', which it does not have")
     rows: dict[bool, list[ComparedRow]] = {True: [], False: []}
     for name, old in before.items():
-        changed = _bits(old) != _bits(after[name])
+        changed = bits(old) != bits(after[name])
         may = allowed.get(name)
         if may is None:
             may = _mask_of_twin(name, before, after, allowed)
@@ -121,17 +121,12 @@ def _within(name: str, wanted: str) -> bool:
     return name == wanted or name.startswith(f"{wanted}.")
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.contiguous().view(_BITS[real.element_size()])
-
-
 def _mask_of_twin(
     name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], allowed: Mapping[str, Tensor]
 ) -> Tensor:
     for twin, may in allowed.items():
         same = before[twin].shape == before[name].shape and before[twin].dtype == before[name].dtype
-        if same and all(torch.equal(_bits(state[twin]), _bits(state[name])) for state in (before, after)):
+        if same and all(torch.equal(bits(state[twin]), bits(state[name])) for state in (before, after)):
             return may
     return torch.zeros(before[name].shape, dtype=torch.bool)
 

@@ -1,6 +1,29 @@
-"""What a network knows of its forget set: accuracies, membership inference, the gap to an oracle."""
+"""What a network knows of its forget set: accuracies, membership inference, the gap to an oracle, and the cost."""
 
-from delfast.evaluate.membership import membership_inference
+from delfast.evaluate.cost import changed_fraction, relative_time
+from delfast.evaluate.divergence import kl_divergence, kl_to_oracle
+from delfast.evaluate.lira import ULira, tpr_at_fpr, u_lira, u_lira_leave_one_out
+from delfast.evaluate.membership import membership_inference, modified_entropy, svc_attacks
 from delfast.evaluate.metrics import Metrics, SetResult, accuracy_and_loss, evaluate, gaps
+from delfast.evaluate.predictions import logit_confidences, predictions
 
-__all__ = ["Metrics", "SetResult", "accuracy_and_loss", "evaluate", "gaps", "membership_inference"]
+__all__ = [
+    "Metrics",
+    "SetResult",
+    "ULira",
+    "accuracy_and_loss",
+    "changed_fraction",
+    "evaluate",
+    "gaps",
+    "kl_divergence",
+    "kl_to_oracle",
+    "logit_confidences",
+    "membership_inference",
+    "modified_entropy",
+    "predictions",
+    "relative_time",
+    "svc_attacks",
+    "tpr_at_fpr",
+    "u_lira",
+    "u_lira_leave_one_out",
+]

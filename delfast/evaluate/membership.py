@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from delfast.errors import InputError
+from delfast.evaluate.predictions import Predictions, check_predictions, log_complement, true_class
 
 
 def membership_inference(
@@ -26,17 +27,75 @@ def membership_inference(
     for name, confidences in named.items():
         if len(confidences) == 0:
             raise InputError(f"membership inference needs at least one {name} example, got none")
+    return _called_non_members(retain_confidences, test_confidences, forget_confidences, seed)
+
+
+def svc_attacks(retain: Predictions, test: Predictions, forget: Predictions, seed: int = 0) -> dict[str, float]:
+    """Percentages of the forget set that SalUn's five attackers call non-member, by the feature that each sees.
+
+    Each is the attacker of ``membership_inference`` on another feature of an example's probabilities p, y its label:
+    "correctness" (1 where the largest p is p_y, else 0), "confidence" (p_y: ``membership_inference``'s figure),
+    "entropy" (nats), "m_entropy" (``modified_entropy``, nats) and "prob" (all of p). All five are fitted on the same
+    examples. gamma "auto" is 1 / the number of features: 1, and 1 / classes for "prob".
+
+    Each set: its log-probabilities (n, classes) and integer targets (n,), as ``predictions`` gives them. Raises
+    InputError for an empty set, for what are no predictions, and for sets of different numbers of classes.
+    """
+    named = {"retain": retain, "test": test, "forget": forget}
+    for name, (log_probabilities, targets) in named.items():
+        check_predictions(log_probabilities, targets, f"{name} set")
+    classes = {name: log_probabilities.shape[1] for name, (log_probabilities, _) in named.items()}
+    if len(set(classes.values())) > 1:
+        raise InputError(f"expected the same classes in all three sets, got {classes}; use one network's predictions")
+    members, non_members, attacked = _features(*retain), _features(*test), _features(*forget)
+    return {name: _called_non_members(members[name], non_members[name], attacked[name], seed) for name in attacked}
+
+
+def modified_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """(N,) float64 modified entropies in nats: 0 for a sure and right prediction, large for a sure and wrong one.
+
+    -(1 - p_y) log p_y - sum over i != y of p_i log(1 - p_i), y the label (Song & Mittal, "Systematic Evaluation of
+    Privacy Risks of Machine Learning Models", USENIX Security 2021, arXiv 2003.10595: their Mentr). Some published code
+    of SalUn's attack sets the columns of every row's label in each row; this is the formula, so "m_entropy" figures
+    of such code differ. Finite for any finite log-probabilities. Raises InputError for what are no predictions.
+    """
+    check_predictions(log_probabilities, targets, "predictions")
+    exact = log_probabilities.double()
+    # log1p(-p) is imprecise near p = 1 alone, where only the largest of a row can be
+    largest = exact.argmax(1)
+    log_rest = torch.log1p(-exact.exp()).scatter(1, largest[:, None], log_complement(exact, largest)[:, None])
+    others = (exact.exp() * log_rest).scatter(1, targets[:, None].long(), 0.0)
+    return -true_class(log_rest, targets).exp() * true_class(exact, targets) - others.sum(1)
+
+
+def _features(log_probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """(n,) each, but "prob": (n, classes)."""
+    probabilities = log_probabilities.exp()
+    return {
+        "correctness": log_probabilities.argmax(1) == targets,
+        "confidence": true_class(log_probabilities, targets).exp(),
+        "entropy": -(probabilities.double() * log_probabilities.double()).sum(1),
+        "m_entropy": modified_entropy(log_probabilities, targets),
+        "prob": probabilities,
+    }
+
+
+def _called_non_members(retain: Tensor, test: Tensor, forget: Tensor, seed: int) -> float:
+    """The attack on any feature, (n,) or (n, features), of the three sets."""
     from sklearn.svm import SVC
 
-    count = min(len(retain_confidences), len(test_confidences))
+    count = min(len(retain), len(test))
     generator = torch.Generator().manual_seed(seed)
-    members = _subsample(retain_confidences, count, generator)
-    non_members = _subsample(test_confidences, count, generator)
-    features = torch.cat([members, non_members]).reshape(-1, 1).double().numpy()
+    members = _subsample(retain, count, generator)
+    non_members = _subsample(test, count, generator)
     labels = numpy.repeat([1, 0], count)
-    attack = SVC(C=3, gamma="auto", kernel="rbf").fit(features, labels)
-    called = attack.predict(forget_confidences.reshape(-1, 1).double().numpy())
-    return float(100 * (called == 0).mean())
+    attack = SVC(C=3, gamma="auto", kernel="rbf").fit(_rows(torch.cat([members, non_members])), labels)
+    return float(100 * (attack.predict(_rows(forget)) == 0).mean())
+
+
+def _rows(features: Tensor) -> numpy.ndarray:
+    """(n, features) float64, as scikit-learn takes them."""
+    return features.reshape(len(features), -1).double().cpu().numpy()
 
 
 def _subsample(values: Tensor, count: int, generator: torch.Generator) -> Tensor:

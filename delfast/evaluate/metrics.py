@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from delfast.batches import check_targets, device_of, evaluating, inputs_and_targets
-from delfast.errors import InputError
+from delfast.batches import evaluating
 from delfast.evaluate.membership import membership_inference
-
-Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
+from delfast.evaluate.predictions import Loader, check_count, predict, true_class
 
 
 @dataclass(frozen=True)
@@ -106,25 +101,11 @@ def _measure(model: nn.Module, loader: Loader, name: str) -> SetResult:
     correct, loss, confidences = 0, 0.0, []
     with evaluating(model), torch.no_grad():
         for batch in loader:
-            try:
-                targets, log_probabilities = _predict(model, batch)
-            except InputError as error:
-                raise InputError(f"{name} set: {error}") from None
-            true_class = log_probabilities.gather(1, targets[:, None]).squeeze(1)
+            targets, log_probabilities = predict(model, batch, f"{name} set")
+            truth = true_class(log_probabilities, targets)
             correct += int((log_probabilities.argmax(1) == targets).sum())
-            loss -= float(true_class.double().sum())
-            confidences.append(true_class.exp().cpu())
+            loss -= float(truth.double().sum())
+            confidences.append(truth.exp().cpu())
     count = sum(map(len, confidences))
-    if not count:
-        raise InputError(f"{name} set: expected at least one example, got none")
+    check_count(count, f"{name} set")
     return SetResult(100 * correct / count, loss / count, torch.cat(confidences))
-
-
-def _predict(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """(B,) labels, (B, classes) float32 log-probabilities; InputError for bad labels and non-finite outputs."""
-    inputs, targets = inputs_and_targets(batch, device_of(model))
-    logits = model(inputs)
-    check_targets(targets, logits)
-    if not logits.isfinite().all():
-        raise InputError("expected finite outputs of the model, got NaN or infinity; train it with a lower rate")
-    return targets, functional.log_softmax(logits.float(), dim=1)

@@ -1,0 +1,14 @@
+"""A tensor's bit patterns, by which NaN equals itself and 0 is not -0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same shape in integers of the same width; a complex tensor's parts lie along one more dimension, of 2."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.contiguous().view(_BITS[real.element_size()])
