@@ -110,14 +110,18 @@ class Run:
 
     def measure(self, model: nn.Module, seed: int | None = None) -> Metrics:
         """The network's metrics on the run's forget, retain and test sets; ``seed`` as for ``evaluate``."""
+        sets = self.sets()
+        chosen = self.config.seed if seed is None else seed
+        return evaluate(model, sets["forget"], sets["retain"], sets["test"], seed=chosen)
+
+    def sets(self) -> dict[str, Batches]:
+        """The batches of the forget, retain and test sets, in order, to be measured on."""
         data = self.data
-        return evaluate(
-            model,
-            self.batches(self.forget.indices, EVALUATION_BATCH),
-            self.batches(self.forget.retain, EVALUATION_BATCH),
-            Batches(data.test_images, data.test_targets, data.mean, data.std, batch_size=EVALUATION_BATCH),
-            seed=self.config.seed if seed is None else seed,
-        )
+        return {
+            "forget": self.batches(self.forget.indices, EVALUATION_BATCH),
+            "retain": self.batches(self.forget.retain, EVALUATION_BATCH),
+            "test": Batches(data.test_images, data.test_targets, data.mean, data.std, batch_size=EVALUATION_BATCH),
+        }
 
     def digests(self) -> dict[str, str]:
         """Digests of the data and of the forget set."""

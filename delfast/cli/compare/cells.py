@@ -17,11 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from delfast.cli import steps
 from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
 from delfast.cli.run import SUMMARY, Config, Run, load_model, read_summary, start
-from delfast.evaluate import Metrics, gaps
+from delfast.evaluate import (
+    Metrics,
+    changed_fraction,
+    gaps,
+    kl_divergence,
+    predictions,
+    relative_time,
+    svc_attacks,
+)
 from delfast.files import read_json, write_json
 from delfast.localize import localize
 from delfast.provenance import provenance
@@ -86,12 +95,15 @@ def _train(directory: Path, network: Trained) -> None:
 
 
 def run_cell(directory: Path, cell: Cell) -> None:
-    """Unlearn, measure, and write: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle, nats
-    for losses), ``mask`` (its fraction and channels), ``seconds`` by stage, ``relative_time`` to retraining.
+    """Unlearn, measure, and write: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle; nats
+    for losses and for the divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent
+    of the forget set called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and
+    did), ``seconds`` by stage, ``relative_time`` to retraining.
     """
     run = _run(cell.config)
     model = load_model(run, network_path(directory, cell.original))
     seed = cell.config.seed + steps.RESET_SEED
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     seconds: dict[str, float] = {}
     mask = None
     if cell.localize is not None and cell.budget is not None:
@@ -112,6 +124,9 @@ def run_cell(directory: Path, cell: Cell) -> None:
     )
     seconds |= result.seconds
     metrics = run.measure(model)
+    found = {name: predictions(model, loader) for name, loader in run.sets().items()}
+    reference = _oracle_predictions(directory, cell.oracle)
+    kl = {f"kl_{name}": kl_divergence(found[name][0], reference[name]) for name in ("forget", "test")}
     retraining = sum(read_summary(network_path(directory, cell.oracle))["seconds"].values())
     changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
     content = {
@@ -127,11 +142,13 @@ def run_cell(directory: Path, cell: Cell) -> None:
             "budget": cell.budget,
             "batch_size": cell.batch_size,
         },
-        "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle))},
+        "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle)), **kl},
+        "attacks": svc_attacks(found["retain"], found["test"], found["forget"], seed=cell.config.seed),
         "mask": {"fraction": changeable, "channels": result.mask.channels, "digest": result.mask.digest},
+        "changed": changed_fraction(before, dict(model.named_parameters()), list(before)),
         "losses": result.losses,
         "seconds": seconds,
-        "relative_time": sum(seconds.values()) / retraining,
+        "relative_time": relative_time(sum(seconds.values()), retraining),
         "provenance": provenance(device="cpu", threads=torch.get_num_threads()),
     }
     write_json(cell_path(directory, cell), content)
@@ -140,6 +157,15 @@ def run_cell(directory: Path, cell: Cell) -> None:
 def metrics_of(directory: Path, network: Trained) -> Metrics:
     """The metrics of a network that was trained, on its own run's sets."""
     return Metrics(**read_summary(network_path(directory, network))["metrics"])
+
+
+@lru_cache(maxsize=2)
+def _oracle_predictions(directory: Path, network: Trained) -> dict[str, Tensor]:
+    """The oracle's log-probabilities on the forget and test sets: cells of one setting and seed share them."""
+    run = _run(network.config)
+    oracle = load_model(run, network_path(directory, network))
+    sets = run.sets()
+    return {name: predictions(oracle, sets[name])[0] for name in ("forget", "test")}
 
 
 @lru_cache(maxsize=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from delfast.cli.compare.figures import plot_budgets, plot_methods
 from delfast.cli.compare.grid import EVERYTHING, ORACLE, ORIGINAL, Grid
-from delfast.cli.compare.summary import STAGES, Row, means
+from delfast.cli.compare.summary import ATTACKS, STAGES, Row, means
 from delfast.files import make_output_dir
 from delfast.report import markdown_table
 
@@ -21,13 +21,15 @@ FIELDS = {
     "delta_forget": "Δ forget",
     "delta_mia": "Δ MIA",
     "delta_test": "Δ test",
-    "changeable": "changeable %",
+    "kl_forget": "KL forget",
+    "changed": "changed %",
     "seconds": "seconds",
     "relative_time": "RTE",
 }
 MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t). Δ = oracle - method: the nearer to
-0, the better. MIA: the part of the forget set that membership inference calls non-member. Changeable: the share of the
-parameters that a method might change. RTE: run time relative to retraining, localization included."""
+0, the better. MIA: the part of the forget set that membership inference calls non-member. KL: divergence of the
+method's predictions from the oracle's, in nats. Changed: the share of the parameters that differ from the original's.
+RTE: run time relative to retraining, localization included."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
         plot_methods(paired, path, f"{setting}: strategies by method, budget {budget:g}")
         text = f"Sizes of the gaps at budget {budget:g}; error bars are 95 % intervals; 0 is the oracle."
         sections.append(Section(f"{setting} - Figure 3: strategies by method", text, figure=path))
-    sections.append(_times(setting, rows))
+    sections += [_attacks(setting, rows), _times(setting, rows)]
     return sections
 
 
@@ -115,20 +117,25 @@ def _strategy(row: Row) -> str:
 
 
 def _table(title: str, text: str, ends: list[Row], found: list[Row], label: Callable[[Row], str]) -> Section:
-    shown = [field for field in FIELDS if all(field in row for row in found)]
     named = [(str(row["method"]), row) for row in ends] + [(label(row), row) for row in found]
-    cells = [[name, *(str(row[field]) for field in shown)] for name, row in named]
-    return Section(title, text, ("", *(FIELDS[field] for field in shown)), cells)
+    cells = [[name, *(str(row.get(field, "")) for field in FIELDS)] for name, row in named]
+    return Section(title, text, ("", *FIELDS.values()), cells)
+
+
+def _attacks(setting: str, rows: list[Row]) -> Section:
+    text = "SalUn's five attacks, each a classifier of one feature: percent of the forget set called non-member."
+    found = [row for row in rows if ATTACKS[0] in row]
+    cells = [[*_name(row), *(str(row[attack]) for attack in ATTACKS)] for row in found]
+    return Section(f"{setting} - Membership inference", text, ("method", "strategy", "budget", *ATTACKS), cells)
+
+
+def _name(row: Row) -> list[str]:
+    return [row["method"], row["strategy"], "" if row["budget"] is None else f"{row['budget']:g}"]
 
 
 def _times(setting: str, rows: list[Row]) -> Section:
     stages = [f"seconds_{stage}" for stage in STAGES]
-    cells = [
-        [row["method"], row["strategy"], "" if row["budget"] is None else f"{row['budget']:g}"]
-        + [str(row[stage]) if stage in row else "" for stage in stages]
-        + [str(row["relative_time"])]
-        for row in rows
-    ]
+    cells = [[*_name(row), *(str(row.get(stage, "")) for stage in stages), str(row["relative_time"])] for row in rows]
     return Section(
         f"{setting} - Wall-clock of every stage", "Seconds.", ("method", "strategy", "budget", *STAGES, "RTE"), cells
     )

@@ -19,10 +19,12 @@ Row = dict[str, Any]
 KEYS = ("setting", "method", "strategy", "budget")
 MEASURES = (
     *("forget_acc", "retain_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test"),
-    *("forget_loss", "retain_loss", "test_loss", "changeable", "seconds", "relative_time"),
+    *("forget_loss", "retain_loss", "test_loss", "kl_forget", "kl_test", "changeable", "changed"),
+    *("seconds", "relative_time"),
 )
+ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob")
 STAGES = ("localize", "prepare", "finetune", "train")
-COLUMNS = (*KEYS, "seed", "forget", "forget_ratio", *MEASURES, *(f"seconds_{stage}" for stage in STAGES))
+COLUMNS = (*KEYS, "seed", "forget", "forget_ratio", *MEASURES, *ATTACKS, *(f"seconds_{stage}" for stage in STAGES))
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -> list[Row]:
-    """A row for every network (method "original" or "oracle") and every cell: ``COLUMNS``. Percentages; Δ = oracle -
-    method; ``changeable``: the share of the parameters that might change, in percent; ``relative_time``: to retraining.
+    """A row for every network (method "original" or "oracle") and every cell: ``COLUMNS``.
+
+    Percentages; Δ = oracle - method; ``changeable``, ``changed``: the share of the parameters that might change, and did;
+    the attacks of SalUn by name; ``relative_time``: to retraining.
     """
     rows = []
     for network in grid.trained:
@@ -82,6 +86,8 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
             {
                 **{key: cell[key] for key in (*KEYS, "seed", "forget", "forget_ratio")},
                 **result["metrics"],
+                **result["attacks"],
+                "changed": 100 * result["changed"],
                 "changeable": 100 * result["mask"]["fraction"],
                 "relative_time": result["relative_time"],
                 **_times(result["seconds"]),
@@ -111,7 +117,7 @@ def means(rows: Iterable[Row]) -> list[Row]:
     found = []
     for group in groups.values():
         first = {key: group[0][key] for key in (*KEYS, "forget", "forget_ratio")}
-        names = [*MEASURES, *(f"seconds_{stage}" for stage in STAGES)]
+        names = [*MEASURES, *ATTACKS, *(f"seconds_{stage}" for stage in STAGES)]
         found.append(
             first | {name: mean([row[name] for row in group]) for name in names if all(name in row for row in group)}
         )
