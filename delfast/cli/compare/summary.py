@@ -54,7 +54,7 @@ def mean(values: Sequence[float]) -> Mean:
 def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -> list[Row]:
     """A row for every network (method "original" or "oracle") and every cell: ``COLUMNS``.
 
-    Percentages; Δ = oracle - method; ``changeable``, ``changed``: the share of the parameters that might change, and did;
+    Percentages; Δ = oracle - method; ``changeable``, ``changed``: shares of the parameters that might change, and did;
     the attacks of SalUn by name; ``relative_time``: to retraining.
     """
     rows = []
