@@ -216,3 +216,23 @@ def test_a_batch_norm_set_to_eval_stays_frozen_and_no_grad_callers_are_served() 
     with torch.no_grad():
         run(model)
     assert torch.equal(model.features[1].running_mean, before) and not model.features[1].training and model.training
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bfloat16_trains_float32_parameters_to_nearly_the_same(channels_last: bool) -> None:
+    trained = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        model = cases.SmallNet()
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        seen: set[torch.dtype] = set()
+        model.head.register_forward_hook(lambda _, inputs, output, seen=seen: seen.add(output.dtype))
+        result = run(model, precision=precision)
+        trained[precision] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert torch.bfloat16 in seen or precision == "fp32"
+        assert all(p.dtype == torch.float32 for p in model.parameters()) and result.losses
+    difference = (trained["bf16"] - trained["fp32"]).norm() / trained["fp32"].norm()
+    assert 0 < difference < 0.05
+    with pytest.raises(InputError, match="expected precision to be one of fp32, bf16"):
+        run(cases.SmallNet(), precision="fp8")

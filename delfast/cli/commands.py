@@ -79,6 +79,8 @@ def train(
     image_size: Annotated[int | None, typer.Option(help="side in pixels, for folder:PATH alone")] = None,
     train_examples: Annotated[int | None, typer.Option(help="use only so many training images")] = None,
     test_examples: Annotated[int | None, typer.Option(help="use only so many test images")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16: the forward pass under autocast")] = "fp32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="the layout that convolutions like")] = False,
     data_dir: DataDir = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -100,6 +102,8 @@ def train(
         image_size=image_size,
         train_examples=train_examples,
         test_examples=test_examples,
+        precision=precision,
+        channels_last=channels_last,
     )
     result = steps.train(start(config, choose_device(device)), output_dir)
     _print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget, subset
 from delfast.data.forget import check_ratio
-from delfast.errors import InputError
+from delfast.errors import InputError, check_choice
 from delfast.evaluate import Metrics, evaluate
 from delfast.files import load_state, read_json
 from delfast.models import check_model, factory
 from delfast.provenance import digest_state
+from delfast.unlearn.loop import Precision
 
 EVALUATION_BATCH = 512
 MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
@@ -34,7 +35,10 @@ MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
 
 @dataclass(frozen=True)
 class Config:
-    """What a run is trained on and how: SGD with momentum 0.9, the rate falling by a cosine to 1 %."""
+    """What a run is trained on and how: SGD with momentum 0.9, the rate falling by a cosine to 1 %.
+
+    ``precision``, ``channels_last``: of training and unlearning; what is measured is measured in float32.
+    """
 
     data: str
     model: str
@@ -49,6 +53,8 @@ class Config:
     image_size: int | None = None
     train_examples: int | None = None
     test_examples: int | None = None
+    precision: str = "fp32"
+    channels_last: bool = False
 
     def check(self) -> None:
         """InputError for a value that no run can have; nothing is loaded or computed."""
@@ -58,6 +64,7 @@ class Config:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise InputError(f"expected {name} of at least 1, got {count}")
+        check_choice("precision", self.precision, Precision)
         parse_forget(self.forget)
         check_ratio(self.forget_ratio)
         check_training(self.epochs, self.lr, self.batch_size, self.weight_decay)
@@ -93,6 +100,11 @@ class Run:
     def factory(self) -> Callable[[], nn.Module]:
         """Builds the run's network anew, on the CPU."""
         return factory(self.config.model, self.data.num_classes, self.data.channels, self.data.image_size)
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """The network on the run's device, in its memory format."""
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return model.to(self.device).to(memory_format=layout)
 
     def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
         """Batches of training examples, with the labels the run trains with."""
@@ -207,7 +219,7 @@ def load_model(run: Run, path: Path) -> nn.Module:
         raise InputError(f"'{path / MODEL}' is no {run.config.model} for {run.config.data}; use its own run") from None
     if digests["forget"] != run.forget.digest:
         raise InputError(f"'{path}' is of another forget set than the run; use networks of one `delfast train`")
-    return model.to(run.device)
+    return run.placed(model)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from delfast.unlearn import Method
 from delfast.unlearn import train as train_network
 from delfast.unlearn import unlearn as unlearn_network
 from delfast.unlearn.head import head_parameters
+from delfast.unlearn.loop import Precision
 
 MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
 ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed
@@ -74,10 +75,11 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int)
     make_output_dir(output_dir)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = run.factory().to(run.device)
+        model = run.placed(run.factory())
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
     say(f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs")
-    result = train_network(model, batches, optimizer, epochs=config.epochs, progress=progress)
+    precision = cast(Precision, config.precision)
+    result = train_network(model, batches, optimizer, epochs=config.epochs, precision=precision, progress=progress)
     trained = Trained(model, run.measure(model), {"train": result.seconds})
     _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
     return trained
@@ -198,6 +200,7 @@ def unlearn(
         mask=mask,
         method=method,
         init=run.factory,
+        precision=cast(Precision, run.config.precision),
         seed=seed,
         head=head,
         checkpoint=checkpoint,

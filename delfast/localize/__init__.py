@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from delfast.batches import LossFn
+from delfast.errors import check_choice
 from delfast.localize.anytime import localize_until_stable
 from delfast.localize.critmem import CriticalChannels, CriticalExample, critmem
 from delfast.localize.per_example import SignedChannels, signed_channels
@@ -18,7 +19,6 @@ from delfast.localize.scores import (
     Granularity,
     Policy,
     Scores,
-    check_choice,
     check_criterion,
     check_selection,
     score,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from delfast._version import __version__
 from delfast.batches import LossFn, warn_about_loader
-from delfast.errors import InputError
+from delfast.errors import InputError, check_choice
 from delfast.localize.critmem import MOST_CHANNELS, check_max_channels, critmem
 from delfast.localize.gradient import GradientSums, MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
@@ -327,9 +327,3 @@ def check_criterion(criterion: str, per_example: bool, loss_fn: LossFn | None = 
         raise InputError("criterion 'critmem' asks for predictions, not losses; call critmem(logits_fn=...) instead")
     if criterion in WITHOUT_MEAN and per_example:
         raise InputError(f"expected a criterion with a gradient for per_example=True, got '{criterion}'; leave one out")
-
-
-def check_choice(what: str, value: object, choices: Any) -> None:
-    """InputError unless ``value`` is one of a Literal's values."""
-    if value not in get_args(choices):
-        raise InputError(f"expected {what} to be one of {', '.join(get_args(choices))}; got '{value}'")

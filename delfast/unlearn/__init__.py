@@ -19,7 +19,7 @@ from delfast.naming import trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
 from delfast.unlearn.head import find_head, head_parameters
-from delfast.unlearn.loop import Progress, train
+from delfast.unlearn.loop import Precision, Progress, train
 from delfast.unlearn.methods import (
     Del,
     Finetune,
@@ -72,6 +72,7 @@ def unlearn(
     seed: int = 0,
     head: str | None = None,
     loss_fn: LossFn | None = None,
+    precision: Precision = "fp32",
     checkpoint: Path | None = None,
     resume: bool = False,
     config: Mapping[str, object] | None = None,
@@ -86,7 +87,7 @@ def unlearn(
     mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
     init, seed: as for ``reset_``; for "del" and "retrain". The seed draws "relabel"'s labels too.
     head: name of the classifier head, which "del" trains in full; found by a forward pass if None.
-    checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
+    precision, checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
     Under DDP every process needs the same mask: localize the whole forget set in each.
@@ -119,6 +120,7 @@ def unlearn(
     teacher = copy.deepcopy(network).eval() if "teacher" in chosen.needs else None
     job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)
     settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
+    settings["precision"] = precision
     seconds = {"prepare": 0.0, "finetune": 0.0}
 
     def prepare() -> None:
@@ -148,6 +150,7 @@ def unlearn(
         epochs=chosen.epochs,
         schedule=chosen.schedule,
         loss_fn=losses,
+        precision=precision,
         checkpoint=checkpoint,
         resume=resume,
         config={**settings, **(config or {})},

@@ -14,11 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from delfast.batches import LossFn, per_example_losses
-from delfast.errors import InputError
+from delfast.batches import LossFn, device_of, per_example_losses
+from delfast.errors import InputError, check_choice
 from delfast.files import one_line, write_atomically
 
 Schedule = Literal["cosine", "constant"]
+Precision = Literal["fp32", "bf16"]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """``progress(iterable, description, total)`` -> the same items, shown as they pass."""
 
@@ -43,6 +44,7 @@ def train(
     final_lr: float = 0.01,
     loss_fn: LossFn | None = None,
     max_norm: float | None = None,
+    precision: Precision = "fp32",
     checkpoint: Path | None = None,
     resume: bool = False,
     config: Mapping[str, object] | None = None,
@@ -55,6 +57,8 @@ def train(
     schedule: "cosine" from the optimizer's rate to ``final_lr`` times it, step by step (DEL paper, appendix: to 1 %).
     before: called once everything is checked and only where training starts anew, not where it is resumed.
     max_norm: clip the gradient's L2 norm to this.
+    precision: "bf16" runs the forward pass under ``torch.autocast``; parameters, their gradients and the optimizer stay
+        as they are.
     checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
         the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
         that must be the same when it is resumed. Torch's generators and the loader's own are part of a checkpoint;
@@ -67,6 +71,7 @@ def train(
     """
     if epochs < 1:
         raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
+    check_choice("precision", precision, Precision)
     steps = _length(loader)
     scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
     record = _Checkpoint(checkpoint, dict(config or {}), loader, model, optimizer, scheduler)
@@ -84,7 +89,7 @@ def train(
                 loader.set_epoch(epoch)
             batches = progress(loader, f"epoch {epoch + 1}/{epochs}", steps) if progress else loader
             with torch.inference_mode(False), torch.enable_grad():
-                losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm))
+                losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm, precision))
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
             record.save(losses)
@@ -102,12 +107,15 @@ def _run_epoch(
     scheduler: LambdaLR,
     loss_fn: LossFn | None,
     max_norm: float | None,
+    precision: Precision,
 ) -> float:
     """One pass; the mean loss over its examples."""
+    kind = device_of(model).type
     total, examples = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         model.zero_grad(set_to_none=True)
-        losses = per_example_losses(model, batch, loss_fn)
+        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
+            losses = per_example_losses(model, batch, loss_fn)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         if max_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)

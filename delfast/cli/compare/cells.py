@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from delfast.files import read_json, write_json
 from delfast.localize import localize
 from delfast.provenance import provenance
 from delfast.unlearn import unlearn
+from delfast.unlearn.loop import Precision
 
 Watch = Callable[[str, int, int], None]
 """``watch(what, done, of)``: called after every network and every cell."""
@@ -120,6 +121,7 @@ def run_cell(directory: Path, cell: Cell) -> None:
         mask=mask,
         method=cell.method,
         init=run.factory,
+        precision=cast(Precision, cell.config.precision),
         seed=seed,
     )
     seconds |= result.seconds
