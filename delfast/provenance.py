@@ -19,8 +19,9 @@ def digest_tensor(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's dtype, shape and values in logical (row-major) order, on any device."""
     values = tensor.detach().to("cpu").contiguous().reshape(-1)
     raw = values.view(torch.uint8).numpy() if values.numel() else numpy.empty(0, dtype=numpy.uint8)
-    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return hashlib.sha256(head + b"\0" + raw.tobytes()).digest()
+    total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + b"\0")
+    total.update(raw.data)  # where it lies: images may fill a file that memory could not hold
+    return total.digest()
 
 
 def digest_state(state: Mapping[str, Tensor]) -> str:

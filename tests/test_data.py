@@ -141,13 +141,22 @@ def test_folder_of_images(folder):
     assert load(f"folder:{folder}", image_size=8).test_images.shape == (6, 3, 8, 8)
 
 
-def test_folder_with_bad_content_is_refused(folder, monkeypatch):
+def test_a_folder_too_large_for_memory_is_mapped_from_a_file_that_is_made_once(folder, tmp_path_factory, monkeypatch):
+    plain, cache = load(f"folder:{folder}"), tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(images_module, "IN_MEMORY", 12 * 3 * 12 * 12 - 1)
+    mapped = load(f"folder:{folder}", cache)
+    files = {path: path.stat().st_mtime_ns for path in (cache / "images").iterdir()}
+    assert len(files) == 2 and sum(path.stat().st_size for path in files) == 12 * 3 * 12 * 12
+    assert mapped.digest == plain.digest == load(f"folder:{folder}", cache).digest
+    assert torch.equal(mapped.mean, plain.mean) and torch.equal(mapped.std, plain.std)
+    assert {path: path.stat().st_mtime_ns for path in (cache / "images").iterdir()} == files
+    Image.new("RGB", (12, 12)).save(folder / "train" / "cat" / "0.png")  # another image: another file
+    assert not load(f"folder:{folder}", cache).train_images[0].any() and len(list((cache / "images").iterdir())) == 3
+
+
+def test_folder_with_bad_content_is_refused(folder):
     with pytest.raises(InputError, match="no such folder"):
         load(f"folder:{folder}/nowhere")
-    monkeypatch.setattr(images_module, "MAX_BYTES", 12 * 3 * 12 * 12 - 1)
-    with pytest.raises(InputError, match="pass a smaller --image-size"):
-        load(f"folder:{folder}")
-    monkeypatch.undo()
     Image.new("RGB", (10, 12)).save(folder / "train" / "cat" / "0.png")
     with pytest.raises(InputError, match="10x12, not square"):
         load(f"folder:{folder}")
@@ -290,3 +299,32 @@ def test_altered_forget_file_is_refused(digits, tmp_path):
         path.write_text(json.dumps({**content, **change}))
         with pytest.raises(InputError, match=message):
             ForgetSet.load(path, digits.train_targets)
+
+
+# --- forget sets from a file ----------------------------------------------------------------------
+
+
+def test_a_file_of_indices_is_a_forget_set(digits, tmp_path):
+    path = tmp_path / "withdrawn.txt"
+    path.write_text("7 3\n1200\n", encoding="utf-8")
+    chosen = choose(f"file:{path}", 0.1, digits.train_targets, digits.num_classes, 0)
+    assert chosen.indices.tolist() == [3, 7, 1200] and torch.equal(chosen.targets, digits.train_targets)
+    for text, message in (
+        ("3 -1", "indices from 0 to 1436, got '-1'"),
+        ("3 1437", "got '1437'"),
+        ("3 x", "got 'x'"),
+        ("3 7 3", "one is there twice"),
+        ("", "is empty"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            choose(f"file:{path}", 0.1, digits.train_targets, digits.num_classes, 0)
+    with pytest.raises(InputError, match="cannot read the forget set's indices"):
+        choose(f"file:{tmp_path}/none.txt", 0.1, digits.train_targets, digits.num_classes, 0)
+
+
+def test_a_subset_is_the_same_each_time(digits):
+    some = images_module.subset(digits, 100, None)
+    assert some.train_images.shape[0] == 100 and len(some.test_targets) == len(digits.test_targets)
+    assert torch.equal(some.train_targets, images_module.subset(digits, 100, 5).train_targets)
+    assert torch.equal(some.mean, digits.mean) and some.digest != digits.digest

@@ -70,7 +70,9 @@ def train(
     output_dir: OutputDir,
     data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, svhn or folder:PATH")] = "digits",
     model: Annotated[str, typer.Option(help=", ".join(NAMES))] = "resnet18-thin",
-    forget: Annotated[str, typer.Option(help="iid, non-iid:2,5 (the classes) or mislabelled")] = "non-iid:2,5",
+    forget: Annotated[
+        str, typer.Option(help="iid, non-iid:2,5 (the classes), mislabelled or file:PATH")
+    ] = "non-iid:2,5",
     forget_ratio: Annotated[float, typer.Option(help="part of the training set to forget, in (0, 1]")] = 0.1,
     epochs: Annotated[int | None, typer.Option(help="default: as published for the data and model")] = None,
     lr: Annotated[float | None, typer.Option(help="default: as published for the data and model")] = None,
@@ -87,7 +89,7 @@ def train(
 ) -> None:
     """Train a network on the whole training set, forget set included; write a run directory."""
     published = recipe(data, model)
-    data = _resolved(data)
+    data, forget = _resolved(data), _resolved(forget)
     config = Config(
         data=data,
         model=model,
@@ -374,11 +376,10 @@ def _print_mask(mask: Mask) -> None:
     )
 
 
-def _resolved(data: str) -> str:
-    """The data's name, with an absolute path: later commands may be run from elsewhere."""
-    if not data.startswith("folder:"):
-        return data
-    return f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
+def _resolved(source: str) -> str:
+    """The data or the forget set, with an absolute path: later commands may be run from elsewhere."""
+    kind, colon, path = source.partition(":")
+    return f"{kind}:{Path(path).expanduser().resolve()}" if colon and kind in ("folder", "file") else source
 
 
 def _hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:

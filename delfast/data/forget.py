@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from delfast.errors import InputError
-from delfast.files import read_json, write_json
+from delfast.files import one_line, read_json, write_json
 from delfast.provenance import digest_indices
 
 log = logging.getLogger(__name__)
@@ -86,12 +86,15 @@ class ForgetSet:
 
 def parse_forget(spec: str) -> tuple[str, tuple[int, ...]]:
     """Split a forget spec into its kind and, for ``non-iid:2,5``, its classes. InputError if it is none."""
-    if spec in ("iid", "mislabelled"):
-        return spec, ()
+    if spec in ("iid", "mislabelled") or spec.startswith("file:"):
+        return spec.partition(":")[0], ()
     kind, _, classes = spec.partition(":")
     if kind == "non-iid" and classes and all(part.strip().isdecimal() for part in classes.split(",")):
         return kind, tuple(sorted({int(part) for part in classes.split(",")}))
-    raise InputError(f"expected a forget set 'iid', 'mislabelled' or 'non-iid:2,5' (the classes), got '{spec}'")
+    raise InputError(
+        "expected a forget set 'iid', 'mislabelled', 'non-iid:2,5' (the classes) or 'file:PATH' (indices), got "
+        f"'{spec}'"
+    )
 
 
 def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int) -> ForgetSet:
@@ -99,7 +102,7 @@ def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int
 
     ``iid``: at random. ``non-iid:2,5``: at random among those classes, all of them (said in the log) if
     ``ratio`` asks for more than they hold. ``mislabelled``: at random, and each label replaced by another
-    class, uniformly.
+    class, uniformly. ``file:PATH``: the indices listed in a text file, separated by white space; no ``ratio``.
 
     targets: (N,) int64 in [0, num_classes). Raises InputError for a ratio outside (0, 1], a class that does
     not exist, an empty forget set, and one that leaves no retain set.
@@ -117,10 +120,14 @@ def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int
         if wanted > len(pool):
             log.info("%s holds %d examples, not %d: the forget set is all of them", spec, len(pool), wanted)
     indices = pool[torch.randperm(len(pool), generator=generator)[:wanted]].sort().values
+    if kind == "file":
+        indices = _listed(Path(spec.removeprefix("file:")).expanduser(), len(targets))
     if len(indices) == 0:
-        raise InputError(f"the forget set '{spec}' at ratio {ratio} is empty; raise --forget-ratio")
+        raise InputError(f"the forget set '{spec}' at ratio {ratio} is empty; raise --forget-ratio, or list more")
     if len(indices) == len(targets):
-        raise InputError(f"the forget set '{spec}' at ratio {ratio} is the whole training set; lower --forget-ratio")
+        raise InputError(
+            f"the forget set '{spec}' at ratio {ratio} is the whole training set; lower --forget-ratio, or list fewer"
+        )
     trained = targets
     if kind == "mislabelled":
         if num_classes < 2:
@@ -129,6 +136,21 @@ def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int
         trained = targets.clone()
         trained[indices] = (targets[indices] + offset) % num_classes
     return ForgetSet(spec, ratio, seed, indices, trained)
+
+
+def _listed(path: Path, examples: int) -> Tensor:
+    """The indices that a text file lists, sorted. InputError for what is none, out of range, or there twice."""
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the forget set's indices in '{path}': {one_line(error)}") from None
+    for word in words:
+        if not word.isdecimal() or int(word) >= examples:
+            raise InputError(f"expected '{path}' to list indices from 0 to {examples - 1}, got '{word}'; mend it")
+    indices = torch.tensor(sorted(int(word) for word in words), dtype=torch.int64)
+    if len(torch.unique(indices)) < len(indices):
+        raise InputError(f"expected '{path}' to list each index once, one is there twice; mend it")
+    return indices
 
 
 def check_ratio(ratio: float) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import logging
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +17,13 @@ import torch
 from torch import Tensor
 
 from delfast.errors import InputError
-from delfast.files import one_line
+from delfast.files import make_output_dir, one_line, write_atomically
 from delfast.provenance import digest_state
 
+log = logging.getLogger(__name__)
+
 DEFAULT_DATA_DIR = Path("~/.cache/delfast")
-MAX_BYTES = 4 * 2**30  # a folder of images that takes more is refused: it is read into memory whole
+IN_MEMORY = 4 * 2**30  # bytes; a folder of images that takes more is decoded into a file once, and mapped from there
 DIGITS_TEST_SHARE, DIGITS_SPLIT_SEED = 0.2, 0  # the same split for every --seed
 SUBSET_SEED = 0  # and the same subset
 
@@ -85,11 +91,12 @@ def load(spec: str, data_dir: Path | None = None, image_size: int | None = None)
     for training). The next four are torchvision's: read from ``data_dir`` (default ~/.cache/delfast),
     downloaded there if absent; for Fashion-MNIST ``data_dir`` may also hold the four ``*-ubyte.gz`` files.
     ``folder:PATH`` reads ``PATH/train/CLASS/*`` and ``PATH/test/CLASS/*`` as RGB, scaled and cropped to
-    ``image_size`` (default: that of the first image). Raises InputError if the data cannot be had.
+    ``image_size`` (default: that of the first image); if that takes more than 4 GiB, through a file in
+    ``data_dir``, made once. Raises InputError if the data cannot be had.
     """
     check_source(spec, image_size)
     if spec.startswith("folder:"):
-        return _load_folder(spec, image_size)
+        return _load_folder(spec, (data_dir or DEFAULT_DATA_DIR).expanduser(), image_size)
     return _SOURCES[spec]((data_dir or DEFAULT_DATA_DIR).expanduser())
 
 
@@ -119,7 +126,9 @@ def _assemble(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tenso
 def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel of images / 255, from a histogram: exact in any order."""
     levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])])
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in torch.split(images, 4096):
+        counts += torch.stack([torch.bincount(part[:, c].flatten(), minlength=256) for c in range(images.shape[1])])
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ levels
     variance = (share * (levels - mean[:, None]) ** 2).sum(1)
@@ -215,7 +224,7 @@ def _folder(spec: str) -> Path:
     return Path(spec.removeprefix("folder:")).expanduser()
 
 
-def _load_folder(spec: str, image_size: int | None) -> ImageData:
+def _load_folder(spec: str, data_dir: Path, image_size: int | None) -> ImageData:
     from PIL import Image, ImageOps
     from torchvision.datasets import ImageFolder
 
@@ -228,10 +237,18 @@ def _load_folder(spec: str, image_size: int | None) -> ImageData:
         return torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)
 
     def read_all(samples: list[tuple[str, int]], size: int) -> tuple[Tensor, Tensor]:
-        images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-        for position, (path, _) in enumerate(samples):
-            images[position] = read(path, size)
-        return images, torch.tensor([target for _, target in samples])
+        targets = torch.tensor([target for _, target in samples])
+
+        def fill(images: Tensor) -> None:
+            for position, (path, _) in enumerate(samples):
+                images[position] = read(path, size)
+
+        shape = (len(samples), 3, size, size)
+        if needed > IN_MEMORY:
+            return _mapped(data_dir / "images", samples, shape, fill), targets
+        images = torch.empty(shape, dtype=torch.uint8)
+        fill(images)
+        return images, targets
 
     root = _folder(spec)
     try:
@@ -243,12 +260,26 @@ def _load_folder(spec: str, image_size: int | None) -> ImageData:
         raise InputError(f"expected the same classes in '{root}/train' and '{root}/test', '{odd}' is in one alone")
     size = image_size or _size_of_first(train.samples[0][0])
     needed = (len(train.samples) + len(test.samples)) * 3 * size * size
-    if needed > MAX_BYTES:
-        raise InputError(
-            f"'{root}' at {size}x{size} pixels takes {needed / 2**30:.1f} GiB of memory, at most "
-            f"{MAX_BYTES / 2**30:.0f} are allowed; pass a smaller --image-size"
-        )
     return _assemble(spec, read_all(train.samples, size), read_all(test.samples, size), len(train.classes))
+
+
+def _mapped(
+    directory: Path, samples: list[tuple[str, int]], shape: tuple[int, ...], fill: Callable[[Tensor], None]
+) -> Tensor:
+    """uint8 images in a file that is mapped into memory; filled once, and again where a sample has changed since."""
+    listing = hashlib.sha256(repr(shape).encode())
+    for path, target in samples:
+        status = os.stat(path)
+        listing.update(f"{path} {target} {status.st_size} {status.st_mtime_ns}\n".encode())
+    file = make_output_dir(directory) / f"{listing.hexdigest()[:20]}.uint8"
+    size = math.prod(shape)
+    if not file.is_file():
+        log.info("decoding %d images into '%s' (%.1f GiB)", shape[0], file, size / 2**30)
+        write_atomically(
+            file,
+            lambda partial: fill(torch.from_file(str(partial), shared=True, size=size, dtype=torch.uint8).view(shape)),
+        )
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(shape)
 
 
 def _size_of_first(path: str) -> int:

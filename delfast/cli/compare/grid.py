@@ -183,7 +183,9 @@ def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
     defaults: dict[str, Any] = {"data": "digits", "model": "resnet18-thin", "forget_ratio": 0.1, "batch_size": 128}
     values = {**defaults, **values}
     if "forget" not in values:
-        raise InputError("expected [settings.NAME] to say forget = 'iid', 'mislabelled' or 'non-iid:2,5'; add it")
+        raise InputError(
+            "expected [settings.NAME] to say forget = 'iid', 'mislabelled', 'non-iid:2,5' or 'file:PATH'; add it"
+        )
     published = recipe(values["data"], values["model"])
     values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}
     config = Config(**(values if data is None else {**values, "data": data}))
