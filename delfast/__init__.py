@@ -12,13 +12,23 @@ from delfast import optim
 from delfast._version import __version__
 from delfast.errors import InputError
 from delfast.evaluate import evaluate
-from delfast.localize import CriticalChannels, Scores, SignedChannels, critmem, localize, score, signed_channels
+from delfast.localize import (
+    STRATEGIES,
+    CriticalChannels,
+    Scores,
+    SignedChannels,
+    critmem,
+    localize,
+    score,
+    signed_channels,
+)
 from delfast.mask import Mask
 from delfast.reset import reset_
 from delfast.status import status
 from delfast.unlearn import unlearn
 
 __all__ = [
+    "STRATEGIES",
     "CriticalChannels",
     "InputError",
     "Mask",
