@@ -112,6 +112,7 @@ def test_hyperparameters_and_strategies_of_ones_own(tmp_path: Path) -> None:
         (HEAD + "[methods.magic]\nlr = 1.0\n[[compare]]", "expected [methods.NAME] to name one of"),
         (HEAD + "[methods.del]\nalpha = 1.0\n[[compare]]", "has no hyperparameter 'alpha'"),
         (HEAD + "[strategies.own]\ntop = 1\n[[compare]]\nstrategies = ['own']", "strategy 'own'"),
+        (HEAD.replace("seeds", "shadows = 1\nseeds") + "[[compare]]", "expected shadows of at least 2"),
         (HEAD.replace("forget =", "forgets =") + "[[compare]]", "unknown key 'forgets'"),
         (HEAD.replace('forget = "non-iid:2,5"', "epochs = 2") + "[[compare]]", "to say forget ="),
         (HEAD.replace("epochs = 1\nlr", "epochs = 0\nlr") + "[[compare]]", "at least 1 epoch"),
@@ -184,6 +185,17 @@ def test_rows_are_of_networks_and_cells_with_gaps_to_their_own_oracle(finished: 
         oracle = oracles[row["seed"]]
         assert float(row["delta_forget"]) == float(oracle["forget_acc"]) - float(row["forget_acc"])
         assert 0 < float(row["changeable"]) <= 100
+
+
+def test_shadows_give_u_lira(tmp_path: Path) -> None:
+    text = HEAD.replace("seeds = [0, 1]", "seeds = [0]\nshadows = 2") + "[[compare]]\nbudgets = [0.3]\n"
+    grid = write(tmp_path, text)
+    assert len(read_grid(grid).trained) == 6
+    run(grid, tmp_path / "out")
+    rows = measured(tmp_path / "out")
+    assert [row["method"] for row in rows] == ["original", "oracle", "del"]
+    assert 0 <= float(rows[2]["u_lira"]) <= 100
+    assert "U-LiRA" in (tmp_path / "out" / MARKDOWN).read_text(encoding="utf-8")
 
 
 # ---- the report

@@ -37,6 +37,7 @@ from delfast.unlearn.loop import Precision
 
 MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
 ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed
+SHADOW_SEED = 1000  # and this for each shadow, a network like another but for its seeds
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,21 @@ class Localized:
     seconds: dict[str, float]
 
 
-def train(run: Run, output_dir: Path) -> Trained:
-    """Train on the whole training set and write the run directory."""
+def train(run: Run, output_dir: Path, shadow: int = 0) -> Trained:
+    """Train on the whole training set and write the run directory. ``shadow``: above 0, another such network."""
     everything = torch.arange(len(run.data.train_targets))
-    return _train(run, output_dir, "train", everything, run.config.seed)
+    return _train(run, output_dir, "train", everything, run.config.seed, shadow)
 
 
-def oracle(run: Run, output_dir: Path, seed: int | None = None) -> Trained:
+def oracle(run: Run, output_dir: Path, seed: int | None = None, shadow: int = 0) -> Trained:
     """Train a fresh network on the retain set alone, by the same configuration; ``seed`` defaults to the run's + 1."""
-    return _train(run, output_dir, "oracle", run.forget.retain, _or_default(seed, run.config.seed + ORACLE_SEED))
+    seed = _or_default(seed, run.config.seed + ORACLE_SEED)
+    return _train(run, output_dir, "oracle", run.forget.retain, seed, shadow)
 
 
-def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int) -> Trained:
-    config = run.config
-    batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed)
+def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int, shadow: int) -> Trained:
+    config, seed = run.config, seed + SHADOW_SEED * shadow
+    batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed + SHADOW_SEED * shadow)
     _check_last_batch(run, batches)
     make_output_dir(output_dir)
     with torch.random.fork_rng(devices=[]):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from delfast.cli import steps
 from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
@@ -27,16 +27,19 @@ from delfast.evaluate import (
     changed_fraction,
     gaps,
     kl_divergence,
+    logit_confidences,
     predictions,
     relative_time,
     svc_attacks,
+    u_lira_leave_one_out,
 )
 from delfast.files import read_json, write_json
 from delfast.localize import localize
 from delfast.provenance import provenance
-from delfast.unlearn import unlearn
+from delfast.unlearn import UnlearnResult, unlearn
 from delfast.unlearn.loop import Precision
 
+FEW_SHADOWS = 64  # below that LiRA takes one variance for all examples (Carlini et al., IEEE S&P 2022, section VI-A)
 Watch = Callable[[str, int, int], None]
 """``watch(what, done, of)``: called after every network and every cell."""
 
@@ -92,19 +95,57 @@ def _train(directory: Path, network: Trained) -> None:
     path = network_path(directory, network)
     shutil.rmtree(path, ignore_errors=True)  # what a killed run has left
     run = _run(network.config)
-    steps.train(run, path) if network.which == ORIGINAL else steps.oracle(run, path)
+    train = steps.train if network.which == ORIGINAL else steps.oracle
+    train(run, path, shadow=network.shadow)
 
 
 def run_cell(directory: Path, cell: Cell) -> None:
     """Unlearn, measure, and write: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle; nats
     for losses and for the divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent
     of the forget set called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and
-    did), ``seconds`` by stage, ``relative_time`` to retraining.
+    did), ``seconds`` by stage, ``relative_time`` to retraining; with shadows ``u_lira``, that attack's accuracy (percent).
     """
     run = _run(cell.config)
-    model = load_model(run, network_path(directory, cell.original))
-    seed = cell.config.seed + steps.RESET_SEED
+    model = load_model(run, network_path(directory, cell.original()))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    result, seconds = _unlearn(run, cell, model, shadow=0)
+    metrics = run.measure(model)
+    found = {name: predictions(model, loader) for name, loader in run.sets().items()}
+    reference = _oracle_predictions(directory, cell.oracle())
+    kl = {f"kl_{name}": kl_divergence(found[name][0], reference[name][0]) for name in ("forget", "test")}
+    retraining = sum(read_summary(network_path(directory, cell.oracle()))["seconds"].values())
+    changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
+    content = {
+        "cell": {
+            "setting": cell.setting,
+            "forget": cell.config.forget,
+            "forget_ratio": cell.config.forget_ratio,
+            "seed": cell.config.seed,
+            "method": cell.method.name,
+            "hyperparameters": asdict(cell.method),
+            "strategy": cell.strategy,
+            "localize": None if cell.localize is None else dict(cell.localize),
+            "budget": cell.budget,
+            "batch_size": cell.batch_size,
+            "shadows": cell.shadows,
+        },
+        "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle())), **kl},
+        "attacks": svc_attacks(found["retain"], found["test"], found["forget"], seed=cell.config.seed),
+        "mask": {"fraction": changeable, "channels": result.mask.channels, "digest": result.mask.digest},
+        "changed": changed_fraction(before, dict(model.named_parameters()), list(before)),
+        "losses": result.losses,
+        "seconds": seconds,
+        "relative_time": relative_time(sum(seconds.values()), retraining),
+        "provenance": provenance(device="cpu", threads=torch.get_num_threads()),
+    }
+    if cell.shadows:
+        content["u_lira"] = _u_lira(directory, cell, run, logit_confidences(*found["forget"]))
+    write_json(cell_path(directory, cell), content)
+
+
+def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[UnlearnResult, dict[str, float]]:
+    """The cell's localization and method on ``model``, in place; the seconds of each stage."""
+    seed = cell.config.seed + steps.RESET_SEED + steps.SHADOW_SEED * shadow
     seconds: dict[str, float] = {}
     mask = None
     if cell.localize is not None and cell.budget is not None:
@@ -124,36 +165,23 @@ def run_cell(directory: Path, cell: Cell) -> None:
         precision=cast(Precision, cell.config.precision),
         seed=seed,
     )
-    seconds |= result.seconds
-    metrics = run.measure(model)
-    found = {name: predictions(model, loader) for name, loader in run.sets().items()}
-    reference = _oracle_predictions(directory, cell.oracle)
-    kl = {f"kl_{name}": kl_divergence(found[name][0], reference[name]) for name in ("forget", "test")}
-    retraining = sum(read_summary(network_path(directory, cell.oracle))["seconds"].values())
-    changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
-    content = {
-        "cell": {
-            "setting": cell.setting,
-            "forget": cell.config.forget,
-            "forget_ratio": cell.config.forget_ratio,
-            "seed": cell.config.seed,
-            "method": cell.method.name,
-            "hyperparameters": asdict(cell.method),
-            "strategy": cell.strategy,
-            "localize": None if cell.localize is None else dict(cell.localize),
-            "budget": cell.budget,
-            "batch_size": cell.batch_size,
-        },
-        "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle)), **kl},
-        "attacks": svc_attacks(found["retain"], found["test"], found["forget"], seed=cell.config.seed),
-        "mask": {"fraction": changeable, "channels": result.mask.channels, "digest": result.mask.digest},
-        "changed": changed_fraction(before, dict(model.named_parameters()), list(before)),
-        "losses": result.losses,
-        "seconds": seconds,
-        "relative_time": relative_time(sum(seconds.values()), retraining),
-        "provenance": provenance(device="cpu", threads=torch.get_num_threads()),
-    }
-    write_json(cell_path(directory, cell), content)
+    return result, {**seconds, **result.seconds}
+
+
+def _u_lira(directory: Path, cell: Cell, run: Run, own: Tensor) -> float:
+    """Accuracy of telling unlearned networks from retrained ones by the forget set, each left out of its own shadows.
+
+    ``own``: (examples,) logit-scaled confidences of the cell's network.
+    """
+    unlearned, retrained = [own], []
+    for shadow in range(cell.shadows + 1):
+        if shadow:
+            model = load_model(run, network_path(directory, cell.original(shadow)))
+            _unlearn(run, cell, model, shadow)
+            unlearned.append(logit_confidences(*predictions(model, run.sets()["forget"])))
+        retrained.append(logit_confidences(*_oracle_predictions(directory, cell.oracle(shadow))["forget"]))
+    few = cell.shadows < FEW_SHADOWS
+    return u_lira_leave_one_out(torch.stack(unlearned), torch.stack(retrained), fixed_variance=few).accuracy
 
 
 def metrics_of(directory: Path, network: Trained) -> Metrics:
@@ -161,13 +189,13 @@ def metrics_of(directory: Path, network: Trained) -> Metrics:
     return Metrics(**read_summary(network_path(directory, network))["metrics"])
 
 
-@lru_cache(maxsize=2)
-def _oracle_predictions(directory: Path, network: Trained) -> dict[str, Tensor]:
-    """The oracle's log-probabilities on the forget and test sets: cells of one setting and seed share them."""
+@lru_cache(maxsize=32)
+def _oracle_predictions(directory: Path, network: Trained) -> dict[str, tuple[Tensor, Tensor]]:
+    """The oracle's predictions on the forget and test sets: cells of one setting and seed share them."""
     run = _run(network.config)
     oracle = load_model(run, network_path(directory, network))
     sets = run.sets()
-    return {name: predictions(oracle, sets[name])[0] for name in ("forget", "test")}
+    return {name: predictions(oracle, sets[name]) for name in ("forget", "test")}
 
 
 @lru_cache(maxsize=2)

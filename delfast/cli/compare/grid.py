@@ -29,21 +29,29 @@ ORIGINAL, ORACLE = "original", "oracle"
 
 @dataclass(frozen=True)
 class Trained:
-    """A network to be trained before any cell: the original of a setting and a seed, or its oracle."""
+    """A network to be trained before any cell: the original of a setting and a seed, or its oracle.
+
+    ``shadow``: above 0, one like it but for its seeds, for U-LiRA.
+    """
 
     setting: str
     which: str
     config: Config
+    shadow: int = 0
 
     @property
     def key(self) -> str:
         """Names its directory; other settings, another key."""
-        return f"{self.setting}-{self.config.seed}-{self.which}-{_digest(asdict(self.config))}"
+        shadow = f"-shadow{self.shadow}" if self.shadow else ""
+        return f"{self.setting}-{self.config.seed}-{self.which}{shadow}-{_digest(asdict(self.config))}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything"."""
+    """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything".
+
+    ``shadows``: how many more like it are run, for U-LiRA.
+    """
 
     setting: str
     config: Config
@@ -52,6 +60,7 @@ class Cell:
     budget: float | None
     localize: Mapping[str, Any] | None
     batch_size: int
+    shadows: int
 
     @property
     def key(self) -> str:
@@ -62,18 +71,16 @@ class Cell:
             "localize": None if self.localize is None else dict(self.localize),
             "budget": self.budget,
             "batch_size": self.batch_size,
-        }
+        } | ({"shadows": self.shadows} if self.shadows else {})
         parts = [self.setting, str(self.config.seed), self.method.name, self.strategy]
         parts += [] if self.budget is None else [f"{self.budget:g}"]
         return "-".join([*parts, _digest(determined)])
 
-    @property
-    def original(self) -> Trained:
-        return Trained(self.setting, ORIGINAL, self.config)
+    def original(self, shadow: int = 0) -> Trained:
+        return Trained(self.setting, ORIGINAL, self.config, shadow)
 
-    @property
-    def oracle(self) -> Trained:
-        return Trained(self.setting, ORACLE, self.config)
+    def oracle(self, shadow: int = 0) -> Trained:
+        return Trained(self.setting, ORACLE, self.config, shadow)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,11 @@ class Grid:
     @property
     def trained(self) -> list[Trained]:
         """The networks that the cells begin from and are compared with, each once."""
-        found = {network.key: network for cell in self.cells for network in (cell.original, cell.oracle)}
+        found = {}
+        for cell in self.cells:
+            for shadow in range(cell.shadows + 1):
+                for network in (cell.original(shadow), cell.oracle(shadow)):
+                    found[network.key] = network
         return list(found.values())
 
 
@@ -96,7 +107,8 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
 
     InputError for a missing file, an unknown table, key or name, and values out of range.
 
-    ``title``; ``seeds``, a list; ``budget``, for tables of one budget (0.3). ``[train]``: a run's configuration, as the
+    ``title``; ``seeds``, a list; ``budget``, for tables of one budget (0.3); ``shadows``, for U-LiRA, none or at least
+    2: as many more of every network and every cell. ``[train]``: a run's configuration, as the
     options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that. ``[unlearn]``: epochs,
     batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of one.
     ``[strategies.NAME]``: arguments of ``localize``, beside the strategies that have names. ``[[compare]]``: lists
@@ -105,11 +117,13 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
     """
     content = _read(path)
     tables = ("train", "settings", "unlearn", "methods", "strategies", "compare")
-    _known(content, ("title", "seeds", "budget", *tables), f"'{path}'")
+    _known(content, ("title", "seeds", "budget", "shadows", *tables), f"'{path}'")
     strategies = {**STRATEGIES, **content.get("strategies", {})}
     settings = content.get("settings", {})
     if not settings or not content.get("compare"):
         raise InputError(f"expected '{path}' to have [settings.NAME] and [[compare]], one is missing; add it")
+    if content.get("shadows", 0) in (1, *range(-9, 0)):
+        raise InputError(f"expected shadows of at least 2, or 0 for no U-LiRA, got {content['shadows']}")
     cells: dict[str, Cell] = {}
     for block in content["compare"]:
         _known(block, ("methods", "strategies", "budgets", "settings"), "[[compare]]")
@@ -127,14 +141,14 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
 def _block(
     block: Mapping[str, Any], setting: str, config: Config, content: Mapping[str, Any], strategies: Mapping[str, Any]
 ) -> list[Cell]:
-    cells = []
+    cells, shadows = [], int(content.get("shadows", 0))
     for name in block.get("methods", ["del"]):
         method, batch_size = _method(name, config, content.get("unlearn", {}), content.get("methods", {}))
         for strategy in block.get("strategies", ["del"]):
             if strategy == EVERYTHING:
                 if method.localizes:
                     raise InputError(f"[[compare]] asks for '{name}' without a mask, which it needs; name strategies")
-                cells.append(Cell(setting, config, method, strategy, None, None, batch_size))
+                cells.append(Cell(setting, config, method, strategy, None, None, batch_size, shadows))
                 continue
             if strategy not in strategies:
                 raise InputError(f"expected strategies among {', '.join(strategies)}, {EVERYTHING}; got '{strategy}'")
@@ -143,7 +157,7 @@ def _block(
             arguments = strategies[strategy]
             for budget in block.get("budgets", [0.3]):
                 _check_strategy(strategy, budget, arguments)
-                cells.append(Cell(setting, config, method, strategy, float(budget), arguments, batch_size))
+                cells.append(Cell(setting, config, method, strategy, float(budget), arguments, batch_size, shadows))
     return cells
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ MEASURES = (
     *("forget_loss", "retain_loss", "test_loss", "kl_forget", "kl_test", "changeable", "changed"),
     *("seconds", "relative_time"),
 )
-ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob")
+ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob", "u_lira")
 STAGES = ("localize", "prepare", "finetune", "train")
 COLUMNS = (*KEYS, "seed", "forget", "forget_ratio", *MEASURES, *ATTACKS, *(f"seconds_{stage}" for stage in STAGES))
 
@@ -59,7 +59,9 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
     """
     rows = []
     for network in grid.trained:
-        other = next(n for n in grid.trained if n.config == network.config and n.which == ORACLE)
+        if network.shadow:
+            continue
+        other = replace(network, which=ORACLE)
         seconds = read_summary(network_path(directory, network))["seconds"]
         retraining = sum(read_summary(network_path(directory, other))["seconds"].values())
         metrics = metrics_of(directory, network)
@@ -87,6 +89,7 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
                 **{key: cell[key] for key in (*KEYS, "seed", "forget", "forget_ratio")},
                 **result["metrics"],
                 **result["attacks"],
+                **({"u_lira": result["u_lira"]} if "u_lira" in result else {}),
                 "changed": 100 * result["changed"],
                 "changeable": 100 * result["mask"]["fraction"],
                 "relative_time": result["relative_time"],
