@@ -103,7 +103,7 @@ def run_cell(directory: Path, cell: Cell) -> None:
     """Unlearn, measure, and write: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle; nats
     for losses and for the divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent
     of the forget set called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and
-    did), ``seconds`` by stage, ``relative_time`` to retraining; with shadows ``u_lira``, that attack's accuracy (percent).
+    did), ``seconds`` by stage, ``relative_time`` to retraining; with shadows ``u_lira``, its accuracy (percent).
     """
     run = _run(cell.config)
     model = load_model(run, network_path(directory, cell.original()))
