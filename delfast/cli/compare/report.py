@@ -171,7 +171,8 @@ def _markdown(sections: list[Section], footer: str) -> str:
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 75em; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; } th { border-bottom: 1px solid #444; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
+th { border-bottom: 1px solid #444; }
 td, th { padding: .2em .7em; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 tr:nth-child(even) td { background: #f5f5f5; } img { max-width: 100%; } footer { color: #666; font-size: 12px; }
