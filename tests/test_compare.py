@@ -187,6 +187,15 @@ def test_rows_are_of_networks_and_cells_with_gaps_to_their_own_oracle(finished: 
         assert 0 < float(row["changeable"]) <= 100
 
 
+def test_a_cell_that_diverges_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    text = HEAD.replace("seeds = [0, 1]", "seeds = [0]") + "[methods.finetune]\nlr = 1e30\n"
+    text += '[[compare]]\nmethods = ["finetune", "ssd"]\nstrategies = ["everything"]\n'
+    run(write(tmp_path, text), tmp_path / "out")
+    assert [row["method"] for row in measured(tmp_path / "out")] == ["original", "oracle", "ssd"]
+    markdown = (tmp_path / "out" / MARKDOWN).read_text(encoding="utf-8")
+    assert "## Failed" in markdown and "| finetune | everything |  | the loss of epoch 1 is nan" in markdown
+
+
 def test_shadows_give_u_lira(tmp_path: Path) -> None:
     text = HEAD.replace("seeds = [0, 1]", "seeds = [0]\nshadows = 2") + "[[compare]]\nbudgets = [0.3]\n"
     grid = write(tmp_path, text)

@@ -40,11 +40,13 @@ def compare(
     origin: dict[str, Any] = provenance(workers=count, threads=threads)
     footer = f"{len(grid.cells)} cells of {path.name}; delfast {origin['delfast']}, torch {origin['torch']}, "
     footer += f"{origin['platform']}, {count} processes of {threads} threads."
-    markdown, page = make_report(grid, rows, output_dir, footer)
+    failed = [result for result in results if "failed" in result]
+    markdown, page = make_report(grid, rows, failed, output_dir, footer)
     write_text(output_dir / RESULTS, to_csv(rows))
     write_text(output_dir / MARKDOWN, markdown)
     write_text(output_dir / HTML, page)
-    write_json(output_dir / SUMMARY, {"command": "compare", "title": grid.title, "rows": rows, "provenance": origin})
+    content = {"command": "compare", "title": grid.title, "rows": rows, "failed": failed, "provenance": origin}
+    write_json(output_dir / SUMMARY, content)
     return grid
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from delfast.cli import steps
 from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
 from delfast.cli.run import SUMMARY, Config, Run, load_model, read_summary, start
+from delfast.errors import InputError
 from delfast.evaluate import (
     Metrics,
     changed_fraction,
@@ -33,7 +34,7 @@ from delfast.evaluate import (
     svc_attacks,
     u_lira_leave_one_out,
 )
-from delfast.files import read_json, write_json
+from delfast.files import one_line, read_json, write_json
 from delfast.localize import localize
 from delfast.provenance import provenance
 from delfast.unlearn import UnlearnResult, unlearn
@@ -45,7 +46,7 @@ Watch = Callable[[str, int, int], None]
 
 
 def run_grid(grid: Grid, directory: Path, workers: int, threads: int, watch: Watch) -> list[dict[str, Any]]:
-    """Run what is not there yet; the results of all cells, in the grid's order: see ``run_cell``."""
+    """Run what is not there yet; the results of all cells, in the grid's order: see ``measure_cell``."""
     (directory / "networks").mkdir(exist_ok=True)
     (directory / "cells").mkdir(exist_ok=True)
     networks = [network for network in grid.trained if not _is_trained(directory, network)]
@@ -100,7 +101,18 @@ def _train(directory: Path, network: Trained) -> None:
 
 
 def run_cell(directory: Path, cell: Cell) -> None:
-    """Unlearn, measure, and write: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle; nats
+    """Measure a cell and write it down. One that diverges is written down as ``failed``, with the reason: the others go
+    on, and the report names it.
+    """
+    try:
+        content = measure_cell(directory, cell)
+    except (InputError, RuntimeError) as error:
+        content = {"cell": _described(cell), "failed": one_line(error)}
+    write_json(cell_path(directory, cell), content)
+
+
+def measure_cell(directory: Path, cell: Cell) -> dict[str, Any]:
+    """Unlearn and measure: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle; nats
     for losses and for the divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent
     of the forget set called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and
     did), ``seconds`` by stage, ``relative_time`` to retraining; with shadows ``u_lira``, its accuracy (percent).
@@ -116,19 +128,7 @@ def run_cell(directory: Path, cell: Cell) -> None:
     retraining = sum(read_summary(network_path(directory, cell.oracle()))["seconds"].values())
     changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
     content = {
-        "cell": {
-            "setting": cell.setting,
-            "forget": cell.config.forget,
-            "forget_ratio": cell.config.forget_ratio,
-            "seed": cell.config.seed,
-            "method": cell.method.name,
-            "hyperparameters": asdict(cell.method),
-            "strategy": cell.strategy,
-            "localize": None if cell.localize is None else dict(cell.localize),
-            "budget": cell.budget,
-            "batch_size": cell.batch_size,
-            "shadows": cell.shadows,
-        },
+        "cell": _described(cell),
         "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle())), **kl},
         "attacks": svc_attacks(found["retain"], found["test"], found["forget"], seed=cell.config.seed),
         "mask": {"fraction": changeable, "channels": result.mask.channels, "digest": result.mask.digest},
@@ -140,7 +140,24 @@ def run_cell(directory: Path, cell: Cell) -> None:
     }
     if cell.shadows:
         content["u_lira"] = _u_lira(directory, cell, run, logit_confidences(*found["forget"]))
-    write_json(cell_path(directory, cell), content)
+    return content
+
+
+def _described(cell: Cell) -> dict[str, Any]:
+    """The cell in plain values."""
+    return {
+        "setting": cell.setting,
+        "forget": cell.config.forget,
+        "forget_ratio": cell.config.forget_ratio,
+        "seed": cell.config.seed,
+        "method": cell.method.name,
+        "hyperparameters": asdict(cell.method),
+        "strategy": cell.strategy,
+        "localize": None if cell.localize is None else dict(cell.localize),
+        "budget": cell.budget,
+        "batch_size": cell.batch_size,
+        "shadows": cell.shadows,
+    }
 
 
 def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[UnlearnResult, dict[str, float]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from delfast.cli.compare.figures import plot_budgets, plot_methods
 from delfast.cli.compare.grid import EVERYTHING, ORACLE, ORIGINAL, Grid
@@ -43,7 +44,9 @@ class Section:
     figure: Path | None = None
 
 
-def make_report(grid: Grid, rows: Sequence[Row], directory: Path, footer: str) -> tuple[str, str]:
+def make_report(
+    grid: Grid, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], directory: Path, footer: str
+) -> tuple[str, str]:
     """(Markdown, HTML) of all that the rows allow; figures are written to ``directory``/figures."""
     sections = [Section(grid.title, MEANING)]
     make_output_dir(directory / "figures")
@@ -51,6 +54,11 @@ def make_report(grid: Grid, rows: Sequence[Row], directory: Path, footer: str) -
     for setting in dict.fromkeys(row["setting"] for row in averaged):
         sections += _of_setting(setting, [row for row in averaged if row["setting"] == setting], grid, directory)
     sections += _sizes(averaged, grid.budget)
+    if failed:
+        columns = ("setting", "seed", "method", "strategy", "budget")
+        cells = [[*("" if f["cell"][c] is None else str(f["cell"][c]) for c in columns), f["failed"]] for f in failed]
+        text = "These runs have no result, and are left out of the means."
+        sections.append(Section("Failed", text, (*columns, "why"), cells))
     return _markdown(sections, footer), _html(grid.title, sections, footer, directory)
 
 

@@ -52,7 +52,7 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -> list[Row]:
-    """A row for every network (method "original" or "oracle") and every cell: ``COLUMNS``.
+    """A row for every network (method "original" or "oracle") and every cell that did not fail: ``COLUMNS``.
 
     Percentages; Δ = oracle - method; ``changeable``, ``changed``: shares of the parameters that might change, and did;
     the attacks of SalUn by name; ``relative_time``: to retraining.
@@ -83,6 +83,8 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
             }
         )
     for result in results:
+        if "failed" in result:
+            continue
         cell = result["cell"]
         rows.append(
             {
