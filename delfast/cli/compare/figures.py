@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -31,12 +32,12 @@ GAPS = {
 def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
     """Gaps to the oracle by budget, a line for each strategy, with 95 % intervals; the oracle is the line at 0."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(GAPS))
+    figure, panels = _panels(title)
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
-        for strategy, (colour, marker, dash) in zip(strategies, STYLES, strict=False):
+        for position, strategy in enumerate(strategies):
+            colour, marker, dash = STYLES[position % len(STYLES)]
             found = sorted((row for row in rows if row["strategy"] == strategy), key=lambda row: row["budget"])
-            aside = 0.3 * (strategies.index(strategy) - (len(strategies) - 1) / 2)  # percent: bars side by side
+            aside = 0.3 * (position - (len(strategies) - 1) / 2)  # percent: bars side by side
             axes.errorbar(
                 [100 * row["budget"] + aside for row in found],
                 [row[field].value for row in found],
@@ -49,23 +50,17 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
                 capsize=2,
                 label=strategy,
             )
-        axes.axhline(0, color=INK, linestyle=":", linewidth=1.4, label="oracle")
         axes.set_title(label, fontsize=11)
         axes.set_xlabel("budget (percent of the parameters)")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("oracle - method (points)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.suptitle(title)
-    save_figure(figure, path)
+    _save(figure, panels, path)
 
 
 def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
     """Sizes of the gaps to the oracle, a group of bars for each method, a bar for each strategy."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(GAPS))
+    figure, panels = _panels(title)
     width = 0.8 / len(strategies)
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
         for position, strategy in enumerate(strategies):
@@ -82,16 +77,29 @@ def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
                 hatch="//" if position >= len(STYLES) // 2 else None,
                 label=strategy,
             )
-        axes.axhline(0, color=INK, linestyle=":", linewidth=1.4, label="oracle")
         axes.set_title(f"|{label}|", fontsize=11)
         axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right", fontsize=8)
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.set_xlabel("method")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("size of oracle - method (points)")
+    _save(figure, panels, path)
+
+
+def _panels(title: str) -> tuple[Figure, Any]:
+    """A figure, and its axes: one for each gap, with the oracle's line at 0."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(GAPS))
+    for axes in panels:
+        axes.axhline(0, color=INK, linestyle=":", linewidth=1.4, label="oracle")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _save(figure: Figure, panels: Any, path: Path) -> None:
+    """With the legend that all panels share."""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.suptitle(title)
     save_figure(figure, path)
 
 
