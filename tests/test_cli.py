@@ -241,7 +241,7 @@ def refused(capsys, *arguments):
         (["--weight-decay", "-1"], "weight decay of 0 or more"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**40)], "--seed"),
-        (["--image-size", "16"], "folder:PATH alone"),
+        (["--image-size", "16"], "folder:PATH and hub:NAME alone"),
         (["--device", "tpu9"], "expected a device"),
         (["--epochs", "many"], "--epochs"),
         (["--colour", "red"], "--colour"),

@@ -4,14 +4,14 @@ import gzip
 import json
 import pickle
 import struct
+import sys
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
-from delfast.data import Batches, ForgetSet, choose, load
-from delfast.data import images as images_module
+from delfast.data import Batches, ForgetSet, choose, load, pictures, subset
 from delfast.errors import InputError
 
 
@@ -50,7 +50,7 @@ def test_unknown_data_is_refused(spec):
 
 
 def test_image_size_is_for_folders_alone():
-    with pytest.raises(InputError, match="folder:PATH alone"):
+    with pytest.raises(InputError, match="folder:PATH and hub:NAME alone"):
         load("digits", image_size=16)
 
 
@@ -143,7 +143,7 @@ def test_folder_of_images(folder):
 
 def test_a_folder_too_large_for_memory_is_mapped_from_a_file_that_is_made_once(folder, tmp_path_factory, monkeypatch):
     plain, cache = load(f"folder:{folder}"), tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(images_module, "IN_MEMORY", 12 * 3 * 12 * 12 - 1)
+    monkeypatch.setattr(pictures, "IN_MEMORY", 12 * 3 * 12 * 12 - 1)
     mapped = load(f"folder:{folder}", cache)
     files = {path: path.stat().st_mtime_ns for path in (cache / "images").iterdir()}
     assert len(files) == 2 and sum(path.stat().st_size for path in files) == 12 * 3 * 12 * 12
@@ -152,6 +152,27 @@ def test_a_folder_too_large_for_memory_is_mapped_from_a_file_that_is_made_once(f
     assert {path: path.stat().st_mtime_ns for path in (cache / "images").iterdir()} == files
     Image.new("RGB", (12, 12)).save(folder / "train" / "cat" / "0.png")  # another image: another file
     assert not load(f"folder:{folder}", cache).train_images[0].any() and len(list((cache / "images").iterdir())) == 3
+
+
+def test_a_data_set_of_the_hub_is_read_like_the_folder_it_was_made_of(folder, tmp_path_factory, monkeypatch):
+    datasets = pytest.importorskip("datasets")  # its cache would go to the home directory
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub"))
+    plain = load(f"folder:{folder}")
+    (folder / "test").rename(folder / "validation")
+    data = load(f"hub:{folder}")
+    assert data.digest == plain.digest and data.num_classes == 2
+    assert load(f"hub:{folder}", image_size=8).test_images.shape == (6, 3, 8, 8)
+    (folder / "validation").rename(folder / "extra")
+    with pytest.raises(InputError, match="splits train and test or validation, got"):
+        load(f"hub:{folder}")
+    with pytest.raises(InputError, match="cannot be had"):
+        load(f"hub:{folder}/nowhere")
+
+
+def test_without_datasets_the_hub_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"needs Hugging Face's datasets .*pip install 'delfast\[hub\]'"):
+        load("hub:clane9/imagenet-100")
 
 
 def test_folder_with_bad_content_is_refused(folder):
@@ -324,7 +345,7 @@ def test_a_file_of_indices_is_a_forget_set(digits, tmp_path):
 
 
 def test_a_subset_is_the_same_each_time(digits):
-    some = images_module.subset(digits, 100, None)
+    some = subset(digits, 100, None)
     assert some.train_images.shape[0] == 100 and len(some.test_targets) == len(digits.test_targets)
-    assert torch.equal(some.train_targets, images_module.subset(digits, 100, 5).train_targets)
+    assert torch.equal(some.train_targets, subset(digits, 100, 5).train_targets)
     assert torch.equal(some.mean, digits.mean) and some.digest != digits.digest

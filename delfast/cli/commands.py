@@ -68,7 +68,9 @@ def _app() -> None:
 @app.command()
 def train(
     output_dir: OutputDir,
-    data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, svhn or folder:PATH")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH or hub:NAME")
+    ] = "digits",
     model: Annotated[str, typer.Option(help=", ".join(NAMES))] = "resnet18-thin",
     forget: Annotated[
         str, typer.Option(help="iid, non-iid:2,5 (the classes), mislabelled or file:PATH")
@@ -78,7 +80,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="default: as published for the data and model")] = None,
     batch_size: int = 128,
     weight_decay: float = 0.0,
-    image_size: Annotated[int | None, typer.Option(help="side in pixels, for folder:PATH alone")] = None,
+    image_size: Annotated[int | None, typer.Option(help="side in pixels, for folder:PATH and hub:NAME alone")] = None,
     train_examples: Annotated[int | None, typer.Option(help="use only so many training images")] = None,
     test_examples: Annotated[int | None, typer.Option(help="use only so many test images")] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16: the forward pass under autocast")] = "fp32",
@@ -272,7 +274,7 @@ def evaluate(
 def compare(
     grid: Annotated[Path, typer.Argument(help="a TOML file: see experiments/ and the README")],
     output_dir: OutputDir,
-    data: Annotated[str | None, typer.Option(help="the grid's data from elsewhere: folder:PATH")] = None,
+    data: Annotated[str | None, typer.Option(help="the grid's data from elsewhere, as --data of train")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (default: CPUs / threads)")] = None,
     threads: Annotated[int, typer.Option(min=1, help="of each process; 1: the same bits in every run")] = 1,
 ) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import logging
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +12,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from delfast.data import pictures
 from delfast.errors import InputError
-from delfast.files import make_output_dir, one_line, write_atomically
+from delfast.files import one_line
 from delfast.provenance import digest_state
 
-log = logging.getLogger(__name__)
-
 DEFAULT_DATA_DIR = Path("~/.cache/delfast")
-IN_MEMORY = 4 * 2**30  # bytes; a folder of images that takes more is decoded into a file once, and mapped from there
 DIGITS_TEST_SHARE, DIGITS_SPLIT_SEED = 0.2, 0  # the same split for every --seed
 SUBSET_SEED = 0  # and the same subset
 
@@ -70,34 +64,34 @@ class ImageData:
 
 def check_source(spec: str, image_size: int | None = None) -> None:
     """InputError if ``spec`` names no data, or an image size is given where the data has its own."""
-    if spec.startswith("folder:"):
-        if image_size is not None and image_size < 1:
-            raise InputError(f"expected an image size of at least 1 pixel, got {image_size}")
-        for part in ("train", "test"):
-            folder = _folder(spec) / part
-            if not folder.is_dir():
-                raise InputError(f"expected images in '{folder}/CLASS/', there is no such folder; check --data")
-        return
-    if spec not in _SOURCES:
-        raise InputError(f"expected data {', '.join(_SOURCES)} or folder:PATH, got '{spec}'")
-    if image_size is not None:
-        raise InputError(f"an image size applies to folder:PATH alone, '{spec}' has its own; leave --image-size out")
+    if spec.startswith(tuple(pictures.SOURCES)):
+        pictures.check(spec, image_size)
+    elif spec not in _SOURCES:
+        raise InputError(f"expected data {', '.join(_SOURCES)}, folder:PATH or hub:NAME, got '{spec}'")
+    elif image_size is not None:
+        raise InputError(
+            f"an image size applies to folder:PATH and hub:NAME alone, '{spec}' has its own; leave --image-size out"
+        )
 
 
 def load(spec: str, data_dir: Path | None = None, image_size: int | None = None) -> ImageData:
-    """Load ``digits | fashion-mnist | cifar10 | cifar100 | svhn | folder:PATH``.
+    """Load ``digits | fashion-mnist | cifar10 | cifar100 | svhn | folder:PATH | hub:NAME``.
 
     ``digits`` comes with scikit-learn (8x8, its 0..16 scaled to 0..255; a fixed stratified split keeps 80 %
     for training). The next four are torchvision's: read from ``data_dir`` (default ~/.cache/delfast),
     downloaded there if absent; for Fashion-MNIST ``data_dir`` may also hold the four ``*-ubyte.gz`` files.
-    ``folder:PATH`` reads ``PATH/train/CLASS/*`` and ``PATH/test/CLASS/*`` as RGB, scaled and cropped to
-    ``image_size`` (default: that of the first image); if that takes more than 4 GiB, through a file in
-    ``data_dir``, made once. Raises InputError if the data cannot be had.
+    ``folder:PATH`` reads ``PATH/train/CLASS/*`` and ``PATH/test/CLASS/*``, ``hub:NAME`` a data set of the Hugging Face
+    hub (``hub:clane9/imagenet-100``; a local directory too) by the columns ``image`` and ``label`` of its splits
+    ``train`` and ``test`` or ``validation``; both as RGB, scaled and cropped to ``image_size`` (default: that of the
+    first image); if that takes more than 4 GiB, through a file in ``data_dir``, made once. Raises InputError if the
+    data cannot be had.
     """
     check_source(spec, image_size)
-    if spec.startswith("folder:"):
-        return _load_folder(spec, (data_dir or DEFAULT_DATA_DIR).expanduser(), image_size)
-    return _SOURCES[spec]((data_dir or DEFAULT_DATA_DIR).expanduser())
+    root = (data_dir or DEFAULT_DATA_DIR).expanduser()
+    if spec in _SOURCES:
+        return _SOURCES[spec](root)
+    train, test, num_classes = pictures.read(spec, root, image_size)
+    return _assemble(spec, train, test, num_classes)
 
 
 def subset(data: ImageData, train: int | None, test: int | None) -> ImageData:
@@ -218,81 +212,6 @@ def _torchvision(dataset: str, root: Path, where: str, *parts: dict[str, Any]) -
             f"{dataset} is neither at '{root}' ({where}) nor could it be downloaded ({one_line(error)}); "
             "put it there or pass --data-dir"
         ) from None
-
-
-def _folder(spec: str) -> Path:
-    return Path(spec.removeprefix("folder:")).expanduser()
-
-
-def _load_folder(spec: str, data_dir: Path, image_size: int | None) -> ImageData:
-    from PIL import Image, ImageOps
-    from torchvision.datasets import ImageFolder
-
-    def read(path: str, size: int) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-        except OSError as error:  # PIL.UnidentifiedImageError is one
-            raise InputError(f"cannot read the image '{path}' ({one_line(error)}); remove or replace it") from None
-        return torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)
-
-    def read_all(samples: list[tuple[str, int]], size: int) -> tuple[Tensor, Tensor]:
-        targets = torch.tensor([target for _, target in samples])
-
-        def fill(images: Tensor) -> None:
-            for position, (path, _) in enumerate(samples):
-                images[position] = read(path, size)
-
-        shape = (len(samples), 3, size, size)
-        if needed > IN_MEMORY:
-            return _mapped(data_dir / "images", samples, shape, fill), targets
-        images = torch.empty(shape, dtype=torch.uint8)
-        fill(images)
-        return images, targets
-
-    root = _folder(spec)
-    try:
-        train, test = (ImageFolder(str(root / part)) for part in ("train", "test"))
-    except FileNotFoundError as error:
-        raise InputError(f"expected '{root}' to hold train/CLASS/ and test/CLASS/ images: {one_line(error)}") from None
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise InputError(f"expected the same classes in '{root}/train' and '{root}/test', '{odd}' is in one alone")
-    size = image_size or _size_of_first(train.samples[0][0])
-    needed = (len(train.samples) + len(test.samples)) * 3 * size * size
-    return _assemble(spec, read_all(train.samples, size), read_all(test.samples, size), len(train.classes))
-
-
-def _mapped(
-    directory: Path, samples: list[tuple[str, int]], shape: tuple[int, ...], fill: Callable[[Tensor], None]
-) -> Tensor:
-    """uint8 images in a file that is mapped into memory; filled once, and again where a sample has changed since."""
-    listing = hashlib.sha256(repr(shape).encode())
-    for path, target in samples:
-        status = os.stat(path)
-        listing.update(f"{path} {target} {status.st_size} {status.st_mtime_ns}\n".encode())
-    file = make_output_dir(directory) / f"{listing.hexdigest()[:20]}.uint8"
-    size = math.prod(shape)
-    if not file.is_file():
-        log.info("decoding %d images into '%s' (%.1f GiB)", shape[0], file, size / 2**30)
-        write_atomically(
-            file,
-            lambda partial: fill(torch.from_file(str(partial), shared=True, size=size, dtype=torch.uint8).view(shape)),
-        )
-    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(shape)
-
-
-def _size_of_first(path: str) -> int:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except OSError as error:
-        raise InputError(f"cannot read the image '{path}' ({one_line(error)}); remove or replace it") from None
-    if width != height:
-        raise InputError(f"the first image, '{path}', is {width}x{height}, not square; pass --image-size")
-    return int(width)
 
 
 _SOURCES: dict[str, Callable[[Path], ImageData]] = {
