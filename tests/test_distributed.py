@@ -1,0 +1,58 @@
+"""The methods under DistributedDataParallel: two processes, each with its half of the data, end with one network."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import start_processes
+
+import delfast
+from delfast.unlearn import METHODS
+
+TRAINED = sorted(name for name, method in METHODS.items() if method().epochs)
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+
+
+def batches(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(6, 1, 6, 6, generator=generator), torch.randint(0, 3, (6,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def unlearn_in_one_of(rank, processes, store, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    forget = batches(0, 2)
+    for name in TRAINED:
+        model = network()
+        mask = None if name == "retrain" else delfast.localize(model, forget, budget=0.3)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        delfast.unlearn(
+            wrapped, retain=batches(10 + rank, 3), forget=batches(20 + rank, 2), mask=mask, method=name, init=network,
+            epochs=2, lr=0.01,
+        )  # fmt: skip
+        torch.save(dict(model.named_parameters()), f"{results}/{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo by a shared file is tested on Linux")
+def test_two_processes_end_with_the_same_network(tmp_path):
+    if os.listdir("/sys/class/net") == []:
+        pytest.skip("gloo needs a network interface, be it the loopback, and there is none")
+    start_processes(unlearn_in_one_of, (2, tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
+    for name in TRAINED:
+        first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        begun = dict(network().named_parameters())
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+        assert any(not torch.equal(first[key], begun[key]) for key in first), name
