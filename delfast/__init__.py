@@ -2,7 +2,8 @@
 
     mask = delfast.localize(model, forget_loader, budget=0.3)   # which channels hold the forget set
     delfast.reset_(model, mask, init=factory)                   # back to a fresh initialization
-    optimizer = delfast.optim.MaskedSGD(model.named_parameters(), mask=mask, lr=0.015, momentum=0.9)
+    with delfast.compact(model, mask) as handle:                # trains what the mask selects, and nothing else
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.015, momentum=0.9)
 
 The method is DEL: Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",
 TMLR 2025, arXiv 2412.02432.
@@ -10,6 +11,7 @@ TMLR 2025, arXiv 2412.02432.
 
 from delfast import optim
 from delfast._version import __version__
+from delfast.compact import compact
 from delfast.errors import InputError
 from delfast.evaluate import evaluate
 from delfast.localize import (
@@ -35,6 +37,7 @@ __all__ = [
     "Scores",
     "SignedChannels",
     "__version__",
+    "compact",
     "critmem",
     "evaluate",
     "localize",

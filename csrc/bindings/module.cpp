@@ -35,6 +35,7 @@ TORCH_LIBRARY_IMPL(delfast, CPU, m) {
   m.impl("masked_adamw_", TORCH_FN(delfast::bindings::masked_adamw_));
   m.impl("per_example_accumulate_", TORCH_FN(delfast::bindings::per_example_accumulate_));
   m.impl("channel_dot", TORCH_FN(delfast::bindings::channel_dot));
+  m.impl("gather_columns", TORCH_FN(delfast::bindings::gather_columns));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -36,4 +36,6 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
                              c10::string_view epilogue);
 at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values);
 
+at::Tensor gather_columns(const at::Tensor& source, const at::Tensor& columns);
+
 }  // namespace delfast::bindings

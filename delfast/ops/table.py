@@ -15,6 +15,7 @@ from torch import Tensor
 
 from delfast.ops.layout import packed_bytes, unit_count
 from delfast.ops.reference.criticality import criticality
+from delfast.ops.reference.gather import gather_columns
 from delfast.ops.reference.masked_update import masked_adamw_, masked_reset_, masked_sgd_
 from delfast.ops.reference.per_example import channel_dot, per_example_accumulate_
 from delfast.ops.reference.selection import select_elements, select_units
@@ -22,11 +23,15 @@ from delfast.ops.reference.selection import select_elements, select_units
 
 @dataclass(frozen=True)
 class Op:
-    """One op: ``schema`` in torch.library's language, ``fake`` (shapes and dtypes only), ``reference`` (the twin)."""
+    """One op: ``schema`` in torch.library's language, ``fake`` (shapes and dtypes only), ``reference`` (the twin).
+
+    ``natively_on``: devices that the extension may have a kernel for; elsewhere the twin is as fast.
+    """
 
     schema: str
     fake: Callable[..., Any]
     reference: Callable[..., Any]
+    natively_on: tuple[str, ...] = ("CPU", "CUDA")
 
     @property
     def name(self) -> str:
@@ -63,6 +68,10 @@ def _fake_select_units(
 def _fake_channel_dot(deltas: Tensor, values: Tensor | None) -> Tensor:
     wide = torch.promote_types(deltas.dtype, torch.float32)
     return torch.empty(deltas.shape[:2], dtype=wide, device=deltas.device)
+
+
+def _fake_gather_columns(source: Tensor, columns: Tensor) -> Tensor:
+    return source.new_empty((source.shape[0], columns.shape[0]))
 
 
 def _fake_in_place(*args: object, **kwargs: object) -> None:
@@ -111,6 +120,7 @@ OPS = (
         per_example_accumulate_,
     ),
     Op("channel_dot(Tensor deltas, Tensor? values) -> Tensor", _fake_channel_dot, channel_dot),
+    Op("gather_columns(Tensor source, Tensor columns) -> Tensor", _fake_gather_columns, gather_columns, ("CPU",)),
 )
 
 # lives as long as the process: dropping it would drop the ops
@@ -123,5 +133,5 @@ def define_ops(native_devices: Sequence[str]) -> None:
         _library.define(op.schema)
         torch.library.register_fake(f"delfast::{op.name}", op.fake, lib=_library)
         for device in ("CPU", "CUDA"):
-            if device not in native_devices:
+            if device not in native_devices or device not in op.natively_on:
                 _library.impl(op.name, op.reference, device)

@@ -1,0 +1,164 @@
+"""Compact training: a masked model that computes, stores and steps only what its mask lets change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from delfast.compact.guard import Guard
+from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, restore
+from delfast.errors import InputError
+from delfast.mask import Mask, ParameterMask
+from delfast.naming import plain_name, trainable_parameters, unwrap
+from delfast.ops.layout import pack
+
+Way = Literal["rows", "dense", "guarded", "frozen"]
+"""How a parameter is trained. rows: through a Parameter of its selected rows. dense: as ever, all of it is selected.
+guarded: with a dense gradient, of which the mask's part is used. frozen: not at all.
+"""
+
+
+class Compact:
+    """The handle of ``compact``, and a context manager that undoes it.
+
+    ways: name -> Way, of every parameter that was trainable. mask: what may change of the model as it is now, by the
+    names its parameters have now: for ``MaskedSGD(model.named_parameters(), handle.mask)``.
+    """
+
+    def __init__(self, model: nn.Module, mask: Mask, dense: Collection[str]) -> None:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise InputError(
+                f"expected a model that is not wrapped yet, got {type(model).__name__}, which has taken its "
+                "parameters; call compact() first, then wrap"
+            )
+        self.model, self.original_mask = unwrap(model), mask
+        parameters = trainable_parameters(self.model)
+        chosen = {name: part for name, _, part in mask.match(parameters) if part.selected}
+        for name in dense:
+            if name not in parameters:
+                raise InputError(f"dense names '{name}', which is no trainable parameter of the model; check the name")
+        owners = _owners(self.model)
+        self.ways: dict[str, Way] = {}
+        self._layers: dict[str, tuple[nn.Module, Tensor]] = {}
+        for name, parameter in parameters.items():
+            part, owner = chosen.get(name), owners.get(id(parameter))
+            if part is None:
+                self.ways[name] = "frozen"
+            elif part.selected == part.numel:
+                self.ways[name] = "dense"
+            elif part.by_row and owner is not None and name not in dense:
+                self.ways[name] = "rows"
+                self._layers[name] = (owner, part.flags.nonzero().flatten())
+            else:
+                self.ways[name] = "guarded"
+        self._parameters, self._chosen = parameters, chosen
+        self._rows: dict[str, nn.Parameter] = {}
+        self._guard: Guard | None = None
+        self.redo()
+        self.mask = self._mask()
+
+    def redo(self) -> None:
+        """Make the model compact again after ``undo``: the same Parameters, so an optimizer of theirs goes on. Values
+        are taken from the model as it is.
+        """
+        for name, (layer, rows) in self._layers.items():
+            compact = make_compact(layer, rows)
+            if name in self._rows:
+                with torch.no_grad():
+                    self._rows[name].copy_(compact.weight_rows)
+                compact.weight_rows = self._rows[name]
+            self._rows[name] = compact.weight_rows
+        for name in self._names("frozen"):
+            self._parameters[name].requires_grad_(False)
+        self._guard = Guard((self._parameters[name], self._chosen[name].dense()) for name in self._names("guarded"))
+
+    def undo(self) -> None:
+        """Write the rows back and make every module what it was; nothing happens the second time."""
+        if self._guard is None:
+            return
+        self._guard.remove()
+        self._guard = None
+        for layer, _ in self._layers.values():
+            assert isinstance(layer, CompactLayer)
+            restore(layer)
+        for name in self._names("frozen"):
+            self._parameters[name].requires_grad_(True)
+
+    def write(self) -> None:
+        """Put the rows into the weights, for code that reads those; forward passes and ``state_dict`` do so anyway."""
+        for layer, _ in self._layers.values():
+            if isinstance(layer, CompactLayer):
+                layer.write_rows()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The Parameters to train."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The Parameters to train, by the names that they have now."""
+        return (pair for pair in self.model.named_parameters() if pair[1].requires_grad)
+
+    def __enter__(self) -> Compact:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        counts = {way: len(self._names(way)) for way in ("rows", "dense", "guarded", "frozen")}
+        return f"Compact({', '.join(f'{way}: {count}' for way, count in counts.items())})"
+
+    def _names(self, way: Way) -> list[str]:
+        return [name for name, chosen in self.ways.items() if chosen == way]
+
+    def _mask(self) -> Mask:
+        parts = {}
+        for name, way in self.ways.items():
+            if way == "rows":
+                shape = tuple(self._rows[name].shape)
+                name = name.removesuffix("weight") + ROWS
+                parts[name] = ParameterMask(shape, "row", pack(torch.ones(shape[0], dtype=torch.bool)))
+            elif way != "frozen":
+                parts[name] = self._chosen[name]
+        return Mask(parts, {**self.original_mask.metadata, "compact_of": self.original_mask.digest})
+
+
+def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Compact:
+    """Change ``model`` to train what ``mask`` selects and nothing else, until ``undo()``, or as a context::
+
+        with delfast.compact(model, mask) as handle:
+            optimizer = torch.optim.AdamW(handle.parameters(), fused=True)
+            ...
+
+    A Linear or convolution of which whole rows (output channels) are selected is trained through a Parameter of those
+    rows: its backward pass computes their gradient alone, optimizers keep state for them alone, and the other rows
+    cannot move. Layers of which nothing is selected compute no gradient, and the backward pass ends at the lowest layer
+    that has one. What cannot be split so (biases and norms, masks of single elements, tied parameters, subclasses and
+    other modules) keeps its dense gradient behind a guard; ``handle.ways`` says which parameter goes which way.
+
+    ``state_dict()`` has the names and shapes it had, and ``load_state_dict`` takes them. Wrap with DDP or
+    ``torch.compile`` afterwards. dense: names of parameters to keep out, where other code reads ``layer.weight`` and
+    expects a gradient.
+
+    Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name.
+    """
+    return Compact(model, mask, [plain_name(name) for name in dense])
+
+
+def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
+    """id of a parameter -> the layer that can be trained by rows of it; None where it is tied or the layer cannot."""
+    found: dict[int, nn.Module | None] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fits = name == "weight" and type(module) in COMPACT and "forward" not in module.__dict__
+            found[id(parameter)] = module if fits and id(parameter) not in found else None
+    return found
+
+
+__all__ = ["Compact", "Way", "compact"]

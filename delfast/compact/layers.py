@@ -1,0 +1,284 @@
+"""Layers whose weight is trained through a Parameter that holds only its selected rows.
+
+A layer is changed by giving it another class: it stays the same object, with the same hooks, buffers and name. Its
+``weight`` stays where it is, whole and frozen; ``weight_rows`` is what an optimizer sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from delfast.compact.plan import RowPlan, plan_rows
+
+ROWS = "weight_rows"
+
+
+class CompactLayer(nn.Module):
+    """What the layers share: the rows, their way into the weight, and a ``state_dict`` that knows of neither."""
+
+    weight: Tensor
+    bias: Any
+    weight_rows: nn.Parameter
+    row_index: Tensor
+    row_gathered: Tensor | None
+    row_opposite: Tensor | None
+    row_kept: Tensor | None
+    row_groups: int
+
+    @property
+    def plan(self) -> RowPlan:
+        """How the gradient of the rows is computed; its tensors are buffers, so that they follow the device."""
+        return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
+
+    def write_rows(self) -> None:
+        """Put the rows into the weight; no other entry of it is touched.
+
+        Through ``.data``, so that what autograd saved of the weight stays valid: the same rows, written again by
+        another call of this layer, are the same weight. A step between a forward pass and its backward pass is still
+        an error, by the version of the rows, which are saved too.
+        """
+        if torch.compiler.is_compiling():  # where mutations are functions, and .data is not understood
+            with torch.no_grad():
+                self.weight.index_copy_(0, self.row_index, self.weight_rows.detach())
+        else:
+            self.weight.data.index_copy_(0, self.row_index, self.weight_rows.data)
+
+    def read_rows(self) -> None:
+        """Take the rows anew from the weight."""
+        with torch.no_grad():
+            self.weight_rows.copy_(self.weight.index_select(0, self.row_index))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.write_rows()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + ROWS]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        *_, missing, _, _ = arguments
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if prefix + ROWS in missing:
+            missing.remove(prefix + ROWS)
+        self.read_rows()
+
+
+def make_compact(layer: nn.Module, rows: Tensor) -> CompactLayer:
+    """Change ``layer``, of a type in COMPACT, to train only these rows (int64, ascending) of its weight."""
+    weight, groups = cast(Tensor, layer.weight), cast(int, getattr(layer, "groups", 1))
+    channels, others = weight.shape[0], weight.shape[1] * groups
+    plan = plan_rows(rows.cpu(), channels, others, groups)
+    compact = cast(CompactLayer, layer)
+    compact.__class__ = COMPACT[type(layer)]
+    tensors = {"index": rows, "gathered": plan.gathered, "opposite": plan.opposite, "kept": plan.kept}
+    for name, tensor in tensors.items():
+        on_device = None if tensor is None else tensor.to(weight.device)
+        compact.register_buffer(f"row_{name}", on_device, persistent=False)
+    compact.row_groups = plan.groups
+    like = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
+    compact.weight_rows = nn.Parameter(like)
+    compact.read_rows()
+    compact.weight.requires_grad_(False)
+    return compact
+
+
+def restore(layer: CompactLayer) -> nn.Module:
+    """Undo ``make_compact``: the rows are written back, the weight can be trained again."""
+    layer.write_rows()
+    for name in ("index", "gathered", "opposite", "kept"):
+        delattr(layer, f"row_{name}")
+    del layer.row_groups, layer.weight_rows
+    layer.weight.requires_grad_(True)
+    plain = cast(nn.Module, layer)
+    plain.__class__ = next(original for original, compact in COMPACT.items() if compact is type(layer))
+    return plain
+
+
+class _Linear(torch.autograd.Function):
+    """x Wᵀ + b, and the gradient of W's selected rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gathered: Tensor | None,
+        kept: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, rows, weight, gathered, kept)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (delta,) = gradients
+        x, rows, weight, gathered, kept = ctx.saved_tensors
+        of_x = of_rows = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = delta @ weight
+        flat = delta.reshape(-1, delta.shape[-1])
+        if ctx.needs_input_grad[1]:
+            found = gather(flat, gathered).t() @ x.reshape(-1, x.shape[-1])
+            of_rows = (found if kept is None else found.index_select(0, kept)).to(rows.dtype)
+        if ctx.needs_input_grad[3]:
+            of_bias = flat.sum(0)
+        return of_x, of_rows, None, of_bias, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution of any dimension, transposed or not, and the gradient of its weight's selected rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gathered: Tensor | None,
+        opposite: Tensor | None,
+        kept: Tensor | None,
+        geometry: tuple[Any, ...],
+        groups: int,
+        small_groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, rows, weight, gathered, opposite, kept)
+        ctx.geometry, ctx.groups, ctx.small_groups = geometry, groups, small_groups
+        return torch.convolution(x, weight, bias, *geometry, groups)  # type: ignore[call-arg]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (delta,) = gradients
+        x, rows, weight, gathered, opposite, kept = ctx.saved_tensors
+        geometry, transposed = ctx.geometry, ctx.geometry[3]
+        backward = torch.ops.aten.convolution_backward.default
+        of_x = of_rows = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = backward(delta, x, weight, None, *geometry, ctx.groups, [True, False, False])[0]
+        if ctx.needs_input_grad[1]:
+            small_x = gather(x, gathered if transposed else opposite)
+            small_delta = gather(delta, opposite if transposed else gathered)
+            count = weight.shape[0] if gathered is None else gathered.shape[0]
+            like = weight.narrow(0, 0, count)  # only its shape is looked at
+            _, found, _ = backward(small_delta, small_x, like, None, *geometry, ctx.small_groups, [False, True, False])
+            of_rows = (found if kept is None else found.index_select(0, kept)).to(rows.dtype)
+        if ctx.needs_input_grad[3]:
+            of_bias = delta.sum([0, *range(2, delta.dim())])
+        return of_x, of_rows, None, of_bias, None, None, None, None, None, None
+
+
+def gather(values: Tensor, channels: Tensor | None) -> Tensor:
+    """``values`` with only these channels (dim 1), in its own memory format; None: as it is."""
+    if channels is None:
+        return values
+    last = values.movedim(1, -1)
+    if last.is_contiguous():  # channels-last, or two dimensions
+        flat: Tensor = torch.ops.delfast.gather_columns(last.reshape(-1, last.shape[-1]), channels)
+        return flat.view(*last.shape[:-1], len(channels)).movedim(-1, 1)
+    return values.index_select(1, channels)
+
+
+def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a layer multiplies, as autocast would have it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+    return x, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+
+
+class CompactLinear(CompactLayer, nn.Linear):
+    """``nn.Linear``, compact."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.write_rows()
+        x, weight, bias = _as_autocast(input, self.weight, self.bias)
+        result: Tensor = _Linear.apply(x, self.weight_rows, weight, bias, self.plan.gathered, self.plan.kept)
+        return result
+
+
+class _Convolutional(CompactLayer):
+    """The convolutions but for their padding."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    kernel_size: Any
+    groups: int
+    padding_mode: Any
+    _reversed_padding_repeated_twice: Any
+    _output_padding: Any
+
+    def _convolve(self, input: Tensor, padding: Any, transposed: bool, output_padding: Any) -> Tensor:
+        self.write_rows()
+        x, weight, bias = _as_autocast(input, self.weight, self.bias)
+        spatial = self.weight.dim() - 2
+        batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+        geometry = (self.stride, padding, self.dilation, transposed, output_padding)
+        plan = self.plan
+        result: Tensor = _Convolution.apply(
+            batched, self.weight_rows, weight, bias, plan.gathered, plan.opposite, plan.kept, geometry, self.groups,
+            plan.groups,
+        )  # fmt: skip
+        return result if batched is x else result.squeeze(0)
+
+
+class _Forward(_Convolutional):
+    """An ordinary convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):  # "same" may pad one side more
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = functional.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(self.kernel_size)
+        return self._convolve(input, padding, False, (0,) * len(self.kernel_size))
+
+
+class _Transposed(_Convolutional):
+    """A transposed convolution."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        spatial = len(self.kernel_size)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        return self._convolve(input, self.padding, True, output_padding)
+
+
+class CompactConv1d(_Forward, nn.Conv1d):
+    """``nn.Conv1d``, compact."""
+
+
+class CompactConv2d(_Forward, nn.Conv2d):
+    """``nn.Conv2d``, compact."""
+
+
+class CompactConv3d(_Forward, nn.Conv3d):
+    """``nn.Conv3d``, compact."""
+
+
+class CompactConvTranspose1d(_Transposed, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d``, compact."""
+
+
+class CompactConvTranspose2d(_Transposed, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d``, compact."""
+
+
+class CompactConvTranspose3d(_Transposed, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d``, compact."""
+
+
+COMPACT: dict[type[nn.Module], type[CompactLayer]] = {
+    nn.Linear: CompactLinear,
+    nn.Conv1d: CompactConv1d,
+    nn.Conv2d: CompactConv2d,
+    nn.Conv3d: CompactConv3d,
+    nn.ConvTranspose1d: CompactConvTranspose1d,
+    nn.ConvTranspose2d: CompactConvTranspose2d,
+    nn.ConvTranspose3d: CompactConvTranspose3d,
+}

@@ -1,0 +1,393 @@
+"""Compact training: the gradients of dense-then-masked training, in an ordinary Parameter, and nothing else moves."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import delfast
+from delfast.compact.layers import COMPACT, CompactLayer
+from delfast.errors import InputError
+from delfast.mask import Mask
+from delfast.optim import MaskedAdamW, MaskedSGD
+from tests import cases
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 40), (5, 6)),
+    "linear, tokens": (lambda: nn.Linear(6, 40, bias=False), (5, 3, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 40, 3, padding=1), (3, 4, 9)),
+    "conv1d, same": (lambda: nn.Conv1d(4, 40, 4, padding="same", dilation=2), (3, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 40, 3, padding=1), (4, 3, 8, 8)),
+    "conv2d, unbatched": (lambda: nn.Conv2d(3, 40, 3), (3, 8, 8)),
+    "conv2d, strided": (lambda: nn.Conv2d(3, 40, (3, 5), stride=(2, 3), padding=(1, 2), dilation=2), (4, 3, 12, 15)),
+    "conv2d, reflect": (lambda: nn.Conv2d(3, 40, 3, padding=2, padding_mode="reflect"), (4, 3, 8, 8)),
+    "conv2d, circular": (lambda: nn.Conv2d(3, 40, 3, padding=1, padding_mode="circular", bias=False), (4, 3, 8, 8)),
+    "conv2d, valid": (lambda: nn.Conv2d(3, 40, 3, padding="valid"), (4, 3, 8, 8)),
+    "grouped": (lambda: nn.Conv2d(12, 24, 3, groups=4), (4, 12, 6, 6)),
+    "grouped, strided": (lambda: nn.Conv2d(12, 24, 3, groups=3, stride=2, padding=1), (4, 12, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(24, 24, 3, groups=24, padding=1), (4, 24, 6, 6)),
+    "depthwise, multiplied": (lambda: nn.Conv2d(12, 24, 3, groups=12, stride=2), (4, 12, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d(2, 40, (2, 3, 3), stride=(1, 2, 1)), (2, 2, 4, 6, 6)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(40, 3, 4, stride=2), (3, 40, 5)),
+    "transposed2d": (lambda: nn.ConvTranspose2d(40, 6, 3, stride=2, padding=1, output_padding=1), (2, 40, 5, 5)),
+    "transposed2d, grouped": (lambda: nn.ConvTranspose2d(24, 12, 3, stride=2, groups=4, dilation=2), (2, 24, 5, 5)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(40, 2, 2, stride=(1, 2, 1)), (2, 40, 3, 3, 3)),
+}
+ROWS_OF = {"some": 0.3, "many": 0.75, "nearly all": 0.97}
+
+
+def row_mask(model, fraction, seed=0):
+    """Some rows of every weight, some elements of what has one dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = {}
+    for name, parameter in model.named_parameters():
+        units = parameter.shape[0]
+        chosen = torch.randperm(units, generator=generator)[: max(1, int(fraction * units))]
+        flags = torch.zeros(units, dtype=torch.bool).index_fill_(0, chosen, True)
+        dense[name] = flags.reshape(-1, *[1] * (parameter.ndim - 1)).expand(parameter.shape)
+    return Mask.from_dense(dense)
+
+
+def expected_gradients(model, mask, loss):
+    """Dense, then masked; by the names of the compact model."""
+    reference = copy.deepcopy(model)
+    loss(reference).backward()
+    found = {}
+    for name, parameter in reference.named_parameters():
+        part = mask.parameters.get(name)
+        if parameter.grad is None or part is None or not part.selected:
+            continue
+        if part.by_row and part.selected < part.numel and name != "head.weight":  # that one is tied
+            found[name.replace("weight", "weight_rows")] = parameter.grad[part.flags]
+        else:
+            found[name] = torch.where(part.dense(), parameter.grad, 0)
+    return found
+
+
+def close(gradients, expected, tolerance=1e-12):
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm().clamp_min(1e-300), name
+
+
+def gradients_of(handle):
+    return {name: parameter.grad for name, parameter in handle.named_parameters()}
+
+
+@pytest.mark.parametrize("fraction", ROWS_OF)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_the_dense_ones_masked(name, fraction):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = make().double()
+    mask, x = row_mask(layer, ROWS_OF[fraction]), torch.randn(shape, dtype=torch.float64)
+    for inputs in (x, cases._channels_last(x) if x.ndim > 2 else x.t().contiguous().t()):
+        inputs = inputs.detach().requires_grad_()
+
+        def loss(model, inputs=inputs):
+            return model(inputs).sin().square().sum()
+
+        expected = expected_gradients(layer, mask, loss)
+        of_inputs = inputs.grad.clone()
+        inputs.grad = None
+        with delfast.compact(layer, mask) as handle:
+            assert type(layer) in COMPACT.values() and handle.ways["weight"] == "rows"
+            loss(layer).backward()
+            close(gradients_of(handle), expected)
+            close({"inputs": inputs.grad}, {"inputs": of_inputs})
+        assert type(layer) in COMPACT and set(dict(layer.named_parameters())) <= {"weight", "bias"}
+        layer.zero_grad()
+
+
+class Net(nn.Module):
+    """Norms, in-place activations straight after a convolution, groups, a layer called twice, a tied head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(inplace=True))
+        self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20, bias=False)
+        self.norm = nn.BatchNorm2d(20)
+        self.twice = nn.Conv2d(20, 20, 1)
+        self.mix = nn.Linear(20, 24)
+        self.head = nn.Linear(24, 5)
+        self.tied = nn.Linear(24, 5)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x):
+        x = functional.relu(self.norm(self.depthwise(self.stem(x))))
+        x = self.twice(functional.relu(self.twice(x)))
+        x = functional.gelu(self.mix(x.mean((2, 3))))
+        return self.head(x) + self.tied(x)
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(12, 3, 8, 8, generator=generator), torch.randint(0, 5, (12,), generator=generator)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def cross_entropy(data, dtype=torch.float32):
+    return lambda model: functional.cross_entropy(model(data[0].to(dtype)), data[1])
+
+
+def test_a_whole_network_has_the_dense_gradients(net, data):
+    net.double()
+    mask, loss = row_mask(net, 0.4), cross_entropy(data, torch.float64)
+    expected = expected_gradients(net, mask, loss)
+    with delfast.compact(net, mask) as handle:
+        assert handle.ways["twice.weight"] == "rows" and handle.ways["head.weight"] == "guarded"  # it is tied
+        loss(net).backward()
+        close(gradients_of(handle), expected)
+        loss(net).backward()  # accumulated
+        close(gradients_of(handle), {name: 2 * gradient for name, gradient in expected.items()})
+
+
+def test_checkpointing_two_forward_passes_and_compile_give_the_same(net, data):
+    net.double()
+    mask, loss = row_mask(net, 0.4), cross_entropy(data, torch.float64)
+    expected = expected_gradients(net, mask, loss)
+    with delfast.compact(net, mask) as handle:
+
+        def checkpointed(x):
+            return checkpoint(net, x, use_reentrant=False)
+
+        loss(checkpointed).backward()
+        close(gradients_of(handle), expected)
+        net.zero_grad()
+        (0.25 * loss(net) + 0.75 * loss(net)).backward()
+        close(gradients_of(handle), expected)
+        net.zero_grad()
+        compiled = torch.compile(net, fullgraph=True)
+        loss(compiled).backward()
+        close(gradients_of(handle), expected)
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+        optimizer.step()  # the graph must see the rows move
+        net.zero_grad()
+        loss(compiled).backward()
+        moved = {name: gradient.clone() for name, gradient in gradients_of(handle).items()}
+        net.zero_grad()
+        loss(net).backward()
+        close(gradients_of(handle), moved)
+
+
+def test_compile_in_float32_is_within_the_error_budget(net, data):
+    mask, loss = row_mask(net, 0.4), cross_entropy(data)
+    exact = expected_gradients(copy.deepcopy(net).double(), mask, cross_entropy(data, torch.float64))
+    dense = expected_gradients(net, mask, lambda model: loss(torch.compile(model, fullgraph=True)))
+    with delfast.compact(net, mask) as handle:
+        loss(torch.compile(net, fullgraph=True)).backward()
+        compact = gradients_of(handle)
+    errors = [sum((g[name] - exact[name]).norm() / exact[name].norm() for name in exact) for g in (compact, dense)]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_a_step_between_forward_and_backward_is_an_error(net, data):
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        loss = cross_entropy(data)(net)
+        with torch.no_grad():
+            for parameter in handle.parameters():
+                parameter.add_(0.1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_what_it_gives_the_dense_network(net, data, dtype):
+    mask = row_mask(net, 0.4)
+    exact = expected_gradients(copy.deepcopy(net).double(), mask, cross_entropy(data, torch.float64))
+
+    def loss(model):
+        with torch.autocast("cpu", dtype):
+            return cross_entropy(data)(model)
+
+    dense = expected_gradients(net, mask, loss)
+    with delfast.compact(net, mask) as handle:
+        loss(net).backward()
+        for name, gradient in gradients_of(handle).items():
+            assert gradient.dtype == torch.float32
+            error, allowed = ((g - exact[name]).norm() / exact[name].norm() for g in (gradient, dense[name]))
+            assert error <= 2 * allowed + torch.finfo(dtype).eps, name
+
+
+def all_but(mask, before, model):
+    """Bits of ``model``'s state that changed outside the mask, and whether any did inside."""
+    outside, inside, state = 0, False, model.state_dict()
+    for name, value in before.items():
+        changed = state[name].view(torch.int32) != value.view(torch.int32)
+        part = mask.parameters.get(name)
+        chosen = part.dense() if part is not None else torch.zeros_like(changed)
+        outside += int(changed[~chosen].sum())
+        inside = inside or bool(changed[chosen].any())
+    return outside, inside
+
+
+OPTIMIZERS = {
+    "fused AdamW": lambda handle: torch.optim.AdamW(handle.parameters(), lr=0.01, weight_decay=0.1, fused=True),
+    "foreach SGD, all parameters": lambda handle: torch.optim.SGD(
+        handle.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, foreach=True
+    ),
+    "Adagrad": lambda handle: torch.optim.Adagrad(handle.parameters(), lr=0.01, weight_decay=0.1),
+    "MaskedSGD": lambda handle: MaskedSGD(
+        handle.model.named_parameters(), handle.mask, lr=0.1, momentum=0.9, weight_decay=0.1
+    ),
+    "MaskedAdamW": lambda handle: MaskedAdamW(handle.model.named_parameters(), handle.mask, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", ["rows", "elements", "whole and none"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_else_moves_by_a_bit(net, data, optimizer, kind):
+    mask = row_mask(net, 0.4)
+    if kind == "elements":
+        generator = torch.Generator().manual_seed(1)
+        mask = Mask.from_dense({n: torch.rand(p.shape, generator=generator) < 0.3 for n, p in net.named_parameters()})
+    elif kind == "whole and none":
+        mask = Mask.from_dense(
+            {n: torch.full(p.shape, n.startswith(("mix", "norm"))) for n, p in net.named_parameters()}
+        )
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=2)
+    with delfast.compact(net, mask) as handle:
+        steps = OPTIMIZERS[optimizer](handle)
+        for step in range(6):
+            steps.zero_grad()
+            loss = cross_entropy(data)(net) * (float("inf") if step == 3 else 1)  # that step is skipped
+            scaler.scale(loss).backward()
+            scaler.unscale_(steps)
+            nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
+            scaler.step(steps)
+            scaler.update()
+            outside, _ = all_but(mask, before, net) if step == 2 else (0, None)
+            assert not outside
+        saved = net.state_dict()
+        assert saved.keys() == Net().state_dict().keys()
+    outside, inside = all_but(mask, before, net)
+    assert outside == 0 and inside
+    assert all(torch.equal(saved[name], parameter) for name, parameter in net.named_parameters())
+
+
+def test_optimizer_state_is_of_the_selected_rows():
+    model = nn.Sequential(nn.Linear(50, 40, bias=False), nn.Linear(40, 30, bias=False))
+    with delfast.compact(model, row_mask(model, 0.3)) as handle:
+        optimizer = torch.optim.AdamW(handle.parameters())
+        model(torch.randn(4, 50)).sum().backward()
+        optimizer.step()
+        held = sum(state["exp_avg"].numel() for state in optimizer.state.values())
+        assert held == 12 * 50 + 9 * 40 == handle.mask.selected
+
+
+def test_training_compact_is_training_dense_with_masked_gradients(net, data):
+    net.double()
+    mask, loss = row_mask(net, 0.4), cross_entropy(data, torch.float64)
+    reference = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(reference).backward()
+        for name, parameter in reference.named_parameters():
+            parameter.grad *= mask.parameters[name].dense()
+        optimizer.step()
+    with delfast.compact(net, mask) as handle:
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss(net).backward()
+            optimizer.step()
+    for (name, left), (_, right) in zip(net.named_parameters(), reference.named_parameters(), strict=True):
+        assert (left - right).norm() <= 1e-10 * right.norm(), name
+
+
+def test_the_backward_pass_ends_at_the_lowest_selected_layer(net, data):
+    mask = Mask.from_dense({n: torch.full(p.shape, n.startswith("head")) for n, p in net.named_parameters()})
+    with delfast.compact(net, mask):
+        seen = []
+        net.mix.register_full_backward_hook(lambda *_: seen.append("mix"))
+        hidden = net.mix(torch.randn(2, 20))
+        assert not hidden.requires_grad
+        cross_entropy(data)(net).backward()
+    assert not seen and all(p.requires_grad for p in net.parameters())
+
+
+def test_state_dicts_are_the_original_s(net, data):
+    mask = row_mask(net, 0.4)
+    plain = copy.deepcopy(net)
+    with delfast.compact(net, mask) as handle:
+        assert all(torch.equal(net.state_dict()[name], value) for name, value in plain.state_dict().items())
+        other = {name: value + 1 if value.is_floating_point() else value for name, value in plain.state_dict().items()}
+        net.load_state_dict(other)
+        rows = dict(handle.named_parameters())["twice.weight_rows"]
+        assert torch.equal(rows, other["twice.weight"][mask.parameters["twice.weight"].flags])
+        torch.testing.assert_close(net(data[0]), _loaded(plain, other)(data[0]))
+        with pytest.raises(RuntimeError, match=r"Missing key.*twice\.weight"):
+            net.load_state_dict({name: value for name, value in other.items() if name != "twice.weight"})
+        average = torch.optim.swa_utils.AveragedModel(net)
+        average.update_parameters(net)
+        assert average.module.state_dict().keys() == other.keys()
+        copied = pickle.loads(pickle.dumps(net))
+        assert isinstance(copied.mix, CompactLayer) and copied.state_dict().keys() == other.keys()
+    net.load_state_dict(plain.state_dict())
+
+
+def _loaded(model, state):
+    model = copy.deepcopy(model)
+    model.load_state_dict(state)
+    return model
+
+
+def test_undo_and_redo_keep_the_parameters_that_an_optimizer_has(net, data):
+    plain_names = [name for name, _ in net.named_parameters()]
+    handle = delfast.compact(net, row_mask(net, 0.4))
+    compact_parameters = dict(handle.named_parameters())
+    handle.undo()
+    handle.undo()
+    assert [name for name, _ in net.named_parameters()] == plain_names and type(net.mix) is nn.Linear
+    with torch.no_grad():
+        net.mix.weight.mul_(2)
+    handle.redo()
+    assert all(parameter is compact_parameters[name] for name, parameter in handle.named_parameters())
+    rows = net.mix.weight[handle.original_mask.parameters["mix.weight"].flags]
+    assert torch.equal(compact_parameters["mix.weight_rows"], rows)
+    assert "rows: 4" in repr(handle)
+    handle.undo()
+
+
+def test_the_handle_undoes_itself_after_an_error(net):
+    with pytest.raises(KeyError), delfast.compact(net, row_mask(net, 0.4)):
+        raise KeyError
+    assert type(net.mix) is nn.Linear and all(p.requires_grad for p in net.parameters())
+
+
+def test_what_cannot_be_trained_by_rows_is_guarded(net, data):
+    mask = row_mask(net, 0.4)
+
+    class Own(nn.Linear):
+        pass
+
+    net.mix = Own(20, 24)
+    with delfast.compact(net, mask, dense=["module.twice.weight"]) as handle:
+        guarded = {name for name, way in handle.ways.items() if way == "guarded"}
+        assert {"mix.weight", "twice.weight", "head.weight", "norm.weight"} <= guarded
+        cross_entropy(data)(net).backward()
+        outside = net.mix.weight.grad[~mask.parameters["mix.weight"].flags]
+        assert not outside.any()
+
+
+def test_bad_arguments_change_nothing(net):
+    mask = row_mask(net, 0.4)
+    with pytest.raises(InputError, match=r"'mux\.weight', which is no trainable parameter"):
+        delfast.compact(net, mask, dense=["mux.weight"])
+    with pytest.raises(InputError, match="does not have"):
+        delfast.compact(nn.Linear(2, 2), mask)
+    with pytest.raises(InputError, match="call compact\\(\\) first, then wrap"):
+        delfast.compact(nn.DataParallel(net), mask)
+    assert type(net.mix) is nn.Linear and all(p.requires_grad for p in net.parameters())
