@@ -21,15 +21,30 @@ def plain_name(name: str) -> str:
     return ".".join(parts)
 
 
+PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside DistributedDataParallel, DataParallel and torch.compile. Other wrappers compute: they stay."""
+    *_, network = _wrappers(model)
+    return network
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Is the network inside DistributedDataParallel or DataParallel?"""
+    return any(isinstance(wrapper, PARALLEL) for wrapper in _wrappers(model))
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what it wraps, and so on to the network."""
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        yield model
+        if isinstance(model, PARALLEL):
             model = model.module
         elif type(model).__name__ == "OptimizedModule":  # by name: importing torch._dynamo takes a second
             model = model.get_submodule("_orig_mod")
         else:
-            return model
+            return
 
 
 def unique_parameters(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

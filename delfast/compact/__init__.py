@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal
 
@@ -13,7 +14,7 @@ from delfast.compact.guard import Guard
 from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, restore
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
-from delfast.naming import plain_name, trainable_parameters, unwrap
+from delfast.naming import is_parallel, plain_name, trainable_parameters, unwrap
 from delfast.ops.layout import pack
 
 Way = Literal["rows", "dense", "guarded", "frozen"]
@@ -30,10 +31,10 @@ class Compact:
     """
 
     def __init__(self, model: nn.Module, mask: Mask, dense: Collection[str]) -> None:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if is_parallel(model):
             raise InputError(
-                f"expected a model that is not wrapped yet, got {type(model).__name__}, which has taken its "
-                "parameters; call compact() first, then wrap"
+                "expected a model outside DistributedDataParallel and DataParallel, which have taken its parameters; "
+                "call compact() first, then wrap"
             )
         self.model, self.original_mask = unwrap(model), mask
         parameters = trainable_parameters(self.model)
@@ -87,6 +88,15 @@ class Compact:
             restore(layer)
         for name in self._names("frozen"):
             self._parameters[name].requires_grad_(True)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Inside, the model is what it was, to be looked at or changed; afterwards it is compact again."""
+        self.undo()
+        try:
+            yield
+        finally:
+            self.redo()
 
     def write(self) -> None:
         """Put the rows into the weights, for code that reads those; forward passes and ``state_dict`` do so anyway."""

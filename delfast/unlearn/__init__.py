@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from delfast.batches import LossFn
+from delfast.compact import compact
 from delfast.errors import InputError
 from delfast.localize import localize
 from delfast.mask import Mask
-from delfast.naming import trainable_parameters, unwrap
+from delfast.naming import is_parallel, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
 from delfast.unlearn.head import find_head, head_parameters
@@ -90,7 +92,8 @@ def unlearn(
     precision, checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
-    Under DDP every process needs the same mask: localize the whole forget set in each.
+    The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
+    they are, gradients are dense. Under DDP every process needs the same mask: localize the whole forget set in each.
     Raises InputError for bad arguments, before anything is changed (labels are seen when their batch comes).
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -132,31 +135,37 @@ def unlearn(
         list(mask.match(trainable_parameters(network)))  # raises if the mask is of another architecture
         prepare()
         return UnlearnResult(chosen, widened, head, seconds, [], 0)
-    optimizer = MaskedSGD(
-        network.named_parameters(),
-        widened,
-        lr=chosen.lr,
-        momentum=chosen.momentum,
-        weight_decay=chosen.weight_decay,
-    )
+    turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs)
+    with nullcontext() if is_parallel(model) else compact(network, widened) as handle:
+        training = job if handle is None else replace(job, mask=handle.mask)
 
-    def losses(_: nn.Module, turn: Turn) -> Any:
-        return chosen.loss(job, turn).reshape(1)
+        def prepare_whole() -> None:
+            with nullcontext() if handle is None else handle.undone():
+                prepare()
 
-    result = train(
-        model,  # not the network inside: DDP's own forward is what exchanges gradients
-        Turns(chosen.layout, retain, forget, chosen.forget_epochs),
-        optimizer,
-        epochs=chosen.epochs,
-        schedule=chosen.schedule,
-        loss_fn=losses,
-        precision=precision,
-        checkpoint=checkpoint,
-        resume=resume,
-        config={**settings, **(config or {})},
-        progress=progress,
-        before=prepare,
-    )
+        def losses(_: nn.Module, turn: Turn) -> Any:
+            return chosen.loss(training, turn).reshape(1)
+
+        result = train(
+            model,  # not the network inside: DDP's own forward is what exchanges gradients
+            turns,
+            MaskedSGD(
+                network.named_parameters(),
+                widened if handle is None else handle.mask,
+                lr=chosen.lr,
+                momentum=chosen.momentum,
+                weight_decay=chosen.weight_decay,
+            ),
+            epochs=chosen.epochs,
+            schedule=chosen.schedule,
+            loss_fn=losses,
+            precision=precision,
+            checkpoint=checkpoint,
+            resume=resume,
+            config={**settings, **(config or {})},
+            progress=progress,
+            before=prepare_whole,
+        )
     seconds["finetune"] = result.seconds
     return UnlearnResult(chosen, widened, head, seconds, result.losses, result.resumed_from)
 
