@@ -345,6 +345,39 @@ def test_in_place_ops_bump_version_counters(op: str) -> None:
     assert all(t._version > version for t, version in zip(theta, before, strict=True))
 
 
+# gathering
+
+
+@pytest.mark.parametrize("dtype", [*cases.DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 3), (5, 1000), (40000, 33)])
+def test_gather_columns_copies_them(shape: tuple[int, int], dtype: torch.dtype, one_and_two_threads: Any) -> None:
+    source = torch.randn(shape).to(dtype)
+    for columns in (
+        torch.arange(shape[1]),
+        torch.arange(0, shape[1], 2),
+        torch.arange(0),
+        torch.arange(shape[1]).flip(0),
+    ):
+        for threads in one_and_two_threads:
+            torch.set_num_threads(threads)
+            result = NATIVE.gather_columns(source, columns)
+            assert torch.equal(result, source[:, columns]) and result.is_contiguous()
+
+
+@needs_native
+def test_gather_columns_refuses_what_it_cannot_read() -> None:
+    source = torch.zeros(2, 3)
+    for columns in (torch.tensor([3]), torch.tensor([-1])):
+        with pytest.raises(IndexError, match=r"columns in \[0, 3\)"):
+            NATIVE.gather_columns(source, columns)
+    with pytest.raises(ValueError, match="contiguous int64"):
+        NATIVE.gather_columns(source, torch.tensor([0], dtype=torch.int32))
+    with pytest.raises(ValueError, match="contiguous matrix"):
+        NATIVE.gather_columns(source.t(), torch.tensor([0]))
+    with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
+        NATIVE.gather_columns(source.bool(), torch.tensor([0]))
+
+
 # the registry
 
 
@@ -374,6 +407,7 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         ),
         (NATIVE.per_example_accumulate_, (sums, inputs, deltas, *layer.settings, "abs"), {}),
         (NATIVE.channel_dot, (deltas, deltas + 1), {}),
+        (NATIVE.gather_columns, (scores.view(1, -1).repeat(3, 1), torch.tensor([0, 2, 7])), {}),
     ]
 
 
@@ -390,6 +424,7 @@ def test_opcheck(number: int) -> None:
 @pytest.mark.parametrize("number", range(len(OPS)))
 def test_compile_does_not_break_on_an_op(number: int) -> None:
     packet, args, kwargs = sample_calls()[number]
+    torch.compiler.reset()  # the lambda below counts as one function, which may be compiled eight times only
     eager_args = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
     compiled = torch.compile(lambda *a: packet(*a, **kwargs), fullgraph=True, backend="aot_eager")
     expected, result = packet(*eager_args, **kwargs), compiled(*args)
