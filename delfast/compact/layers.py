@@ -96,6 +96,28 @@ def restore(layer: CompactLayer) -> nn.Module:
     return plain
 
 
+def linear_rows_gradient(x: Tensor, delta: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
+    """The gradient of the selected rows of a linear layer's weight, of x (..., in) and delta (..., out)."""
+    found = gather(delta.reshape(-1, delta.shape[-1]), gathered).t() @ x.reshape(-1, x.shape[-1])
+    return found if kept is None else found.index_select(0, kept)
+
+
+def convolution_rows_gradient(
+    x: Tensor, delta: Tensor, weight: Tensor, plan: RowPlan, geometry: tuple[Any, ...]
+) -> Tensor:
+    """The same of a convolution; geometry: stride, padding, dilation, transposed, output padding."""
+    transposed = geometry[3]
+    small_x = gather(x, plan.gathered if transposed else plan.opposite)
+    small_delta = gather(delta, plan.opposite if transposed else plan.gathered)
+    count = weight.shape[0] if plan.gathered is None else plan.gathered.shape[0]
+    like = weight.narrow(0, 0, count)  # only its shape is looked at
+    _, found, _ = _backward(small_delta, small_x, like, None, *geometry, plan.groups, [False, True, False])
+    return found if plan.kept is None else found.index_select(0, plan.kept)
+
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
 class _Linear(torch.autograd.Function):
     """x Wᵀ + b, and the gradient of W's selected rows."""
 
@@ -119,12 +141,10 @@ class _Linear(torch.autograd.Function):
         of_x = of_rows = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = delta @ weight
-        flat = delta.reshape(-1, delta.shape[-1])
         if ctx.needs_input_grad[1]:
-            found = gather(flat, gathered).t() @ x.reshape(-1, x.shape[-1])
-            of_rows = (found if kept is None else found.index_select(0, kept)).to(rows.dtype)
+            of_rows = linear_rows_gradient(x, delta, gathered, kept).to(rows.dtype)
         if ctx.needs_input_grad[3]:
-            of_bias = flat.sum(0)
+            of_bias = delta.reshape(-1, delta.shape[-1]).sum(0)
         return of_x, of_rows, None, of_bias, None, None
 
 
@@ -153,18 +173,12 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (delta,) = gradients
         x, rows, weight, gathered, opposite, kept = ctx.saved_tensors
-        geometry, transposed = ctx.geometry, ctx.geometry[3]
-        backward = torch.ops.aten.convolution_backward.default
         of_x = of_rows = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = backward(delta, x, weight, None, *geometry, ctx.groups, [True, False, False])[0]
+            of_x = _backward(delta, x, weight, None, *ctx.geometry, ctx.groups, [True, False, False])[0]
         if ctx.needs_input_grad[1]:
-            small_x = gather(x, gathered if transposed else opposite)
-            small_delta = gather(delta, opposite if transposed else gathered)
-            count = weight.shape[0] if gathered is None else gathered.shape[0]
-            like = weight.narrow(0, 0, count)  # only its shape is looked at
-            _, found, _ = backward(small_delta, small_x, like, None, *geometry, ctx.small_groups, [False, True, False])
-            of_rows = (found if kept is None else found.index_select(0, kept)).to(rows.dtype)
+            plan = RowPlan(gathered, opposite, kept, ctx.small_groups)
+            of_rows = convolution_rows_gradient(x, delta, weight, plan, ctx.geometry).to(rows.dtype)
         if ctx.needs_input_grad[3]:
             of_bias = delta.sum([0, *range(2, delta.dim())])
         return of_x, of_rows, None, of_bias, None, None, None, None, None, None
