@@ -23,7 +23,10 @@ def channel_scores(theta: Sequence[Tensor], grad: Sequence[Tensor], top_h: Seque
 
 def expanded(channels: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Every element's score is its channel's."""
-    return [c.view(-1, *[1] * (t.ndim - 1)).expand_as(t) for c, t in zip(channels, like, strict=True)]
+    return [
+        c.view(-1, *[1] * (t.ndim - 1)).expand_as(t) if t.ndim > 1 else c.view_as(t)
+        for c, t in zip(channels, like, strict=True)
+    ]
 
 
 def double_argsort(scores: Sequence[Tensor], k: int) -> Tensor:

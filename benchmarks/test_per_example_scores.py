@@ -6,8 +6,6 @@ of four batches of 64; of one batch alone the trial, which every set begins with
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,9 +18,11 @@ from torch.nn.functional import cross_entropy
 
 import delfast
 from benchmarks.conftest import Versus
+from benchmarks.memory import added_peak, print_added_peak
 from delfast.models import build
 
 BATCH, BATCHES = 64, 4
+MODULE = "benchmarks.test_per_example_scores"
 Sums = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
 MOST = {"resnet18": "<= 1.15 x", "vit": "<= 1.5 x"}  # the ViT's class token, position embedding, … included
@@ -143,32 +143,15 @@ def test_signed_channels_against_a_batched_backward(versus: Versus, name: str, s
 # ---- memory: each side in a process of its own, since a process keeps its peak
 
 
-def peak(name: str, side: str) -> int:
-    """Bytes that the pass adds to the process's peak."""
-    program = f"from benchmarks.test_per_example_scores import print_peak; print_peak({name!r}, {side!r})"
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    return int(json.loads(output))
-
-
 def print_peak(name: str, side: str) -> None:
     model, batch = job(name)
     sides: dict[str, Callable[..., Any]] = {"ours": scored, "backward": backward}
-    sides[side](model, [(batch[0][:2], batch[1][:2])])  # libraries' own memory
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
-    sides[side](model, [batch])
-    print(_status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    few = (batch[0][:2], batch[1][:2])
+    print_added_peak(lambda: sides[side](model, [few]), lambda: sides[side](model, [batch]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak from /proc")
 @pytest.mark.parametrize("name", MOST)
 def test_peak_memory_against_a_batched_backward(versus: Versus, name: str) -> None:
-    ours, theirs = versus.once(partial(peak, name, "ours"), partial(peak, name, "backward"))
+    ours, theirs = versus.once(partial(added_peak, MODULE, name, "ours"), partial(added_peak, MODULE, name, "backward"))
     versus.report(f"{ours / theirs:.2f} x a batched backward's, {ours / 2**20:.0f} MiB", "<= 1.3 x")

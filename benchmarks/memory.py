@@ -1,0 +1,31 @@
+"""The peak of a process's memory, each side in a process of its own: a process keeps its peak."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+
+def added_peak(module: str, *arguments: str) -> int:
+    """Bytes that ``module.print_peak(*arguments)`` says a pass adds to its process's peak."""
+    call = f"print_peak({', '.join(map(repr, arguments))})"
+    command = [sys.executable, "-c", f"from {module} import print_peak; {call}"]
+    return int(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+def print_added_peak(warm_up: Callable[[], object], run: Callable[[], object]) -> None:
+    """Print the bytes that ``run`` adds to the peak, once ``warm_up`` has made libraries take their own memory."""
+    warm_up()
+    before = _status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    run()
+    print(_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024
