@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from delfast.data import Batches, ForgetSet, choose, load, pictures, subset
+from delfast.data.batches import one_ahead
 from delfast.errors import InputError
 
 
@@ -190,6 +191,23 @@ def test_folder_with_bad_content_is_refused(folder):
 
 
 # --- batches --------------------------------------------------------------------------------------
+
+
+def test_batches_taken_ahead_are_the_same(digits):
+    plain, ahead = (list(batches(digits, batch_size=100, shuffle=True, seed=3, ahead=flag)) for flag in (False, True))
+    assert len(plain) == len(ahead) == 15
+    for left, right in zip(plain, ahead, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_an_error_while_a_batch_is_taken_ahead_is_raised():
+    def items():
+        yield 1
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="disk is gone"):
+        list(one_ahead(items()))
+    assert next(one_ahead(iter([1, 2, 3]))) == 1  # left early
 
 
 def test_batches_hold_every_example_once_and_normalised(digits):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget, subset
+from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget, resident, subset
 from delfast.data.forget import check_ratio
+from delfast.data.pictures import IN_MEMORY
 from delfast.errors import InputError, check_choice
 from delfast.evaluate import Metrics, evaluate
 from delfast.files import load_state, read_json
@@ -108,17 +110,21 @@ class Run:
 
     def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
         """Batches of training examples, with the labels the run trains with."""
-        data = self.data
-        return Batches(
-            data.train_images,
-            self.forget.targets,
-            data.mean,
-            data.std,
-            batch_size=batch_size,
-            indices=indices,
-            shuffle=shuffle,
-            seed=seed,
-        )
+        options: dict[str, Any] = {"batch_size": batch_size, "indices": indices, "shuffle": shuffle, "seed": seed}
+        return self._batches(self._train_images, self.forget.targets, **options)
+
+    @cached_property
+    def _train_images(self) -> Tensor:
+        return resident(self.data.train_images, self.device)
+
+    @cached_property
+    def _test_images(self) -> Tensor:
+        return resident(self.data.test_images, self.device)
+
+    def _batches(self, images: Tensor, targets: Tensor, **options: Any) -> Batches:
+        """Batches of images, taken one ahead where they come from a file or are not on the device."""
+        ahead = images.device.type != self.device.type or images.nbytes > IN_MEMORY
+        return Batches(images, targets, self.data.mean, self.data.std, ahead=ahead, **options)
 
     def measure(self, model: nn.Module, seed: int | None = None) -> Metrics:
         """The network's metrics on the run's forget, retain and test sets; ``seed`` as for ``evaluate``."""
@@ -128,11 +134,10 @@ class Run:
 
     def sets(self) -> dict[str, Batches]:
         """The batches of the forget, retain and test sets, in order, to be measured on."""
-        data = self.data
         return {
             "forget": self.batches(self.forget.indices, EVALUATION_BATCH),
             "retain": self.batches(self.forget.retain, EVALUATION_BATCH),
-            "test": Batches(data.test_images, data.test_targets, data.mean, data.std, batch_size=EVALUATION_BATCH),
+            "test": self._batches(self._test_images, self.data.test_targets, batch_size=EVALUATION_BATCH),
         }
 
     def digests(self) -> dict[str, str]:

@@ -112,7 +112,8 @@ def convolution_rows_gradient(
     count = weight.shape[0] if plan.gathered is None else plan.gathered.shape[0]
     like = weight.narrow(0, 0, count)  # only its shape is looked at
     _, found, _ = _backward(small_delta, small_x, like, None, *geometry, plan.groups, [False, True, False])
-    return found if plan.kept is None else found.index_select(0, plan.kept)
+    rows: Tensor = found if plan.kept is None else found.index_select(0, plan.kept)
+    return rows
 
 
 _backward = torch.ops.aten.convolution_backward.default

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from delfast.errors import InputError
+
+T = TypeVar("T")
 
 
 class Batches:
@@ -21,7 +25,8 @@ class Batches:
     so a job that resumes at epoch e by ``set_epoch(e)`` sees the batches it would have seen.
 
     images: (N, C, H, W) uint8; targets: (N,) int64; mean, std: (C,) float32, of the images divided by 255;
-    indices: the positions to run over (all of them by default).
+    indices: the positions to run over (all of them by default). Batches are on the images' device, but for their index:
+    see ``resident``. ahead: take the next batch, in a thread, while the last is computed with.
     """
 
     def __init__(
@@ -35,15 +40,16 @@ class Batches:
         indices: Tensor | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        ahead: bool = False,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"expected a batch size of at least 1, got {batch_size}")
         if len(images) != len(targets):
             raise InputError(f"expected one target an image, got {len(images)} images and {len(targets)} targets")
-        self.images, self.targets = images, targets
+        self.images, self.targets, self.ahead = images, targets.to(images.device), ahead
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
-        self._mean, self._std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        self._mean, self._std = (values.view(-1, 1, 1).to(images.device) for values in (mean, std))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes; without ``shuffle`` it changes nothing."""
@@ -54,12 +60,13 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = self._order()
-        for begin in range(0, len(order), self.batch_size):
-            yield self.take(order[begin : begin + self.batch_size])
+        batches = (self.take(order[begin : begin + self.batch_size]) for begin in range(0, len(order), self.batch_size))
+        return one_ahead(batches) if self.ahead else batches
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One batch, of these positions in ``images``."""
-        return index, (self.images[index].to(torch.float32) / 255 - self._mean) / self._std, self.targets[index]
+        where = index.to(self.images.device)
+        return index, (self.images[where].to(torch.float32) / 255 - self._mean) / self._std, self.targets[where]
 
     def _order(self) -> Tensor:
         if not self.shuffle:
@@ -68,6 +75,25 @@ class Batches:
         mixed = int(numpy.random.SeedSequence((self.seed, self.epoch)).generate_state(1, numpy.uint64)[0])
         generator = torch.Generator().manual_seed(mixed)
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each taken in a thread while the one before it is in use."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
+
+
+def resident(images: Tensor, device: torch.device) -> Tensor:
+    """The images on ``device`` if they take at most a quarter of its free memory, as bytes that are made floats there
+    batch by batch; else where they are.
+    """
+    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        return images
+    return images.to(device)
 
 
 class Examples(Dataset[tuple[Tensor, Tensor, Tensor]]):

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from delfast.naming import is_parallel, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
 from delfast.unlearn.head import find_head, head_parameters
-from delfast.unlearn.loop import Precision, Progress, train
+from delfast.unlearn.loop import BatchNormMode, Precision, Progress, train
 from delfast.unlearn.methods import (
     Del,
     Finetune,
@@ -34,6 +34,7 @@ from delfast.unlearn.methods import (
     Retrain,
     Scrub,
 )
+from delfast.unlearn.stopping import EarlyStop
 from delfast.unlearn.strokes import Dampening, Influence
 from delfast.unlearn.turns import Turn, Turns
 
@@ -48,7 +49,8 @@ METHODS: dict[str, type[Method]] = {
 @dataclass(frozen=True)
 class UnlearnResult:
     """``mask``: what was allowed to change, with the head if the method trains it. ``seconds``: by stage, "prepare" and
-    "finetune". ``losses``: by epoch. ``head``: None where the method gives it no part of its own.
+    "finetune". ``losses``: by epoch; ``validation``: those on the examples held out. ``head``: None where the method
+    gives it no part of its own.
     """
 
     method: Method
@@ -57,6 +59,7 @@ class UnlearnResult:
     seconds: dict[str, float]
     losses: list[float]
     resumed_from: int
+    validation: list[float] = field(default_factory=list)
 
 
 def unlearn(
@@ -75,6 +78,9 @@ def unlearn(
     head: str | None = None,
     loss_fn: LossFn | None = None,
     precision: Precision = "fp32",
+    batchnorm: BatchNormMode = "train",
+    validation: Iterable[Any] | None = None,
+    patience: int | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     config: Mapping[str, object] | None = None,
@@ -89,7 +95,9 @@ def unlearn(
     mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
     init, seed: as for ``reset_``; for "del" and "retrain". The seed draws "relabel"'s labels too.
     head: name of the classifier head, which "del" trains in full; found by a forward pass if None.
-    precision, checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
+    validation, patience: batches held out of the retain set; training ends after ``patience`` epochs without a lower
+        loss on them, and the network is that of the lowest.
+    precision, batchnorm, checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
     The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
@@ -120,10 +128,13 @@ def unlearn(
         widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
     else:
         head = None
+    if (validation is None) != (patience is None):
+        raise InputError("expected validation= and patience= together, got one; pass both, or neither")
+    early_stop = None if validation is None or patience is None else EarlyStop(validation, patience, loss_fn)
     teacher = copy.deepcopy(network).eval() if "teacher" in chosen.needs else None
     job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)
     settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
-    settings["precision"] = precision
+    settings |= {"precision": precision, "batchnorm": batchnorm, "patience": patience}
     seconds = {"prepare": 0.0, "finetune": 0.0}
 
     def prepare() -> None:
@@ -160,6 +171,8 @@ def unlearn(
             schedule=chosen.schedule,
             loss_fn=losses,
             precision=precision,
+            batchnorm=batchnorm,
+            early_stop=early_stop,
             checkpoint=checkpoint,
             resume=resume,
             config={**settings, **(config or {})},
@@ -167,7 +180,7 @@ def unlearn(
             before=prepare_whole,
         )
     seconds["finetune"] = result.seconds
-    return UnlearnResult(chosen, widened, head, seconds, result.losses, result.resumed_from)
+    return UnlearnResult(chosen, widened, head, seconds, result.losses, result.resumed_from, result.validation)
 
 
 def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
@@ -201,6 +214,7 @@ __all__ = [
     "METHODS",
     "Dampening",
     "Del",
+    "EarlyStop",
     "Finetune",
     "GradientAscent",
     "Influence",

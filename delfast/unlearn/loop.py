@@ -11,27 +11,34 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.errors import InputError, check_choice
 from delfast.files import one_line, write_atomically
+from delfast.unlearn.stopping import EarlyStop
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
+BatchNormMode = Literal["train", "frozen"]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """``progress(iterable, description, total)`` -> the same items, shown as they pass."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``losses``: mean training loss of each epoch. ``seconds``: of this call. ``resumed_from``: epochs done before."""
+    """``losses``: mean training loss of each epoch. ``seconds``: of this call. ``resumed_from``: epochs done before.
+    ``validation``: with early stopping, the mean loss of each epoch on the examples held out; the network is that of
+    the lowest.
+    """
 
     losses: list[float]
     seconds: float
     epochs: int
     resumed_from: int
+    validation: list[float]
 
 
 def train(
@@ -45,6 +52,8 @@ def train(
     loss_fn: LossFn | None = None,
     max_norm: float | None = None,
     precision: Precision = "fp32",
+    batchnorm: BatchNormMode = "train",
+    early_stop: EarlyStop | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     config: Mapping[str, object] | None = None,
@@ -59,6 +68,8 @@ def train(
     max_norm: clip the gradient's L2 norm to this.
     precision: "bf16" runs the forward pass under ``torch.autocast``; parameters, their gradients and the optimizer stay
         as they are.
+    batchnorm: "frozen" leaves running statistics as they are, to the bit, and normalizes by them, as in eval mode.
+    early_stop: looks at the network after every epoch, may end the training, and puts the best epoch's state back.
     checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
         the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
         that must be the same when it is resumed. Torch's generators and the loader's own are part of a checkpoint;
@@ -72,9 +83,13 @@ def train(
     if epochs < 1:
         raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
     check_choice("precision", precision, Precision)
+    check_choice("batchnorm", batchnorm, BatchNormMode)
     steps = _length(loader)
     scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
-    record = _Checkpoint(checkpoint, dict(config or {}), loader, model, optimizer, scheduler)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    record = _Checkpoint(
+        checkpoint, dict(config or {}), loader, parts | ({"early_stop": early_stop} if early_stop else {})
+    )
     losses = record.load(epochs) if resume else []
     resumed_from = len(losses)
     if before is not None and not losses:
@@ -83,8 +98,14 @@ def train(
     modes = [(module, module.training) for module in model.modules()]
     if not model.training:
         model.train()
+    if batchnorm == "frozen":
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
     try:
         for epoch in range(resumed_from, epochs):
+            if early_stop is not None and early_stop.finished:
+                break
             if hasattr(loader, "set_epoch"):
                 loader.set_epoch(epoch)
             batches = progress(loader, f"epoch {epoch + 1}/{epochs}", steps) if progress else loader
@@ -92,12 +113,17 @@ def train(
                 losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm, precision))
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
+            if early_stop is not None:
+                early_stop.look(model)
             record.save(losses)
+        if early_stop is not None:
+            early_stop.restore(model)
     finally:
         for module, mode in modes:
             module.training = mode
         model.zero_grad(set_to_none=True)
-    return TrainResult(losses, time.perf_counter() - started, epochs, resumed_from)
+    seconds = time.perf_counter() - started
+    return TrainResult(losses, seconds, epochs, resumed_from, early_stop.losses if early_stop else [])
 
 
 def _run_epoch(
@@ -155,9 +181,7 @@ class _Checkpoint:
         path: Path | None,
         config: dict[str, object],
         loader: Iterable[Any],
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LambdaLR,
+        parts: dict[str, Any],
     ) -> None:
         if path is not None and not Path(path).parent.is_dir():
             raise InputError(f"expected the directory of checkpoint '{path}' to exist, it does not; make it first")
@@ -167,7 +191,7 @@ class _Checkpoint:
         owners = [owner for each in loaders for owner in (each, getattr(each, "sampler", None))]
         sources = (getattr(owner, "generator", None) for owner in owners)
         self.generators = [source for source in sources if isinstance(source, torch.Generator)]
-        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        self.parts = parts
 
     def save(self, losses: list[float]) -> None:
         if self.path is None:
