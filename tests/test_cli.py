@@ -71,6 +71,36 @@ def test_train_writes_a_run_directory_with_its_provenance(workspace):
     assert 0 <= summary["metrics"]["forget_acc"] <= 100 and len(summary["losses"]) == 2
 
 
+def test_unlearn_with_frozen_batchnorm_early_stopping_and_bf16(workspace, tmp_path, capsys):
+    given = ["--mask", workspace / "mask" / "mask.safetensors", "--precision", "bf16", "--channels-last", "off"]
+    given += ["--batchnorm", "frozen", "--patience", 1, "--held-out", 0.2]
+    run(*UNLEARN, workspace / "run", *given, "--output-dir", tmp_path / "del")
+    summary, trained_on = read(tmp_path / "del" / "summary.json"), read(workspace / "run" / "summary.json")
+    assert summary["config"] == {**trained_on["config"], "precision": "bf16", "channels_last": False}
+    assert summary["options"]["held_out"] == 0.2 and len(summary["validation"]) == len(summary["losses"])
+    before, after = (load_state(path / "model.safetensors") for path in (workspace / "run", tmp_path / "del"))
+    statistics = [name for name in before if "running" in name]
+    assert statistics and all(torch.equal(before[name], after[name]) for name in statistics)
+    run("verify", workspace / "run", tmp_path / "del", "--mask", tmp_path / "del" / "mask.safetensors")
+    for bad, message in (
+        (["--patience", 1, "--held-out", 1.0], "held_out to leave examples on both sides"),
+        (["--batchnorm", "off"], "batchnorm to be one of train, frozen"),
+        (["--channels-last", "maybe"], "--channels-last to be auto, on or off"),
+        (["--precision", "fp8"], "precision to be one of fp32, bf16"),
+    ):
+        run(*UNLEARN, workspace / "run", *given[:2], *bad, "--output-dir", tmp_path / "bad", expect=2)
+        assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_unlearn_compiled_gives_the_same_but_for_rounding(workspace, tmp_path):
+    given = ["--mask", workspace / "mask" / "mask.safetensors", "--compile"]
+    run(*UNLEARN, workspace / "run", *given, "--output-dir", tmp_path / "del")
+    plain, compiled = (load_state(path / "model.safetensors") for path in (workspace / "del", tmp_path / "del"))
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=0.05, atol=0.05, msg=name)
+
+
 def test_the_oracle_begins_elsewhere_and_sees_no_forget_set(workspace):
     original, oracle = (read(workspace / name / "summary.json") for name in ("run", "oracle"))
     assert (original["options"]["seed"], oracle["options"]["seed"]) == (0, 1)

@@ -84,7 +84,9 @@ def train(
     train_examples: Annotated[int | None, typer.Option(help="use only so many training images")] = None,
     test_examples: Annotated[int | None, typer.Option(help="use only so many test images")] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16: the forward pass under autocast")] = "fp32",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="the layout that convolutions like")] = False,
+    channels_last: Annotated[
+        str, typer.Option(help="on, off, or auto: the layout that convolutions like, where there are any")
+    ] = "auto",
     data_dir: DataDir = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -107,7 +109,7 @@ def train(
         train_examples=train_examples,
         test_examples=test_examples,
         precision=precision,
-        channels_last=channels_last,
+        channels_last=_channels_last(channels_last, model),
     )
     result = steps.train(start(config, choose_device(device)), output_dir)
     _print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
@@ -202,6 +204,14 @@ def unlearn(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a hyperparameter of the method; repeatable")
     ] = None,
     head: Annotated[str | None, typer.Option(help="the classifier's module name (default: found)")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (default: the run's)")] = None,
+    channels_last: Annotated[str | None, typer.Option(help="on, off or auto (default: the run's)")] = None,
+    batchnorm: Annotated[str, typer.Option(help="train, or frozen: running statistics stay as they are")] = "train",
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="stop after so many epochs without a lower loss on examples held out")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="that part of the retain set, in (0, 1), with --patience")] = 0.1,
+    compile_model: Annotated[bool, typer.Option("--compile", help="train through torch.compile")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output directory")] = False,
     data_dir: DataDir = None,
     device: Device = "auto",
@@ -213,6 +223,12 @@ def unlearn(
     check_own_directory(output_dir, run_dir, *([] if mask is None else [mask.parent]))
     loaded = None if mask is None else verification.load_mask(mask)
     opened = open_run(run_dir, choose_device(device), data_dir)
+    opened = opened.with_config(
+        precision=opened.config.precision if precision is None else precision,
+        channels_last=_channels_last(channels_last, opened.config.model)
+        if channels_last is not None
+        else opened.config.channels_last,
+    )
     changes = _hyperparameters(method, settings or [])
     given = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay}
     changes |= {name: value for name, value in given.items() if value is not None}
@@ -226,6 +242,10 @@ def unlearn(
         batch_size=opened.config.batch_size if batch_size is None else batch_size,
         head=head,
         seed=seed,
+        batchnorm=batchnorm,
+        patience=patience,
+        held_out=held_out,
+        compile_model=compile_model,
         resume=resume,
     )
     _print_methods("unlearned", {method: {**result.metrics.as_dict(), "seconds": result.seconds}})
@@ -382,6 +402,13 @@ def _resolved(source: str) -> str:
     """The data or the forget set, with an absolute path: later commands may be run from elsewhere."""
     kind, colon, path = source.partition(":")
     return f"{kind}:{Path(path).expanduser().resolve()}" if colon and kind in ("folder", "file") else source
+
+
+def _channels_last(choice: str, model: str) -> bool:
+    """ "auto": for the networks that are mostly convolutions."""
+    if choice not in ("auto", "on", "off"):
+        raise InputError(f"expected --channels-last to be auto, on or off, got '{choice}'")
+    return choice == "on" or (choice == "auto" and model.startswith("resnet"))
 
 
 def _hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:

@@ -103,6 +103,12 @@ class Run:
         """Builds the run's network anew, on the CPU."""
         return factory(self.config.model, self.data.num_classes, self.data.channels, self.data.image_size)
 
+    def with_config(self, **changes: Any) -> Run:
+        """The run with a changed configuration, on the same data. InputError for values that no run can have."""
+        config = replace(self.config, **changes)
+        config.check()
+        return replace(self, config=config)
+
     def placed(self, model: nn.Module) -> nn.Module:
         """The network on the run's device, in its memory format."""
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from delfast.cli.console import progress, say
-from delfast.cli.run import CHECKPOINT, FORGET, MASK, MODEL, SUMMARY, Run, check_batch_size
+from delfast.cli.run import CHECKPOINT, EVALUATION_BATCH, FORGET, MASK, MODEL, SUMMARY, Run, check_batch_size
 from delfast.data import Batches, Examples
-from delfast.errors import InputError
+from delfast.errors import InputError, check_choice
 from delfast.evaluate import Metrics
 from delfast.files import make_output_dir, save_state, write_json
 from delfast.localize import Preset, check_selection, preset_settings
@@ -33,7 +33,7 @@ from delfast.unlearn import Method
 from delfast.unlearn import train as train_network
 from delfast.unlearn import unlearn as unlearn_network
 from delfast.unlearn.head import head_parameters
-from delfast.unlearn.loop import Precision
+from delfast.unlearn.loop import BatchNormMode, Precision
 
 MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
 ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed
@@ -169,16 +169,21 @@ def unlearn(
     batch_size: int,
     head: str | None = None,
     seed: int | None = None,
+    batchnorm: str = "train",
+    patience: int | None = None,
+    held_out: float = 0.1,
+    compile_model: bool = False,
     resume: bool = False,
 ) -> Trained:
     """Have ``model`` unlearn the run's forget set, in place; write a run directory, and the mask that was trained.
 
     mask: None where everything may change. While it runs ``output_dir`` holds a checkpoint of the last whole epoch,
     from which ``resume`` goes on to the same weights. ``seed`` (default: the run's + 2) initializes the values reset
-    to, draws labels and orders the batches.
+    to, draws labels and orders the batches, and with ``patience`` chooses the ``held_out`` part of the retain set.
     """
     seed = _or_default(seed, run.config.seed + RESET_SEED)
     method.check()
+    check_choice("batchnorm", batchnorm, BatchNormMode)
     check_batch_size(batch_size)
     if method.localizes and mask is None:
         raise InputError(f"'{method.name}' works within a mask, got none; make one with `delfast localize`: --mask")
@@ -186,17 +191,21 @@ def unlearn(
         mask.match(trainable_parameters(model))  # raises if the mask is for another architecture
     if head is not None:
         head_parameters(model, head)  # raises if there is none
-    retain = run.batches(run.forget.retain, batch_size, shuffle=True, seed=seed)
+    trained_on, validation = run.forget.retain, None
+    if patience is not None:
+        trained_on, aside = _hold_out(run.forget.retain, held_out, seed)
+        validation = run.batches(aside, EVALUATION_BATCH)
+    retain = run.batches(trained_on, batch_size, shuffle=True, seed=seed)
     forget = run.batches(run.forget.indices, batch_size, shuffle=True, seed=seed)
     if method.epochs:
         for batches in (retain, forget) if "forget" in method.needs else (retain,):
             _check_last_batch(run, batches)
     make_output_dir(output_dir)
-    say(f"unlearn: {method.name} on {len(run.forget.retain)} examples to retain, {method.epochs} epochs")
+    say(f"unlearn: {method.name} on {len(trained_on)} examples to retain, {method.epochs} epochs")
     checkpoint = output_dir / CHECKPOINT
     original = digest_state(model.state_dict())
     result = unlearn_network(
-        model,
+        cast(nn.Module, torch.compile(model)) if compile_model else model,
         retain=retain,
         forget=forget,
         mask=mask,
@@ -205,9 +214,17 @@ def unlearn(
         precision=cast(Precision, run.config.precision),
         seed=seed,
         head=head,
+        batchnorm=cast(BatchNormMode, batchnorm),
+        validation=validation,
+        patience=patience,
         checkpoint=checkpoint,
         resume=resume,
-        config={"batch_size": batch_size, "original": original, **run.digests()},
+        config={
+            "batch_size": batch_size,
+            "held_out": held_out if patience is not None else None,
+            "original": original,
+            **run.digests(),
+        },
         progress=progress,
     )
     result.mask.save(output_dir / MASK)
@@ -218,13 +235,26 @@ def unlearn(
         "batch_size": batch_size,
         "head": result.head,
         "seed": seed,
+        "precision": run.config.precision,
+        "batchnorm": batchnorm,
+        "patience": patience,
+        "held_out": held_out if patience is not None else None,
     }
     inputs = {"original": original, "mask": "everything" if mask is None else mask.digest}
     inputs["mask_with_head"] = result.mask.digest
-    course = {"losses": result.losses, "resumed_from": result.resumed_from}
+    course = {"losses": result.losses, "validation": result.validation, "resumed_from": result.resumed_from}
     _write_run(run, output_dir, "unlearn", trained, options, inputs, course)
     checkpoint.unlink(missing_ok=True)
     return trained
+
+
+def _hold_out(retain: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The examples to train on and those held out, drawn by the seed; both in the order they had."""
+    count = round(part * len(retain))
+    if not 0 < count < len(retain):
+        raise InputError(f"expected held_out to leave examples on both sides, got {part} of {len(retain)}")
+    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
+    return retain[order[count:].sort().values], retain[order[:count].sort().values]
 
 
 def _or_default(seed: int | None, default: int) -> int:
