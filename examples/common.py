@@ -1,0 +1,32 @@
+"""What the examples share: digits of which the first hundred have wrong labels, and what became of them."""
+
+from collections.abc import Callable
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import delfast
+
+WRONG = 100
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Images (1797, 1, 8, 8) and labels, the first 100 of them wrong: those are to be forgotten."""
+    data = load_digits()
+    images, labels = torch.tensor(data.images).float()[:, None] / 16, torch.tensor(data.target)
+    labels[:WRONG] = (labels[:WRONG] + 1) % 10
+    return images, labels
+
+
+def tell(
+    before: nn.Module, after: nn.Module, mask: delfast.Mask, logits: Callable[..., Tensor] = nn.Module.__call__
+) -> None:
+    """Print how many wrong labels each network still gives, and how many entries changed that were not to."""
+    images, labels = digits()
+    for name, model in (("before", before), ("after", after)):
+        remembered = (logits(model.eval(), images[:WRONG]).argmax(1) == labels[:WRONG]).sum()
+        print(f"{name}: {remembered} of {WRONG} wrong labels remembered")
+    old, flags = dict(before.named_parameters()), mask.to_dense()
+    changed = sum(int(((p != old[name]) & ~flags[name]).sum()) for name, p in after.named_parameters())
+    print(f"changed outside the mask: {changed}")
