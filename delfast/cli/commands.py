@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
+import torch
 import typer
 
+from delfast.cli import bench, demo, doctor, steps, verification
 from delfast.cli import compare as comparing
-from delfast.cli import demo, doctor, steps, verification
 from delfast.cli.console import output, start_log, watching
 from delfast.cli.run import (
     MASK,
@@ -23,12 +24,13 @@ from delfast.cli.run import (
     open_run,
     start,
 )
+from delfast.cli.stages import Request
 from delfast.errors import InputError
 from delfast.evaluate import gaps
 from delfast.files import make_output_dir, write_json
 from delfast.localize import STRATEGIES, Criterion
 from delfast.mask import Mask
-from delfast.models import NAMES, method_recipe, recipe
+from delfast.models import NAMES, check_model, method_recipe, recipe
 from delfast.provenance import provenance
 from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
 from delfast.unlearn import METHODS, make_method
@@ -344,6 +346,45 @@ def verify(
     )
     if result.outside:
         raise typer.Exit(1)
+
+
+@app.command("bench")
+def bench_command(
+    output_dir: OutputDir,
+    run_dir: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="a run directory: its network and data; else a preset")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help=f"the preset, on random images of 32 pixels: {', '.join(NAMES)}")
+    ] = "resnet18",
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    budget: Annotated[float, typer.Option(help="part of all parameters that the mask selects")] = 0.3,
+    channels_last: Annotated[str, typer.Option(help="on, off or auto")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="default: torch's")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="of each stage; the median counts")] = 5,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Time every stage of an unlearning job on one batch, for each backend and precision; write a table and a plot."""
+    check_model(model, None)
+    if run_dir is not None:
+        check_own_directory(output_dir, run_dir)
+        model = open_run(run_dir, choose_device(device), data_dir).config.model
+    request = Request(
+        run_dir=None if run_dir is None else str(run_dir),
+        data_dir=None if data_dir is None else str(data_dir),
+        model=model,
+        batch_size=batch_size,
+        budget=budget,
+        precision="fp32",
+        channels_last=_channels_last(channels_last, model),
+        device=device,
+        threads=torch.get_num_threads() if threads is None else threads,
+        repeats=repeats,
+    )
+    found = bench.bench(request, output_dir)
+    title = f"milliseconds a batch of {batch_size}: {model}, budget {budget:g}, {request.threads} threads"
+    output().print(terminal_table(title, ("stage", *found), bench.rows(found)))
 
 
 @app.command("doctor")
