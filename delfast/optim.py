@@ -142,6 +142,28 @@ class MaskedOptimizer(Optimizer):
             [part.by_row for _, part in entries],
         )
 
+    @torch.no_grad()
+    def replace_mask(self, mask: Mask) -> None:
+        """Step the entries of ``mask`` from now on. Those that the old mask selects too keep their state, new ones
+        begin with zeros, what is no longer selected is dropped; a parameter's step count goes on.
+
+        InputError, with nothing changed, for a mask of another architecture.
+        """
+        named = [
+            pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+        ]
+        list(mask.match(dict(unique_parameters(named))))
+        for name, parameter in named:
+            old, new = (each.parameters.get(plain_name(name)) for each in (self.mask, mask))
+            held = self.state.get(parameter, {}).get(self.state_name)
+            if new is None or not new.selected:
+                self.state.pop(parameter, None)
+            elif held is not None and old is not None:
+                self.state[parameter][self.state_name] = _moved(held, old, new)
+        self.mask, self._calls = mask, {}
+        for group in groups:
+            group["mask_digest"] = mask.digest
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave. InputError, with nothing changed, if it is the state of another mask."""
         for group in state_dict["param_groups"]:
@@ -158,6 +180,15 @@ class MaskedOptimizer(Optimizer):
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def _moved(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
+    """State of the entries of ``old``, one or more values each, as state of those of ``new``."""
+    count = held.numel() // old.selected
+    dense = held.new_zeros(count, old.numel)
+    dense[:, old.dense().flatten().to(held.device)] = held.reshape(count, old.selected)
+    kept = dense[:, new.dense().flatten().to(held.device)]
+    return kept.reshape(-1, *new.shape[1:]) if new.by_row else kept.flatten()
 
 
 @dataclass(frozen=True)

@@ -297,3 +297,52 @@ def test_a_frozen_selected_parameter_is_refused() -> None:
     for use in (lambda: momentum_sgd(model, mask), lambda: delfast.reset_(model, mask, cases.SmallNet)):
         with pytest.raises(InputError, match=r"'head.weight', which is frozen"):
             use()
+
+
+@pytest.mark.parametrize(("old", "new"), [("channel", "channel"), ("channel", "param"), ("param", "channel")])
+@pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_replaced_mask_keeps_the_state_of_what_stays(kind: Any, old: Any, new: Any, channels_last: bool) -> None:
+    """Against an optimizer of the whole network whose state is cleared where the old mask does not select."""
+    torch.manual_seed(0)
+    model = cases.SmallNet()
+    model = model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
+    scores = delfast.score(model, cases.image_batches())
+    first, second = scores.select(0.4, old), scores.select(0.6, new)
+    settings: dict[str, Any] = {"lr": 0.01} if kind is MaskedAdamW else {"lr": 0.05, "momentum": 0.9}
+    dense = {MaskedSGD: torch.optim.SGD, MaskedAdamW: torch.optim.AdamW}[kind]
+    reference = copy.deepcopy(model)
+    ours, theirs = kind(model.named_parameters(), first, **settings), dense(reference.parameters(), **settings)
+    for step in range(6):
+        mask = first if step < 3 else second
+        if step == 3:
+            ours.replace_mask(second)
+            for name, parameter in reference.named_parameters():
+                for value in theirs.state[parameter].values():
+                    if value.ndim:
+                        value[~(first.to_dense()[name] & second.to_dense()[name])] = 0
+        before = copy.deepcopy(reference.state_dict())
+        for net, optimizer in ((model, ours), (reference, theirs)):
+            optimizer.zero_grad()
+            scaled_loss(net, step).backward()
+            optimizer.step()
+        for name, parameter in reference.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(torch.where(mask.to_dense()[name], parameter, before[name]))
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        touched = first.to_dense()[name].any()  # of others Adam counts the steps from the new mask on
+        if kind is MaskedSGD or touched:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    held = sum(state[kind.state_name].numel() for state in ours.state.values())
+    assert held == (2 if kind is MaskedAdamW else 1) * second.selected
+    again = kind(model.named_parameters(), second, **settings)
+    again.load_state_dict(ours.state_dict())
+
+
+def test_a_replaced_mask_of_another_architecture_is_refused() -> None:
+    model = cases.SmallNet()
+    mask = delfast.localize(model, cases.image_batches(), budget=0.4)
+    optimizer = MaskedSGD(model.named_parameters(), mask, lr=0.1, momentum=0.9)
+    with pytest.raises(InputError, match=r"does not have|has shape"):
+        optimizer.replace_mask(delfast.score(cases.Everything(), criterion="weight").select(1.0))
+    assert optimizer.mask is mask
