@@ -161,7 +161,7 @@ class MaskedOptimizer(Optimizer):
             elif held is not None and old is not None:
                 self.state[parameter][self.state_name] = _moved(held, old, new)
         self.mask, self._calls = mask, {}
-        for group in groups:
+        for group in self.param_groups:
             group["mask_digest"] = mask.digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
