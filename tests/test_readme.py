@@ -117,7 +117,14 @@ def job() -> dict[str, Any]:
         return DataLoader(TensorDataset(torch.randn(count, 1, 8, 8), torch.arange(count) % 4), batch_size=8)
 
     sets = {"forget_loader": loader(12), "retain_loader": loader(24), "test_loader": loader(12)}
-    return {"model": make_model(), "make_model": make_model, "loss": nn.functional.cross_entropy, "epochs": 2, **sets}
+    return {
+        "torch": torch,
+        "model": make_model(),
+        "make_model": make_model,
+        "loss": nn.functional.cross_entropy,
+        "epochs": 2,
+        **sets,
+    }
 
 
 def test_the_training_loop_runs_and_keeps_to_its_mask(job: dict[str, Any]) -> None:
