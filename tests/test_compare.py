@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -97,9 +99,17 @@ def test_hyperparameters_and_strategies_of_ones_own(tmp_path: Path) -> None:
     assert changed.cells[0].key != cell.key and changed.trained == grid.trained
 
 
+def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
+    text = HEAD + '[methods.del-fast]\nof = "del"\nlr = 0.5\n[[compare]]\nmethods = ["del", "del-fast"]\n'
+    plain, fast = (cell for cell in read_grid(write(tmp_path, text)).cells if cell.config.seed == 0)
+    assert (plain.label, fast.label) == ("del", "del-fast") and fast.method == replace(plain.method, lr=0.5)
+    assert plain.key != fast.key
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        (HEAD + "[methods.own]\nof = 'magic'\n[[compare]]", "or of = one; got 'own'"),
         ("title = ", "cannot read"),
         ("[settings.a]\nforget = 'iid'", "one is missing"),
         (HEAD + "[[compare]]\nmethods = ['magic']", "expected method to be one of"),
@@ -208,6 +218,19 @@ def test_shadows_give_u_lira(tmp_path: Path) -> None:
 
 
 # ---- the report
+
+
+def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(finished / "out", tmp_path / "some")
+    cells = sorted((tmp_path / "some" / "cells").iterdir())
+    for cell in cells[1:]:
+        cell.unlink()
+    arguments = ["compare", str(write(tmp_path, TINY)), "--output-dir", str(tmp_path / "some"), "--report-only"]
+    assert main(arguments) == 0 and len(list((tmp_path / "some" / "cells").iterdir())) == 1
+    assert len(measured(tmp_path / "some")) == 3  # the cell, and the original and the oracle of its seed
+    assert f"1 of {len(cells)} cells" in (tmp_path / "some" / MARKDOWN).read_text()
+    cells[0].unlink()
+    assert main(arguments) == 2 and "hold finished cells" in capsys.readouterr().err
 
 
 def test_means_have_students_intervals() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from delfast.cli.compare.cells import run_grid
+from delfast.cli.compare.cells import cell_path, run_grid
 from delfast.cli.compare.grid import Grid, read_grid
 from delfast.cli.compare.report import make_report
 from delfast.cli.compare.summary import rows_of, to_csv
+from delfast.errors import InputError
 from delfast.files import make_output_dir, write_json, write_text
 from delfast.provenance import provenance
 
@@ -24,21 +26,28 @@ def compare(
     threads: int,
     watch: Callable[[str, int, int], None],
     data: str | None = None,
+    report_only: bool = False,
 ) -> Grid:
     """Run the grid of ``path``, or what of it ``output_dir`` does not hold yet, and write results and report there.
+    ``report_only``: run nothing, and report what is there; the grid returned has only those cells.
 
     workers: processes (default: CPUs / threads); ``threads`` of each. With one thread the results are bit-identical
     from run to run. ``data``: where the data come from, if not from where the grid says.
 
-    Raises InputError for a bad grid, before anything is written.
+    Raises InputError for a bad grid, or nothing to report, before anything is written.
     """
-    grid = read_grid(path, data)
+    whole = grid = read_grid(path, data)
+    if report_only:
+        grid = replace(whole, cells=[cell for cell in whole.cells if cell_path(output_dir, cell).is_file()])
+        if not grid.cells:
+            raise InputError(f"expected '{output_dir}' to hold finished cells of '{path}', there is none; run it first")
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
     results = run_grid(grid, output_dir, count, threads, watch)
     rows = rows_of(grid, results, output_dir)
     origin: dict[str, Any] = provenance(workers=count, threads=threads)
-    footer = f"{len(grid.cells)} cells of {path.name}; delfast {origin['delfast']}, torch {origin['torch']}, "
+    some = "" if len(grid.cells) == len(whole.cells) else f" of {len(whole.cells)}"
+    footer = f"{len(grid.cells)}{some} cells of {path.name}; delfast {origin['delfast']}, torch {origin['torch']}, "
     footer += f"{origin['platform']}, {count} processes of {threads} threads."
     failed = [result for result in results if "failed" in result]
     markdown, page = make_report(grid, rows, failed, output_dir, footer)

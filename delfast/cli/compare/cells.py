@@ -150,7 +150,7 @@ def _described(cell: Cell) -> dict[str, Any]:
         "forget": cell.config.forget,
         "forget_ratio": cell.config.forget_ratio,
         "seed": cell.config.seed,
-        "method": cell.method.name,
+        "method": cell.label,
         "hyperparameters": asdict(cell.method),
         "strategy": cell.strategy,
         "localize": None if cell.localize is None else dict(cell.localize),

@@ -50,11 +50,12 @@ class Trained:
 class Cell:
     """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything".
 
-    ``shadows``: how many more like it are run, for U-LiRA.
+    ``label``: the method's name in the report. ``shadows``: how many more like it are run, for U-LiRA.
     """
 
     setting: str
     config: Config
+    label: str
     method: Method
     strategy: str
     budget: float | None
@@ -110,7 +111,8 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
     ``title``; ``seeds``, a list; ``budget``, for tables of one budget (0.3); ``shadows``, for U-LiRA, none or at least
     2: as many more of every network and every cell. ``[train]``: a run's configuration, as the
     options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that. ``[unlearn]``: epochs,
-    batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of one.
+    batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of one. With ``of = "del"``
+    NAME is a variant of that method, beside it.
     ``[strategies.NAME]``: arguments of ``localize``, beside the strategies that have names. ``[[compare]]``: lists
     ``methods``, ``strategies`` ("everything": no mask) and ``budgets``, every combination a cell, for ``settings`` or
     all of them.
@@ -148,7 +150,7 @@ def _block(
             if strategy == EVERYTHING:
                 if method.localizes:
                     raise InputError(f"[[compare]] asks for '{name}' without a mask, which it needs; name strategies")
-                cells.append(Cell(setting, config, method, strategy, None, None, batch_size, shadows))
+                cells.append(Cell(setting, config, name, method, strategy, None, None, batch_size, shadows))
                 continue
             if strategy not in strategies:
                 raise InputError(f"expected strategies among {', '.join(strategies)}, {EVERYTHING}; got '{strategy}'")
@@ -157,24 +159,27 @@ def _block(
             arguments = strategies[strategy]
             for budget in block.get("budgets", [0.3]):
                 _check_strategy(strategy, budget, arguments)
-                cells.append(Cell(setting, config, method, strategy, float(budget), arguments, batch_size, shadows))
+                share = float(budget)
+                cells.append(Cell(setting, config, name, method, strategy, share, arguments, batch_size, shadows))
     return cells
 
 
 def _method(
     name: str, config: Config, shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Method, int]:
-    """A method with its hyperparameters, and its batch size: published, then of all methods, then its own."""
-    for known in own:
-        if known not in METHODS:
-            raise InputError(f"expected [methods.NAME] to name one of {', '.join(METHODS)}; got '{known}'")
+    """A method or variant, and its batch size. Hyperparameters: published, then those of all methods, then its own."""
+    for table, values in own.items():
+        if values.get("of", table) not in METHODS:
+            raise InputError(f"expected [methods.NAME] to name one of {', '.join(METHODS)}, or of = one; got '{table}'")
+    changes_of_own = dict(own.get(name, {}))
+    name = changes_of_own.pop("of", name)
     plain = make_method(name, {})
     shared = {key: value for key, value in shared.items() if hasattr(plain, key) or key == "batch_size"}
     if not plain.epochs:
         shared.pop("epochs", None)
     if name == "retrain":  # as the original was trained
         shared |= {"epochs": config.epochs, "lr": config.lr}
-    changes = {**method_recipe(config.data, config.model, name), **shared, **own.get(name, {})}
+    changes = {**method_recipe(config.data, config.model, name), **shared, **changes_of_own}
     batch_size = int(changes.pop("batch_size", config.batch_size))
     check_batch_size(batch_size)
     return make_method(name, changes), batch_size

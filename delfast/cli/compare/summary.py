@@ -82,13 +82,13 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
                 **_times(seconds),
             }
         )
-    for result in results:
+    for cell, result in zip(grid.cells, results, strict=True):
         if "failed" in result:
             continue
-        cell = result["cell"]
+        described = {**result["cell"], "method": cell.label}  # a grid that has changed since may call it otherwise
         rows.append(
             {
-                **{key: cell[key] for key in (*KEYS, "seed", "forget", "forget_ratio")},
+                **{key: described[key] for key in (*KEYS, "seed", "forget", "forget_ratio")},
                 **result["metrics"],
                 **result["attacks"],
                 **({"u_lira": result["u_lira"]} if "u_lira" in result else {}),
