@@ -220,6 +220,19 @@ def test_shadows_give_u_lira(tmp_path: Path) -> None:
 # ---- the report
 
 
+def test_networks_that_no_cell_waits_for_may_be_deleted(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "out", tmp_path / "out")
+    for network in (tmp_path / "out" / "networks").iterdir():
+        (network / "model.safetensors").unlink()
+    run(finished / "grid.toml", tmp_path / "out")
+    assert measured(tmp_path / "out") == measured(finished / "out")
+    assert not list((tmp_path / "out" / "networks").rglob("model.safetensors"))
+    next((tmp_path / "out" / "cells").glob("non-iid-1-ssd-*")).unlink()  # it needs seed 1's
+    run(finished / "grid.toml", tmp_path / "out")
+    assert measured(tmp_path / "out") == measured(finished / "out")
+    assert len(list((tmp_path / "out" / "networks").rglob("model.safetensors"))) == 2
+
+
 def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(finished / "out", tmp_path / "some")
     cells = sorted((tmp_path / "some" / "cells").iterdir())

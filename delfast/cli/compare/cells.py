@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from delfast.cli import steps
 from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
-from delfast.cli.run import SUMMARY, Config, Run, load_model, read_summary, start
+from delfast.cli.run import MODEL, SUMMARY, Config, Run, load_model, read_summary, start
 from delfast.errors import InputError
 from delfast.evaluate import (
     Metrics,
@@ -49,12 +49,13 @@ def run_grid(grid: Grid, directory: Path, workers: int, threads: int, watch: Wat
     """Run what is not there yet; the results of all cells, in the grid's order: see ``measure_cell``."""
     (directory / "networks").mkdir(exist_ok=True)
     (directory / "cells").mkdir(exist_ok=True)
-    networks = [network for network in grid.trained if not _is_trained(directory, network)]
+    cells = [cell for cell in grid.cells if not cell_path(directory, cell).is_file()]
+    in_use = {network.key for cell in cells for network in cell.networks()}
+    networks = [n for n in grid.trained if not _is_trained(directory, n, whole=n.key in in_use)]
     context = multiprocessing.get_context("spawn")  # forked processes would share OpenMP's threads
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
         try:
             _all(pool, _train, [(directory, network) for network in networks], "networks", watch)
-            cells = [cell for cell in grid.cells if not cell_path(directory, cell).is_file()]
             _all(pool, run_cell, [(directory, cell) for cell in cells], "cells", watch)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -87,8 +88,10 @@ def network_path(directory: Path, network: Trained) -> Path:
     return directory / "networks" / network.key
 
 
-def _is_trained(directory: Path, network: Trained) -> bool:
-    return (network_path(directory, network) / SUMMARY).is_file()  # written last
+def _is_trained(directory: Path, network: Trained, whole: bool) -> bool:
+    """Is its summary there, which is written last, and, if the network is still to be used, the network itself?"""
+    path = network_path(directory, network)
+    return (path / SUMMARY).is_file() and ((path / MODEL).is_file() or not whole)
 
 
 def _train(directory: Path, network: Trained) -> None:

@@ -83,6 +83,10 @@ class Cell:
     def oracle(self, shadow: int = 0) -> Trained:
         return Trained(self.setting, ORACLE, self.config, shadow)
 
+    def networks(self) -> list[Trained]:
+        """All that it needs."""
+        return [of(shadow) for shadow in range(self.shadows + 1) for of in (self.original, self.oracle)]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -97,9 +101,8 @@ class Grid:
         """The networks that the cells begin from and are compared with, each once."""
         found = {}
         for cell in self.cells:
-            for shadow in range(cell.shadows + 1):
-                for network in (cell.original(shadow), cell.oracle(shadow)):
-                    found[network.key] = network
+            for network in cell.networks():
+                found[network.key] = network
         return list(found.values())
 
 
