@@ -7,6 +7,8 @@ python -m benchmarks.readme --check   writes nothing; exit code 1 if README.md d
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import re
 import sys
 from collections import Counter
@@ -14,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from delfast.cli.compare.report import FIELDS
+from delfast.cli.compare.summary import KEYS, means
 from delfast.errors import InputError
 from delfast.files import read_json, write_text
 from delfast.report import METHOD_COLUMNS, markdown_table, method_rows
@@ -22,8 +26,10 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
+CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/cpp-release/test_cuda_sectors prints
 
+BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
 
 
@@ -94,6 +100,29 @@ def sectors(report: str) -> str:
     return markdown_table(("sectors asked for / least", *ALIGNMENTS), rows)
 
 
+def cifar10(text: str) -> str:
+    """The kept results: for each setting the original, the oracle, and every method and mask at the one budget."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    if not rows:
+        raise InputError(f"'{CIFAR10.name}' holds no results; run the grid as experiments/results says")
+    found = means({name: _number(value) for name, value in row.items() if value or name in KEYS} for row in rows)
+    fields = ("forget_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test")
+    columns = ("setting", "method", "mask", "seeds", *(FIELDS[field] for field in fields))
+    cells = [
+        [row["setting"], row["method"], row["strategy"], str(row["mia"].seeds), *(str(row[field]) for field in fields)]
+        for row in found
+        if row["budget"] in ("", BUDGET)
+    ]
+    return markdown_table(columns, cells)
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def fill(text: str, name: str, content: str) -> str:
     """``text`` with what stands between the markers of ``name`` replaced; InputError unless they are there once."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -112,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after = fill(before, "measured", measured(read_json(CPU)))
         after = fill(after, "sectors", sectors(SECTORS.read_text(encoding="utf-8")))
         after = fill(after, "demo", demo(read_json(DEMO)))
+        after = fill(after, "cifar10", cifar10(CIFAR10.read_text(encoding="utf-8")))
     except (InputError, OSError) as error:
         print(f"readme: error: {error}", file=sys.stderr)
         return 2

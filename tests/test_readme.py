@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -39,7 +40,7 @@ def named(tool: str) -> set[str]:
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """benchmarks.readme at work on copies of the README and the results."""
-    for name in ("README", "CPU", "DEMO", "SECTORS"):
+    for name in ("README", "CPU", "DEMO", "SECTORS", "CIFAR10"):
         source = getattr(readme, name)
         (tmp_path / source.name).write_bytes(source.read_bytes())
         monkeypatch.setattr(readme, name, tmp_path / source.name)
@@ -54,6 +55,12 @@ def test_the_tables_are_those_of_the_kept_results(capsys: pytest.CaptureFixture[
     for scenario in read_json(readme.DEMO)["scenarios"].values():
         for values in scenario["methods"].values():
             assert f"| {values['forget_acc']:.2f} | {values['retain_acc']:.2f} | {values['test_acc']:.2f} |" in TEXT
+    rows = list(csv.DictReader(readme.CIFAR10.open(encoding="utf-8")))
+    for setting in {row["setting"] for row in rows}:
+        oracles = [float(r["forget_acc"]) for r in rows if (r["setting"], r["method"]) == (setting, "oracle")]
+        found = re.search(rf"\| {setting} \| oracle \| everything \| (\d+) \| ([\d.]+) ", TEXT)
+        assert found and int(found[1]) == len(oracles)
+        assert abs(float(found[2]) - sum(oracles) / len(oracles)) < 0.0051
 
 
 def test_check_sees_a_changed_figure_and_writing_mends_it(copies: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +73,7 @@ def test_check_sees_a_changed_figure_and_writing_mends_it(copies: Path, capsys: 
     assert (copies / "README.md").read_text(encoding="utf-8") == TEXT
 
 
-@pytest.mark.parametrize("name", ["README.md", "cpu.json", "demo.json", "sectors.md"])
+@pytest.mark.parametrize("name", ["README.md", "cpu.json", "demo.json", "sectors.md", "results.csv"])
 def test_a_missing_file_is_named(name: str, copies: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copies / name).unlink()
     before = {path: path.read_bytes() for path in copies.iterdir()}
@@ -97,6 +104,10 @@ def test_unfit_results_and_lost_markers_are_refused(copies: Path, capsys: pytest
     (copies / "sectors.md").write_text(report.replace("| apart", "| elsewhere"), encoding="utf-8")
     assert "has no figure for criticality" in refused()
     (copies / "sectors.md").write_text(report, encoding="utf-8")
+    rows = (copies / "results.csv").read_text(encoding="utf-8")
+    (copies / "results.csv").write_text(rows.splitlines()[0] + "\n", encoding="utf-8")
+    assert "holds no results" in refused()
+    (copies / "results.csv").write_text(rows, encoding="utf-8")
     (copies / "README.md").write_text(TEXT.replace("<!-- /demo -->", ""), encoding="utf-8")
     assert "expected one pair of markers '<!-- demo -->'" in refused()
 
