@@ -161,8 +161,8 @@ class MaskedOptimizer(Optimizer):
             elif held is not None and old is not None:
                 self.state[parameter][self.state_name] = _moved(held, old, new)
         self.mask, self._calls = mask, {}
-        for group in self.param_groups:
-            group["mask_digest"] = mask.digest
+        for settings in (self.defaults, *self.param_groups):
+            settings["mask_digest"] = mask.digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave. InputError, with nothing changed, if it is the state of another mask."""
@@ -204,7 +204,8 @@ class Call:
 
 
 class MaskedSGD(MaskedOptimizer):
-    """``torch.optim.SGD`` on the masked entries: the same formulas, and the same meaning of each argument.
+    """``torch.optim.SGD`` on the masked entries: the same formulas, and the same meaning of each argument. A tensor of
+    one number as ``lr`` stays where it is: on a CUDA device a captured graph then follows the schedule.
 
     Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
     """
@@ -215,7 +216,7 @@ class MaskedSGD(MaskedOptimizer):
         self,
         named_parameters: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         mask: Mask,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -246,7 +247,7 @@ class MaskedSGD(MaskedOptimizer):
         *tensors, amp = arguments
         torch.ops.delfast.masked_sgd_(
             *tensors,
-            lr=float(group["lr"]),
+            **_rate(group["lr"]),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
@@ -257,7 +258,8 @@ class MaskedSGD(MaskedOptimizer):
 
 
 class MaskedAdamW(MaskedOptimizer):
-    """``torch.optim.AdamW`` (Loshchilov & Hutter, ICLR 2019) on the masked entries, with torch's default constants.
+    """``torch.optim.AdamW`` (Loshchilov & Hutter, ICLR 2019) on the masked entries, with torch's default constants;
+    ``lr`` as for MaskedSGD.
 
     Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
     """
@@ -268,7 +270,7 @@ class MaskedAdamW(MaskedOptimizer):
         self,
         named_parameters: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         mask: Mask,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -291,7 +293,7 @@ class MaskedAdamW(MaskedOptimizer):
         *tensors, amp = arguments
         torch.ops.delfast.masked_adamw_(
             *tensors,
-            lr=float(group["lr"]),
+            **_rate(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
@@ -301,7 +303,12 @@ class MaskedAdamW(MaskedOptimizer):
         )
 
 
-def _check_range(**values: float) -> None:
+def _rate(lr: float | Tensor) -> dict[str, Any]:
+    """The op's arguments for a rate; a tensor is read where it is, by a captured CUDA graph at every replay."""
+    return {"lr": 0.0, "lr_tensor": lr} if isinstance(lr, Tensor) else {"lr": float(lr)}
+
+
+def _check_range(**values: float | Tensor) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
             raise InputError(f"expected {name} >= 0, got {value}; pass a finite, non-negative number")

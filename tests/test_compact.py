@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from delfast.compact.layers import COMPACT, CompactLayer
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.optim import MaskedAdamW, MaskedSGD
+from delfast.unlearn import full_mask
 from tests import cases
 
 LAYERS = {
@@ -269,7 +271,7 @@ def test_nothing_else_moves_by_a_bit(net, data, optimizer, kind):
             scaler.update()
             outside, _ = all_but(mask, before, net) if step == 2 else (0, None)
             assert not outside
-        saved = net.state_dict()
+        saved = {name: value.clone() for name, value in net.state_dict().items()}
         assert saved.keys() == Net().state_dict().keys()
     outside, inside = all_but(mask, before, net)
     assert outside == 0 and inside
@@ -338,6 +340,153 @@ def test_state_dicts_are_the_original_s(net, data):
     net.load_state_dict(plain.state_dict())
 
 
+def test_state_dict_has_rows_that_no_forward_pass_has_seen(net):
+    mask = row_mask(net, 0.4)
+    with delfast.compact(net, mask) as handle:
+        with torch.no_grad():
+            for parameter in handle.parameters():
+                parameter.fill_(7)
+        state = {name: value.clone() for name, value in net.state_dict().items()}
+    for name in ("twice.weight", "mix.weight"):
+        flags = mask.parameters[name].flags
+        assert (state[name][flags] == 7).all() and (state[name][~flags] != 7).all()
+
+
+def step(net, data, optimizer):
+    optimizer.zero_grad()
+    cross_entropy(data)(net).backward()
+    optimizer.step()
+
+
+def test_what_is_loaded_stays_loaded_after_a_step(net, data):
+    """Build, compact, load a checkpoint, train: a job that is resumed."""
+    mask = row_mask(net, 0.4)
+    other = {name: value + 1 if value.is_floating_point() else value for name, value in net.state_dict().items()}
+    with delfast.compact(net, mask) as handle:
+        net.load_state_dict(other)
+        step(net, data, torch.optim.AdamW(handle.parameters(), lr=0.01, weight_decay=0.1))
+    assert all_but(mask, {name: other[name] for name, _ in net.named_parameters()}, net)[0] == 0
+
+
+def test_a_gradient_from_before_moves_nothing(net, data):
+    mask = row_mask(net, 0.4)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    cross_entropy(data)(net).backward()
+    with delfast.compact(net, mask):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+        cross_entropy(data)(net).backward()  # no zero_grad before the first step
+        optimizer.step()
+    assert all_but(mask, before, net)[0] == 0
+
+
+def test_a_masked_optimizer_of_another_mask_is_guarded_too(net, data):
+    mask = row_mask(net, 0.4)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    with delfast.compact(net, mask) as handle:
+        wide = full_mask(net)
+        step(net, data, MaskedSGD(net.named_parameters(), wide, lr=0.1, weight_decay=0.5))
+        assert wide.digest != handle.mask.digest
+    assert all_but(mask, before, net)[0] == 0
+
+
+def test_double_backward_is_refused(net, data):
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        gradients = torch.autograd.grad(cross_entropy(data)(net), list(handle.parameters()), create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+def test_writes_into_the_weights_are_seen(net, data):
+    """As homemade averages write them, through the tensors of ``state_dict()``."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        step(net, data, torch.optim.SGD(handle.parameters(), lr=0.1))
+        for name, value in net.state_dict().items():
+            value.copy_(other.state_dict()[name])
+        torch.testing.assert_close(net.eval()(data[0]), other.eval()(data[0]))
+
+
+def test_modules_that_read_weights_directly_see_every_step():
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 3, 16)
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        assert handle.ways["linear1.weight"] == "rows" and handle.ways["self_attn.out_proj.weight"] == "guarded"
+        optimizer = torch.optim.SGD(handle.parameters(), lr=1.0)
+        net(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            fast = net.eval()(x)  # reads linear1.weight, calls nothing
+            torch.testing.assert_close(fast, net.train()(x))
+
+
+def test_averages_with_buffers_leave_the_rows_where_they_are(net, data):
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        average = torch.optim.swa_utils.AveragedModel(
+            net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+        )
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+        expected = {name: parameter.detach().clone() for name, parameter in Net().named_parameters()}
+        for count in range(3):
+            step(net, data, optimizer)
+            average.update_parameters(net)
+            for name, value in expected.items():
+                now = net.state_dict()[name]
+                value.copy_(now if not count else torch.lerp(value, now, 0.1))
+        assert not [name for name, _ in net.named_buffers() if "row" in name]
+        state = average.module.state_dict()
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_partial_load_keeps_the_rest(net):
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        rows = dict(handle.named_parameters())["twice.weight_rows"]
+        with torch.no_grad():
+            rows.fill_(3)
+        net.load_state_dict({"mix.bias": torch.zeros(24)}, strict=False)
+        assert (rows == 3).all()
+
+
+def test_a_failure_while_it_is_made_undoes_it(net, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(sys.modules["delfast.compact"], "Guard", fail)
+    with pytest.raises(MemoryError):
+        delfast.compact(net, row_mask(net, 0.4))
+    assert type(net.mix) is nn.Linear and all(p.requires_grad for p in net.parameters())
+
+
+def test_empty_batches_and_single_examples():
+    layer, conv = nn.Linear(6, 40), nn.Conv2d(3, 40, 3)
+    for net, shapes in ((layer, [(0, 6), (6,)]), (conv, [(0, 3, 8, 8)])):
+        mask = row_mask(net, 0.4)
+        for shape in shapes:
+            x = torch.randn(shape)
+            expected = expected_gradients(net, mask, lambda model, x=x: model(x).square().sum())
+            with delfast.compact(net, mask) as handle:
+                net(x).square().sum().backward()
+                for name, gradient in gradients_of(handle).items():
+                    torch.testing.assert_close(gradient, expected[name])
+
+
+def test_hooks_of_the_user_s_and_sparse_gradients(net, data):
+    seen = []
+    net.mix.weight.register_hook(lambda gradient: seen.append(gradient.shape))
+    mask = row_mask(net, 0.4)
+    with delfast.compact(net, mask) as handle:
+        assert handle.ways["mix.weight"] == "guarded"
+        cross_entropy(data)(net).backward()
+    assert seen == [(24, 20)]
+    embedding = nn.Embedding(5, 3, sparse=True)
+    with delfast.compact(embedding, row_mask(embedding, 0.4)), pytest.raises(InputError, match="sparse=False"):
+        embedding(torch.tensor([1, 2])).sum().backward()
+
+
 def _loaded(model, state):
     model = copy.deepcopy(model)
     model.load_state_dict(state)
@@ -353,6 +502,7 @@ def test_undo_and_redo_keep_the_parameters_that_an_optimizer_has(net, data):
     assert [name for name, _ in net.named_parameters()] == plain_names and type(net.mix) is nn.Linear
     with torch.no_grad():
         net.mix.weight.mul_(2)
+    handle.redo()
     handle.redo()
     assert all(parameter is compact_parameters[name] for name, parameter in handle.named_parameters())
     rows = net.mix.weight[handle.original_mask.parameters["mix.weight"].flags]
@@ -386,6 +536,8 @@ def test_bad_arguments_change_nothing(net):
     mask = row_mask(net, 0.4)
     with pytest.raises(InputError, match=r"'mux\.weight', which is no trainable parameter"):
         delfast.compact(net, mask, dense=["mux.weight"])
+    with pytest.raises(InputError, match="dense to be a list of names"):
+        delfast.compact(net, mask, dense="mix.weight")
     with pytest.raises(InputError, match="does not have"):
         delfast.compact(nn.Linear(2, 2), mask)
     with pytest.raises(InputError, match="call compact\\(\\) first, then wrap"):

@@ -110,6 +110,8 @@ def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
     "text, message",
     [
         (HEAD + "[methods.own]\nof = 'magic'\n[[compare]]", "or of = one; got 'own'"),
+        (HEAD + "[methods.oracle]\nof = 'del'\n[[compare]]", "has the name of something else"),
+        (HEAD + "[methods.own]\nof = 'del'\n[[compare]]\nmethods=['del', 'own']", "'del' and 'own' are the same"),
         ("title = ", "cannot read"),
         ("[settings.a]\nforget = 'iid'", "one is missing"),
         (HEAD + "[[compare]]\nmethods = ['magic']", "expected method to be one of"),
@@ -242,6 +244,9 @@ def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Pat
     assert main(arguments) == 0 and len(list((tmp_path / "some" / "cells").iterdir())) == 1
     assert len(measured(tmp_path / "some")) == 3  # the cell, and the original and the oracle of its seed
     assert f"1 of {len(cells)} cells" in (tmp_path / "some" / MARKDOWN).read_text()
+    for summary in (tmp_path / "some" / "networks").rglob("summary.json"):
+        summary.unlink()
+    assert main(arguments) == 2 and "expected the summary of a network" in capsys.readouterr().err
     cells[0].unlink()
     assert main(arguments) == 2 and "hold finished cells" in capsys.readouterr().err
 

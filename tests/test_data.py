@@ -164,7 +164,7 @@ def test_a_data_set_of_the_hub_is_read_like_the_folder_it_was_made_of(folder, tm
     assert data.digest == plain.digest and data.num_classes == 2
     assert load(f"hub:{folder}", image_size=8).test_images.shape == (6, 3, 8, 8)
     (folder / "validation").rename(folder / "extra")
-    with pytest.raises(InputError, match="splits train and test or validation, got"):
+    with pytest.raises(InputError, match="splits train and test or validation, labelled, got"):
         load(f"hub:{folder}")
     with pytest.raises(InputError, match="cannot be had"):
         load(f"hub:{folder}/nowhere")

@@ -111,6 +111,13 @@ def test_a_resumed_run_stops_where_it_would_have(tmp_path: Path) -> None:
             assert torch.equal(value, other), name
 
 
+def test_an_early_stop_can_be_used_again() -> None:
+    stop = EarlyStop(HELD_OUT, 1, None)
+    for _ in range(2):
+        _, result = trained(2, stop)
+        assert result.losses and len(result.validation) == len(result.losses)
+
+
 def test_unlearn_stops_early_and_keeps_to_its_mask() -> None:
     model = fresh()
     mask = delfast.localize(model, FORGET)

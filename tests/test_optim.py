@@ -346,3 +346,25 @@ def test_a_replaced_mask_of_another_architecture_is_refused() -> None:
     with pytest.raises(InputError, match=r"does not have|has shape"):
         optimizer.replace_mask(delfast.score(cases.Everything(), criterion="weight").select(1.0))
     assert optimizer.mask is mask
+
+
+@pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
+def test_a_rate_in_a_tensor_is_the_rate(kind: Any) -> None:
+    """Bit for bit, through a schedule, which changes the tensor in place."""
+    torch.manual_seed(0)
+    one = cases.SmallNet()
+    two = copy.deepcopy(one)
+    mask = delfast.localize(one, cases.image_batches(), budget=0.4)
+    lr = torch.tensor(0.0625)
+    optimizers = [kind(one.named_parameters(), mask, lr=0.0625), kind(two.named_parameters(), mask, lr=lr)]
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in optimizers]
+    for step in range(3):
+        for net, optimizer, schedule in zip((one, two), optimizers, schedules, strict=True):
+            optimizer.zero_grad()
+            scaled_loss(net, step).backward()
+            optimizer.step()
+            schedule.step()
+    assert optimizers[1].param_groups[0]["lr"] is lr and float(lr) == 0.0625 / 8
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    with pytest.raises(InputError, match="lr >= 0"):
+        kind(one.named_parameters(), mask, lr=torch.tensor(-1.0))

@@ -116,7 +116,8 @@ void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor
 void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                  const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
-                 const OptionalTensor& found_inf) {
+                 const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
+  if (lr_tensor) lr = lr_tensor->item<double>();
   UpdateTasks tasks(params, grads, momentum != 0 ? &state : nullptr, 1, bits, by_row);
   if (skipped(found_inf)) return;
   SgdStep step{float(lr),
@@ -141,7 +142,8 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& 
 void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                    const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
                    double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
-                   const OptionalTensor& found_inf) {
+                   const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
+  if (lr_tensor) lr = lr_tensor->item<double>();
   UpdateTasks tasks(params, grads, &state, 2, bits, by_row);
   if (skipped(found_inf)) return;
   std::vector<AdamWStep> step_of;

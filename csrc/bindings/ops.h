@@ -25,11 +25,11 @@ void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor
 void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                  const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
-                 const OptionalTensor& found_inf);
+                 const OptionalTensor& found_inf, const OptionalTensor& lr_tensor);
 void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                    const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
                    double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
-                   const OptionalTensor& found_inf);
+                   const OptionalTensor& found_inf, const OptionalTensor& lr_tensor);
 
 void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas,
                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,

@@ -48,7 +48,8 @@ Error step(const Updated* params, int64_t count, const StepInputs& inputs, const
                     })
               : 0;
   Rule* const rules = reinterpret_cast<Rule*>(static_cast<unsigned char*>(workspace) + count_bytes(stretches));
-  const Inputs in = {inputs.steps, inputs.grad_scale, inputs.found_inf, count, stretches, inputs.state_numel, kStates};
+  const Inputs in = {inputs.steps, inputs.grad_scale, inputs.found_inf,   inputs.lr,
+                     count,        stretches,         inputs.state_numel, kStates};
   DELFAST_LAUNCH((masked_update_plan<Options, Rule>), 1, kPlanThreads, 0, stream, options, in, counts, rules);
   launch(params, count, update_blocks, [&](const Table<Masked>& table) {
     DELFAST_LAUNCH(masked_update<Rule>, table.blocks(), kThreads, kStates * (kUpdateTile + 4) * sizeof(float), stream,

@@ -110,6 +110,7 @@ struct Inputs {
   float* steps;
   const float* grad_scale;
   const float* found_inf;
+  const float* lr;
   int64_t params, stretches;
   int64_t state_numel;
   int states;
@@ -120,14 +121,21 @@ __device__ __forceinline__ float unscale_factor(const Inputs& in, bool maximize)
   return maximize ? -factor : factor;
 }
 
+// Read on the device, so that a captured graph sees a schedule.
+template <class Options>
+__device__ __forceinline__ double rate(const Options& o, const Inputs& in) {
+  return in.lr ? double(global_load_const(in.lr)) : o.lr;
+}
+
 __device__ __forceinline__ SgdRule make_rule(const SgdOptions& o, const Inputs& in, double taken) {
-  return {{float(o.lr), float(o.momentum), float(1 - o.dampening), float(o.weight_decay),
+  return {{float(rate(o, in)), float(o.momentum), float(1 - o.dampening), float(o.weight_decay),
            unscale_factor(in, o.maximize), o.nesterov, taken == 0}};
 }
 __device__ __forceinline__ AdamWRule make_rule(const AdamWOptions& o, const Inputs& in, double taken) {
+  const double lr = rate(o, in);
   return {{float(o.beta1), float(1 - o.beta1), float(o.beta2), float(1 - o.beta2), float(o.eps),
-           float(o.lr / (1 - pow(o.beta1, taken + 1))), float(sqrt(1 - pow(o.beta2, taken + 1))),
-           float(1 - o.lr * o.weight_decay), unscale_factor(in, o.maximize)}};
+           float(lr / (1 - pow(o.beta1, taken + 1))), float(sqrt(1 - pow(o.beta2, taken + 1))),
+           float(1 - lr * o.weight_decay), unscale_factor(in, o.maximize)}};
 }
 
 __device__ __forceinline__ bool is_skipped(const float* found_inf) {

@@ -43,9 +43,10 @@ Error select_units(const float* scores, const int64_t* counts, const int64_t* le
 struct StepInputs {
   float* state;
   int64_t state_numel;
-  float* steps;             // one counter per parameter: steps taken so far; this one is added
-  const float* grad_scale;  // one number, or null
-  const float* found_inf;   // one number, or null: unless zero, nothing changes
+  float* steps;               // one counter per parameter: steps taken so far; this one is added
+  const float* grad_scale;    // one number, or null
+  const float* found_inf;     // one number, or null: unless zero, nothing changes
+  const float* lr = nullptr;  // one number, or null: the rate, in place of the options'
 };
 struct SgdOptions {
   double lr, momentum, dampening, weight_decay;

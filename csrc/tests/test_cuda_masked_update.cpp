@@ -90,12 +90,13 @@ struct Update {
   cuda::AdamWOptions adamw{};
 };
 const Update kUpdates[] = {
+    // AdamW's rates are floats, so that one from the device is the same
     {"reset", 0},
     {"SGD", 0, {0.1, 0, 0, 5e-4, false, true}},
     {"SGD with momentum", 1, {0.015, 0.9, 0.3, 5e-4, false, false}},
     {"SGD with Nesterov momentum", 1, {0.015, 0.9, 0, 0, true, false}},
-    {"AdamW", 2, {}, {1e-3, 0.9, 0.999, 1e-8, 0.01, false}},
-    {"AdamW, to maximize", 2, {}, {1e-3, 0.5, 0.9, 1e-3, 0, true}},
+    {"AdamW", 2, {}, {0x1p-10, 0.9, 0.999, 1e-8, 0.01, false}},
+    {"AdamW, to maximize", 2, {}, {0x1p-10, 0.5, 0.9, 1e-3, 0, true}},
 };
 
 // The documented step on the CPU. `state` is flat, as for the op.
@@ -166,13 +167,21 @@ void check(const List& list, const Update& update, const std::vector<uint64_t>& 
       std::vector<Updated> params;
       for (Param& p : changed) params.push_back(p.updated());
       Workspace workspace(cuda::masked_update_workspace(params.data(), count));
-      const cuda::StepInputs inputs = {changed_state.data(), state_numel, changed_steps.data(), grad_scale.data(),
-                                       skip == Skip::no ? nullptr : found_inf.data()};
+      cuda::StepInputs inputs = {changed_state.data(), state_numel, changed_steps.data(), grad_scale.data(),
+                                 skip == Skip::no ? nullptr : found_inf.data()};
+      cuda::SgdOptions sgd = update.sgd;
+      cuda::AdamWOptions adamw = update.adamw;
+      Guarded<float> lr(1);
+      if (skip == Skip::zero) {  // the rate from the device, and none among the options
+        lr[0] = float(update.states == 2 ? adamw.lr : sgd.lr);
+        inputs.lr = lr.data();
+        sgd.lr = adamw.lr = std::nan("");
+      }
       const char* error = update.states == 2
-                              ? cuda::masked_adamw(params.data(), count, inputs, update.adamw, workspace.get(), kStream)
+                              ? cuda::masked_adamw(params.data(), count, inputs, adamw, workspace.get(), kStream)
                           : std::string(update.name) == "reset"
                               ? cuda::masked_reset(params.data(), count, kStream)
-                              : cuda::masked_sgd(params.data(), count, inputs, update.sgd, workspace.get(), kStream);
+                              : cuda::masked_sgd(params.data(), count, inputs, sgd, workspace.get(), kStream);
       CHECK(error == nullptr);
       const bool moved = skip != Skip::yes;
       for (size_t i = 0; i < list.size(); i++) {

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from delfast.compact.guard import Guard
 from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, restore
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
-from delfast.naming import is_parallel, plain_name, trainable_parameters, unwrap
+from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
 from delfast.ops.layout import pack
 
 Way = Literal["rows", "dense", "guarded", "frozen"]
@@ -56,38 +58,58 @@ class Compact:
                 self._layers[name] = (owner, part.flags.nonzero().flatten())
             else:
                 self.ways[name] = "guarded"
-        self._parameters, self._chosen = parameters, chosen
-        self._rows: dict[str, nn.Parameter] = {}
-        self._guard: Guard | None = None
-        self.redo()
+        self._chosen, self._rows, self._active = chosen, dict[str, nn.Parameter](), False
         self.mask = self._mask()
+        self.redo()
 
     def redo(self) -> None:
         """Make the model compact again after ``undo``: the same Parameters, so an optimizer of theirs goes on. Values
-        are taken from the model as it is.
+        are taken from the model as it is; gradients, which may be of entries that are not to move, are dropped.
         """
-        for name, (layer, rows) in self._layers.items():
-            compact = make_compact(layer, rows)
-            if name in self._rows:
-                with torch.no_grad():
-                    self._rows[name].copy_(compact.weight_rows)
-                compact.weight_rows = self._rows[name]
-            self._rows[name] = compact.weight_rows
-        for name in self._names("frozen"):
-            self._parameters[name].requires_grad_(False)
-        self._guard = Guard((self._parameters[name], self._chosen[name].dense()) for name in self._names("guarded"))
+        if self._active:
+            return
+        self._active = True
+        self._hooks: list[Any] = []
+        parameters = trainable_parameters(self.model)
+        try:
+            for name, (layer, rows) in self._layers.items():
+                compact = make_compact(layer, rows)
+                if name in self._rows:
+                    with torch.no_grad():
+                        self._rows[name].copy_(compact.weight_rows)
+                    compact.weight_rows = self._rows[name]
+                self._rows[name] = compact.weight_rows
+            for name in self._names("frozen"):
+                parameters[name].requires_grad_(False)
+            for parameter in parameters.values():
+                parameter.grad = None
+            guarded = {name: self._chosen[name].dense() for name in self._names("guarded")}
+            self._hooks.append(Guard(parameters, guarded, self.mask.digest))
+            self._hooks.append(register_optimizer_step_post_hook(self._after_step))
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Write the rows back and make every module what it was; nothing happens the second time."""
-        if self._guard is None:
+        if not self._active:
             return
-        self._guard.remove()
-        self._guard = None
+        self._active = False
+        for hook in self._hooks:
+            hook.remove()
         for layer, _ in self._layers.values():
-            assert isinstance(layer, CompactLayer)
-            restore(layer)
-        for name in self._names("frozen"):
-            self._parameters[name].requires_grad_(True)
+            if isinstance(layer, CompactLayer):
+                restore(layer)
+        frozen = set(self._names("frozen"))
+        for name, parameter in unique_parameters(self.model.named_parameters()):
+            if name in frozen:
+                parameter.requires_grad_(True)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Some modules read a layer's weight without calling it: the fast path of nn.TransformerEncoderLayer does."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(rows) in stepped for rows in self._rows.values()):
+            self.write()
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -99,7 +121,9 @@ class Compact:
             self.redo()
 
     def write(self) -> None:
-        """Put the rows into the weights, for code that reads those; forward passes and ``state_dict`` do so anyway."""
+        """Put the rows into the weights, for code that reads those. Forward passes, ``state_dict`` and the steps of
+        optimizers do so anyway.
+        """
         for layer, _ in self._layers.values():
             if isinstance(layer, CompactLayer):
                 layer.write_rows()
@@ -131,7 +155,8 @@ class Compact:
         parts = {}
         for name, way in self.ways.items():
             if way == "rows":
-                shape = tuple(self._rows[name].shape)
+                part = self._chosen[name]
+                shape = (int(part.flags.sum()), *part.shape[1:])
                 name = name.removesuffix("weight") + ROWS
                 parts[name] = ParameterMask(shape, "row", pack(torch.ones(shape[0], dtype=torch.bool)))
             elif way != "frozen":
@@ -158,6 +183,8 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
 
     Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name.
     """
+    if isinstance(dense, str):
+        raise InputError(f"expected dense to be a list of names, got '{dense}'; write [{dense!r}]")
     return Compact(model, mask, [plain_name(name) for name in dense])
 
 
@@ -167,8 +194,15 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             fits = name == "weight" and type(module) in COMPACT and "forward" not in module.__dict__
+            fits = fits and parameter.is_floating_point() and not _has_hooks(parameter)
             found[id(parameter)] = module if fits and id(parameter) not in found else None
     return found
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    """The user's, which must go on seeing the whole gradient."""
+    hooks = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return any(hooks)
 
 
 __all__ = ["Compact", "Way", "compact"]

@@ -2,52 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from delfast.errors import InputError
 from delfast.optim import MaskedOptimizer
 
 
 class Guard:
-    """For parameters with the entries (bool, of their shape) that may change. Until ``remove``:
+    """For parameters by name, with the entries (bool, of their shape) that may change. Until ``remove``:
 
-    gradients of the other entries are zero from the moment they arrive, so that clipping does not see them; and after
-    every step of any optimizer the other entries get back the values they had, to the bit, whatever weight decay or
-    stale momentum did. A ``MaskedOptimizer`` needs no such repair, and gets none.
+    gradients of the other entries are zero from the moment they arrive, so that clipping does not see them; and a step
+    of any optimizer leaves the other entries with the values that they had before it, to the bit, whatever weight decay
+    or stale momentum did. An optimizer of ours with this very mask (by its ``digest``) needs no such repair.
     """
 
-    def __init__(self, entries: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.entries = {id(p): (p, chosen.to(p.device), p.detach().clone()) for p, chosen in entries}
-        self.handles: list[Any] = [
-            p.register_hook(_masking(chosen))  # type: ignore[no-untyped-call]
-            for p, chosen, _ in self.entries.values()
-        ]
-        if self.entries:
-            self.handles.append(register_optimizer_step_post_hook(self._after_step))
+    def __init__(self, parameters: Mapping[str, Tensor], chosen: Mapping[str, Tensor], digest: str) -> None:
+        self.digest = digest
+        self._chosen = {id(parameters[name]): flags for name, flags in chosen.items()}
+        self._before: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+        try:
+            for name in chosen:
+                hook = self._mask_of(name, parameters[name])
+                self._handles.append(parameters[name].register_hook(hook))  # type: ignore[no-untyped-call]
+            if chosen:
+                self._handles.append(register_optimizer_step_pre_hook(self._before_step))
+                self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Undo the hooks; the parameters stay as they are."""
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
 
+    def _mask_of(self, name: str, parameter: Tensor) -> Any:
+        key = id(parameter)
+
+        def mask(gradient: Tensor) -> Tensor:
+            if gradient.is_sparse:
+                raise InputError(
+                    f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
+                )
+            return torch.where(self._flags(key, gradient.device), gradient, 0)  # a product would keep NaN
+
+        return mask
+
+    def _flags(self, key: int, device: torch.device) -> Tensor:
+        """The entries that may change, on the device: the model may have moved since."""
+        if self._chosen[key].device != device:
+            self._chosen[key] = self._chosen[key].to(device)
+        return self._chosen[key]
+
+    def _guarded(self, optimizer: Optimizer) -> list[Tensor]:
+        if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self.digest:
+            return []
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._chosen]
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._before = {id(p): p.detach().clone() for p in self._guarded(optimizer)}
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if isinstance(optimizer, MaskedOptimizer):
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in self.entries:
-                    chosen, kept = self.entries[id(parameter)][1:]
-                    with torch.no_grad():
-                        parameter.copy_(torch.where(chosen, parameter, kept))
-
-
-def _masking(chosen: Tensor) -> Any:
-    def mask(gradient: Tensor) -> Tensor:
-        return torch.where(chosen, gradient, 0)  # a product would keep NaN
-
-    return mask
+        with torch.no_grad():
+            for p in self._guarded(optimizer):
+                p.copy_(torch.where(self._flags(id(p), p.device), p, self._before[id(p)]))
+        self._before = {}

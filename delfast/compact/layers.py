@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from delfast.compact.plan import RowPlan, plan_rows
 
 ROWS = "weight_rows"
+INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
 
 
 class CompactLayer(nn.Module):
@@ -28,10 +30,11 @@ class CompactLayer(nn.Module):
     row_opposite: Tensor | None
     row_kept: Tensor | None
     row_groups: int
+    row_versions: tuple[int, int, int]  # of the weight (and which it is) and of the rows, when they last agreed
 
     @property
     def plan(self) -> RowPlan:
-        """How the gradient of the rows is computed; its tensors are buffers, so that they follow the device."""
+        """How the gradient of the rows is computed."""
         return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
 
     def write_rows(self) -> None:
@@ -44,13 +47,24 @@ class CompactLayer(nn.Module):
         if torch.compiler.is_compiling():  # where mutations are functions, and .data is not understood
             with torch.no_grad():
                 self.weight.index_copy_(0, self.row_index, self.weight_rows.detach())
-        else:
-            self.weight.data.index_copy_(0, self.row_index, self.weight_rows.data)
+            return
+        known, weight, rows = self.row_versions, self.weight, self.weight_rows
+        if known[0] == id(weight) and known[1] != weight._version and known[2] == rows._version:
+            self.read_rows()  # others have written into the weight, through its state_dict() or as it is
+        weight.data.index_copy_(0, self.row_index, rows.data)
+        self.row_versions = (id(weight), weight._version, rows._version)
 
     def read_rows(self) -> None:
         """Take the rows anew from the weight."""
         with torch.no_grad():
             self.weight_rows.copy_(self.weight.index_select(0, self.row_index))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in INDICES:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(self.weight.device))
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.write_rows()
@@ -59,6 +73,7 @@ class CompactLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         *_, missing, _, _ = arguments
+        self.write_rows()  # what is not loaded stays as it is
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if prefix + ROWS in missing:
             missing.remove(prefix + ROWS)
@@ -72,11 +87,10 @@ def make_compact(layer: nn.Module, rows: Tensor) -> CompactLayer:
     plan = plan_rows(rows.cpu(), channels, others, groups)
     compact = cast(CompactLayer, layer)
     compact.__class__ = COMPACT[type(layer)]
-    tensors = {"index": rows, "gathered": plan.gathered, "opposite": plan.opposite, "kept": plan.kept}
-    for name, tensor in tensors.items():
-        on_device = None if tensor is None else tensor.to(weight.device)
-        compact.register_buffer(f"row_{name}", on_device, persistent=False)
-    compact.row_groups = plan.groups
+    for name, tensor in zip(INDICES, (rows, plan.gathered, plan.opposite, plan.kept), strict=True):
+        # no buffers: averages of models would average them, and DDP send them with every pass
+        setattr(compact, name, None if tensor is None else tensor.to(weight.device))
+    compact.row_groups, compact.row_versions = plan.groups, (0, 0, 0)
     like = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
     compact.weight_rows = nn.Parameter(like)
     compact.read_rows()
@@ -87,9 +101,9 @@ def make_compact(layer: nn.Module, rows: Tensor) -> CompactLayer:
 def restore(layer: CompactLayer) -> nn.Module:
     """Undo ``make_compact``: the rows are written back, the weight can be trained again."""
     layer.write_rows()
-    for name in ("index", "gathered", "opposite", "kept"):
-        delattr(layer, f"row_{name}")
-    del layer.row_groups, layer.weight_rows
+    for name in INDICES:
+        delattr(layer, name)
+    del layer.row_groups, layer.row_versions, layer.weight_rows
     layer.weight.requires_grad_(True)
     plain = cast(nn.Module, layer)
     plain.__class__ = next(original for original, compact in COMPACT.items() if compact is type(layer))
@@ -136,6 +150,7 @@ class _Linear(torch.autograd.Function):
         return functional.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (delta,) = gradients
         x, rows, weight, gathered, kept = ctx.saved_tensors
@@ -171,6 +186,7 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, weight, bias, *geometry, groups)  # type: ignore[call-arg]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (delta,) = gradients
         x, rows, weight, gathered, opposite, kept = ctx.saved_tensors

@@ -146,17 +146,17 @@ def _hub(spec: str) -> tuple[Pictures, Pictures, int]:
         found = datasets.load_dataset(name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"the data set '{name}' cannot be had ({one_line(error)}); check its name") from None
-    test = next((split for split in TEST_SPLITS if split in found), None)
-    if "train" not in found or test is None:
-        raise InputError(f"expected '{name}' to have the splits train and test or validation, got {', '.join(found)}")
+
+    def labelled(split: str) -> bool:
+        """Some test splits hide their labels as -1."""
+        features = found[split].features
+        kinds = {"image": datasets.Image, "label": datasets.ClassLabel}
+        if not all(isinstance(features.get(column), kind) for column, kind in kinds.items()):
+            raise InputError(f"expected '{name}' to have the columns image and label, got {', '.join(features)}")
+        return min(found[split]["label"], default=0) >= 0
 
     def pictures(split: str) -> Pictures:
         rows: Any = found[split]
-        features = rows.features
-        if not isinstance(features.get("image"), datasets.Image) or not isinstance(
-            features.get("label"), datasets.ClassLabel
-        ):
-            raise InputError(f"expected '{name}' to have the columns image and label, got {', '.join(features)}")
         return Pictures(
             lambda i: rows[i]["image"],
             lambda i: f"{name}, {split}, {i}",
@@ -164,7 +164,11 @@ def _hub(spec: str) -> tuple[Pictures, Pictures, int]:
             rows._fingerprint,
         )
 
-    return pictures("train"), pictures(test), found["train"].features["label"].num_classes
+    named = [split for split in TEST_SPLITS if split in found and labelled(split)]
+    if "train" not in found or not labelled("train") or not named:
+        have = ", ".join(found)
+        raise InputError(f"expected '{name}' to have the splits train and test or validation, labelled, got {have}")
+    return pictures("train"), pictures(named[0]), found["train"].features["label"].num_classes
 
 
 SOURCES: dict[str, Callable[[str], tuple[Pictures, Pictures, int]]] = {"folder:": _folder, "hub:": _hub}

@@ -102,14 +102,14 @@ OPS = (
     Op(
         "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
         "Tensor bits, bool[] by_row, *, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
-        "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+        "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None) -> ()",
         _fake_in_place,
         masked_sgd_,
     ),
     Op(
         "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
         "Tensor bits, bool[] by_row, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
-        "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+        "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None) -> ()",
         _fake_in_place,
         masked_adamw_,
     ),

@@ -27,6 +27,10 @@ Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """``progress(iterable, description, total)`` -> the same items, shown as they pass."""
 
 
+class Diverged(RuntimeError):
+    """The loss is no longer finite."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """``losses``: mean training loss of each epoch. ``seconds``: of this call. ``resumed_from``: epochs done before.
@@ -78,7 +82,8 @@ def train(
     A model in training mode keeps the modes of its modules (a BatchNorm set to eval stays frozen); one in eval mode is
     put into training mode. Afterwards all modes are as they were.
 
-    Raises InputError for bad arguments or a checkpoint of another run, RuntimeError if the loss is no longer finite.
+    Raises InputError for bad arguments or a checkpoint of another run, and Diverged, a RuntimeError, if the loss is no
+    longer finite.
     """
     if epochs < 1:
         raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
@@ -90,6 +95,8 @@ def train(
     record = _Checkpoint(
         checkpoint, dict(config or {}), loader, parts | ({"early_stop": early_stop} if early_stop else {})
     )
+    if early_stop is not None:
+        early_stop.reset()
     losses = record.load(epochs) if resume else []
     resumed_from = len(losses)
     if before is not None and not losses:
@@ -112,7 +119,7 @@ def train(
             with torch.inference_mode(False), torch.enable_grad():
                 losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm, precision))
             if not math.isfinite(losses[-1]):
-                raise RuntimeError(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
+                raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
             if early_stop is not None:
                 early_stop.look(model)
             record.save(losses)

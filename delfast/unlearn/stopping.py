@@ -26,6 +26,10 @@ class EarlyStop:
         self.losses: list[float] = []
         self.best: dict[str, Any] = {}
 
+    def reset(self) -> None:
+        """Forget what was seen, for another training."""
+        self.losses, self.best = [], {}
+
     @property
     def best_epoch(self) -> int:
         """Of those with the lowest loss the first, from 0."""

@@ -26,7 +26,7 @@ class Step {
   }
 
   cuda::StepInputs inputs(const at::Tensor& state, const at::Tensor& steps, const OptionalTensor& grad_scale,
-                          const OptionalTensor& found_inf) {
+                          const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
     device_.check(state, "state");
     device_.check(steps, "steps");
     TORCH_CHECK_VALUE(state.scalar_type() == at::kFloat && state.is_contiguous(),
@@ -35,8 +35,9 @@ class Step {
     check_steps(steps, list_.params.size());
     list_.also_changes(state);
     list_.also_changes(steps);
-    return {state.mutable_data_ptr<float>(), state.numel(), steps.mutable_data_ptr<float>(),
-            scalar(grad_scale, "grad_scale"), scalar(found_inf, "found_inf")};
+    return {state.mutable_data_ptr<float>(), state.numel(),
+            steps.mutable_data_ptr<float>(), scalar(grad_scale, "grad_scale"),
+            scalar(found_inf, "found_inf"),  scalar(lr_tensor, "lr_tensor")};
   }
 
   void finish(cuda::Error error, const char* op) {
@@ -49,7 +50,7 @@ class Step {
     if (!t) return nullptr;
     device_.check(*t, role);
     TORCH_CHECK_VALUE(t->numel() == 1, "expected ", role, " to be one number, got shape ", shape_text(t->sizes()),
-                      "; pass the scaler's own");
+                      "; pass a tensor of one element");
     return scalars_.emplace_back(t->to(at::kFloat)).const_data_ptr<float>();
   }
 
@@ -69,9 +70,9 @@ void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor
 void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                  const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
-                 const OptionalTensor& found_inf) {
+                 const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
   Step step(params, grads, bits, by_row);
-  const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf);
+  const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf, lr_tensor);
   step.finish(
       cuda::masked_sgd(step.params(), step.count(), inputs, {lr, momentum, dampening, weight_decay, nesterov, maximize},
                        step.workspace(), step.stream()),
@@ -81,9 +82,9 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& 
 void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                    const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
                    double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
-                   const OptionalTensor& found_inf) {
+                   const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
   Step step(params, grads, bits, by_row);
-  const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf);
+  const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf, lr_tensor);
   step.finish(cuda::masked_adamw(step.params(), step.count(), inputs, {lr, beta1, beta2, eps, weight_decay, maximize},
                                  step.workspace(), step.stream()),
               "masked_adamw_");

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from delfast.cli.compare.cells import cell_path, run_grid
+from delfast.cli.compare.cells import cell_path, check_summaries, run_grid
 from delfast.cli.compare.grid import Grid, read_grid
 from delfast.cli.compare.report import make_report
 from delfast.cli.compare.summary import rows_of, to_csv
@@ -41,6 +41,7 @@ def compare(
         grid = replace(whole, cells=[cell for cell in whole.cells if cell_path(output_dir, cell).is_file()])
         if not grid.cells:
             raise InputError(f"expected '{output_dir}' to hold finished cells of '{path}', there is none; run it first")
+        check_summaries(output_dir, grid)
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
     results = run_grid(grid, output_dir, count, threads, watch)

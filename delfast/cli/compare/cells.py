@@ -38,7 +38,7 @@ from delfast.files import one_line, read_json, write_json
 from delfast.localize import localize
 from delfast.provenance import provenance
 from delfast.unlearn import UnlearnResult, unlearn
-from delfast.unlearn.loop import Precision
+from delfast.unlearn.loop import Diverged, Precision
 
 FEW_SHADOWS = 64  # below that LiRA takes one variance for all examples (Carlini et al., IEEE S&P 2022, section VI-A)
 Watch = Callable[[str, int, int], None]
@@ -94,6 +94,14 @@ def _is_trained(directory: Path, network: Trained, whole: bool) -> bool:
     return (path / SUMMARY).is_file() and ((path / MODEL).is_file() or not whole)
 
 
+def check_summaries(directory: Path, grid: Grid) -> None:
+    """InputError unless the summaries of all the grid's networks are there, which a report needs."""
+    for network in grid.trained:
+        if not _is_trained(directory, network, whole=False):
+            path = network_path(directory, network) / SUMMARY
+            raise InputError(f"expected the summary of a network at '{path}', there is none; run the grid without it")
+
+
 def _train(directory: Path, network: Trained) -> None:
     """Train a network into a run directory."""
     path = network_path(directory, network)
@@ -104,12 +112,17 @@ def _train(directory: Path, network: Trained) -> None:
 
 
 def run_cell(directory: Path, cell: Cell) -> None:
-    """Measure a cell and write it down. One that diverges is written down as ``failed``, with the reason: the others go
-    on, and the report names it.
+    """Measure a cell and write it down. One that diverges, or that its method refuses, is written down as ``failed``,
+    with the reason: the others go on, and the report names it. Other errors are not the cell's, and end the run.
     """
+    for network in cell.networks():
+        if not _is_trained(directory, network, whole=True):
+            raise InputError(
+                f"expected a network at '{network_path(directory, network)}', it is gone; run the grid again"
+            )
     try:
         content = measure_cell(directory, cell)
-    except (InputError, RuntimeError) as error:
+    except (InputError, Diverged) as error:
         content = {"cell": _described(cell), "failed": one_line(error)}
     write_json(cell_path(directory, cell), content)
 

@@ -139,7 +139,8 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
                 values = {**content.get("train", {}), **settings[setting]}
                 config = _config(values, seed, data)
                 for cell in _block(block, setting, config, content, strategies):
-                    cells.setdefault(cell.key, cell)
+                    if cells.setdefault(cell.key, cell).label != cell.label:
+                        raise InputError(f"'{cells[cell.key].label}' and '{cell.label}' are the same; drop one")
     return Grid(str(content.get("title", path.stem)), list(cells.values()), float(content.get("budget", 0.3)))
 
 
@@ -174,6 +175,10 @@ def _method(
     for table, values in own.items():
         if values.get("of", table) not in METHODS:
             raise InputError(f"expected [methods.NAME] to name one of {', '.join(METHODS)}, or of = one; got '{table}'")
+        if "of" in values and table in (*METHODS, ORIGINAL, ORACLE):
+            raise InputError(
+                f"[methods.{table}] has the name of something else, with of = '{values['of']}'; choose another"
+            )
     changes_of_own = dict(own.get(name, {}))
     name = changes_of_own.pop("of", name)
     plain = make_method(name, {})

@@ -80,14 +80,17 @@ def masked_sgd_(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    lr_tensor: Tensor | None = None,
 ) -> None:
     """One step of ``torch.optim.SGD`` on the masked entries.
 
     state: the momentum buffers; empty if ``momentum`` is 0. steps: float32 (parameters,), steps taken, advanced here.
-    grad_scale: gradients are divided by it first. found_inf: if it is not 0, nothing at all changes.
+    grad_scale: gradients are divided by it first. found_inf: if it is not 0, nothing at all changes. lr_tensor: one
+    number, in place of ``lr``; on a CUDA device it is read there, so that a captured graph follows a schedule.
     """
     if found_inf is not None and bool(found_inf):
         return
+    lr = lr if lr_tensor is None else float(lr_tensor)
     masked = list(_masked(params, bits, by_row))
     states = _state_of(state, 1 if momentum else 0, params, masked, by_row)
     for i, (param, grad, entries, rows, kept) in enumerate(zip(params, grads, masked, by_row, states, strict=True)):
@@ -123,14 +126,16 @@ def masked_adamw_(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    lr_tensor: Tensor | None = None,
 ) -> None:
     """One step of ``torch.optim.AdamW`` (Loshchilov & Hutter, ICLR 2019, algorithm 2) on the masked entries.
 
     state: for each parameter the running means of the gradients, then of their squares.
-    steps, grad_scale, found_inf: as for ``masked_sgd_``.
+    steps, grad_scale, found_inf, lr_tensor: as for ``masked_sgd_``.
     """
     if found_inf is not None and bool(found_inf):
         return
+    lr = lr if lr_tensor is None else float(lr_tensor)
     masked = list(_masked(params, bits, by_row))
     states = _state_of(state, 2, params, masked, by_row)
     for i, (param, grad, entries, rows, (mean, square)) in enumerate(
