@@ -137,5 +137,6 @@ def test_whole_step(name: str, kind: str, precision: str, versus: Versus) -> Non
     dense = copy.deepcopy(model)
     handle = delfast.compact(model, mask_of(kind, name, model, batch))
     ours = stepper(model, handle.parameters(), batch, precision)
-    ratio = versus(ours, stepper(dense, dense.parameters(), batch, precision), rounds=7)
+    rounds = 15 if kind == "whole" else 7  # the two sides are then the same, and 1.02 is near
+    ratio = versus(ours, stepper(dense, dense.parameters(), batch, precision), rounds=rounds)
     versus.report(f"{1 / ratio:.2f} of the dense step", "<= 1.02")

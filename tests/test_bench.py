@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from PIL import Image
 
 from delfast.cli import bench, main
@@ -27,6 +28,7 @@ def test_a_preset(tmp_path, capsys):
     assert Image.open(tmp_path / "stages.png").size[0] > 500
 
 
+@pytest.mark.slow
 def test_a_run_of_one_s_own(tmp_path, capsys):
     assert main(["train", "--epochs", "1", "--lr", "0.05", "--output-dir", str(tmp_path / "run")]) == 0
     run(tmp_path / "run", "--batch-size", 16, "--budget", 0.2, *QUICK, "--output-dir", tmp_path / "bench")
