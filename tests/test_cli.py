@@ -92,6 +92,7 @@ def test_unlearn_with_frozen_batchnorm_early_stopping_and_bf16(workspace, tmp_pa
         assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow  # half a minute of compiling; tests/test_compact.py compiles a small network
 def test_unlearn_compiled_gives_the_same_but_for_rounding(workspace, tmp_path):
     given = ["--mask", workspace / "mask" / "mask.safetensors", "--compile"]
     run(*UNLEARN, workspace / "run", *given, "--output-dir", tmp_path / "del")
