@@ -1,4 +1,4 @@
-"""The commands: their options, and what they print. The work is in steps, compare, verification, doctor and demo."""
+"""The commands: what they take, and what they print. The work is in steps, compare, verification, doctor and demo."""
 
 from __future__ import annotations
 
@@ -13,9 +13,21 @@ import typer
 
 from delfast.cli import bench, demo, doctor, steps, verification
 from delfast.cli import compare as comparing
-from delfast.cli.console import output, start_log, watching
+from delfast.cli.console import output, print_mask, print_methods, start_log, watching
+from delfast.cli.options import (
+    DataDir,
+    Device,
+    OptionalOutputDir,
+    OutputDir,
+    RunDir,
+    Seed,
+    StepSeed,
+    channels_last_for,
+    hyperparameters,
+    parse_top_h,
+    resolved,
+)
 from delfast.cli.run import (
-    MASK,
     SUMMARY,
     Config,
     check_own_directory,
@@ -29,25 +41,14 @@ from delfast.errors import InputError
 from delfast.evaluate import gaps
 from delfast.files import make_output_dir, write_json
 from delfast.localize import STRATEGIES, Criterion
-from delfast.mask import Mask
 from delfast.models import NAMES, check_model, method_recipe, recipe
 from delfast.provenance import provenance
-from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
+from delfast.report import terminal_table
 from delfast.unlearn import METHODS, make_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # UsageError, of click or of the copy of it that newer typers carry; a BadParameter is one
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
-
-RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, as `delfast train` writes it")]
-OutputDir = Annotated[Path, typer.Option(help="where the results are written")]
-OptionalOutputDir = Annotated[Path | None, typer.Option(help="where to write summary.json; printed only, if not given")]
-DataDir = Annotated[Path | None, typer.Option(help="where downloaded data lie (default: ~/.cache/delfast)")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of everything random")]
-StepSeed = Annotated[
-    int | None, typer.Option(min=0, max=2**31 - 1, help="seed of this step (default: derived from the run's)")
-]
 
 
 def run(arguments: Sequence[str] | None) -> int:
@@ -95,7 +96,7 @@ def train(
 ) -> None:
     """Train a network on the whole training set, forget set included; write a run directory."""
     published = recipe(data, model)
-    data, forget = _resolved(data), _resolved(forget)
+    data, forget = resolved(data), resolved(forget)
     config = Config(
         data=data,
         model=model,
@@ -111,10 +112,10 @@ def train(
         train_examples=train_examples,
         test_examples=test_examples,
         precision=precision,
-        channels_last=_channels_last(channels_last, model),
+        channels_last=channels_last_for(channels_last, model),
     )
     result = steps.train(start(config, choose_device(device)), output_dir)
-    _print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
+    print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
 @app.command()
@@ -129,7 +130,7 @@ def oracle(
     check_own_directory(output_dir, run_dir)
     opened = open_run(run_dir, choose_device(device), data_dir)
     result = steps.oracle(opened, output_dir, seed)
-    _print_methods("retrained", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
+    print_methods("retrained", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
 @app.command()
@@ -162,8 +163,8 @@ def localize(
         "granularity": granularity,
         "aggregate": aggregate,
         "policy": policy,
+        "top_h": parse_top_h(top_h),
     }
-    chosen |= {"policy": policy, "top_h": _top_h(top_h)}
     options = {name: value for name, value in chosen.items() if value is not None}
     if strategy is not None:
         if not STRATEGIES.keys() >= {strategy} or options.keys() & STRATEGIES["del"].keys():
@@ -186,7 +187,7 @@ def localize(
         seed=seed,
         **options,
     )
-    _print_mask(found.mask)
+    print_mask(found.mask)
 
 
 @app.command()
@@ -227,11 +228,11 @@ def unlearn(
     opened = open_run(run_dir, choose_device(device), data_dir)
     opened = opened.with_config(
         precision=opened.config.precision if precision is None else precision,
-        channels_last=_channels_last(channels_last, opened.config.model)
+        channels_last=channels_last_for(channels_last, opened.config.model)
         if channels_last is not None
         else opened.config.channels_last,
     )
-    changes = _hyperparameters(method, settings or [])
+    changes = hyperparameters(method, settings or [])
     given = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay}
     changes |= {name: value for name, value in given.items() if value is not None}
     chosen = make_method(method, method_recipe(opened.config.data, opened.config.model, method) | changes)
@@ -250,7 +251,7 @@ def unlearn(
         compile_model=compile_model,
         resume=resume,
     )
-    _print_methods("unlearned", {method: {**result.metrics.as_dict(), "seconds": result.seconds}})
+    print_methods("unlearned", {method: {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
 @app.command()
@@ -279,7 +280,7 @@ def evaluate(
     methods: dict[str, dict[str, Any]] = {name: metrics.as_dict() for name, metrics in measured.items()}
     if oracle is not None:
         methods = {name: {**methods[name], **gaps(metrics, measured["oracle"])} for name, metrics in measured.items()}
-    _print_methods(f"{run_dir}", methods)
+    print_methods(f"{run_dir}", methods)
     if output_dir is not None:
         summary = {
             "command": "evaluate",
@@ -306,7 +307,7 @@ def compare(
     What the output directory holds already is not run again: after a crash, call it once more.
     """
     with watching() as watch:
-        source = None if data is None else _resolved(data)
+        source = None if data is None else resolved(data)
         found = comparing.compare(grid, output_dir, workers, threads, watch, source, report_only)
     output().print(f"{len(found.cells)} cells: see {output_dir / comparing.HTML}")
 
@@ -378,7 +379,7 @@ def bench_command(
         batch_size=batch_size,
         budget=budget,
         precision="fp32",
-        channels_last=_channels_last(channels_last, model),
+        channels_last=channels_last_for(channels_last, model),
         device=device,
         threads=torch.get_num_threads() if threads is None else threads,
         repeats=repeats,
@@ -415,63 +416,5 @@ def demo_command(
     """Unlearn two forget sets of scikit-learn's digits and compare with networks retrained without them."""
     summary = demo.run(output_dir, choose_device(device), seed, quick=quick)
     for name, scenario in summary["scenarios"].items():
-        _print_methods(demo.title(name, scenario), scenario["methods"])
+        print_methods(demo.title(name, scenario), scenario["methods"])
     typer.echo(f"report: {output_dir / demo.REPORT}")
-
-
-def _print_methods(title: str, methods: dict[str, Any]) -> None:
-    output().print(terminal_table(title, METHOD_COLUMNS, method_rows(methods)))
-
-
-def _print_mask(mask: Mask) -> None:
-    rows = [
-        [
-            row.name,
-            "x".join(map(str, row.shape)),
-            f"{row.selected} of {row.total}",
-            f"{row.channels} of {row.of_channels}",
-        ]
-        for row in mask.table()
-    ]
-    console = output()
-    console.print(terminal_table(MASK, ("parameter", "shape", "entries selected", "channels selected"), rows))
-    console.print(
-        f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels"
-    )
-
-
-def _resolved(source: str) -> str:
-    """The data or the forget set, with an absolute path: later commands may be run from elsewhere."""
-    kind, colon, path = source.partition(":")
-    return f"{kind}:{Path(path).expanduser().resolve()}" if colon and kind in ("folder", "file") else source
-
-
-def _channels_last(choice: str, model: str) -> bool:
-    """ "auto": for the networks that are mostly convolutions."""
-    if choice not in ("auto", "on", "off"):
-        raise InputError(f"expected --channels-last to be auto, on or off, got '{choice}'")
-    return choice == "on" or (choice == "auto" and model.startswith("resnet"))
-
-
-def _hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` as the type that the method's field has."""
-    types: dict[str, Any] = {name: type(value) for name, value in asdict(make_method(method, {})).items()}
-    found: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        try:
-            found[name] = types.get(name, str)(text)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise InputError(f"expected --set NAME=VALUE, as alpha=0.9, got '{setting}'")
-    return found
-
-
-def _top_h(text: str | None) -> int | float | None:
-    if text is None:
-        return None
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise InputError(f"expected --top-h as a count (16) or a fraction (0.1), got '{text}'") from None

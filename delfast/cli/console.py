@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.progress import Progress as Bars
+
+from delfast.mask import Mask
+from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
 
 T = TypeVar("T")
 log = logging.getLogger("delfast")
@@ -74,3 +77,24 @@ def watching() -> Iterator[Callable[[str, int, int], None]]:
 def output() -> Console:
     """Where tables go: standard output, at least wide enough for them when it is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def print_methods(title: str, methods: dict[str, Any]) -> None:
+    output().print(terminal_table(title, METHOD_COLUMNS, method_rows(methods)))
+
+
+def print_mask(mask: Mask) -> None:
+    rows = [
+        [
+            row.name,
+            "x".join(map(str, row.shape)),
+            f"{row.selected} of {row.total}",
+            f"{row.channels} of {row.of_channels}",
+        ]
+        for row in mask.table()
+    ]
+    console = output()
+    console.print(terminal_table("mask", ("parameter", "shape", "entries selected", "channels selected"), rows))
+    console.print(
+        f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels"
+    )
