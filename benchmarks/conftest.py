@@ -32,21 +32,19 @@ class Versus:
 
         self.benchmark.pedantic(ours, setup=timed_baseline, rounds=rounds, warmup_rounds=2)
         ratio = statistics.median(times[2:]) / self.benchmark.stats.stats.median
-        self.benchmark.extra_info.update(ratio=ratio, baseline_seconds=statistics.median(times[2:]), isa=isa())
-        self.benchmark.extra_info["threads"] = torch.get_num_threads()
+        self.benchmark.extra_info.update(ratio=ratio, baseline_seconds=statistics.median(times[2:]))
         return ratio
 
     def once(self, ours: Callable[[], Any], baseline: Callable[[], Any]) -> tuple[Any, Any]:
         """What each returns, of a figure that is no time."""
         expected = baseline()
         result = self.benchmark.pedantic(ours, rounds=1)
-        self.benchmark.extra_info.update(isa=isa(), threads=torch.get_num_threads())
         return result, expected
 
     def report(self, measured: str, target: str) -> None:
         """A line of the table that ends the run."""
         RESULTS.append((self.name, measured, target))
-        self.benchmark.extra_info.update(measured=measured, target=target)
+        self.benchmark.extra_info.update(measured=measured, target=target, isa=isa(), threads=torch.get_num_threads())
 
 
 def isa() -> str:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import delfast
 from benchmarks.baselines import channel_scores, double_argsort, element_scores, expanded
+from delfast.compact.layers import ROWS
 from delfast.localize.scores import Scores, resolve_top_h
 from delfast.optim import MaskedAdamW, MaskedSGD
 
 NATIVE = torch.ops.delfast
 BUDGET = 0.3
-PER_EXAMPLE = 32  # images of a batch
+PER_EXAMPLE, STEP = 32, 128  # images of a batch: of per-example scores, of a training step
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def cases(name: str, network: nn.Module, dtype: torch.dtype, device: str) -> Ite
     scores = Scores(dict(model.named_parameters()), gradients, "weighted_grad", 1)
     yield from _localization(setting, scores, gradients)
     yield from _per_example(setting, copy.deepcopy(model).eval(), dtype, device)
-    yield from _updates(setting, model, gradients, scores.select(BUDGET))
+    mask = scores.select(BUDGET)
+    yield _step(setting, model, mask, device)
+    yield from _updates(setting, model, gradients, mask)
 
 
 # ---- criticality and selection
@@ -163,6 +166,49 @@ def _per_example(setting: str, model: nn.Module, dtype: torch.dtype, device: str
         verify_gradients,
     )
     yield Case("signed channels, whole call", setting, channels, {"batched backward": backward}, moved, verify_channels)
+
+
+# ---- compact training
+
+
+def _step(setting: str, model: nn.Module, mask: delfast.Mask, device: str) -> Case:
+    dtype = next(model.parameters()).dtype
+    images = torch.randn(STEP, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    targets = torch.arange(STEP, device=device) % 10
+    compact, dense = copy.deepcopy(model), copy.deepcopy(model)
+    handle = delfast.compact(compact, mask)
+
+    def stepper(network: nn.Module, parameters: Iterator[nn.Parameter]) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images).float(), targets).backward()
+            optimizer.step()
+
+        return step
+
+    ours, other = stepper(compact, handle.parameters()), stepper(dense, dense.parameters())
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+
+    def verify() -> None:
+        ours()
+        other()
+        found = {name: p.grad for name, p in handle.named_parameters()}
+        for name, p in dense.named_parameters():
+            part = mask.parameters[name]
+            if handle.ways[name] == "frozen":
+                continue
+            if handle.ways[name] == "rows":
+                result, expected = found[name.removesuffix("weight") + ROWS], p.grad[part.flags.to(device)]
+            else:
+                inside = part.dense().to(device)
+                result, expected = found[name][inside], p.grad[inside]
+            difference = float((result - expected).norm() / expected.norm().clamp_min(1e-30))
+            assert difference <= bound, f"the gradient of '{name}' is off by {difference:.2g}"
+
+    moved = 2 * sum(p.nbytes for p in model.parameters())  # the least: as a forward and a backward pass
+    return Case("compact training step, whole call", setting, ours, {"dense step": other}, moved, verify)
 
 
 # ---- masked updates

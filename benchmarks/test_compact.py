@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -19,12 +18,10 @@ from torch.nn.functional import cross_entropy
 
 import delfast
 from benchmarks.conftest import Versus
+from benchmarks.job import LAYOUT, MODELS, forget_set, original, precision_of, retain_set
 from delfast.compact.layers import CompactLayer, convolution_rows_gradient, linear_rows_gradient
 from delfast.mask import Mask
-from delfast.models import build
 
-BATCH = 128
-MODELS = ("resnet18", "vit")
 LAST = {"resnet18": "layer4.", "vit": "transformer.layers.3."}
 MASKS = ("DEL 0.1", "DEL 0.3", "last stage", "whole")
 PRECISIONS = ("fp32", "bf16")
@@ -32,22 +29,16 @@ Batch = tuple[Tensor, Tensor]
 
 
 def job(name: str) -> tuple[nn.Module, Batch]:
-    torch.manual_seed(0)
-    model, images = build(name, 10, 3, 32), torch.randn(BATCH, 3, 32, 32)
-    if name == "resnet18":  # as oneDNN has it fastest
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    return model, (images, torch.randint(0, 10, (BATCH,)))
+    """A trained network, and a batch."""
+    images, targets = next(iter(retain_set()))
+    return copy.deepcopy(original(name)), (images.to(memory_format=LAYOUT[name]), targets)
 
 
-def mask_of(kind: str, name: str, model: nn.Module, batch: Batch) -> Mask:
+def mask_of(kind: str, name: str, model: nn.Module) -> Mask:
     if kind.startswith("DEL"):
-        return delfast.localize(model, [batch], float(kind.split()[1]))
+        return delfast.localize(model, forget_set(), float(kind.split()[1]))
     parameters = model.named_parameters()
     return Mask.from_dense({n: torch.full(p.shape, kind == "whole" or n.startswith(LAST[name])) for n, p in parameters})
-
-
-def precision_of(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def operands(model: nn.Module, batch: Batch, precision: str) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
@@ -95,7 +86,7 @@ def row_gradient(layer: Any, x: Tensor, delta: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_weight_gradients(name: str, kind: str, precision: str, versus: Versus) -> None:
     model, batch = job(name)
-    mask = mask_of(kind, name, model, batch)
+    mask = mask_of(kind, name, model)
     dense = operands(model, batch, precision)
     work = {n: delta.numel() * layer.weight[0].numel() for n, (layer, _, delta) in dense.items()}
     parts = {n: mask.parameters[f"{n}.weight"] for n in dense}
@@ -135,7 +126,7 @@ def stepper(model: nn.Module, parameters: Any, batch: Batch, precision: str) -> 
 def test_whole_step(name: str, kind: str, precision: str, versus: Versus) -> None:
     model, batch = job(name)
     dense = copy.deepcopy(model)
-    handle = delfast.compact(model, mask_of(kind, name, model, batch))
+    handle = delfast.compact(model, mask_of(kind, name, model))
     ours = stepper(model, handle.parameters(), batch, precision)
     rounds = 15 if kind == "whole" else 7  # the two sides are then the same, and 1.02 is near
     ratio = versus(ours, stepper(dense, dense.parameters(), batch, precision), rounds=rounds)

@@ -23,7 +23,7 @@ def test_every_case_is_verified_and_every_baseline_runs(dtype: torch.dtype) -> N
             run()
         assert case.moved > 0 and case.others
         seen.append(case.name)
-    assert len(seen) == len(set(seen)) == 9
+    assert len(seen) == len(set(seen)) == 10
 
 
 def test_a_wrong_result_is_noticed() -> None:
