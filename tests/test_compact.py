@@ -11,6 +11,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import delfast
+from delfast.compact import gradients
+from delfast.compact.gradients import FEW_POSITIONS, by_offsets
 from delfast.compact.layers import COMPACT, CompactLayer
 from delfast.errors import InputError
 from delfast.mask import Mask
@@ -39,7 +41,7 @@ LAYERS = {
     "transposed2d, grouped": (lambda: nn.ConvTranspose2d(24, 12, 3, stride=2, groups=4, dilation=2), (2, 24, 5, 5)),
     "transposed3d": (lambda: nn.ConvTranspose3d(40, 2, 2, stride=(1, 2, 1)), (2, 40, 3, 3, 3)),
 }
-ROWS_OF = {"some": 0.3, "many": 0.75, "nearly all": 0.97}
+ROWS_OF = {"some": 0.3, "many": 0.75, "nearly all": 0.97, "all": 1.0}
 
 
 def row_mask(model, fraction, seed=0):
@@ -80,9 +82,11 @@ def gradients_of(handle):
     return {name: parameter.grad for name, parameter in handle.named_parameters()}
 
 
+@pytest.mark.parametrize("few_positions", [0, 1000], ids=["at once", "by offsets"])
 @pytest.mark.parametrize("fraction", ROWS_OF)
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_the_dense_ones_masked(name, fraction):
+def test_gradients_are_the_dense_ones_masked(name, fraction, few_positions, monkeypatch):
+    monkeypatch.setitem(FEW_POSITIONS, torch.float64, few_positions)
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = make().double()
@@ -97,12 +101,34 @@ def test_gradients_are_the_dense_ones_masked(name, fraction):
         of_inputs = inputs.grad.clone()
         inputs.grad = None
         with delfast.compact(layer, mask) as handle:
-            assert type(layer) in COMPACT.values() and handle.ways["weight"] == "rows"
+            assert handle.ways["weight"] == ("dense" if fraction == "all" else "rows")
+            assert type(layer) in (*COMPACT.values(), *([nn.Linear] if fraction == "all" else []))
             loss(layer).backward()
             close(gradients_of(handle), expected)
             close({"inputs": inputs.grad}, {"inputs": of_inputs})
         assert type(layer) in COMPACT and set(dict(layer.named_parameters())) <= {"weight", "bias"}
         layer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", FEW_POSITIONS)
+def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
+    """And others do not, nor layers with groups; which is faster says benchmarks/test_compact.py."""
+    calls = []
+    monkeypatch.setattr(gradients, "by_offsets", lambda *given: calls.append(given) or by_offsets(*given))
+    for side, few in ((int(FEW_POSITIONS[dtype] ** 0.5), True), (int(FEW_POSITIONS[dtype] ** 0.5) + 1, False)):
+        for groups in (1, 2):
+            torch.manual_seed(0)
+            layer, x = nn.Conv2d(32, 64, 3, padding=1, groups=groups), torch.randn(4, 32, side, side)
+            exact = copy.deepcopy(layer).double()
+            exact(x.double()).square().sum().backward()
+            mask = row_mask(layer, 0.5)
+            calls.clear()
+            with delfast.compact(layer, mask), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                layer(x).float().square().sum().backward()
+                expected = exact.weight.grad[mask.parameters["weight"].flags]
+                bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+                assert (layer.weight_rows.grad - expected).norm() <= bound * expected.norm()
+            assert len(calls) == (few and groups == 1)
 
 
 class Net(nn.Module):

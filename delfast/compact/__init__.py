@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from delfast.compact.guard import Guard
-from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, restore
+from delfast.compact.layers import COMPACT, CONVOLUTIONS, ROWS, CompactLayer, make_compact, restore
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
 from delfast.ops.layout import pack
 
 Way = Literal["rows", "dense", "guarded", "frozen"]
-"""How a parameter is trained. rows: through a Parameter of its selected rows. dense: as ever, all of it is selected.
+"""How a parameter is trained. rows: through a Parameter of its selected rows. dense: itself, all of it is selected.
 guarded: with a dense gradient, of which the mask's part is used. frozen: not at all.
 """
 
@@ -46,13 +46,15 @@ class Compact:
                 raise InputError(f"dense names '{name}', which is no trainable parameter of the model; check the name")
         owners = _owners(self.model)
         self.ways: dict[str, Way] = {}
-        self._layers: dict[str, tuple[nn.Module, Tensor]] = {}
+        self._layers: dict[str, tuple[nn.Module, Tensor | None]] = {}
         for name, parameter in parameters.items():
             part, owner = chosen.get(name), owners.get(id(parameter))
             if part is None:
                 self.ways[name] = "frozen"
             elif part.selected == part.numel:
                 self.ways[name] = "dense"
+                if isinstance(owner, CONVOLUTIONS) and parameter.device.type == "cpu" and name not in dense:
+                    self._layers[name] = (owner, None)  # for the way its gradient is computed
             elif part.by_row and owner is not None and name not in dense:
                 self.ways[name] = "rows"
                 self._layers[name] = (owner, part.flags.nonzero().flatten())
@@ -74,6 +76,8 @@ class Compact:
         try:
             for name, (layer, rows) in self._layers.items():
                 compact = make_compact(layer, rows)
+                if rows is None:
+                    continue
                 if name in self._rows:
                     with torch.no_grad():
                         self._rows[name].copy_(compact.weight_rows)

@@ -1,7 +1,8 @@
 """Layers whose weight is trained through a Parameter that holds only its selected rows.
 
 A layer is changed by giving it another class: it stays the same object, with the same hooks, buffers and name. Its
-``weight`` stays where it is, whole and frozen; ``weight_rows`` is what an optimizer sees.
+``weight`` stays where it is, whole and frozen; ``weight_rows`` is what an optimizer sees. A layer that is trained in
+full keeps its ``weight`` as the Parameter, and has no rows: of it, only the way its gradient is computed changes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from delfast.compact.gradients import convolution_backward, convolution_rows_gradient, linear_rows_gradient
 from delfast.compact.plan import RowPlan, plan_rows
 
 ROWS = "weight_rows"
@@ -24,8 +26,8 @@ class CompactLayer(nn.Module):
 
     weight: Tensor
     bias: Any
-    weight_rows: nn.Parameter
-    row_index: Tensor
+    weight_rows: nn.Parameter  # but for a layer that is trained in full
+    row_index: Tensor | None  # None for such a layer
     row_gathered: Tensor | None
     row_opposite: Tensor | None
     row_kept: Tensor | None
@@ -37,6 +39,13 @@ class CompactLayer(nn.Module):
         """How the gradient of the rows is computed."""
         return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
 
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """The Parameter whose gradient is to be found, and the weight, with the rows in it, to multiply by."""
+        if self.row_index is None:
+            return self.weight, self.weight.detach()
+        self.write_rows()
+        return self.weight_rows, self.weight
+
     def write_rows(self) -> None:
         """Put the rows into the weight; no other entry of it is touched.
 
@@ -44,6 +53,8 @@ class CompactLayer(nn.Module):
         another call of this layer, are the same weight. A step between a forward pass and its backward pass is still
         an error, by the version of the rows, which are saved too.
         """
+        if self.row_index is None:
+            return
         if torch.compiler.is_compiling():  # where mutations are functions, and .data is not understood
             with torch.no_grad():
                 self.weight.index_copy_(0, self.row_index, self.weight_rows.detach())
@@ -56,6 +67,8 @@ class CompactLayer(nn.Module):
 
     def read_rows(self) -> None:
         """Take the rows anew from the weight."""
+        if self.row_index is None:
+            return
         with torch.no_grad():
             self.weight_rows.copy_(self.weight.index_select(0, self.row_index))
 
@@ -69,7 +82,7 @@ class CompactLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.write_rows()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + ROWS]
+        destination.pop(prefix + ROWS, None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         *_, missing, _, _ = arguments
@@ -80,57 +93,39 @@ class CompactLayer(nn.Module):
         self.read_rows()
 
 
-def make_compact(layer: nn.Module, rows: Tensor) -> CompactLayer:
-    """Change ``layer``, of a type in COMPACT, to train only these rows (int64, ascending) of its weight."""
+def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
+    """Change ``layer``, of a type in COMPACT, to train only these rows (int64, ascending) of its weight; None: all."""
     weight, groups = cast(Tensor, layer.weight), cast(int, getattr(layer, "groups", 1))
-    channels, others = weight.shape[0], weight.shape[1] * groups
-    plan = plan_rows(rows.cpu(), channels, others, groups)
+    if rows is None:
+        plan = RowPlan(None, None, None, groups)
+    else:
+        plan = plan_rows(rows.cpu(), weight.shape[0], weight.shape[1] * groups, groups)
     compact = cast(CompactLayer, layer)
     compact.__class__ = COMPACT[type(layer)]
     for name, tensor in zip(INDICES, (rows, plan.gathered, plan.opposite, plan.kept), strict=True):
         # no buffers: averages of models would average them, and DDP send them with every pass
         setattr(compact, name, None if tensor is None else tensor.to(weight.device))
     compact.row_groups, compact.row_versions = plan.groups, (0, 0, 0)
-    like = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
-    compact.weight_rows = nn.Parameter(like)
-    compact.read_rows()
-    compact.weight.requires_grad_(False)
+    if rows is not None:
+        like = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
+        compact.weight_rows = nn.Parameter(like)
+        compact.read_rows()
+        compact.weight.requires_grad_(False)
     return compact
 
 
 def restore(layer: CompactLayer) -> nn.Module:
     """Undo ``make_compact``: the rows are written back, the weight can be trained again."""
     layer.write_rows()
+    if layer.row_index is not None:
+        del layer.weight_rows
+        layer.weight.requires_grad_(True)
     for name in INDICES:
         delattr(layer, name)
-    del layer.row_groups, layer.row_versions, layer.weight_rows
-    layer.weight.requires_grad_(True)
+    del layer.row_groups, layer.row_versions
     plain = cast(nn.Module, layer)
     plain.__class__ = next(original for original, compact in COMPACT.items() if compact is type(layer))
     return plain
-
-
-def linear_rows_gradient(x: Tensor, delta: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
-    """The gradient of the selected rows of a linear layer's weight, of x (..., in) and delta (..., out)."""
-    found = gather(delta.reshape(-1, delta.shape[-1]), gathered).t() @ x.reshape(-1, x.shape[-1])
-    return found if kept is None else found.index_select(0, kept)
-
-
-def convolution_rows_gradient(
-    x: Tensor, delta: Tensor, weight: Tensor, plan: RowPlan, geometry: tuple[Any, ...]
-) -> Tensor:
-    """The same of a convolution; geometry: stride, padding, dilation, transposed, output padding."""
-    transposed = geometry[3]
-    small_x = gather(x, plan.gathered if transposed else plan.opposite)
-    small_delta = gather(delta, plan.opposite if transposed else plan.gathered)
-    count = weight.shape[0] if plan.gathered is None else plan.gathered.shape[0]
-    like = weight.narrow(0, 0, count)  # only its shape is looked at
-    _, found, _ = _backward(small_delta, small_x, like, None, *geometry, plan.groups, [False, True, False])
-    rows: Tensor = found if plan.kept is None else found.index_select(0, plan.kept)
-    return rows
-
-
-_backward = torch.ops.aten.convolution_backward.default
 
 
 class _Linear(torch.autograd.Function):
@@ -192,24 +187,13 @@ class _Convolution(torch.autograd.Function):
         x, rows, weight, gathered, opposite, kept = ctx.saved_tensors
         of_x = of_rows = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = _backward(delta, x, weight, None, *ctx.geometry, ctx.groups, [True, False, False])[0]
+            of_x = convolution_backward(delta, x, weight, None, *ctx.geometry, ctx.groups, [True, False, False])[0]
         if ctx.needs_input_grad[1]:
             plan = RowPlan(gathered, opposite, kept, ctx.small_groups)
             of_rows = convolution_rows_gradient(x, delta, weight, plan, ctx.geometry).to(rows.dtype)
         if ctx.needs_input_grad[3]:
             of_bias = delta.sum([0, *range(2, delta.dim())])
         return of_x, of_rows, None, of_bias, None, None, None, None, None, None
-
-
-def gather(values: Tensor, channels: Tensor | None) -> Tensor:
-    """``values`` with only these channels (dim 1), in its own memory format; None: as it is."""
-    if channels is None:
-        return values
-    last = values.movedim(1, -1)
-    if last.is_contiguous():  # channels-last, or two dimensions
-        flat: Tensor = torch.ops.delfast.gather_columns(last.reshape(-1, last.shape[-1]), channels)
-        return flat.view(*last.shape[:-1], len(channels)).movedim(-1, 1)
-    return values.index_select(1, channels)
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -225,9 +209,9 @@ class CompactLinear(CompactLayer, nn.Linear):
     """``nn.Linear``, compact."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.write_rows()
-        x, weight, bias = _as_autocast(input, self.weight, self.bias)
-        result: Tensor = _Linear.apply(x, self.weight_rows, weight, bias, self.plan.gathered, self.plan.kept)
+        rows, weight = self.trained()
+        x, weight, bias = _as_autocast(input, weight, self.bias)
+        result: Tensor = _Linear.apply(x, rows, weight, bias, self.plan.gathered, self.plan.kept)
         return result
 
 
@@ -244,14 +228,14 @@ class _Convolutional(CompactLayer):
     _output_padding: Any
 
     def _convolve(self, input: Tensor, padding: Any, transposed: bool, output_padding: Any) -> Tensor:
-        self.write_rows()
-        x, weight, bias = _as_autocast(input, self.weight, self.bias)
+        rows, weight = self.trained()
+        x, weight, bias = _as_autocast(input, weight, self.bias)
         spatial = self.weight.dim() - 2
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
         geometry = (self.stride, padding, self.dilation, transposed, output_padding)
         plan = self.plan
         result: Tensor = _Convolution.apply(
-            batched, self.weight_rows, weight, bias, plan.gathered, plan.opposite, plan.kept, geometry, self.groups,
+            batched, rows, weight, bias, plan.gathered, plan.opposite, plan.kept, geometry, self.groups,
             plan.groups,
         )  # fmt: skip
         return result if batched is x else result.squeeze(0)
@@ -313,3 +297,4 @@ COMPACT: dict[type[nn.Module], type[CompactLayer]] = {
     nn.ConvTranspose2d: CompactConvTranspose2d,
     nn.ConvTranspose3d: CompactConvTranspose3d,
 }
+CONVOLUTIONS = tuple(kind for kind in COMPACT if kind is not nn.Linear)

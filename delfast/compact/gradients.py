@@ -1,0 +1,80 @@
+"""Weight gradients of the selected rows alone: less of the arithmetic, in the form that the library is fastest at."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from delfast.compact.plan import RowPlan
+
+# Up to so many positions of a feature map, a product for each position of the kernel beats oneDNN's weight gradient: by
+# 1.2 in float32 on maps of 4x4; in bfloat16 on a CPU with AMX by 4 on 4x4, by 1.5 on 8x8 (benchmarks/test_compact.py).
+FEW_POSITIONS = {torch.float32: 16, torch.bfloat16: 64}
+
+
+def linear_rows_gradient(x: Tensor, delta: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
+    """The gradient of the selected rows of a linear layer's weight, of x (..., in) and delta (..., out)."""
+    found = gather(delta.reshape(-1, delta.shape[-1]), gathered).t() @ x.reshape(-1, x.shape[-1])
+    return found if kept is None else found.index_select(0, kept)
+
+
+def convolution_rows_gradient(
+    x: Tensor, delta: Tensor, weight: Tensor, plan: RowPlan, geometry: tuple[Any, ...]
+) -> Tensor:
+    """The same of a convolution; geometry: stride, padding, dilation, transposed, output padding."""
+    transposed = geometry[3]
+    small_x = gather(x, plan.gathered if transposed else plan.opposite)
+    small_delta = gather(delta, plan.opposite if transposed else plan.gathered)
+    of_rows, others = (small_x, small_delta) if transposed else (small_delta, small_x)
+    if plan.groups == 1 and _few_positions(of_rows):
+        found = by_offsets(of_rows, others, weight.shape[2:], geometry)
+    else:
+        like = weight.narrow(0, 0, of_rows.shape[1])  # only its shape is looked at
+        _, found, _ = convolution_backward(
+            small_delta, small_x, like, None, *geometry, plan.groups, [False, True, False]
+        )
+    rows: Tensor = found if plan.kept is None else found.index_select(0, plan.kept)
+    return rows
+
+
+convolution_backward = torch.ops.aten.convolution_backward.default
+
+
+def by_offsets(of_rows: Tensor, others: Tensor, kernel: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
+    """Σ over p of ``of_rows[:, r, p] others[:, o, p stride + k dilation - padding]``, for r and o in the first two
+    dimensions of the result, and k in the others: the weight gradient, as a product for each k.
+
+    of_rows: (N, R, positions ...), of a convolution its output gradient, of a transposed one its input; others:
+    (N, O, ...), the other of the two; kernel: its extents; geometry: as in ``convolution_rows_gradient``.
+    """
+    stride, padding, dilation, *_ = geometry
+    left = of_rows.movedim(1, -1).reshape(-1, of_rows.shape[1]).t()
+    padded = functional.pad(others.movedim(1, -1), [0, 0, *(p for p in reversed(padding) for _ in range(2))])
+    found = of_rows.new_empty(of_rows.shape[1], *kernel, others.shape[1])
+    for offset in itertools.product(*map(range, kernel)):
+        window = tuple(
+            slice(k * d, k * d + (count - 1) * s + 1, s)
+            for k, d, s, count in zip(offset, dilation, stride, of_rows.shape[2:], strict=True)
+        )
+        found[(slice(None), *offset)] = left @ padded[(slice(None), *window)].reshape(-1, others.shape[1])
+    return found.movedim(-1, 1)
+
+
+def _few_positions(of_rows: Tensor) -> bool:
+    return of_rows.device.type == "cpu" and math.prod(of_rows.shape[2:]) <= FEW_POSITIONS.get(of_rows.dtype, 0)
+
+
+def gather(values: Tensor, channels: Tensor | None) -> Tensor:
+    """``values`` with only these channels (dim 1), in its own memory format; None: as it is."""
+    if channels is None:
+        return values
+    last = values.movedim(1, -1)
+    if last.is_contiguous():  # channels-last, or two dimensions
+        flat: Tensor = torch.ops.delfast.gather_columns(last.reshape(-1, last.shape[-1]), channels)
+        return flat.view(*last.shape[:-1], len(channels)).movedim(-1, 1)
+    return values.index_select(1, channels)
