@@ -24,7 +24,8 @@ from delfast.report import METHOD_COLUMNS, markdown_table, method_rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`
+CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`: kernels
+JOB = ROOT / "benchmarks/results/job.json"  # of `make bench`: training steps and whole jobs
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/cpp-release/test_cuda_sectors prints
@@ -33,16 +34,16 @@ BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
 
 
-def measured(results: dict[str, Any]) -> str:
+def measured(results: dict[str, Any], source: str) -> str:
     """pytest-benchmark's JSON as a table, cases of one test with one target in a row, and the machine's line."""
     rows: dict[tuple[str, str], list[str]] = {}
     if not results["benchmarks"]:
-        raise InputError(f"'{CPU.name}' holds no benchmark; run `make bench` again")
+        raise InputError(f"'{source}' holds no benchmark; run `make bench` again")
     usual = Counter(benchmark["extra_info"].get("isa") for benchmark in results["benchmarks"]).most_common(1)[0][0]
     for benchmark in results["benchmarks"]:
         name, extra = benchmark["name"], benchmark["extra_info"]
         if "measured" not in extra:
-            raise InputError(f"'{CPU.name}' has no figure for {name}, which failed; run `make bench` again")
+            raise InputError(f"'{source}' has no figure for {name}, which failed; run `make bench` again")
         test = name.partition("[")[0].removeprefix("test_").replace("_", " ")
         values = [value for value in (benchmark["params"] or {}).values() if isinstance(value, str)]
         parameters = [value for value in values if value not in extra["target"]]
@@ -138,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     try:
         before = README.read_text(encoding="utf-8")
-        after = fill(before, "measured", measured(read_json(CPU)))
+        after = fill(before, "measured", measured(read_json(CPU), CPU.name))
+        after = fill(after, "job", measured(read_json(JOB), JOB.name))
         after = fill(after, "sectors", sectors(SECTORS.read_text(encoding="utf-8")))
         after = fill(after, "demo", demo(read_json(DEMO)))
         after = fill(after, "cifar10", cifar10(CIFAR10.read_text(encoding="utf-8")))

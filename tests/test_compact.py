@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delfast
 from delfast.compact import gradients
-from delfast.compact.gradients import FEW_POSITIONS, by_offsets
+from delfast.compact.gradients import CHANNELS_A_POSITION, by_offsets
 from delfast.compact.layers import COMPACT, CompactLayer
 from delfast.errors import InputError
 from delfast.mask import Mask
@@ -82,11 +82,11 @@ def gradients_of(handle):
     return {name: parameter.grad for name, parameter in handle.named_parameters()}
 
 
-@pytest.mark.parametrize("few_positions", [0, 1000], ids=["at once", "by offsets"])
+@pytest.mark.parametrize("least", [float("inf"), 0], ids=["at once", "by offsets"])
 @pytest.mark.parametrize("fraction", ROWS_OF)
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_the_dense_ones_masked(name, fraction, few_positions, monkeypatch):
-    monkeypatch.setitem(FEW_POSITIONS, torch.float64, few_positions)
+def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch):
+    monkeypatch.setitem(CHANNELS_A_POSITION, torch.float64, least)
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = make().double()
@@ -110,15 +110,16 @@ def test_gradients_are_the_dense_ones_masked(name, fraction, few_positions, monk
         layer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", FEW_POSITIONS)
+@pytest.mark.parametrize("dtype", CHANNELS_A_POSITION)
 def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
     """And others do not, nor layers with groups; which is faster says benchmarks/test_compact.py."""
     calls = []
     monkeypatch.setattr(gradients, "by_offsets", lambda *given: calls.append(given) or by_offsets(*given))
-    for side, few in ((int(FEW_POSITIONS[dtype] ** 0.5), True), (int(FEW_POSITIONS[dtype] ** 0.5) + 1, False)):
+    channels = 9 * CHANNELS_A_POSITION[dtype]
+    for side, small in ((3, True), (4, False)):
         for groups in (1, 2):
             torch.manual_seed(0)
-            layer, x = nn.Conv2d(32, 64, 3, padding=1, groups=groups), torch.randn(4, 32, side, side)
+            layer, x = nn.Conv2d(channels, 64, 3, padding=1, groups=groups), torch.randn(4, channels, side, side)
             exact = copy.deepcopy(layer).double()
             exact(x.double()).square().sum().backward()
             mask = row_mask(layer, 0.5)
@@ -128,7 +129,7 @@ def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
                 expected = exact.weight.grad[mask.parameters["weight"].flags]
                 bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
                 assert (layer.weight_rows.grad - expected).norm() <= bound * expected.norm()
-            assert len(calls) == (few and groups == 1)
+            assert len(calls) == (small and groups == 1)
 
 
 class Net(nn.Module):

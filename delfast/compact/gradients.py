@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from delfast.compact.plan import RowPlan
 
-# Up to so many positions of a feature map, a product for each position of the kernel beats oneDNN's weight gradient: by
-# 1.2 in float32 on maps of 4x4; in bfloat16 on a CPU with AMX by 4 on 4x4, by 1.5 on 8x8 (benchmarks/test_compact.py).
-FEW_POSITIONS = {torch.float32: 16, torch.bfloat16: 64}
+# With so many channels or more for each position of a feature map, a product for each position of the kernel beats
+# oneDNN's weight gradient. Measured on two cores with AMX: 512 channels on maps of 4x4, 1.1 to 1.2 times in float32 and
+# 4 times in bfloat16; 256 on 8x8, 0.6 and 1.5 times; 128 on 4x4, 2.5 times in bfloat16; 64 on 8x8, 0.75 times.
+CHANNELS_A_POSITION = {torch.float32: 16, torch.bfloat16: 4}
 
 
 def linear_rows_gradient(x: Tensor, delta: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -31,7 +32,7 @@ def convolution_rows_gradient(
     small_x = gather(x, plan.gathered if transposed else plan.opposite)
     small_delta = gather(delta, plan.opposite if transposed else plan.gathered)
     of_rows, others = (small_x, small_delta) if transposed else (small_delta, small_x)
-    if plan.groups == 1 and _few_positions(of_rows):
+    if plan.groups == 1 and _is_small_map(of_rows, others):
         found = by_offsets(of_rows, others, weight.shape[2:], geometry)
     else:
         like = weight.narrow(0, 0, of_rows.shape[1])  # only its shape is looked at
@@ -57,16 +58,17 @@ def by_offsets(of_rows: Tensor, others: Tensor, kernel: torch.Size, geometry: tu
     padded = functional.pad(others.movedim(1, -1), [0, 0, *(p for p in reversed(padding) for _ in range(2))])
     found = of_rows.new_empty(of_rows.shape[1], *kernel, others.shape[1])
     for offset in itertools.product(*map(range, kernel)):
-        window = tuple(
-            slice(k * d, k * d + (count - 1) * s + 1, s)
-            for k, d, s, count in zip(offset, dilation, stride, of_rows.shape[2:], strict=True)
-        )
-        found[(slice(None), *offset)] = left @ padded[(slice(None), *window)].reshape(-1, others.shape[1])
+        window: tuple[slice, ...] = (slice(None),)
+        for k, d, s, count in zip(offset, dilation, stride, of_rows.shape[2:], strict=True):
+            window += (slice(k * d, k * d + (count - 1) * s + 1, s),)
+        at: tuple[slice | int, ...] = (slice(None), *offset)
+        found[at] = left @ padded[window].reshape(-1, others.shape[1])
     return found.movedim(-1, 1)
 
 
-def _few_positions(of_rows: Tensor) -> bool:
-    return of_rows.device.type == "cpu" and math.prod(of_rows.shape[2:]) <= FEW_POSITIONS.get(of_rows.dtype, 0)
+def _is_small_map(of_rows: Tensor, others: Tensor) -> bool:
+    least = CHANNELS_A_POSITION.get(of_rows.dtype, math.inf)
+    return of_rows.device.type == "cpu" and others.shape[1] >= least * math.prod(of_rows.shape[2:])
 
 
 def gather(values: Tensor, channels: Tensor | None) -> Tensor:
