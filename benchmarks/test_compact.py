@@ -31,7 +31,7 @@ Batch = tuple[Tensor, Tensor]
 
 def job(name: str) -> tuple[nn.Module, Batch]:
     """A trained network, and a batch."""
-    images, targets = next(iter(retain_set()))
+    _, images, targets = next(iter(retain_set()))
     return copy.deepcopy(original(name)), (images.to(memory_format=LAYOUT[name]), targets)
 
 
