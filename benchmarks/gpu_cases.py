@@ -50,7 +50,7 @@ def cases(name: str, network: nn.Module, dtype: torch.dtype, device: str) -> Ite
     yield from _localization(setting, scores, gradients)
     yield from _per_example(setting, copy.deepcopy(model).eval(), dtype, device)
     mask = scores.select(BUDGET)
-    yield _step(setting, model, mask, device)
+    yield from _step(setting, model, mask, device)
     yield from _updates(setting, model, gradients, mask)
 
 
@@ -171,7 +171,7 @@ def _per_example(setting: str, model: nn.Module, dtype: torch.dtype, device: str
 # ---- compact training
 
 
-def _step(setting: str, model: nn.Module, mask: delfast.Mask, device: str) -> Case:
+def _step(setting: str, model: nn.Module, mask: delfast.Mask, device: str) -> Iterator[Case]:
     dtype = next(model.parameters()).dtype
     images = torch.randn(STEP, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     targets = torch.arange(STEP, device=device) % 10
@@ -208,7 +208,8 @@ def _step(setting: str, model: nn.Module, mask: delfast.Mask, device: str) -> Ca
             assert difference <= bound, f"the gradient of '{name}' is off by {difference:.2g}"
 
     moved = 2 * sum(p.nbytes for p in model.parameters())  # the least: as a forward and a backward pass
-    return Case("compact training step, whole call", setting, ours, {"dense step": other}, moved, verify)
+    yield Case("compact training step, whole call", setting, ours, {"dense step": other}, moved, verify)
+    handle.undo()  # or its hooks would be in the steps of the cases to come
 
 
 # ---- masked updates

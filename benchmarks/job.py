@@ -59,8 +59,8 @@ def original(name: str) -> nn.Module:
     return model
 
 
-def forget_set(batch_size: int = BATCH) -> Batches:
-    return batches(part(data()[0], slice(FORGET)), batch_size)
+def forget_set() -> Batches:
+    return batches(part(data()[0], slice(FORGET)))
 
 
 def retain_set(**options: Any) -> Batches:

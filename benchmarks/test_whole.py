@@ -1,4 +1,7 @@
-"""A whole DEL job - localize, reset, finetune for 2 epochs, evaluate - beside the same in plain PyTorch (``naive``)."""
+"""A whole DEL job - localize, reset, finetune for 2 epochs, evaluate - beside the same in plain PyTorch (``naive``).
+
+The naive job evaluates its three sets after each epoch, 12,000 images in all; ours the test set's 1,000, at the end.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +38,7 @@ from benchmarks.job import (
     retain_set,
 )
 from benchmarks.memory import added_peak, print_added_peak
+from delfast.compact import Compact
 from delfast.evaluate import accuracy_and_loss
 from delfast.models import factory
 
@@ -91,7 +96,7 @@ def test_whole_job(name: str, benchmark: Any) -> None:
     Versus(benchmark, f"test_whole_job[{name}]").report(text, f"{target}, accuracies within a point")
 
 
-# ---- where the saving comes from: each cause alone, in seconds of the whole job
+# ---- where the saving comes from: each cause added to those before it, in seconds of the whole job
 
 
 def medians(sides: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
@@ -113,6 +118,7 @@ def test_saving_by_cause(name: str, benchmark: Any) -> None:
     model, tensors = original(name), naive.dataset(part(train_set, slice(FORGET, None)), mean, std)
     mask = delfast.localize(model, forget_set(), BUDGET)
     inputs, targets = tensors[:BATCH]
+    handles: list[Compact] = []
 
     def step(layout: Any, precision: str, compact: bool, masked: bool) -> Callable[[], None]:
         network = copy.deepcopy(model).to(memory_format=layout)
@@ -120,9 +126,10 @@ def test_saving_by_cause(name: str, benchmark: Any) -> None:
         dense_mask = {
             key: torch.empty_like(p).copy_(mask.parameters[key].dense()) for key, p in network.named_parameters()
         }
-        handle = delfast.compact(network, mask) if compact else None
+        if compact:
+            handles.append(delfast.compact(network, mask))
         if masked:
-            our_mask = mask if handle is None else handle.mask
+            our_mask = handles[-1].mask if compact else mask
             optimizer: Any = delfast.optim.MaskedSGD(network.named_parameters(), our_mask, lr=1e-4, momentum=0.9)
         else:
             optimizer = naive.optimizer_for(network, 1e-4)
@@ -156,15 +163,19 @@ def test_saving_by_cause(name: str, benchmark: Any) -> None:
         "evaluation": lambda: naive.accuracy(plain, test),
     }
     found = medians(chain | others)
+    benchmark.pedantic(chain["precision"], rounds=1)
+    for handle in handles:
+        handle.undo()
     saved = {cause: steps * (found[before] - found[cause]) for before, cause in itertools.pairwise(chain)}
     saved["data"] = steps * (found["their batch"] - found["our batch"])
     an_image = found["evaluation"] / len(test)
     saved["evaluation"] = an_image * (EPOCHS * (TRAIN + TEST) - TEST)
     whole = steps * found["naive"] + an_image * EPOCHS * (TRAIN + TEST)
-    benchmark.pedantic(chain["precision"], rounds=1)
     benchmark.extra_info["saved_seconds"] = saved
     text = ", ".join(f"{cause} {100 * value / whole:.0f} %" for cause, value in saved.items())
-    Versus(benchmark, f"test_saving_by_cause[{name}]").report(f"{text} of the naive job's {whole:.0f} s", "none")
+    Versus(benchmark, f"test_saving_by_cause[{name}]").report(
+        f"{text} of {whole:.0f} s of naive steps and evaluations", "none"
+    )
 
 
 # ---- memory
@@ -208,10 +219,10 @@ def test_optimizer_state(name: str, versus: Versus) -> None:
 
     def state(compact: bool) -> int:
         network = copy.deepcopy(model)
-        parameters = delfast.compact(network, mask).parameters() if compact else network.parameters()
-        optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
-        cross_entropy(network(images), targets).backward()
-        optimizer.step()
+        with delfast.compact(network, mask) if compact else nullcontext():
+            optimizer = torch.optim.SGD((p for p in network.parameters() if p.requires_grad), lr=1e-4, momentum=0.9)
+            cross_entropy(network(images), targets).backward()
+            optimizer.step()
         return sum(held["momentum_buffer"].numel() for held in optimizer.state.values())
 
     ours, theirs = versus.once(lambda: state(True), lambda: state(False))

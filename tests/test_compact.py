@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delfast
 from delfast.compact import gradients
-from delfast.compact.gradients import CHANNELS_A_POSITION, by_offsets
+from delfast.compact.gradients import LEAST_CHANNELS_PER_POSITION, by_offsets
 from delfast.compact.layers import COMPACT, CompactLayer
 from delfast.errors import InputError
 from delfast.mask import Mask
@@ -86,7 +86,7 @@ def gradients_of(handle):
 @pytest.mark.parametrize("fraction", ROWS_OF)
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch):
-    monkeypatch.setitem(CHANNELS_A_POSITION, torch.float64, least)
+    monkeypatch.setitem(LEAST_CHANNELS_PER_POSITION, torch.float64, least)
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = make().double()
@@ -102,7 +102,8 @@ def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch)
         inputs.grad = None
         with delfast.compact(layer, mask) as handle:
             assert handle.ways["weight"] == ("dense" if fraction == "all" else "rows")
-            assert type(layer) in (*COMPACT.values(), *([nn.Linear] if fraction == "all" else []))
+            changed = fraction != "all" or getattr(layer, "groups", None) == 1
+            assert type(layer) in (COMPACT.values() if changed else COMPACT)
             loss(layer).backward()
             close(gradients_of(handle), expected)
             close({"inputs": inputs.grad}, {"inputs": of_inputs})
@@ -110,12 +111,12 @@ def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch)
         layer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", CHANNELS_A_POSITION)
+@pytest.mark.parametrize("dtype", LEAST_CHANNELS_PER_POSITION)
 def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
     """And others do not, nor layers with groups; which is faster says benchmarks/test_compact.py."""
     calls = []
     monkeypatch.setattr(gradients, "by_offsets", lambda *given: calls.append(given) or by_offsets(*given))
-    channels = 9 * CHANNELS_A_POSITION[dtype]
+    channels = 9 * LEAST_CHANNELS_PER_POSITION[dtype]
     for side, small in ((3, True), (4, False)):
         for groups in (1, 2):
             torch.manual_seed(0)
@@ -124,12 +125,35 @@ def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
             exact(x.double()).square().sum().backward()
             mask = row_mask(layer, 0.5)
             calls.clear()
-            with delfast.compact(layer, mask), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                layer(x).float().square().sum().backward()
+            low = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+            with delfast.compact(layer, mask), torch.autocast("cpu", torch.bfloat16):
+                with low:  # the backward pass is within autocast, whatever the forward pass was
+                    loss = layer(x).float().square().sum()
+                loss.backward()
                 expected = exact.weight.grad[mask.parameters["weight"].flags]
                 bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
                 assert (layer.weight_rows.grad - expected).norm() <= bound * expected.norm()
             assert len(calls) == (small and groups == 1)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_products_for_each_offset_compile(dynamic, monkeypatch):
+    """Of some rows, and of all."""
+    monkeypatch.setitem(LEAST_CHANNELS_PER_POSITION, torch.float32, 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1))
+    mask = Mask.from_dense(
+        {n: (torch.arange(p.shape[0]) < (3 if n == "0.weight" else 8)).reshape(-1, *[1] * (p.ndim - 1)).expand(p.shape)
+         for n, p in model.named_parameters()}
+    )  # fmt: skip
+    x = torch.randn(4, 3, 8, 8)
+    with delfast.compact(model, mask) as handle:
+        assert handle.ways["0.weight"] == "rows" and type(model[2]) in COMPACT.values()
+        model(x).square().sum().backward()
+        expected = {name: gradient.clone() for name, gradient in gradients_of(handle).items()}
+        model.zero_grad()
+        torch.compile(model, fullgraph=True, dynamic=dynamic)(x).square().sum().backward()
+        close(gradients_of(handle), expected, 1e-5)
 
 
 class Net(nn.Module):

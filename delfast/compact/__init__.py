@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from delfast.compact.guard import Guard
-from delfast.compact.layers import COMPACT, CONVOLUTIONS, ROWS, CompactLayer, make_compact, restore
+from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, may_have_small_maps, restore
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
 from delfast.ops.layout import pack
 
 Way = Literal["rows", "dense", "guarded", "frozen"]
-"""How a parameter is trained. rows: through a Parameter of its selected rows. dense: itself, all of it is selected.
+"""How a parameter is trained. rows: through a Parameter of its selected rows. dense: as a whole, all of it is selected.
 guarded: with a dense gradient, of which the mask's part is used. frozen: not at all.
 """
 
@@ -53,7 +53,7 @@ class Compact:
                 self.ways[name] = "frozen"
             elif part.selected == part.numel:
                 self.ways[name] = "dense"
-                if isinstance(owner, CONVOLUTIONS) and parameter.device.type == "cpu" and name not in dense:
+                if owner is not None and may_have_small_maps(owner) and name not in dense:
                     self._layers[name] = (owner, None)  # for the way its gradient is computed
             elif part.by_row and owner is not None and name not in dense:
                 self.ways[name] = "rows"

@@ -12,10 +12,13 @@ from torch.nn import functional
 
 from delfast.compact.plan import RowPlan
 
+convolution_backward = torch.ops.aten.convolution_backward.default
+
 # With so many channels or more for each position of a feature map, a product for each position of the kernel beats
-# oneDNN's weight gradient. Measured on two cores with AMX: 512 channels on maps of 4x4, 1.1 to 1.2 times in float32 and
-# 4 times in bfloat16; 256 on 8x8, 0.6 and 1.5 times; 128 on 4x4, 2.5 times in bfloat16; 64 on 8x8, 0.75 times.
-CHANNELS_A_POSITION = {torch.float32: 16, torch.bfloat16: 4}
+# oneDNN's weight gradient; channels of the tensor that is not the rows': the input, of a transposed convolution the
+# output. Measured on two cores with AMX: 512 channels on maps of 4x4, 1.1 to 1.2 times in float32 and 4 times in
+# bfloat16; 256 on 8x8, 0.6 and 1.5 times; 128 on 4x4, 2.5 times in bfloat16; 64 on 8x8, 0.75 times.
+LEAST_CHANNELS_PER_POSITION = {torch.float32: 16, torch.bfloat16: 4}
 
 
 def linear_rows_gradient(x: Tensor, delta: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -43,9 +46,6 @@ def convolution_rows_gradient(
     return rows
 
 
-convolution_backward = torch.ops.aten.convolution_backward.default
-
-
 def by_offsets(of_rows: Tensor, others: Tensor, kernel: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
     """Σ over p of ``of_rows[:, r, p] others[:, o, p stride + k dilation - padding]``, for r and o in the first two
     dimensions of the result, and k in the others: the weight gradient, as a product for each k.
@@ -57,18 +57,21 @@ def by_offsets(of_rows: Tensor, others: Tensor, kernel: torch.Size, geometry: tu
     left = of_rows.movedim(1, -1).reshape(-1, of_rows.shape[1]).t()
     padded = functional.pad(others.movedim(1, -1), [0, 0, *(p for p in reversed(padding) for _ in range(2))])
     found = of_rows.new_empty(of_rows.shape[1], *kernel, others.shape[1])
-    for offset in itertools.product(*map(range, kernel)):
-        window: tuple[slice, ...] = (slice(None),)
-        for k, d, s, count in zip(offset, dilation, stride, of_rows.shape[2:], strict=True):
-            window += (slice(k * d, k * d + (count - 1) * s + 1, s),)
-        at: tuple[slice | int, ...] = (slice(None), *offset)
-        found[at] = left @ padded[window].reshape(-1, others.shape[1])
+    with torch.autocast(of_rows.device.type, enabled=False):  # which would round a product, but not a convolution
+        for offset in itertools.product(*map(range, kernel)):
+            window: tuple[slice, ...] = (slice(None),)
+            for k, d, s, count in zip(offset, dilation, stride, of_rows.shape[2:], strict=True):
+                window += (slice(k * d, k * d + (count - 1) * s + 1, s),)
+            at: tuple[slice | int, ...] = (slice(None), *offset)
+            found[at] = left @ padded[window].reshape(-1, others.shape[1])
     return found.movedim(-1, 1)
 
 
 def _is_small_map(of_rows: Tensor, others: Tensor) -> bool:
-    least = CHANNELS_A_POSITION.get(of_rows.dtype, math.inf)
-    return of_rows.device.type == "cpu" and others.shape[1] >= least * math.prod(of_rows.shape[2:])
+    least = LEAST_CHANNELS_PER_POSITION.get(of_rows.dtype, math.inf)
+    for count in of_rows.shape[2:]:
+        least = least * count
+    return of_rows.device.type == "cpu" and others.shape[1] >= least
 
 
 def gather(values: Tensor, channels: Tensor | None) -> Tensor:

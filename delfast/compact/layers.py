@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from delfast.compact.gradients import convolution_backward, convolution_rows_gradient, linear_rows_gradient
+from delfast.compact.gradients import (
+    LEAST_CHANNELS_PER_POSITION,
+    convolution_backward,
+    convolution_rows_gradient,
+    linear_rows_gradient,
+)
 from delfast.compact.plan import RowPlan, plan_rows
 
 ROWS = "weight_rows"
@@ -39,7 +44,7 @@ class CompactLayer(nn.Module):
         """How the gradient of the rows is computed."""
         return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
 
-    def trained(self) -> tuple[Tensor, Tensor]:
+    def parameter_and_weight(self) -> tuple[Tensor, Tensor]:
         """The Parameter whose gradient is to be found, and the weight, with the rows in it, to multiply by."""
         if self.row_index is None:
             return self.weight, self.weight.detach()
@@ -91,6 +96,13 @@ class CompactLayer(nn.Module):
         if prefix + ROWS in missing:
             missing.remove(prefix + ROWS)
         self.read_rows()
+
+
+def may_have_small_maps(layer: nn.Module) -> bool:
+    """Is there a faster way to this layer's weight gradient, should it be given small feature maps?"""
+    weight = cast(Tensor, layer.weight)
+    known = weight.device.type == "cpu" and weight.dtype in LEAST_CHANNELS_PER_POSITION
+    return known and getattr(layer, "groups", None) == 1
 
 
 def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
@@ -209,7 +221,7 @@ class CompactLinear(CompactLayer, nn.Linear):
     """``nn.Linear``, compact."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows, weight = self.trained()
+        rows, weight = self.parameter_and_weight()
         x, weight, bias = _as_autocast(input, weight, self.bias)
         result: Tensor = _Linear.apply(x, rows, weight, bias, self.plan.gathered, self.plan.kept)
         return result
@@ -228,7 +240,7 @@ class _Convolutional(CompactLayer):
     _output_padding: Any
 
     def _convolve(self, input: Tensor, padding: Any, transposed: bool, output_padding: Any) -> Tensor:
-        rows, weight = self.trained()
+        rows, weight = self.parameter_and_weight()
         x, weight, bias = _as_autocast(input, weight, self.bias)
         spatial = self.weight.dim() - 2
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
@@ -297,4 +309,3 @@ COMPACT: dict[type[nn.Module], type[CompactLayer]] = {
     nn.ConvTranspose2d: CompactConvTranspose2d,
     nn.ConvTranspose3d: CompactConvTranspose3d,
 }
-CONVOLUTIONS = tuple(kind for kind in COMPACT if kind is not nn.Linear)
