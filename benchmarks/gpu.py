@@ -1,11 +1,13 @@
 """The CUDA kernels on the card that is here: `python -m benchmarks.gpu`. Takes under eight minutes.
 
 Builds the extension for this card, checks every case against the CPU kernels or a PyTorch baseline, then times it
-beside what people write today, and writes benchmarks/results/gpu.json. Exit code 1 without a device or on a failure.
+beside what people write today, and writes benchmarks/results/gpu.json. What fails its check is named there and not
+timed. Exit code 1 without a device or on a failure.
 
 GB/s: the bytes that a kernel has to move, over the time of one replay of a CUDA graph of it, caches cold. "of copy":
 that, over the card's own device-to-device copy. "call": the same as called from Python, with nothing else queued.
-Others are timed as called, and under torch.compile where they are one function of tensors.
+Others are timed as called, and under torch.compile where they are one function of tensors. Convolutions are timed in
+PyTorch's default, TF32 for float32, and checked without it.
 """
 
 from __future__ import annotations
@@ -81,16 +83,23 @@ def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
 
 def measure(quick: bool) -> dict[str, Any]:
     from benchmarks.gpu_cases import cases
+    from delfast.files import one_line
     from delfast.models import build as build_network
     from delfast.provenance import provenance
 
     clock = Clock()
     copy = copy_rate(clock)
-    results = []
+    results, failures = [], []
     settings = [("resnet18", torch.float32), ("resnet18", torch.bfloat16), ("resnet50", torch.float32)]
     for name, dtype in settings[: 1 if quick else None]:
         for case in cases(name, build_network(name, 10, 3, 32), dtype, "cuda"):
-            case.verify()
+            try:
+                with torch.backends.cudnn.flags(allow_tf32=False):
+                    case.verify()
+            except (AssertionError, RuntimeError) as error:
+                failures.append(f"{case.name} on {case.setting}: {one_line(error)}")
+                print(f"FAILED {failures[-1]}", flush=True)
+                continue
             others = {other: clock(run) for other, run in case.others.items()}
             if dtype == torch.float32 and name == "resnet18":  # compiling takes most of a minute
                 others |= {other: clock(torch.compile(run)) for other, run in case.compiles.items()}
@@ -103,7 +112,12 @@ def measure(quick: bool) -> dict[str, Any]:
             print(" | ".join(row(results[-1])), flush=True)
     capability = list(torch.cuda.get_device_capability())
     facts = {"device": torch.cuda.get_device_name(), "capability": capability, "copy_gb_per_s": copy}
-    return {**facts, "provenance": provenance(cuda=torch.version.cuda, rounds=ROUNDS), "results": results}
+    return {
+        **facts,
+        "provenance": provenance(cuda=torch.version.cuda, rounds=ROUNDS),
+        "results": results,
+        "failures": failures,
+    }
 
 
 def row(result: dict[str, Any]) -> list[str]:
@@ -139,7 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     write_json(options.output, results)
     print(f"\n{results['device']}, copy {results['copy_gb_per_s']:.0f} GB/s, {time.perf_counter() - begin:.0f} s\n")
     print(markdown_table(COLUMNS, [row(result) for result in results["results"]]))
-    return 0
+    for failure in results["failures"]:
+        print(f"gpu: error: {failure}", file=sys.stderr)
+    return 1 if results["failures"] else 0
 
 
 if __name__ == "__main__":

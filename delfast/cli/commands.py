@@ -300,6 +300,7 @@ def compare(
     data: Annotated[str | None, typer.Option(help="the grid's data from elsewhere, as --data of train")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (default: CPUs / threads)")] = None,
     threads: Annotated[int, typer.Option(min=1, help="of each process; 1: the same bits in every run")] = 1,
+    device: Device = "auto",
     report_only: Annotated[bool, typer.Option("--report-only", help="run nothing; report what is finished")] = False,
 ) -> None:
     """Run a grid of methods, strategies and budgets; write results.csv, report.md and report.html.
@@ -308,7 +309,7 @@ def compare(
     """
     with watching() as watch:
         source = None if data is None else resolved(data)
-        found = comparing.compare(grid, output_dir, workers, threads, watch, source, report_only)
+        found = comparing.compare(grid, output_dir, workers, threads, device, watch, source, report_only)
     output().print(f"{len(found.cells)} cells: see {output_dir / comparing.HTML}")
 
 

@@ -163,6 +163,9 @@ class Run:
         }
 
 
+LoadData = Callable[[str, str | None, int | None, int | None, int | None], ImageData]
+
+
 def check_own_directory(output_dir: Path, *inputs: Path) -> None:
     """InputError if writing to ``output_dir`` would overwrite one of the inputs."""
     if output_dir.resolve() in [path.resolve() for path in inputs]:
@@ -180,18 +183,24 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def start(config: Config, device: torch.device) -> Run:
+def load_data(
+    source: str, data_dir: str | None, image_size: int | None, train: int | None, test: int | None
+) -> ImageData:
+    """The images of ``--data source``, no more of them than ``train`` and ``test``."""
+    return subset(load(source, Path(data_dir) if data_dir else None, image_size), train, test)
+
+
+def _data(config: Config, load_data: LoadData = load_data) -> ImageData:
+    return load_data(config.data, config.data_dir, config.image_size, config.train_examples, config.test_examples)
+
+
+def start(config: Config, device: torch.device, load_data: LoadData = load_data) -> Run:
     """Check a configuration, load its data and choose its forget set. Nothing is written."""
     config.check()
-    data = _load(config)
+    data = _data(config, load_data)
     check_model(config.model, data.image_size)
     forget = choose(config.forget, config.forget_ratio, data.train_targets, data.num_classes, config.seed)
     return Run(config, data, forget, device)
-
-
-def _load(config: Config) -> ImageData:
-    data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.image_size)
-    return subset(data, config.train_examples, config.test_examples)
 
 
 def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
@@ -206,7 +215,7 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     if data_dir is not None:
         config = replace(config, data_dir=str(data_dir))
     config.check()
-    data = _load(config)
+    data = _data(config)
     if data.digest != summary["digests"]["data"]:
         raise InputError(f"the data '{config.data}' are not those that '{path}' was made with; restore them")
     forget = ForgetSet.load(path / FORGET, data.train_targets)

@@ -12,6 +12,7 @@ from delfast.cli.compare.cells import cell_path, check_summaries, run_grid
 from delfast.cli.compare.grid import Grid, read_grid
 from delfast.cli.compare.report import make_report
 from delfast.cli.compare.summary import rows_of, to_csv
+from delfast.cli.run import choose_device
 from delfast.errors import InputError
 from delfast.files import make_output_dir, write_json, write_text
 from delfast.provenance import provenance
@@ -24,6 +25,7 @@ def compare(
     output_dir: Path,
     workers: int | None,
     threads: int,
+    device: str,
     watch: Callable[[str, int, int], None],
     data: str | None = None,
     report_only: bool = False,
@@ -32,10 +34,12 @@ def compare(
     ``report_only``: run nothing, and report what is there; the grid returned has only those cells.
 
     workers: processes (default: CPUs / threads); ``threads`` of each. With one thread the results are bit-identical
-    from run to run. ``data``: where the data come from, if not from where the grid says.
+    from run to run. ``device``: "auto" (CUDA if there is one, else the CPU), or one by name. ``data``: where the data
+    come from, if not from where the grid says.
 
-    Raises InputError for a bad grid, or nothing to report, before anything is written.
+    Raises InputError for a bad grid or device, or nothing to report, before anything is written.
     """
+    choose_device(device)  # raises before anything is written
     whole = grid = read_grid(path, data)
     if report_only:
         grid = replace(whole, cells=[cell for cell in whole.cells if cell_path(output_dir, cell).is_file()])
@@ -44,7 +48,7 @@ def compare(
         check_summaries(output_dir, grid)
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
-    results = run_grid(grid, output_dir, count, threads, watch)
+    results = run_grid(grid, output_dir, count, threads, device, watch)
     rows = rows_of(grid, results, output_dir)
     origin: dict[str, Any] = provenance(workers=count, threads=threads)
     some = "" if len(grid.cells) == len(whole.cells) else f" of {len(whole.cells)}"

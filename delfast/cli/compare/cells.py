@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from delfast.cli import steps
 from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
-from delfast.cli.run import MODEL, SUMMARY, Config, Run, load_model, read_summary, start
+from delfast.cli.run import MODEL, SUMMARY, Config, Run, choose_device, load_data, load_model, read_summary, start
 from delfast.errors import InputError
 from delfast.evaluate import (
     Metrics,
@@ -45,8 +45,12 @@ Watch = Callable[[str, int, int], None]
 """``watch(what, done, of)``: called after every network and every cell."""
 
 
-def run_grid(grid: Grid, directory: Path, workers: int, threads: int, watch: Watch) -> list[dict[str, Any]]:
-    """Run what is not there yet; the results of all cells, in the grid's order: see ``measure_cell``."""
+def run_grid(
+    grid: Grid, directory: Path, workers: int, threads: int, device: str, watch: Watch
+) -> list[dict[str, Any]]:
+    """Run what is not there yet; the results of all cells, in the grid's order: see ``measure_cell``.
+    ``device``: as for ``choose_device``, which each worker calls for itself.
+    """
     (directory / "networks").mkdir(exist_ok=True)
     (directory / "cells").mkdir(exist_ok=True)
     cells = [cell for cell in grid.cells if not cell_path(directory, cell).is_file()]
@@ -55,8 +59,8 @@ def run_grid(grid: Grid, directory: Path, workers: int, threads: int, watch: Wat
     context = multiprocessing.get_context("spawn")  # forked processes would share OpenMP's threads
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
         try:
-            _all(pool, _train, [(directory, network) for network in networks], "networks", watch)
-            _all(pool, run_cell, [(directory, cell) for cell in cells], "cells", watch)
+            _all(pool, _train, [(directory, network, device) for network in networks], "networks", watch)
+            _all(pool, run_cell, [(directory, cell, device) for cell in cells], "cells", watch)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -102,16 +106,16 @@ def check_summaries(directory: Path, grid: Grid) -> None:
             raise InputError(f"expected the summary of a network at '{path}', there is none; run the grid without it")
 
 
-def _train(directory: Path, network: Trained) -> None:
+def _train(directory: Path, network: Trained, device: str) -> None:
     """Train a network into a run directory."""
     path = network_path(directory, network)
     shutil.rmtree(path, ignore_errors=True)  # what a killed run has left
-    run = _run(network.config)
+    run = _run(network.config, device)
     train = steps.train if network.which == ORIGINAL else steps.oracle
     train(run, path, shadow=network.shadow)
 
 
-def run_cell(directory: Path, cell: Cell) -> None:
+def run_cell(directory: Path, cell: Cell, device: str) -> None:
     """Measure a cell and write it down. One that diverges, or that its method refuses, is written down as ``failed``,
     with the reason: the others go on, and the report names it. Other errors are not the cell's, and end the run.
     """
@@ -121,25 +125,25 @@ def run_cell(directory: Path, cell: Cell) -> None:
                 f"expected a network at '{network_path(directory, network)}', it is gone; run the grid again"
             )
     try:
-        content = measure_cell(directory, cell)
+        content = measure_cell(directory, cell, device)
     except (InputError, Diverged) as error:
         content = {"cell": _described(cell), "failed": one_line(error)}
     write_json(cell_path(directory, cell), content)
 
 
-def measure_cell(directory: Path, cell: Cell) -> dict[str, Any]:
+def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
     """Unlearn and measure: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle; nats
     for losses and for the divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent
     of the forget set called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and
     did), ``seconds`` by stage, ``relative_time`` to retraining; with shadows ``u_lira``, its accuracy (percent).
     """
-    run = _run(cell.config)
+    run = _run(cell.config, device)
     model = load_model(run, network_path(directory, cell.original()))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     result, seconds = _unlearn(run, cell, model, shadow=0)
     metrics = run.measure(model)
     found = {name: predictions(model, loader) for name, loader in run.sets().items()}
-    reference = _oracle_predictions(directory, cell.oracle())
+    reference = _oracle_predictions(directory, cell.oracle(), device)
     kl = {f"kl_{name}": kl_divergence(found[name][0], reference[name][0]) for name in ("forget", "test")}
     retraining = sum(read_summary(network_path(directory, cell.oracle()))["seconds"].values())
     changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
@@ -152,10 +156,10 @@ def measure_cell(directory: Path, cell: Cell) -> dict[str, Any]:
         "losses": result.losses,
         "seconds": seconds,
         "relative_time": relative_time(sum(seconds.values()), retraining),
-        "provenance": provenance(device="cpu", threads=torch.get_num_threads()),
+        "provenance": provenance(device=str(run.device), threads=torch.get_num_threads()),
     }
     if cell.shadows:
-        content["u_lira"] = _u_lira(directory, cell, run, logit_confidences(*found["forget"]))
+        content["u_lira"] = _u_lira(directory, cell, device, logit_confidences(*found["forget"]))
     return content
 
 
@@ -201,18 +205,19 @@ def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[Unlea
     return result, {**seconds, **result.seconds}
 
 
-def _u_lira(directory: Path, cell: Cell, run: Run, own: Tensor) -> float:
+def _u_lira(directory: Path, cell: Cell, device: str, own: Tensor) -> float:
     """Accuracy of telling unlearned networks from retrained ones by the forget set, each left out of its own shadows.
 
     ``own``: (examples,) logit-scaled confidences of the cell's network.
     """
+    run = _run(cell.config, device)
     unlearned, retrained = [own], []
     for shadow in range(cell.shadows + 1):
         if shadow:
             model = load_model(run, network_path(directory, cell.original(shadow)))
             _unlearn(run, cell, model, shadow)
             unlearned.append(logit_confidences(*predictions(model, run.sets()["forget"])))
-        retrained.append(logit_confidences(*_oracle_predictions(directory, cell.oracle(shadow))["forget"]))
+        retrained.append(logit_confidences(*_oracle_predictions(directory, cell.oracle(shadow), device)["forget"]))
     few = cell.shadows < FEW_SHADOWS
     return u_lira_leave_one_out(torch.stack(unlearned), torch.stack(retrained), fixed_variance=few).accuracy
 
@@ -223,15 +228,19 @@ def metrics_of(directory: Path, network: Trained) -> Metrics:
 
 
 @lru_cache(maxsize=32)
-def _oracle_predictions(directory: Path, network: Trained) -> dict[str, tuple[Tensor, Tensor]]:
+def _oracle_predictions(directory: Path, network: Trained, device: str) -> dict[str, tuple[Tensor, Tensor]]:
     """The oracle's predictions on the forget and test sets: cells of one setting and seed share them."""
-    run = _run(network.config)
+    run = _run(network.config, device)
     oracle = load_model(run, network_path(directory, network))
     sets = run.sets()
     return {name: predictions(oracle, sets[name]) for name in ("forget", "test")}
 
 
 @lru_cache(maxsize=2)
-def _run(config: Config) -> Run:
+def _run(config: Config, device: str) -> Run:
     """A configuration with its data and forget set: cells of one setting and seed share them."""
-    return start(config, torch.device("cpu"))
+    return start(config, choose_device(device), _load_data)
+
+
+# all settings and seeds share the data, and decoding a folder of images anew takes longer than some cells
+_load_data = lru_cache(maxsize=1)(load_data)
