@@ -236,7 +236,7 @@ def test_an_op_runs_on_the_current_stream(number: int) -> None:
     """On a stream that is busy with its inputs, an op waits for them; nothing of it goes to another stream."""
     call, tensors = sample_call(number)
     expected_call, expected_tensors = sample_call(number)
-    values = on_device(tensors)
+    values = on_device(expected_tensors)
     expected = expected_call()
     for tensor in tensors:
         tensor.zero_()

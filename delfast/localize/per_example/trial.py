@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from delfast.localize.per_example.capture import Capture, Use
@@ -34,6 +35,7 @@ class Trial(Capture):
         self._reached: Counter[str] = Counter()  # in one backward pass
         self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
         self._written: list[tuple[Use, Tensor, int]] = []
+        self._arrived: list[tuple[tuple[str, ...], list[Tensor]]] = []  # names, and by dim: where δ is not zero
 
     def run(self, losses: Tensor) -> None:
         """Run the backward pass of one of the losses (N,).
@@ -49,6 +51,7 @@ class Trial(Capture):
             self._example, self._reached = example, Counter()
             self.backward(losses[example], retain_graph=example != tried[-1])
             self._look_at_copies()
+            self._look_at_deltas()
             self.uses |= self._reached
         for use, output, version in self._written:
             if output._version != version:
@@ -80,18 +83,36 @@ class Trial(Capture):
                 copies.grad = None
 
     def _note(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
+        """Keep which entries along each of the first ``leading`` dims are not zero. Looked at when the pass is over:
+        a look in between would have a GPU's queue run empty."""
         self._reached.update(names)
-        orders = [Order(dim, interleaved) for dim in range(leading) for interleaved in (False, True)]
-        possible = {order for order in orders if self._is_alone(deltas, order)}
-        for name in names:
-            self._possible[name] = self._possible.get(name, possible) & possible
-            evidence = self._evidence.setdefault(name, set())
-            if bool(deltas.any()):
-                evidence.add(self._example)
+        others = [[other for other in range(deltas.ndim) if other != dim] for dim in range(leading)]
+        self._arrived.append((names, [deltas.any(dim=dims) if dims else deltas != 0 for dims in others]))
 
-    def _is_alone(self, deltas: Tensor, order: Order) -> bool:
-        """Whether δ is zero outside the entries that would be the example's."""
-        if deltas.shape[order.dim] % self.examples:
+    def _look_at_deltas(self) -> None:
+        marks = [mark for _, by_dim in self._arrived for mark in by_dim]
+        if not marks:
+            return
+        together = torch.cat([mark.to(marks[0].device) for mark in marks]).cpu()
+        seen = iter(torch.split(together, [len(mark) for mark in marks]))
+        for names, by_dim in self._arrived:
+            found = [next(seen) for _ in by_dim]
+            possible = {
+                Order(dim, interleaved)
+                for dim, mark in enumerate(found)
+                for interleaved in (False, True)
+                if self._is_alone(mark, Order(0, interleaved))
+            }
+            for name in names:
+                self._possible[name] = self._possible.get(name, possible) & possible
+                evidence = self._evidence.setdefault(name, set())
+                if bool(found[0].any()):
+                    evidence.add(self._example)
+        self._arrived = []
+
+    def _is_alone(self, mark: Tensor, order: Order) -> bool:
+        """Whether δ, not zero where ``mark`` is, is zero outside the entries that would be the example's."""
+        if len(mark) % self.examples:
             return False
-        by_example = order.split(deltas, self.examples)
+        by_example = order.split(mark, self.examples)
         return not (bool(by_example[: self._example].any()) or bool(by_example[self._example + 1 :].any()))
