@@ -21,8 +21,7 @@ from delfast.optim import MaskedAdamW, MaskedSGD
 
 NATIVE = torch.ops.delfast
 BUDGET = 0.3
-BATCH = 128  # images
-BATCHES = 4  # of a forget set that is scored by example
+PER_EXAMPLE, STEP = 32, 128  # images of a batch: of per-example scores, of a training step
 
 
 @dataclass(frozen=True)
@@ -123,37 +122,30 @@ def _localization(setting: str, scores: Scores, gradients: dict[str, Tensor]) ->
 
 def _per_example(setting: str, model: nn.Module, dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        (
-            torch.randn(BATCH, 3, 32, 32, generator=generator).to(device, dtype),
-            torch.randint(0, 10, (BATCH,), generator=generator).to(device),
-        )
-        for _ in range(BATCHES)
-    ]
+    images = torch.randn(PER_EXAMPLE, 3, 32, 32, generator=generator).to(device, dtype)
+    batch = images, torch.randint(0, 10, (PER_EXAMPLE,), generator=generator).to(device)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    moved = BATCHES * 2 * sum(p.nbytes for p in parameters.values())  # the least: as a forward and a backward pass
+    moved = 2 * sum(p.nbytes for p in parameters.values())  # the least: as a forward and a backward pass
 
     def backward() -> None:
-        for images, targets in batches:
-            loss = nn.functional.cross_entropy(model(images).float(), targets, reduction="sum")
-            torch.autograd.grad(loss, list(model.parameters()))
+        loss = nn.functional.cross_entropy(model(batch[0]).float(), batch[1], reduction="sum")
+        torch.autograd.grad(loss, list(model.parameters()))
 
     def vmap() -> dict[str, Tensor]:
         def loss(values: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
             logits = torch.func.functional_call(model, values, (image[None],))
             return nn.functional.cross_entropy(logits.float(), target[None])
 
-        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-        means = [{name: g.abs().mean(dim=0) for name, g in each(parameters, *batch).items()} for batch in batches]
-        return {name: sum(mean[name] for mean in means) / BATCHES for name in parameters}
+        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, *batch)
+        return {name: gradient.abs().mean(dim=0) for name, gradient in gradients.items()}
 
     def mean_gradients() -> Mapping[str, Tensor]:
-        found = delfast.score(model, batches, "grad", per_example=True).gradients
+        found = delfast.score(model, [batch], "grad", per_example=True).gradients
         assert found is not None
         return found
 
     def channels() -> delfast.SignedChannels:
-        return delfast.signed_channels(model, batches)
+        return delfast.signed_channels(model, [batch])
 
     bound = 1e-4 if dtype == torch.float32 else 5e-2  # 16 bits round the activations between the layers
 
@@ -164,7 +156,7 @@ def _per_example(setting: str, model: nn.Module, dtype: torch.dtype, device: str
             assert difference <= bound, f"'{name}' is off by {difference:.2g}"
 
     def verify_channels() -> None:
-        whole, alone = channels(), delfast.signed_channels(model, [tuple(t[:1] for t in batches[0])])
+        whole, alone = channels(), delfast.signed_channels(model, [tuple(t[:1] for t in batch)])
         difference = float(abs(whole.matrix[:1] - alone.matrix).max() / abs(alone.matrix).max())
         assert difference <= bound, f"an example alone is off by {difference:.2g}"
 
@@ -181,8 +173,8 @@ def _per_example(setting: str, model: nn.Module, dtype: torch.dtype, device: str
 
 def _step(setting: str, model: nn.Module, mask: delfast.Mask, device: str) -> Iterator[Case]:
     dtype = next(model.parameters()).dtype
-    images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    targets = torch.arange(BATCH, device=device) % 10
+    images = torch.randn(STEP, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    targets = torch.arange(STEP, device=device) % 10
     compact, dense = copy.deepcopy(model), copy.deepcopy(model)
     handle = delfast.compact(compact, mask)
 

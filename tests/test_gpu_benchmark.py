@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases
+from benchmarks import gpu
 from benchmarks.gpu_cases import cases
 from delfast.models import build
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cases, "BATCH", 16)
-    monkeypatch.setattr(gpu_cases, "BATCHES", 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
