@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import COLUMNS, row
 from delfast.cli.compare.report import FIELDS
 from delfast.cli.compare.summary import KEYS, means
 from delfast.errors import InputError
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`: kernels
 JOB = ROOT / "benchmarks/results/job.json"  # of `make bench`: training steps and whole jobs
+GPU = ROOT / "benchmarks/results/gpu.json"  # of `python -m benchmarks.gpu`
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/cpp-release/test_cuda_sectors prints
@@ -59,6 +61,15 @@ def measured(results: dict[str, Any], source: str) -> str:
     head += f"Python {machine['python_version']}; {version}."
     lines = [f"| {test} | {'<br>'.join(cases)} | {target} |" for (test, target), cases in rows.items()]
     return "\n".join([head, "", "| benchmark | measured | target |", "|---|---|---|", *lines, ""])
+
+
+def gpu(results: dict[str, Any]) -> str:
+    """The card's line, and a row for each kernel on each network."""
+    if not results["results"] or results["failures"]:
+        raise InputError(f"'{GPU.name}' is of a run that failed; run `python -m benchmarks.gpu` again")
+    made = results["provenance"]
+    head = f"{results['device']}, copy {results['copy_gb_per_s']:.0f} GB/s; torch {made['torch']}, CUDA {made['cuda']}."
+    return "\n".join([head, "", markdown_table(COLUMNS, [row(result) for result in results["results"]])])
 
 
 def demo(summary: dict[str, Any]) -> str:
@@ -141,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = README.read_text(encoding="utf-8")
         after = fill(before, "measured", measured(read_json(CPU), CPU.name))
         after = fill(after, "job", measured(read_json(JOB), JOB.name))
+        after = fill(after, "gpu", gpu(read_json(GPU)))
         after = fill(after, "sectors", sectors(SECTORS.read_text(encoding="utf-8")))
         after = fill(after, "demo", demo(read_json(DEMO)))
         after = fill(after, "cifar10", cifar10(CIFAR10.read_text(encoding="utf-8")))
