@@ -32,8 +32,10 @@ lint: all
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
+# a process for each CPU, of one thread: most tests are of small networks, whose threads would wait for one another; files
+# in their order, or the C++ builds, a few long tests, would come last
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-all: lint
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -166,6 +166,7 @@ setup(
                 "-fopenmp",
                 "-DAT_PARALLEL_OPENMP=1",
                 "-fvisibility=hidden",
+                "-g0",  # some Pythons ask for debug symbols, eight times the size
             ],
             extra_link_args=["-fopenmp"],
         )
