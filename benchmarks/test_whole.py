@@ -8,10 +8,8 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,7 +35,6 @@ from benchmarks.job import (
     precision_of,
     retain_set,
 )
-from benchmarks.memory import added_peak, print_added_peak
 from delfast.compact import Compact
 from delfast.evaluate import accuracy_and_loss
 from delfast.models import factory
@@ -176,54 +173,3 @@ def test_saving_by_cause(name: str, benchmark: Any) -> None:
     Versus(benchmark, f"test_saving_by_cause[{name}]").report(
         f"{text} of {whole:.0f} s of naive steps and evaluations", "none"
     )
-
-
-# ---- memory
-
-
-def finetune_once(name: str, side: str, examples: int) -> None:
-    """An epoch of a finetune, as each side does it."""
-    train_set, _, mean, std = data()
-    torch.manual_seed(0)
-    model = factory(name, 10, 3, 32)()
-    some = part(train_set, slice(examples))
-    if side == "naive":
-        sets = {"retain": naive.dataset(some, mean, std)}
-        mask = naive.localize(model, sets["retain"], BUDGET)
-        naive.finetune(model, mask, sets, 1, LR)
-    else:
-        model = model.to(memory_format=LAYOUT[name])
-        mask = delfast.localize(model, batches(some), BUDGET)
-        delfast.unlearn(model, retain=batches(some), mask=mask, init=model, epochs=1, lr=LR)
-
-
-def print_peak(name: str, side: str) -> None:
-    data()
-    print_added_peak(partial(finetune_once, name, side, 4), partial(finetune_once, name, side, TRAIN - FORGET))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak from /proc")
-@pytest.mark.parametrize("name", MODELS)
-def test_peak_memory_of_the_finetune(name: str, versus: Versus) -> None:
-    module = "benchmarks.test_whole"
-    ours, theirs = versus.once(partial(added_peak, module, name, "ours"), partial(added_peak, module, name, "naive"))
-    versus.report(f"{ours / theirs:.2f} x the naive loop's, {ours / 2**20:.0f} MiB", "<= 0.9 x")
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_optimizer_state(name: str, versus: Versus) -> None:
-    torch.manual_seed(0)
-    model = factory(name, 10, 3, 32)()
-    images, targets = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
-    mask = delfast.localize(model, [(images, targets)], BUDGET)
-
-    def state(compact: bool) -> int:
-        network = copy.deepcopy(model)
-        with delfast.compact(network, mask) if compact else nullcontext():
-            optimizer = torch.optim.SGD((p for p in network.parameters() if p.requires_grad), lr=1e-4, momentum=0.9)
-            cross_entropy(network(images), targets).backward()
-            optimizer.step()
-        return sum(held["momentum_buffer"].numel() for held in optimizer.state.values())
-
-    ours, theirs = versus.once(lambda: state(True), lambda: state(False))
-    versus.report(f"{ours / theirs:.3f} x dense", "<= 0.35 x")
