@@ -40,14 +40,14 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-# both sides take turns on the same threads; the results are kept as JSON, of kernels, of whole jobs, and of memory
-JOBS := benchmarks/test_compact.py benchmarks/test_whole.py
-MEMORY := benchmarks/test_memory.py
+# both sides take turns on the same threads; the results are kept as JSON: of kernels, and of what takes longer
+LONGER := steps job memory
 bench: all
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks $(JOBS:%=--ignore=%) $(MEMORY:%=--ignore=%) -m "" --benchmark-json=benchmarks/results/cpu.json
-	$(BIN)/python -m pytest $(JOBS) -m "" --benchmark-json=benchmarks/results/job.json
-	$(BIN)/python -m pytest $(MEMORY) -m "" --benchmark-json=benchmarks/results/memory.json
+	$(BIN)/python -m pytest benchmarks $(LONGER:%=--ignore=benchmarks/test_%.py) -m "" --benchmark-json=benchmarks/results/cpu.json
+	for name in $(LONGER); do \
+	  $(BIN)/python -m pytest benchmarks/test_$$name.py -m "" --benchmark-json=benchmarks/results/$$name.json || exit; \
+	done
 
 # what the README's tables are made of, made anew
 results: bench demo

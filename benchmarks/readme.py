@@ -26,7 +26,8 @@ from delfast.report import METHOD_COLUMNS, markdown_table, method_rows
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`: kernels
-JOB = ROOT / "benchmarks/results/job.json"  # of `make bench`: training steps and whole jobs
+STEPS = ROOT / "benchmarks/results/steps.json"  # of `make bench`: training steps
+JOB = ROOT / "benchmarks/results/job.json"  # of `make bench`: whole jobs
 MEMORY = ROOT / "benchmarks/results/memory.json"  # of `make bench`: memory of the finetune
 GPU = ROOT / "benchmarks/results/gpu.json"  # of `python -m benchmarks.gpu`
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
@@ -152,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         before = README.read_text(encoding="utf-8")
         after = fill(before, "measured", measured(read_json(CPU), CPU.name))
+        after = fill(after, "steps", measured(read_json(STEPS), STEPS.name))
         after = fill(after, "job", measured(read_json(JOB), JOB.name))
         after = fill(after, "memory", measured(read_json(MEMORY), MEMORY.name))
         after = fill(after, "gpu", gpu(read_json(GPU)))

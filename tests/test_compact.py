@@ -113,7 +113,7 @@ def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch)
 
 @pytest.mark.parametrize("dtype", LEAST_CHANNELS_PER_POSITION)
 def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
-    """And others do not, nor layers with groups; which is faster says benchmarks/test_compact.py."""
+    """And others do not, nor layers with groups; which is faster says benchmarks/test_steps.py."""
     calls = []
     monkeypatch.setattr(gradients, "by_offsets", lambda *given: calls.append(given) or by_offsets(*given))
     channels = 9 * LEAST_CHANNELS_PER_POSITION[dtype]

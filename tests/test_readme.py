@@ -40,7 +40,7 @@ def named(tool: str) -> set[str]:
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """benchmarks.readme at work on copies of the README and the results."""
-    for name in ("README", "CPU", "JOB", "MEMORY", "GPU", "DEMO", "SECTORS", "CIFAR10"):
+    for name in ("README", "CPU", "STEPS", "JOB", "MEMORY", "GPU", "DEMO", "SECTORS", "CIFAR10"):
         source = getattr(readme, name)
         (tmp_path / source.name).write_bytes(source.read_bytes())
         monkeypatch.setattr(readme, name, tmp_path / source.name)
@@ -49,7 +49,8 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_tables_are_those_of_the_kept_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.main(["--check"]) == 0, capsys.readouterr().err
-    for benchmark in (b for path in (readme.CPU, readme.JOB, readme.MEMORY) for b in read_json(path)["benchmarks"]):
+    results = [read_json(path) for path in (readme.CPU, readme.STEPS, readme.JOB, readme.MEMORY)]
+    for benchmark in (benchmark for result in results for benchmark in result["benchmarks"]):
         assert benchmark["extra_info"]["measured"] in TEXT and benchmark["extra_info"]["target"] in TEXT
     assert read_json(readme.CPU)["machine_info"]["cpu"]["brand_raw"] in TEXT
     for scenario in read_json(readme.DEMO)["scenarios"].values():
@@ -73,7 +74,7 @@ def test_check_sees_a_changed_figure_and_writing_mends_it(copies: Path, capsys: 
     assert (copies / "README.md").read_text(encoding="utf-8") == TEXT
 
 
-RESULTS = ["cpu.json", "job.json", "memory.json", "gpu.json", "demo.json", "sectors.md", "results.csv"]
+RESULTS = ["cpu.json", "steps.json", "job.json", "memory.json", "gpu.json", "demo.json", "sectors.md", "results.csv"]
 
 
 @pytest.mark.parametrize("name", ["README.md", *RESULTS])

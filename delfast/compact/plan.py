@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 16  # channels that a vector holds (AVX-512, float32): libraries pad channel counts to multiples of it
-WORTH_GATHERING = 0.9  # of the blocks: with more of them, gathering saves nothing (benchmarks/test_compact.py)
+WORTH_GATHERING = 0.9  # of the blocks: with more of them, gathering saves nothing (benchmarks/test_steps.py)
 
 
 @dataclass(frozen=True)
