@@ -1,6 +1,6 @@
 # make demo   train, forget, and compare with retraining, on real data, in three minutes
 # make test   lint, types, C++ and Python tests
-# make bench  every kernel against its baseline; make results also renews the README's tables
+# make bench  every kernel, training step and whole job against its baseline, hours; make results also renews the README's tables
 # Both make .venv and build the extension first; a second call does no work twice.
 
 PYTHON ?= python3

@@ -94,7 +94,7 @@ def measure(quick: bool) -> dict[str, Any]:
     for name, dtype in settings[: 1 if quick else None]:
         for case in cases(name, build_network(name, 10, 3, 32), dtype, "cuda"):
             try:
-                with torch.backends.cudnn.flags(allow_tf32=False):
+                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                     case.verify()
             except (AssertionError, RuntimeError) as error:
                 failures.append(f"{case.name} on {case.setting}: {one_line(error)}")

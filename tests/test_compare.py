@@ -301,6 +301,14 @@ def test_more_examples_than_there_are_are_refused(tmp_path: Path, capsys: Any) -
     assert "expected at most 1437 train_examples of 'digits', got 3000" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path, capsys: Any) -> None:
+    grid = str(write(tmp_path, TINY))
+    assert main(["compare", grid, "--output-dir", str(tmp_path / "out"), "--device", "cuda:99"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "expected a device auto, cpu or cuda that this machine has, got 'cuda:99'" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_grid_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a TOML file"):
         read_grid(tmp_path / "none.toml")

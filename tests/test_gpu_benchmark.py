@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,6 +45,17 @@ def test_without_a_device_it_fails_in_one_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == (
         "gpu: error: expected a CUDA device, found none; run this on a machine with a GPU\n"
     )
+
+
+def test_a_case_that_fails_its_check_is_named_and_the_exit_code_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {"device": "a card", "copy_gb_per_s": 1.0, "results": [], "failures": ["masked AdamW: off"]}
+    monkeypatch.setenv(gpu.BUILT, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "measure", lambda quick: results)
+    assert gpu.main(["--output", str(tmp_path / "gpu.json")]) == 1
+    assert capsys.readouterr().err == "gpu: error: masked AdamW: off\n"
 
 
 def test_a_row_shows_times_rates_and_ratios() -> None:

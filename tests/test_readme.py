@@ -102,6 +102,10 @@ def test_unfit_results_and_lost_markers_are_refused(copies: Path, capsys: pytest
     (copies / "demo.json").write_text(json.dumps({**summary, "quick": True}), encoding="utf-8")
     assert "delfast demo --quick" in refused()
     (copies / "demo.json").write_text(json.dumps(summary), encoding="utf-8")
+    card = read_json(copies / "gpu.json")
+    (copies / "gpu.json").write_text(json.dumps({**card, "failures": ["masked AdamW: off"]}), encoding="utf-8")
+    assert "is of a run that failed" in refused()
+    (copies / "gpu.json").write_text(json.dumps(card), encoding="utf-8")
     report = (copies / "sectors.md").read_text(encoding="utf-8")
     (copies / "sectors.md").write_text(report.replace("| apart, SGD", "| elsewhere, SGD"), encoding="utf-8")
     assert readme.main([]) == 0  # there is still a figure of each kind

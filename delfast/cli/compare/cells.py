@@ -236,11 +236,11 @@ def _oracle_predictions(directory: Path, network: Trained, device: str) -> dict[
     return {name: predictions(oracle, sets[name]) for name in ("forget", "test")}
 
 
+# all settings and seeds share the data, and decoding a folder of images anew takes longer than some cells
+_load_data = lru_cache(maxsize=1)(load_data)
+
+
 @lru_cache(maxsize=2)
 def _run(config: Config, device: str) -> Run:
     """A configuration with its data and forget set: cells of one setting and seed share them."""
     return start(config, choose_device(device), _load_data)
-
-
-# all settings and seeds share the data, and decoding a folder of images anew takes longer than some cells
-_load_data = lru_cache(maxsize=1)(load_data)
