@@ -80,7 +80,8 @@ class MaskedOptimizer(Optimizer):
 
     def _calls_of(self, number: int, group: dict[str, Any]) -> list[Call]:
         """The op calls, one a device, that step this group; kept until other parameters have gradients."""
-        present = [
+        present: list[Any] = [self._state_count(group)]  # which a schedule of the momentum may change
+        present += [
             (id(parameter), parameter.stride(), parameter.dtype, parameter.device)
             for parameter in group["params"]
             if parameter.grad is not None
@@ -98,10 +99,7 @@ class MaskedOptimizer(Optimizer):
             part = self.mask.parameters.get(plain_name(name))
             if parameter.grad is None or part is None or not part.selected:
                 continue
-            if parameter.grad.is_sparse:
-                raise InputError(
-                    f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
-                )
+            check_dense(name, parameter.grad)
             wide = torch.promote_types(parameter.dtype, torch.float32)
             batches.setdefault((parameter.device, wide), []).append((parameter, part))
         count = self._state_count(group)
@@ -122,7 +120,7 @@ class MaskedOptimizer(Optimizer):
         pieces = []
         for parameter, part in entries:
             old = self.state[parameter].get(self.state_name)
-            if old is None:
+            if old is None or not count:
                 pieces.append(torch.zeros(count * part.selected, dtype=dtype, device=device))
             else:
                 pieces.append(flat_rows(old, parameter) if part.by_row else old)
@@ -193,7 +191,7 @@ def _moved(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of a masked op takes, but for the gradients. ``present``: what had gradients then, and how."""
+    """What one call of a masked op takes, but for the gradients. ``present``: what had state and gradients then."""
 
     present: list[Any]
     parameters: list[Tensor]
@@ -306,6 +304,12 @@ class MaskedAdamW(MaskedOptimizer):
 def _rate(lr: float | Tensor) -> dict[str, Any]:
     """The op's arguments for a rate; a tensor is read where it is, by a captured CUDA graph at every replay."""
     return {"lr": 0.0, "lr_tensor": lr} if isinstance(lr, Tensor) else {"lr": float(lr)}
+
+
+def check_dense(name: str, gradient: Tensor) -> None:
+    """InputError for the gradient of a sparse Embedding."""
+    if gradient.is_sparse:
+        raise InputError(f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False")
 
 
 def _check_range(**values: float | Tensor) -> None:

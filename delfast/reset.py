@@ -58,15 +58,10 @@ def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> 
         return {plain_name(name): value.detach() for name, value in init.items()}
     if init == "reset_parameters":
         with _seeded(seed):
-            init = _reset_copy(unwrap(model), needed)
-    elif callable(init) and not isinstance(init, nn.Module):
-        with _seeded(seed):
-            init = init()
-    if not isinstance(init, nn.Module):
-        raise InputError(
-            f"expected init to make an nn.Module, got {type(init).__name__}; pass a factory, a model or a state dict"
-        )
-    named = unwrap(init).named_parameters(remove_duplicate=False)
+            fresh = _reset_copy(unwrap(model), needed)
+    else:
+        fresh = _made(init, seed, "pass a factory, a model or a state dict")
+    named = fresh.named_parameters(remove_duplicate=False)
     return {plain_name(name): parameter.detach() for name, parameter in named}
 
 
@@ -75,14 +70,17 @@ def fresh_state(init: Init, seed: int) -> dict[str, Tensor]:
 
     InputError for an ``init`` that is neither.
     """
+    return _made(init, seed, "pass a factory of it, or a second model").state_dict()
+
+
+def _made(init: Any, seed: int, advice: str) -> nn.Module:
+    """The network that a factory makes under the seed, or the one given, without its wrappers."""
     if callable(init) and not isinstance(init, nn.Module):
         with _seeded(seed):
             init = init()
     if not isinstance(init, nn.Module):
-        raise InputError(
-            f"expected init to make a whole network, got {type(init).__name__}; pass a factory of it, or a second model"
-        )
-    return unwrap(init).state_dict()
+        raise InputError(f"expected init to make a whole network, got {type(init).__name__}; {advice}")
+    return unwrap(init)
 
 
 @contextmanager

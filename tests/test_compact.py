@@ -22,7 +22,9 @@ from tests import cases
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 40), (5, 6)),
-    "linear, tokens": (lambda: nn.Linear(6, 40, bias=False), (5, 3, 6)),
+    "linear, tokens": (lambda: nn.Linear(6, 40), (5, 3, 6)),
+    "linear, tokens, no bias": (lambda: nn.Linear(6, 40, bias=False), (5, 3, 2, 6)),
+    "linear, one example": (lambda: nn.Linear(6, 40), (6,)),
     "conv1d": (lambda: nn.Conv1d(4, 40, 3, padding=1), (3, 4, 9)),
     "conv1d, same": (lambda: nn.Conv1d(4, 40, 4, padding="same", dilation=2), (3, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(3, 40, 3, padding=1), (4, 3, 8, 8)),
@@ -95,7 +97,7 @@ def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch)
         inputs = inputs.detach().requires_grad_()
 
         def loss(model, inputs=inputs):
-            return model(inputs).sin().square().sum()
+            return model(inputs).sin_().square().sum()  # in place, straight after the layer
 
         expected = expected_gradients(layer, mask, loss)
         of_inputs = inputs.grad.clone()
@@ -242,6 +244,63 @@ def test_compile_in_float32_is_within_the_error_budget(net, data):
         compact = gradients_of(handle)
     errors = [sum((g[name] - exact[name]).norm() / exact[name].norm() for name in exact) for g in (compact, dense)]
     assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize("kind", ["foreach", "fused"])
+def test_a_compiled_model_goes_on_learning(net, data, kind):
+    """A fused kernel changes a parameter without telling autograd, a compiled forward pass tells it of the weight."""
+    states = []
+    for compiled in (False, True):
+        model = copy.deepcopy(net).double()
+        loss = cross_entropy(data, torch.float64)
+        with delfast.compact(model, row_mask(model, 0.4)) as handle:
+            optimizer = torch.optim.AdamW(handle.parameters(), lr=0.01, **{kind: True})
+            run = torch.compile(model) if compiled else model
+            losses = []
+            for _ in range(4):
+                optimizer.zero_grad()
+                losses.append(loss(run))
+                losses[-1].backward()
+                optimizer.step()
+        assert losses[-1] < losses[0]
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_an_optimizer_from_before_is_refused(net, data):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    before = copy.deepcopy(net.state_dict())
+    with delfast.compact(net, row_mask(net, 0.4)):
+        cross_entropy(data)(net.eval()).backward()
+        with pytest.raises(
+            InputError, match=r"made after compact\(\), got one of 'stem.0.weight' without the 'stem.0.wei"
+        ):
+            optimizer.step()
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_what_is_not_selected_may_not_be_thawed(net, data):
+    mask = row_mask(net, 0.4)
+    mask = Mask({name: part for name, part in mask.parameters.items() if name.startswith("mix")})
+    with delfast.compact(net, mask):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        cross_entropy(data)(net).backward()
+        optimizer.step()
+        net.requires_grad_(True)
+        cross_entropy(data)(net).backward()
+        with pytest.raises(
+            InputError, match=r"expected no gradient of 'stem\.0\.weight', of which the mask selects nothing"
+        ):
+            optimizer.step()
+
+
+def test_gradients_are_dropped_while_the_model_is_undone(net, data):
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        cross_entropy(data)(net).backward()
+        with handle.undone():
+            net(data[0])
+        assert all(parameter.grad is None for parameter in handle.parameters())
 
 
 def test_a_step_between_forward_and_backward_is_an_error(net, data):
@@ -502,14 +561,34 @@ def test_a_partial_load_keeps_the_rest(net):
         assert (rows == 3).all()
 
 
-def test_a_failure_while_it_is_made_undoes_it(net, monkeypatch):
-    def fail(*_):
-        raise MemoryError
+@pytest.mark.parametrize(
+    "where, what", [("compact", "Guard"), ("compact.layers", "plan_rows"), ("torch", "empty_like")]
+)
+def test_a_failure_while_it_is_made_undoes_it(net, monkeypatch, where, what):
+    module = torch if where == "torch" else sys.modules[f"delfast.{where}"]
+    works, calls = getattr(module, what), []
 
-    monkeypatch.setattr(sys.modules["delfast.compact"], "Guard", fail)
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == (1 if what == "Guard" else 3):  # of layers the third: the first two are compact by then
+            raise MemoryError
+        return works(*arguments)
+
+    monkeypatch.setattr(module, what, fail)
     with pytest.raises(MemoryError):
         delfast.compact(net, row_mask(net, 0.4))
-    assert type(net.mix) is nn.Linear and all(p.requires_grad for p in net.parameters())
+    assert len(calls) in (1, 3) and all(type(m) not in COMPACT.values() for m in net.modules())
+    assert all(p.requires_grad for p in net.parameters())
+    assert not [name for name, _ in net.named_parameters() if "rows" in name]
+
+
+def test_guarded_parameters_are_known_by_themselves_and_not_by_where_they_lay(net):
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        guarded = [name for name, way in handle.ways.items() if way == "guarded"]
+        ids = {id(dict(net.named_parameters())[name]) for name in guarded}
+        net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+        fresh = [nn.Parameter(torch.ones(3)) for _ in range(200)]
+        assert not ids & {id(parameter) for parameter in (*net.parameters(), *fresh)}
 
 
 def test_empty_batches_and_single_examples():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 import delfast
+from delfast.mask import Mask
 from delfast.unlearn import METHODS
 
 TRAINED = sorted(name for name, method in METHODS.items() if method().epochs)
@@ -30,6 +31,15 @@ def batches(seed, count):
     ]
 
 
+def half_of_the_rows():
+    return Mask.from_dense(
+        {
+            name: (torch.arange(len(p)) % 2 == 0).reshape(-1, *[1] * (p.ndim - 1)).expand(p.shape)
+            for name, p in network().named_parameters()
+        }
+    )
+
+
 def unlearn_in_one_of(rank, processes, store, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
@@ -43,6 +53,16 @@ def unlearn_in_one_of(rank, processes, store, results):
             epochs=2, lr=0.01,
         )  # fmt: skip
         torch.save(dict(model.named_parameters()), f"{results}/{name}-{rank}.pt")
+    model = network()
+    with delfast.compact(model, half_of_the_rows()) as handle:
+        assert handle.ways["0.weight"] == handle.ways["5.weight"] == "rows"
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        for inputs, targets in batches(10 + rank, 3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(wrapped(inputs), targets).backward()
+            optimizer.step()
+    torch.save(dict(model.named_parameters()), f"{results}/compact-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -51,8 +71,13 @@ def test_two_processes_end_with_the_same_network(tmp_path):
     if os.listdir("/sys/class/net") == []:
         pytest.skip("gloo needs a network interface, be it the loopback, and there is none")
     start_processes(unlearn_in_one_of, (2, tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
-    for name in TRAINED:
+    mask = half_of_the_rows()
+    for name in (*TRAINED, "compact"):
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
         begun = dict(network().named_parameters())
         assert all(torch.equal(first[key], second[key]) for key in first), name
         assert any(not torch.equal(first[key], begun[key]) for key in first), name
+        if name == "compact":
+            for key, part in mask.parameters.items():
+                changed = first[key] != begun[key]
+                assert not changed[~part.dense()].any() and (changed.any() or not part.selected), key

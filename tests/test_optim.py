@@ -272,6 +272,23 @@ def test_groups_with_their_own_momentum_and_generators_of_parameters() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_momentum_that_a_schedule_raises_from_zero() -> None:
+    one, mask = cases.SmallNet(), delfast.score(cases.SmallNet(), criterion="random").select(1.0)
+    two = copy.deepcopy(one)
+    pairs = (
+        (one, MaskedSGD(one.named_parameters(), mask, lr=0.01)),
+        (two, torch.optim.SGD(two.parameters(), lr=0.01)),
+    )
+    for step, momentum in enumerate((0.0, 0.0, 0.9, 0.9, 0.0, 0.5)):
+        for model, optimizer in pairs:
+            optimizer.param_groups[0]["momentum"] = momentum
+            optimizer.zero_grad()
+            scaled_loss(model, step).backward()
+            optimizer.step()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_a_parameter_without_gradient_in_one_step_keeps_its_own_count() -> None:
     one, mask = cases.SmallNet(), delfast.score(cases.SmallNet(), criterion="random").select(1.0)
     two = copy.deepcopy(one)

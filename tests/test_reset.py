@@ -79,7 +79,7 @@ def test_bad_input_changes_nothing() -> None:
         (other, cases.SmallNet, "which the model does not have"),
         (whole, short, "fresh values for 'conv1.weight', init has none"),
         (whole, wrong, r"fresh values for 'conv1.weight' of shape \(8, 8, 3\), got \(8, 8, 5\)"),
-        (whole, lambda: 3, "expected init to make an nn.Module, got int"),
+        (whole, lambda: 3, "expected init to make a whole network, got int"),
     ):
         with pytest.raises(InputError, match=message):
             delfast.reset_(model, bad_mask, init)  # type: ignore[arg-type]

@@ -68,6 +68,9 @@ def test_head_is_the_last_linear_that_runs() -> None:
         find_head(nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()), batch)
 
 
+LINEAR = [(torch.ones(2, 4), torch.tensor([0, 1]))]
+
+
 class Interrupted(Exception):
     pass
 
@@ -103,6 +106,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(cases.SmallNet(), epochs=1, checkpoint=path)
     with pytest.raises(InputError, match=r"a run with other settings \(.*lr"):
         run(cases.SmallNet(), epochs=1, lr=0.01, checkpoint=path, resume=True)
+    other, plain = nn.Linear(4, 3), tmp_path / "plain.pt"
+    one_epoch: dict[str, Any] = {"epochs": 1, "checkpoint": plain}
+    train(nn.Linear(4, 5), LINEAR, torch.optim.SGD(nn.Linear(4, 5).parameters()), **one_epoch)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(InputError, match="is of a run with another network"):
+        train(other, LINEAR, torch.optim.SGD(other.parameters()), **one_epoch, resume=True)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot be read"):
         run(cases.SmallNet(), epochs=1, checkpoint=path, resume=True)
@@ -207,6 +217,12 @@ def test_a_loaders_own_generator_resumes_too(tmp_path: Path) -> None:
         run(model, retain=loader(), epochs=4, head="head", checkpoint=path, resume=True)
         states.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
     assert torch.equal(states[0], states[1])
+    torch.manual_seed(0)
+    model = cases.SmallNet()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="is of a run with another number of generators in the loader"):
+        run(model, epochs=4, head="head", checkpoint=path, resume=True)  # mask and settings are the same
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_batch_norm_set_to_eval_stays_frozen_and_no_grad_callers_are_served() -> None:

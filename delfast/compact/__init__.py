@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from delfast.compact.guard import Guard
 from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, may_have_small_maps, restore
@@ -36,7 +36,7 @@ class Compact:
         if is_parallel(model):
             raise InputError(
                 "expected a model outside DistributedDataParallel and DataParallel, which have taken its parameters; "
-                "call compact() first, then wrap"
+                "call compact() first, then wrap in DistributedDataParallel"
             )
         self.model, self.original_mask = unwrap(model), mask
         parameters = trainable_parameters(self.model)
@@ -83,12 +83,14 @@ class Compact:
                         self._rows[name].copy_(compact.weight_rows)
                     compact.weight_rows = self._rows[name]
                 self._rows[name] = compact.weight_rows
-            for name in self._names("frozen"):
-                parameters[name].requires_grad_(False)
-            for parameter in parameters.values():
+            self._frozen = {name: parameters[name] for name in self._names("frozen")}
+            for parameter in self._frozen.values():
+                parameter.requires_grad_(False)
+            for parameter in (*parameters.values(), *self._rows.values()):
                 parameter.grad = None
             guarded = {name: self._chosen[name].dense() for name in self._names("guarded")}
             self._hooks.append(Guard(parameters, guarded, self.mask.digest))
+            self._hooks.append(register_optimizer_step_pre_hook(self._before_step))
             self._hooks.append(register_optimizer_step_post_hook(self._after_step))
         except BaseException:
             self.undo()
@@ -109,10 +111,32 @@ class Compact:
             if name in frozen:
                 parameter.requires_grad_(True)
 
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """InputError where the step would leave out rows, or move what is not selected."""
+        held = _held(optimizer)
+        for name, rows in self._rows.items():
+            if id(self._layers[name][0].weight) in held and id(rows) not in held:
+                raise InputError(
+                    f"expected an optimizer made after compact(), got one of '{name}' without the "
+                    f"'{_rows_name(name)}' that it is trained through; make the optimizer anew"
+                )
+        for name, parameter in self._frozen.items():
+            if id(parameter) in held and parameter.grad is not None:
+                raise InputError(
+                    f"expected no gradient of '{name}', of which the mask selects nothing, got one; leave its "
+                    "requires_grad off until undo()"
+                )
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Some modules read a layer's weight without calling it: the fast path of nn.TransformerEncoderLayer does."""
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if any(id(rows) in stepped for rows in self._rows.values()):
+        """Some modules read a layer's weight without calling it: the fast path of nn.TransformerEncoderLayer does.
+
+        Fused kernels do not tell autograd that they have changed a parameter, and a compiled forward pass tells it that
+        it has changed the weight: without a word of ours the rows would look like the older of the two.
+        """
+        held = _held(optimizer)
+        stepped = [rows for rows in self._rows.values() if id(rows) in held]
+        if stepped:
+            torch.autograd.graph.increment_version(stepped)
             self.write()
 
     @contextmanager
@@ -161,7 +185,7 @@ class Compact:
             if way == "rows":
                 part = self._chosen[name]
                 shape = (int(part.flags.sum()), *part.shape[1:])
-                name = name.removesuffix("weight") + ROWS
+                name = _rows_name(name)
                 parts[name] = ParameterMask(shape, "row", pack(torch.ones(shape[0], dtype=torch.bool)))
             elif way != "frozen":
                 parts[name] = self._chosen[name]
@@ -182,10 +206,11 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
     other modules) keeps its dense gradient behind a guard; ``handle.ways`` says which parameter goes which way.
 
     ``state_dict()`` has the names and shapes it had, and ``load_state_dict`` takes them. Wrap with DDP or
-    ``torch.compile`` afterwards. dense: names of parameters to keep out, where other code reads ``layer.weight`` and
-    expects a gradient.
+    ``torch.compile``, and make the optimizer, afterwards. Until it is undone, torch's hooks on optimizers keep the
+    model alive. dense: names of parameters to keep out, where other code reads ``layer.weight`` and expects a gradient.
 
-    Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name.
+    Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name; and
+    in an optimizer's step, for one that was made before, or a gradient of what is not selected.
     """
     if isinstance(dense, str):
         raise InputError(f"expected dense to be a list of names, got '{dense}'; write [{dense!r}]")
@@ -201,6 +226,14 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
             fits = fits and parameter.is_floating_point() and not _has_hooks(parameter)
             found[id(parameter)] = module if fits and id(parameter) not in found else None
     return found
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _rows_name(weight: str) -> str:
+    return weight.removesuffix("weight") + ROWS
 
 
 def _has_hooks(parameter: Tensor) -> bool:

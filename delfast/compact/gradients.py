@@ -22,8 +22,8 @@ LEAST_CHANNELS_PER_POSITION = {torch.float32: 16, torch.bfloat16: 4}
 
 
 def linear_rows_gradient(x: Tensor, delta: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
-    """The gradient of the selected rows of a linear layer's weight, of x (..., in) and delta (..., out)."""
-    found = gather(delta.reshape(-1, delta.shape[-1]), gathered).t() @ x.reshape(-1, x.shape[-1])
+    """The gradient of the selected rows of a linear layer's weight, of x (N, in) and delta (N, out)."""
+    found = gather(delta, gathered).t() @ x
     return found if kept is None else found.index_select(0, kept)
 
 

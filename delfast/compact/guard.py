@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from delfast.errors import InputError
-from delfast.optim import MaskedOptimizer
+from delfast.optim import MaskedOptimizer, check_dense
 
 
 class Guard:
@@ -25,6 +24,7 @@ class Guard:
     def __init__(self, parameters: Mapping[str, Tensor], chosen: Mapping[str, Tensor], digest: str) -> None:
         self.digest = digest
         self._chosen = {id(parameters[name]): flags for name, flags in chosen.items()}
+        self._kept = [parameters[name] for name in chosen]  # or another tensor could get the id of one that is gone
         self._before: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         try:
@@ -47,10 +47,7 @@ class Guard:
         key = id(parameter)
 
         def mask(gradient: Tensor) -> Tensor:
-            if gradient.is_sparse:
-                raise InputError(
-                    f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
-                )
+            check_dense(name, gradient)
             return torch.where(self._flags(key, gradient.device), gradient, 0)  # a product would keep NaN
 
         return mask

@@ -112,17 +112,21 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
         plan = RowPlan(None, None, None, groups)
     else:
         plan = plan_rows(rows.cpu(), weight.shape[0], weight.shape[1] * groups, groups)
-    compact = cast(CompactLayer, layer)
-    compact.__class__ = COMPACT[type(layer)]
-    for name, tensor in zip(INDICES, (rows, plan.gathered, plan.opposite, plan.kept), strict=True):
-        # no buffers: averages of models would average them, and DDP send them with every pass
-        setattr(compact, name, None if tensor is None else tensor.to(weight.device))
-    compact.row_groups, compact.row_versions = plan.groups, (0, 0, 0)
+    found = (rows, plan.gathered, plan.opposite, plan.kept)
+    indices = [None if tensor is None else tensor.to(weight.device) for tensor in found]
+    selected = None
     if rows is not None:
-        like = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
-        compact.weight_rows = nn.Parameter(like)
-        compact.read_rows()
+        selected = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
+    compact = cast(CompactLayer, layer)  # from here on nothing is allocated: a layer is changed whole or not at all
+    compact.__class__ = COMPACT[type(layer)]
+    for name, tensor in zip(INDICES, indices, strict=True):
+        # no buffers: averages of models would average them, and DDP send them with every pass
+        setattr(compact, name, tensor)
+    compact.row_groups, compact.row_versions = plan.groups, (0, 0, 0)
+    if selected is not None:
+        compact.weight_rows = nn.Parameter(selected)
         compact.weight.requires_grad_(False)
+        compact.read_rows()
     return compact
 
 
@@ -141,7 +145,7 @@ def restore(layer: CompactLayer) -> nn.Module:
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + b, and the gradient of W's selected rows."""
+    """x Wᵀ + b, x (N, in), and the gradient of W's selected rows."""
 
     @staticmethod
     def forward(
@@ -167,7 +171,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_rows = linear_rows_gradient(x, delta, gathered, kept).to(rows.dtype)
         if ctx.needs_input_grad[3]:
-            of_bias = delta.reshape(-1, delta.shape[-1]).sum(0)
+            of_bias = delta.sum(0)
         return of_x, of_rows, None, of_bias, None, None
 
 
@@ -223,8 +227,10 @@ class CompactLinear(CompactLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         rows, weight = self.parameter_and_weight()
         x, weight, bias = _as_autocast(input, weight, self.bias)
-        result: Tensor = _Linear.apply(x, rows, weight, bias, self.plan.gathered, self.plan.kept)
-        return result
+        # of other than two dimensions linear gives a view, and a Function's views cannot be changed in place afterwards
+        flat = torch.atleast_2d(x).flatten(0, -2)  # type: ignore[no-untyped-call]
+        result: Tensor = _Linear.apply(flat, rows, weight, bias, self.plan.gathered, self.plan.kept)
+        return result if flat is x else result.reshape(*x.shape[:-1], self.out_features)
 
 
 class _Convolutional(CompactLayer):

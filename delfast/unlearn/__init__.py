@@ -14,7 +14,7 @@ from torch import nn
 
 from delfast.batches import LossFn
 from delfast.compact import compact
-from delfast.errors import InputError
+from delfast.errors import InputError, check_choice
 from delfast.localize import localize
 from delfast.mask import Mask
 from delfast.naming import is_parallel, trainable_parameters, unwrap
@@ -98,6 +98,7 @@ def unlearn(
     validation, patience: batches held out of the retain set; training ends after ``patience`` epochs without a lower
         loss on them, and the network is that of the lowest.
     precision, batchnorm, checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
+        "influence" and "ssd" train nothing, in float32 and in one stroke, which leaves these nothing to say.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
     The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
@@ -130,6 +131,10 @@ def unlearn(
         head = None
     if (validation is None) != (patience is None):
         raise InputError("expected validation= and patience= together, got one; pass both, or neither")
+    if patience is not None and not chosen.epochs:
+        raise InputError(f"expected no patience for '{chosen.name}', which has no epochs, got {patience}; leave it out")
+    check_choice("precision", precision, Precision)
+    check_choice("batchnorm", batchnorm, BatchNormMode)
     early_stop = None if validation is None or patience is None else EarlyStop(validation, patience, loss_fn)
     teacher = copy.deepcopy(network).eval() if "teacher" in chosen.needs else None
     job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)

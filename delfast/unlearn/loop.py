@@ -77,7 +77,7 @@ def train(
     checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
         the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
         that must be the same when it is resumed. Torch's generators and the loader's own are part of a checkpoint;
-        Python's and numpy's are not.
+        Python's and numpy's are not. Under DDP these are each process's own: give each a file of its own.
 
     A model in training mode keeps the modes of its modules (a BatchNorm set to eval stays frozen); one in eval mode is
     put into training mode. Afterwards all modes are as they were.
@@ -235,6 +235,7 @@ class _Checkpoint:
                 f"checkpoint '{self.path}' is of a run with other settings ({', '.join(different)}); "
                 "use the same settings, or start without --resume"
             )
+        self._check(state)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
@@ -244,3 +245,25 @@ class _Checkpoint:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         losses: list[float] = state["losses"]
         return losses
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """InputError for what could not be put back whole."""
+        gpus = torch.cuda.device_count() if "cuda_rng" in state and torch.cuda.is_available() else 0
+        for what, had, has in (
+            (
+                "network",
+                _shapes(state["model"]),
+                _shapes(self.parts["model"].state_dict()),
+            ),
+            ("number of generators in the loader", len(state["loader_rng"]), len(self.generators)),
+            ("number of GPUs", len(state["cuda_rng"]) if gpus else 0, gpus),
+        ):
+            if had != has:
+                raise InputError(
+                    f"checkpoint '{self.path}' is of a run with another {what}; use the same one, or start without "
+                    "--resume"
+                )
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
