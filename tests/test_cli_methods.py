@@ -13,7 +13,7 @@ from delfast.localize import STRATEGIES
 from delfast.mask import Mask
 from delfast.unlearn import METHODS
 
-QUICK = {"retrain": ["--epochs", "1"], "ssd": [], "influence": ["--set", "samples=20"]}
+QUICK = {"retrain": ["--epochs", "1"], "ssd": ["--set", "alpha=2"], "influence": ["--set", "samples=20"]}
 
 
 def run(*arguments: Any) -> None:

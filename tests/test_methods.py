@@ -168,6 +168,16 @@ def test_ssd_dampens_what_matters_more_to_the_forget_set(masked: bool) -> None:
     assert torch.equal(flat(work.network.parameters())[~hit], before[~hit])
 
 
+def test_ssd_refuses_an_alpha_that_nothing_can_reach() -> None:
+    work = job()
+    before = flat(work.network.parameters())
+    forgotten, retained = (sum(len(targets) for _, targets in loader) for loader in (work.forget, work.retain))
+    most = (forgotten + retained) / forgotten
+    with pytest.raises(InputError, match=f"expected alpha below {most:g} .* got {most:g}, .*; lower alpha"):
+        make_method("ssd", {"alpha": most}).prepare(work)
+    assert torch.equal(flat(work.network.parameters()), before)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> None:
     work = job()
@@ -177,7 +187,10 @@ def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> No
     retained = example_gradients(work, work.retain)
     samples = retained[:6, chosen]
     fisher = 0.5 * torch.eye(int(chosen.sum()), dtype=torch.float64) + samples.T @ samples / 6
-    v = example_gradients(work, work.forget).sum(dim=0)[chosen] / len(retained)
+    forgotten = example_gradients(work, work.forget)
+    count = len(forgotten) + len(retained)  # weights 1 / count on all, less those of the retain set's own mean
+    v = forgotten.sum(dim=0) / count + retained.sum(dim=0) * (1 / count - 1 / len(retained))
+    v = v[chosen]
     expected = before.clone()
     expected[chosen] += 2 * torch.linalg.solve(fisher, v)
     make_method("influence", {"alpha": 2.0, "damping": 0.5, "samples": 6}).prepare(work)
@@ -192,13 +205,13 @@ def dense(work: Job) -> Tensor:
 
 def test_influence_refuses_what_it_cannot_hold_or_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     work = job()
-    work.retain = [{"image": torch.zeros(2, 4)}]
+    work.retain = [{"image": torch.zeros(2, 4, dtype=torch.float64)}]
     work.loss_fn = lambda model, batch: model(batch[0] if isinstance(batch, tuple) else batch["image"]).sum(dim=1)
     monkeypatch.setattr(strokes, "examples_in", lambda *_: None)
     with pytest.raises(InputError, match="expects batches of tensors"):
         METHODS["influence"]().prepare(work)
     monkeypatch.setattr(strokes, "MOST_BYTES", 100)
-    with pytest.raises(InputError, match="would hold 300 gradients of 51 parameters"):
+    with pytest.raises(InputError, match="would hold 1000 gradients of 51 parameters"):
         METHODS["influence"]().prepare(work)
 
 
@@ -314,6 +327,8 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
         ({"method": "retrain", "init": {"0.weight": torch.zeros(6, 4)}}, "a whole network, got dict"),
         ({"method": "relabel", "loss_fn": lambda m, b: m(b[0]).sum(1)}, "needs logits"),
         ({"method": "ssd", "epochs": 3}, "expected epochs = 0 for 'ssd', got 3"),
+        ({"method": "ssd", "patience": 1, "validation": SETS["retain"]}, "expected no patience for 'ssd'"),
+        ({"method": "ssd", "precision": "fp8"}, "expected precision"),
         ({"method": "finetune", "epochs": 0}, "expected epochs >= 1 for 'finetune', got 0"),
         ({"method": "finetune", "lr": -1.0}, "expected lr > 0 for 'finetune', got -1.0"),
         ({"method": "gradient-ascent", "forget": []}, "a forget set of at least one batch"),

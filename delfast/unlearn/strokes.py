@@ -13,7 +13,6 @@ from delfast.batches import cut, evaluating, examples_in, per_example_losses
 from delfast.errors import InputError
 from delfast.localize.gradient import MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
-from delfast.localize.per_example.contributions import widened
 from delfast.naming import trainable_parameters
 from delfast.unlearn.methods import Job, Method, require
 
@@ -36,6 +35,9 @@ class Dampening(Stroke):
     g_j(x)², on the forget set S and on all training data D: where I_S > alpha I_D, θ_j is multiplied by
     min(dampening I_D / I_S, 1). Defaults: alpha 10, dampening 1 (their lambda), as there for ResNet-18.
 
+    D contains S, hence I_D >= I_S |S| / |D|: from alpha = |D| / |S| on nothing can be dampened, which is refused. So
+    the default serves forget sets below a tenth of the data; for larger ones alpha must be lower.
+
     I here is of each example's own gradient, in eval mode, so that it does not depend on batches.
     """
 
@@ -56,9 +58,15 @@ class Dampening(Stroke):
             squares = PerExampleGradients(job.network, parameters, job.loss_fn, "square")
             counts[what] = add_all(squares, job.network, loader, what)
             sums[what] = squares.mean(1)
+        forgotten, everything = counts["forget set"], sum(counts.values())
+        if self.alpha * forgotten >= everything:
+            raise InputError(
+                f"expected alpha below {everything / forgotten:g} for '{self.name}', where {forgotten} of {everything} "
+                f"examples are to be forgotten, got {self.alpha:g}, with which nothing can be dampened; lower alpha"
+            )
         for name, parameter, chosen in _masked(job):
-            of_forget = sums["forget set"][name] / counts["forget set"]
-            of_all = (sums["forget set"][name] + sums["retain set"][name]) / sum(counts.values())
+            of_forget = sums["forget set"][name] / forgotten
+            of_all = (sums["forget set"][name] + sums["retain set"][name]) / everything
             dampened = chosen & (of_forget > self.alpha * of_all)
             factor = (self.dampening * of_all / of_forget.clamp_min(torch.finfo(of_forget.dtype).tiny)).clamp_max(1)
             with torch.no_grad():
@@ -68,11 +76,13 @@ class Dampening(Stroke):
 @dataclass(frozen=True, kw_only=True)
 class Influence(Stroke):
     """The influence of leaving S out, as one Newton step (Koh & Liang, ICML 2017; for unlearning Jia et al., NeurIPS
-    2023, equation 3): θ + alpha F⁻¹ v, v = (1/|R|) Σ_S ∇ℓ(x). F is the WoodFisher estimate (Singh & Alistarh, NeurIPS
-    2020, equation 4), damping I + (1/N) Σ g(x) g(x)ᵀ over N = ``samples`` examples of R, the first ones.
+    2023, equation 3): θ + alpha F⁻¹ v, v = ∇L(1/N - w), where L(w) = Σ w_i ℓ_i over all N examples and w is 1/|R| on R
+    and 0 on S: v = |S|/N (mean of ∇ℓ over S - mean of ∇ℓ over R). F is the WoodFisher estimate (Singh & Alistarh,
+    NeurIPS 2020, equation 4), damping I + (1/n) Σ g(x) g(x)ᵀ over n = ``samples`` examples of R, the first ones that
+    its loader gives.
 
-    F⁻¹ v is solved for exactly, by Woodbury's identity with the N gradients at hand; Jia et al.'s code keeps one vector
-    of the recursion instead. Within a mask F is that of the masked entries. Defaults: 300 samples, as in that code,
+    F⁻¹ v is solved for exactly, by Woodbury's identity with the n gradients at hand; Jia et al.'s code keeps one vector
+    of the recursion instead. Within a mask F is that of the masked entries. Defaults: 1,000 samples, as in that code,
     whose recursion begins with damping 1; alpha 1, in their range [1, 20].
     """
 
@@ -80,7 +90,7 @@ class Influence(Stroke):
     needs: ClassVar[frozenset[str]] = frozenset({"forget"})
     alpha: float = 1.0
     damping: float = 1.0
-    samples: int = 300
+    samples: int = 1000
 
     def check(self) -> None:
         super().check()
@@ -101,19 +111,24 @@ class Influence(Stroke):
         def flat(gradients: Iterable[Tensor]) -> Tensor:
             return torch.cat([gradient.flatten() for gradient in gradients])[chosen]
 
-        of_forget = MeanGradient(job.network, parameters, job.loss_fn)
-        add_all(of_forget, job.network, job.forget, "forget set")
-        retained = 0
-        gradients: list[Tensor] = []
+        means, counts = [], []
+        for loader, what in ((job.forget, "forget set"), (job.retain, "retain set")):
+            sums = MeanGradient(job.network, parameters, job.loss_fn)
+            counts.append(add_all(sums, job.network, loader, what))
+            means.append(flat(sums.mean(counts[-1]).values()))
+        v = counts[0] / sum(counts) * (means[0] - means[1])
+        gradients = v.new_empty(min(self.samples, counts[1]), size)
+        taken = 0
         with evaluating(job.network):
             for batch in job.retain:
-                for loss in self._losses(job, batch, len(gradients)):
+                for loss in self._losses(job, batch, len(gradients) - taken):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                     present = zip(found, parameters.values(), strict=True)
-                    gradients.append(widened(flat(torch.zeros_like(p) if g is None else g for g, p in present)))
-                retained += self._count(job, batch)
-        v = flat(of_forget.mean(1).values()) / retained
-        moved = self.alpha * self.inverse_product(torch.stack(gradients), v)
+                    gradients[taken] = flat(torch.zeros_like(p) if g is None else g for g, p in present)
+                    taken += 1
+                if taken == len(gradients):
+                    break
+        moved = self.alpha * self.inverse_product(gradients, v)
         step = torch.zeros_like(chosen, dtype=v.dtype)
         step[chosen] = moved
         parts = torch.split(step, [parameter.numel() for parameter in parameters.values()])
@@ -131,16 +146,13 @@ class Influence(Stroke):
         result: Tensor = (v - gradients.T @ solved.to(gradients.dtype)) / self.damping
         return result
 
-    def _losses(self, job: Job, batch: Any, taken: int) -> Iterator[Tensor]:
-        """The losses of the batch's examples, one by one, until there are enough samples."""
-        for example in range(min(self._count(job, batch), self.samples - taken)):
-            yield per_example_losses(job.network, cut(batch, [example]), job.loss_fn).sum()
-
-    def _count(self, job: Job, batch: Any) -> int:
+    def _losses(self, job: Job, batch: Any, most: int) -> Iterator[Tensor]:
+        """The losses of the batch's examples, one by one, ``most`` of them."""
         count = examples_in(batch, job.loss_fn)
         if count is None:
             raise InputError(f"'{self.name}' expects batches of tensors with the examples along dim 0, to take one out")
-        return count
+        for example in range(min(count, most)):
+            yield per_example_losses(job.network, cut(batch, [example]), job.loss_fn).sum()
 
 
 def _masked(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
