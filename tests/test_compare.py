@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from delfast.cli import main
-from delfast.cli.compare import HTML, MARKDOWN, RESULTS
+from delfast.cli.compare import HTML, MARKDOWN, RESULTS, cells
 from delfast.cli.compare.grid import read_grid
 from delfast.cli.compare.summary import mean
+from delfast.cli.run import load_model
 from delfast.errors import InputError
+from delfast.evaluate import logit_confidences, predictions, u_lira_leave_one_out
 from delfast.localize import STRATEGIES
 from delfast.unlearn import METHODS
 
@@ -39,6 +42,8 @@ test_examples = 100
 forget = "non-iid:2,5"
 [unlearn]
 epochs = 1
+[methods.ssd]
+alpha = 2
 """
 TINY = (
     HEAD
@@ -125,6 +130,17 @@ def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
         (HEAD + "[methods.del]\nalpha = 1.0\n[[compare]]", "has no hyperparameter 'alpha'"),
         (HEAD + "[strategies.own]\ntop = 1\n[[compare]]\nstrategies = ['own']", "strategy 'own'"),
         (HEAD.replace("seeds", "shadows = 1\nseeds") + "[[compare]]", "expected shadows of at least 2"),
+        (HEAD.replace("seeds", "shadows = -10\nseeds") + "[[compare]]", "expected shadows of at least 2"),
+        (
+            HEAD.replace("[unlearn]\nepochs", "[unlearn]\nepoch") + "[[compare]]",
+            "[unlearn] has the unknown key 'epoch'",
+        ),
+        (HEAD.replace("[0, 1]", "3") + "[[compare]]", "to be a list, each a whole number, got 3"),
+        (HEAD + "[compare]", "to be a list, each a table, got {}"),
+        (HEAD + "[[compare]]\nmethods = 'del'", "expected methods of [[compare]] to be a list, each a text, got 'del'"),
+        (HEAD + "[strategies]\nown = 1\n[[compare]]", "expected own of [strategies] to be a table, got 1"),
+        (HEAD.replace("lr = 0.02", "lr = 'low'") + "[[compare]]", "write numbers as numbers"),
+        (HEAD + "[methods.del]\nlr = 'low'\n[[compare]]", "the hyperparameters of 'del': "),
         (HEAD.replace("forget =", "forgets =") + "[[compare]]", "unknown key 'forgets'"),
         (HEAD.replace('forget = "non-iid:2,5"', "epochs = 2") + "[[compare]]", "to say forget ="),
         (HEAD.replace("epochs = 1\nlr", "epochs = 0\nlr") + "[[compare]]", "at least 1 epoch"),
@@ -209,14 +225,58 @@ def test_a_cell_that_diverges_is_named_and_the_others_go_on(tmp_path: Path) -> N
 
 
 def test_shadows_give_u_lira(tmp_path: Path) -> None:
-    text = HEAD.replace("seeds = [0, 1]", "seeds = [0]\nshadows = 2") + "[[compare]]\nbudgets = [0.3]\n"
-    grid = write(tmp_path, text)
-    assert len(read_grid(grid).trained) == 6
-    run(grid, tmp_path / "out")
-    rows = measured(tmp_path / "out")
+    text = HEAD.replace("seeds = [0, 1]", "seeds = [0]\nshadows = 2") + '[[compare]]\nstrategies = ["random"]\n'
+    path, out = write(tmp_path, text), tmp_path / "out"
+    grid = read_grid(path)
+    assert len(grid.trained) == 6
+    run(path, out)
+    rows = measured(out)
     assert [row["method"] for row in rows] == ["original", "oracle", "del"]
-    assert 0 <= float(rows[2]["u_lira"]) <= 100
-    assert "U-LiRA" in (tmp_path / "out" / MARKDOWN).read_text(encoding="utf-8")
+    assert "U-LiRA" in (out / MARKDOWN).read_text(encoding="utf-8")
+
+    (cell,) = grid.cells
+    setting = cells._run(cell.config, "cpu")
+    masks, unlearned, retrained = set(), [], []
+    for shadow in range(3):
+        model = load_model(setting, out / "networks" / cell.original(shadow).key)
+        masks.add(cells._unlearn(setting, cell, model, shadow)[0].mask.digest)
+        oracle = load_model(setting, out / "networks" / cell.oracle(shadow).key)
+        for network, found in ((model, unlearned), (oracle, retrained)):
+            found.append(logit_confidences(*predictions(network, setting.sets()["forget"])))
+    assert len(masks) == 3 and not torch.equal(unlearned[0], unlearned[1])  # a shadow's seeds are its own
+    expected = u_lira_leave_one_out(torch.stack(unlearned), torch.stack(retrained), fixed_variance=True)
+    assert float(rows[2]["u_lira"]) == expected.accuracy
+
+
+def test_what_is_not_the_cells_fault_ends_the_run(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    arguments = ["compare", str(finished / "grid.toml"), "--output-dir", str(out), "--workers", "1"]
+    (missing,) = (out / "cells").glob("non-iid-1-ssd-*")
+    missing.unlink()
+    (network,) = (out / "networks").glob("non-iid-1-original-*")
+    state = (network / "model.safetensors").read_bytes()
+    (network / "model.safetensors").write_bytes(state[:-4] + b"\0\0\0\1")
+    assert main(arguments) == 2 and "is not the network that" in capsys.readouterr().err.splitlines()[-1]
+    assert not missing.exists()  # it is no cell that failed
+
+
+def test_a_cell_measured_with_another_oracle_is_refused(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    oracles = sorted((out / "networks").glob("*-oracle-*"))
+    shutil.copyfile(oracles[0] / "summary.json", oracles[1] / "summary.json")
+    assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(out), "--report-only"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was measured with another oracle than is there; delete it to run it anew" in error
+
+
+def test_networks_of_other_data_are_refused(finished: Path) -> None:
+    cell = read_grid(finished / "grid.toml").cells[0]
+    setting = cells._run(cell.config, "cpu")
+    other = replace(setting, data=replace(setting.data, train_images=setting.data.train_images.flip(0)))
+    with pytest.raises(InputError, match="was made with other data than 'digits' holds now; restore them"):
+        load_model(other, finished / "out" / "networks" / cell.original().key)
 
 
 # ---- the report
@@ -246,7 +306,7 @@ def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Pat
     assert f"1 of {len(cells)} cells" in (tmp_path / "some" / MARKDOWN).read_text()
     for summary in (tmp_path / "some" / "networks").rglob("summary.json"):
         summary.unlink()
-    assert main(arguments) == 2 and "expected the summary of a network" in capsys.readouterr().err
+    assert main(arguments) == 2 and "to hold summary.json and membership.json" in capsys.readouterr().err
     cells[0].unlink()
     assert main(arguments) == 2 and "hold finished cells" in capsys.readouterr().err
 
@@ -267,8 +327,12 @@ def test_the_report_has_tables_and_figures_and_asks_the_network_for_nothing(fini
         "Figure 2",
         "Figure 3",
         "Wall-clock of every stage",
+        "| finetune, del mask |",
+        "20 cells of grid.toml, by delfast ",
     ):
         assert title in markdown
+    attacked = markdown.split("Membership inference")[1]
+    assert "| original | everything |" in attacked and "| oracle | everything |" in attacked
 
     class Links(HTMLParser):
         def __init__(self) -> None:

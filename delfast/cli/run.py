@@ -227,7 +227,7 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
 def load_model(run: Run, path: Path) -> nn.Module:
     """The network that ``path`` keeps, on the run's device.
 
-    InputError if it is damaged, of another architecture, or of another forget set than the run's.
+    InputError if it is damaged, of another architecture, or of other data or another forget set than the run's.
     """
     state, digests = load_state(path / MODEL), read_summary(path)["digests"]
     if digest_state(state) != digests["model"]:
@@ -237,6 +237,8 @@ def load_model(run: Run, path: Path) -> nn.Module:
         model.load_state_dict(state)
     except RuntimeError:
         raise InputError(f"'{path / MODEL}' is no {run.config.model} for {run.config.data}; use its own run") from None
+    if digests["data"] != run.data.digest:
+        raise InputError(f"'{path}' was made with other data than '{run.config.data}' holds now; restore them")
     if digests["forget"] != run.forget.digest:
         raise InputError(f"'{path}' is of another forget set than the run; use networks of one `delfast train`")
     return run.placed(model)

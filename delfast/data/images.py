@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class ImageData:
         """Side of an image in pixels."""
         return self.train_images.shape[2]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of all images and targets."""
         return digest_state(

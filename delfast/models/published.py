@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BUDGET = 0.3
-FORGET_RATIO = 0.1
-BATCH_SIZE = 128
-WEIGHT_DECAY = 0.0
-NON_IID_CLASSES = {"cifar10": (2, 5), "svhn": (3, 6)}
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -25,7 +19,7 @@ class Recipe:
 PUBLISHED = {
     ("cifar10", "resnet18"): Recipe(epochs=30, lr=0.1, finetune_epochs=30, finetune_lr=0.015),
     ("svhn", "vit"): Recipe(epochs=30, lr=0.05, finetune_epochs=30, finetune_lr=0.015),
-    ("imagenet100", "resnet50"): Recipe(epochs=100, lr=0.1, finetune_epochs=30, finetune_lr=0.015),
+    ("hub:clane9/imagenet-100", "resnet50"): Recipe(epochs=100, lr=0.1, finetune_epochs=30, finetune_lr=0.015),
 }
 
 

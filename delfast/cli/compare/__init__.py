@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from delfast.cli.compare.cells import cell_path, check_summaries, run_grid
+from delfast.cli.compare.cells import cell_path, check_networks, run_grid
 from delfast.cli.compare.grid import Grid, read_grid
 from delfast.cli.compare.report import make_report
-from delfast.cli.compare.summary import rows_of, to_csv
+from delfast.cli.compare.summary import origins, rows_of, to_csv
 from delfast.cli.run import choose_device
 from delfast.errors import InputError
 from delfast.files import make_output_dir, write_json, write_text
@@ -45,21 +44,19 @@ def compare(
         grid = replace(whole, cells=[cell for cell in whole.cells if cell_path(output_dir, cell).is_file()])
         if not grid.cells:
             raise InputError(f"expected '{output_dir}' to hold finished cells of '{path}', there is none; run it first")
-        check_summaries(output_dir, grid)
+        check_networks(output_dir, grid)
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
     results = run_grid(grid, output_dir, count, threads, device, watch)
     rows = rows_of(grid, results, output_dir)
-    origin: dict[str, Any] = provenance(workers=count, threads=threads)
     some = "" if len(grid.cells) == len(whole.cells) else f" of {len(whole.cells)}"
-    footer = f"{len(grid.cells)}{some} cells of {path.name}; delfast {origin['delfast']}, torch {origin['torch']}, "
-    footer += f"{origin['platform']}, {count} processes of {threads} threads."
+    footer = f"{len(grid.cells)}{some} cells of {path.name}, by {origins(results)}."
     failed = [result for result in results if "failed" in result]
     markdown, page = make_report(grid, rows, failed, output_dir, footer)
     write_text(output_dir / RESULTS, to_csv(rows))
     write_text(output_dir / MARKDOWN, markdown)
     write_text(output_dir / HTML, page)
-    content = {"command": "compare", "title": grid.title, "rows": rows, "failed": failed, "provenance": origin}
+    content = {"command": "compare", "title": grid.title, "rows": rows, "failed": failed, "provenance": provenance()}
     write_json(output_dir / SUMMARY, content)
     return grid
 

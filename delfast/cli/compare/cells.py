@@ -1,7 +1,7 @@
 """Runs a grid: first the networks, then the cells, each in a worker process, each kept in a file of its own.
 
-What is in a file is never computed again. A file is written whole or not at all, so that a run that is killed loses
-what was in progress and no more.
+What is in a file is never computed again, and is refused where the networks it was measured with are others now. A file
+is written whole or not at all, so that a run that is killed loses what was in progress and no more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from delfast.evaluate import (
     kl_divergence,
     logit_confidences,
     predictions,
-    relative_time,
     svc_attacks,
     u_lira_leave_one_out,
 )
@@ -40,6 +39,7 @@ from delfast.provenance import provenance
 from delfast.unlearn import UnlearnResult, unlearn
 from delfast.unlearn.loop import Diverged, Precision
 
+MEMBERSHIP = "membership.json"  # beside a network's summary: the membership inference on it
 FEW_SHADOWS = 64  # below that LiRA takes one variance for all examples (Carlini et al., IEEE S&P 2022, section VI-A)
 Watch = Callable[[str, int, int], None]
 """``watch(what, done, of)``: called after every network and every cell."""
@@ -60,11 +60,36 @@ def run_grid(
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
         try:
             _all(pool, _train, [(directory, network, device) for network in networks], "networks", watch)
+            _finished(directory, grid)  # raises before hours of cells
             _all(pool, run_cell, [(directory, cell, device) for cell in cells], "cells", watch)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [read_json(cell_path(directory, cell)) for cell in grid.cells]
+    return _finished(directory, grid)
+
+
+def _finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
+    """The results that are there, in the grid's order. InputError for one measured with other networks than are there:
+    its gaps are to another oracle, trained elsewhere or on other data.
+    """
+    results = []
+    for path, cell in ((cell_path(directory, cell), cell) for cell in grid.cells):
+        if path.is_file():
+            results.append(read_json(path))
+            for which, digest in _digests(directory, cell).items():
+                if results[-1].get("networks", {}).get(which) != digest:
+                    raise InputError(
+                        f"'{path}' was measured with another {which} than is there; delete it to run it anew"
+                    )
+    return results
+
+
+def _digests(directory: Path, cell: Cell) -> dict[str, str]:
+    """Of all networks that a cell needs."""
+    return {
+        f"{network.which}{network.shadow or ''}": read_summary(network_path(directory, network))["digests"]["model"]
+        for network in cell.networks()
+    }
 
 
 def _start_worker(threads: int) -> None:
@@ -93,49 +118,54 @@ def network_path(directory: Path, network: Trained) -> Path:
 
 
 def _is_trained(directory: Path, network: Trained, whole: bool) -> bool:
-    """Is its summary there, which is written last, and, if the network is still to be used, the network itself?"""
+    """Are its results there, the last of which is written last, and, if it is still to be used, the network itself?"""
     path = network_path(directory, network)
-    return (path / SUMMARY).is_file() and ((path / MODEL).is_file() or not whole)
+    return all((path / name).is_file() for name in (SUMMARY, MEMBERSHIP, MODEL)[: None if whole else 2])
 
 
-def check_summaries(directory: Path, grid: Grid) -> None:
-    """InputError unless the summaries of all the grid's networks are there, which a report needs."""
+def check_networks(directory: Path, grid: Grid) -> None:
+    """InputError unless the results of all the grid's networks are there, which a report needs."""
     for network in grid.trained:
         if not _is_trained(directory, network, whole=False):
-            path = network_path(directory, network) / SUMMARY
-            raise InputError(f"expected the summary of a network at '{path}', there is none; run the grid without it")
+            path = network_path(directory, network)
+            raise InputError(
+                f"expected '{path}' to hold {SUMMARY} and {MEMBERSHIP}, it does not; run the grid without it"
+            )
 
 
 def _train(directory: Path, network: Trained, device: str) -> None:
-    """Train a network into a run directory."""
+    """Train a network into a run directory, and attack it as cells are."""
     path = network_path(directory, network)
     shutil.rmtree(path, ignore_errors=True)  # what a killed run has left
     run = _run(network.config, device)
     train = steps.train if network.which == ORIGINAL else steps.oracle
-    train(run, path, shadow=network.shadow)
+    model = train(run, path, shadow=network.shadow).model
+    write_json(
+        path / MEMBERSHIP, _attacks(run, {name: predictions(model, loader) for name, loader in run.sets().items()})
+    )
 
 
 def run_cell(directory: Path, cell: Cell, device: str) -> None:
     """Measure a cell and write it down. One that diverges, or that its method refuses, is written down as ``failed``,
-    with the reason: the others go on, and the report names it. Other errors are not the cell's, and end the run.
+    with the reason: the others go on, and the report names it. Errors of the data, the networks and the device are not
+    the cell's, and end the run.
     """
+    run = _run(cell.config, device)
     for network in cell.networks():
-        if not _is_trained(directory, network, whole=True):
-            raise InputError(
-                f"expected a network at '{network_path(directory, network)}', it is gone; run the grid again"
-            )
+        load_model(run, network_path(directory, network))
+    content: dict[str, Any] = {"cell": _described(cell), "networks": _digests(directory, cell)}
     try:
-        content = measure_cell(directory, cell, device)
+        content |= measure_cell(directory, cell, device)
     except (InputError, Diverged) as error:
-        content = {"cell": _described(cell), "failed": one_line(error)}
+        content |= {"failed": one_line(error)}
     write_json(cell_path(directory, cell), content)
 
 
 def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
-    """Unlearn and measure: ``cell`` (plain values), ``metrics`` (percentages, with the gaps to the oracle; nats
-    for losses and for the divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent
-    of the forget set called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and
-    did), ``seconds`` by stage, ``relative_time`` to retraining; with shadows ``u_lira``, its accuracy (percent).
+    """Unlearn and measure: ``metrics`` (percentages, with the gaps to the oracle; nats for losses and for the
+    divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent of the forget set
+    called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and did), ``seconds``
+    by stage; with shadows ``u_lira``, its accuracy (percent).
     """
     run = _run(cell.config, device)
     model = load_model(run, network_path(directory, cell.original()))
@@ -145,22 +175,24 @@ def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
     found = {name: predictions(model, loader) for name, loader in run.sets().items()}
     reference = _oracle_predictions(directory, cell.oracle(), device)
     kl = {f"kl_{name}": kl_divergence(found[name][0], reference[name][0]) for name in ("forget", "test")}
-    retraining = sum(read_summary(network_path(directory, cell.oracle()))["seconds"].values())
     changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
-    content = {
-        "cell": _described(cell),
+    content: dict[str, Any] = {
         "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle())), **kl},
-        "attacks": svc_attacks(found["retain"], found["test"], found["forget"], seed=cell.config.seed),
+        "attacks": _attacks(run, found),
         "mask": {"fraction": changeable, "channels": result.mask.channels, "digest": result.mask.digest},
         "changed": changed_fraction(before, dict(model.named_parameters()), list(before)),
         "losses": result.losses,
         "seconds": seconds,
-        "relative_time": relative_time(sum(seconds.values()), retraining),
         "provenance": provenance(device=str(run.device), threads=torch.get_num_threads()),
     }
     if cell.shadows:
         content["u_lira"] = _u_lira(directory, cell, device, logit_confidences(*found["forget"]))
     return content
+
+
+def _attacks(run: Run, found: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Percent of the forget set called non-member, by attack, from a network's predictions."""
+    return svc_attacks(found["retain"], found["test"], found["forget"], seed=run.config.seed)
 
 
 def _described(cell: Cell) -> dict[str, Any]:
@@ -182,7 +214,8 @@ def _described(cell: Cell) -> dict[str, Any]:
 
 def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[UnlearnResult, dict[str, float]]:
     """The cell's localization and method on ``model``, in place; the seconds of each stage."""
-    seed = cell.config.seed + steps.RESET_SEED + steps.SHADOW_SEED * shadow
+    own = cell.config.seed + steps.SHADOW_SEED * shadow
+    seed = own + steps.RESET_SEED
     seconds: dict[str, float] = {}
     mask = None
     if cell.localize is not None and cell.budget is not None:
@@ -190,7 +223,7 @@ def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[Unlea
         everything = cell.localize.get("criterion") == "weighted_grad_all"
         indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
         batches = run.batches(indices, cell.batch_size)
-        mask = localize(model, batches, cell.budget, seed=cell.config.seed, **cell.localize)
+        mask = localize(model, batches, cell.budget, seed=own, **cell.localize)
         seconds["localize"] = time.perf_counter() - started
     result = unlearn(
         model,

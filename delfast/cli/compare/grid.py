@@ -23,8 +23,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+BUDGET = 0.3  # DEL paper
 EVERYTHING = "everything"  # the strategy of a method without a mask
 ORIGINAL, ORACLE = "original", "oracle"
+# what a grid may hold, and its [[compare]]: of which kind; in brackets, a list of such
+GRID = {"title": str, "seeds": [int], "budget": float, "shadows": int, "compare": [dict]} | dict.fromkeys(
+    ("train", "settings", "unlearn", "methods", "strategies"), dict
+)
+BLOCK = {"methods": [str], "strategies": [str], "budgets": [float], "settings": [str]}
+NAMES: dict[Any, str] = {str: "a text", float: "a number", int: "a whole number", dict: "a table"}
 
 
 @dataclass(frozen=True)
@@ -111,27 +118,30 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
 
     InputError for a missing file, an unknown table, key or name, and values out of range.
 
-    ``title``; ``seeds``, a list; ``budget``, for tables of one budget (0.3); ``shadows``, for U-LiRA, none or at least
-    2: as many more of every network and every cell. ``[train]``: a run's configuration, as the
-    options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that. ``[unlearn]``: epochs,
-    batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of one. With ``of = "del"``
-    NAME is a variant of that method, beside it.
-    ``[strategies.NAME]``: arguments of ``localize``, beside the strategies that have names. ``[[compare]]``: lists
-    ``methods``, ``strategies`` ("everything": no mask) and ``budgets``, every combination a cell, for ``settings`` or
-    all of them.
+    ``title``; ``seeds``, a list; ``budget``, for tables of one budget, and of a block that names none (0.3);
+    ``shadows``, for U-LiRA, none or at least 2: as many more of every network and every cell. ``[train]``: a run's
+    configuration, as the options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that.
+    ``[unlearn]``: epochs, batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of
+    one. With ``of = "del"`` NAME is a variant of that method, beside it. ``[strategies.NAME]``: arguments of
+    ``localize``, beside the strategies that have names. ``[[compare]]``: lists ``methods``, ``strategies``
+    ("everything": no mask) and ``budgets``, every combination a cell, for ``settings`` or all of them.
     """
     content = _read(path)
-    tables = ("train", "settings", "unlearn", "methods", "strategies", "compare")
-    _known(content, ("title", "seeds", "budget", "shadows", *tables), f"'{path}'")
+    _check(content, GRID, f"'{path}'")
+    for table in ("settings", "methods", "strategies"):
+        _check(content.get(table, {}), dict.fromkeys(content.get(table, {}), dict), f"[{table}]")
+    hyperparameters = {field.name for method in METHODS.values() for field in fields(method)}
+    _known(content.get("unlearn", {}), sorted({*hyperparameters, "batch_size"}), "[unlearn]")
     strategies = {**STRATEGIES, **content.get("strategies", {})}
     settings = content.get("settings", {})
     if not settings or not content.get("compare"):
         raise InputError(f"expected '{path}' to have [settings.NAME] and [[compare]], one is missing; add it")
-    if content.get("shadows", 0) in (1, *range(-9, 0)):
-        raise InputError(f"expected shadows of at least 2, or 0 for no U-LiRA, got {content['shadows']}")
+    shadows = content.get("shadows", 0)
+    if shadows < 0 or shadows == 1:
+        raise InputError(f"expected shadows of at least 2, or 0 for no U-LiRA, got {shadows}")
     cells: dict[str, Cell] = {}
     for block in content["compare"]:
-        _known(block, ("methods", "strategies", "budgets", "settings"), "[[compare]]")
+        _check(block, BLOCK, "[[compare]]")
         for setting in block.get("settings", settings):
             if setting not in settings:
                 raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
@@ -141,13 +151,13 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
                 for cell in _block(block, setting, config, content, strategies):
                     if cells.setdefault(cell.key, cell).label != cell.label:
                         raise InputError(f"'{cells[cell.key].label}' and '{cell.label}' are the same; drop one")
-    return Grid(str(content.get("title", path.stem)), list(cells.values()), float(content.get("budget", 0.3)))
+    return Grid(content.get("title", path.stem), list(cells.values()), float(content.get("budget", BUDGET)))
 
 
 def _block(
     block: Mapping[str, Any], setting: str, config: Config, content: Mapping[str, Any], strategies: Mapping[str, Any]
 ) -> list[Cell]:
-    cells, shadows = [], int(content.get("shadows", 0))
+    cells, shadows = [], content.get("shadows", 0)
     for name in block.get("methods", ["del"]):
         method, batch_size = _method(name, config, content.get("unlearn", {}), content.get("methods", {}))
         for strategy in block.get("strategies", ["del"]):
@@ -161,7 +171,7 @@ def _block(
             if "everything" in method.needs:
                 raise InputError(f"[[compare]] pairs '{name}' with '{strategy}', it takes '{EVERYTHING}' alone")
             arguments = strategies[strategy]
-            for budget in block.get("budgets", [0.3]):
+            for budget in block.get("budgets", [content.get("budget", BUDGET)]):
                 _check_strategy(strategy, budget, arguments)
                 share = float(budget)
                 cells.append(Cell(setting, config, name, method, strategy, share, arguments, batch_size, shadows))
@@ -186,11 +196,14 @@ def _method(
     if not plain.epochs:
         shared.pop("epochs", None)
     if name == "retrain":  # as the original was trained
-        shared |= {"epochs": config.epochs, "lr": config.lr}
+        shared |= {key: getattr(config, key) for key in ("epochs", "lr", "weight_decay", "batch_size")}
     changes = {**method_recipe(config.data, config.model, name), **shared, **changes_of_own}
     batch_size = int(changes.pop("batch_size", config.batch_size))
     check_batch_size(batch_size)
-    return make_method(name, changes), batch_size
+    try:
+        return make_method(name, changes), batch_size
+    except TypeError as error:
+        raise InputError(f"the hyperparameters of '{name}': {one_line(error)}; write numbers as numbers") from None
 
 
 def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
@@ -216,7 +229,10 @@ def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
     published = recipe(values["data"], values["model"])
     values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}
     config = Config(**(values if data is None else {**values, "data": data}))
-    config.check()
+    try:
+        config.check()
+    except TypeError as error:
+        raise InputError(f"[train] and [settings.NAME]: {one_line(error)}; write numbers as numbers") from None
     return config
 
 
@@ -228,6 +244,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"expected a TOML file at '{path}', there is none; check the path") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"cannot read '{path}' as TOML: {one_line(error)}") from None
+
+
+def _check(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    """InputError for an unknown key, and for a value of another kind; a whole number will do for a float."""
+    _known(table, kinds, where)
+    for key, value in table.items():
+        many = isinstance(kinds[key], list)
+        kind = kinds[key][0] if many else kinds[key]
+        taken = (int, float) if kind is float else kind
+        values = value if many and isinstance(value, list) else [value]
+        if many != isinstance(value, list) or any(isinstance(v, bool) or not isinstance(v, taken) for v in values):
+            raise InputError(f"expected {key} of {where} to be {'a list, each ' * many}{NAMES[kind]}, got {value!r}")
 
 
 def _known(table: Mapping[str, Any], names: Any, where: str) -> None:

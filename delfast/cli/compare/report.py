@@ -30,7 +30,7 @@ FIELDS = {
 MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t). Δ = oracle - method: the nearer to
 0, the better. MIA: the part of the forget set that membership inference calls non-member. KL: divergence of the
 method's predictions from the oracle's, in nats. Changed: the share of the parameters that differ from the original's.
-RTE: run time relative to retraining, localization included."""
+RTE: run time relative to retraining, localization included; empty where another device did that."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
         ),
         (
             "Table 2: methods",
-            f"Each method as it is, and within masks of budget {budget:g}.",
-            [row for row in rows if row not in ends and row["budget"] in (None, budget)],
-            lambda row: row["method"] + ("" if row["strategy"] == EVERYTHING else f", {row['strategy']} mask"),
+            f"Each method as it is, and within masks, of budget {budget:g} where nothing else is said.",
+            [row for row in rows if row not in ends and (row["method"] != "del" or row["budget"] == budget)],
+            lambda row: _within(row, budget),
         ),
         ("Table 3: random control", "Reset and finetune.", named("del", "random", "random-param"), _strategy),
         (
@@ -120,6 +120,12 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
     return sections
 
 
+def _within(row: Row, budget: float) -> str:
+    """The method, and the mask it was held to."""
+    mask = "" if row["strategy"] == EVERYTHING else f", {row['strategy']} mask"
+    return f"{row['method']}{mask}" + ("" if row["budget"] in (None, budget) else f" of {row['budget']:g}")
+
+
 def _strategy(row: Row) -> str:
     return str(row["strategy"])
 
@@ -132,7 +138,8 @@ def _table(title: str, text: str, ends: list[Row], found: list[Row], label: Call
 
 def _attacks(setting: str, rows: list[Row]) -> Section:
     text = (
-        "SalUn's five attacks, each a classifier of one feature: percent of the forget set called non-member. U-LiRA, "
+        "SalUn's five attacks, each a classifier of one feature: percent of the forget set called non-member; the "
+        "oracle's is the aim, not 100. U-LiRA, "
         "where there are shadows: accuracy of telling unlearned from retrained networks; 50 is perfect unlearning."
     )
     found = [row for row in rows if ATTACKS[0] in row]
@@ -146,7 +153,9 @@ def _name(row: Row) -> list[str]:
 
 def _times(setting: str, rows: list[Row]) -> Section:
     stages = [f"seconds_{stage}" for stage in STAGES]
-    cells = [[*_name(row), *(str(row.get(stage, "")) for stage in stages), str(row["relative_time"])] for row in rows]
+    cells = [
+        [*_name(row), *(str(row.get(stage, "")) for stage in stages), str(row.get("relative_time", ""))] for row in rows
+    ]
     return Section(
         f"{setting} - Wall-clock of every stage", "Seconds.", ("method", "strategy", "budget", *STAGES, "RTE"), cells
     )
@@ -160,9 +169,11 @@ def _sizes(rows: list[Row], budget: float) -> list[Section]:
     for kind in kinds:
         same = sorted((row for row in found if row["forget"] == kind), key=lambda row: row["forget_ratio"])
         if len({row["forget_ratio"] for row in same}) > 1:
-            text = f"DEL at budget {budget:g}; the oracle of each size is its own."
+            text = f"DEL at budget {budget:g}, by setting; the oracle of each is its own."
             title = f"Size of the forget set: {kind}"
-            sections.append(_table(title, text, [], same, lambda row: f"{100 * row['forget_ratio']:g} %"))
+            sections.append(
+                _table(title, text, [], same, lambda row: f"{row['setting']}: {100 * row['forget_ratio']:g} %")
+            )
     return sections
 
 

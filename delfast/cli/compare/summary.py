@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from delfast.cli.compare.cells import metrics_of, network_path
+from delfast.cli.compare.cells import MEMBERSHIP, metrics_of, network_path
 from delfast.cli.compare.grid import EVERYTHING, ORACLE, ORIGINAL, Grid
 from delfast.cli.run import read_summary
-from delfast.evaluate import gaps
+from delfast.evaluate import gaps, relative_time
+from delfast.files import read_json
 
 Row = dict[str, Any]
 KEYS = ("setting", "method", "strategy", "budget")
@@ -54,55 +56,74 @@ def mean(values: Sequence[float]) -> Mean:
 def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -> list[Row]:
     """A row for every network (method "original" or "oracle") and every cell that did not fail: ``COLUMNS``.
 
-    Percentages; Δ = oracle - method; ``changeable``, ``changed``: shares of the parameters that might change, and did;
-    the attacks of SalUn by name; ``relative_time``: to retraining.
+    Percentages; Δ = oracle - method; ``forget_ratio``: the part of the training set that is to be forgotten;
+    ``changeable``, ``changed``: shares of the parameters that might change, and did; the attacks of SalUn by name;
+    ``relative_time``: to retraining, where one device did both.
     """
     rows = []
     for network in grid.trained:
         if network.shadow:
             continue
-        other = replace(network, which=ORACLE)
-        seconds = read_summary(network_path(directory, network))["seconds"]
-        retraining = sum(read_summary(network_path(directory, other))["seconds"].values())
+        path, other = network_path(directory, network), replace(network, which=ORACLE)
+        summary, retraining = read_summary(path), read_summary(network_path(directory, other))
         metrics = metrics_of(directory, network)
-        config = network.config
         rows.append(
             {
                 "setting": network.setting,
                 "method": network.which,
                 "strategy": EVERYTHING,
                 "budget": None,
-                "seed": config.seed,
-                "forget": config.forget,
-                "forget_ratio": config.forget_ratio,
+                "seed": network.config.seed,
+                **_forget(summary),
                 "changeable": 100.0,
-                "relative_time": sum(seconds.values()) / retraining,
                 **metrics.as_dict(),
                 **gaps(metrics, metrics_of(directory, other)),
-                **_times(seconds),
+                **read_json(path / MEMBERSHIP),
+                **_times(summary, retraining),
             }
         )
     for cell, result in zip(grid.cells, results, strict=True):
         if "failed" in result:
             continue
+        retraining = read_summary(network_path(directory, cell.oracle()))
         described = {**result["cell"], "method": cell.label}  # a grid that has changed since may call it otherwise
         rows.append(
             {
-                **{key: described[key] for key in (*KEYS, "seed", "forget", "forget_ratio")},
+                **{key: described[key] for key in (*KEYS, "seed")},
+                **_forget(retraining),
                 **result["metrics"],
                 **result["attacks"],
                 **({"u_lira": result["u_lira"]} if "u_lira" in result else {}),
                 "changed": 100 * result["changed"],
                 "changeable": 100 * result["mask"]["fraction"],
-                "relative_time": result["relative_time"],
-                **_times(result["seconds"]),
+                **_times(result, retraining),
             }
         )
     return rows
 
 
-def _times(seconds: Mapping[str, float]) -> Row:
-    return {"seconds": sum(seconds.values()), **{f"seconds_{name}": value for name, value in seconds.items()}}
+def _forget(summary: Mapping[str, Any]) -> Row:
+    """What is to be forgotten, by the summary of a network."""
+    forget = summary["forget"]
+    return {"forget": forget["spec"], "forget_ratio": forget["examples"] / forget["of"]}
+
+
+def _times(result: Mapping[str, Any], retraining: Mapping[str, Any]) -> Row:
+    seconds = result["seconds"]
+    row = {"seconds": sum(seconds.values()), **{f"seconds_{name}": value for name, value in seconds.items()}}
+    if result["provenance"]["device"] == retraining["provenance"]["device"]:
+        row["relative_time"] = relative_time(row["seconds"], sum(retraining["seconds"].values()))
+    return row
+
+
+def origins(results: Iterable[Mapping[str, Any]]) -> str:
+    """With what the cells were computed, and how many of them with each."""
+    counts = Counter(
+        "delfast {delfast}, torch {torch}, {platform}, {device}, threads: {threads}".format(**result["provenance"])
+        for result in results
+        if "failed" not in result
+    )
+    return "; ".join(f"{origin} ({count})" if len(counts) > 1 else origin for origin, count in counts.items())
 
 
 def to_csv(rows: Iterable[Row]) -> str:
@@ -129,4 +150,4 @@ def means(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-__all__ = ["COLUMNS", "KEYS", "ORIGINAL", "STAGES", "Mean", "Row", "mean", "means", "rows_of", "to_csv"]
+__all__ = ["COLUMNS", "KEYS", "ORIGINAL", "STAGES", "Mean", "Row", "mean", "means", "origins", "rows_of", "to_csv"]
