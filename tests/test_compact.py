@@ -561,11 +561,10 @@ def test_a_partial_load_keeps_the_rest(net):
         assert (rows == 3).all()
 
 
-@pytest.mark.parametrize(
-    "where, what", [("compact", "Guard"), ("compact.layers", "plan_rows"), ("torch", "empty_like")]
-)
-def test_a_failure_while_it_is_made_undoes_it(net, monkeypatch, where, what):
-    module = torch if where == "torch" else sys.modules[f"delfast.{where}"]
+@pytest.mark.parametrize("what", ["Guard", "plan_rows", "empty_like", "index_select"])
+def test_a_failure_while_it_is_made_undoes_it(net, monkeypatch, what):
+    places = {"Guard": sys.modules["delfast.compact"], "plan_rows": sys.modules["delfast.compact.layers"]}
+    module = places.get(what, torch.Tensor if what == "index_select" else torch)
     works, calls = getattr(module, what), []
 
     def fail(*arguments):
@@ -574,12 +573,33 @@ def test_a_failure_while_it_is_made_undoes_it(net, monkeypatch, where, what):
             raise MemoryError
         return works(*arguments)
 
-    monkeypatch.setattr(module, what, fail)
-    with pytest.raises(MemoryError):
-        delfast.compact(net, row_mask(net, 0.4))
+    before, mask = copy.deepcopy(net.state_dict()), row_mask(net, 0.4)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, what, fail)
+        with pytest.raises(MemoryError):
+            delfast.compact(net, mask)
     assert len(calls) in (1, 3) and all(type(m) not in COMPACT.values() for m in net.modules())
     assert all(p.requires_grad for p in net.parameters())
     assert not [name for name, _ in net.named_parameters() if "rows" in name]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_an_optimizer_within_an_optimizer(net, data):
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            inner.step()
+            return super().step(closure)
+
+    mask = row_mask(net, 0.4)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    with delfast.compact(net, mask) as handle:
+        inner = torch.optim.SGD(handle.parameters(), lr=0.1, weight_decay=0.1)
+        outer = Outer(handle.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            outer.zero_grad()
+            cross_entropy(data)(net).backward()
+            outer.step()
+    assert all_but(mask, before, net) == (0, True)
 
 
 def test_guarded_parameters_are_known_by_themselves_and_not_by_where_they_lay(net):

@@ -211,8 +211,15 @@ def test_influence_refuses_what_it_cannot_hold_or_cut(monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match="expects batches of tensors"):
         METHODS["influence"]().prepare(work)
     monkeypatch.setattr(strokes, "MOST_BYTES", 100)
-    with pytest.raises(InputError, match="would hold 1000 gradients of 51 parameters"):
+    with pytest.raises(InputError, match=r"would hold 2 gradients of 51 parameters.* samples to 0 at most"):
         METHODS["influence"]().prepare(work)
+    work = job()
+    before = flat(work.network.parameters())
+    monkeypatch.undo()
+    work.retain = iter(work.retain)
+    with pytest.raises(InputError, match="give its 8 examples a second time, got 0"):
+        METHODS["influence"]().prepare(work)
+    assert torch.equal(flat(work.network.parameters()), before)
 
 
 # ---- through the loop

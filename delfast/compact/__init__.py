@@ -114,12 +114,13 @@ class Compact:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """InputError where the step would leave out rows, or move what is not selected."""
         held = _held(optimizer)
-        for name, rows in self._rows.items():
-            if id(self._layers[name][0].weight) in held and id(rows) not in held:
-                raise InputError(
-                    f"expected an optimizer made after compact(), got one of '{name}' without the "
-                    f"'{_rows_name(name)}' that it is trained through; make the optimizer anew"
-                )
+        if not any(id(rows) in held for rows in self._rows.values()):
+            for name in self._rows:
+                if id(self._layers[name][0].weight) in held:
+                    raise InputError(
+                        f"expected an optimizer made after compact(), got one of '{name}' without the "
+                        f"'{_rows_name(name)}' that it is trained through; make the optimizer anew"
+                    )
         for name, parameter in self._frozen.items():
             if id(parameter) in held and parameter.grad is not None:
                 raise InputError(

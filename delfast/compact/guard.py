@@ -25,7 +25,7 @@ class Guard:
         self.digest = digest
         self._chosen = {id(parameters[name]): flags for name, flags in chosen.items()}
         self._kept = [parameters[name] for name in chosen]  # or another tensor could get the id of one that is gone
-        self._before: dict[int, Tensor] = {}
+        self._before: list[dict[int, Tensor]] = []  # an optimizer's step may call another's
         self._handles: list[Any] = []
         try:
             for name in chosen:
@@ -64,10 +64,10 @@ class Guard:
         return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._chosen]
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._before = {id(p): p.detach().clone() for p in self._guarded(optimizer)}
+        self._before.append({id(p): p.detach().clone() for p in self._guarded(optimizer)})
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        before = self._before.pop()
         with torch.no_grad():
             for p in self._guarded(optimizer):
-                p.copy_(torch.where(self._flags(id(p), p.device), p, self._before[id(p)]))
-        self._before = {}
+                p.copy_(torch.where(self._flags(id(p), p.device), p, before[id(p)]))

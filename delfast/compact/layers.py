@@ -117,6 +117,7 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
     selected = None
     if rows is not None:
         selected = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
+        selected.copy_(weight.detach().index_select(0, rows.to(weight.device)))
     compact = cast(CompactLayer, layer)  # from here on nothing is allocated: a layer is changed whole or not at all
     compact.__class__ = COMPACT[type(layer)]
     for name, tensor in zip(INDICES, indices, strict=True):
@@ -126,7 +127,6 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
         compact.weight.requires_grad_(False)
-        compact.read_rows()
     return compact
 
 

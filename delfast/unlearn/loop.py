@@ -91,10 +91,9 @@ def train(
     check_choice("batchnorm", batchnorm, BatchNormMode)
     steps = _length(loader)
     scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    record = _Checkpoint(
-        checkpoint, dict(config or {}), loader, parts | ({"early_stop": early_stop} if early_stop else {})
-    )
+    parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
+    parts["model"] = model  # the last to be put back: what another part refuses leaves it as it is
+    record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
     if early_stop is not None:
         early_stop.reset()
     losses = record.load(epochs) if resume else []
@@ -250,11 +249,8 @@ class _Checkpoint:
         """InputError for what could not be put back whole."""
         gpus = torch.cuda.device_count() if "cuda_rng" in state and torch.cuda.is_available() else 0
         for what, had, has in (
-            (
-                "network",
-                _shapes(state["model"]),
-                _shapes(self.parts["model"].state_dict()),
-            ),
+            ("network", *(_shapes(each) for each in (state["model"], self.parts["model"].state_dict()))),
+            ("optimizer", *(_sizes(each) for each in (state["optimizer"], self.parts["optimizer"].state_dict()))),
             ("number of generators in the loader", len(state["loader_rng"]), len(self.generators)),
             ("number of GPUs", len(state["cuda_rng"]) if gpus else 0, gpus),
         ):
@@ -263,6 +259,10 @@ class _Checkpoint:
                     f"checkpoint '{self.path}' is of a run with another {what}; use the same one, or start without "
                     "--resume"
                 )
+
+
+def _sizes(state: Mapping[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in state["param_groups"]]
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:

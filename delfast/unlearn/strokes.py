@@ -83,7 +83,8 @@ class Influence(Stroke):
 
     F⁻¹ v is solved for exactly, by Woodbury's identity with the n gradients at hand; Jia et al.'s code keeps one vector
     of the recursion instead. Within a mask F is that of the masked entries. Defaults: 1,000 samples, as in that code,
-    whose recursion begins with damping 1; alpha 1, in their range [1, 20].
+    whose recursion begins with damping 1; alpha 1, in their range [1, 20]. 8 GiB hold 1,000 gradients of 2 million
+    parameters; InputError, with the most that fit, above that.
     """
 
     name: ClassVar[str] = "influence"
@@ -102,11 +103,6 @@ class Influence(Stroke):
         parameters = {name: parameter for name, parameter, _ in masked}
         chosen = torch.cat([flags.flatten() for _, _, flags in masked])
         size = int(chosen.sum())
-        if self.samples * size * 4 > MOST_BYTES:
-            raise InputError(
-                f"'{self.name}' would hold {self.samples} gradients of {size} parameters, more than "
-                f"{MOST_BYTES // 2**30} GiB; lower samples, or the mask's budget"
-            )
 
         def flat(gradients: Iterable[Tensor]) -> Tensor:
             return torch.cat([gradient.flatten() for gradient in gradients])[chosen]
@@ -117,7 +113,13 @@ class Influence(Stroke):
             counts.append(add_all(sums, job.network, loader, what))
             means.append(flat(sums.mean(counts[-1]).values()))
         v = counts[0] / sum(counts) * (means[0] - means[1])
-        gradients = v.new_empty(min(self.samples, counts[1]), size)
+        samples, most = min(self.samples, counts[1]), MOST_BYTES // (size * v.element_size())
+        if samples > most:
+            raise InputError(
+                f"'{self.name}' would hold {samples} gradients of {size} parameters, more than "
+                f"{MOST_BYTES / 2**30:g} GiB; set samples to {most} at most, or lower the mask's budget"
+            )
+        gradients = v.new_empty(samples, size)
         taken = 0
         with evaluating(job.network):
             for batch in job.retain:
@@ -128,6 +130,11 @@ class Influence(Stroke):
                     taken += 1
                 if taken == len(gradients):
                     break
+        if taken < len(gradients):
+            raise InputError(
+                f"expected the retain set's loader to give its {counts[1]} examples a second time, got {taken}; pass "
+                "one that can be iterated over again"
+            )
         moved = self.alpha * self.inverse_product(gradients, v)
         step = torch.zeros_like(chosen, dtype=v.dtype)
         step[chosen] = moved
