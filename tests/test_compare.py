@@ -22,7 +22,7 @@ from delfast.cli import main
 from delfast.cli.compare import HTML, MARKDOWN, RESULTS, cells
 from delfast.cli.compare.grid import read_grid
 from delfast.cli.compare.summary import mean
-from delfast.cli.run import load_model
+from delfast.cli.run import load_model, read_summary
 from delfast.errors import InputError
 from delfast.evaluate import logit_confidences, predictions, u_lira_leave_one_out
 from delfast.localize import STRATEGIES
@@ -127,7 +127,10 @@ def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
         (HEAD + "[[compare]]\nstrategies = ['everything']", "asks for 'del' without a mask"),
         (HEAD + "[[compare]]\nmethods = ['retrain']", "pairs 'retrain' with 'del'"),
         (HEAD + "[methods.magic]\nlr = 1.0\n[[compare]]", "expected [methods.NAME] to name one of"),
-        (HEAD + "[methods.del]\nalpha = 1.0\n[[compare]]", "has no hyperparameter 'alpha'"),
+        (
+            HEAD + "[methods.del]\nalpha = 1.0\n[[compare]]",
+            "[methods.del] has the unknown key 'alpha'; expected epochs",
+        ),
         (HEAD + "[strategies.own]\ntop = 1\n[[compare]]\nstrategies = ['own']", "strategy 'own'"),
         (HEAD.replace("seeds", "shadows = 1\nseeds") + "[[compare]]", "expected shadows of at least 2"),
         (HEAD.replace("seeds", "shadows = -10\nseeds") + "[[compare]]", "expected shadows of at least 2"),
@@ -139,8 +142,14 @@ def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
         (HEAD + "[compare]", "to be a list, each a table, got {}"),
         (HEAD + "[[compare]]\nmethods = 'del'", "expected methods of [[compare]] to be a list, each a text, got 'del'"),
         (HEAD + "[strategies]\nown = 1\n[[compare]]", "expected own of [strategies] to be a table, got 1"),
-        (HEAD.replace("lr = 0.02", "lr = 'low'") + "[[compare]]", "write numbers as numbers"),
-        (HEAD + "[methods.del]\nlr = 'low'\n[[compare]]", "the hyperparameters of 'del': "),
+        (
+            HEAD.replace("lr = 0.02", "lr = 'low'") + "[[compare]]",
+            "expected lr of [train] and [settings.NAME] to be a number, got 'low'",
+        ),
+        (HEAD.replace('"digits"', "3") + "[[compare]]", "to be a text, got 3"),
+        (HEAD.replace("[unlearn]\nepochs = 1", "[unlearn]\nepochs = 1.5") + "[[compare]]", "a whole number, got 1.5"),
+        (HEAD.replace("[0, 1]", "[]") + "[[compare]]", "to be a list, each a whole number, got []"),
+        (HEAD + "[methods.del]\nlr = 'low'\n[[compare]]", "expected lr of [methods.del] to be a number, got 'low'"),
         (HEAD.replace("forget =", "forgets =") + "[[compare]]", "unknown key 'forgets'"),
         (HEAD.replace('forget = "non-iid:2,5"', "epochs = 2") + "[[compare]]", "to say forget ="),
         (HEAD.replace("epochs = 1\nlr", "epochs = 0\nlr") + "[[compare]]", "at least 1 epoch"),
@@ -268,7 +277,41 @@ def test_a_cell_measured_with_another_oracle_is_refused(finished: Path, tmp_path
     shutil.copyfile(oracles[0] / "summary.json", oracles[1] / "summary.json")
     assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(out), "--report-only"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "was measured with another oracle than is there; delete it to run it anew" in error
+    assert "was not measured with the oracle that is there; delete it to run it anew" in error
+
+
+def replaced_everywhere(directory: Path, old: str, new: str) -> None:
+    for path in directory.rglob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+
+def test_a_network_that_comes_out_another_does_not_replace_the_old_one(
+    finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    (missing,) = (out / "cells").glob("non-iid-1-ssd-*")
+    missing.unlink()
+    (network,) = (out / "networks").glob("non-iid-1-original-*")
+    replaced_everywhere(out, read_summary(network)["digests"]["model"], "0" * 64)  # as if by another machine
+    (network / "model.safetensors").unlink()
+    kept = {path.name: path.read_bytes() for path in network.iterdir()}
+    assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(out), "--workers", "1"]) == 2
+    assert "trained anew, to be the network it was, it is not" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in network.iterdir()} == kept and not missing.exists()
+
+
+def test_run_times_of_other_machines_are_not_compared(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    (oracle,) = (out / "networks").glob("non-iid-1-oracle-*")
+    replaced_everywhere(oracle, '"isa": ', '"isa": "other", "isa_of_this": ')
+    assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(out), "--report-only"]) == 0
+    with open(out / RESULTS, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        alone = row["seed"] == "1" and row["method"] != "oracle"
+        assert (row["relative_time"] == "") == alone, row
 
 
 def test_networks_of_other_data_are_refused(finished: Path) -> None:

@@ -53,6 +53,7 @@ def run_grid(
     """
     (directory / "networks").mkdir(exist_ok=True)
     (directory / "cells").mkdir(exist_ok=True)
+    _finished(directory, grid)  # raises before anything is trained, and again before hours of cells
     cells = [cell for cell in grid.cells if not cell_path(directory, cell).is_file()]
     in_use = {network.key for cell in cells for network in cell.networks()}
     networks = [n for n in grid.trained if not _is_trained(directory, n, whole=n.key in in_use)]
@@ -60,7 +61,7 @@ def run_grid(
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
         try:
             _all(pool, _train, [(directory, network, device) for network in networks], "networks", watch)
-            _finished(directory, grid)  # raises before hours of cells
+            _finished(directory, grid)
             _all(pool, run_cell, [(directory, cell, device) for cell in cells], "cells", watch)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -79,17 +80,20 @@ def _finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
             for which, digest in _digests(directory, cell).items():
                 if results[-1].get("networks", {}).get(which) != digest:
                     raise InputError(
-                        f"'{path}' was measured with another {which} than is there; delete it to run it anew"
+                        f"'{path}' was not measured with the {which} that is there; delete it to run it anew"
                     )
     return results
 
 
 def _digests(directory: Path, cell: Cell) -> dict[str, str]:
-    """Of all networks that a cell needs."""
-    return {
-        f"{network.which}{network.shadow or ''}": read_summary(network_path(directory, network))["digests"]["model"]
-        for network in cell.networks()
-    }
+    """Of those networks that a cell needs that are there."""
+    found = {network: _digest(network_path(directory, network)) for network in cell.networks()}
+    return {f"{network.which}{network.shadow or ''}": digest for network, digest in found.items() if digest}
+
+
+def _digest(path: Path) -> str | None:
+    """Of the network that the summary there tells of; None if there is none."""
+    return str(read_summary(path)["digests"]["model"]) if (path / SUMMARY).is_file() else None
 
 
 def _start_worker(threads: int) -> None:
@@ -118,9 +122,9 @@ def network_path(directory: Path, network: Trained) -> Path:
 
 
 def _is_trained(directory: Path, network: Trained, whole: bool) -> bool:
-    """Are its results there, the last of which is written last, and, if it is still to be used, the network itself?"""
-    path = network_path(directory, network)
-    return all((path / name).is_file() for name in (SUMMARY, MEMBERSHIP, MODEL)[: None if whole else 2])
+    """Are its results there and, if it is still to be used, the network itself? Nobody asks for attacks on shadows."""
+    names = [SUMMARY, *([] if network.shadow else [MEMBERSHIP]), *([MODEL] if whole else [])]
+    return all((network_path(directory, network) / name).is_file() for name in names)
 
 
 def check_networks(directory: Path, grid: Grid) -> None:
@@ -128,21 +132,31 @@ def check_networks(directory: Path, grid: Grid) -> None:
     for network in grid.trained:
         if not _is_trained(directory, network, whole=False):
             path = network_path(directory, network)
-            raise InputError(
-                f"expected '{path}' to hold {SUMMARY} and {MEMBERSHIP}, it does not; run the grid without it"
-            )
+            raise InputError(f"expected '{path}' to hold {SUMMARY} and {MEMBERSHIP}, it does not; run the grid first")
 
 
 def _train(directory: Path, network: Trained, device: str) -> None:
-    """Train a network into a run directory, and attack it as cells are."""
+    """Train a network into a run directory, whole or not at all, and attack it as cells are.
+
+    InputError if it was there before, without ``model.safetensors``, and is another now: cells that are finished were
+    measured with the old one, and it stays.
+    """
     path = network_path(directory, network)
-    shutil.rmtree(path, ignore_errors=True)  # what a killed run has left
+    partial = path.with_name(f".{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed run has left
     run = _run(network.config, device)
     train = steps.train if network.which == ORIGINAL else steps.oracle
-    model = train(run, path, shadow=network.shadow).model
-    write_json(
-        path / MEMBERSHIP, _attacks(run, {name: predictions(model, loader) for name, loader in run.sets().items()})
-    )
+    model = train(run, partial, shadow=network.shadow).model
+    if not network.shadow:
+        found = {name: predictions(model, loader) for name, loader in run.sets().items()}
+        write_json(partial / MEMBERSHIP, _attacks(run, found))
+    if _digest(path) not in (None, _digest(partial)):
+        raise InputError(
+            f"expected '{path}', trained anew, to be the network it was, it is not (other threads, torch or machine); "
+            f"restore its {MODEL}, or delete it and the cells measured with it"
+        )
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
 
 
 def run_cell(directory: Path, cell: Cell, device: str) -> None:

@@ -31,7 +31,10 @@ GRID = {"title": str, "seeds": [int], "budget": float, "shadows": int, "compare"
     ("train", "settings", "unlearn", "methods", "strategies"), dict
 )
 BLOCK = {"methods": [str], "strategies": [str], "budgets": [float], "settings": [str]}
-NAMES: dict[Any, str] = {str: "a text", float: "a number", int: "a whole number", dict: "a table"}
+NAMES: dict[Any, str] = {
+    str: "a text", float: "a number", int: "a whole number", bool: "true or false", dict: "a table"
+}  # fmt: skip
+ANNOTATIONS = {"str": str, "float": float, "int": int, "bool": bool, "Schedule": str}
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,7 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
     _check(content, GRID, f"'{path}'")
     for table in ("settings", "methods", "strategies"):
         _check(content.get(table, {}), dict.fromkeys(content.get(table, {}), dict), f"[{table}]")
-    hyperparameters = {field.name for method in METHODS.values() for field in fields(method)}
-    _known(content.get("unlearn", {}), sorted({*hyperparameters, "batch_size"}), "[unlearn]")
+    _check(content.get("unlearn", {}), _kinds(*METHODS.values()) | {"batch_size": int}, "[unlearn]")
     strategies = {**STRATEGIES, **content.get("strategies", {})}
     settings = content.get("settings", {})
     if not settings or not content.get("compare"):
@@ -189,9 +191,10 @@ def _method(
             raise InputError(
                 f"[methods.{table}] has the name of something else, with of = '{values['of']}'; choose another"
             )
-    changes_of_own = dict(own.get(name, {}))
+    changes_of_own, where = dict(own.get(name, {})), f"[methods.{name}]"
     name = changes_of_own.pop("of", name)
     plain = make_method(name, {})
+    _check(changes_of_own, _kinds(type(plain)) | {"batch_size": int}, where)
     shared = {key: value for key, value in shared.items() if hasattr(plain, key) or key == "batch_size"}
     if not plain.epochs:
         shared.pop("epochs", None)
@@ -200,10 +203,7 @@ def _method(
     changes = {**method_recipe(config.data, config.model, name), **shared, **changes_of_own}
     batch_size = int(changes.pop("batch_size", config.batch_size))
     check_batch_size(batch_size)
-    try:
-        return make_method(name, changes), batch_size
-    except TypeError as error:
-        raise InputError(f"the hyperparameters of '{name}': {one_line(error)}; write numbers as numbers") from None
+    return make_method(name, changes), batch_size
 
 
 def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
@@ -218,8 +218,9 @@ def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> N
 
 
 def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
-    names = [field.name for field in fields(Config) if field.name != "seed"]
-    _known(values, names, "[train] and [settings.NAME]")
+    kinds = _kinds(Config)
+    del kinds["seed"]
+    _check(values, kinds, "[train] and [settings.NAME]")
     defaults: dict[str, Any] = {"data": "digits", "model": "resnet18-thin", "forget_ratio": 0.1, "batch_size": 128}
     values = {**defaults, **values}
     if "forget" not in values:
@@ -229,10 +230,7 @@ def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
     published = recipe(values["data"], values["model"])
     values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}
     config = Config(**(values if data is None else {**values, "data": data}))
-    try:
-        config.check()
-    except TypeError as error:
-        raise InputError(f"[train] and [settings.NAME]: {one_line(error)}; write numbers as numbers") from None
+    config.check()
     return config
 
 
@@ -248,20 +246,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
     """InputError for an unknown key, and for a value of another kind; a whole number will do for a float."""
-    _known(table, kinds, where)
+    unknown = sorted(table.keys() - kinds.keys())
+    if unknown:
+        raise InputError(f"{where} has the unknown key '{unknown[0]}'; expected {', '.join(kinds)}")
     for key, value in table.items():
         many = isinstance(kinds[key], list)
         kind = kinds[key][0] if many else kinds[key]
         taken = (int, float) if kind is float else kind
         values = value if many and isinstance(value, list) else [value]
-        if many != isinstance(value, list) or any(isinstance(v, bool) or not isinstance(v, taken) for v in values):
+        fits = all(isinstance(v, taken) and isinstance(v, bool) == (kind is bool) for v in values)
+        if many != isinstance(value, list) or not fits or not values:
             raise InputError(f"expected {key} of {where} to be {'a list, each ' * many}{NAMES[kind]}, got {value!r}")
 
 
-def _known(table: Mapping[str, Any], names: Any, where: str) -> None:
-    unknown = sorted(table.keys() - set(names))
-    if unknown:
-        raise InputError(f"{where} has the unknown key '{unknown[0]}'; expected {', '.join(names)}")
+def _kinds(*classes: Any) -> dict[str, Any]:
+    """Of the fields of dataclasses."""
+    return {f.name: ANNOTATIONS[f.type.removesuffix(" | None")] for each in classes for f in fields(each)}
 
 
 def _digest(value: Any) -> str:

@@ -30,7 +30,8 @@ FIELDS = {
 MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t). Δ = oracle - method: the nearer to
 0, the better. MIA: the part of the forget set that membership inference calls non-member. KL: divergence of the
 method's predictions from the oracle's, in nats. Changed: the share of the parameters that differ from the original's.
-RTE: run time relative to retraining, localization included; empty where another device did that."""
+RTE: run time relative to retraining, localization included; empty where another device,
+other threads or another torch did that."""
 
 
 @dataclass(frozen=True)

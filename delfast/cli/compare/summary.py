@@ -58,7 +58,7 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
 
     Percentages; Δ = oracle - method; ``forget_ratio``: the part of the training set that is to be forgotten;
     ``changeable``, ``changed``: shares of the parameters that might change, and did; the attacks of SalUn by name;
-    ``relative_time``: to retraining, where one device did both.
+    ``relative_time``: to retraining, where the same device, threads and torch did both.
     """
     rows = []
     for network in grid.trained:
@@ -111,9 +111,15 @@ def _forget(summary: Mapping[str, Any]) -> Row:
 def _times(result: Mapping[str, Any], retraining: Mapping[str, Any]) -> Row:
     seconds = result["seconds"]
     row = {"seconds": sum(seconds.values()), **{f"seconds_{name}": value for name, value in seconds.items()}}
-    if result["provenance"]["device"] == retraining["provenance"]["device"]:
+    if _machine(result) == _machine(retraining):
         row["relative_time"] = relative_time(row["seconds"], sum(retraining["seconds"].values()))
     return row
+
+
+def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What took the time, as far as is known."""
+    origin, backend = result["provenance"], result["provenance"]["backend"]
+    return origin["device"], origin["platform"], origin["torch"], backend["threads"], backend["isa"], backend["cuda"]
 
 
 def origins(results: Iterable[Mapping[str, Any]]) -> str:
