@@ -76,9 +76,10 @@ class Build(BuildExtension):
             }
             objects = Path(self.build_temp).resolve() / "kernels"
             objects.mkdir(parents=True, exist_ok=True)
+            toolkit = self._toolkit()
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 kernels = [pool.submit(self._compile_kernel, source, objects) for source in kernel_sources()]
-                cuda_kernels = self._compile_cuda(pool, objects)
+                cuda_kernels = [] if toolkit is None else self._compile_cuda(pool, objects, toolkit)
                 self.extensions[0].extra_objects = [kernel.result() for kernel in kernels] + cuda_kernels
             super().build_extensions()
         except Exception as error:  # distutils, subprocess and torch raise unrelated kinds
@@ -91,28 +92,43 @@ class Build(BuildExtension):
             )
             self.extensions = []
 
-    def _compile_cuda(self, pool: ThreadPoolExecutor, objects: Path) -> list[str]:
-        """The CUDA kernels' objects, with the extension told of them; none, and why, if they cannot be built."""
+    def _toolkit(self) -> Toolkit | None:
+        """That of DELFAST_CUDA, sought before anything is compiled; None where the CUDA kernels are left out."""
         wanted = os.environ.get("DELFAST_CUDA", "auto")
+        if wanted not in ("auto", "0", "1"):
+            sys.exit(f"expected DELFAST_CUDA to be auto, 0 or 1, got '{wanted}'; set one or unset it")
         try:
-            if wanted not in ("auto", "0", "1"):
-                sys.exit(f"expected DELFAST_CUDA to be auto, 0 or 1, got '{wanted}'; set one or unset it")
-            toolkit = _toolkit(wanted)
+            if wanted == "0":
+                raise CudaUnavailable("DELFAST_CUDA=0 at install")
+            if not torch.version.cuda:
+                raise CudaUnavailable(f"expected a CUDA build of torch, this is {torch.__version__}; install one")
+            setup_cuda.architectures()  # says at once what it does not understand
+            return setup_cuda.find_toolkit(torch.version.cuda.split(".")[0])
+        except CudaUnavailable as error:
+            self._leave_cuda_out(error)
+            return None
+
+    def _leave_cuda_out(self, error: CudaUnavailable) -> None:
+        if os.environ.get("DELFAST_CUDA") == "1":
+            sys.exit(f"DELFAST_CUDA=1, but {error}")
+        self.info["cuda_failure"] = str(error)
+        print(f"\n*** delfast: no CUDA kernels: {error}\n", file=sys.stderr)
+
+    def _compile_cuda(self, pool: ThreadPoolExecutor, objects: Path, toolkit: Toolkit) -> list[str]:
+        """The CUDA kernels' objects, with the extension told of them; none, and why, if they cannot be built."""
+        try:
             jobs = [pool.submit(setup_cuda.compile_object, toolkit, source, objects) for source in setup_cuda.SOURCES]
             compiled, libraries = [job.result() for job in jobs], str(toolkit.libraries)
-            extension = self.extensions[0]  # from here on nothing may fail
-            extension.sources += [
-                str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
-            ]
-            extension.include_dirs.append(str(toolkit.include))
-            extension.library_dirs.append(libraries)
-            extension.libraries += ["c10_cuda", "cudart"]
         except CudaUnavailable as error:
-            if wanted == "1":
-                sys.exit(f"DELFAST_CUDA=1, but {error}")
-            self.info["cuda_failure"] = str(error)
-            print(f"\n*** delfast: no CUDA kernels: {error}\n", file=sys.stderr)
+            self._leave_cuda_out(error)
             return []
+        extension = self.extensions[0]
+        extension.sources += [
+            str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
+        ]
+        extension.include_dirs.append(str(toolkit.include))
+        extension.library_dirs.append(libraries)
+        extension.libraries += ["c10_cuda", "cudart"]
         self.info["cuda"] = {"toolkit": toolkit.version, "architectures": setup_cuda.architectures()}
         return compiled
 
@@ -134,15 +150,6 @@ class Build(BuildExtension):
             sys.stderr.write(result.stderr)
             raise RuntimeError(f"{_compiler()} could not compile {source.name}")
         return str(target)
-
-
-def _toolkit(wanted: str) -> Toolkit:
-    if wanted == "0":
-        raise CudaUnavailable("DELFAST_CUDA=0 at install")
-    if not torch.version.cuda:
-        raise CudaUnavailable(f"expected a CUDA build of torch, this is {torch.__version__}; install one")
-    setup_cuda.architectures()  # says at once what it does not understand
-    return setup_cuda.find_toolkit(torch.version.cuda.split(".")[0])
 
 
 def _compiler() -> str:
