@@ -187,8 +187,7 @@ def test_a_forget_set_may_cover_a_whole_class(tmp_path):
 
 def delfast(*arguments):
     """The command in a process of its own."""
-    code = "import sys; from delfast.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
+    return [sys.executable, "-m", "delfast", *(str(argument) for argument in arguments)]
 
 
 def test_unlearn_resumes_after_a_kill_to_the_same_weights(workspace, tmp_path, capsys):

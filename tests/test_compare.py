@@ -20,14 +20,17 @@ import torch
 
 from delfast.cli import main
 from delfast.cli.compare import HTML, MARKDOWN, RESULTS, cells
+from delfast.cli.compare.figures import STYLES, _bars
 from delfast.cli.compare.grid import read_grid
-from delfast.cli.compare.summary import mean
+from delfast.cli.compare.summary import _times, mean
 from delfast.cli.run import load_model, read_summary
 from delfast.errors import InputError
 from delfast.evaluate import logit_confidences, predictions, u_lira_leave_one_out
 from delfast.localize import STRATEGIES
+from delfast.report import markdown_table
 from delfast.unlearn import METHODS
 
+ROOT = Path(__file__).parents[1]
 HEAD = """
 title = "tiny"
 seeds = [0, 1]
@@ -148,6 +151,10 @@ def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
         ),
         (HEAD.replace('"digits"', "3") + "[[compare]]", "to be a text, got 3"),
         (HEAD.replace("[unlearn]\nepochs = 1", "[unlearn]\nepochs = 1.5") + "[[compare]]", "a whole number, got 1.5"),
+        (HEAD + "[strategies.del]\nper_example = true\n[[compare]]", "[strategies.del] has the name of something else"),
+        (HEAD + "[strategies.everything]\n[[compare]]", "[strategies.everything] has the name of something else"),
+        (HEAD + "[strategies.'3/4']\n[[compare]]", "letters, digits and . + - _, got '3/4'; rename it"),
+        (HEAD.replace("non-iid]", "'non iid']") + "[[compare]]", "expected names of [settings] of letters"),
         (HEAD.replace("[0, 1]", "[]") + "[[compare]]", "to be a list, each a whole number, got []"),
         (HEAD + "[methods.del]\nlr = 'low'\n[[compare]]", "expected lr of [methods.del] to be a number, got 'low'"),
         (HEAD.replace("forget =", "forgets =") + "[[compare]]", "unknown key 'forgets'"),
@@ -162,7 +169,7 @@ def test_a_bad_grid_is_refused_in_one_line(text: str, message: str, tmp_path: Pa
     assert message in error and error.startswith("delfast: error: ") and not output_dir.exists()
 
 
-@pytest.mark.parametrize("path", sorted(Path("experiments").rglob("*.toml")), ids=str)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.toml")), ids=str)
 def test_the_grids_that_ship_can_be_read(path: Path, tmp_path: Path) -> None:
     if "imagenet" in path.name:  # which reads a folder of the user's
         for part in ("train", "test"):
@@ -171,14 +178,12 @@ def test_the_grids_that_ship_can_be_read(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_small_grid_has_every_method_and_every_strategy() -> None:
-    cells = read_grid(Path("experiments/small/digits.toml")).cells
+    cells = read_grid(ROOT / "experiments/small/digits.toml").cells
     assert {cell.method.name for cell in cells if cell.strategy == "del"} == METHODS.keys() - {"retrain"}
     assert {cell.strategy for cell in cells if cell.method.name == "del"} == STRATEGIES.keys()
 
 
 # ---- the run
-
-PROGRAM = "import sys; from delfast.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +195,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(finished: Path, tmp_path: Path) -> None:
     grid, output_dir = finished / "grid.toml", tmp_path / "out"
-    command = [sys.executable, "-c", PROGRAM, "compare", str(grid), "--output-dir", str(output_dir), "--workers", "1"]
+    command = [sys.executable, "-m", "delfast", "compare", str(grid), "--output-dir", str(output_dir), "--workers", "1"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while len(list(output_dir.glob("cells/*.json"))) < 3:
@@ -346,12 +351,52 @@ def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Pat
     arguments = ["compare", str(write(tmp_path, TINY)), "--output-dir", str(tmp_path / "some"), "--report-only"]
     assert main(arguments) == 0 and len(list((tmp_path / "some" / "cells").iterdir())) == 1
     assert len(measured(tmp_path / "some")) == 3  # the cell, and the original and the oracle of its seed
-    assert f"1 of {len(cells)} cells" in (tmp_path / "some" / MARKDOWN).read_text()
+    report = (tmp_path / "some" / MARKDOWN).read_text()
+    assert f"1 of {len(cells)} cells" in report and "Table 2" in report and "Table 1" not in report
     for summary in (tmp_path / "some" / "networks").rglob("summary.json"):
         summary.unlink()
     assert main(arguments) == 2 and "to hold summary.json and membership.json" in capsys.readouterr().err
     cells[0].unlink()
     assert main(arguments) == 2 and "hold finished cells" in capsys.readouterr().err
+
+
+def test_the_kept_results_give_the_report_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = ROOT / "experiments" / "results" / "cifar10-small"
+    shutil.copytree(kept, tmp_path / "out")
+    for name in (RESULTS, MARKDOWN):
+        (tmp_path / "out" / name).unlink()
+    monkeypatch.setattr("delfast.data.pictures.check", lambda *_: None)  # the images need not be there
+    grid = str(kept.parents[1] / "small" / "cifar10.toml")
+    options = ["--data", "folder:/tmp/cifar", "--output-dir", str(tmp_path / "out"), "--report-only"]
+    assert main(["compare", grid, *options]) == 0
+    for name in (RESULTS, MARKDOWN):
+        assert (tmp_path / "out" / name).read_text(encoding="utf-8") == (kept / name).read_text(encoding="utf-8")
+
+
+def test_times_are_compared_where_the_machine_is_the_same() -> None:
+    backend = {"threads": 1, "isa": "avx2", "cuda": "not built"}
+    origin = {"device": "cpu", "platform": "P", "torch": "2", "backend": backend}
+    oracle = {"seconds": {"train": 4.0}, "provenance": origin}
+
+    def row(**changes: Any) -> dict[str, Any]:
+        own = {**origin, "backend": backend | {k: v for k, v in changes.items() if k in backend}}
+        own |= {k: v for k, v in changes.items() if k not in backend}
+        return _times({"seconds": {"localize": 0.5, "finetune": 0.5}, "provenance": own}, oracle)
+
+    assert row()["relative_time"] == row(cuda="built, no device")["relative_time"] == 0.25  # no GPU took part
+    for change in ({"device": "cuda"}, {"torch": "3"}, {"threads": 2}, {"isa": "amx"}):
+        assert "relative_time" not in row(**change) and row(**change)["seconds"] == 1.0
+
+
+def test_the_figures_show_no_interval_of_one_seed_and_cut_others_at_100() -> None:
+    below, above = _bars([mean([90.0, 100.0]), mean([5.0])], least=0)
+    assert (below[0], above[0]) == (pytest.approx(12.706 * 5, rel=1e-4), 5.0)
+    assert math.isnan(below[1]) and math.isnan(above[1])
+    assert len(set(STYLES)) == len(STYLES) >= len(STRATEGIES) + 4  # those of the grids, told apart
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell_of_markdown() -> None:
+    assert markdown_table(["", "a|b"], [["x", "1|2"]]).splitlines()[0::2] == ["|  | a\\|b |", "| x | 1\\|2 |"]
 
 
 def test_means_have_students_intervals() -> None:

@@ -35,7 +35,8 @@ def method_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(columns) - 1)
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in (columns, rule, *rows))
+    lines = ([cell.replace("|", "\\|") for cell in cells] for cells in (columns, rule, *rows))
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -77,6 +77,7 @@ def _finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
     for path, cell in ((cell_path(directory, cell), cell) for cell in grid.cells):
         if path.is_file():
             results.append(read_json(path))
+            results[-1]["cell"]["method"] = cell.label  # a grid that has changed since may call it otherwise
             for which, digest in _digests(directory, cell).items():
                 if results[-1].get("networks", {}).get(which) != digest:
                     raise InputError(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from delfast.cli.compare.summary import Mean, Row
 from delfast.report.plots import INK, save_figure
 
-# Okabe & Ito's palette (https://jfly.uni-koeln.de/color), and a marker and a dash for each, for greyscale
+# Okabe & Ito's palette (https://jfly.uni-koeln.de/color), and a marker, a dash and a hatch for each, for greyscale
 STYLES = [
-    (colour, marker, dash)
-    for dash in ("-", "--")
+    (colour, marker, dash, hatch)
+    for dash, hatch in (("-", None), ("--", "//"), ("-.", ".."))
     for colour, marker in (
         *(("#E69F00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#D55E00", "P")),
         ("#000000", "X"),
@@ -32,12 +33,14 @@ GAPS = {
 def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
     """Gaps to the oracle by budget, a line for each strategy, with 95 % intervals; the oracle is the line at 0."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
+    budgets = sorted({100 * row["budget"] for row in rows})
+    apart = min((more - less for less, more in itertools.pairwise(budgets)), default=1)
     figure, panels = _panels(title)
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
         for position, strategy in enumerate(strategies):
-            colour, marker, dash = STYLES[position % len(STYLES)]
+            colour, marker, dash, _ = STYLES[position % len(STYLES)]
             found = sorted((row for row in rows if row["strategy"] == strategy), key=lambda row: row["budget"])
-            aside = 0.3 * (position - (len(strategies) - 1) / 2)  # percent: bars side by side
+            aside = 0.03 * apart * (position - (len(strategies) - 1) / 2)  # bars side by side
             axes.errorbar(
                 [100 * row["budget"] + aside for row in found],
                 [row[field].value for row in found],
@@ -57,29 +60,33 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Sizes of the gaps to the oracle, a group of bars for each method, a bar for each strategy."""
+    """Sizes of the gaps to the oracle, a group of bars for each method, in it a bar for each strategy it has."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    rows = sorted(rows, key=lambda row: (methods.index(row["method"]), strategies.index(row["strategy"])))
+    places = [place + 1.5 * methods.index(row["method"]) for place, row in enumerate(rows)]  # in widths of a bar
     figure, panels = _panels(title)
-    width = 0.8 / len(strategies)
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
         for position, strategy in enumerate(strategies):
-            means = {row["method"]: row[field] for row in rows if row["strategy"] == strategy}
-            places = [place for place, method in enumerate(methods) if method in means]
-            sizes = [replace(means[methods[place]], value=abs(means[methods[place]].value)) for place in places]
+            found = [
+                (place, row[field]) for place, row in zip(places, rows, strict=True) if row["strategy"] == strategy
+            ]
+            sizes = [replace(mean, value=abs(mean.value)) for _, mean in found]
             axes.bar(
-                [place + (position - (len(strategies) - 1) / 2) * width for place in places],
+                [place for place, _ in found],
                 [size.value for size in sizes],
-                width * 0.94,
+                0.94,
                 yerr=_bars(sizes, least=0),
                 error_kw={"linewidth": 0.8, "capsize": 1.5, "ecolor": INK},
                 color=STYLES[position % len(STYLES)][0],
-                hatch="//" if position >= len(STYLES) // 2 else None,
+                hatch=STYLES[position % len(STYLES)][3],
                 label=strategy,
             )
+        groups = [[place for place, row in zip(places, rows, strict=True) if row["method"] == name] for name in methods]
+        middles = [sum(group) / len(group) for group in groups]
         axes.set_title(f"|{label}|", fontsize=11)
-        axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right", fontsize=8)
-        axes.set_xlim(-0.6, len(methods) - 0.4)
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # the oracle's line above the axis
+        axes.set_xticks(middles, methods, rotation=30, ha="right", fontsize=8)
         axes.set_xlabel("method")
     panels[0].set_ylabel("size of oracle - method (points)")
     _save(figure, panels, path)
@@ -104,7 +111,8 @@ def _save(figure: Figure, panels: Any, path: Path) -> None:
 
 
 def _bars(means: Sequence[Mean], least: float) -> list[list[float]]:
-    """Lengths of the intervals below and above the means, cut where no gap can lie: under ``least``, over 100."""
-    halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
-    below = [min(half, mean.value - least) for mean, half in zip(means, halves, strict=True)]
-    return [below, [min(half, 100 - mean.value) for mean, half in zip(means, halves, strict=True)]]
+    """Lengths of the intervals below and above the means, cut where no gap can lie: under ``least``, over 100. NaN, of
+    one seed, is not drawn.
+    """
+    below = [np.minimum(mean.half, mean.value - least) for mean in means]
+    return [below, [np.minimum(mean.half, 100 - mean.value) for mean in means]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -133,6 +134,12 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
     _check(content, GRID, f"'{path}'")
     for table in ("settings", "methods", "strategies"):
         _check(content.get(table, {}), dict.fromkeys(content.get(table, {}), dict), f"[{table}]")
+        for name in content.get(table, {}):
+            if not re.fullmatch(r"[\w.+-]+", name):  # it becomes part of files' names
+                raise InputError(f"expected names of [{table}] of letters, digits and . + - _, got '{name}'; rename it")
+    for name in content.get("strategies", {}):
+        if name in (*STRATEGIES, EVERYTHING):
+            raise InputError(f"[strategies.{name}] has the name of something else; choose another")
     _check(content.get("unlearn", {}), _kinds(*METHODS.values()) | {"batch_size": int}, "[unlearn]")
     strategies = {**STRATEGIES, **content.get("strategies", {})}
     settings = content.get("settings", {})

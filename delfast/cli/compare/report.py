@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from delfast.report import markdown_table
 
 FIELDS = {
     "forget_acc": "forget acc",
+    "retain_acc": "retain acc",
     "test_acc": "test acc",
     "mia": "MIA",
     "delta_forget": "Δ forget",
@@ -27,16 +29,18 @@ FIELDS = {
     "seconds": "seconds",
     "relative_time": "RTE",
 }
-MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t). Δ = oracle - method: the nearer to
-0, the better. MIA: the part of the forget set that membership inference calls non-member. KL: divergence of the
-method's predictions from the oracle's, in nats. Changed: the share of the parameters that differ from the original's.
-RTE: run time relative to retraining, localization included; empty where another device,
-other threads or another torch did that."""
+MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t), of which each row has its own
+number. Δ = oracle - method: the nearer to 0, the better. MIA: the part of the forget set that membership inference
+calls non-member. KL: divergence of the method's predictions from the oracle's, in nats. Changed: the share of the
+parameters that differ from the original's. RTE: run time relative to retraining, localization included; empty where for
+one of the seeds another device, other threads or another torch did that. Seconds are as they came, with whatever else
+ran on the machine."""
+BARS = "error bars are 95 % intervals, and one seed has none"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a paragraph, and a table or a figure (its path)."""
+    """A heading, a paragraph, and a figure (its path), a table, or both."""
 
     title: str
     text: str = ""
@@ -54,7 +58,7 @@ def make_report(
     averaged = means(rows)
     for setting in dict.fromkeys(row["setting"] for row in averaged):
         sections += _of_setting(setting, [row for row in averaged if row["setting"] == setting], grid, directory)
-    sections += _sizes(averaged, grid.budget)
+    sections += [*_sizes(averaged, grid.budget), _hyperparameters(grid)]
     if failed:
         columns = ("setting", "seed", "method", "strategy", "budget")
         cells = [[*("" if f["cell"][c] is None else str(f["cell"][c]) for c in columns), f["failed"]] for f in failed]
@@ -74,7 +78,7 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
     def named(*strategies: str) -> list[Row]:
         return [row for name in strategies for row in at_budget if row["strategy"] == name]
 
-    tables: list[tuple[str, str, list[Row], Callable[[Row], str]]] = [
+    tables: list[tuple[str, str, list[Row], Callable[[Row], str]]] = [  # a row alone compares nothing but in table 2
         (
             "Table 1: granularity x criterion",
             f"Reset and finetune, budget {budget:g}. Channels or single parameters, ranked by |θ G| or |G|.",
@@ -102,20 +106,24 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
         ),
     ]
     for title, text, found, label in tables:
-        if len(found) > 1:
+        if len(found) > (not title.startswith("Table 2")):
             sections.append(_table(f"{setting} - {title}", text, ends, found, label))
-    budgets = {row["budget"] for row in resets}
-    if len(budgets) > 1:
+    if {row["budget"] for row in resets} - {budget}:
         path = directory / "figures" / f"{setting}-budgets.png"
         plot_budgets(resets, path, f"{setting}: strategies by budget, reset and finetune")
-        text = "Reset and finetune; error bars are 95 % intervals; the dotted line is the oracle."
-        sections.append(Section(f"{setting} - Figure 2: strategies by budget", text, figure=path))
-    paired = [row for row in rows if row["budget"] == budget]
-    methods = {row["method"] for row in paired}
-    if len(methods) > 1 and len({row["strategy"] for row in paired}) > 1:
+        text = f"Reset and finetune; {BARS}; the dotted line is the oracle."
+        order = [row["strategy"] for row in resets]
+        ordered = sorted(resets, key=lambda row: (order.index(row["strategy"]), row["budget"]))
+        title = f"{setting} - Figure 2: strategies by budget"
+        table = _table(title, text, ends, ordered, lambda row: f"{row['strategy']}, {row['budget']:g}")
+        sections.append(replace(table, figure=path))
+    masked = [row for row in rows if row["budget"] == budget]
+    counts = Counter(row["method"] for row in masked)
+    paired = [row for row in masked if counts[row["method"]] > 1]
+    if len({row["method"] for row in paired}) > 1:
         path = directory / "figures" / f"{setting}-methods.png"
         plot_methods(paired, path, f"{setting}: strategies by method, budget {budget:g}")
-        text = f"Sizes of the gaps at budget {budget:g}; error bars are 95 % intervals; 0 is the oracle."
+        text = f"Sizes of the gaps at budget {budget:g}, of methods run with several masks; {BARS}; 0 is the oracle."
         sections.append(Section(f"{setting} - Figure 3: strategies by method", text, figure=path))
     sections += [_attacks(setting, rows), _times(setting, rows)]
     return sections
@@ -133,8 +141,8 @@ def _strategy(row: Row) -> str:
 
 def _table(title: str, text: str, ends: list[Row], found: list[Row], label: Callable[[Row], str]) -> Section:
     named = [(str(row["method"]), row) for row in ends] + [(label(row), row) for row in found]
-    cells = [[name, *(str(row.get(field, "")) for field in FIELDS)] for name, row in named]
-    return Section(title, text, ("", *FIELDS.values()), cells)
+    cells = [[name, str(row["mia"].seeds), *(str(row.get(field, "")) for field in FIELDS)] for name, row in named]
+    return Section(title, text, ("", "seeds", *FIELDS.values()), cells)
 
 
 def _attacks(setting: str, rows: list[Row]) -> Section:
@@ -178,14 +186,25 @@ def _sizes(rows: list[Row], budget: float) -> list[Section]:
     return sections
 
 
+def _hyperparameters(grid: Grid) -> Section:
+    """What was run under each method's name."""
+    rows = []
+    for cell in grid.cells:
+        values = {**asdict(cell.method), "batch_size": cell.batch_size}
+        shown = ", ".join(f"{name} = {value}" for name, value in values.items() if value is not None)
+        rows.append((cell.label, cell.method.name, shown))
+    text = "Of every method, and of its variants, which have names of their own."
+    return Section("Hyperparameters", text, ("name", "method", "hyperparameters"), list(dict.fromkeys(rows)))
+
+
 def _markdown(sections: list[Section], footer: str) -> str:
     parts = []
     for number, section in enumerate(sections):
         parts.append(f"{'#' if not number else '##'} {section.title}\n\n{section.text}\n")
-        if section.rows:
-            parts.append(markdown_table(section.columns, section.rows))
         if section.figure is not None:
             parts.append(f"![{section.title}](figures/{section.figure.name})\n")
+        if section.rows:
+            parts.append(markdown_table(section.columns, section.rows))
     return "\n".join([*parts, footer + "\n"])
 
 
@@ -204,14 +223,14 @@ def _html(title: str, sections: list[Section], footer: str, directory: Path) -> 
     for number, section in enumerate(sections):
         level = 1 if not number else 2
         body.append(f"<h{level}>{html.escape(section.title)}</h{level}><p>{html.escape(section.text)}</p>")
+        if section.figure is not None:
+            image = base64.b64encode(section.figure.read_bytes()).decode()
+            body.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{image}">')
         if section.rows:
             head = "".join(f"<th>{html.escape(column)}</th>" for column in section.columns)
             rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in section.rows)
             lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
             body.append(f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table>")
-        if section.figure is not None:
-            image = base64.b64encode(section.figure.read_bytes()).decode()
-            body.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{image}">')
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'

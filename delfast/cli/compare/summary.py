@@ -26,7 +26,8 @@ MEASURES = (
 )
 ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob", "u_lira")
 STAGES = ("localize", "prepare", "finetune", "train")
-COLUMNS = (*KEYS, "seed", "forget", "forget_ratio", *MEASURES, *ATTACKS, *(f"seconds_{stage}" for stage in STAGES))
+SETTINGS = ("of", "epochs", "lr", "batch_size", "device", "forget", "forget_ratio")
+COLUMNS = (*KEYS, "seed", *SETTINGS, *MEASURES, *ATTACKS, *(f"seconds_{stage}" for stage in STAGES))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def mean(values: Sequence[float]) -> Mean:
 def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -> list[Row]:
     """A row for every network (method "original" or "oracle") and every cell that did not fail: ``COLUMNS``.
 
-    Percentages; Δ = oracle - method; ``forget_ratio``: the part of the training set that is to be forgotten;
+    ``of``: the method that a variant is of; ``budget``: a part of the parameters; ``forget_ratio``: the part of the
+    training set that is to be forgotten. Measures are percentages, losses and divergences nats; Δ = oracle - method;
     ``changeable``, ``changed``: shares of the parameters that might change, and did; the attacks of SalUn by name;
     ``relative_time``: to retraining, where the same device, threads and torch did both.
     """
@@ -74,6 +76,9 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
                 "strategy": EVERYTHING,
                 "budget": None,
                 "seed": network.config.seed,
+                "of": network.which,
+                **{key: getattr(network.config, key) for key in ("epochs", "lr", "batch_size")},
+                "device": summary["provenance"]["device"],
                 **_forget(summary),
                 "changeable": 100.0,
                 **metrics.as_dict(),
@@ -86,10 +91,13 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
         if "failed" in result:
             continue
         retraining = read_summary(network_path(directory, cell.oracle()))
-        described = {**result["cell"], "method": cell.label}  # a grid that has changed since may call it otherwise
         rows.append(
             {
-                **{key: described[key] for key in (*KEYS, "seed")},
+                **{key: result["cell"][key] for key in (*KEYS, "seed")},
+                "of": cell.method.name,
+                **{key: getattr(cell.method, key, None) for key in ("epochs", "lr")},
+                "batch_size": cell.batch_size,
+                "device": result["provenance"]["device"],
                 **_forget(retraining),
                 **result["metrics"],
                 **result["attacks"],
@@ -119,7 +127,8 @@ def _times(result: Mapping[str, Any], retraining: Mapping[str, Any]) -> Row:
 def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What took the time, as far as is known."""
     origin, backend = result["provenance"], result["provenance"]["backend"]
-    return origin["device"], origin["platform"], origin["torch"], backend["threads"], backend["isa"], backend["cuda"]
+    kernels = backend["isa"] if origin["device"] == "cpu" else backend["cuda"]
+    return origin["device"], origin["platform"], origin["torch"], backend["threads"], kernels
 
 
 def origins(results: Iterable[Mapping[str, Any]]) -> str:
