@@ -121,7 +121,7 @@ def cifar10(text: str) -> str:
         raise InputError(f"'{CIFAR10.name}' holds no results; run the grid as experiments/results says")
     found = means({name: _number(value) for name, value in row.items() if value or name in KEYS} for row in rows)
     fields = ("forget_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test")
-    columns = ("setting", "method", "mask", "seeds", *(FIELDS[field] for field in fields))
+    columns = ("setting", "method", "strategy", "seeds", *(FIELDS[field] for field in fields))
     cells = [
         [row["setting"], row["method"], row["strategy"], str(row["mia"].seeds), *(str(row[field]) for field in fields)]
         for row in found

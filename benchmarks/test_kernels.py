@@ -160,7 +160,8 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
     }
 
 
-OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot")  # of one layer's tensors each: see test_per_example.py
+# of one layer's tensors each: see test_per_example.py and test_steps.py
+OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "gather_columns")
 
 
 @pytest.mark.parametrize("op", [op.name for op in OPS if op.name not in OF_ONE_LAYER])

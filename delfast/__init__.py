@@ -1,7 +1,7 @@
 """delfast: fast localized machine unlearning for PyTorch.
 
     mask = delfast.localize(model, forget_loader, budget=0.3)   # which channels hold the forget set
-    delfast.reset_(model, mask, init=factory)                   # back to a fresh initialization
+    delfast.reset_(model, mask, init=factory, seed=1)           # to fresh values: not those that training began from
     with delfast.compact(model, mask) as handle:                # trains what the mask selects, and nothing else
         optimizer = torch.optim.SGD(handle.parameters(), lr=0.015, momentum=0.9)
 

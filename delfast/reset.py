@@ -25,6 +25,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     init: a factory, called under a forked generator seeded with ``seed`` (the usual way, for a network's constructor
         may initialize differently from its modules' ``reset_parameters``: torchvision's ResNet-18 does); a second
         model; a state dict; or "reset_parameters", run on a copy of the model under the same generator.
+    seed: choose one that training did not begin from: a factory may give the values of that beginning again.
 
     Raises InputError, with nothing changed, if the mask is of another architecture or if ``init`` does not cover a
     masked parameter with the same shape.

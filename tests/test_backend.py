@@ -210,6 +210,8 @@ def test_cuda_that_is_asked_for_and_not_there_fails_in_one_line(tmp_path: Path) 
     result = build_ext(tmp_path, DELFAST_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
     expected = "expected a toolkit of CUDA" if torch.version.cuda else "expected a CUDA build of torch"
     assert result.returncode != 0 and f"DELFAST_CUDA=1, but {expected}" in result.stderr
+    result = build_ext(tmp_path, DELFAST_CUDA="1", CXX="no-such-compiler")
+    assert result.returncode != 0 and "no C++ compiler: 'no-such-compiler' is not there" in result.stderr
 
 
 def test_a_toolkit_is_found_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

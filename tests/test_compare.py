@@ -59,7 +59,7 @@ methods = ["finetune", "ssd", "retrain"]
 strategies = ["everything"]
 [[compare]]
 methods = ["finetune"]
-strategies = ["del"]
+strategies = ["del", "salloc"]
 """
 )
 
@@ -221,7 +221,7 @@ def test_a_second_run_computes_nothing(finished: Path) -> None:
 
 def test_rows_are_of_networks_and_cells_with_gaps_to_their_own_oracle(finished: Path) -> None:
     rows = measured(finished / "out")
-    assert len(rows) == 4 + 20
+    assert len(rows) == 4 + 22
     oracles = {row["seed"]: row for row in rows if row["method"] == "oracle"}
     for row in rows:
         oracle = oracles[row["seed"]]
@@ -352,7 +352,7 @@ def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Pat
     assert main(arguments) == 0 and len(list((tmp_path / "some" / "cells").iterdir())) == 1
     assert len(measured(tmp_path / "some")) == 3  # the cell, and the original and the oracle of its seed
     report = (tmp_path / "some" / MARKDOWN).read_text()
-    assert f"1 of {len(cells)} cells" in report and "Table 2" in report and "Table 1" not in report
+    assert f"1 of {len(cells)} cells" in report and "| del, 0.1 | 1 |" in report and "Table" not in report
     for summary in (tmp_path / "some" / "networks").rglob("summary.json"):
         summary.unlink()
     assert main(arguments) == 2 and "to hold summary.json and membership.json" in capsys.readouterr().err
@@ -416,7 +416,7 @@ def test_the_report_has_tables_and_figures_and_asks_the_network_for_nothing(fini
         "Figure 3",
         "Wall-clock of every stage",
         "| finetune, del mask |",
-        "20 cells of grid.toml, by delfast ",
+        "22 cells of grid.toml, by delfast ",
     ):
         assert title in markdown
     attacked = markdown.split("Membership inference")[1]

@@ -14,7 +14,6 @@ from torch import nn
 import delfast
 from delfast import InputError, Mask
 from delfast.localize import STRATEGIES, preset_settings
-from delfast.localize.gradient import mean_gradient
 from delfast.localize.scores import Scores, resolve_top_h
 from delfast.models import build
 from delfast.ops import BACKEND
@@ -47,9 +46,10 @@ def test_mean_gradient_is_the_mean_over_every_example_once(kind: str) -> None:
         if kind == "images"
         else (cases.Everything(), cases.everything_batches())
     )
-    gradient, examples = mean_gradient(model.double(), [(x.double() if kind == "images" else x, y) for x, y in batches])
-    exact = loop_gradient(model, batches)
-    assert examples == sum(len(y) for _, y in batches) and set(gradient) == set(exact)
+    batches_of_doubles = [(x.double() if kind == "images" else x, y) for x, y in batches]
+    scores = delfast.score(model.double(), batches_of_doubles)
+    gradient, exact = scores.gradients, loop_gradient(model, batches)
+    assert gradient is not None and scores.examples == sum(len(y) for _, y in batches) and set(gradient) == set(exact)
     for name, value in gradient.items():
         torch.testing.assert_close(value, exact[name], rtol=1e-10, atol=1e-14)
 
@@ -113,8 +113,8 @@ def scored(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     model = build(request.param, 10, 3, 32)
     images, targets = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
-    gradient, examples = mean_gradient(model, [(images, targets)])
-    return {name: p.detach() for name, p in model.named_parameters()}, gradient, examples
+    scores = delfast.score(model, [(images, targets)])
+    return scores.parameters, scores.gradients, scores.examples
 
 
 @pytest.mark.parametrize("criterion", ["weighted_grad", "grad", "weight"])

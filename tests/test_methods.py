@@ -335,6 +335,8 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
         ({"method": "relabel", "loss_fn": lambda m, b: m(b[0]).sum(1)}, "needs logits"),
         ({"method": "ssd", "epochs": 3}, "expected epochs = 0 for 'ssd', got 3"),
         ({"method": "ssd", "patience": 1, "validation": SETS["retain"]}, "expected no patience for 'ssd'"),
+        ({"method": "ssd", "lr": 0.1}, "'ssd' trains nothing, got lr=0.1; leave it out"),
+        ({"patience": 1, "validation": []}, "expected a validation set of at least one example, got none"),
         ({"method": "ssd", "precision": "fp8"}, "expected precision"),
         ({"method": "finetune", "epochs": 0}, "expected epochs >= 1 for 'finetune', got 0"),
         ({"method": "finetune", "lr": -1.0}, "expected lr > 0 for 'finetune', got -1.0"),

@@ -30,6 +30,13 @@ def test_pack_and_unpack_are_inverse(count: int) -> None:
     assert all(bool(bits[i // 8] >> (i % 8) & 1) == bool(flags[i]) for i in range(count))
 
 
+@needs_native
+def test_every_op_is_benchmarked() -> None:
+    from benchmarks.test_kernels import OF_ONE_LAYER, calls_on
+
+    assert {*calls_on([(4, 4)]), *OF_ONE_LAYER} == {op.name for op in OPS}
+
+
 # criticality
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``delfast demo | train | oracle | localize | unlearn | evaluate | verify | doctor``."""
+"""The command line: ``demo | train | oracle | localize | unlearn | evaluate | verify | compare | bench | doctor``."""
 
 from __future__ import annotations
 

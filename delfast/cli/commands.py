@@ -1,4 +1,4 @@
-"""The commands: what they take, and what they print. The work is in steps, compare, verification, doctor and demo."""
+"""The commands: what they take, and what they print. The work is in the modules beside it."""
 
 from __future__ import annotations
 
@@ -196,7 +196,9 @@ def unlearn(
     output_dir: OutputDir,
     mask: Annotated[
         Path | None,
-        typer.Option(help="mask.safetensors of `delfast localize`, or a dense .pt mask; else everything may change"),
+        typer.Option(
+            help="mask.safetensors of `delfast localize`, or a dense .pt mask; else all may change (del needs one)"
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "del",
     epochs: Annotated[int | None, typer.Option(help="default: as published for the method")] = None,

@@ -1,7 +1,7 @@
 """The steps of an unlearning run, each from files to files: train, oracle, localize, unlearn.
 
-Seeds, from the one ``--seed``: forget set = seed; initialization = seed; order of the batches = seed;
-initialization of the oracle = seed + 1; fresh values for the reset = seed + 2 (with the run's own
+Seeds, from the one ``--seed``: forget set = seed; initialization = seed; order of the batches = seed, in
+unlearning seed + 2; initialization of the oracle = seed + 1; fresh values for the reset = seed + 2 (with the run's own
 initialization the reset would restore the very values training began from).
 """
 

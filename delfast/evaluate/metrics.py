@@ -61,9 +61,12 @@ def evaluate(
 
     Loaders yield (input, target) or (index, input, target); target (B,) integers, model(input) (B, classes)
     logits. ``seed`` chooses the examples that membership inference is fitted on. The model is left as it was.
+    Membership inference needs scikit-learn (``delfast[experiments]``): ImportError before anything is measured.
     Raises InputError for an empty set, labels that the model has no output for, and outputs that are not
     finite.
     """
+    import sklearn.svm  # noqa: F401  (now, not when all sets have been measured)
+
     sets = {"forget": forget, "retain": retain, "test": test}
     results = {name: _measure(model, loader, name) for name, loader in sets.items()}
     metrics = Metrics(

@@ -53,7 +53,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """The localizations that the DEL paper compares, by name: arguments of ``localize``. "del" to "channel-unweighted" are
 the 2 x 2 of its table 1, "salloc" the localization of SalUn; "random" is the control of table 3; "weight" and
-"weighted-grad-all", which do not look at the forget set alone, are of table 4.
+"weighted-grad-all", which do not look at the forget set alone, are of table 4. The latter is "del" but for its loader,
+which must be that of the whole training set.
 """
 
 
@@ -77,7 +78,8 @@ def localize(
     batch_size: int = 128,
     **overrides: Any,
 ) -> Mask:
-    """``score`` and ``Scores.select`` in one call. ``overrides``: granularity, aggregate, top_h, policy.
+    """``score`` and ``Scores.select`` in one call. ``overrides``: granularity, aggregate, top_h, policy. (What only
+    ``score`` takes, as "critmem"'s ``max_channels``: ``score(...).select(budget)``.)
 
     stop_when_stable: take only as many examples as the mask needs: a bound in (0, 1] on the Jaccard overlap |A ∩ B| /
         |A ∪ B| of the masks after n and after 2n examples. ``forget_loader`` is then a map-style Dataset, gone through

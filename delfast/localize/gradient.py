@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, evaluating, per_example_losses, warn_about_loader
+from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.errors import InputError
-from delfast.naming import trainable_parameters, unwrap
 
 
 class GradientSums(Protocol):
@@ -55,25 +54,6 @@ def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what:
     if not examples:
         raise InputError(f"expected a {what} of at least one example, got none; check its loader")
     return examples
-
-
-def mean_gradient(
-    model: nn.Module, loader: Iterable[Any], loss_fn: LossFn | None = None, what: str = "forget set"
-) -> tuple[dict[str, Tensor], int]:
-    """G = (1/|S|) Σ ∇ℓ(x) over every example of ``loader`` once (DEL paper, section 3), and |S|.
-
-    The model runs in eval mode, without its DDP and compile wrappers, and is left as it was: ``.grad``, modes,
-    ``requires_grad``, hooks. Batches are summed and divided once, so the last short batch counts as what it is. Under
-    DDP nothing is exchanged: give every process the whole set, and all get the same G.
-
-    Returns plain name -> gradient, float32 (float64 for float64 parameters), shape of the parameter; zero for a
-    parameter that the loss does not use. Raises InputError for an empty set and for labels out of range.
-    """
-    warn_about_loader(loader, what)
-    network = unwrap(model)
-    sums = MeanGradient(network, trainable_parameters(network), loss_fn)
-    examples = add_all(sums, network, loader, what)
-    return sums.mean(examples), examples
 
 
 def _zeros_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

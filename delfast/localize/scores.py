@@ -62,7 +62,9 @@ def score(
         "weight", "random", "shallowest" and "deepest", which look at no example.
     loss_fn: ``loss_fn(model, batch) -> per-example losses (N,)``; cross-entropy by default.
 
-    The model is left as it was. Raises InputError for an unknown criterion, a missing or empty set, labels out of
+    The model runs in eval mode, without its DDP and compile wrappers, and is left as it was. Batches are summed and
+    divided once, so the last short one counts as what it is. Under DDP nothing is exchanged: give every process the
+    whole set, and all get the same G. Raises InputError for an unknown criterion, a missing or empty set, labels out of
     range, a DTensor; with per_example, for layers that mix the examples (BatchNorm without running statistics).
     """
     check_criterion(criterion, per_example, loss_fn)
@@ -110,7 +112,8 @@ def gradient_sums(
 class Scores:
     """What ``score`` returns: the live parameters θ, the mean gradient G, and how to rank them.
 
-    ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32, or None;
+    ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32 (of
+    float64 models float64), or None;
     with ``per_example`` the mean of |g(x)|, or of g(x)² for "squared_grad", in its place. ``units``: the same names ->
     float32 (rows,), the scores of units as a criterion gives them; zero for names that are not there.
     ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters, which

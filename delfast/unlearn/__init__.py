@@ -21,7 +21,7 @@ from delfast.naming import is_parallel, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
 from delfast.unlearn.head import find_head, head_parameters
-from delfast.unlearn.loop import BatchNormMode, Precision, Progress, train
+from delfast.unlearn.loop import BatchNormMode, Diverged, Precision, Progress, train
 from delfast.unlearn.methods import (
     Del,
     Finetune,
@@ -48,9 +48,10 @@ METHODS: dict[str, type[Method]] = {
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """``mask``: what was allowed to change, with the head if the method trains it. ``seconds``: by stage, "prepare" and
-    "finetune". ``losses``: by epoch; ``validation``: those on the examples held out. ``head``: None where the method
-    gives it no part of its own.
+    """``method``: with the hyperparameters that were used. ``mask``: what was allowed to change, with the head if the
+    method trains it. ``seconds``: by stage, "prepare" and "finetune". ``losses``: by epoch; ``validation``: those on
+    the examples held out. ``head``: None where the method gives it no part of its own. ``resumed_from``: how many
+    epochs the checkpoint had.
     """
 
     method: Method
@@ -90,20 +91,25 @@ def unlearn(
 
     method: a name, with its published hyperparameters, or an instance, ``Scrub(alpha=0.1)``: "del", "finetune",
         "gradient-ascent", "neggrad+", "relabel", "l1-sparse", "influence", "ssd", "scrub", "retrain". ``epochs``,
-        ``lr``, ``momentum`` and ``weight_decay`` replace its own.
+        ``lr``, ``momentum`` and ``weight_decay`` replace its own, if it trains.
     forget, retain: batches, re-iterable, with a length. "del" needs the forget set to localize, if mask is None.
     mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
-    init, seed: as for ``reset_``; for "del" and "retrain". The seed draws "relabel"'s labels too.
+    init, seed: as for ``reset_``, so not the seed that training began from; for "del" and "retrain". The seed draws
+        "relabel"'s labels too.
     head: name of the classifier head, which "del" trains in full; found by a forward pass if None.
+    loss_fn: ``loss_fn(model, batch)`` -> (B,) losses, for batches that are not (input, target) or (index, input,
+        target); not for methods that need logits.
     validation, patience: batches held out of the retain set; training ends after ``patience`` epochs without a lower
         loss on them, and the network is that of the lowest.
-    precision, batchnorm, checkpoint, resume: as for ``train``; ``config`` adds to what must be the same when resumed.
+    precision, batchnorm, checkpoint, resume, progress: as for ``train``; ``config`` adds to what must be the same when
+        resumed.
         "influence" and "ssd" train nothing, in float32 and in one stroke, which leaves these nothing to say.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
     The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
     they are, gradients are dense. Under DDP every process needs the same mask: localize the whole forget set in each.
-    Raises InputError for bad arguments, before anything is changed (labels are seen when their batch comes).
+    Raises InputError for bad arguments, before anything is changed (labels are seen when their batch comes), and
+    Diverged, a RuntimeError, if the loss is no longer finite: the network is then of no use.
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
@@ -131,6 +137,9 @@ def unlearn(
         head = None
     if (validation is None) != (patience is None):
         raise InputError("expected validation= and patience= together, got one; pass both, or neither")
+    unused = [name for name in ("lr", "momentum", "weight_decay") if given[name] is not None and not chosen.epochs]
+    if unused:
+        raise InputError(f"'{chosen.name}' trains nothing, got {unused[0]}={given[unused[0]]}; leave it out")
     if patience is not None and not chosen.epochs:
         raise InputError(f"expected no patience for '{chosen.name}', which has no epochs, got {patience}; leave it out")
     check_choice("precision", precision, Precision)
@@ -219,6 +228,7 @@ __all__ = [
     "METHODS",
     "Dampening",
     "Del",
+    "Diverged",
     "EarlyStop",
     "Finetune",
     "GradientAscent",

@@ -13,6 +13,8 @@ from torch import nn
 from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.errors import InputError
 
+EMPTY = "expected a validation set of at least one example, got none; hold more out"
+
 
 class EarlyStop:
     """Stops after ``patience`` epochs in a row without a lower mean loss on ``validation``, and keeps the best epoch's
@@ -22,6 +24,8 @@ class EarlyStop:
     def __init__(self, validation: Iterable[Any], patience: int, loss_fn: LossFn | None) -> None:
         if patience < 1:
             raise InputError(f"expected patience of at least 1 epoch, got {patience}; leave it out for no early stop")
+        if not any(True for _ in validation):
+            raise InputError(EMPTY)
         self.validation, self.patience, self.loss_fn = validation, patience, loss_fn
         self.losses: list[float] = []
         self.best: dict[str, Any] = {}
@@ -57,7 +61,7 @@ class EarlyStop:
                 losses = per_example_losses(model, batch, self.loss_fn)
                 total, count = total + float(losses.double().sum()), count + losses.numel()
         if not count:
-            raise InputError("expected a validation set of at least one example, got none; hold more out")
+            raise InputError(EMPTY)
         return total / count if math.isfinite(total) else math.inf
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ MATRIX, EXAMPLES, LAYERS = "matrix.npy", "examples.npy", "layers.json"
 
 
 class SignedChannels:
-    """``result["conv1.weight"]``: float32 (N, C), Σ_j θ_ij g_ij(x) of every example x and channel i of that weight.
+    """``result["conv1.weight"]``: float32 (N, C), Σ_j θ_ij g_ij(x) of every example x and channel i of that weight, a
+    numpy array, like ``matrix`` and ``examples``. KeyError for a weight that has none.
 
     ``layers``: weight name -> C, in the model's order. ``matrix``: (N, ΣC), all of them side by side; memory-mapped
     if it is on disk. ``examples``: int64 (N,), which example each row is.
@@ -40,6 +41,8 @@ class SignedChannels:
         self.matrix, self.examples, self.layers = matrix, examples, dict(layers)
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.layers:
+            raise KeyError(f"expected a weight among {', '.join(self.layers)}, got '{name}'")
         names = list(self.layers)
         start = sum(self.layers[before] for before in names[: names.index(name)])
         return self.matrix[:, start : start + self.layers[name]]
@@ -75,6 +78,8 @@ def signed_channels(
     passes = ChannelPasses(network, trainable_parameters(network), loss_fn)
     if path is not None and Path(path).exists():
         raise InputError(f"expected '{path}' not to exist, it is to be written; choose another path")
+    if path is not None and not Path(path).parent.is_dir():
+        raise InputError(f"expected the directory of '{path}' to exist, it does not; make it first")
     directory = None if path is None else Path(path)
     if directory is None:
         rows = _Rows(None, [])
