@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from delfast.cli.compare.summary import Mean, Row
 from delfast.report.plots import INK, save_figure
 
-# Okabe & Ito's palette (https://jfly.uni-koeln.de/color), and a marker, a dash and a hatch for each, for greyscale
+# Okabe & Ito's palette (https://jfly.uni-koeln.de/color); for greyscale a marker, dash and filling each, bars a hatch
 STYLES = [
-    (colour, marker, dash, hatch)
-    for dash, hatch in (("-", None), ("--", "//"), ("-.", ".."))
+    (colour, marker, dash, fill, hatch)
+    for dash, fill, hatch in (("-", "full", None), ("--", "none", "//"), ("-.", "left", ".."))
     for colour, marker in (
         *(("#E69F00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#D55E00", "P")),
         ("#000000", "X"),
@@ -38,7 +38,7 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
     figure, panels = _panels(title)
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
         for position, strategy in enumerate(strategies):
-            colour, marker, dash, _ = STYLES[position % len(STYLES)]
+            colour, marker, dash, fill, _ = STYLES[position % len(STYLES)]
             found = sorted((row for row in rows if row["strategy"] == strategy), key=lambda row: row["budget"])
             aside = 0.03 * apart * (position - (len(strategies) - 1) / 2)  # bars side by side
             axes.errorbar(
@@ -48,6 +48,7 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
                 color=colour,
                 marker=marker,
                 linestyle=dash,
+                fillstyle=fill,
                 markersize=5,
                 linewidth=1.2,
                 capsize=2,
@@ -68,6 +69,7 @@ def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
     figure, panels = _panels(title)
     for axes, (field, label) in zip(panels, GAPS.items(), strict=True):
         for position, strategy in enumerate(strategies):
+            colour, *_, hatch = STYLES[position % len(STYLES)]
             found = [
                 (place, row[field]) for place, row in zip(places, rows, strict=True) if row["strategy"] == strategy
             ]
@@ -78,8 +80,8 @@ def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
                 0.94,
                 yerr=_bars(sizes, least=0),
                 error_kw={"linewidth": 0.8, "capsize": 1.5, "ecolor": INK},
-                color=STYLES[position % len(STYLES)][0],
-                hatch=STYLES[position % len(STYLES)][3],
+                color=colour,
+                hatch=hatch,
                 label=strategy,
             )
         groups = [[place for place, row in zip(places, rows, strict=True) if row["method"] == name] for name in methods]
