@@ -86,10 +86,10 @@ def measured(output_dir: Path) -> list[dict[str, str]]:
 
 def test_a_grid_is_a_product_and_each_cell_is_there_once(tmp_path: Path) -> None:
     grid = read_grid(write(tmp_path, TINY + '[[compare]]\nstrategies = ["del"]\nbudgets = [0.3]\n'))
-    assert grid.title == "tiny" and len(grid.cells) == len({cell.key for cell in grid.cells}) == 2 * (6 + 3 + 1)
+    assert grid.title == "tiny" and len(grid.cells) == len({cell.key for cell in grid.cells}) == 2 * (6 + 3 + 2)
     assert len(grid.trained) == 4  # an original and an oracle of each seed
     budgets = {(c.method.name, c.strategy, c.budget) for c in grid.cells if c.method.name == "finetune"}
-    assert budgets == {("finetune", "everything", None), ("finetune", "del", 0.3)}
+    assert budgets == {("finetune", "everything", None), ("finetune", "del", 0.3), ("finetune", "salloc", 0.3)}
     retrain = next(cell.method for cell in grid.cells if cell.method.name == "retrain")
     assert (retrain.epochs, retrain.lr) == (1, 0.02)  # as the original was trained
     assert {cell.method.epochs for cell in grid.cells if cell.method.name == "ssd"} == {0}
