@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from delfast.errors import InputError
-from delfast.files import one_line, write_atomically
+from delfast.files import one_line
+from delfast.mask_file import FORMAT_VERSION, read_mask, write_mask
 from delfast.naming import plain_name
-from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
-
-FORMAT_VERSION = 1
+from delfast.ops.layout import pack, row_length, unit_count, unpack
 
 Unit = Literal["row", "element"]
 
@@ -29,23 +27,29 @@ Unit = Literal["row", "element"]
 class ParameterMask:
     """The selected part of one parameter: packed bits over its rows (output channels) or over its elements.
 
-    A parameter with ndim <= 1 has rows of one element, so its unit is always "row". ``bits`` is uint8, as in
-    delfast.ops.layout.
+    Rows are the slices along ``dim``: 0, except for layers that keep their outputs elsewhere. A parameter with
+    ndim <= 1 has rows of one element, so its unit is always "row". ``bits`` is uint8, as in delfast.ops.layout: one
+    bit per row, or one per element in row-major order of ``shape``, the parameter's own.
     """
 
     shape: tuple[int, ...]
     unit: Unit
     bits: Tensor
+    dim: int = 0
 
     @property
     def units(self) -> int:
-        """How many bits count: rows or elements."""
-        numel = unit_count(self.shape) * row_length(self.shape)
-        return unit_count(self.shape) if self.unit == "row" else numel
+        """Number of bits that count: rows or elements."""
+        return unit_count(self.shape, self.dim) if self.unit == "row" else self.numel
 
     @property
     def numel(self) -> int:
-        return unit_count(self.shape) * row_length(self.shape)
+        return math.prod(self.shape)
+
+    @property
+    def channel_count(self) -> int:
+        """Number of channels, selected or not; a parameter with ndim <= 1 has none."""
+        return self.shape[self.dim] if len(self.shape) > 1 else 0
 
     @cached_property
     def flags(self) -> Tensor:
@@ -54,39 +58,50 @@ class ParameterMask:
 
     @cached_property
     def selected(self) -> int:
-        """How many scalars are selected."""
-        return int(self.flags.sum()) * (row_length(self.shape) if self.unit == "row" else 1)
+        """Number of selected scalars."""
+        return int(self.flags.sum()) * (row_length(self.shape, self.dim) if self.unit == "row" else 1)
 
     @cached_property
     def channels(self) -> int:
-        """How many whole rows of a parameter with ndim > 1 are selected."""
+        """Number of whole channels of a parameter with ndim > 1 that are selected."""
         if len(self.shape) <= 1 or not self.numel:
             return 0
-        return int(self.flags.sum() if self.unit == "row" else self.flags.view(self.shape[0], -1).all(dim=1).sum())
+        return int((self.flags if self.unit == "row" else _rows(self.dense(), self.dim).all(dim=1)).sum())
 
     def dense(self) -> Tensor:
         """bool, the parameter's shape."""
         if self.unit == "element" or len(self.shape) <= 1 or not self.numel:
             return self.flags.reshape(self.shape)
-        return self.flags.reshape(-1, *[1] * (len(self.shape) - 1)).expand(self.shape).contiguous()
+        sizes = [-1 if dim == self.dim else 1 for dim in range(len(self.shape))]
+        return self.flags.reshape(sizes).expand(self.shape).contiguous()
 
     def elements(self) -> ParameterMask:
         """The same selection with one bit per element."""
-        return self if self.unit == "element" else ParameterMask(self.shape, "element", pack(self.dense()))
+        if self.unit == "element":
+            return self
+        return replace(self, unit="element", bits=pack(self.dense()))
 
     @property
     def by_row(self) -> bool:
         """What a bit stands for to the masked ops: a row of several elements, or one element."""
-        return self.unit == "row" and row_length(self.shape) != 1
+        return self.unit == "row" and row_length(self.shape, self.dim) != 1
 
 
-def from_flags(shape: tuple[int, ...], flags: Tensor) -> ParameterMask:
-    """The most compact ParameterMask of a bool tensor of this shape: by rows if every row is all or nothing."""
-    rows = flags.reshape(unit_count(shape), row_length(shape)) if flags.numel() else flags.reshape(0, 1)
+def from_flags(shape: tuple[int, ...], flags: Tensor, dim: int = 0) -> ParameterMask:
+    """Return the most compact ParameterMask of a bool tensor of this shape: by rows if each is all or nothing.
+
+    dim: the dimension of the parameter along which its channels lie.
+    """
+    rows = _rows(flags.reshape(shape), dim) if len(shape) > 1 and flags.numel() else flags.reshape(-1, 1)
     whole = rows.all(dim=1)
     if torch.equal(whole, rows.any(dim=1)):
-        return ParameterMask(shape, "row", pack(whole))
-    return ParameterMask(shape, "element", pack(flags))
+        return ParameterMask(shape, "row", pack(whole), dim)
+    return ParameterMask(shape, "element", pack(flags), dim)
+
+
+def _rows(flags: Tensor, dim: int) -> Tensor:
+    """(rows, elements of a row) of a dense mask with ndim > 1."""
+    return flags.movedim(dim, 0).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -169,7 +184,8 @@ class Mask:
         """The same mask with its bits on ``device``; itself if they are there."""
         if all(part.bits.device == torch.device(device) for part in self.parameters.values()):
             return self
-        return self._map(lambda part: ParameterMask(part.shape, part.unit, part.bits.to(device)))
+        moved = {name: replace(part, bits=part.bits.to(device)) for name, part in self.parameters.items()}
+        return Mask(moved, self.metadata)
 
     def match(self, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, ParameterMask]]:
         """(name, parameter, its mask) for every parameter with anything selected, checked against ``named``.
@@ -198,13 +214,14 @@ class Mask:
     def _check_shape(name: str, part: ParameterMask, parameter: Tensor) -> None:
         if tuple(parameter.shape) == part.shape:
             return
-        if len(part.shape) > 1 and parameter.ndim > 1 and parameter.shape[0] != part.shape[0]:
-            text = f"mask for '{name}' has {part.shape[0]} channels, the parameter has {parameter.shape[0]}"
+        channels = parameter.shape[part.dim] if 1 < len(part.shape) == parameter.ndim else part.channel_count
+        if channels != part.channel_count:
+            text = f"mask for '{name}' has {part.channel_count} channels, the parameter has {channels}"
         else:
             text = f"mask for '{name}' has shape {part.shape}, the parameter has {tuple(parameter.shape)}"
         raise InputError(f"{text}; pass the mask of this architecture")
 
-    # Set operations, on masks of the same parameters
+    # Set operations, on masks of the same parameters. Where channels lie is as in ``self``.
 
     def union(self, other: Mask) -> Mask:
         """Entries selected by either."""
@@ -229,13 +246,18 @@ class Mask:
         parts = {}
         for name, mine in self.parameters.items():
             theirs = other.parameters[name]
-            if mine.unit != theirs.unit:
+            if (mine.unit, mine.dim) != (theirs.unit, theirs.dim):
                 mine, theirs = mine.elements(), theirs.elements()
-            parts[name] = ParameterMask(mine.shape, mine.unit, combine(mine.bits, theirs.bits.to(mine.bits.device)))
+            parts[name] = replace(mine, bits=combine(mine.bits, theirs.bits.to(mine.bits.device)))
         return Mask(parts, {"made_by": how, "of": [dict(self.metadata), dict(other.metadata)]})
 
-    def widen(self, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Mask:
-        """This mask with the parameters ``names`` selected in full (the classifier head, for a finetune)."""
+    def widen(
+        self, names: list[str], shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int] | None = None
+    ) -> Mask:
+        """Return this mask with the parameters ``names`` selected in full (the classifier head, for a finetune).
+
+        dims: name -> the dimension of its channels; by default as in this mask, and 0 for a new name.
+        """
         parts = dict(self.parameters)
         for name in names:
             if name in parts and parts[name].shape != tuple(shapes[name]):
@@ -244,7 +266,8 @@ class Mask:
                     "pass the mask of this architecture"
                 )
             shape = tuple(shapes[name])
-            parts[name] = ParameterMask(shape, "row", pack(torch.ones(unit_count(shape), dtype=torch.bool)))
+            dim = (dims or {}).get(name, parts[name].dim if name in parts else 0)
+            parts[name] = ParameterMask(shape, "row", pack(torch.ones(unit_count(shape, dim), dtype=torch.bool)), dim)
         return Mask(parts, {**self.metadata, "widened_by": list(names)})
 
     def table(self) -> list[LayerRow]:
@@ -256,7 +279,7 @@ class Mask:
                 part.selected,
                 part.numel,
                 part.channels,
-                part.shape[0] if len(part.shape) > 1 else 0,
+                part.channel_count,
             )
             for name, part in self.parameters.items()
         ]
@@ -264,19 +287,32 @@ class Mask:
     # Other forms
 
     @classmethod
-    def from_dense(cls, dense: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Mask:
-        """From name -> 0/1 tensor, the form that SalUn's and the DEL authors' code write and read.
+    def from_dense(
+        cls,
+        dense: Mapping[str, Any],
+        metadata: Mapping[str, Any] | None = None,
+        dims: Mapping[str, int] | None = None,
+    ) -> Mask:
+        """Build a mask from name -> 0/1 tensor, the form that SalUn's and the DEL authors' code write and read.
 
-        Any dtype whose values are 0 and 1; other values raise InputError. Wrapper prefixes are removed.
+        dense: tensors of any layout, or numpy arrays, of any dtype whose values are 0 and 1. Wrapper prefixes of the
+            names are removed.
+        dims: plain name -> the dimension along which a parameter's channels lie, 0 by default.
+
+        Raises InputError for other values, for anything that is no tensor (None for a parameter without a mask), and
+        for two names of one parameter.
         """
-        parts = {}
-        for name, value in dense.items():
-            flags = value != 0
-            if not torch.equal(flags.to(value.dtype), value):
-                raise InputError(
-                    f"expected a mask of zeros and ones for '{name}', got other values; threshold it first"
-                )
-            parts[plain_name(name)] = from_flags(tuple(value.shape), flags)
+        if not isinstance(dense, Mapping):
+            raise InputError(f"expected a dict (name -> 0/1 tensor), got {type(dense).__name__}; pass the inner dict")
+        parts: dict[str, ParameterMask] = {}
+        for key, value in dense.items():
+            name = plain_name(str(key))
+            if name in parts:
+                raise InputError(f"expected one mask for '{name}', got two (with and without a prefix); leave one out")
+            flags, dim = _flags(name, value), (dims or {}).get(name, 0)
+            if not 0 <= dim < max(1, flags.ndim):
+                raise InputError(f"expected a dim of '{name}' in [0, {max(1, flags.ndim)}), got {dim}; fix dims")
+            parts[name] = from_flags(tuple(flags.shape), flags, dim)
         return cls(parts, dict(metadata or {}))
 
     def to_dense(self, dtype: torch.dtype = torch.bool) -> dict[str, Tensor]:
@@ -284,62 +320,38 @@ class Mask:
         return {name: part.dense().to(dtype) for name, part in self.parameters.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all: the packed bits, the metadata, and a digest over both."""
-        tensors = {name: part.bits.cpu() for name, part in self.parameters.items() if part.bits.numel()}
-        header = {
-            "version": FORMAT_VERSION,
-            "parameters": {
-                name: {"shape": list(part.shape), "unit": part.unit} for name, part in self.parameters.items()
-            },
-            "metadata": dict(self.metadata),
-        }
-        text = json.dumps(header)
-        delfast = {"delfast_mask": text, "digest": _file_digest(text, tensors)}
-        write_atomically(Path(path), lambda partial: save_file(tensors, partial, metadata=delfast))
+        """Write a safetensors file, whole or not at all: the packed bits, the metadata, and a digest over both.
+
+        The same mask gives the same bytes. Raises InputError for metadata without a JSON form (numpy's numbers become
+        Python's), and OSError with the file's name where it cannot be written.
+        """
+        fields = {name: (part.shape, part.unit, part.bits, part.dim) for name, part in self.parameters.items()}
+        write_mask(Path(path), FORMAT_VERSION, fields, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Read what save() wrote. InputError if the file is missing, truncated, altered, or no mask."""
-        text, digest, tensors = _read(Path(path))
-        if digest != _file_digest(text, tensors):
-            raise InputError(f"mask file '{path}' was altered or damaged (its digest does not match); make it anew")
-        header = json.loads(text)
-        if header["version"] != FORMAT_VERSION:
-            raise InputError(
-                f"mask file '{path}' has format version {header['version']}, this delfast reads {FORMAT_VERSION}; "
-                "make the mask anew, or install a delfast that reads it"
-            )
-        parts = {}
-        for name, entry in header["parameters"].items():
-            bits = tensors.get(name, torch.empty(0, dtype=torch.uint8))
-            part = ParameterMask(tuple(entry["shape"]), entry["unit"], bits)
-            if bits.dtype != torch.uint8 or bits.numel() != packed_bytes(part.units):
-                raise InputError(f"mask file '{path}' holds no packed bits for '{name}'; make it anew")
-            parts[name] = part
-        return cls(parts, header["metadata"])
+        """Read what save() wrote, of this format or of an older one.
 
-    def _map(self, change: Callable[[ParameterMask], ParameterMask]) -> Mask:
-        return Mask({name: change(part) for name, part in self.parameters.items()}, self.metadata)
+        Everything in the file is checked before it is used. Raises InputError if the file is missing, truncated,
+        altered, or no mask.
+        """
+        parts, metadata = read_mask(Path(path))
+        return cls({name: ParameterMask(*fields) for name, fields in parts.items()}, metadata)
 
 
-def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
-    """The header's JSON text, the digest and the tensors of a mask file."""
-    if not path.is_file():
-        raise InputError(f"expected a mask file at '{path}', there is none; check the path")
+def _flags(name: str, value: Any) -> Tensor:
+    """bool, from a tensor or an array of zeros and ones; InputError for anything else."""
     try:
-        with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"'{path}' is no whole mask file ({one_line(error)}); make it anew") from None
-    if "delfast_mask" not in metadata or "digest" not in metadata:
-        raise InputError(f"'{path}' is a safetensors file, but no delfast mask; pass what Mask.save() wrote")
-    return metadata["delfast_mask"], metadata["digest"], tensors
-
-
-def _file_digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over everything in the file: the header's text, and each tensor's name, dtype and bytes."""
-    total = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        total.update(f"\0{name} {tensors[name].dtype}\0".encode() + tensors[name].numpy().tobytes())
-    return total.hexdigest()
+        # a copy: torch takes no array of negative strides, and warns of one that is read-only
+        tensor = torch.as_tensor(numpy.array(value) if isinstance(value, numpy.ndarray) else value)
+        dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        flags = dense != 0
+        binary = torch.equal(flags.to(dense.dtype), dense)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"expected a tensor of zeros and ones for '{name}', got a {type(value).__name__} ({one_line(error)}); "
+            "leave a parameter without a mask out"
+        ) from None
+    if not binary:
+        raise InputError(f"expected a mask of zeros and ones for '{name}', got other values; threshold it first")
+    return flags

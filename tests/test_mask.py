@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +57,62 @@ def test_any_shape_round_trips(shape: list[int], seed: int) -> None:
     assert torch.equal(part.elements().dense(), flags)
 
 
+@given(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 3), st.booleans(), st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_channels_along_any_dimension(shape: list[int], dim: int, whole: bool, seed: int) -> None:
+    """Everything a ParameterMask says equals what the mask of the parameter with ``dim`` moved to the front says."""
+    dim %= max(1, len(shape))
+    generator = torch.Generator().manual_seed(seed)
+    flags = torch.rand(shape, generator=generator) < 0.5
+    if whole and len(shape) > 1:
+        sizes = [n if i == dim else 1 for i, n in enumerate(shape)]
+        flags = (torch.rand(sizes, generator=generator) < 0.5).expand(shape).clone()
+    part = from_flags(tuple(shape), flags, dim)
+    front = flags.movedim(dim, 0) if shape else flags
+    expected = from_flags(tuple(front.shape), front)
+    assert (part.unit, part.units, part.by_row) == (expected.unit, expected.units, expected.by_row)
+    assert torch.equal(part.dense(), flags) and torch.equal(part.elements().dense(), flags)
+    assert part.elements().dim == dim and torch.equal(part.elements().flags, flags.flatten())
+    assert part.selected == expected.selected == part.elements().selected == int(flags.sum())
+    assert part.channels == expected.channels == part.elements().channels
+    assert part.channel_count == expected.channel_count == (shape[dim] if len(shape) > 1 else 0)
+    if part.unit == "row":
+        assert torch.equal(part.flags, expected.flags)
+        assert part.unit != "row" or not whole or len(part.bits) == (part.units + 7) // 8
+
+
+def test_masks_of_other_dims(tmp_path: Path) -> None:
+    """A transposed weight: the mask by columns equals, element for element, the same selection by rows or elements."""
+    columns = torch.tensor([True, False, True, True, False])
+    dense = {"w": columns.expand(3, 5).clone(), "b": torch.tensor([True, False])}
+    along = Mask.from_dense(dense, dims={"w": 1})
+    flat = Mask.from_dense(dense)
+    assert (along["w"].unit, along["w"].dim, along["w"].units) == ("row", 1, 5) and along["w"].by_row
+    assert flat["w"].unit == "element" and flat["w"].dim == 0
+    assert along.digest == flat.digest and along.selected == flat.selected == 10
+    assert along.channels == 3 and flat.channels == 0
+    rows = Mask.from_dense({"w": torch.tensor([[True], [False], [True]]).expand(3, 5).clone(), "b": dense["b"]})
+    for first, second in ((along, flat), (flat, along), (along, rows), (rows, along)):
+        for how, combine in (("union", torch.logical_or), ("intersection", torch.logical_and)):
+            both = getattr(first, how)(second)
+            assert both["w"].dim == first["w"].dim
+            for name, flags in both.to_dense().items():
+                assert torch.equal(flags, combine(first.to_dense()[name], second.to_dense()[name]))
+    assert along.jaccard(flat) == 1.0 and along.jaccard(rows) == 7 / 14  # the bias is in both
+    assert along.union(along)["w"].unit == "row" and along.to("cpu")["w"].dim == 1
+    assert along.widen(["w"], {"w": (3, 5)})["w"].dim == 1 and along.widen(["w"], {"w": (3, 5)}).channels == 5
+    widened = along.widen(["new"], {"new": (2, 4)}, {"new": 1})["new"]
+    assert (widened.dim, widened.units, widened.selected) == (1, 4, 8)
+    assert [(row.channels, row.of_channels) for row in along.table()] == [(3, 5), (0, 0)]
+    along.save(tmp_path / "m")
+    loaded = Mask.load(tmp_path / "m")
+    assert loaded["w"].dim == 1 and loaded.digest == along.digest and loaded["w"].unit == "row"
+    with pytest.raises(InputError, match=r"mask for 'w' has 5 channels, the parameter has 6"):
+        along.match({"w": torch.ones(3, 6), "b": torch.ones(2)})
+    with pytest.raises(InputError, match=r"dim of 'w' in \[0, 2\), got 2"):
+        Mask.from_dense(dense, dims={"w": 2})
+
+
 def test_a_bit_stands_for_a_row_or_an_element() -> None:
     assert ParameterMask((4, 3), "row", pack(torch.tensor([True, False, True, False]))).by_row
     assert not from_flags((4, 3), torch.arange(12).view(4, 3) < 4).by_row
@@ -81,6 +139,40 @@ def test_from_dense_removes_prefixes_and_refuses_other_values() -> None:
     assert mask.names == ["conv.weight", "fc.bias"]
     with pytest.raises(InputError, match=r"zeros and ones for 'w'.*threshold"):
         Mask.from_dense({"w": torch.tensor([0.0, 0.5])})
+
+
+def test_from_dense_takes_arrays_and_sparse_tensors() -> None:
+    flags = torch.tensor([[True, False], [True, True], [False, False]])
+    array = flags.numpy()
+    read_only = array.astype(numpy.uint8)
+    read_only.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Sparse CSR")  # torch says that its own layout is new
+        for value in (
+            array, array.astype(numpy.float64), array.astype(numpy.int64), read_only, array[::-1][::-1],
+            numpy.asfortranarray(array), flags.tolist(), flags.to_sparse(), flags.float().to_sparse(),
+            flags.float().to_sparse_csr(), flags.long().to_sparse_csc(), flags.t().contiguous().t(),
+            nn.Parameter(flags.float()),
+        ):  # fmt: skip
+            assert torch.equal(Mask.from_dense({"w": value})["w"].dense(), flags), value
+    for value, message in (
+        (None, "for 'w', got a NoneType"),
+        ("mask", "for 'w', got a str"),
+        (numpy.array([None, 1]), "for 'w', got a ndarray"),
+        (object(), "for 'w', got a object"),
+        (torch.ones(2, device="meta"), "for 'w', got a Tensor"),
+        (numpy.array([0.0, 0.5]), "got other values"),
+        (torch.tensor([2]).to_sparse(), "got other values"),
+        (torch.tensor([float("nan")]), "got other values"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            Mask.from_dense({"w": value})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"expected a dict \(name -> 0/1 tensor\), got list"):
+        Mask.from_dense([torch.ones(2)])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="one mask for 'w', got two"):
+        Mask.from_dense({"w": torch.ones(2), "module.w": torch.zeros(2)})
 
 
 def test_table_lists_every_parameter() -> None:

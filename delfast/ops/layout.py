@@ -1,7 +1,8 @@
 """What a *unit* of a parameter is, and how packed bits are laid out: shared by every op and by Mask.
 
 A parameter with ndim > 1 has one unit per slice along dim 0 (a row: an output channel); a parameter with
-ndim <= 1 has one unit per element, so its rows have length 1. Empty parameters have no units.
+ndim <= 1 has one unit per element, so its rows have length 1. Empty parameters have no units. The channels of some
+parameters lie along another dimension (``dim``); the ops work along dim 0.
 
 Packed bits: unit or element ``i`` is bit ``i % 8`` (least significant first) of byte ``i // 8``; the bits past the
 end of the last byte are zero.
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor
 
 
-def unit_count(shape: Sequence[int]) -> int:
-    """Number of competing units of a parameter of this shape at channel granularity."""
+def unit_count(shape: Sequence[int], dim: int = 0) -> int:
+    """Number of competing units of a parameter of this shape at channel granularity, with channels along ``dim``."""
     numel = math.prod(shape)
-    return shape[0] if len(shape) > 1 and numel else numel
+    return shape[dim] if len(shape) > 1 and numel else numel
 
 
-def row_length(shape: Sequence[int]) -> int:
-    """Number of elements in one unit: ``numel / shape[0]`` for ndim > 1, else 1."""
-    return math.prod(shape[1:]) if len(shape) > 1 else 1
+def row_length(shape: Sequence[int], dim: int = 0) -> int:
+    """Number of elements in one unit: ``numel / shape[dim]`` for ndim > 1, else 1."""
+    return math.prod(shape[:dim]) * math.prod(shape[dim + 1 :]) if len(shape) > 1 else 1
 
 
 def packed_bytes(count: int) -> int:

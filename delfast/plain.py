@@ -1,0 +1,37 @@
+"""Plain values: what a file can hold, and what every reader of the file understands."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy
+from torch import Tensor
+
+from delfast.errors import InputError
+
+
+def plain(value: Any, what: str) -> Any:
+    """Return ``value`` as JSON has it: Python's numbers for numpy's, lists for tuples, string keys in sorted order.
+
+    Raises InputError, naming ``what``, for a value without a JSON form.
+    """
+    try:
+        return json.loads(json.dumps(value, default=_number, sort_keys=True))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"expected plain JSON values in {what}, got others ({error}); convert them first") from None
+
+
+def unboxed(value: Any) -> Any:
+    """Return Python's number for a scalar of numpy, also within a tuple or a list; anything else as it is."""
+    if isinstance(value, numpy.generic):
+        return value.item()
+    if type(value) in (tuple, list):
+        return type(value)(unboxed(item) for item in value)
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (numpy.generic, numpy.ndarray, Tensor)) and value.ndim == 0:
+        return value.item()
+    raise TypeError(f"a {type(value).__name__}")
