@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.errors import InputError
+from delfast.sole_use import sole_use
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> per-example losses``, shape (N,)."""
@@ -105,14 +106,15 @@ def check_targets(targets: Tensor, logits: Tensor) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Eval mode inside; afterwards every module is in the mode it was in. InputError if another thread uses it."""
+    with sole_use(model):
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
 
 def warn_about_loader(loader: Any, what: str) -> None:

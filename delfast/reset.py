@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,11 +12,14 @@ from torch import Tensor, nn
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import plain_name, unique_parameters, unwrap
+from delfast.seeding import seeded
+from delfast.sole_use import used_alone
 
 Init = Callable[[], nn.Module] | nn.Module | Mapping[str, Tensor] | Literal["reset_parameters"]
 """Where fresh values come from: a factory, a second model, a state dict, or modules' own ``reset_parameters``."""
 
 
+@used_alone
 @torch.no_grad()
 def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     """θ_j ← θ⁰_j for every masked j, in place (DEL paper, section 3). Other entries and all buffers stay as they are.
@@ -58,7 +60,7 @@ def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> 
             raise InputError("expected init to be a state dict (name -> tensor), got other values; pass the inner dict")
         return {plain_name(name): value.detach() for name, value in init.items()}
     if init == "reset_parameters":
-        with _seeded(seed):
+        with seeded(seed):
             fresh = _reset_copy(unwrap(model), needed)
     else:
         fresh = _made(init, seed, "pass a factory, a model or a state dict")
@@ -77,19 +79,11 @@ def fresh_state(init: Init, seed: int) -> dict[str, Tensor]:
 def _made(init: Any, seed: int, advice: str) -> nn.Module:
     """The network that a factory makes under the seed, or the one given, without its wrappers."""
     if callable(init) and not isinstance(init, nn.Module):
-        with _seeded(seed):
+        with seeded(seed):
             init = init()
     if not isinstance(init, nn.Module):
         raise InputError(f"expected init to make a whole network, got {type(init).__name__}; {advice}")
     return unwrap(init)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside: torch's generators seeded. Afterwards: as they were."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 def _reset_copy(model: nn.Module, needed: list[str]) -> nn.Module:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import delfast
-from delfast.compact import gradients
+from delfast.compact import gradients, guard
 from delfast.compact.gradients import LEAST_CHANNELS_PER_POSITION, by_offsets
 from delfast.compact.layers import COMPACT, CompactLayer
 from delfast.errors import InputError
@@ -608,7 +608,13 @@ def test_guarded_parameters_are_known_by_themselves_and_not_by_where_they_lay(ne
         ids = {id(dict(net.named_parameters())[name]) for name in guarded}
         net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
         fresh = [nn.Parameter(torch.ones(3)) for _ in range(200)]
-        assert not ids & {id(parameter) for parameter in (*net.parameters(), *fresh)}
+        assert not ids & guard._guards.keys()
+        others = [parameter for parameter in fresh if id(parameter) in ids]  # in the memory of the old ones
+        before = [parameter.detach().clone() for parameter in others]
+        for parameter in others:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(others, lr=0.1).step()
+        assert all((parameter != old).all() for parameter, old in zip(others, before, strict=True))
 
 
 def test_empty_batches_and_single_examples():

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 import delfast
 from delfast.mask import Mask
 from delfast.unlearn import METHODS
+from tests.groups import gloo_group
 
 TRAINED = sorted(name for name, method in METHODS.items() if method().epochs)
 
@@ -42,17 +42,24 @@ def half_of_the_rows():
 
 def unlearn_in_one_of(rank, processes, store, results):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    forget = batches(0, 2)
-    for name in TRAINED:
-        model = network()
-        mask = None if name == "retrain" else delfast.localize(model, forget, budget=0.3)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        delfast.unlearn(
-            wrapped, retain=batches(10 + rank, 3), forget=batches(20 + rank, 2), mask=mask, method=name, init=network,
-            epochs=2, lr=0.01,
-        )  # fmt: skip
-        torch.save(dict(model.named_parameters()), f"{results}/{name}-{rank}.pt")
+    with gloo_group(store, rank, processes):
+        for name in TRAINED:
+            torch.save(unlearned(name, rank), f"{results}/{name}-{rank}.pt")
+        torch.save(trained_compact(rank), f"{results}/compact-{rank}.pt")
+
+
+def unlearned(name, rank):
+    model = network()
+    mask = None if name == "retrain" else delfast.localize(model, batches(0, 2), budget=0.3)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    delfast.unlearn(
+        wrapped, retain=batches(10 + rank, 3), forget=batches(20 + rank, 2), mask=mask, method=name, init=network,
+        epochs=2, lr=0.01,
+    )  # fmt: skip
+    return dict(model.named_parameters())
+
+
+def trained_compact(rank):
     model = network()
     with delfast.compact(model, half_of_the_rows()) as handle:
         assert handle.ways["0.weight"] == handle.ways["5.weight"] == "rows"
@@ -62,8 +69,7 @@ def unlearn_in_one_of(rank, processes, store, results):
             optimizer.zero_grad()
             nn.functional.cross_entropy(wrapped(inputs), targets).backward()
             optimizer.step()
-    torch.save(dict(model.named_parameters()), f"{results}/compact-{rank}.pt")
-    dist.destroy_process_group()
+    return dict(model.named_parameters())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo by a shared file is tested on Linux")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import delfast
 from delfast import InputError
 from delfast.naming import plain_name, unique_parameters, unwrap
-from tests import cases
+from tests import cases, groups
 
 
 @pytest.fixture
@@ -29,14 +30,14 @@ def fake_group() -> Iterator[None]:
 @pytest.fixture
 def gloo_group(tmp_path: Path) -> Iterator[None]:
     """A group of this process alone that DDP can train with."""
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    except RuntimeError as error:
-        if "Unable to find interface" not in str(error):
-            raise
-        pytest.skip("gloo needs a network interface, be it the loopback, and there is none")
-    yield
-    dist.destroy_process_group()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(groups.gloo_group(tmp_path / "store"))
+        except RuntimeError as error:
+            if "Unable to find interface" not in str(error):
+                raise
+            pytest.skip("gloo needs a network interface, be it the loopback, and there is none")
+        yield
 
 
 def test_plain_name_removes_leading_wrappers_only() -> None:

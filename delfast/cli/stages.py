@@ -23,6 +23,7 @@ from delfast.cli.run import choose_device, load_model, open_run
 from delfast.data import Batches
 from delfast.localize import Scores
 from delfast.models import factory
+from delfast.seeding import seeded
 
 CLASSES, CHANNELS, IMAGE_SIZE = 10, 3, 32  # of a preset's random images
 
@@ -152,8 +153,8 @@ def _job(request: Request, device: torch.device) -> Job:
     images = torch.randint(0, 256, (request.batch_size, CHANNELS, IMAGE_SIZE, IMAGE_SIZE), generator=generator)
     targets = torch.randint(0, CLASSES, (request.batch_size,), generator=generator)
     init = factory(request.model, CLASSES, CHANNELS, IMAGE_SIZE)
-    torch.manual_seed(0)
-    model = init().to(device).to(memory_format=_layout(request))
+    with seeded(0):
+        model = init().to(device).to(memory_format=_layout(request))
     half = torch.full((CHANNELS,), 0.5)
     return Job(model, Batches(images.to(torch.uint8), targets, half, half, batch_size=request.batch_size), init)
 

@@ -29,6 +29,7 @@ from delfast.localize.scores import check_criterion
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
+from delfast.seeding import seeded
 from delfast.unlearn import Method
 from delfast.unlearn import train as train_network
 from delfast.unlearn import unlearn as unlearn_network
@@ -75,8 +76,7 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int,
     batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed + SHADOW_SEED * shadow)
     _check_last_batch(run, batches)
     make_output_dir(output_dir)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = run.placed(run.factory())
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
     say(f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs")

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from delfast.compact.guard import Guard
-from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, may_have_small_maps, restore
+from delfast.compact.guard import Guard, rows_name
+from delfast.compact.layers import COMPACT, CompactLayer, make_compact, may_have_small_maps, restore
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
 from delfast.ops.layout import pack
+from delfast.sole_use import used_alone
 
 Way = Literal["rows", "dense", "guarded", "frozen"]
 """How a parameter is trained. rows: through a Parameter of its selected rows. dense: as a whole, all of it is selected.
@@ -71,7 +70,7 @@ class Compact:
         if self._active:
             return
         self._active = True
-        self._hooks: list[Any] = []
+        self._guard: Guard | None = None
         parameters = trainable_parameters(self.model)
         try:
             for name, (layer, rows) in self._layers.items():
@@ -83,15 +82,14 @@ class Compact:
                         self._rows[name].copy_(compact.weight_rows)
                     compact.weight_rows = self._rows[name]
                 self._rows[name] = compact.weight_rows
-            self._frozen = {name: parameters[name] for name in self._names("frozen")}
-            for parameter in self._frozen.values():
+            frozen = {name: parameters[name] for name in self._names("frozen")}
+            for parameter in frozen.values():
                 parameter.requires_grad_(False)
             for parameter in (*parameters.values(), *self._rows.values()):
                 parameter.grad = None
-            guarded = {name: self._chosen[name].dense() for name in self._names("guarded")}
-            self._hooks.append(Guard(parameters, guarded, self.mask.digest))
-            self._hooks.append(register_optimizer_step_pre_hook(self._before_step))
-            self._hooks.append(register_optimizer_step_post_hook(self._after_step))
+            guarded = {name: (parameters[name], self._chosen[name].dense()) for name in self._names("guarded")}
+            layers = {name: (parameters[name], cast(CompactLayer, self._layers[name][0])) for name in self._rows}
+            self._guard = Guard(guarded, self.mask.digest, layers, frozen)
         except BaseException:
             self.undo()
             raise
@@ -101,8 +99,8 @@ class Compact:
         if not self._active:
             return
         self._active = False
-        for hook in self._hooks:
-            hook.remove()
+        if self._guard is not None:
+            self._guard.remove()
         for layer, _ in self._layers.values():
             if isinstance(layer, CompactLayer):
                 restore(layer)
@@ -110,35 +108,6 @@ class Compact:
         for name, parameter in unique_parameters(self.model.named_parameters()):
             if name in frozen:
                 parameter.requires_grad_(True)
-
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """InputError where the step would leave out rows, or move what is not selected."""
-        held = _held(optimizer)
-        if not any(id(rows) in held for rows in self._rows.values()):
-            for name in self._rows:
-                if id(self._layers[name][0].weight) in held:
-                    raise InputError(
-                        f"expected an optimizer made after compact(), got one of '{name}' without the "
-                        f"'{_rows_name(name)}' that it is trained through; make the optimizer anew"
-                    )
-        for name, parameter in self._frozen.items():
-            if id(parameter) in held and parameter.grad is not None:
-                raise InputError(
-                    f"expected no gradient of '{name}', of which the mask selects nothing, got one; leave its "
-                    "requires_grad off until undo()"
-                )
-
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Some modules read a layer's weight without calling it: the fast path of nn.TransformerEncoderLayer does.
-
-        Fused kernels do not tell autograd that they have changed a parameter, and a compiled forward pass tells it that
-        it has changed the weight: without a word of ours the rows would look like the older of the two.
-        """
-        held = _held(optimizer)
-        stepped = [rows for rows in self._rows.values() if id(rows) in held]
-        if stepped:
-            torch.autograd.graph.increment_version(stepped)
-            self.write()
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -186,13 +155,14 @@ class Compact:
             if way == "rows":
                 part = self._chosen[name]
                 shape = (int(part.flags.sum()), *part.shape[1:])
-                name = _rows_name(name)
+                name = rows_name(name)
                 parts[name] = ParameterMask(shape, "row", pack(torch.ones(shape[0], dtype=torch.bool)))
             elif way != "frozen":
                 parts[name] = self._chosen[name]
         return Mask(parts, {**self.original_mask.metadata, "compact_of": self.original_mask.digest})
 
 
+@used_alone
 def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Compact:
     """Change ``model`` to train what ``mask`` selects and nothing else, until ``undo()``, or as a context::
 
@@ -207,8 +177,10 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
     other modules) keeps its dense gradient behind a guard; ``handle.ways`` says which parameter goes which way.
 
     ``state_dict()`` has the names and shapes it had, and ``load_state_dict`` takes them. Wrap with DDP or
-    ``torch.compile``, and make the optimizer, afterwards. Until it is undone, torch's hooks on optimizers keep the
-    model alive. dense: names of parameters to keep out, where other code reads ``layer.weight`` and expects a gradient.
+    ``torch.compile``, and make the optimizer, afterwards. dense: names of parameters to keep out, where other code
+    reads ``layer.weight`` and expects a gradient.
+
+    The model is protected while it lives, whether or not the handle is kept; nothing here keeps the model alive.
 
     Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name; and
     in an optimizer's step, for one that was made before, or a gradient of what is not selected.
@@ -227,14 +199,6 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
             fits = fits and parameter.is_floating_point() and not _has_hooks(parameter)
             found[id(parameter)] = module if fits and id(parameter) not in found else None
     return found
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _rows_name(weight: str) -> str:
-    return weight.removesuffix("weight") + ROWS
 
 
 def _has_hooks(parameter: Tensor) -> bool:

@@ -1,8 +1,18 @@
-"""Parameters that cannot be trained by rows keep their dense gradient; a guard keeps what is not selected as it is."""
+"""What a compact model needs around every step of an optimizer.
+
+Torch's only hooks for optimizers that are not made yet are process-wide. Two of them are registered, once. They return
+at once for an optimizer that holds no Parameter of a compact model, so optimizers of other threads never meet them;
+registering more of them later would break the loop over the hooks of a step that runs meanwhile. A Parameter is found
+by its id in ``_guards``, which holds no Parameter and no model alive.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,64 +20,211 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from delfast.compact.layers import ROWS, CompactLayer
+from delfast.errors import InputError
 from delfast.optim import MaskedOptimizer, check_dense
 
 
 class Guard:
-    """For parameters by name, with the entries (bool, of their shape) that may change. Until ``remove``:
+    """Protects one compact model in the steps of any optimizer, in any thread, until ``remove``.
 
-    gradients of the other entries are zero from the moment they arrive, so that clipping does not see them; and a step
-    of any optimizer leaves the other entries with the values that they had before it, to the bit, whatever weight decay
-    or stale momentum did. An optimizer of ours with this very mask (by its ``digest``) needs no such repair.
+    guarded: name -> (Parameter, bool flags of its shape: the entries that may change). Gradients of the other entries
+        are zero from the moment they arrive, so that clipping does not see them. A step leaves the other entries with
+        the values they had before it, to the bit, whatever weight decay or stale momentum did. An optimizer of ours
+        with the mask of this ``digest`` needs no such repair.
+    rows: name of the weight -> (the weight, the layer that is trained through its ``weight_rows``). A step writes the
+        rows into the weight; it is refused for an optimizer that holds the weight and no rows.
+    frozen: name -> Parameter. A step is refused where one has a gradient.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], chosen: Mapping[str, Tensor], digest: str) -> None:
-        self.digest = digest
-        self._chosen = {id(parameters[name]): flags for name, flags in chosen.items()}
-        self._kept = [parameters[name] for name in chosen]  # or another tensor could get the id of one that is gone
-        self._before: list[dict[int, Tensor]] = []  # an optimizer's step may call another's
+    def __init__(
+        self,
+        guarded: Mapping[str, tuple[Tensor, Tensor]],
+        digest: str,
+        rows: Mapping[str, tuple[Tensor, CompactLayer]],
+        frozen: Mapping[str, Tensor],
+    ) -> None:
+        self._digest = digest
+        self._flags = {id(parameter): _Flags(flags) for parameter, flags in guarded.values()}
+        self._weights = {id(weight): name for name, (weight, _) in rows.items()}
+        self._layers = {id(layer.weight_rows): weakref.ref(layer) for _, layer in rows.values()}
+        self._frozen = {id(parameter): name for name, parameter in frozen.items()}
+        self._references: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
-        try:
-            for name in chosen:
-                hook = self._mask_of(name, parameters[name])
-                self._handles.append(parameters[name].register_hook(hook))  # type: ignore[no-untyped-call]
-            if chosen:
-                self._handles.append(register_optimizer_step_pre_hook(self._before_step))
-                self._handles.append(register_optimizer_step_post_hook(self._after_step))
-        except BaseException:
-            self.remove()
-            raise
+        for name, (parameter, _) in guarded.items():
+            hook = _mask_of(name, self._flags[id(parameter)])
+            self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+        self._watch(parameter for parameter, _ in guarded.values())
+        self._watch(tensor for weight, layer in rows.values() for tensor in (weight, layer.weight_rows))
+        self._watch(frozen.values())
 
     def remove(self) -> None:
-        """Undo the hooks; the parameters stay as they are."""
+        """Undo the hooks; the Parameters stay as they are."""
         for handle in self._handles:
             handle.remove()
+        for key in (*self._flags, *self._weights, *self._layers, *self._frozen):
+            _forget(key, self)
+        self._references.clear()
 
-    def _mask_of(self, name: str, parameter: Tensor) -> Any:
-        key = id(parameter)
+    def before(self, optimizer: Optimizer, held: Iterable[Tensor]) -> list[Restore]:
+        """What to restore after the optimizer's step. InputError for a step that would leave out rows, or move what is
+        not selected.
 
-        def mask(gradient: Tensor) -> Tensor:
-            check_dense(name, gradient)
-            return torch.where(self._flags(key, gradient.device), gradient, 0)  # a product would keep NaN
-
-        return mask
-
-    def _flags(self, key: int, device: torch.device) -> Tensor:
-        """The entries that may change, on the device: the model may have moved since."""
-        if self._chosen[key].device != device:
-            self._chosen[key] = self._chosen[key].to(device)
-        return self._chosen[key]
-
-    def _guarded(self, optimizer: Optimizer) -> list[Tensor]:
-        if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self.digest:
+        held: the Parameters of this guard that the optimizer holds.
+        """
+        of_weights = [self._weights[id(p)] for p in held if id(p) in self._weights]
+        if of_weights and not any(id(p) in self._layers for p in held):
+            name = of_weights[0]
+            raise InputError(
+                f"expected an optimizer made after compact(), got one of '{name}' without the "
+                f"'{rows_name(name)}' that it is trained through; make the optimizer again"
+            )
+        for p in held:
+            if id(p) in self._frozen and p.grad is not None:
+                raise InputError(
+                    f"expected no gradient of '{self._frozen[id(p)]}', of which the mask selects nothing, got one; "
+                    "leave its requires_grad off until undo()"
+                )
+        if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self._digest:
             return []
-        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._chosen]
+        return [(p, self._flags[id(p)], p.detach().clone()) for p in held if id(p) in self._flags]
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._before.append({id(p): p.detach().clone() for p in self._guarded(optimizer)})
+    def after(self, held: Iterable[Tensor]) -> None:
+        """Write the rows that were stepped into the weights, for code that reads a layer's weight without calling the
+        layer: the fast path of nn.TransformerEncoderLayer does.
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        before = self._before.pop()
-        with torch.no_grad():
-            for p in self._guarded(optimizer):
-                p.copy_(torch.where(self._flags(id(p), p.device), p, before[id(p)]))
+        Fused kernels change a parameter without a new version of it, and a compiled forward pass gives the weight a new
+        version: without the increment here the rows would count as the older of the two.
+        """
+        stepped = [p for p in held if id(p) in self._layers]
+        torch.autograd.graph.increment_version(stepped)
+        for rows in stepped:
+            layer = self._layers[id(rows)]()
+            if layer is not None:
+                layer.write_rows()
+
+    def _watch(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            key = id(parameter)
+            with _lock:
+                _guards[key] = (*_guards.get(key, ()), self)
+            self._references.append(weakref.ref(parameter, functools.partial(_forget, key, self)))
+
+
+class _Flags:
+    """The entries that may change, on the device where they were last needed: the model may move."""
+
+    def __init__(self, flags: Tensor) -> None:
+        self._flags = flags
+
+    def on(self, device: torch.device) -> Tensor:
+        if self._flags.device != device:
+            self._flags = self._flags.to(device)
+        return self._flags
+
+
+Restore = tuple[Tensor, _Flags, Tensor]
+"""A Parameter, the entries that may change, and its values before the step."""
+
+
+def rows_name(weight: str) -> str:
+    """The name of the Parameter that holds the selected rows of this weight."""
+    return weight.removesuffix("weight") + ROWS
+
+
+def _mask_of(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
+    def mask(gradient: Tensor) -> Tensor:
+        check_dense(name, gradient)
+        return torch.where(flags.on(gradient.device), gradient, 0)  # a product would keep NaN
+
+    return mask
+
+
+# Who guards a Parameter, by the Parameter's id
+
+
+_guards: dict[int, tuple[Guard, ...]] = {}
+_lock = threading.RLock()  # a collection of garbage inside may call _forget
+
+
+def _forget(key: int, guard: Guard, _: object = None) -> None:
+    """The Parameter is gone, or its guard is removed."""
+    with _lock:
+        others = tuple(other for other in _guards.get(key, ()) if other is not guard)
+        if others:
+            _guards[key] = others
+        else:
+            _guards.pop(key, None)
+
+
+def _guards_of(optimizer: Optimizer) -> dict[Guard, list[Tensor]]:
+    """The guards of an optimizer's Parameters, each with those that it guards."""
+    found: dict[Guard, list[Tensor]] = {}
+    if _guards:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for guard in _guards.get(id(parameter), ()):
+                    found.setdefault(guard, []).append(parameter)
+    return found
+
+
+# Steps under way
+
+
+class _Steps(threading.local):
+    """What to restore after each step that runs in this thread, outermost first.
+
+    A step may call another optimizer's, or its parent class's of the same optimizer. A step that raises has no end. Its
+    entry is recognized by the depth of Python's stack: a step that runs inside another is deeper.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[tuple[int, int, list[Restore]]] = []  # depth, id of the optimizer, what to restore
+
+    def begin(self, optimizer: Optimizer, restore: list[Restore]) -> None:
+        if restore or self.running:
+            depth = _depth()
+            self._drop(depth)
+            self.running.append((depth, id(optimizer), restore))
+
+    def end(self, optimizer: Optimizer) -> list[Restore]:
+        if self.running:
+            self._drop(_depth() + 1)
+            if self.running and self.running[-1][1] == id(optimizer):
+                return self.running.pop()[2]
+        return []
+
+    def _drop(self, depth: int) -> None:
+        """Forget the steps of this depth or deeper, which have raised."""
+        while depth > 0 and self.running and self.running[-1][0] >= depth:
+            self.running.pop()
+
+
+_steps = _Steps()
+
+
+def _depth() -> int:
+    """Frames on this thread's stack; below 0 where torch.compile traces, which has none of its own."""
+    if torch.compiler.is_compiling():
+        return -1
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    restore = [entry for guard, held in _guards_of(optimizer).items() for entry in guard.before(optimizer, held)]
+    _steps.begin(optimizer, restore)
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    with torch.no_grad():
+        for parameter, flags, before in _steps.end(optimizer):
+            parameter.copy_(torch.where(flags.on(parameter.device), parameter, before))
+    for guard, held in _guards_of(optimizer).items():
+        guard.after(held)
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

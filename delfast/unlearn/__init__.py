@@ -20,6 +20,7 @@ from delfast.mask import Mask
 from delfast.naming import is_parallel, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
+from delfast.sole_use import used_alone
 from delfast.unlearn.head import find_head, head_parameters
 from delfast.unlearn.loop import BatchNormMode, Diverged, Precision, Progress, train
 from delfast.unlearn.methods import (
@@ -63,6 +64,7 @@ class UnlearnResult:
     validation: list[float] = field(default_factory=list)
 
 
+@used_alone
 def unlearn(
     model: nn.Module,
     *,

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.errors import InputError, check_choice
 from delfast.files import one_line, write_atomically
+from delfast.sole_use import used_alone
 from delfast.unlearn.stopping import EarlyStop
 
 Schedule = Literal["cosine", "constant"]
@@ -45,6 +46,7 @@ class TrainResult:
     validation: list[float]
 
 
+@used_alone
 def train(
     model: nn.Module,
     loader: Iterable[Any],

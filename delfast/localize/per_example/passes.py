@@ -8,6 +8,7 @@ by example.
 from __future__ import annotations
 
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ C = TypeVar("C", bound=Capture)
 
 log = logging.getLogger("delfast")
 
+_STANCE = threading.RLock()  # torch's stance is the process's: two threads that set it would leave it changed
 MOST_TRIALS = 3  # for parameters whose δ was zero in the trial, and is not later
 
 
@@ -129,6 +131,7 @@ class ExamplePasses(ABC):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if any(_is_compiled(module) for module in self.network.modules()):
+                stack.enter_context(_STANCE)
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 for parameter, _ in flags:

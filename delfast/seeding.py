@@ -1,0 +1,116 @@
+"""Random numbers of a seed, drawn without a process-wide generator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from delfast.errors import InputError
+
+CHANCES = ("p", "dropout", "dropout_p")  # arguments at whose zero an operation draws nothing
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw, in this thread and inside the context, the numbers that would follow ``torch.manual_seed(seed)``.
+
+    Torch's own generators are neither read nor changed, so other threads may draw from them meanwhile. Operations that
+    are given a generator use that one. ``torch.manual_seed`` inside has its usual effect on torch's own generators and
+    none on the numbers that are drawn here. Python's and numpy's generators are not seeded.
+
+    Raises InputError, by name, at an operation that draws from torch's own generator and accepts no other: dropout
+    kernels of GPUs, for example.
+    """
+    with _PrivateGenerators(seed):
+        yield
+
+
+class _PrivateGenerators(TorchDispatchMode):
+    """Passes a generator of its own to every operation that takes one: one generator a device, all of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seed = int(seed)
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _is_random(func):
+            return func(*args, **kwargs)
+        device = _device(args, kwargs)
+        if device.type == "meta":  # computes no values
+            return func(*args, **kwargs)
+        taking = _with_generator(func)
+        if taking is None:
+            if _may_draw(func, args, kwargs):
+                raise InputError(
+                    f"expected operations that accept a generator while a network is made under a seed, got {func}, "
+                    "which draws from torch's own; pass a second model or a state dict as init"
+                )
+            return func(*args, **kwargs)
+        at = _position(taking)
+        if (args[at] if at < len(args) else kwargs.get("generator")) is not None:
+            return func(*args, **kwargs)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return taking(*args[:at], **{**kwargs, "generator": self._generators[device]})
+
+
+@functools.cache
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags or any(a.name == "generator" for a in func._schema.arguments)
+
+
+@functools.cache
+def _with_generator(func: Any) -> Any:
+    """``func`` itself or its overload that differs by taking a generator; None if torch has neither."""
+    wanted = _arguments(func)
+    for name in (func._overloadname, *func._overloadpacket.overloads()):
+        candidate = getattr(func._overloadpacket, name)
+        found = _arguments(candidate)
+        if "generator" in found and wanted | {"generator": found["generator"]} == found:
+            return candidate
+    return None
+
+
+def _arguments(func: Any) -> dict[str, str]:
+    """Name -> type, as text."""
+    return {argument.name: str(argument.type) for argument in func._schema.arguments}
+
+
+@functools.cache
+def _position(func: Any) -> int:
+    """Where the generator may be passed by position (it is the last such argument); the end if by name alone."""
+    positional = [argument.name for argument in func._schema.arguments if not argument.kwarg_only]
+    return positional.index("generator") if "generator" in positional else len(positional)
+
+
+def _may_draw(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Dropout of nothing, and dropout outside training, draw no number."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+    given = defaults | given
+    if given.get("train") is False:
+        return False
+    chances = [given[name] for name in CHANCES if name in given]
+    return not chances or any(chances)
+
+
+def _device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
+    """The device on which an operation draws."""
+    device = kwargs.get("device")
+    if device is None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
