@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from delfast.compact.guard import Guard
-from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, may_have_small_maps, restore
+from delfast.compact.layers import COMPACT, ROWS, WEIGHT, CompactLayer, make_compact, may_have_small_maps, restore
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
@@ -61,6 +62,7 @@ class Compact:
             else:
                 self.ways[name] = "guarded"
         self._chosen, self._rows, self._active = chosen, dict[str, nn.Parameter](), False
+        self._idle, self._has_stepped = set(self._names("rows")), False
         self.mask = self._mask()
         self.redo()
 
@@ -93,11 +95,27 @@ class Compact:
             self._hooks.append(register_optimizer_step_pre_hook(self._before_step))
             self._hooks.append(register_optimizer_step_post_hook(self._after_step))
         except BaseException:
-            self.undo()
+            self._restore()
             raise
 
     def undo(self) -> None:
-        """Write the rows back and make every module what it was; nothing happens the second time."""
+        """Write the rows back and make every module what it was; nothing happens the second time.
+
+        Warns of rows that optimizers have stepped without any gradient.
+        """
+        self._restore()
+        if self._has_stepped and self._idle:
+            first, *others = sorted(self._idle)
+            rest = f" and {len(others)} more" if others else ""
+            warnings.warn(
+                f"no gradient has come to '{first}'{rest}, whose selected rows have not learned; if the network uses "
+                "this weight through a reference from before compact(), name it in dense=[...]",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._idle.clear()
+
+    def _restore(self) -> None:
         if not self._active:
             return
         self._active = False
@@ -114,9 +132,12 @@ class Compact:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """InputError where the step would leave out rows, or move what is not selected."""
         held = _held(optimizer)
-        if not any(id(rows) in held for rows in self._rows.values()):
+        if any(id(rows) in held for rows in self._rows.values()):
+            self._has_stepped = True
+            self._idle = {name for name in self._idle if self._rows[name].grad is None}
+        else:
             for name in self._rows:
-                if id(self._layers[name][0].weight) in held:
+                if id(self._layers[name][0]._parameters[WEIGHT]) in held:
                     raise InputError(
                         f"expected an optimizer made after compact(), got one of '{name}' without the "
                         f"'{_rows_name(name)}' that it is trained through; make the optimizer anew"
@@ -143,7 +164,7 @@ class Compact:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Inside, the model is what it was, to be looked at or changed; afterwards it is compact again."""
-        self.undo()
+        self._restore()
         try:
             yield
         finally:
@@ -187,7 +208,7 @@ class Compact:
                 part = self._chosen[name]
                 shape = (int(part.flags.sum()), *part.shape[1:])
                 name = _rows_name(name)
-                parts[name] = ParameterMask(shape, "row", pack(torch.ones(shape[0], dtype=torch.bool)))
+                parts[name] = ParameterMask(shape, "row", pack(part.flags.new_ones(shape[0])))
             elif way != "frozen":
                 parts[name] = self._chosen[name]
         return Mask(parts, {**self.original_mask.metadata, "compact_of": self.original_mask.digest})
@@ -208,7 +229,11 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
 
     ``state_dict()`` has the names and shapes it had, and ``load_state_dict`` takes them. Wrap with DDP or
     ``torch.compile``, and make the optimizer, afterwards. Until it is undone, torch's hooks on optimizers keep the
-    model alive. dense: names of parameters to keep out, where other code reads ``layer.weight`` and expects a gradient.
+    model alive.
+
+    A network may read ``layer.weight`` itself: with gradients on, that is a view of the weight, and its gradient goes
+    to the rows. dense: names of parameters to keep out, which then have a dense gradient behind the guard: weights that
+    the network uses through a reference from before ``compact()``.
 
     Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name; and
     in an optimizer's step, for one that was made before, or a gradient of what is not selected.
