@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -60,6 +61,7 @@ class Compact:
             else:
                 self.ways[name] = "guarded"
         self._chosen, self._rows, self._active = chosen, dict[str, nn.Parameter](), False
+        self._idle, self._has_stepped = set(self._names("rows")), False
         self.mask = self._mask()
         self.redo()
 
@@ -89,18 +91,35 @@ class Compact:
                 parameter.grad = None
             guarded = {name: (parameters[name], self._chosen[name].dense()) for name in self._names("guarded")}
             layers = {name: (parameters[name], cast(CompactLayer, self._layers[name][0])) for name in self._rows}
-            self._guard = Guard(guarded, self.mask.digest, layers, frozen)
+            self._guard = Guard(guarded, self.mask.digest, layers, frozen, self._idle)
         except BaseException:
-            self.undo()
+            self._restore()
             raise
 
     def undo(self) -> None:
-        """Write the rows back and make every module what it was; nothing happens the second time."""
+        """Write the rows back and make every module what it was; nothing happens the second time.
+
+        Warns of rows that optimizers have stepped without any gradient.
+        """
+        self._restore()
+        if self._has_stepped and self._idle:
+            first, *others = sorted(self._idle)
+            rest = f" and {len(others)} more" if others else ""
+            warnings.warn(
+                f"no gradient has come to '{first}'{rest}, whose selected rows have not learned; if the network uses "
+                "this weight through a reference from before compact(), name it in dense=[...]",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._idle.clear()
+
+    def _restore(self) -> None:
         if not self._active:
             return
         self._active = False
         if self._guard is not None:
             self._guard.remove()
+            self._has_stepped |= self._guard.has_stepped
         for layer, _ in self._layers.values():
             if isinstance(layer, CompactLayer):
                 restore(layer)
@@ -112,7 +131,7 @@ class Compact:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Inside, the model is what it was, to be looked at or changed; afterwards it is compact again."""
-        self.undo()
+        self._restore()
         try:
             yield
         finally:
@@ -156,7 +175,7 @@ class Compact:
                 part = self._chosen[name]
                 shape = (int(part.flags.sum()), *part.shape[1:])
                 name = rows_name(name)
-                parts[name] = ParameterMask(shape, "row", pack(torch.ones(shape[0], dtype=torch.bool)))
+                parts[name] = ParameterMask(shape, "row", pack(part.flags.new_ones(shape[0])))
             elif way != "frozen":
                 parts[name] = self._chosen[name]
         return Mask(parts, {**self.original_mask.metadata, "compact_of": self.original_mask.digest})
@@ -177,10 +196,12 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
     other modules) keeps its dense gradient behind a guard; ``handle.ways`` says which parameter goes which way.
 
     ``state_dict()`` has the names and shapes it had, and ``load_state_dict`` takes them. Wrap with DDP or
-    ``torch.compile``, and make the optimizer, afterwards. dense: names of parameters to keep out, where other code
-    reads ``layer.weight`` and expects a gradient.
+    ``torch.compile``, and make the optimizer, afterwards. The model is protected while it lives, whether or not the
+    handle is kept; nothing here keeps the model alive.
 
-    The model is protected while it lives, whether or not the handle is kept; nothing here keeps the model alive.
+    A network may read ``layer.weight`` itself: with gradients on, that is a view of the weight, and its gradient goes
+    to the rows. dense: names of parameters to keep out, which then have a dense gradient behind the guard: weights that
+    the network uses through a reference from before ``compact()``.
 
     Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name; and
     in an optimizer's step, for one that was made before, or a gradient of what is not selected.

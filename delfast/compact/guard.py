@@ -35,6 +35,8 @@ class Guard:
     rows: name of the weight -> (the weight, the layer that is trained through its ``weight_rows``). A step writes the
         rows into the weight; it is refused for an optimizer that holds the weight and no rows.
     frozen: name -> Parameter. A step is refused where one has a gradient.
+    idle: names in ``rows`` without a gradient so far; a step removes those that have one. ``has_stepped``: whether any
+        step of the rows has begun.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Guard:
         digest: str,
         rows: Mapping[str, tuple[Tensor, CompactLayer]],
         frozen: Mapping[str, Tensor],
+        idle: set[str],
     ) -> None:
-        self._digest = digest
+        self._digest, self._idle, self.has_stepped = digest, idle, False
         self._flags = {id(parameter): _Flags(flags) for parameter, flags in guarded.values()}
         self._weights = {id(weight): name for name, (weight, _) in rows.items()}
         self._layers = {id(layer.weight_rows): weakref.ref(layer) for _, layer in rows.values()}
+        self._names = {id(layer.weight_rows): name for name, (_, layer) in rows.items()}
         self._frozen = {id(parameter): name for name, parameter in frozen.items()}
         self._references: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
@@ -72,8 +76,9 @@ class Guard:
 
         held: the Parameters of this guard that the optimizer holds.
         """
+        rows = [p for p in held if id(p) in self._layers]
         of_weights = [self._weights[id(p)] for p in held if id(p) in self._weights]
-        if of_weights and not any(id(p) in self._layers for p in held):
+        if of_weights and not rows:
             name = of_weights[0]
             raise InputError(
                 f"expected an optimizer made after compact(), got one of '{name}' without the "
@@ -85,6 +90,9 @@ class Guard:
                     f"expected no gradient of '{self._frozen[id(p)]}', of which the mask selects nothing, got one; "
                     "leave its requires_grad off until undo()"
                 )
+        self.has_stepped |= bool(rows)
+        if self._idle:
+            self._idle.difference_update(self._names[id(p)] for p in rows if p.grad is not None)
         if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self._digest:
             return []
         return [(p, self._flags[id(p)], p.detach().clone()) for p in held if id(p) in self._flags]

@@ -1,8 +1,9 @@
 """Layers whose weight is trained through a Parameter that holds only its selected rows.
 
 A layer is changed by giving it another class: it stays the same object, with the same hooks, buffers and name. Its
-``weight`` stays where it is, whole and frozen; ``weight_rows`` is what an optimizer sees. A layer that is trained in
-full keeps its ``weight`` as the Parameter, and has no rows: of it, only the way its gradient is computed changes.
+weight stays where it is, whole and frozen; ``weight_rows`` is what an optimizer sees. Code outside the layer that reads
+``layer.weight`` gets a view of the weight whose gradient goes to ``weight_rows``. A layer that is trained in full keeps
+its weight as the Parameter, and has no rows: only the way its gradient is computed changes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from delfast.compact.gradients import (
     linear_rows_gradient,
 )
 from delfast.compact.plan import RowPlan, plan_rows
+from delfast.errors import InputError
 
+WEIGHT = "weight"
 ROWS = "weight_rows"
 INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
 
@@ -29,10 +32,9 @@ INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
 class CompactLayer(nn.Module):
     """What the layers share: the rows, their way into the weight, and a ``state_dict`` that knows of neither."""
 
-    weight: Tensor
     bias: Any
-    weight_rows: nn.Parameter  # but for a layer that is trained in full
-    row_index: Tensor | None  # None for such a layer
+    weight_rows: nn.Parameter  # absent where the layer is trained in full
+    row_index: Tensor | None  # None where the layer is trained in full
     row_gathered: Tensor | None
     row_opposite: Tensor | None
     row_kept: Tensor | None
@@ -44,28 +46,64 @@ class CompactLayer(nn.Module):
         """How the gradient of the rows is computed."""
         return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
 
+    @property
+    def whole(self) -> Tensor:
+        """The tensor that holds the weight, as the module has it registered: for the layer's own use."""
+        return cast(Tensor, self._parameters[WEIGHT])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, with the rows in it, for code that reads it instead of calling the layer.
+
+        While gradients are recorded: a view of ``whole`` whose backward pass hands ``weight_rows`` the gradient of the
+        selected rows. Otherwise, and where the layer is trained in full: ``whole``.
+        """
+        if self.row_index is None:
+            return self.whole
+        records = torch.is_grad_enabled() and self.weight_rows.requires_grad
+        if records and torch.compiler.is_compiling():  # the compiler decides what is copied
+            return self.whole.index_copy(0, self.row_index, self.weight_rows)
+        self.write_rows()
+        if not records:
+            return self.whole
+        view: Tensor = _View.apply(self.weight_rows, self.whole, self.row_index)
+        view._is_param = True  # isinstance(layer.weight, nn.Parameter) holds, as it did
+        return view
+
+    @weight.setter
+    def weight(self, value: Any) -> None:  # a Parameter does not come here: nn.Module registers it
+        raise InputError(_not_replaced("a tensor in its place"))
+
+    def __delattr__(self, name: str) -> None:
+        if name == WEIGHT:
+            raise InputError(_not_replaced("its removal"))
+        super().__delattr__(name)
+
     def parameter_and_weight(self) -> tuple[Tensor, Tensor]:
         """The Parameter whose gradient is to be found, and the weight, with the rows in it, to multiply by."""
+        weight = self.whole
         if self.row_index is None:
-            return self.weight, self.weight.detach()
+            return weight, weight.detach()
         self.write_rows()
-        return self.weight_rows, self.weight
+        return self.weight_rows, weight
 
     def write_rows(self) -> None:
         """Put the rows into the weight; no other entry of it is touched.
 
         Through ``.data``, so that what autograd saved of the weight stays valid: the same rows, written again by
-        another call of this layer, are the same weight. A step between a forward pass and its backward pass is still
-        an error, by the version of the rows, which are saved too.
+        another call of this layer, are the same weight. Rows that have changed make another weight: its version is
+        incremented, so that a step between a forward pass and its backward pass is an error.
         """
         if self.row_index is None:
             return
         if torch.compiler.is_compiling():  # where mutations are functions, and .data is not understood
             with torch.no_grad():
-                self.weight.index_copy_(0, self.row_index, self.weight_rows.detach())
+                self.whole.index_copy_(0, self.row_index, self.weight_rows.detach())
             return
-        known, weight, rows = self.row_versions, self.weight, self.weight_rows
-        if known[0] == id(weight) and known[1] != weight._version and known[2] == rows._version:
+        known, weight, rows = self.row_versions, self.whole, self.weight_rows
+        if known[2] != rows._version:
+            torch.autograd.graph.increment_version(weight)
+        elif known[0] == id(weight) and known[1] != weight._version:
             self.read_rows()  # others have written into the weight, through its state_dict() or as it is
         weight.data.index_copy_(0, self.row_index, rows.data)
         self.row_versions = (id(weight), weight._version, rows._version)
@@ -75,13 +113,13 @@ class CompactLayer(nn.Module):
         if self.row_index is None:
             return
         with torch.no_grad():
-            self.weight_rows.copy_(self.weight.index_select(0, self.row_index))
+            self.weight_rows.copy_(self.whole.index_select(0, self.row_index))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in INDICES:
             tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.to(self.weight.device))
+            setattr(self, name, None if tensor is None else tensor.to(self.whole.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -126,7 +164,8 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
     compact.row_groups, compact.row_versions = plan.groups, (0, 0, 0)
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
-        compact.weight.requires_grad_(False)
+        compact.row_versions = (id(weight), weight._version, compact.weight_rows._version)
+        weight.requires_grad_(False)
     return compact
 
 
@@ -135,13 +174,34 @@ def restore(layer: CompactLayer) -> nn.Module:
     layer.write_rows()
     if layer.row_index is not None:
         del layer.weight_rows
-        layer.weight.requires_grad_(True)
+        layer.whole.requires_grad_(True)
     for name in INDICES:
         delattr(layer, name)
     del layer.row_groups, layer.row_versions
     plain = cast(nn.Module, layer)
     plain.__class__ = next(original for original, compact in COMPACT.items() if compact is type(layer))
     return plain
+
+
+def _not_replaced(what: str) -> str:
+    return (
+        f"expected the weight of a compact layer to stay a Parameter, got {what}; parametrize, normalize or prune the "
+        "layer before compact()"
+    )
+
+
+class _View(torch.autograd.Function):
+    """A weight as it is, and the gradient of its selected rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return weight.view_as(weight)  # of a view autograd refuses changes in place, as it does of a Parameter
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,), (index,) = gradients, ctx.saved_tensors
+        return gradient.index_select(0, index), None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -248,7 +308,7 @@ class _Convolutional(CompactLayer):
     def _convolve(self, input: Tensor, padding: Any, transposed: bool, output_padding: Any) -> Tensor:
         rows, weight = self.parameter_and_weight()
         x, weight, bias = _as_autocast(input, weight, self.bias)
-        spatial = self.weight.dim() - 2
+        spatial = weight.dim() - 2
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
         geometry = (self.stride, padding, self.dilation, transposed, output_padding)
         plan = self.plan

@@ -48,4 +48,4 @@ def _blocks(channels: int) -> int:
 
 
 def _members(groups: Tensor, size: int) -> Tensor:
-    return (groups[:, None] * size + torch.arange(size)).flatten()
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -82,6 +82,7 @@ def unlearn(
     loss_fn: LossFn | None = None,
     precision: Precision = "fp32",
     batchnorm: BatchNormMode = "train",
+    dense: Collection[str] = (),
     validation: Iterable[Any] | None = None,
     patience: int | None = None,
     checkpoint: Path | None = None,
@@ -101,6 +102,7 @@ def unlearn(
     head: name of the classifier head, which "del" trains in full; found by a forward pass if None.
     loss_fn: ``loss_fn(model, batch)`` -> (B,) losses, for batches that are not (input, target) or (index, input,
         target); not for methods that need logits.
+    dense: names of parameters to train with a dense gradient, as for ``compact``; the masks stay as they are.
     validation, patience: batches held out of the retain set; training ends after ``patience`` epochs without a lower
         loss on them, and the network is that of the lowest.
     precision, batchnorm, checkpoint, resume, progress: as for ``train``; ``config`` adds to what must be the same when
@@ -142,6 +144,8 @@ def unlearn(
     unused = [name for name in ("lr", "momentum", "weight_decay") if given[name] is not None and not chosen.epochs]
     if unused:
         raise InputError(f"'{chosen.name}' trains nothing, got {unused[0]}={given[unused[0]]}; leave it out")
+    if dense and not chosen.epochs:
+        raise InputError(f"expected no dense= for '{chosen.name}', which trains nothing, got {dense!r}; leave it out")
     if patience is not None and not chosen.epochs:
         raise InputError(f"expected no patience for '{chosen.name}', which has no epochs, got {patience}; leave it out")
     check_choice("precision", precision, Precision)
@@ -151,6 +155,7 @@ def unlearn(
     job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)
     settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
     settings |= {"precision": precision, "batchnorm": batchnorm, "patience": patience}
+    settings |= {"dense": sorted(dense)} if dense else {}
     seconds = {"prepare": 0.0, "finetune": 0.0}
 
     def prepare() -> None:
@@ -163,7 +168,7 @@ def unlearn(
         prepare()
         return UnlearnResult(chosen, widened, head, seconds, [], 0)
     turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs)
-    with nullcontext() if is_parallel(model) else compact(network, widened) as handle:
+    with nullcontext() if is_parallel(model) else compact(network, widened, dense=dense) as handle:
         training = job if handle is None else replace(job, mask=handle.mask)
 
         def prepare_whole() -> None:
