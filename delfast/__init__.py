@@ -14,6 +14,7 @@ from delfast._version import __version__
 from delfast.compact import compact
 from delfast.errors import InputError
 from delfast.evaluate import evaluate
+from delfast.layer_types import register_layer
 from delfast.localize import (
     STRATEGIES,
     CriticalChannels,
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "localize",
     "optim",
+    "register_layer",
     "reset_",
     "score",
     "signed_channels",

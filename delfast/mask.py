@@ -86,6 +86,14 @@ class ParameterMask:
         """What a bit stands for to the masked ops: a row of several elements, or one element."""
         return self.unit == "row" and row_length(self.shape, self.dim) != 1
 
+    @property
+    def for_ops(self) -> ParameterMask:
+        """The same selection as the masked ops take it: they know rows along dim 0, and single elements.
+
+        So a parameter with its channels along another dimension is changed where it is, without a transposed copy.
+        """
+        return self if self.dim == 0 else self.elements()
+
 
 def from_flags(shape: tuple[int, ...], flags: Tensor, dim: int = 0) -> ParameterMask:
     """Return the most compact ParameterMask of a bool tensor of this shape: by rows if each is all or nothing.

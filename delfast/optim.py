@@ -101,7 +101,7 @@ class MaskedOptimizer(Optimizer):
                 continue
             check_dense(name, parameter.grad)
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            batches.setdefault((parameter.device, wide), []).append((parameter, part))
+            batches.setdefault((parameter.device, wide), []).append((parameter, part.for_ops))
         count = self._state_count(group)
         return [self._make_call(*key, count, entries, present) for key, entries in batches.items()]
 
@@ -157,7 +157,7 @@ class MaskedOptimizer(Optimizer):
             if new is None or not new.selected:
                 self.state.pop(parameter, None)
             elif held is not None and old is not None:
-                self.state[parameter][self.state_name] = _moved(held, old, new)
+                self.state[parameter][self.state_name] = _moved(held, old, new.for_ops)
         self.mask, self._calls = mask, {}
         for settings in (self.defaults, *self.param_groups):
             settings["mask_digest"] = mask.digest

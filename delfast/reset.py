@@ -33,7 +33,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     masked parameter with the same shape.
     """
     targets = dict(unique_parameters(unwrap(model).named_parameters()))
-    selected = list(mask.match(targets))
+    selected = [(name, parameter, part.for_ops) for name, parameter, part in mask.match(targets)]
     fresh = _fresh_values(model, init, seed, [name for name, _, _ in selected])
     for name, parameter, _ in selected:
         if name not in fresh:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from delfast.compact.guard import Guard, rows_name
-from delfast.compact.layers import COMPACT, CompactLayer, make_compact, may_have_small_maps, restore
+from delfast.compact.layers import CompactLayer, compact_type, make_compact, may_have_small_maps, restore, rows_dim
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
@@ -55,7 +55,7 @@ class Compact:
                 self.ways[name] = "dense"
                 if owner is not None and may_have_small_maps(owner) and name not in dense:
                     self._layers[name] = (owner, None)  # for the way its gradient is computed
-            elif part.by_row and owner is not None and name not in dense:
+            elif part.by_row and owner is not None and part.dim == rows_dim(owner) and name not in dense:
                 self.ways[name] = "rows"
                 self._layers[name] = (owner, part.flags.nonzero().flatten())
             else:
@@ -173,7 +173,7 @@ class Compact:
         for name, way in self.ways.items():
             if way == "rows":
                 part = self._chosen[name]
-                shape = (int(part.flags.sum()), *part.shape[1:])
+                shape = (*part.shape[: part.dim], int(part.flags.sum()), *part.shape[part.dim + 1 :])
                 name = rows_name(name)
                 parts[name] = ParameterMask(shape, "row", pack(part.flags.new_ones(shape[0])))
             elif way != "frozen":
@@ -216,8 +216,8 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
     found: dict[int, nn.Module | None] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fits = name == "weight" and type(module) in COMPACT and "forward" not in module.__dict__
-            fits = fits and parameter.is_floating_point() and not _has_hooks(parameter)
+            fits = name == "weight" and compact_type(module) is not None and "forward" not in module.__dict__
+            fits = fits and parameter.ndim > 1 and parameter.is_floating_point() and not _has_hooks(parameter)
             found[id(parameter)] = module if fits and id(parameter) not in found else None
     return found
 

@@ -23,6 +23,7 @@ from delfast.compact.gradients import (
 )
 from delfast.compact.plan import RowPlan, plan_rows
 from delfast.errors import InputError
+from delfast.layer_types import layer_type_of
 
 WEIGHT = "weight"
 ROWS = "weight_rows"
@@ -38,6 +39,7 @@ class CompactLayer(nn.Module):
     row_gathered: Tensor | None
     row_opposite: Tensor | None
     row_kept: Tensor | None
+    row_dim: int  # the dimension of the weight along which its rows lie
     row_groups: int
     row_versions: tuple[int, int, int]  # of the weight (and which it is) and of the rows, when they last agreed
 
@@ -62,11 +64,11 @@ class CompactLayer(nn.Module):
             return self.whole
         records = torch.is_grad_enabled() and self.weight_rows.requires_grad
         if records and torch.compiler.is_compiling():  # the compiler decides what is copied
-            return self.whole.index_copy(0, self.row_index, self.weight_rows)
+            return self.whole.index_copy(self.row_dim, self.row_index, self.weight_rows)
         self.write_rows()
         if not records:
             return self.whole
-        view: Tensor = _View.apply(self.weight_rows, self.whole, self.row_index)
+        view: Tensor = _View.apply(self.weight_rows, self.whole, self.row_index, self.row_dim)
         view._is_param = True  # isinstance(layer.weight, nn.Parameter) holds, as it did
         return view
 
@@ -98,14 +100,14 @@ class CompactLayer(nn.Module):
             return
         if torch.compiler.is_compiling():  # where mutations are functions, and .data is not understood
             with torch.no_grad():
-                self.whole.index_copy_(0, self.row_index, self.weight_rows.detach())
+                self.whole.index_copy_(self.row_dim, self.row_index, self.weight_rows.detach())
             return
         known, weight, rows = self.row_versions, self.whole, self.weight_rows
         if known[2] != rows._version:
             torch.autograd.graph.increment_version(weight)
         elif known[0] == id(weight) and known[1] != weight._version:
             self.read_rows()  # others have written into the weight, through its state_dict() or as it is
-        weight.data.index_copy_(0, self.row_index, rows.data)
+        weight.data.index_copy_(self.row_dim, self.row_index, rows.data)
         self.row_versions = (id(weight), weight._version, rows._version)
 
     def read_rows(self) -> None:
@@ -113,7 +115,7 @@ class CompactLayer(nn.Module):
         if self.row_index is None:
             return
         with torch.no_grad():
-            self.weight_rows.copy_(self.whole.index_select(0, self.row_index))
+            self.weight_rows.copy_(self.whole.index_select(self.row_dim, self.row_index))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -143,25 +145,45 @@ def may_have_small_maps(layer: nn.Module) -> bool:
     return known and getattr(layer, "groups", None) == 1
 
 
+def compact_type(layer: nn.Module) -> type[CompactLayer] | None:
+    """The class that ``layer`` gets; None for a layer that cannot be trained by rows."""
+    layer_type, known = type(layer), layer_type_of(layer)
+    if layer_type not in COMPACT and known is not None and not isinstance(layer, CompactLayer):
+        # a registered layer runs its own forward pass, which reads ``weight``
+        base = _TransposedLinear if known.is_transposed_linear else CompactLayer
+        COMPACT[layer_type] = type(f"Compact{layer_type.__name__}", (base, layer_type), {})
+    return COMPACT.get(layer_type)
+
+
+def rows_dim(layer: nn.Module) -> int:
+    """The dimension of the layer's weight along which its rows, the output channels, lie."""
+    known = layer_type_of(layer)
+    return 0 if known is None else known.output_dim
+
+
 def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
-    """Change ``layer``, of a type in COMPACT, to train only these rows (int64, ascending) of its weight; None: all."""
+    """Change ``layer``, of a type with a ``compact_type``, to train only these rows (int64, ascending) of its weight;
+    None: all."""
     weight, groups = cast(Tensor, layer.weight), cast(int, getattr(layer, "groups", 1))
+    dim = rows_dim(layer)
     if rows is None:
         plan = RowPlan(None, None, None, groups)
     else:
-        plan = plan_rows(rows.cpu(), weight.shape[0], weight.shape[1] * groups, groups)
+        plan = plan_rows(rows.cpu(), weight.shape[dim], weight.shape[1 - dim] * groups, groups)
     found = (rows, plan.gathered, plan.opposite, plan.kept)
     indices = [None if tensor is None else tensor.to(weight.device) for tensor in found]
     selected = None
     if rows is not None:
-        selected = torch.empty_like(weight.detach().narrow(0, 0, len(rows)))  # in the weight's memory format
-        selected.copy_(weight.detach().index_select(0, rows.to(weight.device)))
+        selected = torch.empty_like(weight.detach().narrow(dim, 0, len(rows)))  # in the weight's memory format
+        selected.copy_(weight.detach().index_select(dim, rows.to(weight.device)))
+    changed = compact_type(layer)
+    assert changed is not None
     compact = cast(CompactLayer, layer)  # from here on nothing is allocated: a layer is changed whole or not at all
-    compact.__class__ = COMPACT[type(layer)]
+    compact.__class__ = changed
     for name, tensor in zip(INDICES, indices, strict=True):
         # no buffers: averages of models would average them, and DDP send them with every pass
         setattr(compact, name, tensor)
-    compact.row_groups, compact.row_versions = plan.groups, (0, 0, 0)
+    compact.row_dim, compact.row_groups, compact.row_versions = dim, plan.groups, (0, 0, 0)
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
         compact.row_versions = (id(weight), weight._version, compact.weight_rows._version)
@@ -177,7 +199,7 @@ def restore(layer: CompactLayer) -> nn.Module:
         layer.whole.requires_grad_(True)
     for name in INDICES:
         delattr(layer, name)
-    del layer.row_groups, layer.row_versions
+    del layer.row_dim, layer.row_groups, layer.row_versions
     plain = cast(nn.Module, layer)
     plain.__class__ = next(original for original, compact in COMPACT.items() if compact is type(layer))
     return plain
@@ -194,14 +216,15 @@ class _View(torch.autograd.Function):
     """A weight as it is, and the gradient of its selected rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, index: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(index)
+        ctx.dim = dim
         return weight.view_as(weight)  # of a view autograd refuses changes in place, as it does of a Parameter
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,), (index,) = gradients, ctx.saved_tensors
-        return gradient.index_select(0, index), None, None
+        return gradient.index_select(ctx.dim, index), None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -281,16 +304,31 @@ def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return x, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
 
 
-class CompactLinear(CompactLayer, nn.Linear):
-    """``nn.Linear``, compact."""
+class _Product(CompactLayer):
+    """A linear layer."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        rows, weight = self.parameter_and_weight()
+    def _multiply(self, input: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+        """rows (n, in) and weight (out, in): as ``nn.Linear`` has them."""
         x, weight, bias = _as_autocast(input, weight, self.bias)
         # of other than two dimensions linear gives a view, and a Function's views cannot be changed in place afterwards
         flat = torch.atleast_2d(x).flatten(0, -2)  # type: ignore[no-untyped-call]
         result: Tensor = _Linear.apply(flat, rows, weight, bias, self.plan.gathered, self.plan.kept)
-        return result if flat is x else result.reshape(*x.shape[:-1], self.out_features)
+        return result if flat is x else result.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class CompactLinear(_Product, nn.Linear):
+    """``nn.Linear``, compact."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._multiply(input, *self.parameter_and_weight())
+
+
+class _TransposedLinear(_Product):
+    """A registered linear layer with its weight as (in, out)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, weight = self.parameter_and_weight()
+        return self._multiply(input, rows.t(), weight.t())
 
 
 class _Convolutional(CompactLayer):

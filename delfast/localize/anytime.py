@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from delfast.batches import LossFn, warn_about_loader
 from delfast.errors import InputError
+from delfast.layer_types import output_dims
 from delfast.localize.gradient import add_all
 from delfast.localize.scores import WITHOUT_MEAN, Criterion, Scores, gradient_sums
 from delfast.mask import Mask
@@ -56,7 +57,9 @@ def localize_until_stable(
     while True:
         part = Subset(dataset, order[taken:goal])
         taken += add_all(sums, network, DataLoader(part, batch_size=batch_size), "forget set")
-        mask = Scores(parameters, sums.mean(taken), criterion, taken, seed, per_example).select(budget, **settings)
+        mask = Scores(
+            parameters, sums.mean(taken), criterion, taken, seed, per_example, dims=output_dims(network)
+        ).select(budget, **settings)
         overlap = None if previous is None else previous.jaccard(mask)
         if taken >= available or (overlap is not None and overlap >= bound):
             break

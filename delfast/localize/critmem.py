@@ -121,7 +121,7 @@ def critmem(
             first = first + added
     if not examples:
         raise InputError("expected a set of at least one example, got none; check its loader")
-    counts = {name: torch.zeros(p.shape[0], dtype=torch.int64) for name, p in search.parameters.items()}
+    counts = {name: torch.zeros(count, dtype=torch.int64) for name, count in search.channel_counts.items()}
     for example in examples:
         for name, row in example.channels:
             counts[name][row] += 1
@@ -186,7 +186,7 @@ class _Search(ChannelPasses):
             gone, column = gone[stays], column[stays]
             gone[torch.arange(len(left), device=gone.device), column] = True
             others = None if others is None else others[stays]
-        channels = [(name, row) for name, p in self.parameters.items() for row in range(p.shape[0])]
+        channels = [(name, row) for name, count in self.channel_counts.items() for row in range(count)]
         return [([channels[c] for c in own], flip) for own, flip in zip(found, flipped, strict=True)], first
 
     def remember(self, unknown: Mapping[str, str]) -> None:
@@ -241,7 +241,7 @@ class _Search(ChannelPasses):
 
     def _keep(self, gone: Tensor) -> dict[str, Tensor]:
         """Weight name -> bool (n, C), for those of which some example has lost a channel."""
-        sizes = [p.shape[0] for p in self.parameters.values()]
+        sizes = list(self.channel_counts.values())
         lost = zip(self.parameters, torch.split(gone, sizes, dim=1), torch.split(gone.any(dim=0), sizes), strict=True)
         return {name: ~part for name, part, columns in lost if bool(columns.any())}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from delfast._version import __version__
 from delfast.batches import LossFn, warn_about_loader
 from delfast.errors import InputError, check_choice
+from delfast.layer_types import output_dims
 from delfast.localize.critmem import MOST_CHANNELS, check_max_channels, critmem
 from delfast.localize.gradient import GradientSums, MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
@@ -72,26 +74,27 @@ def score(
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
+    dims = output_dims(unwrap(model))
     if criterion in WITHOUT_SET:
-        units = _by_depth(parameters, criterion == "deepest") if criterion in BY_DEPTH else None
-        return Scores(parameters, None, criterion, 0, seed, units=units)
+        units = _by_depth(parameters, dims, criterion == "deepest") if criterion in BY_DEPTH else None
+        return Scores(parameters, None, criterion, 0, seed, units=units, dims=dims)
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
     if criterion == "critmem":
         found = critmem(model, loader, max_channels=max_channels)
-        return Scores(parameters, None, criterion, len(found.examples), seed, units=found.unit_scores())
+        return Scores(parameters, None, criterion, len(found.examples), seed, units=found.unit_scores(), dims=dims)
     what = "training set" if criterion == "weighted_grad_all" else "forget set"
     warn_about_loader(loader, what)
     sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn)
     examples = add_all(sums, unwrap(model), loader, what)
-    return Scores(parameters, sums.mean(examples), criterion, examples, seed, per_example)
+    return Scores(parameters, sums.mean(examples), criterion, examples, seed, per_example, dims=dims)
 
 
-def _by_depth(parameters: Mapping[str, Tensor], deepest: bool) -> dict[str, Tensor]:
+def _by_depth(parameters: Mapping[str, Tensor], dims: Mapping[str, int], deepest: bool) -> dict[str, Tensor]:
     """A score for each unit, above 0: the place of its parameter in the model, counted from the other end."""
     places = range(1, len(parameters) + 1) if deepest else range(len(parameters), 0, -1)
     return {
-        name: torch.full((unit_count(parameter.shape),), float(place))
+        name: torch.full((unit_count(parameter.shape, dims.get(name, 0)),), float(place))
         for (name, parameter), place in zip(parameters.items(), places, strict=True)
     }
 
@@ -115,7 +118,8 @@ class Scores:
     ``parameters``: plain name -> the model's own tensor. ``gradients``: the same names -> G, float32 (of
     float64 models float64), or None;
     with ``per_example`` the mean of |g(x)|, or of g(x)² for "squared_grad", in its place. ``units``: the same names ->
-    float32 (rows,), the scores of units as a criterion gives them; zero for names that are not there.
+    float32 (rows,), the scores of units as a criterion gives them; zero for names that are not there. ``dims``: the
+    same names -> the dimension along which a parameter's channels lie, where it is not 0 (``register_layer``).
     ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters, which
     assignments through ``.data`` go past).
     """
@@ -129,6 +133,7 @@ class Scores:
         seed: int = 0,
         per_example: bool = False,
         units: Mapping[str, Tensor] | None = None,
+        dims: Mapping[str, int] | None = None,
     ) -> None:
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self.gradients = None if gradients is None else dict(gradients)
@@ -137,6 +142,7 @@ class Scores:
         self.seed = seed
         self.per_example = per_example
         self.units = units
+        self.dims = dict(dims or {})
         self.total = sum(parameter.numel() for parameter in parameters.values())
         self._versions = [parameter._version for parameter in self.parameters.values()]
 
@@ -187,12 +193,23 @@ class Scores:
     ) -> Tensor:
         """float32 (units,): the score of every competing unit, in the order of ``parameters``, rows in order."""
         if self.criterion == "random" or self.units is not None:  # scored as units, never aggregated
-            return self._join([self._unit_scores(name, unit_count(t.shape)) for name, t in self.parameters.items()])
-        counts = [resolve_top_h(top_h, parameter.shape) for parameter in self.parameters.values()]
+            return self._join([self._unit_scores(name, unit_count(shape)) for name, shape in self._row_shapes.items()])
+        counts = [resolve_top_h(top_h, shape) for shape in self._row_shapes.values()]
+        gradients = [] if self.gradients is None else self._by_row(self.gradients)
         result: Tensor = torch.ops.delfast.criticality(
-            list(self.parameters.values()), self._gradient_list(), self._op_criterion, aggregate, counts
+            self._by_row(self.parameters), gradients, self._op_criterion, aggregate, counts
         )
         return result
+
+    def _by_row(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """One tensor per parameter, its channels along dim 0: views."""
+        dims = self.dims
+        return [tensors[n].movedim(dims[n], 0) if n in dims else tensors[n] for n in self.parameters]
+
+    @property
+    def _row_shapes(self) -> dict[str, torch.Size]:
+        """Name -> shape, with the channels along dim 0."""
+        return {name: t.shape for name, t in zip(self.parameters, self._by_row(self.parameters), strict=True)}
 
     def _select_elements(self, k: int) -> dict[str, ParameterMask]:
         if k == 0:
@@ -210,7 +227,7 @@ class Scores:
             self._refuse_nonfinite(list(self.parameters)[int(nonfinite)])
         sizes = [packed_bytes(t.numel()) for t in self.parameters.values()]
         return {
-            name: ParameterMask(tuple(t.shape), "row" if t.ndim <= 1 else "element", part)
+            name: ParameterMask(tuple(t.shape), "row" if t.ndim <= 1 else "element", part, self.dims.get(name, 0))
             for (name, t), part in zip(self.parameters.items(), torch.split(bits, sizes), strict=True)
         }
 
@@ -218,26 +235,28 @@ class Scores:
         self, budgeted: int, aggregate: Aggregate, top_h: int | float | Literal["published"], cut_last: bool
     ) -> dict[str, ParameterMask]:
         scores = self.channel_scores(aggregate, top_h)
-        counts = [unit_count(parameter.shape) for parameter in self.parameters.values()]
-        lengths = [row_length(parameter.shape) for parameter in self.parameters.values()]
+        shapes = self._row_shapes
+        counts = [unit_count(shape) for shape in shapes.values()]
+        lengths = [row_length(shape) for shape in shapes.values()]
         bits, info = torch.ops.delfast.select_units(scores, counts, lengths, budgeted, cut_last)
         cut_unit, cut_size, nonfinite = info.tolist()
         if nonfinite >= 0:
             self._refuse_nonfinite(self._owner(nonfinite, counts)[0])
         if cut_unit < 0 and not bits.any():
             name, _ = self._owner(int(scores.argmax()), counts)
-            raise self._too_small(1 if cut_last else row_length(self.parameters[name].shape), "channel")
+            raise self._too_small(1 if cut_last else row_length(shapes[name]), "channel")
         parts = {
-            name: ParameterMask(tuple(t.shape), "row", part)
+            name: ParameterMask(tuple(t.shape), "row", part, self.dims.get(name, 0))
             for (name, t), part in zip(
                 self.parameters.items(), torch.split(bits, [packed_bytes(count) for count in counts]), strict=True
             )
         }
         if cut_unit >= 0:  # the last channel in part: its parameter alone needs a bit per element
             name, row = self._owner(cut_unit, counts)
-            flags = parts[name].dense().view(counts[list(parts).index(name)], -1)
-            flags[row, :cut_size] = True
-            parts[name] = ParameterMask(parts[name].shape, "element", pack(flags))
+            flags = parts[name].dense()
+            cut = flags.movedim(self.dims.get(name, 0), 0)[row]
+            cut.copy_((torch.arange(cut.numel(), device=cut.device) < cut_size).view(cut.shape))
+            parts[name] = replace(parts[name], unit="element", bits=pack(flags))
         return parts
 
     @property

@@ -1,8 +1,8 @@
 """Sees every use of a parameter in a forward pass, and the gradient δ of what the use wrote in the backward pass.
 
 ``Capture`` is a mode that torch asks before it computes anything. Nothing is registered on the model. A use by a layer
-function (``layers.LAYERS``) is *tapped*: an autograd node that changes nothing is put behind its output, which saves
-what the layer's rule needs and hands it over with δ when the backward pass comes by. Saved by autograd itself, so
+function (``layers.layer_functions``) is *tapped*: an autograd node that changes nothing is put behind its output, which
+saves what the layer's rule needs and hands it over with δ when the backward pass comes by. Saved by autograd itself, so
 checkpointing, saved-tensor hooks and the check for in-place changes work as for any other node. Other uses go to
 ``free.FreeParameters``.
 """
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from delfast.errors import InputError
 from delfast.localize.per_example.free import FreeParameters, tensors_in
-from delfast.localize.per_example.layers import LAYERS, Call, Layer
+from delfast.localize.per_example.layers import Call, Layer, layer_functions
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Capture(TorchFunctionMode):
         self.unknown = dict(unknown)
         self.uses: Counter[str] = Counter()
         self.free = FreeParameters(parameters, self.unknown)
+        self._layers = layer_functions()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._backward = False
         self._without_grad: Counter[str] = Counter()  # uses under no_grad: by reentrant checkpointing, to be repeated
@@ -129,7 +130,7 @@ class Capture(TorchFunctionMode):
         if func is torch.autograd.backward:  # checkpointing, inside the backward pass
             with self:
                 return _seen_inside(func)(*args, **kwargs)
-        layer = LAYERS.get(func)
+        layer = self._layers.get(func)
         if layer is not None:
             output = self._layer(layer, func, args, kwargs)
             if output is not None:
@@ -168,14 +169,13 @@ class Capture(TorchFunctionMode):
         )
 
     def _call(self, func: Any, call: Call, layer: Layer) -> Tensor:
-        output: Tensor = func(**{name: value for name, value in call.items() if name in layer.arguments})
-        return output
+        return layer.compute(func, call)
 
     def _free(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:
         handled, output = self.free.use(func, args, kwargs)
         if handled:
             return output
-        if isinstance(func, types.FunctionType) and "has_torch_function" in "".join(func.__code__.co_names):
+        if isinstance(func, types.FunctionType) and _asks(func):
             with self:  # a function in Python: its parts may be known
                 return _seen_inside(func)(*args, **kwargs)
         for name in names:
@@ -189,6 +189,12 @@ def _autocast(inputs: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(kind) or inputs.dtype == torch.float64:
         return inputs
     return inputs.to(torch.get_autocast_dtype(kind))
+
+
+def _asks(function: types.FunctionType) -> bool:
+    """Whether a Python function asks by a global name of its own, which ``_seen_inside`` can replace."""
+    names = [name for name in function.__code__.co_names if name.startswith("has_torch_function")]
+    return bool(names) and all(name in function.__globals__ for name in names)
 
 
 @functools.cache

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from delfast.batches import LossFn, evaluating, warn_about_loader
 from delfast.errors import InputError
 from delfast.files import read_json, write_json
+from delfast.layer_types import output_dims
 from delfast.localize.per_example.capture import Use
 from delfast.localize.per_example.contributions import channel_dot, widened
-from delfast.localize.per_example.layers import LAYERS as FUNCTIONS
-from delfast.localize.per_example.layers import TransposedConv
+from delfast.localize.per_example.layers import Linear, TransposedConv
 from delfast.localize.per_example.passes import ExampleCapture, ExamplePasses
 from delfast.localize.per_example.trial import Trial
 from delfast.naming import trainable_parameters, unwrap
 
-LINEAR = FUNCTIONS[nn.functional.linear]
 MATRIX, EXAMPLES, LAYERS = "matrix.npy", "examples.npy", "layers.json"
 
 
@@ -115,7 +114,7 @@ def _fill(
         rows.close()
     if not counted:
         raise InputError("expected a set of at least one example, got none; check its loader")
-    return {name: int(p.shape[0]) for name, p in passes.parameters.items()}, numpy.concatenate(examples)
+    return passes.channel_counts, numpy.concatenate(examples)
 
 
 class ChannelPasses(ExamplePasses):
@@ -126,14 +125,28 @@ class ChannelPasses(ExamplePasses):
         self.rows: dict[str, Tensor] = {}
         self.rewritten: set[str] = set()
         self.channelwise: set[str] = set()  # those that are known to be wanted
+        self.dims = output_dims(network)
+
+    @property
+    def channel_counts(self) -> dict[str, int]:
+        """Weight name -> C, in the model's order."""
+        return {name: int(p.shape[self.dims.get(name, 0)]) for name, p in self.parameters.items()}
+
+    def by_row(self, name: str, values: Tensor) -> Tensor:
+        """(C, elements of a row) of values in the shape of this weight."""
+        return values.movedim(self.dims.get(name, 0), 0).flatten(1)
+
+    def _channelwise(self, trial: Trial) -> set[str]:
+        """Weights whose rows, along the dimension where a mask has them, are outputs of a layer."""
+        return {name for name in trial.channelwise if trial.output_dims[name] == self.dims.get(name, 0)}
 
     def wanted(self, trial: Trial) -> dict[str, Tensor]:
-        self.channelwise |= trial.channelwise
+        self.channelwise |= self._channelwise(trial)
         names = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
         return {name: p for name, p in self.parameters.items() if name in names}
 
     def learned(self, trial: Trial) -> None:
-        self.channelwise |= trial.channelwise
+        self.channelwise |= self._channelwise(trial)
         self.parameters = {name: p for name, p in self.parameters.items() if name in self.channelwise}
         for name in trial.channelwise & trial.otherwise:
             trial.unknown.setdefault(name, "is used by layers of more than one kind")
@@ -148,7 +161,8 @@ class ChannelPasses(ExamplePasses):
         return ChannelCapture(self)
 
     def take(self, name: str, example: int, gradient: Tensor) -> None:
-        self.rows[name][example] = (self.parameters[name].detach() * widened(gradient)).flatten(1).sum(dim=1)
+        products = self.parameters[name].detach() * widened(gradient)
+        self.rows[name][example] = self.by_row(name, products).sum(dim=1)
 
     def matrix(self) -> Any:
         """(N, ΣC) of the batch, float32."""
@@ -193,14 +207,15 @@ class ChannelCapture(ExampleCapture):
         """Parameters that are unknown, undecided, or have no gradient: zeros."""
         missing = {*self.unknown, *self.undecided}
         self.passes.rows = {}
+        counts = self.passes.channel_counts
         for name, parameter in self.passes.parameters.items():
-            zeros = widened(parameter.new_zeros(self.examples, parameter.shape[0]))
+            zeros = widened(parameter.new_zeros(self.examples, counts[name]))
             self.passes.rows[name] = zeros if name in missing else self._sums.get(name, zeros)
 
 
 def channel_dim(use: Use, values: Tensor) -> int:
     """Which dim of z has the rows of the weight."""
-    return values.ndim - 1 if use.layer is LINEAR else 1
+    return values.ndim - 1 if isinstance(use.layer, Linear) else 1
 
 
 class _Rows:

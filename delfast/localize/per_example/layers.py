@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from delfast.errors import InputError
+from delfast.layer_types import as_linear, registered_functions
 from delfast.localize.per_example.contributions import (
     Contribution,
     Convolution,
@@ -72,10 +73,19 @@ class Layer(ABC):
     arguments: tuple[str, ...] = ("input", "weight", "bias")
     defaults: Mapping[str, Any] = MappingProxyType({"bias": None})
     is_channelwise = False  # a convolution or a linear layer: its rows have signed channel sums
+    output_dim = 0  # of the weight, for a channelwise layer: its slices there are the rows
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The arguments by name, with defaults."""
         return {**self.defaults, **dict(zip(self.arguments, args, strict=False)), **kwargs}
+
+    def compute(self, function: Callable[..., Tensor], call: Call) -> Tensor:
+        """Call the layer function with the arguments of ``call``."""
+        return function(**{name: value for name, value in call.items() if name in self.arguments})
+
+    def mismatch(self, call: Call, inputs: Tensor, output: Tensor) -> str | None:
+        """What the rule assumes, and that ``output`` is not that; None if it is. For functions of a registration."""
+        return None
 
     def refusal(self, call: Call) -> str | None:
         """Why there is no per-example gradient of this call, or of anything before it; None if there is."""
@@ -115,6 +125,63 @@ class Linear(Layer):
             place.by_channel(inputs, trailing=1), place.by_channel(deltas, trailing=1), (*shape, 1), shape,
             (1,), (0,), (1,), 1,
         )  # fmt: skip
+
+
+class TransposedLinear(Linear):
+    """A linear layer with its weight as (in, out): inputs and deltas swap their parts."""
+
+    output_dim = 1
+
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+        shape = tuple(call["weight"].shape)
+        return Convolution(
+            place.by_channel(deltas, trailing=1), place.by_channel(inputs, trailing=1), (*shape, 1), shape,
+            (1,), (0,), (1,), 1,
+        )  # fmt: skip
+
+
+class Addmm(TransposedLinear):
+    """``torch.addmm(bias, input, weight)``, with input (N, in), weight (in, out) and bias (out,)."""
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        call = {**dict(zip(("input", "mat1", "mat2"), args, strict=False)), **kwargs}
+        return {"bias": call.pop("input"), "input": call.pop("mat1"), "weight": call.pop("mat2"), **call}
+
+    def leading(self, call: Call) -> int:
+        is_plain = call.get("beta", 1) == 1 and call.get("alpha", 1) == 1 and "out" not in call
+        return int(is_plain and call["bias"].shape == call["weight"].shape[1:])
+
+    def compute(self, function: Callable[..., Tensor], call: Call) -> Tensor:
+        if call["bias"] is None:  # asked for the output before the bias
+            return torch.mm(call["input"], call["weight"])
+        return function(call["bias"], call["input"], call["weight"])
+
+
+class _Registered(Linear):
+    """A user's function(input, weight, bias): see ``delfast.register_layer``."""
+
+    def leading(self, call: Call) -> int:
+        known = isinstance(call.get("input"), Tensor) and isinstance(call.get("weight"), Tensor)
+        return super().leading(call) if known and set(call) <= set(self.arguments) else 0
+
+    def compute(self, function: Callable[..., Tensor], call: Call) -> Tensor:
+        bias = [] if call["bias"] is None else [call["bias"]]
+        return function(call["input"], call["weight"], *bias)
+
+    def mismatch(self, call: Call, inputs: Tensor, output: Tensor) -> str | None:
+        with torch.no_grad():
+            expected = functional.linear(inputs, as_linear(call["weight"], self.output_dim), call["bias"])
+        # a hundredth: far above the rounding of 16 bits
+        if output.shape == expected.shape and torch.allclose(output.detach(), expected, rtol=1e-2, atol=1e-2):
+            return None
+        return (
+            f"input times weight plus bias with the outputs along dim {self.output_dim}, it computes something else; "
+            "correct output_dim, or register the layer without function"
+        )
+
+
+class _RegisteredTransposed(_Registered, TransposedLinear):
+    """The same for a weight (in, out)."""
 
 
 class Conv(Layer):
@@ -244,6 +311,8 @@ class Embedding(Layer):
 
 LAYERS: dict[Any, Layer] = {
     functional.linear: Linear(),
+    torch.addmm: Addmm(),
+    torch.Tensor.addmm: Addmm(),
     torch.conv1d: Conv(1),
     torch.conv2d: Conv(2),
     torch.conv3d: Conv(3),
@@ -264,6 +333,12 @@ LAYERS: dict[Any, Layer] = {
     functional.layer_norm: TrailingNorm(functional.layer_norm, "input", "normalized_shape", "weight", "bias", "eps"),
     functional.rms_norm: TrailingNorm(functional.rms_norm, "input", "normalized_shape", "weight", "eps"),
 }
+
+
+def layer_functions() -> dict[Any, Layer]:
+    """LAYERS and the functions that ``delfast.register_layer`` was given."""
+    rules = (_Registered(), _RegisteredTransposed())
+    return {function: rules[dim] for function, dim in registered_functions().items()} | LAYERS
 
 
 def refuse_batch_statistics(named_modules: Any) -> None:

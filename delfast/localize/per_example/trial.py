@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from delfast.errors import InputError
 from delfast.localize.per_example.capture import Capture, Use
 from delfast.localize.per_example.layers import Order
 
@@ -19,7 +20,8 @@ class Trial(Capture):
 
     After ``run``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
     because the δ of an example was zero everywhere. ``unknown``: those that mix the examples too.
-    ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers.
+    ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers, ``output_dims``:
+    along which dimension of a weight the outputs of its last use lie.
     ``rewritten``: parameters whose output is changed in place by what follows.
     """
 
@@ -27,6 +29,7 @@ class Trial(Capture):
         super().__init__(parameters, unknown)
         self.orders: dict[str, Order] = {}
         self.channelwise: set[str] = set()
+        self.output_dims: dict[str, int] = {}
         self.otherwise: set[str] = set()  # used by anything but a convolution or a linear layer
         self.rewritten: set[str] = set()
         self.examples = 0
@@ -64,10 +67,15 @@ class Trial(Capture):
                 self.orders[name] = min(possible)
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        output = self.tap(use, function({**use.call, "input": inputs}, use.layer), None)
+        output = function({**use.call, "input": inputs}, use.layer)
+        mismatch = use.layer.mismatch(use.call, inputs, output)
+        if mismatch is not None:
+            raise InputError(f"expected the function registered for '{use.names[0]}' to compute {mismatch}")
+        output = self.tap(use, output, None)
         self._written.append((use, output.detach(), output._version))
         if use.weight is not None:
             (self.channelwise if use.layer.is_channelwise else self.otherwise).add(use.weight)
+            self.output_dims[use.weight] = use.layer.output_dim
         if use.bias is not None:
             self.otherwise.add(use.bias)
         return output

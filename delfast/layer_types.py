@@ -1,0 +1,103 @@
+"""Layer types of other libraries: along which dimension of the weight their outputs lie.
+
+torch's own layers have one output channel per slice of ``weight`` along dim 0. Some libraries store the weight the
+other way round, as (in, out): GPT-2's ``Conv1D`` in transformers does. A registration says so once; scores, masks,
+reset, compact training, the masked optimizers and per-example gradients then all work by output channel.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delfast.errors import InputError
+from delfast.naming import unique_parameters
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What ``register_layer`` was given for a type."""
+
+    output_dim: int
+    function: Callable[..., Tensor] | None
+    is_transposed_linear: bool = False  # whether forward is this product of a weight (in, out), and nothing else
+
+
+_registered: dict[type[nn.Module], LayerType] = {}
+
+
+def register_layer(
+    layer_type: type[nn.Module], *, output_dim: int, function: Callable[..., Tensor] | None = None
+) -> None:
+    """Register a layer type with a 2-D ``weight`` Parameter, for every model from now on.
+
+    layer_type: a subclass of ``nn.Module``; its own subclasses are included. ``transformers``' ``Conv1D`` is registered
+        without a call.
+    output_dim: the dimension of ``weight`` along which the layer's outputs lie: 0 for (out, in), 1 for (in, out).
+    function: what the layer's forward pass multiplies its input by ``weight`` with, called as
+        ``function(input, weight, bias)`` (the bias may be left out), or ``torch.addmm`` in its own order of arguments.
+        input is (*, in), bias (out,) or None, the output (*, out). With it, per-example gradients of the layer come
+        from one pass; without it, they are computed one example at a time unless a function in ``forward`` is known.
+        The first batch of a per-example pass checks the function's outputs against ``torch.nn.functional.linear``.
+
+    Raises InputError for another kind of value, and for a type or function that is registered differently already.
+    """
+    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+        raise InputError(f"expected layer_type to be a subclass of torch.nn.Module, got {layer_type!r}; pass the class")
+    if output_dim not in (0, 1) or isinstance(output_dim, bool):
+        raise InputError(
+            f"expected output_dim to be 0 or 1, got {output_dim!r}; pass the dim of weight with the outputs"
+        )
+    if function is not None and not callable(function):
+        raise InputError(f"expected function to be callable or None, got {function!r}; pass what forward calls")
+    _register_transformers()
+    wanted = LayerType(int(output_dim), function)
+    known = _registered.setdefault(layer_type, wanted)
+    if (known.output_dim, known.function) != (wanted.output_dim, wanted.function):
+        raise InputError(
+            f"expected {layer_type.__name__} to be registered once, got output_dim={output_dim} after "
+            f"output_dim={known.output_dim} or another function; remove one of the two calls"
+        )
+
+
+def layer_type_of(module: nn.Module) -> LayerType | None:
+    """The registration of the module's type, or of the nearest base class that has one."""
+    _register_transformers()
+    return next((_registered[base] for base in type(module).__mro__ if base in _registered), None)
+
+
+def output_dims(model: nn.Module) -> dict[str, int]:
+    """Plain name -> the dimension of the weight along which the outputs lie, for the weights where it is not 0.
+
+    A weight that several modules share has the dimension of the first of them.
+    """
+    dims: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            known = layer_type_of(module) if name == "weight" and parameter.ndim == 2 else None
+            dims.setdefault(id(parameter), 0 if known is None else known.output_dim)
+    return {name: dims[id(p)] for name, p in unique_parameters(model.named_parameters()) if dims[id(p)]}
+
+
+def registered_functions() -> dict[Any, int]:
+    """Function -> output_dim, of every registration with a function."""
+    _register_transformers()
+    return {known.function: known.output_dim for known in _registered.values() if known.function is not None}
+
+
+def as_linear(weight: Tensor, output_dim: int) -> Tensor:
+    """A weight as ``torch.nn.functional.linear`` takes it, (out, in): a view."""
+    return weight.movedim(output_dim, 0)
+
+
+def _register_transformers() -> None:
+    """transformers' Conv1D, once transformers is there; a model that has one has imported it."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    layer_type = getattr(module, "Conv1D", None)
+    if layer_type is not None and layer_type not in _registered:
+        _registered[layer_type] = LayerType(1, torch.addmm, is_transposed_linear=True)
