@@ -214,7 +214,7 @@ def test_writes_through_a_read_weight_reach_the_rows(write):
 
 def test_what_cannot_be_done_to_a_read_weight_is_an_error():
     net, _ = reader("linear")
-    before = copy.deepcopy(net.state_dict())
+    before, whole = copy.deepcopy(net.state_dict()), net.qkv.weight
     with delfast.compact(net, row_mask(net, 0.4)):
         with pytest.raises(RuntimeError, match="modified inplace"):  # of a Parameter too
             net.qkv.weight.mul_(2)
@@ -222,17 +222,38 @@ def test_what_cannot_be_done_to_a_read_weight_is_an_error():
             torch.optim.SGD([net.qkv.weight], lr=0.1)
         with pytest.raises(RuntimeError, match="requires_grad flags of leaf"):
             net.qkv.weight.requires_grad_(False)
-        with pytest.raises(InputError, match=r"got its removal; parametrize, normalize or prune the layer before"):
+        with pytest.raises(InputError, match=r"keep its weight, got its removal; assign, parametrize, norm"):
             nn.utils.parametrizations.weight_norm(net.qkv)
         with pytest.raises(InputError, match="got a tensor in its place"):
             nn.Module.__setattr__(net.qkv, "weight", _without_its_weight(net.qkv))
-        net.qkv._parameters["weight"] = before["qkv.weight"]
+        net.qkv._parameters["weight"] = whole
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def _without_its_weight(layer):
     """A plain tensor, as hooks of weight_norm put it where they have removed the Parameter."""
     return layer._parameters.pop("weight").detach()
+
+
+def test_another_tensor_in_the_place_of_a_weight_is_an_error_and_stays_as_it_is():
+    """As functional_call puts one there for a moment (averages are evaluated so), and an assignment for good."""
+    net, x = reader("read and called")
+    averages = {name: torch.ones_like(value) for name, value in net.state_dict().items()}
+    with delfast.compact(net, row_mask(net, 0.4)) as handle:
+        expected = net(x).detach()
+        with pytest.raises(InputError, match=r"keep its weight, got another tensor; assign, .* after undo\(\)"):
+            torch.func.functional_call(net, averages, x)
+        assert all(bool((value == 1).all()) for value in averages.values())
+        torch.testing.assert_close(net(x), expected)
+        with handle.undone():
+            torch.func.functional_call(net, averages, x)
+        net.load_state_dict({name: value.clone() for name, value in averages.items()}, assign=True)
+        assert bool((net.first.weight_rows == 1).all())
+        net.float()(x.float())
+        net.first.weight = nn.Parameter(torch.full((10, 6), 2.0))
+        with pytest.raises(InputError, match="got another tensor"):
+            net(x.float())
+    assert bool((net.first.weight == 2).all()) and bool((net.conv.weight == 1).all())
 
 
 def test_checkpointing_compile_copies_and_pickles_have_the_same_gradients():
