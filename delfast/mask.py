@@ -244,7 +244,9 @@ class Mask:
                     "pass the mask of this architecture"
                 )
             shape = tuple(shapes[name])
-            parts[name] = ParameterMask(shape, "row", pack(torch.ones(unit_count(shape), dtype=torch.bool)))
+            parts[name] = ParameterMask(
+                shape, "row", pack(torch.ones(unit_count(shape), dtype=torch.bool, device="cpu"))
+            )
         return Mask(parts, {**self.metadata, "widened_by": list(names)})
 
     def table(self) -> list[LayerRow]:

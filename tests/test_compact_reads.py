@@ -426,6 +426,13 @@ def test_another_default_device_changes_nothing(groups):
             loss(net).backward()
             assert_close(compact_gradients(handle), expected)
             torch.optim.SGD(handle.parameters(), lr=0.1).step()
+        net.float()
+        batches, before = (
+            [(torch.randn(2, 12, 4, 4, device="cpu"), torch.tensor([0, 2], device="cpu"))],
+            net.state_dict(),
+        )
+        init = {name: value + 1 for name, value in before.items()}
+        delfast.unlearn(net, retain=batches, forget=batches, mask=mask, init=init, epochs=1)
     finally:
         torch.set_default_device(None)
     assert all(parameter.device.type == "cpu" for parameter in net.parameters())
