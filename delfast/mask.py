@@ -275,7 +275,8 @@ class Mask:
                 )
             shape = tuple(shapes[name])
             dim = (dims or {}).get(name, parts[name].dim if name in parts else 0)
-            parts[name] = ParameterMask(shape, "row", pack(torch.ones(unit_count(shape, dim), dtype=torch.bool)), dim)
+            flags = torch.ones(unit_count(shape, dim), dtype=torch.bool, device="cpu")
+            parts[name] = ParameterMask(shape, "row", pack(flags), dim)
         return Mask(parts, {**self.metadata, "widened_by": list(names)})
 
     def table(self) -> list[LayerRow]:

@@ -20,7 +20,7 @@ class ReadLinear(nn.Module):
 
 
 class ReadAndCalled(nn.Module):
-    """One layer called, read whole, read twice, read in part, transposed; a convolution's weight; reads for a penalty."""
+    """One layer called, read whole, in part and transposed; a convolution's weight; a penalty on a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class AttentionPool(nn.Module):
 
 
 class StateSpace(nn.Module):
-    """Mamba's way with weights: a depthwise convolution's taps, and projections of time steps, read for a fused scan."""
+    """Mamba's way with weights: a depthwise convolution's taps and the projections are read for a fused scan."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,9 @@ class TiedAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         code = self.second(self.first(x).tanh()).tanh()
-        return functional.linear(functional.linear(code, self.second.weight.t()).tanh(), self.first.weight.t(), self.bias)
+        return functional.linear(
+            functional.linear(code, self.second.weight.t()).tanh(), self.first.weight.t(), self.bias
+        )
 
 
 def swin() -> nn.Module:

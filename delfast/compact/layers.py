@@ -41,6 +41,7 @@ class CompactLayer(nn.Module):
     row_kept: Tensor | None
     row_dim: int  # the dimension of the weight along which its rows lie
     row_groups: int
+    row_home: tuple[Tensor]  # the weight that the rows are of; in a tuple, or the module would register it again
     row_versions: tuple[int, int, int]  # of the weight (and which it is) and of the rows, when they last agreed
 
     @property
@@ -103,6 +104,8 @@ class CompactLayer(nn.Module):
                 self.whole.index_copy_(self.row_dim, self.row_index, self.weight_rows.detach())
             return
         known, weight, rows = self.row_versions, self.whole, self.weight_rows
+        if weight is not self.row_home[0]:
+            raise InputError(_not_replaced("another tensor"))
         if known[2] != rows._version:
             torch.autograd.graph.increment_version(weight)
         elif known[0] == id(weight) and known[1] != weight._version:
@@ -118,10 +121,12 @@ class CompactLayer(nn.Module):
             self.weight_rows.copy_(self.whole.index_select(self.row_dim, self.row_index))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.write_rows()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in INDICES:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(self.whole.device))
+        self.row_home = (self.whole,)  # on some devices another tensor
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -135,6 +140,7 @@ class CompactLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if prefix + ROWS in missing:
             missing.remove(prefix + ROWS)
+        self.row_home = (self.whole,)  # with assign=True another tensor
         self.read_rows()
 
 
@@ -183,7 +189,8 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
     for name, tensor in zip(INDICES, indices, strict=True):
         # no buffers: averages of models would average them, and DDP send them with every pass
         setattr(compact, name, tensor)
-    compact.row_dim, compact.row_groups, compact.row_versions = dim, plan.groups, (0, 0, 0)
+    compact.row_dim, compact.row_groups = dim, plan.groups
+    compact.row_versions, compact.row_home = (0, 0, 0), (weight,)
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
         compact.row_versions = (id(weight), weight._version, compact.weight_rows._version)
@@ -192,14 +199,18 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
 
 
 def restore(layer: CompactLayer) -> nn.Module:
-    """Undo ``make_compact``: the rows are written back, the weight can be trained again."""
-    layer.write_rows()
+    """Undo ``make_compact``: the rows are written back, the weight can be trained again.
+
+    A weight that has been put in the place of the layer's own stays as it is.
+    """
+    if layer.whole is layer.row_home[0]:
+        layer.write_rows()
     if layer.row_index is not None:
         del layer.weight_rows
         layer.whole.requires_grad_(True)
     for name in INDICES:
         delattr(layer, name)
-    del layer.row_dim, layer.row_groups, layer.row_versions
+    del layer.row_dim, layer.row_groups, layer.row_versions, layer.row_home
     plain = cast(nn.Module, layer)
     plain.__class__ = next(original for original, compact in COMPACT.items() if compact is type(layer))
     return plain
@@ -207,8 +218,8 @@ def restore(layer: CompactLayer) -> nn.Module:
 
 def _not_replaced(what: str) -> str:
     return (
-        f"expected the weight of a compact layer to stay a Parameter, got {what}; parametrize, normalize or prune the "
-        "layer before compact()"
+        f"expected a compact layer to keep its weight, got {what}; assign, parametrize, normalize, prune or use "
+        "functional_call before compact() or after undo(), and copy values under no_grad"
     )
 
 

@@ -145,7 +145,7 @@ def _run_epoch(
 ) -> float:
     """One pass; the mean loss over its examples."""
     kind = device_of(model).type
-    total, examples = torch.zeros((), dtype=torch.float64), 0
+    total, examples = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     for batch in batches:
         model.zero_grad(set_to_none=True)
         with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
