@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import plain_name, unique_parameters, unwrap
@@ -24,9 +25,11 @@ Init = Callable[[], nn.Module] | nn.Module | Mapping[str, Tensor] | Literal["res
 def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     """θ_j ← θ⁰_j for every masked j, in place (DEL paper, section 3). Other entries and all buffers stay as they are.
 
-    init: a factory, called under a forked generator seeded with ``seed`` (the usual way, for a network's constructor
+    init: a factory, called under a private generator seeded with ``seed`` (the usual way, for a network's constructor
         may initialize differently from its modules' ``reset_parameters``: torchvision's ResNet-18 does); a second
-        model; a state dict; or "reset_parameters", run on a copy of the model under the same generator.
+        model; a state dict; or "reset_parameters", run on a copy of the model under the same generator. The values are
+        those that follow ``torch.manual_seed(seed)``; torch's own generators are left alone. A seed that the factory
+        sets itself has no effect here.
     seed: choose one that training did not begin from: a factory may give the values of that beginning again.
 
     Raises InputError, with nothing changed, if the mask is of another architecture or if ``init`` does not cover a
@@ -88,17 +91,25 @@ def _made(init: Any, seed: int, advice: str) -> nn.Module:
 
 def _reset_copy(model: nn.Module, needed: list[str]) -> nn.Module:
     """A copy of ``model`` whose modules have reset themselves; InputError for a needed parameter of one that cannot."""
-    fresh = copy.deepcopy(model)
-    full_names = {plain_name(name): name for name, _ in fresh.named_parameters()}
-    for name in needed:
-        owner = fresh.get_submodule(full_names[name].rpartition(".")[0])
+    fresh = copy_of(model)
+    parameters = {plain_name(name): (name, parameter) for name, parameter in fresh.named_parameters()}
+    owners = {name: fresh.get_submodule(parameters[name][0].rpartition(".")[0]) for name in needed}
+    for name, owner in owners.items():
         if not callable(getattr(owner, "reset_parameters", None)):
             raise InputError(
                 f"'{name}' belongs to a {type(owner).__name__}, which has no reset_parameters(); "
                 "pass a factory of the network as init"
             )
+        parameters[name][1].fill_(math.nan)  # what stays of it was not reset
     for module in fresh.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
+    now = {plain_name(name): parameter for name, parameter in fresh.named_parameters()}
+    for name, owner in owners.items():
+        if name not in now or bool(now[name].isnan().any()):
+            raise InputError(
+                f"expected reset_parameters() of the {type(owner).__name__} to reset '{name}', it does not; pass a "
+                "factory of the network as init"
+            )
     return fresh

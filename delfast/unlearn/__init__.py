@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from torch import nn
 
 from delfast.batches import LossFn
 from delfast.compact import compact
+from delfast.copies import copy_of
 from delfast.errors import InputError, check_choice
 from delfast.localize import localize
 from delfast.mask import Mask
@@ -151,7 +151,7 @@ def unlearn(
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
     early_stop = None if validation is None or patience is None else EarlyStop(validation, patience, loss_fn)
-    teacher = copy.deepcopy(network).eval() if "teacher" in chosen.needs else None
+    teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
     job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)
     settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
     settings |= {"precision": precision, "batchnorm": batchnorm, "patience": patience}
