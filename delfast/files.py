@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import os
+import pickle
+import re
 import tempfile
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +21,51 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from delfast.errors import InputError
+from delfast.plain import number
+
+Write = Callable[[Path], None]
 
 
+def _naming_the_file(write: Callable[[Path, Write], None]) -> Callable[[Path, Write], None]:
+    """Make the operating system's errors name the file that was to be written: a full disk, a quota, a read-only one.
+
+    torch.save and safetensors hide such an error in one of their own, and others name the temporary file.
+    """
+
+    @functools.wraps(write)
+    def named(path: Path, fill: Write) -> None:
+        try:
+            write(path, fill)
+        except Exception as error:
+            code = _system_error(error, Path(path))
+            if code is None:
+                raise
+            raise OSError(code, os.strerror(code), str(path)) from error
+
+    return named
+
+
+def _system_error(error: Exception, path: Path) -> int | None:
+    """The operating system's error number behind the failure to write ``path``; None for another failure."""
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    cause: BaseException | None = error
+    while isinstance(cause, RuntimeError):  # torch's writer, about a write that failed
+        cause = cause.__context__
+    if not isinstance(cause, OSError) or cause.errno is None:
+        return None
+    own = cause.filename is None or f".{path.name}." in str(cause.filename)
+    return cause.errno if own else None
+
+
+@_naming_the_file
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it over ``path``.
 
     A reader sees the old file or the new one, never half of one. If ``write`` fails (a full disk, say) the
-    temporary file is removed, ``path`` is as it was, and the error goes on.
+    temporary file is removed, ``path`` is as it was, and the error goes on: an OSError of the system's with the name of
+    the file.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -46,8 +90,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Write ``value`` as indented JSON, atomically; numpy's numbers as Python's."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=number) + "\n"
     write_atomically(path, lambda partial: _write_text(partial, text))
 
 
@@ -89,16 +133,74 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_archive(path)
     except SafetensorError as error:
-        raise InputError(f"'{path}' is no whole safetensors file ({one_line(error)}); write it anew") from None
-    except Exception:  # torch.load raises many kinds, and its texts advise to load without weights_only
-        raise InputError(
-            f"'{path}' is refused: it is damaged or holds more than tensors; save a plain state dict as .safetensors"
-        ) from None
+        raise InputError(f"'{path}' is no whole safetensors file ({one_line(error)}); write it again") from None
+    except Exception as error:  # a dtype that torch lacks, and more that load_file lets through
+        raise InputError(f"'{path}' is refused: {one_line(error)}; save a plain state dict as .safetensors") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"expected '{path}' to hold a state dict (name -> tensor), got {type(state).__name__}")
     return state
+
+
+def save_archive(path: Path, value: object) -> None:
+    """Write what ``torch.save`` makes of ``value``, atomically. See ``unreadable_types`` for what can be read again."""
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as stream:  # of which torch's writer passes the system's errors on
+            torch.save(value, stream)
+
+    write_atomically(path, write)
+
+
+def load_archive(path: Path) -> Any:
+    """Read what ``torch.save`` wrote: tensors and plain values, on the CPU. No code in the file is run.
+
+    ``torch.save`` writes a checksum of every record, which ``torch.load`` ignores: it is checked here. (Files in the
+    format before torch 1.6 have none.) Raises ValueError, with the reason in one line, for a file that is damaged or
+    holds more.
+    """
+    try:
+        _check_checksums(path)
+    except OSError as error:
+        raise ValueError(error.strerror or one_line(error)) from None
+    except Exception:  # zipfile raises many kinds for a damaged archive
+        raise ValueError("it is damaged") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of many kinds, and torch's text advises to load without weights_only
+        raise ValueError("it is damaged or holds more than tensors and plain values") from None
+
+
+def _check_checksums(path: Path) -> None:
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":  # what torch.load takes for an archive
+            return
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
+
+
+def unreadable_types(value: object) -> list[str]:
+    """Names of the classes in ``value`` that ``load_archive`` would refuse to read; empty if it reads them all."""
+    with io.BytesIO() as buffer:
+        try:
+            torch.save(_without_data(value), buffer)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            return [one_line(error)]
+        buffer.seek(0)
+        return torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+
+
+def _without_data(value: Any) -> Any:
+    """The same nested dicts, lists and tuples, with empty tensors."""
+    if isinstance(value, Tensor):
+        return torch.empty(0)
+    if type(value) in (dict, OrderedDict):
+        return {key: _without_data(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return [_without_data(item) for item in value]
+    return value
 
 
 def make_output_dir(path: Path) -> Path:

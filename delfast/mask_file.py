@@ -26,7 +26,7 @@ from torch import Tensor
 from delfast.errors import InputError
 from delfast.files import one_line, write_atomically
 from delfast.ops.layout import packed_bytes, row_length, unit_count
-from delfast.plain import plain
+from delfast.plain import as_json
 
 FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header
@@ -56,7 +56,7 @@ def write_mask(path: Path, version: int, parts: Mapping[str, Part], metadata: Ma
             raise ValueError(f"a parameter called '{METADATA}'")
     except ValueError as error:
         raise InputError(f"expected a mask that can be saved, got one with {error}; build it by from_dense()") from None
-    facts = plain(dict(metadata), "a mask's metadata")
+    facts = as_json(dict(metadata), "a mask's metadata")
     text = json.dumps({"version": version, "parameters": parameters, "metadata": facts})
     header: dict[str, Any] = {METADATA: {"delfast_mask": text, "digest": _digest(text, bits)}}
     end = 0

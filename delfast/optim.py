@@ -15,6 +15,7 @@ from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import plain_name, unique_parameters
 from delfast.ops.layout import as_rows, flat_rows
+from delfast.plain import unboxed
 
 
 class MaskedOptimizer(Optimizer):
@@ -52,6 +53,8 @@ class MaskedOptimizer(Optimizer):
         self.mask = mask
         self._calls: dict[int, list[Call]] = {}
         super().__init__(groups, {**defaults, "mask_digest": mask.digest})
+        for group in self.param_groups:  # torch.load reads no number of numpy in a state dict
+            group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "mask": self.mask, "_calls": {}}

@@ -11,15 +11,22 @@ from torch import Tensor
 from delfast.errors import InputError
 
 
-def plain(value: Any, what: str) -> Any:
+def as_json(value: Any, what: str) -> Any:
     """Return ``value`` as JSON has it: Python's numbers for numpy's, lists for tuples, string keys in sorted order.
 
     Raises InputError, naming ``what``, for a value without a JSON form.
     """
     try:
-        return json.loads(json.dumps(value, default=_number, sort_keys=True))
+        return json.loads(json.dumps(value, default=number, sort_keys=True))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"expected plain JSON values in {what}, got others ({error}); convert them first") from None
+
+
+def number(value: Any) -> Any:
+    """Return the number in a scalar of numpy or a tensor without dimensions: ``default`` of ``json.dumps``."""
+    if isinstance(value, (numpy.generic, numpy.ndarray, Tensor)) and value.ndim == 0:
+        return value.item()
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def unboxed(value: Any) -> Any:
@@ -29,9 +36,3 @@ def unboxed(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(unboxed(item) for item in value)
     return value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, (numpy.generic, numpy.ndarray, Tensor)) and value.ndim == 0:
-        return value.item()
-    raise TypeError(f"a {type(value).__name__}")

@@ -24,6 +24,7 @@ from delfast.localize.scores import (
     score,
 )
 from delfast.mask import Mask
+from delfast.plain import unboxed
 
 Preset = Literal["paper", "published-code"]
 
@@ -98,7 +99,8 @@ def localize(
 
     Raises InputError as ``score`` and ``Scores.select`` do; bad arguments are refused before anything is computed.
     """
-    settings = preset_settings(preset, **overrides)
+    settings = {name: unboxed(value) for name, value in preset_settings(preset, **overrides).items()}
+    budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
     check_criterion(criterion, per_example, loss_fn)
     check_selection(budget, criterion=criterion, **settings)
     options: dict[str, Any] = {"per_example": per_example, "loss_fn": loss_fn, "seed": seed}

@@ -22,6 +22,7 @@ from delfast.localize.per_example import PerExampleGradients
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
+from delfast.plain import unboxed
 
 Criterion = Literal[
     "weighted_grad", "grad", "squared_grad", "weight", "weighted_grad_all", "random", "critmem", "shallowest", "deepest"
@@ -70,6 +71,7 @@ def score(
     range, a DTensor; with per_example, for layers that mix the examples (BatchNorm without running statistics).
     """
     check_criterion(criterion, per_example, loss_fn)
+    max_channels = unboxed(max_channels)
     check_max_channels(max_channels)
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
@@ -139,8 +141,8 @@ class Scores:
         self.gradients = None if gradients is None else dict(gradients)
         self.criterion = criterion
         self.examples = examples
-        self.seed = seed
-        self.per_example = per_example
+        self.seed = unboxed(seed)
+        self.per_example = unboxed(per_example)
         self.units = units
         self.dims = dict(dims or {})
         self.total = sum(parameter.numel() for parameter in parameters.values())
@@ -169,11 +171,11 @@ class Scores:
         Raises InputError for arguments out of range, a budget below the first channel (naming the least that works),
         non-finite scores (naming the parameter), and parameters that changed since they were scored.
         """
+        budget, top_h = unboxed(budget), unboxed(top_h)
         check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
         for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
             if parameter._version != version:
                 raise InputError(f"'{name}' has changed since it was scored; call score() again")
-        budget = float(budget)  # numpy's numbers are no JSON
         budgeted = int(budget * self.total)
         parts = (
             self._select_elements(budgeted)

@@ -19,6 +19,7 @@ from delfast.localize import localize
 from delfast.mask import Mask
 from delfast.naming import is_parallel, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
+from delfast.plain import unboxed
 from delfast.reset import Init
 from delfast.sole_use import used_alone
 from delfast.unlearn.head import find_head, head_parameters
@@ -85,7 +86,7 @@ def unlearn(
     dense: Collection[str] = (),
     validation: Iterable[Any] | None = None,
     patience: int | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, object] | None = None,
     progress: Progress | None = None,
@@ -117,6 +118,7 @@ def unlearn(
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
+    seed, patience = unboxed(seed), unboxed(patience)
     network = unwrap(model)
     needed = {"forget": forget, "init": init}
     if chosen.localizes and mask is None:
@@ -215,6 +217,7 @@ def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
         if name not in known:
             raise InputError(f"'{method.name}' has no hyperparameter '{name}'; it has {', '.join(sorted(known))}")
     method = replace(method, **changes)
+    method = replace(method, **{field.name: unboxed(getattr(method, field.name)) for field in fields(method)})
     method.check()
     return method
 

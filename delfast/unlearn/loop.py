@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.errors import InputError, check_choice
-from delfast.files import one_line, write_atomically
+from delfast.files import load_archive, save_archive, unreadable_types
+from delfast.plain import as_json, unboxed
 from delfast.sole_use import used_alone
 from delfast.unlearn.stopping import EarlyStop
 
@@ -60,7 +61,7 @@ def train(
     precision: Precision = "fp32",
     batchnorm: BatchNormMode = "train",
     early_stop: EarlyStop | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, object] | None = None,
     progress: Progress | None = None,
@@ -79,19 +80,23 @@ def train(
     checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
         the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
         that must be the same when it is resumed. Torch's generators and the loader's own are part of a checkpoint;
-        Python's and numpy's are not. Under DDP these are each process's own: give each a file of its own.
+        Python's and numpy's are not. Under DDP these are each process's own: give each a file of its own. A state that
+        could not be read again (a class of its own in a module's extra state) is refused before the first epoch.
 
     A model in training mode keeps the modes of its modules (a BatchNorm set to eval stays frozen); one in eval mode is
     put into training mode. Afterwards all modes are as they were.
 
-    Raises InputError for bad arguments or a checkpoint of another run, and Diverged, a RuntimeError, if the loss is no
-    longer finite.
+    Raises InputError for bad arguments or a checkpoint of another run, Diverged, a RuntimeError, if the loss is no
+    longer finite, and OSError, with the file's name, if the checkpoint cannot be written.
     """
+    epochs, final_lr, max_norm = unboxed((epochs, final_lr, max_norm))
     if epochs < 1:
         raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
     steps = _length(loader)
+    for group in optimizer.param_groups:  # numpy's numbers: no checkpoint could be read, and float32 ones round
+        group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
     scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
     parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
     parts["model"] = model  # the last to be put back: what another part refuses leaves it as it is
@@ -186,20 +191,22 @@ class _Checkpoint:
 
     def __init__(
         self,
-        path: Path | None,
+        path: str | Path | None,
         config: dict[str, object],
         loader: Iterable[Any],
         parts: dict[str, Any],
     ) -> None:
-        if path is not None and not Path(path).parent.is_dir():
+        self.path = None if path is None else Path(path)
+        if self.path is not None and not self.path.parent.is_dir():
             raise InputError(f"expected the directory of checkpoint '{path}' to exist, it does not; make it first")
-        self.path = path
-        self.config = config
+        self.config = config if path is None else as_json(config, "the config of a checkpoint")
         loaders = getattr(loader, "loaders", [loader])
         owners = [owner for each in loaders for owner in (each, getattr(each, "sampler", None))]
         sources = (getattr(owner, "generator", None) for owner in owners)
         self.generators = [source for source in sources if isinstance(source, torch.Generator)]
         self.parts = parts
+        if path is not None:
+            self._check_readable()
 
     def save(self, losses: list[float]) -> None:
         if self.path is None:
@@ -209,19 +216,21 @@ class _Checkpoint:
         state["loader_rng"] = [generator.get_state() for generator in self.generators]
         if torch.cuda.is_available():
             state["cuda_rng"] = torch.cuda.get_rng_state_all()
-        write_atomically(self.path, lambda partial: torch.save(state, partial))
+        save_archive(self.path, state)
 
     def load(self, epochs: int) -> list[float]:
         """Put everything back; the losses so far. Without a checkpoint there is nothing to continue: []."""
         if self.path is None or not self.path.is_file():
             return []
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds
-            raise InputError(
-                f"checkpoint '{self.path}' cannot be read ({one_line(error)}); start without --resume"
-            ) from None
-        if not isinstance(state, dict) or not {*self.parts, "losses", "config", "rng", "loader_rng"} <= state.keys():
+            state = load_archive(self.path)
+        except ValueError as error:
+            raise InputError(f"checkpoint '{self.path}' cannot be read: {error}; start without --resume") from None
+        if (
+            not isinstance(state, dict)
+            or not isinstance(state.get("config"), dict)
+            or not {*self.parts, "losses", "config", "rng", "loader_rng"} <= state.keys()
+        ):
             raise InputError(f"'{self.path}' is no checkpoint of this loop; start without --resume")
         if len(state["losses"]) > epochs:
             raise InputError(
@@ -246,6 +255,16 @@ class _Checkpoint:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         losses: list[float] = state["losses"]
         return losses
+
+    def _check_readable(self) -> None:
+        """InputError if a checkpoint could be saved, but not read again."""
+        for name, part in self.parts.items():
+            types = unreadable_types(part.state_dict())
+            if types:
+                raise InputError(
+                    f"expected the {name}'s state to hold tensors and plain values, got {', '.join(types)}: no "
+                    "checkpoint of it could be read; keep tensors there, or leave checkpoint out"
+                )
 
     def _check(self, state: dict[str, Any]) -> None:
         """InputError for what could not be put back whole."""
