@@ -156,6 +156,7 @@ PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_fl
   if (joins_examples(s)) {
     b.epilogue = Epilogue::abs;  // of sums of what is not negative: they stay as they are
     s.in[2] = s.out[2] = s.examples;
+    s.stride[2] = 1;  // from one example to the next, whatever the layer's was
     s.examples = 1;
   }
   return b;

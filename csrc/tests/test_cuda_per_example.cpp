@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "cuda_cases.h"
+#include "layers.h"
 
 namespace delfast::test {
 namespace {
@@ -181,6 +182,17 @@ void every_geometry(const std::vector<uint64_t>& seeds, Random& random) {
       const Geometry& geometry = geometries()[g];
       check(geometry.name, Problem(geometry.shape, o.inputs, o.deltas, o.tensor_cores, 0, random), 0, seeds);
     }
+}
+
+// Whatever a layer's geometry, in memory of any alignment; each layer in one schedule.
+void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
+  for (int i = 0; i < (kFewCases ? 20 : 300); i++) {
+    const Operands& o = kOperands[random.below(int64_t(std::size(kOperands)))];
+    const int64_t shift = random.below(2);
+    const ConvShape shape = random_layer(random, 20000);
+    check(text(shape), Problem(shape, o.inputs, o.deltas, o.tensor_cores, shift, random), shift,
+          {seeds[size_t(i) % seeds.size()]});
+  }
 }
 
 // Memory that does not begin where 16 bytes do.
@@ -406,6 +418,7 @@ int main(int argc, char** argv) {
   const std::vector<uint64_t> list = seeds(argc, argv);
   Random random(8);
   every_geometry(list, random);
+  random_layers(list, random);
   unaligned(list, random);
   nothing_to_add();
   nonfinite(random);

@@ -10,21 +10,12 @@
 // A channel dot adds 32 products to a partial sum in float32, and those in double: 33 u of the sum of |d v|, and u for
 // the result.
 
-#include "inputs.h"
+#include "layers.h"
 
 namespace delfast::test {
 namespace {
 
 constexpr double kUnit = 1.01 * 0x1p-24;
-
-std::string text(const ConvShape& s) {
-  std::ostringstream out;
-  out << s.examples << " x " << s.in_channels << " -> " << s.out_channels << ", groups " << s.groups;
-  for (int i = 0; i < 3; i++)
-    out << "; " << s.in[i] << " by " << s.kernel[i] << " stride " << s.stride[i] << " padding " << s.padding[i]
-        << " dilation " << s.dilation[i];
-  return out.str();
-}
 
 int64_t inputs_of(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2] * s.in_channels; }  // of an example
 int64_t deltas_of(const ConvShape& s) { return s.positions() * s.out_channels; }
@@ -186,6 +177,13 @@ void all_layers(cpu::Isa isa, Random& random) {
         for (int64_t shift : {0, 1}) check_sums(isa, shape, inputs, deltas, random, shift);
 }
 
+// Whatever a layer's geometry; memory that is joined, padded or skipped must not show.
+void random_layers(cpu::Isa isa, Random& random) {
+  for (int i = 0; i < 600; i++)
+    check_sums(isa, random_layer(random, 100000), kDtypes[random.below(3)], kDtypes[random.below(3)], random,
+               random.below(2));
+}
+
 // Several passes over the tiles, and several blocks of packed operands.
 void many_examples(cpu::Isa isa, Random& random) {
   const auto check = [&](const ConvShape& shape, Dtype inputs, Dtype deltas, int64_t blocks_each) {
@@ -262,6 +260,7 @@ int main(int argc, char** argv) {
   Random random(5);
   linear_layers(isa, random);
   all_layers(isa, random);
+  random_layers(isa, random);
   many_examples(isa, random);
   channel_dots(isa, random);
   return report();
