@@ -20,7 +20,8 @@ from delfast.mask import Mask
 from delfast.naming import is_parallel, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
-from delfast.unlearn.head import find_head, head_parameters
+from delfast.unlearn.first import first_pass
+from delfast.unlearn.head import head_parameters
 from delfast.unlearn.loop import BatchNormMode, Diverged, Precision, Progress, train
 from delfast.unlearn.methods import (
     Del,
@@ -33,6 +34,7 @@ from delfast.unlearn.methods import (
     Relabel,
     Retrain,
     Scrub,
+    required,
 )
 from delfast.unlearn.stopping import EarlyStop
 from delfast.unlearn.strokes import Dampening, Influence
@@ -115,10 +117,8 @@ def unlearn(
     chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
     network = unwrap(model)
     needed = {"forget": forget, "init": init}
-    if chosen.localizes and mask is None:
-        if forget is None:
-            raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
-        mask = localize(network, forget, loss_fn=loss_fn)
+    if chosen.localizes and mask is None and forget is None:
+        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
     for name in sorted(chosen.needs & needed.keys()):
         if needed[name] is None:
             raise InputError(f"expected {name}= for '{chosen.name}', got none; pass it")
@@ -126,15 +126,6 @@ def unlearn(
         raise InputError(f"'{chosen.name}' changes everything, got a mask; leave mask out")
     if "logits" in chosen.needs and loss_fn is not None:
         raise InputError(f"'{chosen.name}' needs logits and labels, not losses; leave loss_fn out, or choose another")
-    if mask is None:
-        mask = full_mask(network)
-    widened = mask
-    if chosen.trains_head:
-        head = find_head(network, _first_batch(retain), loss_fn) if head is None else head
-        heads = head_parameters(network, head)
-        widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
-    else:
-        head = None
     if (validation is None) != (patience is None):
         raise InputError("expected validation= and patience= together, got one; pass both, or neither")
     unused = [name for name in ("lr", "momentum", "weight_decay") if given[name] is not None and not chosen.epochs]
@@ -144,9 +135,28 @@ def unlearn(
         raise InputError(f"expected no patience for '{chosen.name}', which has no epochs, got {patience}; leave it out")
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
+    turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs) if chosen.epochs else None
     early_stop = None if validation is None or patience is None else EarlyStop(validation, patience, loss_fn)
     teacher = copy.deepcopy(network).eval() if "teacher" in chosen.needs else None
-    job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)
+    whole = full_mask(network) if mask is None else mask
+    job = Job(network, network, retain, () if forget is None else forget, whole, init, seed, loss_fn, teacher)
+    first = first_pass(
+        chosen,
+        job,
+        {"retain": retain, "forget": job.forget} if turns is None else turns.sets,
+        validation=validation,
+        bf16=precision == "bf16" and turns is not None,
+        frozen_batchnorm=batchnorm == "frozen",
+        find_head=chosen.trains_head and head is None,
+    )
+    head = (first.head if head is None else head) if chosen.trains_head else None
+    heads = {} if head is None else head_parameters(network, head)
+    if mask is None:
+        mask = localize(network, required(forget), loss_fn=loss_fn) if chosen.localizes else whole
+    widened = mask
+    if chosen.trains_head:
+        widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
+    job = replace(job, model=model, mask=mask)
     settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
     settings |= {"precision": precision, "batchnorm": batchnorm, "patience": patience}
     seconds = {"prepare": 0.0, "finetune": 0.0}
@@ -156,11 +166,11 @@ def unlearn(
         chosen.prepare(job)
         seconds["prepare"] = time.perf_counter() - started
 
-    if not chosen.epochs:
+    if turns is None:
         list(mask.match(trainable_parameters(network)))  # raises if the mask is of another architecture
         prepare()
         return UnlearnResult(chosen, widened, head, seconds, [], 0)
-    turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs)
+    first.refuse_sparse(network, widened)
     with nullcontext() if is_parallel(model) else compact(network, widened) as handle:
         training = job if handle is None else replace(job, mask=handle.mask)
 
@@ -216,12 +226,6 @@ def full_mask(network: nn.Module) -> Mask:
     """Every trainable parameter in full."""
     parameters = trainable_parameters(network)
     return Mask({}).widen(list(parameters), {name: tuple(p.shape) for name, p in parameters.items()})
-
-
-def _first_batch(loader: Iterable[Any]) -> Any:
-    for batch in loader:
-        return batch
-    raise InputError("expected a retain set of at least one batch, got none; check its loader")
 
 
 __all__ = [
