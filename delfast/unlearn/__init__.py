@@ -98,7 +98,8 @@ def unlearn(
     mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
     init, seed: as for ``reset_``, so not the seed that training began from; for "del" and "retrain". The seed draws
         "relabel"'s labels too.
-    head: name of the classifier head, which "del" trains in full; found by a forward pass if None.
+    head: name of the classifier head, which "del" trains in full. None: the layer whose output is the network's output
+        (a tensor, or its ``.logits``), up to views and casts; refused where there is none or more than one.
     loss_fn: ``loss_fn(model, batch)`` -> (B,) losses, for batches that are not (input, target) or (index, input,
         target); not for methods that need logits.
     validation, patience: batches held out of the retain set; training ends after ``patience`` epochs without a lower
@@ -110,8 +111,10 @@ def unlearn(
     BatchNorm's running statistics are buffers: they move, as in any training.
     The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
     they are, gradients are dense. Under DDP every process needs the same mask: localize the whole forget set in each.
-    Raises InputError for bad arguments, before anything is changed (labels are seen when their batch comes), and
-    Diverged, a RuntimeError, if the loss is no longer finite: the network is then of no use.
+    Raises InputError for bad arguments, before anything is changed. The loss of the first batch of each set that is
+    used is computed for that, once, in eval mode; generators are put back. A later batch of another form is seen when
+    it comes: the network is then changed in part. Raises Diverged, a RuntimeError, if the loss is no longer finite: the
+    network is then of no use.
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     chosen = make_method(method, {name: value for name, value in given.items() if value is not None})

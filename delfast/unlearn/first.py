@@ -65,12 +65,7 @@ def first_pass(
         for turn in [batches] if method.layout == "pairs" else [{name: batch} for name, batch in batches.items()]:
             searching = search if search is not None and "retain" in turn else nullcontext()
             with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), searching:
-                loss = method.loss(watched, {**turn, "epoch": 0, "step": 0})
-            if not loss.requires_grad:
-                raise InputError(
-                    "expected a loss with a gradient, got one that no trainable parameter is part of; compute it from "
-                    "the model's output, without detach() or no_grad()"
-                )
+                loss = _with_gradient(method.loss(watched, {**turn, "epoch": 0, "step": 0}))
             sparse.update(_sparse(loss, network))
         if validation is not None:
             with torch.no_grad():
@@ -82,17 +77,28 @@ def first_pass(
 
 @dataclass
 class _WatchedJob(Job):
-    """A job that records, for each batch by its id, what BatchNorm gets of it."""
+    """A job that records, for each batch by its id, what BatchNorm gets of it, and wants a gradient of each."""
 
     maps: Mapping[int, SmallestMaps] = field(default_factory=dict)
 
     def loss(self, batch: Any) -> Tensor:
         with self.maps.get(id(batch), nullcontext()):
-            return super().loss(batch)
+            return _with_gradient(super().loss(batch))
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         with self.maps.get(id(batch), nullcontext()):
-            return super().logits(batch)
+            inputs, logits, targets = super().logits(batch)
+            return inputs, _with_gradient(logits), targets
+
+
+def _with_gradient(result: Tensor) -> Tensor:
+    """The loss or the logits. InputError if nothing that trains is part of them."""
+    if not result.requires_grad:
+        raise InputError(
+            "expected a loss with a gradient, got one that no trainable parameter is part of; compute it from the "
+            "model's output, without detach() or no_grad()"
+        )
+    return result
 
 
 def _sparse(loss: Tensor, network: nn.Module) -> Iterator[str]:
