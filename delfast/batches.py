@@ -86,22 +86,32 @@ def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> 
         return losses
     inputs, targets = inputs_and_targets(batch, device_of(model))
     logits = model(inputs)
-    check_targets(targets, logits)
-    return functional.cross_entropy(logits, targets, reduction="none")
+    return functional.cross_entropy(logits, check_targets(targets, logits), reduction="none")
 
 
-def check_targets(targets: Tensor, logits: Tensor) -> None:
-    """InputError unless targets are class indices (N,) of these logits (N, classes)."""
-    if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.is_floating_point():
+def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
+    """The targets as int64. InputError unless they are class indices (N,) of these logits (N, classes).
+
+    Any integer type and bool will do: cross-entropy and comparisons of its own take int64 alone.
+    """
+    for expected, value in (("the model to return logits", logits), ("batches with targets", targets)):
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"expected {expected} as a tensor, got {type(value).__name__}; pass loss_fn(model, batch) -> "
+                "per-example losses"
+            )
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.is_floating_point() or targets.is_complex():
         raise InputError(
             f"expected logits (N, classes) and integer targets (N,), got {tuple(logits.shape)} and "
             f"{targets.dtype} {tuple(targets.shape)}; pass loss_fn for another task"
         )
+    targets = targets.to(torch.int64)
     if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]):
         raise InputError(
             f"expected labels in [0, {logits.shape[1]}), got {int(targets.min())} to {int(targets.max())}; "
             "fix the labels, or build the model with as many outputs as there are classes"
         )
+    return targets
 
 
 @contextmanager

@@ -639,8 +639,8 @@ def test_hooks_of_the_user_s_and_sparse_gradients(net, data):
         cross_entropy(data)(net).backward()
     assert seen == [(24, 20)]
     embedding = nn.Embedding(5, 3, sparse=True)
-    with delfast.compact(embedding, row_mask(embedding, 0.4)), pytest.raises(InputError, match="sparse=False"):
-        embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(InputError, match="sparse=False"):
+        delfast.compact(embedding, row_mask(embedding, 0.4))
 
 
 def _loaded(model, state):

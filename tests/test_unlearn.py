@@ -59,13 +59,14 @@ def test_same_seed_same_weights() -> None:
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
-def test_head_is_the_last_linear_that_runs() -> None:
+def test_head_is_the_layer_that_makes_the_output() -> None:
     batch = (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     assert find_head(build("resnet18-thin", 10, 3, 32), batch) == "fc"
     assert find_head(build("vit", 10, 3, 32), batch).startswith("mlp_head")
     assert find_head(cases.Everything(), cases.everything_batches()[0]) == "head"
+    assert find_head(nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()), batch) == "0"
     with pytest.raises(InputError, match="name the classifier head"):
-        find_head(nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()), batch)
+        find_head(nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(10)), batch)
 
 
 LINEAR = [(torch.ones(2, 4), torch.tensor([0, 1]))]

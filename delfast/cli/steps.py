@@ -197,9 +197,9 @@ def unlearn(
         validation = run.batches(aside, EVALUATION_BATCH)
     retain = run.batches(trained_on, batch_size, shuffle=True, seed=seed)
     forget = run.batches(run.forget.indices, batch_size, shuffle=True, seed=seed)
-    if method.epochs:
+    if method.epochs and batchnorm != "frozen":
         for batches in (retain, forget) if "forget" in method.needs else (retain,):
-            _check_last_batch(run, batches)
+            _check_last_batch(run, batches, ", or --batchnorm frozen")
     make_output_dir(output_dir)
     say(f"unlearn: {method.name} on {len(trained_on)} examples to retain, {method.epochs} epochs")
     checkpoint = output_dir / CHECKPOINT
@@ -261,13 +261,13 @@ def _or_default(seed: int | None, default: int) -> int:
     return default if seed is None else seed
 
 
-def _check_last_batch(run: Run, batches: Batches) -> None:
+def _check_last_batch(run: Run, batches: Batches, way_out: str = "") -> None:
     """InputError where a ResNet would meet a batch of one example whose last feature map is one pixel."""
     alone = len(batches.indices) % batches.batch_size == 1 or batches.batch_size == 1
     if alone and run.config.model.startswith("resnet") and run.data.image_size <= 8:
         raise InputError(
             f"{len(batches.indices)} examples in batches of {batches.batch_size} leave a batch of one, "
-            "which BatchNorm cannot train on; choose another --batch-size"
+            f"which BatchNorm cannot train on; choose another --batch-size{way_out}"
         )
 
 

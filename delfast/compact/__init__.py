@@ -60,6 +60,7 @@ class Compact:
                 self._layers[name] = (owner, part.flags.nonzero().flatten())
             else:
                 self.ways[name] = "guarded"
+        _refuse_sparse(self.model, self._names("guarded"))
         self._chosen, self._rows, self._active = chosen, dict[str, nn.Parameter](), False
         self._idle, self._has_stepped = set(self._names("rows")), False
         self.mask = self._mask()
@@ -220,6 +221,17 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
             fits = fits and parameter.ndim > 1 and parameter.is_floating_point() and not _has_hooks(parameter)
             found[id(parameter)] = module if fits and id(parameter) not in found else None
     return found
+
+
+def _refuse_sparse(model: nn.Module, guarded: Collection[str]) -> None:
+    """InputError for an embedding with sparse gradients of which a part is selected: a guard takes dense ones."""
+    for module in model.modules():
+        if getattr(module, "sparse", False) is True:
+            for name, parameter in unique_parameters(model.named_parameters()):
+                if name in guarded and any(parameter is own for own in module.parameters(recurse=False)):
+                    raise InputError(
+                        f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
+                    )
 
 
 def _has_hooks(parameter: Tensor) -> bool:

@@ -72,7 +72,7 @@ def _features(log_probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """(n,) each, but "prob": (n, classes)."""
     probabilities = log_probabilities.exp()
     return {
-        "correctness": log_probabilities.argmax(1) == targets,
+        "correctness": log_probabilities.argmax(1) == targets.long(),
         "confidence": true_class(log_probabilities, targets).exp(),
         "entropy": -(probabilities.double() * log_probabilities.double()).sum(1),
         "m_entropy": modified_entropy(log_probabilities, targets),

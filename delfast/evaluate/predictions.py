@@ -43,7 +43,7 @@ def predict(model: nn.Module, batch: Any, where: str) -> tuple[Tensor, Tensor]:
     try:
         inputs, targets = inputs_and_targets(batch, device_of(model))
         logits = model(inputs)
-        check_targets(targets, logits)
+        targets = check_targets(targets, logits)
         if not logits.isfinite().all():
             raise InputError("expected finite outputs of the model, got NaN or infinity; train it with a lower rate")
     except InputError as error:

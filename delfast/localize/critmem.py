@@ -220,7 +220,7 @@ class _Search(ChannelPasses):
 
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
         logits, targets = (model(batch[0]), batch[1]) if self.logits_fn is None else self.logits_fn(model, batch)
-        check_targets(targets, logits)
+        targets = check_targets(targets, logits)
         if len(logits) != examples_in(batch, self.loss_fn):
             raise InputError(
                 f"expected logits for {examples_in(batch, self.loss_fn)} examples, got {len(logits)}; return a row each"

@@ -22,7 +22,8 @@ from delfast.optim import MaskedSGD
 from delfast.plain import unboxed
 from delfast.reset import Init
 from delfast.sole_use import used_alone
-from delfast.unlearn.head import find_head, head_parameters
+from delfast.unlearn.first import first_pass
+from delfast.unlearn.head import head_parameters
 from delfast.unlearn.loop import BatchNormMode, Diverged, Precision, Progress, train
 from delfast.unlearn.methods import (
     Del,
@@ -35,6 +36,7 @@ from delfast.unlearn.methods import (
     Relabel,
     Retrain,
     Scrub,
+    required,
 )
 from delfast.unlearn.stopping import EarlyStop
 from delfast.unlearn.strokes import Dampening, Influence
@@ -100,7 +102,8 @@ def unlearn(
     mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
     init, seed: as for ``reset_``, so not the seed that training began from; for "del" and "retrain". The seed draws
         "relabel"'s labels too.
-    head: name of the classifier head, which "del" trains in full; found by a forward pass if None.
+    head: name of the classifier head, which "del" trains in full. None: the layer whose output is the network's output
+        (a tensor, or its ``.logits``), up to views and casts; refused where there is none or more than one.
     loss_fn: ``loss_fn(model, batch)`` -> (B,) losses, for batches that are not (input, target) or (index, input,
         target); not for methods that need logits.
     dense: names of parameters to train with a dense gradient, as for ``compact``; the masks stay as they are.
@@ -113,18 +116,18 @@ def unlearn(
     BatchNorm's running statistics are buffers: they move, as in any training.
     The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
     they are, gradients are dense. Under DDP every process needs the same mask: localize the whole forget set in each.
-    Raises InputError for bad arguments, before anything is changed (labels are seen when their batch comes), and
-    Diverged, a RuntimeError, if the loss is no longer finite: the network is then of no use.
+    Raises InputError for bad arguments, before anything is changed. The loss of the first batch of each set that is
+    used is computed for that, once, in eval mode; generators are put back. A later batch of another form is seen when
+    it comes: the network is then changed in part. Raises Diverged, a RuntimeError, if the loss is no longer finite: the
+    network is then of no use.
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
     seed, patience = unboxed(seed), unboxed(patience)
     network = unwrap(model)
     needed = {"forget": forget, "init": init}
-    if chosen.localizes and mask is None:
-        if forget is None:
-            raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
-        mask = localize(network, forget, loss_fn=loss_fn)
+    if chosen.localizes and mask is None and forget is None:
+        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
     for name in sorted(chosen.needs & needed.keys()):
         if needed[name] is None:
             raise InputError(f"expected {name}= for '{chosen.name}', got none; pass it")
@@ -132,15 +135,6 @@ def unlearn(
         raise InputError(f"'{chosen.name}' changes everything, got a mask; leave mask out")
     if "logits" in chosen.needs and loss_fn is not None:
         raise InputError(f"'{chosen.name}' needs logits and labels, not losses; leave loss_fn out, or choose another")
-    if mask is None:
-        mask = full_mask(network)
-    widened = mask
-    if chosen.trains_head:
-        head = find_head(network, _first_batch(retain), loss_fn) if head is None else head
-        heads = head_parameters(network, head)
-        widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
-    else:
-        head = None
     if (validation is None) != (patience is None):
         raise InputError("expected validation= and patience= together, got one; pass both, or neither")
     unused = [name for name in ("lr", "momentum", "weight_decay") if given[name] is not None and not chosen.epochs]
@@ -152,9 +146,28 @@ def unlearn(
         raise InputError(f"expected no patience for '{chosen.name}', which has no epochs, got {patience}; leave it out")
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
+    turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs) if chosen.epochs else None
     early_stop = None if validation is None or patience is None else EarlyStop(validation, patience, loss_fn)
     teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
-    job = Job(model, network, retain, () if forget is None else forget, mask, init, seed, loss_fn, teacher)
+    whole = full_mask(network) if mask is None else mask
+    job = Job(network, network, retain, () if forget is None else forget, whole, init, seed, loss_fn, teacher)
+    first = first_pass(
+        chosen,
+        job,
+        {"retain": retain, "forget": job.forget} if turns is None else turns.sets,
+        validation=validation,
+        bf16=precision == "bf16" and turns is not None,
+        frozen_batchnorm=batchnorm == "frozen",
+        find_head=chosen.trains_head and head is None,
+    )
+    head = (first.head if head is None else head) if chosen.trains_head else None
+    heads = {} if head is None else head_parameters(network, head)
+    if mask is None:
+        mask = localize(network, required(forget), loss_fn=loss_fn) if chosen.localizes else whole
+    widened = mask
+    if chosen.trains_head:
+        widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
+    job = replace(job, model=model, mask=mask)
     settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
     settings |= {"precision": precision, "batchnorm": batchnorm, "patience": patience}
     settings |= {"dense": sorted(dense)} if dense else {}
@@ -165,11 +178,11 @@ def unlearn(
         chosen.prepare(job)
         seconds["prepare"] = time.perf_counter() - started
 
-    if not chosen.epochs:
+    if turns is None:
         list(mask.match(trainable_parameters(network)))  # raises if the mask is of another architecture
         prepare()
         return UnlearnResult(chosen, widened, head, seconds, [], 0)
-    turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs)
+    first.refuse_sparse(network, widened)
     with nullcontext() if is_parallel(model) else compact(network, widened, dense=dense) as handle:
         training = job if handle is None else replace(job, mask=handle.mask)
 
@@ -226,12 +239,6 @@ def full_mask(network: nn.Module) -> Mask:
     """Every trainable parameter in full."""
     parameters = trainable_parameters(network)
     return Mask({}).widen(list(parameters), {name: tuple(p.shape) for name, p in parameters.items()})
-
-
-def _first_batch(loader: Iterable[Any]) -> Any:
-    for batch in loader:
-        return batch
-    raise InputError("expected a retain set of at least one batch, got none; check its loader")
 
 
 __all__ = [

@@ -2,40 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from delfast.batches import LossFn, device_of, evaluating, inputs_and_targets, per_example_losses
+from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.errors import InputError
 from delfast.naming import unique_parameters, unwrap
 
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)
+_FRESH = (torch.ops.aten.lift_fresh,)  # the tensors of ``torch.tensor(...)``, which no operation has made
+_NONE: tuple[frozenset[str], bool] = (frozenset(), False)
+MAX_NAMED = 5  # candidates in an error message
+
 
 def find_head(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> str:
-    """The name of the Linear that makes the logits: the last one that runs in a forward pass on ``batch``.
-
-    InputError if no Linear runs (name the head then).
-    """
+    """The name of the layer that makes the logits, found by a forward pass on ``batch``: see ``HeadSearch``."""
     network = unwrap(model)
-    ran: list[str] = []
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with evaluating(network), torch.no_grad():
-            if loss_fn is None:
-                network(inputs_and_targets(batch, device_of(network))[0])
-            else:
-                per_example_losses(network, batch, loss_fn)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not ran:
-        raise InputError("expected a Linear that makes the logits, none ran; name the classifier head: head='...'")
-    return ran[-1]
+    search = HeadSearch(network)
+    with evaluating(network), torch.inference_mode(False), torch.no_grad(), search:
+        per_example_losses(network, batch, loss_fn)
+    return search.head()
+
+
+class HeadSearch(TorchDispatchMode):
+    """Inside the context, follow tensors from the layers to what ``network`` returns: a tensor, or its ``.logits``.
+
+    The head is the layer whose output is the network's output, up to views, casts and copies. A layer is a module that
+    holds parameters of its own, and none in its children. Every operation is seen, so that memory which is freed and
+    used again is never taken for what it held before.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.network = network
+        self._handles: list[Any] = []
+        # storage -> the layers nearest to its values, and whether these are that one layer's output as it is
+        self._origins: dict[int, tuple[frozenset[str], bool]] = {}
+        self._returned: list[tuple[frozenset[str], bool]] = []  # one a call of the network
+
+    def __enter__(self) -> Any:
+        for name, module in self.network.named_modules():
+            if _owns_parameters(module):
+                self._handles.append(module.register_forward_hook(self._after_layer(name, module)))
+                for parameter in module.parameters(recurse=False):
+                    self._set(parameter, (frozenset([name]), False))
+        self._handles.append(self.network.register_forward_hook(self._after_network))
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def head(self) -> str:
+        """The head's name. InputError if no layer is the head, or more than one."""
+        names = frozenset[str]().union(*(names for names, _ in self._returned))
+        names = names - {""} or names  # the whole network is no answer where there is another
+        if len(names) == 1 and all(exact for _, exact in self._returned):
+            return next(iter(names))
+        if not self._returned:
+            found = "loss_fn did not call the model"
+        elif all(exact for _, exact in self._returned):
+            found = f"got {len(names)}"
+        else:
+            found = "got none"
+        order = [repr(name) for name, _ in self.network.named_modules() if name in names]
+        nearest = f" (the nearest: {', '.join(order[-MAX_NAMED:])})" if order else ""
+        raise InputError(
+            f"expected one layer whose output is the model's output, {found}{nearest}; name the classifier head: "
+            "head='...'"
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs = {_storage(tensor): self._get(tensor) for tensor in _tensors((args, kwargs))}
+        mixed = (frozenset[str]().union(*(names for names, _ in inputs.values())), False)
+        for tensor in _tensors(_written(func, args, kwargs)):
+            self._set(tensor, mixed)
+        packet = getattr(func, "overloadpacket", None)
+        for tensor in _tensors(result):
+            if packet in _FRESH:
+                self._set(tensor, _NONE)
+            elif _storage(tensor) not in inputs:  # otherwise a view, or one of the arguments
+                self._set(tensor, next(iter(inputs.values()), _NONE) if packet in _COPIES else mixed)
+        return result
+
+    def _after_layer(self, name: str, module: nn.Module) -> Any:
+        is_layer = not any(
+            child != "parametrizations" and any(True for _ in each.parameters())
+            for child, each in module.named_children()
+        )
+
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                names, exact = self._get(tensor)
+                if not exact:  # otherwise an inner layer's output, handed on
+                    self._set(tensor, (frozenset([name]), True) if is_layer else (names | {name}, False))
+
+        return hook
+
+    def _after_network(self, _: nn.Module, args: Any, output: Any) -> None:
+        output = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        self._returned.append(next(map(self._get, _tensors(output)), _NONE))
+
+    def _get(self, tensor: Tensor) -> tuple[frozenset[str], bool]:
+        return self._origins.get(_storage(tensor), _NONE)
+
+    def _set(self, tensor: Tensor, origin: tuple[frozenset[str], bool]) -> None:
+        self._origins[_storage(tensor)] = origin
 
 
 def head_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
@@ -50,3 +133,29 @@ def head_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
         for name, parameter in unique_parameters(network.named_parameters())
         if id(parameter) in own and parameter.requires_grad
     }
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return is_parametrized(module) or any(True for _ in module.parameters(recurse=False))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an operation writes into, by its schema."""
+    schema = getattr(func, "_schema", None)  # operators of higher order have none
+    if schema is None or not schema.is_mutable:
+        return []
+    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    writes = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return [given.get(name) for name in writes]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts that have memory of their own to be known by."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf
+
+
+def _storage(tensor: Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key

@@ -20,6 +20,8 @@ from delfast.errors import InputError, check_choice
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.plain import as_json, unboxed
 from delfast.sole_use import used_alone
+from delfast.unlearn.batchnorm import batchnorm_explained
+from delfast.unlearn.loaders import Randomness, refuse_persistent_workers, set_epoch
 from delfast.unlearn.stopping import EarlyStop
 
 Schedule = Literal["cosine", "constant"]
@@ -69,7 +71,8 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place for ``epochs`` passes over ``loader``.
 
-    loader: re-iterable of batches, with a length; ``loader.set_epoch(e)`` is called where it exists.
+    loader: re-iterable of batches, with a length; ``set_epoch(e)`` of it, its samplers and its data set is called where
+        it exists.
     schedule: "cosine" from the optimizer's rate to ``final_lr`` times it, step by step (DEL paper, appendix: to 1 %).
     before: called once everything is checked and only where training starts anew, not where it is resumed.
     max_norm: clip the gradient's L2 norm to this.
@@ -79,8 +82,9 @@ def train(
     early_stop: looks at the network after every epoch, may end the training, and puts the best epoch's state back.
     checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
         the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
-        that must be the same when it is resumed. Torch's generators and the loader's own are part of a checkpoint;
-        Python's and numpy's are not. Under DDP these are each process's own: give each a file of its own. A state that
+        that must be the same when it is resumed. A checkpoint has the generators of torch, numpy and Python, and every
+        one that a loader, its samplers, its data set or their transforms hold. Persistent workers, whose generators
+        cannot be saved, are refused. Under DDP these are each process's own: give each a file of its own. A state that
         could not be read again (a class of its own in a module's extra state) is refused before the first epoch.
 
     A model in training mode keeps the modes of its modules (a BatchNorm set to eval stays frozen); one in eval mode is
@@ -119,10 +123,9 @@ def train(
         for epoch in range(resumed_from, epochs):
             if early_stop is not None and early_stop.finished:
                 break
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(epoch)
+            set_epoch(loader, epoch)
             batches = progress(loader, f"epoch {epoch + 1}/{epochs}", steps) if progress else loader
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), batchnorm_explained():
                 losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm, precision))
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
@@ -187,7 +190,7 @@ def _factor(schedule: Schedule, final_lr: float, steps: int) -> Callable[[int], 
 
 
 class _Checkpoint:
-    """Everything that the next epoch depends on: weights, optimizer, schedule, torch's generators, the loader's."""
+    """Everything that the next epoch depends on: weights, optimizer, schedule, every generator."""
 
     def __init__(
         self,
@@ -200,10 +203,13 @@ class _Checkpoint:
         if self.path is not None and not self.path.parent.is_dir():
             raise InputError(f"expected the directory of checkpoint '{path}' to exist, it does not; make it first")
         self.config = config if path is None else as_json(config, "the config of a checkpoint")
-        loaders = getattr(loader, "loaders", [loader])
-        owners = [owner for each in loaders for owner in (each, getattr(each, "sampler", None))]
-        sources = (getattr(owner, "generator", None) for owner in owners)
-        self.generators = [source for source in sources if isinstance(source, torch.Generator)]
+        loaders = {"training": loader, **getattr(loader, "sets", {})}
+        if "early_stop" in parts:
+            loaders["validation"] = parts["early_stop"].validation
+        if path is not None:
+            for what, each in loaders.items():
+                refuse_persistent_workers(each, what)
+        self.randomness = Randomness(loaders.values())
         self.parts = parts
         if path is not None:
             self._check_readable()
@@ -212,10 +218,7 @@ class _Checkpoint:
         if self.path is None:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"losses": losses, "config": self.config, "rng": torch.get_rng_state()}
-        state["loader_rng"] = [generator.get_state() for generator in self.generators]
-        if torch.cuda.is_available():
-            state["cuda_rng"] = torch.cuda.get_rng_state_all()
+        state |= {"losses": losses, "config": self.config, "randomness": self.randomness.state()}
         save_archive(self.path, state)
 
     def load(self, epochs: int) -> list[float]:
@@ -229,7 +232,7 @@ class _Checkpoint:
         if (
             not isinstance(state, dict)
             or not isinstance(state.get("config"), dict)
-            or not {*self.parts, "losses", "config", "rng", "loader_rng"} <= state.keys()
+            or not {*self.parts, "losses", "config", "randomness"} <= state.keys()
         ):
             raise InputError(f"'{self.path}' is no checkpoint of this loop; start without --resume")
         if len(state["losses"]) > epochs:
@@ -248,11 +251,7 @@ class _Checkpoint:
         self._check(state)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        for generator, generator_state in zip(self.generators, state["loader_rng"], strict=True):
-            generator.set_state(generator_state)
-        if torch.cuda.is_available() and "cuda_rng" in state:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.randomness.restore(state["randomness"])
         losses: list[float] = state["losses"]
         return losses
 
@@ -268,12 +267,14 @@ class _Checkpoint:
 
     def _check(self, state: dict[str, Any]) -> None:
         """InputError for what could not be put back whole."""
-        gpus = torch.cuda.device_count() if "cuda_rng" in state and torch.cuda.is_available() else 0
+        randomness = state["randomness"]
+        gpus = torch.cuda.device_count() if "cuda" in randomness and torch.cuda.is_available() else 0
         for what, had, has in (
             ("network", *(_shapes(each) for each in (state["model"], self.parts["model"].state_dict()))),
             ("optimizer", *(_sizes(each) for each in (state["optimizer"], self.parts["optimizer"].state_dict()))),
-            ("number of generators in the loader", len(state["loader_rng"]), len(self.generators)),
-            ("number of GPUs", len(state["cuda_rng"]) if gpus else 0, gpus),
+            ("number of generators in the loader", len(randomness["loaders"]), len(self.randomness.generators)),
+            ("kind of generators in the loader", randomness["kinds"], self.randomness.kinds),
+            ("number of GPUs", len(randomness["cuda"]) if gpus else 0, gpus),
         ):
             if had != has:
                 raise InputError(

@@ -45,11 +45,10 @@ class Job:
         return per_example_losses(self.model, batch, self.loss_fn).mean()
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, logits (N, classes) and targets (N,) of a batch."""
+        """Inputs, logits (N, classes) and int64 targets (N,) of a batch."""
         inputs, targets = inputs_and_targets(batch, device_of(self.network))
         logits = self.model(inputs)
-        check_targets(targets, logits)
-        return inputs, logits, targets
+        return inputs, logits, check_targets(targets, logits)
 
 
 @dataclass(frozen=True, kw_only=True)

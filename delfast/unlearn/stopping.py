@@ -12,6 +12,7 @@ from torch import nn
 
 from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.errors import InputError
+from delfast.unlearn.loaders import preserved
 
 EMPTY = "expected a validation set of at least one example, got none; hold more out"
 
@@ -24,8 +25,9 @@ class EarlyStop:
     def __init__(self, validation: Iterable[Any], patience: int, loss_fn: LossFn | None) -> None:
         if patience < 1:
             raise InputError(f"expected patience of at least 1 epoch, got {patience}; leave it out for no early stop")
-        if not any(True for _ in validation):
-            raise InputError(EMPTY)
+        with preserved([validation]):
+            if not any(True for _ in validation):
+                raise InputError(EMPTY)
         self.validation, self.patience, self.loss_fn = validation, patience, loss_fn
         self.losses: list[float] = []
         self.best: dict[str, Any] = {}

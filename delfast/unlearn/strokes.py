@@ -15,6 +15,7 @@ from delfast.localize.gradient import MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
 from delfast.naming import trainable_parameters
 from delfast.unlearn.methods import Job, Method, require
+from delfast.unlearn.turns import Turn
 
 MOST_BYTES = 8 * 2**30  # of per-example gradients that influence holds at once
 
@@ -27,6 +28,10 @@ class Stroke(Method):
 
     def check(self) -> None:
         require(self, "epochs", self.epochs == 0, "= 0")
+
+    def loss(self, job: Job, turn: Turn) -> Tensor:
+        """The loss of a batch of either set, which is tried before anything changes."""
+        return job.loss(turn["retain"] if "retain" in turn else turn["forget"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from delfast.errors import InputError
+from delfast.unlearn.loaders import set_epoch
 
 Layout = Literal["retain", "forget", "pairs", "mixed", "forget first"]
 """retain, forget: that set alone. pairs: a batch of each in every step, the forget set over and over. mixed: steps of
@@ -36,11 +37,10 @@ class Turns:
                 raise InputError(f"expected a {name} set of at least one batch, got none; check its loader")
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of loaders that have ``set_epoch`` too."""
+        """Choose the epoch, of the loaders too: see ``delfast.unlearn.loaders.set_epoch``."""
         self.epoch = epoch
         for loader in self.loaders:
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(epoch)
+            set_epoch(loader, epoch)
 
     def __len__(self) -> int:
         lengths = {name: len(loader) for name, loader in self.sets.items()}

@@ -1,0 +1,246 @@
+"""What a loader is made of: what chooses its order, the generators that it draws from, the sizes of its batches."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import BuiltinMethodType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+from delfast.batches import examples_in
+from delfast.errors import InputError
+
+MAX_ITEMS = 10_000  # a longer list, tuple or dict holds data, not transforms: it is not searched for generators
+
+_GENERATORS = (
+    torch.Generator,
+    random.Random,
+    numpy.random.Generator,
+    numpy.random.BitGenerator,
+    numpy.random.RandomState,
+)
+_WITHOUT_GENERATORS = (str, bytes, int, float, Tensor, numpy.ndarray, type, ModuleType, random.SystemRandom)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Call ``set_epoch(epoch)`` of the loader and of every part that has it: samplers, batch samplers, data sets.
+
+    A DistributedSampler that is never given the epoch repeats one order, and one share of the examples, in every epoch.
+    """
+    for part in _parts(loader):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def refuse_persistent_workers(loader: Any, what: str) -> None:
+    """InputError for persistent workers, whose generators go on from epoch to epoch and cannot be read from here."""
+    if any(getattr(part, "persistent_workers", False) is True for part in _parts(loader)):
+        raise InputError(
+            f"expected a {what} set without persistent_workers where a checkpoint is written, since the state of the "
+            "workers' generators cannot be saved; pass a DataLoader with persistent_workers=False, or no checkpoint"
+        )
+
+
+def first_batch(loader: Any, what: str) -> Any:
+    """The loader's first batch. InputError if there is none, or for an iterator, which would lose it."""
+    if isinstance(loader, Iterator):
+        raise InputError(
+            f"expected a {what} set that can be iterated over again, got {type(loader).__name__}; pass a DataLoader or "
+            "a list of batches"
+        )
+    for batch in loader:
+        return batch
+    raise InputError(f"expected a {what} set of at least one batch, got none; check its loader")
+
+
+def batch_sizes(loader: Any) -> tuple[int, int] | None:
+    """The number of examples of the first batch and of the smallest one. None where only iterating would show them."""
+    if isinstance(loader, (list, tuple)):
+        counts = [examples_in(batch, _any_form) for batch in loader]
+        known = [count for count in counts if count is not None]
+        return (known[0], min(known)) if known and len(known) == len(counts) else None
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(batch_sampler, (list, tuple)):
+        sizes = [len(indices) for indices in batch_sampler]
+        return (sizes[0], min(sizes)) if sizes else None
+    if not isinstance(batch_sampler, BatchSampler) or type(batch_sampler).__iter__ is not BatchSampler.__iter__:
+        return None
+    try:
+        count = len(batch_sampler.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    size, rest = batch_sampler.batch_size, count % batch_sampler.batch_size
+    return min(count, size), rest if rest and not batch_sampler.drop_last else size
+
+
+def _any_form(*_: Any) -> Tensor:
+    """Stand for a loss_fn: every part of the batch counts."""
+    raise NotImplementedError
+
+
+def _parts(loader: Any) -> Iterator[Any]:
+    """The loader, its sampler, batch sampler and data set, theirs, and so on; each once."""
+    seen: dict[int, Any] = {}
+    waiting = [loader]
+    while waiting:
+        part = waiting.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen[id(part)] = part
+        yield part
+        waiting += [getattr(part, name, None) for name in ("dataset", "batch_sampler", "sampler")]
+
+
+class Randomness:
+    """The generators that training draws from: those of torch, numpy and Python, and every one that a loader holds."""
+
+    def __init__(self, loaders: Iterable[Any]) -> None:
+        self.generators = generators(loaders)
+        self.kinds = [type(generator).__name__ for generator in self.generators]
+
+    def state(self) -> dict[str, Any]:
+        """Everything to go on from, in plain values and tensors."""
+        state: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "numpy": _plain(numpy.random.get_state(legacy=False)),
+            "python": random.getstate(),
+            "kinds": self.kinds,
+            "loaders": [_state(generator) for generator in self.generators],
+        }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put a ``state``, or some of its entries, back."""
+        setters: dict[str, Callable[[Any], None]] = {
+            "torch": torch.set_rng_state,
+            "numpy": numpy.random.set_state,
+            "python": random.setstate,
+            "cuda": torch.cuda.set_rng_state_all,
+            "loaders": self._set_states,
+        }
+        for name, value in state.items():
+            if name in setters and (name != "cuda" or torch.cuda.is_available()):
+                setters[name](value)
+
+    def _set_states(self, states: list[Any]) -> None:
+        for generator, state in zip(self.generators, states, strict=True):
+            _set_state(generator, state)
+
+
+@contextmanager
+def preserved(loaders: Iterable[Any]) -> Iterator[None]:
+    """Afterwards every generator, global or in a loader, is where it was: to look at a batch moves no shuffle."""
+    randomness = Randomness(loaders)
+    before = randomness.state()
+    try:
+        yield
+    finally:
+        # A global generator that nothing here has moved stays alone: another thread may be drawing from it
+        after = randomness.state()
+        randomness.restore({name: state for name, state in before.items() if not _same(state, after[name])})
+
+
+def _same(state: Any, other: Any) -> bool:
+    if isinstance(state, Tensor):
+        return torch.equal(state, other)
+    if isinstance(state, list):
+        return len(state) == len(other) and all(map(_same, state, other))
+    return bool(state == other)
+
+
+def generators(loaders: Iterable[Any]) -> list[Any]:
+    """Every generator of torch, numpy or Python that the loaders hold, each once, in an order that depends on how the
+    loaders are built and on nothing else.
+
+    Searched: attributes of instances and of their classes, lists, tuples and dicts of at most ``MAX_ITEMS`` items,
+    closures, defaults and globals of functions, bound methods and partials. So it reaches samplers, data sets,
+    nested transforms and ``collate_fn``.
+    """
+    found, seen = [], dict[int, Any]()
+    waiting = list(reversed(list(loaders)))
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, _WITHOUT_GENERATORS):
+            continue
+        seen[id(value)] = value  # kept, or another could get its id
+        if isinstance(value, _GENERATORS):
+            found.append(value)
+        else:
+            waiting += reversed(list(_held(value)))
+    return found
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """What a value holds, one level down."""
+    if isinstance(value, (list, tuple, dict)):
+        if len(value) <= MAX_ITEMS:
+            yield from value.values() if isinstance(value, dict) else value
+    elif isinstance(value, FunctionType):
+        yield from _held_by_function(value)
+    elif isinstance(value, (MethodType, BuiltinMethodType)):
+        yield from (value.__self__, getattr(value, "__func__", None))
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    else:
+        for kind in type(value).__mro__:
+            for name, attribute in vars(kind).items():
+                if isinstance(attribute, (FunctionType, *_GENERATORS)):
+                    yield attribute
+                elif isinstance(attribute, MemberDescriptorType):  # of __slots__
+                    yield getattr(value, name, None)
+    hidden = {"_iterator"} if isinstance(value, DataLoader) else ()  # persistent workers and their queues
+    for name, attribute in getattr(value, "__dict__", {}).items():
+        if name not in hidden:
+            yield attribute
+
+
+def _held_by_function(function: FunctionType) -> Iterator[Any]:
+    """Its defaults, what it closes over, and of its globals the generators and the functions of the same module."""
+    yield from (function.__defaults__, function.__kwdefaults__)
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a name that is not bound yet
+            continue
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        same_module = isinstance(value, FunctionType) and value.__module__ == function.__module__
+        if same_module or isinstance(value, _GENERATORS):
+            yield value
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, numpy.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(getattr(generator, "bit_generator", generator).state)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, numpy.random.RandomState):
+        generator.set_state(state)
+    else:
+        getattr(generator, "bit_generator", generator).state = state
+
+
+def _plain(value: Any) -> Any:
+    """numpy's states as Python's own values, which ``torch.load(weights_only=True)`` reads."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, (numpy.ndarray, numpy.generic)) else value
