@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from delfast.arguments import check_device, check_names, check_path, check_type
 from delfast.errors import InputError
 from delfast.files import one_line, write_atomically
 from delfast.naming import plain_name
@@ -160,14 +161,16 @@ class Mask:
         return f"Mask({self.selected} of {self.total} parameters, {self.channels} channels, digest {self.digest[:12]})"
 
     def __getitem__(self, name: str) -> ParameterMask:
+        check_type("a parameter's name", name, str, "a str")
         return self.parameters[plain_name(name)]
 
     def __contains__(self, name: str) -> bool:
-        return plain_name(name) in self.parameters
+        return isinstance(name, str) and plain_name(name) in self.parameters
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with its bits on ``device``; itself if they are there."""
-        if all(part.bits.device == torch.device(device) for part in self.parameters.values()):
+        device = check_device(device)
+        if all(part.bits.device == device for part in self.parameters.values()):
             return self
         return self._map(lambda part: ParameterMask(part.shape, part.unit, part.bits.to(device)))
 
@@ -176,6 +179,7 @@ class Mask:
 
         Raises InputError, before yielding, if a selected one is missing from ``named``, frozen, or of another shape.
         """
+        check_type("named", named, Mapping, "a mapping from names to parameters")
         found = []
         for name, part in self.parameters.items():
             if not part.selected:
@@ -220,6 +224,7 @@ class Mask:
         return self.intersection(other).selected / either if either else 1.0
 
     def _combine(self, other: Mask, combine: Callable[[Tensor, Tensor], Tensor], how: str) -> Mask:
+        check_type("the other mask", other, Mask, "a delfast.Mask")
         if self.shapes != other.shapes:
             different = set(self.shapes.items()) ^ set(other.shapes.items())
             raise InputError(
@@ -236,6 +241,11 @@ class Mask:
 
     def widen(self, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Mask:
         """This mask with the parameters ``names`` selected in full (the classifier head, for a finetune)."""
+        check_names("names", names)
+        check_type("shapes", shapes, Mapping, "a mapping from names to shapes")
+        for name in names:
+            if name not in shapes:
+                raise InputError(f"expected shapes to have '{name}', it does not; pass the shape of each name")
         parts = dict(self.parameters)
         for name in names:
             if name in parts and parts[name].shape != tuple(shapes[name]):
@@ -281,6 +291,7 @@ class Mask:
 
     def to_dense(self, dtype: torch.dtype = torch.bool) -> dict[str, Tensor]:
         """name -> 0/1 tensor of the parameter's shape (SalUn's files hold int64)."""
+        check_type("dtype", dtype, torch.dtype, "a torch.dtype")
         return {name: part.dense().to(dtype) for name, part in self.parameters.items()}
 
     def save(self, path: str | Path) -> None:
@@ -295,12 +306,12 @@ class Mask:
         }
         text = json.dumps(header)
         delfast = {"delfast_mask": text, "digest": _file_digest(text, tensors)}
-        write_atomically(Path(path), lambda partial: save_file(tensors, partial, metadata=delfast))
+        write_atomically(Path(check_path("path", path)), lambda partial: save_file(tensors, partial, metadata=delfast))
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
         """Read what save() wrote. InputError if the file is missing, truncated, altered, or no mask."""
-        text, digest, tensors = _read(Path(path))
+        text, digest, tensors = _read(Path(check_path("path", path)))
         if digest != _file_digest(text, tensors):
             raise InputError(f"mask file '{path}' was altered or damaged (its digest does not match); make it anew")
         header = json.loads(text)

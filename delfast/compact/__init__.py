@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from delfast.arguments import check_names, check_type
+from delfast.batches import refuse_writing_layers
 from delfast.compact.guard import Guard
 from delfast.compact.layers import COMPACT, ROWS, CompactLayer, make_compact, may_have_small_maps, restore
 from delfast.errors import InputError
@@ -215,6 +217,9 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
     """
     if isinstance(dense, str):
         raise InputError(f"expected dense to be a list of names, got '{dense}'; write [{dense!r}]")
+    check_type("mask", mask, Mask, "a delfast.Mask")
+    check_names("dense", dense)
+    refuse_writing_layers(model)
     return Compact(model, mask, [plain_name(name) for name in dense])
 
 

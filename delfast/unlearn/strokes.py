@@ -121,7 +121,7 @@ class Influence(Stroke):
             )
         gradients = v.new_empty(samples, size)
         taken = 0
-        with evaluating(job.network):
+        with evaluating(job.network, gradients=True):
             for batch in job.retain:
                 for loss in self._losses(job, batch, len(gradients) - taken):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -159,7 +159,7 @@ class Influence(Stroke):
         if count is None:
             raise InputError(f"'{self.name}' expects batches of tensors with the examples along dim 0, to take one out")
         for example in range(min(count, most)):
-            yield per_example_losses(job.network, cut(batch, [example]), job.loss_fn).sum()
+            yield per_example_losses(job.network, cut(batch, [example], job.loss_fn), job.loss_fn).sum()
 
 
 def _masked(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
