@@ -109,7 +109,7 @@ def critmem(
     max_channels = check_count("max_channels", max_channels)
     preserve = check_number("preserve", preserve)
     if not 0 <= preserve < float("inf"):
-        raise InputError(f"expected preserve to be at least 0 and finite, got {preserve}")
+        raise InputError(f"expected preserve to be at least 0, got {preserve}; pass a finite number")
     check_flag("include_head", include_head)
     check_function("logits_fn", logits_fn)
     check_loader(loader, "set's loader")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from delfast.batches import cut, evaluating, examples_in, per_example_losses
+from delfast.batches import cut, evaluating, examples_in, per_example_losses, warn_about_loader
 from delfast.errors import InputError
 from delfast.localize.gradient import MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
@@ -55,6 +55,7 @@ class Dampening(Stroke):
         parameters = {name: parameter for name, parameter, _ in _masked(job)}
         sums, counts = {}, {}
         for what, loader in (("forget set", job.forget), ("retain set", job.retain)):
+            warn_about_loader(loader, what)
             squares = PerExampleGradients(job.network, parameters, job.loss_fn, "square")
             counts[what] = add_all(squares, job.network, loader, what)
             sums[what] = squares.mean(1)
@@ -109,6 +110,7 @@ class Influence(Stroke):
 
         means, counts = [], []
         for loader, what in ((job.forget, "forget set"), (job.retain, "retain set")):
+            warn_about_loader(loader, what)
             sums = MeanGradient(job.network, parameters, job.loss_fn)
             counts.append(add_all(sums, job.network, loader, what))
             means.append(flat(sums.mean(counts[-1]).values()))
