@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 
 from delfast.errors import InputError
+from delfast.naming import plain_name, unwrap
 from delfast.sole_use import sole_use
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -23,18 +29,55 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    """Take (input, target) or (index, input, target) apart and move both to ``device``."""
+def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
+    """(index, input, target) of a batch that comes without a ``loss_fn``; the index is None for (input, target).
+
+    Three parts are taken so only where the first is N integers, N the number of targets: decided by types, dtypes and
+    shapes, so that no device is read. InputError, which names ``loss_fn``, for batches of another form.
+    """
+    advice = "pass loss_fn(model, batch) -> per-example losses for batches of another form"
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         raise InputError(
-            f"expected batches (input, target) or (index, input, target), got {type(batch).__name__}; "
-            "pass loss_fn(model, batch) -> per-example losses for batches of another form"
+            f"expected batches (input, target) or (index, input, target), got {type(batch).__name__}"
+            f"{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}; {advice}"
         )
-    return move(batch[-2], device), move(batch[-1], device)
+    *index, inputs, targets = batch
+    if not isinstance(targets, Tensor):
+        raise InputError(f"expected batches (input, target) with a tensor of targets, got {_form(targets)}; {advice}")
+    if index and not _is_index(index[0], targets):
+        raise InputError(
+            "expected batches of three parts to be (index, input, target), the index N integers for N targets, got "
+            f"{_form(index[0])} for targets {tuple(targets.shape)}; {advice}"
+        )
+    return index[0] if index else None, inputs, targets
+
+
+def _is_index(index: Any, targets: Tensor) -> bool:
+    """Are these integers, as many as there are targets?"""
+    if isinstance(index, Tensor):
+        integers = index.dtype is not torch.bool and not index.is_floating_point() and not index.is_complex()
+        return integers and index.shape == targets.shape[:1]
+    if isinstance(index, numpy.ndarray):
+        return index.dtype.kind in "iu" and index.shape == tuple(targets.shape[:1])
+    integers = isinstance(index, (list, tuple)) and all(
+        isinstance(i, Integral) and not isinstance(i, bool) for i in index
+    )
+    return integers and (len(index),) == tuple(targets.shape[:1])
+
+
+def _form(value: Any) -> str:
+    """Type, dtype and shape of a part of a batch, for an error."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    """Input and target of a batch that comes without a ``loss_fn``, on ``device``. Errors as for ``split_batch``."""
+    _, inputs, targets = split_batch(batch)
+    return move(inputs, device), move(targets, device)
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Tensors, and tuples, lists and dicts of them, on ``device``."""
+    """``value`` with its tensors on ``device``; see ``map_tensors``."""
     return map_tensors(value, lambda t: t.to(device, non_blocking=True))
 
 
@@ -43,31 +86,45 @@ def detached(batch: Any) -> Any:
     return map_tensors(batch, Tensor.detach)
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``function`` of every tensor in nested tuples, lists and dicts; everything else as it is."""
+def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of every tensor in nested tuples (namedtuples too), lists and mappings, each of them of the type it
+    was (a mapping that cannot be changed becomes a dict); everything else as it is.
+    """
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, function) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, PackedSequence):  # its batch sizes stay on the CPU
+        return PackedSequence(function(value.data), value.batch_sizes, *map_tensors([*value[2:]], function))
+    if isinstance(value, tuple):
+        items = [map_tensors(item, function) for item in value]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if isinstance(value, list):
+        changed = copy.copy(value)  # a subclass keeps its attributes
+        changed[:] = [map_tensors(item, function) for item in value]
+        return changed
+    if isinstance(value, MutableMapping):  # a dict, or a BatchEncoding, which keeps what it knows of its tokens
+        mapping = copy.copy(value)
+        for key, item in value.items():
+            mapping[key] = map_tensors(item, function)
+        return mapping
+    if isinstance(value, Mapping):
         return {key: map_tensors(item, function) for key, item in value.items()}
     return value
 
 
 def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
     """N if every part of the batch is a tensor of N along dim 0, so that ``cut`` works; else None."""
-    parts = _parts(batch[-2:] if loss_fn is None else batch)
+    parts = _parts(split_batch(batch)[1:] if loss_fn is None else batch)
     sizes = {part.shape[0] if isinstance(part, Tensor) and part.ndim else None for part in parts}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def cut(batch: Any, examples: list[int]) -> Any:
-    """These examples of a batch for which ``examples_in`` is not None."""
-    return map_tensors(batch, lambda t: t[examples])
+def cut(batch: Any, examples: list[int], loss_fn: LossFn | None) -> Any:
+    """These examples of a batch for which ``examples_in`` is not None; without a ``loss_fn`` as (input, target)."""
+    return map_tensors(split_batch(batch)[1:] if loss_fn is None else batch, lambda t: t[examples])
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         for item in value:
@@ -87,6 +144,15 @@ def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> 
     inputs, targets = inputs_and_targets(batch, device_of(model))
     logits = model(inputs)
     return functional.cross_entropy(logits, check_targets(targets, logits), reduction="none")
+
+
+def check_differentiable(losses: Tensor) -> None:
+    """InputError for losses that no parameter has a gradient of."""
+    if not losses.requires_grad:
+        raise InputError(
+            "expected losses that depend on the model's trainable parameters, got losses without a gradient; compute "
+            "them with the model that loss_fn is given, without detach() and no_grad()"
+        )
 
 
 def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
@@ -115,24 +181,104 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in. InputError if another thread uses it."""
+def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in, with the buffers it had.
+
+    gradients: gradients are taken inside. cuDNN computes those of an RNN, LSTM or GRU in training mode only: they run
+        in training mode without dropout, which computes the same as eval mode.
+
+    Raises InputError before anything runs for layers that write their weights as they read them, see
+    ``refuse_writing_layers``, and for a model that another thread uses; and afterwards for any other parameter that a
+    forward pass has written.
+    """
+    refuse_writing_layers(model)
     with sole_use(model):
         modes = [(module, module.training) for module in model.modules()]
+        recurrent: list[Any] = [module for module in model.modules() if gradients and _is_rnn(module)]
+        dropouts = [module.dropout for module in recurrent]
+        buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        saved = [(b, _version(b), b.detach().clone()) for _, own in buffers for b in own.values() if b is not None]
+        versions = [(name, p, _version(p)) for name, p in model.named_parameters() if not _is_compact(model, name)]
         model.eval()
         try:
+            for module in recurrent:
+                module.training, module.dropout = True, 0.0
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, dropout in zip(recurrent, dropouts, strict=True):
+                module.dropout = dropout
+            for module, own in buffers:  # a network may also have put other tensors into their places, or added some
+                now = dict(module._buffers)
+                for name in now.keys() - own.keys():
+                    del module._buffers[name]
+                for name, buffer in own.items():
+                    if now.get(name) is not buffer:
+                        module._buffers[name] = buffer
+            with torch.no_grad():
+                for tensor, version, values in saved:
+                    if _version(tensor) != version:
+                        tensor.copy_(values)
+        for name, parameter, version in versions:
+            if _version(parameter) != version:
+                raise InputError(
+                    f"expected a forward pass that only reads the parameters, '{plain_name(name)}' was written in it, "
+                    "which no mask can hold back; write it after the optimizer's step instead"
+                )
+
+
+def refuse_writing_layers(model: nn.Module) -> None:
+    """InputError for an Embedding or EmbeddingBag with ``max_norm``: each forward pass writes the rows that it reads,
+    whatever the mask and the mode; and for parameters without a shape yet (lazy modules).
+    """
+    for name, module in unwrap(model).named_modules():
+        where = plain_name(f"{name}.weight" if name else "weight")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            limit = f"({module.norm_type:g}, 0, {module.max_norm:g})"
+            raise InputError(
+                f"'{where}' changes its weights as it reads them (max_norm), also outside a mask; shorten its rows "
+                f"once, weight.data.renorm_{limit}, and set the layer's max_norm to None"
+            )
+    for name, parameter in (*unwrap(model).named_parameters(), *unwrap(model).named_buffers()):
+        if is_lazy(parameter):
+            raise InputError(
+                f"expected '{plain_name(name)}' to have a shape, its module is lazy; run a forward pass first"
+            )
+
+
+def _is_rnn(module: nn.Module) -> bool:
+    """Does it run torch's own forward pass, in which training mode means dropout and nothing else?"""
+    own = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
+    return isinstance(module, nn.RNNBase) and type(module).forward in own
+
+
+def _is_compact(model: nn.Module, name: str) -> bool:
+    """Is it the weight of a compact layer, whose forward pass puts the trained rows into it?"""
+    path, _, own = name.rpartition(".")
+    return own.startswith("weight") and "weight_rows" in model.get_submodule(path)._parameters
+
+
+def _version(tensor: Tensor) -> int:
+    """The count of in-place changes; assignments through ``.data`` go past it."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def warn_about_loader(loader: Any, what: str) -> None:
-    """Warn if a loader would not show every example as it is: dropped remainders, random augmentation."""
-    if getattr(loader, "drop_last", False):
+    """Warn if a loader would not show every example once as it is: dropped remainders, samplers that repeat or leave
+    out, random augmentation.
+    """
+    if getattr(loader, "drop_last", False) or getattr(getattr(loader, "batch_sampler", None), "drop_last", False):
         warnings.warn(
             f"the {what}'s loader drops its last short batch (drop_last=True): those examples are not seen; "
             "pass a loader that keeps them",
+            stacklevel=3,
+        )
+    fault = sampler_fault(loader)
+    if fault is not None:
+        warnings.warn(
+            f"the {what}'s loader {fault}: the result is not over each example once; pass a loader of "
+            "Subset(dataset, indices) without that sampler",
             stacklevel=3,
         )
     dataset = getattr(loader, "dataset", None)
@@ -146,6 +292,22 @@ def warn_about_loader(loader: Any, what: str) -> None:
                 )
                 return
         dataset = getattr(dataset, "dataset", None)  # Subset
+
+
+def sampler_fault(loader: Any) -> str | None:
+    """How a DataLoader's sampler repeats examples or leaves some out; None if it does neither that can be seen."""
+    batches = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
+    kind = type(sampler).__name__
+    if getattr(sampler, "replacement", False):
+        return f"draws with replacement ({kind}), so that examples repeat or are left out"
+    try:
+        drawn, available = len(sampler), len(loader.dataset)  # type: ignore[arg-type]
+    except (TypeError, AttributeError, NotImplementedError):  # no sampler, or a stream
+        return None
+    if drawn != available:
+        return f"draws {drawn} of its data set's {available} examples ({kind}), so that examples repeat or are left out"
+    return None
 
 
 def _transforms(transform: Any) -> list[Any]:

@@ -11,5 +11,6 @@ class InputError(ValueError):
 
 def check_choice(what: str, value: object, choices: Any) -> None:
     """InputError unless ``value`` is one of a Literal's values."""
-    if value not in get_args(choices):
-        raise InputError(f"expected {what} to be one of {', '.join(get_args(choices))}; got '{value}'")
+    if not isinstance(value, str) or value not in get_args(choices):
+        text = f"'{value}'" if isinstance(value, str) else type(value).__name__
+        raise InputError(f"expected {what} to be one of {', '.join(get_args(choices))}; got {text}")

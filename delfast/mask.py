@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from delfast.arguments import check_device, check_names, check_path, check_type
 from delfast.errors import InputError
 from delfast.files import one_line
 from delfast.mask_file import FORMAT_VERSION, read_mask, write_mask
@@ -183,14 +184,16 @@ class Mask:
         return f"Mask({self.selected} of {self.total} parameters, {self.channels} channels, digest {self.digest[:12]})"
 
     def __getitem__(self, name: str) -> ParameterMask:
+        check_type("a parameter's name", name, str, "a str")
         return self.parameters[plain_name(name)]
 
     def __contains__(self, name: str) -> bool:
-        return plain_name(name) in self.parameters
+        return isinstance(name, str) and plain_name(name) in self.parameters
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with its bits on ``device``; itself if they are there."""
-        if all(part.bits.device == torch.device(device) for part in self.parameters.values()):
+        device = check_device(device)
+        if all(part.bits.device == device for part in self.parameters.values()):
             return self
         moved = {name: replace(part, bits=part.bits.to(device)) for name, part in self.parameters.items()}
         return Mask(moved, self.metadata)
@@ -200,6 +203,7 @@ class Mask:
 
         Raises InputError, before yielding, if a selected one is missing from ``named``, frozen, or of another shape.
         """
+        check_type("named", named, Mapping, "a mapping from names to parameters")
         found = []
         for name, part in self.parameters.items():
             if not part.selected:
@@ -245,6 +249,7 @@ class Mask:
         return self.intersection(other).selected / either if either else 1.0
 
     def _combine(self, other: Mask, combine: Callable[[Tensor, Tensor], Tensor], how: str) -> Mask:
+        check_type("the other mask", other, Mask, "a delfast.Mask")
         if self.shapes != other.shapes:
             different = set(self.shapes.items()) ^ set(other.shapes.items())
             raise InputError(
@@ -266,6 +271,11 @@ class Mask:
 
         dims: name -> the dimension of its channels; by default as in this mask, and 0 for a new name.
         """
+        check_names("names", names)
+        check_type("shapes", shapes, Mapping, "a mapping from names to shapes")
+        for name in names:
+            if name not in shapes:
+                raise InputError(f"expected shapes to have '{name}', it does not; pass the shape of each name")
         parts = dict(self.parameters)
         for name in names:
             if name in parts and parts[name].shape != tuple(shapes[name]):
@@ -326,6 +336,7 @@ class Mask:
 
     def to_dense(self, dtype: torch.dtype = torch.bool) -> dict[str, Tensor]:
         """name -> 0/1 tensor of the parameter's shape (SalUn's files hold int64)."""
+        check_type("dtype", dtype, torch.dtype, "a torch.dtype")
         return {name: part.dense().to(dtype) for name, part in self.parameters.items()}
 
     def save(self, path: str | Path) -> None:
@@ -335,7 +346,7 @@ class Mask:
         Python's), and OSError with the file's name where it cannot be written.
         """
         fields = {name: (part.shape, part.unit, part.bits, part.dim) for name, part in self.parameters.items()}
-        write_mask(Path(path), FORMAT_VERSION, fields, self.metadata)
+        write_mask(Path(check_path("path", path)), FORMAT_VERSION, fields, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -344,7 +355,7 @@ class Mask:
         Everything in the file is checked before it is used. Raises InputError if the file is missing, truncated,
         altered, or no mask.
         """
-        parts, metadata = read_mask(Path(path))
+        parts, metadata = read_mask(Path(check_path("path", path)))
         return cls({name: ParameterMask(*fields) for name, fields in parts.items()}, metadata)
 
 

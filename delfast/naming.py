@@ -37,6 +37,8 @@ def is_parallel(model: nn.Module) -> bool:
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """The model, what it wraps, and so on to the network."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected model to be a torch.nn.Module, got {type(model).__name__}; pass the network")
     while True:
         yield model
         if isinstance(model, PARALLEL):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from delfast.arguments import check_seed, check_type
 from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.mask import Mask
@@ -35,6 +36,8 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     Raises InputError, with nothing changed, if the mask is of another architecture or if ``init`` does not cover a
     masked parameter with the same shape.
     """
+    check_type("mask", mask, Mask, "a delfast.Mask")
+    seed = check_seed(seed)
     targets = dict(unique_parameters(unwrap(model).named_parameters()))
     selected = [(name, parameter, part.for_ops) for name, parameter, part in mask.match(targets)]
     fresh = _fresh_values(model, init, seed, [name for name, _, _ in selected])
@@ -62,7 +65,7 @@ def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> 
         if not all(isinstance(value, Tensor) for value in init.values()):
             raise InputError("expected init to be a state dict (name -> tensor), got other values; pass the inner dict")
         return {plain_name(name): value.detach() for name, value in init.items()}
-    if init == "reset_parameters":
+    if isinstance(init, str) and init == "reset_parameters":
         with seeded(seed):
             fresh = _reset_copy(unwrap(model), needed)
     else:

@@ -11,6 +11,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from delfast.arguments import check_names, check_type
+from delfast.batches import refuse_writing_layers
 from delfast.compact.guard import Guard, rows_name
 from delfast.compact.layers import CompactLayer, compact_type, make_compact, may_have_small_maps, restore, rows_dim
 from delfast.errors import InputError
@@ -209,6 +211,9 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
     """
     if isinstance(dense, str):
         raise InputError(f"expected dense to be a list of names, got '{dense}'; write [{dense!r}]")
+    check_type("mask", mask, Mask, "a delfast.Mask")
+    check_names("dense", dense)
+    refuse_writing_layers(model)
     return Compact(model, mask, [plain_name(name) for name in dense])
 
 

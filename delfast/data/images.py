@@ -15,6 +15,7 @@ from torch import Tensor
 
 from delfast.data import pictures
 from delfast.errors import InputError
+from delfast.extras import extra
 from delfast.files import one_line
 from delfast.provenance import digest_state
 
@@ -132,8 +133,9 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _load_digits(_: Path) -> ImageData:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with extra("data set 'digits'"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
@@ -204,7 +206,8 @@ def _load_svhn(root: Path) -> ImageData:
 
 def _torchvision(dataset: str, root: Path, where: str, *parts: dict[str, Any]) -> list[Any]:
     """torchvision's data set, one object a part; downloaded into ``root`` if it is not there."""
-    from torchvision import datasets
+    with extra(f"data set {dataset}"):
+        from torchvision import datasets
 
     try:
         return [getattr(datasets, dataset)(root, download=True, **part) for part in parts]

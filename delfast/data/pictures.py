@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from delfast.errors import InputError
+from delfast.extras import extra
 from delfast.files import make_output_dir, one_line, write_atomically
 
 if TYPE_CHECKING:
@@ -111,8 +112,9 @@ def _path(spec: str) -> Path:
 
 
 def _folder(spec: str) -> tuple[Pictures, Pictures, int]:
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
+    with extra("a data set of image files"):
+        from PIL import Image
+        from torchvision.datasets import ImageFolder
 
     root = _path(spec)
     try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import torch
 from torch import Tensor
 
 from delfast.errors import InputError
 from delfast.evaluate.predictions import Predictions, check_predictions, log_complement, true_class
+from delfast.extras import extra
 
 
 def membership_inference(
@@ -82,15 +85,21 @@ def _features(log_probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 def _called_non_members(retain: Tensor, test: Tensor, forget: Tensor, seed: int) -> float:
     """The attack on any feature, (n,) or (n, features), of the three sets."""
-    from sklearn.svm import SVC
-
+    classifier = support_vector_classifier()
     count = min(len(retain), len(test))
     generator = torch.Generator().manual_seed(seed)
     members = _subsample(retain, count, generator)
     non_members = _subsample(test, count, generator)
     labels = numpy.repeat([1, 0], count)
-    attack = SVC(C=3, gamma="auto", kernel="rbf").fit(_rows(torch.cat([members, non_members])), labels)
+    attack = classifier(C=3, gamma="auto", kernel="rbf").fit(_rows(torch.cat([members, non_members])), labels)
     return float(100 * (attack.predict(_rows(forget)) == 0).mean())
+
+
+def support_vector_classifier() -> Any:
+    """scikit-learn's SVC; ImportError in one line where it is missing."""
+    with extra("membership inference", ", or leave it out: evaluate(..., mia=False)"):
+        from sklearn.svm import SVC
+    return SVC
 
 
 def _rows(features: Tensor) -> numpy.ndarray:

@@ -8,9 +8,10 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.utils.data import Dataset
 
+from delfast.arguments import check_seed
 from delfast.batches import LossFn
 from delfast.errors import check_choice
-from delfast.localize.anytime import localize_until_stable
+from delfast.localize.anytime import check_batch_size, localize_until_stable
 from delfast.localize.critmem import CriticalChannels, CriticalExample, critmem
 from delfast.localize.per_example import SignedChannels, signed_channels
 from delfast.localize.scores import (
@@ -76,16 +77,18 @@ def localize(
     loss_fn: LossFn | None = None,
     seed: int = 0,
     stop_when_stable: float | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     **overrides: Any,
 ) -> Mask:
     """``score`` and ``Scores.select`` in one call. ``overrides``: granularity, aggregate, top_h, policy. (What only
     ``score`` takes, as "critmem"'s ``max_channels``: ``score(...).select(budget)``.)
 
     stop_when_stable: take only as many examples as the mask needs: a bound in (0, 1] on the Jaccard overlap |A ∩ B| /
-        |A ∪ B| of the masks after n and after 2n examples. ``forget_loader`` is then a map-style Dataset, gone through
-        in an order drawn from ``seed``, ``batch_size`` at a time; n starts at ``batch_size``. The mask's metadata
-        says how many ``examples`` were taken, of how many, and what the last overlap was.
+        |A ∪ B| of the masks after n and after 2n examples. ``forget_loader`` is then a map-style data set (a Dataset, a
+        Subset, a list of examples, a Hugging Face Dataset: anything with a length and items 0 to length - 1), or a
+        DataLoader of one, whose ``collate_fn`` and workers are kept. Its examples are gone through in an order drawn
+        from ``seed``, ``batch_size`` at a time (default: the DataLoader's, else 128); n starts at ``batch_size``. The
+        mask's metadata says how many ``examples`` were taken, of how many, and what the last overlap was.
 
     Presets:
         "paper": DEL as the paper describes it (section 3): channels, the mean of the highest tenth of each, whole
@@ -103,6 +106,9 @@ def localize(
     budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
     check_criterion(criterion, per_example, loss_fn)
     check_selection(budget, criterion=criterion, **settings)
+    seed = check_seed(seed)
+    if batch_size is not None:
+        check_batch_size(batch_size)
     options: dict[str, Any] = {"per_example": per_example, "loss_fn": loss_fn, "seed": seed}
     if stop_when_stable is not None:
         mask = localize_until_stable(

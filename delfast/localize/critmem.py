@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from delfast.arguments import check_count, check_flag, check_function, check_loader, check_number
 from delfast.batches import (
     check_targets,
     cut,
@@ -105,15 +106,19 @@ def critmem(
     or which other kinds of layers share (naming it), scores that are not finite (naming the parameter), arguments out
     of range.
     """
-    check_max_channels(max_channels)
-    if not preserve >= 0:
-        raise InputError(f"expected preserve to be at least 0, got {preserve}")
+    max_channels = check_count("max_channels", max_channels)
+    preserve = check_number("preserve", preserve)
+    if not 0 <= preserve < float("inf"):
+        raise InputError(f"expected preserve to be at least 0, got {preserve}; pass a finite number")
+    check_flag("include_head", include_head)
+    check_function("logits_fn", logits_fn)
+    check_loader(loader, "set's loader")
     warn_about_loader(loader, "set")
     network = unwrap(model)
     search = _Search(network, trainable_parameters(network), logits_fn, include_head)
     examples: list[CriticalExample] = []
     first: Tensor | float = 0.0
-    with evaluating(network):
+    with evaluating(network, gradients=True):
         for batch in loader:
             found, added = search.search(batch, max_channels, preserve)
             numbers = identifiers(batch, logits_fn, len(examples), len(found)).tolist()
@@ -128,12 +133,6 @@ def critmem(
     assert isinstance(first, Tensor)
     means = torch.split((first / len(examples)).cpu(), [len(count) for count in counts.values()])
     return CriticalChannels(tuple(examples), counts, dict(zip(counts, means, strict=True)))
-
-
-def check_max_channels(max_channels: int) -> None:
-    """InputError unless it is a count."""
-    if isinstance(max_channels, bool) or not isinstance(max_channels, int) or max_channels < 1:
-        raise InputError(f"expected max_channels to be a count of at least 1, got {max_channels!r}")
 
 
 class _Search(ChannelPasses):
@@ -166,7 +165,7 @@ class _Search(ChannelPasses):
         for step in range(max_channels + 1):
             if not left:
                 break
-            active = batch if len(left) == count else cut(batch, left)
+            active = batch if len(left) == count else cut(batch, left, self.loss_fn)
             wrong, scores = self._look(active, gone, step < max_channels, every=bool(preserve) and gone is None)
             if gone is None:
                 gone = torch.zeros_like(scores, dtype=torch.bool)

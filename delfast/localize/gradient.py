@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, evaluating, per_example_losses
+from delfast.batches import LossFn, check_differentiable, evaluating, per_example_losses
 from delfast.errors import InputError
 
 
@@ -34,6 +34,7 @@ class MeanGradient:
     def add(self, batch: Any) -> int:
         with torch.inference_mode(False), torch.enable_grad():
             losses = per_example_losses(self.network, batch, self.loss_fn)
+            check_differentiable(losses)
             # autograd.grad and not backward(): .grad and the hooks of optimizers on it stay out of this
             gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
         used = [(name, grad) for name, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
@@ -48,7 +49,7 @@ class MeanGradient:
 def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what: str) -> int:
     """Add every batch of ``loader`` once, in eval mode; |S|. InputError if there is no example."""
     examples = 0
-    with evaluating(network):
+    with evaluating(network, gradients=True):
         for batch in loader:
             examples += sums.add(batch)
     if not examples:

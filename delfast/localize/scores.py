@@ -13,10 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from delfast._version import __version__
+from delfast.arguments import (
+    check_count,
+    check_flag,
+    check_function,
+    check_loader,
+    check_number,
+    check_seed,
+    describe,
+)
 from delfast.batches import LossFn, warn_about_loader
 from delfast.errors import InputError, check_choice
 from delfast.layer_types import output_dims
-from delfast.localize.critmem import MOST_CHANNELS, check_max_channels, critmem
+from delfast.localize.critmem import MOST_CHANNELS, critmem
 from delfast.localize.gradient import GradientSums, MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
 from delfast.mask import Mask, ParameterMask
@@ -71,8 +80,10 @@ def score(
     range, a DTensor; with per_example, for layers that mix the examples (BatchNorm without running statistics).
     """
     check_criterion(criterion, per_example, loss_fn)
-    max_channels = unboxed(max_channels)
-    check_max_channels(max_channels)
+    max_channels = check_count("max_channels", max_channels)
+    seed = check_seed(seed)
+    if loader is not None:
+        check_loader(loader, "forget set's loader")
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
@@ -318,7 +329,7 @@ def check_selection(
     criterion: str = "weighted_grad",
 ) -> None:
     """InputError for arguments that ``Scores.select`` would refuse whatever the scores."""
-    if not 0 < budget <= 1:
+    if not 0 < check_number("budget", budget) <= 1:
         raise InputError(f"expected a budget in (0, 1], got {budget}; pass the fraction of parameters to select")
     check_choice("granularity", granularity, Granularity)
     check_choice("aggregate", aggregate, Aggregate)
@@ -330,21 +341,25 @@ def check_selection(
 
 def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
     """h of a row of a parameter of this shape, in [1, row]; InputError if ``top_h`` is no count and no fraction."""
-    length = max(1, row_length(shape))
-    if top_h == "published":
+    length, top_h = max(1, row_length(shape)), unboxed(top_h)
+    if isinstance(top_h, str) and top_h == "published":
         h = int(0.1 * shape[0]) if len(shape) > 1 else 1
     elif isinstance(top_h, int) and not isinstance(top_h, bool) and top_h >= 1:
         h = top_h
     elif isinstance(top_h, float) and 0 < top_h <= 1:
         h = math.floor(top_h * length)
     else:
-        raise InputError(f"expected top_h to be a count (int >= 1), a fraction in (0, 1] or 'published', got {top_h!r}")
+        raise InputError(
+            f"expected top_h to be a count (int >= 1), a fraction in (0, 1] or 'published', got {describe(top_h)}"
+        )
     return min(max(h, 1), length)
 
 
 def check_criterion(criterion: str, per_example: bool, loss_fn: LossFn | None = None) -> None:
     """InputError unless there is such a criterion, with or without a gradient per example, and with that loss."""
     check_choice("criterion", criterion, Criterion)
+    check_flag("per_example", per_example)
+    check_function("loss_fn", loss_fn)
     if criterion == "squared_grad" and not per_example:
         raise InputError("criterion 'squared_grad' is a mean over the examples' own gradients; pass per_example=True")
     if criterion == "critmem" and loss_fn is not None:

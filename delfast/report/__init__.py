@@ -1,7 +1,10 @@
 """Tables and plots of an unlearning run."""
 
-from delfast.report.plots import plot_accuracies, plot_selection
-from delfast.report.tables import METHOD_COLUMNS, markdown_table, method_rows, terminal_table
+from delfast.extras import extra
+
+with extra("delfast.report"):
+    from delfast.report.plots import plot_accuracies, plot_selection
+    from delfast.report.tables import METHOD_COLUMNS, markdown_table, method_rows, terminal_table
 
 __all__ = [
     "METHOD_COLUMNS",

@@ -5,13 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from delfast.batches import LossFn
+from delfast.arguments import (
+    check_flag,
+    check_function,
+    check_int,
+    check_loader,
+    check_number,
+    check_path,
+    check_seed,
+    check_type,
+)
+from delfast.batches import LossFn, refuse_writing_layers
 from delfast.compact import compact
 from delfast.copies import copy_of
 from delfast.errors import InputError, check_choice
@@ -24,7 +34,7 @@ from delfast.reset import Init
 from delfast.sole_use import used_alone
 from delfast.unlearn.first import first_pass
 from delfast.unlearn.head import head_parameters
-from delfast.unlearn.loop import BatchNormMode, Diverged, Precision, Progress, train
+from delfast.unlearn.loop import BatchNormMode, Diverged, Precision, Progress, Schedule, train
 from delfast.unlearn.methods import (
     Del,
     Finetune,
@@ -122,6 +132,9 @@ def unlearn(
     network is then of no use.
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    _check_arguments(retain, forget, validation, mask, head, loss_fn, checkpoint, resume, config, progress)
+    refuse_writing_layers(model)
+    seed = check_seed(seed)
     chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
     seed, patience = unboxed(seed), unboxed(patience)
     network = unwrap(model)
@@ -219,20 +232,58 @@ def unlearn(
     return UnlearnResult(chosen, widened, head, seconds, result.losses, result.resumed_from, result.validation)
 
 
+def _check_arguments(
+    retain: object,
+    forget: object,
+    validation: object,
+    mask: object,
+    head: object,
+    loss_fn: object,
+    checkpoint: object,
+    resume: object,
+    config: object,
+    progress: object,
+) -> None:
+    """InputError for arguments of ``unlearn`` of another type."""
+    for what, loader in (("retain set", retain), ("forget set", forget), ("validation set", validation)):
+        if loader is not None or what == "retain set":
+            check_loader(loader, what)
+    check_type("mask", mask, (Mask, type(None)), "a delfast.Mask or None")
+    check_type("head", head, (str, type(None)), "the name of a module or None")
+    check_type("config", config, (Mapping, type(None)), "a mapping or None")
+    check_function("loss_fn", loss_fn)
+    check_function("progress", progress)
+    check_flag("resume", resume)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
+
+
 def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
     """A method by name, or as it is, with hyperparameters changed. InputError for one that does not exist."""
     if isinstance(method, str):
         if method not in METHODS:
             raise InputError(f"expected method to be one of {', '.join(METHODS)}; got '{method}'")
         method = METHODS[method]()
+    check_type("method", method, Method, f"an unlearning method or one of {', '.join(METHODS)}")
     known = {field.name for field in fields(method)}
     for name in changes:
         if name not in known:
             raise InputError(f"'{method.name}' has no hyperparameter '{name}'; it has {', '.join(sorted(known))}")
     method = replace(method, **changes)
-    method = replace(method, **{field.name: unboxed(getattr(method, field.name)) for field in fields(method)})
+    method = replace(method, **{field.name: _hyperparameter(method, field) for field in fields(method)})
     method.check()
     return method
+
+
+def _hyperparameter(method: Method, field: Field[Any]) -> Any:
+    """Its value, of the type of its default, or InputError."""
+    value = getattr(method, field.name)
+    if isinstance(field.default, int):
+        return check_int(field.name, value)
+    if isinstance(field.default, float):
+        return check_number(field.name, value)
+    check_choice(field.name, value, Schedule)
+    return value
 
 
 def full_mask(network: nn.Module) -> Mask:

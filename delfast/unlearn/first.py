@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import device_of, evaluating, per_example_losses
+from delfast.batches import check_differentiable, device_of, evaluating, per_example_losses
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
@@ -65,7 +65,8 @@ def first_pass(
         for turn in [batches] if method.layout == "pairs" else [{name: batch} for name, batch in batches.items()]:
             searching = search if search is not None and "retain" in turn else nullcontext()
             with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), searching:
-                loss = _with_gradient(method.loss(watched, {**turn, "epoch": 0, "step": 0}))
+                loss = method.loss(watched, {**turn, "epoch": 0, "step": 0})
+            check_differentiable(loss)
             sparse.update(_sparse(loss, network))
         if validation is not None:
             with torch.no_grad():
@@ -83,22 +84,15 @@ class _WatchedJob(Job):
 
     def loss(self, batch: Any) -> Tensor:
         with self.maps.get(id(batch), nullcontext()):
-            return _with_gradient(super().loss(batch))
+            loss = super().loss(batch)
+        check_differentiable(loss)
+        return loss
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         with self.maps.get(id(batch), nullcontext()):
             inputs, logits, targets = super().logits(batch)
-            return inputs, _with_gradient(logits), targets
-
-
-def _with_gradient(result: Tensor) -> Tensor:
-    """The loss or the logits. InputError if nothing that trains is part of them."""
-    if not result.requires_grad:
-        raise InputError(
-            "expected a loss with a gradient, got one that no trainable parameter is part of; compute it from the "
-            "model's output, without detach() or no_grad()"
-        )
-    return result
+        check_differentiable(logits)
+        return inputs, logits, targets
 
 
 def _sparse(loss: Tensor, network: nn.Module) -> Iterator[str]:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from delfast.batches import LossFn, device_of, per_example_losses
+from delfast.batches import LossFn, check_differentiable, device_of, per_example_losses
 from delfast.errors import InputError, check_choice
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.plain import as_json, unboxed
@@ -158,6 +158,7 @@ def _run_epoch(
         model.zero_grad(set_to_none=True)
         with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
             losses = per_example_losses(model, batch, loss_fn)
+        check_differentiable(losses)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         if max_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from delfast.arguments import check_int
 from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.errors import InputError
 from delfast.unlearn.loaders import preserved
@@ -23,6 +24,7 @@ class EarlyStop:
     """
 
     def __init__(self, validation: Iterable[Any], patience: int, loss_fn: LossFn | None) -> None:
+        patience = check_int("patience", patience)
         if patience < 1:
             raise InputError(f"expected patience of at least 1 epoch, got {patience}; leave it out for no early stop")
         with preserved([validation]):

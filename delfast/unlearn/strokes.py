@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from delfast.batches import cut, evaluating, examples_in, per_example_losses
+from delfast.batches import cut, evaluating, examples_in, per_example_losses, warn_about_loader
 from delfast.errors import InputError
 from delfast.localize.gradient import MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
@@ -60,6 +60,7 @@ class Dampening(Stroke):
         parameters = {name: parameter for name, parameter, _ in _masked(job)}
         sums, counts = {}, {}
         for what, loader in (("forget set", job.forget), ("retain set", job.retain)):
+            warn_about_loader(loader, what)
             squares = PerExampleGradients(job.network, parameters, job.loss_fn, "square")
             counts[what] = add_all(squares, job.network, loader, what)
             sums[what] = squares.mean(1)
@@ -114,6 +115,7 @@ class Influence(Stroke):
 
         means, counts = [], []
         for loader, what in ((job.forget, "forget set"), (job.retain, "retain set")):
+            warn_about_loader(loader, what)
             sums = MeanGradient(job.network, parameters, job.loss_fn)
             counts.append(add_all(sums, job.network, loader, what))
             means.append(flat(sums.mean(counts[-1]).values()))
@@ -126,7 +128,7 @@ class Influence(Stroke):
             )
         gradients = v.new_empty(samples, size)
         taken = 0
-        with evaluating(job.network):
+        with evaluating(job.network, gradients=True):
             for batch in job.retain:
                 for loss in self._losses(job, batch, len(gradients) - taken):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -164,7 +166,7 @@ class Influence(Stroke):
         if count is None:
             raise InputError(f"'{self.name}' expects batches of tensors with the examples along dim 0, to take one out")
         for example in range(min(count, most)):
-            yield per_example_losses(job.network, cut(batch, [example]), job.loss_fn).sum()
+            yield per_example_losses(job.network, cut(batch, [example], job.loss_fn), job.loss_fn).sum()
 
 
 def _masked(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -14,7 +14,8 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, evaluating, warn_about_loader
+from delfast.arguments import check_function, check_loader, check_path
+from delfast.batches import LossFn, evaluating, split_batch, warn_about_loader
 from delfast.errors import InputError
 from delfast.files import read_json, write_json
 from delfast.layer_types import output_dims
@@ -49,7 +50,7 @@ class SignedChannels:
     @staticmethod
     def load(path: str | Path) -> SignedChannels:
         """Open what ``signed_channels(..., path=path)`` wrote. InputError if it is not there or damaged."""
-        path = Path(path)
+        path = Path(check_path("path", path))
         layers = read_json(path / LAYERS)
         try:
             matrix: Any = npy.open_memmap(path / MATRIX, mode="r")
@@ -72,6 +73,9 @@ def signed_channels(
     Rows are in the loader's order. Their identifiers are the index of (index, input, target) batches, else 0 to N-1.
     The model is left as it was. Raises InputError as ``score(per_example=True)``, and if ``path`` is there already.
     """
+    check_function("loss_fn", loss_fn)
+    check_loader(loader, "set's loader")
+    path = None if path is None else check_path("path", path)
     warn_about_loader(loader, "set")
     network = unwrap(model)
     passes = ChannelPasses(network, trainable_parameters(network), loss_fn)
@@ -103,7 +107,7 @@ def _fill(
     examples: list[Any] = []
     counted = 0
     try:
-        with evaluating(network):
+        with evaluating(network, gradients=True):
             for batch in loader:
                 count = passes.add(batch)
                 if count:
@@ -166,6 +170,11 @@ class ChannelPasses(ExamplePasses):
 
     def matrix(self) -> Any:
         """(N, ΣC) of the batch, float32."""
+        if not self.rows:
+            raise InputError(
+                "expected losses of a model with a convolution or linear layer that trains, got none; only these have "
+                "channels"
+            )
         return torch.cat([rows.float().cpu() for rows in self.rows.values()], dim=1).numpy()
 
 
@@ -252,6 +261,7 @@ class _Rows:
 
 def identifiers(batch: Any, loss_fn: object, counted: int, count: int) -> Any:
     """int64 (count,): the index of (index, input, target) batches, else from ``counted`` on."""
-    if loss_fn is None and len(batch) == 3:
-        return numpy.asarray(batch[0], dtype=numpy.int64).reshape(count)
+    index = split_batch(batch)[0] if loss_fn is None else None
+    if index is not None:
+        return torch.as_tensor(index, dtype=torch.int64).cpu().numpy()
     return numpy.arange(counted, counted + count, dtype=numpy.int64)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, cut, detached, examples_in, per_example_losses
+from delfast.batches import LossFn, check_differentiable, cut, detached, examples_in, per_example_losses
 from delfast.localize.per_example.capture import Capture
 from delfast.localize.per_example.layers import Order, Place, refuse_batch_statistics
 from delfast.localize.per_example.trial import ENOUGH, Trial
@@ -112,6 +112,8 @@ class ExamplePasses(ABC):
             capture, losses = self._pass(self.capture, batch)
             if not capture.examples:
                 return 0
+            if self.parameters and not self.unknown and not capture.repeats:
+                check_differentiable(losses)
             capture.finish()
             self.remember(capture.unknown)
             self.try_again_for(capture.undecided)
@@ -149,7 +151,7 @@ class ExamplePasses(ABC):
         if self._tried and count is not None and count <= self._tried:
             return
         if count is not None and count > ENOUGH:
-            batch = cut(batch, [i * (count - 1) // (ENOUGH - 1) for i in range(ENOUGH)])
+            batch = cut(batch, [i * (count - 1) // (ENOUGH - 1) for i in range(ENOUGH)], self.loss_fn)
         self._trials += 1
         trial, _ = self._pass(lambda: Trial(self.parameters, self.unknown), batch)
         self.learned(trial)
@@ -212,12 +214,12 @@ class ExamplePasses(ABC):
         """The loss of each example: alone where that gives the same loss, else within its batch."""
         count = losses.numel()
         if examples_in(batch, self.loss_fn) == count:
-            first = per_example_losses(self.network, cut(batch, [0]), self.loss_fn)
+            first = per_example_losses(self.network, cut(batch, [0], self.loss_fn), self.loss_fn)
             # a hundredth: far above the rounding of 16 bits, far below what other examples in the loss would do
             if first.shape == (1,) and torch.allclose(first.detach().float(), losses[:1].float(), rtol=1e-2, atol=1e-2):
                 yield first[0]
                 for example in range(1, count):
-                    yield per_example_losses(self.network, cut(batch, [example]), self.loss_fn)[0]
+                    yield per_example_losses(self.network, cut(batch, [example], self.loss_fn), self.loss_fn)[0]
                 return
         yield from per_example_losses(self.network, batch, self.loss_fn)
 

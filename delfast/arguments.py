@@ -1,0 +1,117 @@
+"""Checks of what callers pass to public functions: InputError in one line before anything is computed or changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral, Real
+from os import PathLike, fspath
+from typing import Any, TypeGuard
+
+import torch
+
+from delfast.errors import InputError
+
+MAX_SEED = 2**64 - 1  # the most that torch's and numpy's generators both take
+
+
+def describe(value: object) -> str:
+    """A value for an error's one line: numbers and short strings as they are, everything else by its type."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{value} ({type(value).__name__})" if isinstance(value, Real) else type(value).__name__
+
+
+def check_number(name: str, value: Any) -> float:
+    """A real number (Python's or numpy's, no bool) as a float; its range, and whether it is finite, is not checked."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise InputError(f"expected {name} to be a number, got {describe(value)}; pass a float")
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float64, of either sign
+        return math.inf
+
+
+def _is_int(value: object) -> TypeGuard[Integral]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: object) -> int:
+    """A whole number that 64 bits hold (Python's or numpy's int, no bool) as an int."""
+    if _is_int(value) and abs(int(value)) < 2**63:
+        return int(value)
+    raise InputError(f"expected {name} to be an int, got {describe(value)}; pass one that 64 bits hold")
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """A whole number of at least ``least``, as ``check_int``."""
+    if _is_int(value) and least <= int(value) < 2**63:
+        return int(value)
+    raise InputError(f"expected {name} to be a count of at least {least}, got {describe(value)}; pass such an int")
+
+
+def check_seed(value: object) -> int:
+    """A seed in [0, 2^64), Python's or numpy's int, as an int."""
+    if _is_int(value) and 0 <= int(value) <= MAX_SEED:
+        return int(value)
+    raise InputError(f"expected seed to be an int in [0, 2**64), got {describe(value)}; pass one")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """A bool."""
+    if isinstance(value, bool):
+        return value
+    raise InputError(f"expected {name} to be True or False, got {describe(value)}; pass one of these")
+
+
+def check_function(name: str, value: object) -> None:
+    """InputError unless ``value`` is None or can be called."""
+    if value is not None and not callable(value):
+        raise InputError(f"expected {name} to be a function or None, got {describe(value)}; pass a function")
+
+
+def check_loader(value: object, what: str) -> None:
+    """InputError unless ``value`` can be iterated over and could yield batches."""
+    if (not isinstance(value, Iterable) and not hasattr(value, "__getitem__")) or isinstance(
+        value, (str, bytes, Mapping)
+    ):
+        raise InputError(
+            f"expected the {what} to be a DataLoader or another iterable of batches, got {describe(value)}; pass one"
+        )
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], text: str) -> None:
+    """InputError unless ``value`` is of this type; ``text`` says which type is meant."""
+    if not isinstance(value, kind):
+        raise InputError(f"expected {name} to be {text}, got {describe(value)}; pass one")
+
+
+def check_names(name: str, value: object) -> None:
+    """InputError unless ``value`` is a collection of str, and no str itself."""
+    if (
+        not isinstance(value, Collection)
+        or isinstance(value, (str, bytes))
+        or not all(isinstance(v, str) for v in value)
+    ):
+        raise InputError(f"expected {name} to be a list of names, got {describe(value)}; pass a list of str")
+
+
+def check_path(name: str, value: Any) -> str:
+    """A path (str or os.PathLike of str) as a str."""
+    if isinstance(value, (str, PathLike)):
+        text = fspath(value)
+        if isinstance(text, str) and "\0" not in text:
+            return text
+    raise InputError(f"expected {name} to be a path, got {describe(value)}; pass a str or a pathlib.Path")
+
+
+def check_device(value: Any) -> torch.device:
+    """A ``torch.device``."""
+    refusal = InputError(f"expected a device such as 'cpu' or 'cuda:0', got {describe(value)}; pass one")
+    if not isinstance(value, (str, torch.device)):
+        raise refusal
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise refusal from None

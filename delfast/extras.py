@@ -1,0 +1,24 @@
+"""Packages that the core install does not bring: the ``experiments`` extra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def extra(what: str, advice: str = "") -> Iterator[None]:
+    """Inside, for imports: where a package is missing, ImportError in one line with the extra that brings it.
+
+    ``what`` needs the package; ``advice``: what can be done without it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "delfast"):
+            raise
+        raise ModuleNotFoundError(
+            f"{what} needs '{package}', which is not installed; pip install 'delfast[experiments]'{advice}",
+            name=error.name,
+        ) from None
