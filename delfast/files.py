@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     removed first; what another process still writes stays.
     """
     path = Path(path)
-    with _directory_for(path) as (directory, mode):
+    with directory_for(path) as (directory, mode):
         partial = directory / "partial"
         write(partial)
         with open(partial, "rb+") as stream:
@@ -55,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _directory_for(path: Path) -> Iterator[tuple[Path, int]]:
+def directory_for(path: Path) -> Iterator[tuple[Path, int]]:
     """A private directory beside ``path``, removed at the end, and the mode that the umask gives to new files.
 
     A locked file in it says that its process is alive: the lock goes with the process, however that ends.
