@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import functools
+import glob
 import io
 import json
 import os
 import pickle
 import re
+import secrets
+import shutil
+import stat
+import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +32,16 @@ from delfast.errors import InputError
 from delfast.plain import number
 
 Write = Callable[[Path], None]
+
+if sys.platform != "win32":
+    import fcntl
+
+LOCK = "lock"  # the file whose lock a process holds while it writes
+# errors of file systems that flush no directories or have no locks, and of Windows, which opens no directories
+UNSUPPORTED = {
+    *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK),
+    *(errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR),
+}
 
 
 def _naming_the_file(write: Callable[[Path, Write], None]) -> Callable[[Path, Write], None]:
@@ -65,28 +83,84 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     A reader sees the old file or the new one, never half of one. If ``write`` fails (a full disk, say) the
     temporary file is removed, ``path`` is as it was, and the error goes on: an OSError of the system's with the name of
-    the file.
+    the file. What killed processes left of ``path`` is removed first; what another process still writes stays.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
+    with directory_for(path) as (directory, mode):
+        partial = directory / "partial"
         write(partial)
         with open(partial, "rb+") as stream:
+            if sys.platform != "win32":
+                os.fchmod(stream.fileno(), mode)  # safetensors and mapped tensors make private files
             os.fsync(stream.fileno())
-        umask = os.umask(0)  # mkstemp makes private files; give this one the ordinary permissions
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def directory_for(path: Path) -> Iterator[tuple[Path, int]]:
+    """A private directory beside ``path``, removed at the end, and the mode that the umask gives to new files.
+
+    A locked file in it says that its process is alive: the lock goes with the process, however that ends.
+    """
+    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        _remove_abandoned(abandoned)
+    directory, lock = _locked_directory(path)
     try:
-        os.fsync(directory)  # the rename itself must survive a power cut
+        yield directory, stat.S_IMODE(os.fstat(lock).st_mode)
     finally:
-        os.close(directory)
+        os.close(lock)
+        shutil.rmtree(directory, ignore_errors=True)  # what cannot be removed now, the next run removes
+
+
+def _locked_directory(path: Path) -> tuple[Path, int]:
+    while True:
+        directory = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        directory.mkdir(mode=0o700)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(lock, wait=True)
+        if (directory / LOCK).exists():
+            return directory, lock
+        os.close(lock)  # another process took it for abandoned, just before it was locked
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove the directory unless a process holds its lock."""
+    try:
+        lock = os.open(directory / LOCK, os.O_RDWR)
+    except OSError:  # another process has removed it, or it is another user's
+        return
+    try:
+        if _lock(lock, wait=False):
+            shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Lock an open file until it is closed. False where another process holds the lock, or the system has none."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.errno in UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    """Flush a rename to the disk, that it may survive a power cut, where the system flushes directories."""
+    try:
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def write_json(path: Path, value: object) -> None:
@@ -104,14 +178,37 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def read_text(path: Path) -> str:
+    """Read a file as UTF-8, with or without a byte order mark.
+
+    Raises OSError if it is missing or no regular file (a pipe would wait for its other end), ValueError if it is other
+    text than UTF-8; both with a reason of one line.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16 text; save it as UTF-8")
+    if b"\0" in content:
+        raise ValueError("it is no text, or UTF-16 or UTF-32; save it as UTF-8")
+    return content.decode("utf-8-sig")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; InputError if it is missing or no JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = read_text(path)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair is no text: no file could keep it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except FileNotFoundError:
         raise InputError(f"expected a JSON file at '{path}', there is none; check the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read '{path}' as JSON: {one_line(error)}; write it anew") from None
+    except RecursionError:
+        raise InputError(f"cannot read '{path}' as JSON: it is nested too deeply; write it again") from None
+    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"cannot read '{path}' as JSON: {reason(error)}; write it again") from None
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -214,6 +311,11 @@ def make_output_dir(path: Path) -> Path:
         raise InputError(
             f"cannot write to the output directory '{path}' ({error.strerror}); choose another --output-dir"
         ) from None
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read: an OSError's text without its number and path, any other error's first line."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
 
 
 def one_line(error: BaseException) -> str:

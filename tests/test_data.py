@@ -1,10 +1,14 @@
 """Data sets, batches and forget sets."""
 
+import errno
 import gzip
 import json
+import os
 import pickle
 import struct
 import sys
+import zlib
+from pathlib import Path
 
 import numpy
 import pytest
@@ -367,3 +371,149 @@ def test_a_subset_is_the_same_each_time(digits):
     assert some.train_images.shape[0] == 100 and len(some.test_targets) == len(digits.test_targets)
     assert torch.equal(some.train_targets, subset(digits, 100, 5).train_targets)
     assert torch.equal(some.mean, digits.mean) and some.digest != digits.digest
+
+
+@pytest.mark.parametrize(
+    "encoding, message",
+    [("utf-8", None), ("utf-8-sig", None), ("utf-16", "UTF-16 text; save it as UTF-8"), ("utf-16-le", "UTF-16"),
+     ("utf-16-be", "UTF-16"), ("utf-32", "UTF-16")],
+)  # fmt: skip
+def test_an_index_file_may_begin_with_a_byte_order_mark(digits, tmp_path, encoding, message):
+    path = tmp_path / "withdrawn.txt"
+    path.write_bytes("3\r\n7\r\n".encode(encoding))
+    if message is None:
+        assert choose(f"file:{path}", 0.1, digits.train_targets, 10, 0).indices.tolist() == [3, 7]
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        choose(f"file:{path}", 0.1, digits.train_targets, 10, 0)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_index_file_that_is_none_is_refused_and_not_waited_for(digits, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "huge").write_text("9" * 5000)
+    for name, message in (("pipe", "no regular file"), (".", "no regular file"), ("huge", "got '9"), ("a\0b", "null")):
+        with pytest.raises(InputError, match=message) as caught:
+            choose(f"file:{tmp_path}/{name}", 0.1, digits.train_targets, 10, 0)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+    with pytest.raises(InputError, match="expected a forget set"):
+        choose(f"non-iid:{'9' * 5000}", 0.1, digits.train_targets, 10, 0)
+
+
+# --- folders of images that are not what they seem ------------------------------------------------
+
+
+def test_what_begins_with_a_dot_is_no_class_and_no_image(folder):
+    plain = load(f"folder:{folder}")
+    for part in ("train", "test"):
+        (folder / part / ".ipynb_checkpoints").mkdir()
+        (folder / part / "cat" / ".thumbnails").mkdir()
+        for hidden in (".ipynb_checkpoints/0.png", "cat/.thumbnails/0.png", "cat/._0.png"):
+            (folder / part / hidden).write_bytes(b"no image")
+    (folder / "train" / ".DS_Store").write_bytes(b"")
+    (folder / "train" / "notes.txt").write_text("no image")
+    data = load(f"folder:{folder}")
+    assert data.num_classes == 2 and data.digest == plain.digest
+
+
+def test_images_come_in_the_order_of_torchvisions_image_folder(folder):
+    from torchvision.datasets import ImageFolder
+
+    for part in ("train", "test"):
+        for name in ("b/0.PNG", "b-c/0.png", "b/a/1.png", "a.png", "B.png", "é.png"):
+            (folder / part / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 12)).save(folder / part / "cat" / name)
+    (folder / "train" / "dog" / "linked").symlink_to(folder / "test" / "dog")  # followed, as there
+    train, _, _ = pictures._folder(f"folder:{folder}")
+    expected = ImageFolder(str(folder / "train"))
+    assert [(train.name(i), int(target)) for i, target in enumerate(train.targets)] == expected.samples
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, *chunks):
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(chunks) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+
+
+def bomb(path):
+    path.write_bytes(png(50_000, 50_000))
+
+
+def text_bomb(path):
+    path.write_bytes(png(12, 12, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 80_000_000))))
+
+
+def to_nothing(path):
+    path.symlink_to(path.parent / "nothing.png")
+
+
+def to_itself(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [(os.mkfifo, "no regular file"), (bomb, "could be decompression bomb"), (text_bomb, "cannot read the image"),
+     (to_nothing, "No such file"), (to_itself, "symbolic links"), (Path.touch, "cannot identify")],
+)  # fmt: skip
+def test_an_image_that_cannot_be_read_is_one_line_whatever_its_name(folder, make, message):
+    make(folder / "train" / "cat" / "\x1b[31m\n\u202e9.png")
+    with pytest.raises(InputError, match=message) as caught:
+        load(f"folder:{folder}", image_size=8)
+    assert r"\x1b[31m\n" in str(caught.value) and str(caught.value).isprintable()
+
+
+def link_to_parent(folder):
+    (folder / "train" / "cat" / "loop").symlink_to(folder / "train" / "cat")
+
+
+def two_links(folder):
+    """Followed without a check they double the images at every level, until the names are too long."""
+    for name in ("one", "two"):
+        (folder / "train" / "cat" / name).symlink_to(folder / "train")
+
+
+def class_that_is_its_root(folder):
+    for part in ("train", "test"):
+        (folder / part / "all").symlink_to(folder / part)
+
+
+@pytest.mark.parametrize("make", [link_to_parent, two_links, class_that_is_its_root])
+def test_links_that_lead_back_are_refused_by_name(folder, make):
+    make(folder)
+    with pytest.raises(InputError, match="is read already; remove the link"):
+        load(f"folder:{folder}")
+
+
+def test_a_folder_that_cannot_be_read_is_refused(folder, monkeypatch):
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError, match=r"cannot read '.*dog' \(Permission denied\)"):
+        load(f"folder:{folder}")
+    monkeypatch.undo()
+    for path in (folder / "test" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match=r"expected images in '.*dog', there is none"):
+        load(f"folder:{folder}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"indices": [1.5]}, {"indices": [[1]]}, {"indices": [2**70]}, {"indices": [True]}, {"labels": None},
+     {"seed": float("inf")}, {"seed": "9" * 5000}, {"ratio": []}, {"labels": [2**64]}, {"examples": "all"}],
+)  # fmt: skip
+def test_a_forget_file_of_other_types_is_refused(digits, tmp_path, change):
+    path = tmp_path / "forget.json"
+    choose("iid", 0.1, digits.train_targets, 10, seed=4).save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=r"is no forget set"):
+        ForgetSet.load(path, digits.train_targets)

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from delfast.errors import InputError
+from delfast.cli.stop import Stopped, stopping
+from delfast.errors import InputError, printable
 from delfast.files import one_line
 
 BAD_INPUT, FAILURE = 2, 1
@@ -16,13 +17,14 @@ EXTRA = ("typer", "rich", "tomli", "torchvision", "sklearn", "matplotlib", "vit_
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ``arguments`` default to the process's own. Returns the exit code.
 
-    0: done. 1: it failed, or ``verify`` found a change outside the mask. 2: bad input. An error is one line
-    on standard error; with DELFAST_DEBUG=1 the traceback comes too.
+    0: done. 1: it failed, or ``verify`` found a change outside the mask. 2: bad input. 130: interrupted (Ctrl-C).
+    143: terminated (SIGTERM). An error is one line on standard error; with DELFAST_DEBUG=1 the traceback comes too.
     """
     try:
-        from delfast.cli.commands import run
+        with stopping():
+            from delfast.cli.commands import run
 
-        return run(arguments)
+            return run(arguments)
     except InputError as error:
         return _fail(error, str(error), BAD_INPUT)
     except ModuleNotFoundError as error:
@@ -30,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, one_line(error), FAILURE)
         hint = f"'{error.name}' is not installed; the command line needs: pip install 'delfast[experiments]'"
         return _fail(error, hint, FAILURE)
-    except KeyboardInterrupt as error:
-        return _fail(error, "interrupted", FAILURE)
+    except KeyboardInterrupt as error:  # where this is not the main thread, whose signals ``stopping`` takes
+        return _fail(error, "interrupted", Stopped.INTERRUPTED)
+    except Stopped as error:
+        return _fail(error, str(error), error.exit_code)
     except OSError as error:
         where = f" ('{error.filename}')" if error.filename else ""
         return _fail(error, f"{error.strerror or one_line(error)}{where}", FAILURE)
@@ -42,5 +46,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(error: BaseException, message: str, code: int) -> int:
     if os.environ.get("DELFAST_DEBUG") == "1":
         raise error
-    print(f"delfast: error: {message}", file=sys.stderr)
+    print(f"delfast: error: {printable(message)}", file=sys.stderr)
     return code

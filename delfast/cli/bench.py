@@ -55,9 +55,15 @@ def rows(found: dict[str, dict[str, float]]) -> list[list[str]]:
 def _in_its_own_process(request: Request, backend: str) -> dict[str, float]:
     environment = {**os.environ, "DELFAST_BACKEND": backend, "OMP_NUM_THREADS": str(request.threads)}
     command = [sys.executable, *as_arguments(request)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    theirs, ours = os.pipe()  # nothing is sent: that our end closes ends the process
+    try:
+        result = subprocess.run(command, stdin=theirs, capture_output=True, text=True, env=environment)
+    finally:
+        os.close(theirs)
+        os.close(ours)
     if result.returncode:
-        raise RuntimeError(f"the stages cannot be timed: {result.stderr.strip().splitlines()[-1]}")
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        raise RuntimeError(f"the stages cannot be timed: {lines[-1]}")
     measured: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return measured
 

@@ -37,6 +37,7 @@ from delfast.cli.run import (
     start,
 )
 from delfast.cli.stages import Request
+from delfast.cli.stop import Stopped
 from delfast.errors import InputError
 from delfast.evaluate import gaps
 from delfast.files import make_output_dir, write_json
@@ -56,10 +57,12 @@ def run(arguments: Sequence[str] | None) -> int:
     start_log()
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="delfast", standalone_mode=False)
-    except typer.Abort:  # what typer makes of Ctrl-C
+    except typer.Abort:  # what older typers make of a KeyboardInterrupt, outside the main thread
         raise KeyboardInterrupt from None
     except _UsageError as error:
         raise InputError(f"{error.format_message()} (see `delfast --help`)") from None
+    if code == Stopped.INTERRUPTED:  # what newer ones make of it
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 

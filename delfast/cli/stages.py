@@ -6,6 +6,7 @@ A process of its own for each variant, since the backend is chosen when delfast 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import delfast
 from delfast.cli.run import choose_device, load_model, open_run
+from delfast.cli.stop import exit_after
 from delfast.data import Batches
 from delfast.localize import Scores
 from delfast.models import factory
@@ -165,4 +167,5 @@ def as_arguments(request: Request) -> list[str]:
 
 
 if __name__ == "__main__":
+    exit_after(lambda: os.read(0, 1))
     print(json.dumps(measure(Request(**json.loads(sys.argv[1])))))

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from delfast.errors import InputError
-from delfast.files import one_line, read_json, write_json
+from delfast.files import read_json, read_text, reason, write_json
 from delfast.provenance import digest_indices
 
 log = logging.getLogger(__name__)
+
+MAX_DIGITS = 18  # of an index or a class: what is longer does not fit into 64 bits
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,21 @@ class ForgetSet:
     def load(cls, path: Path, targets: Tensor) -> ForgetSet:
         """Read what ``save`` wrote; ``targets``: (N,) int64, the data set's own training labels."""
         content = read_json(path)
+        expected = {"spec": str, "ratio": float, "seed": int, "examples": int, "digest": str}
         try:
-            spec, ratio, seed = str(content["spec"]), float(content["ratio"]), int(content["seed"])
-            indices = torch.tensor(content["indices"], dtype=torch.int64)
-            labels = torch.tensor(content["labels"], dtype=torch.int64)
-            examples, digest = content["examples"], content["digest"]
-        except (KeyError, TypeError, ValueError):
+            spec, ratio, seed, examples, digest = (kind(content[name]) for name, kind in expected.items())
+            indices = _positions(content["indices"])
+            labels = _positions(content["labels"])
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise InputError(f"'{path}' is no forget set; expected the file that `delfast train` writes") from None
         if examples != len(targets):
             raise InputError(
                 f"'{path}' is of a training set of {examples} examples, this one has {len(targets)}; "
                 "use the data set it was made for"
             )
-        if len(indices) != len(labels) or len(indices) == 0 or not 0 <= indices.min() <= indices.max() < examples:
-            raise InputError(f"'{path}' lists examples that do not exist; train anew")
+        ascending = len(indices) > 0 and bool((indices.diff() > 0).all())
+        if len(indices) != len(labels) or not ascending or not 0 <= indices[0] <= indices[-1] < examples:
+            raise InputError(f"'{path}' lists examples that do not exist, or none, or one twice; train again")
         trained = targets.clone()
         trained[indices] = labels
         loaded = cls(spec, ratio, seed, indices, trained)
@@ -84,12 +87,19 @@ class ForgetSet:
         return loaded
 
 
+def _positions(values: object) -> Tensor:
+    """A list of integers as (n,) int64. TypeError for anything else."""
+    if not isinstance(values, list) or not all(type(value) is int and abs(value) < 2**63 for value in values):
+        raise TypeError("no list of integers")
+    return torch.tensor(values, dtype=torch.int64)
+
+
 def parse_forget(spec: str) -> tuple[str, tuple[int, ...]]:
     """Split a forget spec into its kind and, for ``non-iid:2,5``, its classes. InputError if it is none."""
     if spec in ("iid", "mislabelled") or spec.startswith("file:"):
         return spec.partition(":")[0], ()
     kind, _, classes = spec.partition(":")
-    if kind == "non-iid" and classes and all(part.strip().isdecimal() for part in classes.split(",")):
+    if kind == "non-iid" and classes and all(_is_class(part.strip()) for part in classes.split(",")):
         return kind, tuple(sorted({int(part) for part in classes.split(",")}))
     raise InputError(
         "expected a forget set 'iid', 'mislabelled', 'non-iid:2,5' (the classes) or 'file:PATH' (indices), got "
@@ -97,12 +107,17 @@ def parse_forget(spec: str) -> tuple[str, tuple[int, ...]]:
     )
 
 
+def _is_class(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MAX_DIGITS
+
+
 def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int) -> ForgetSet:
     """Choose the forget set: ``ratio`` of the training examples, by a generator of its own.
 
     ``iid``: at random. ``non-iid:2,5``: at random among those classes, all of them (said in the log) if
     ``ratio`` asks for more than they hold. ``mislabelled``: at random, and each label replaced by another
-    class, uniformly. ``file:PATH``: the indices listed in a text file, separated by white space; no ``ratio``.
+    class, uniformly. ``file:PATH``: the indices listed in a text file (UTF-8, with or without a byte order mark),
+    separated by white space; no ``ratio``.
 
     targets: (N,) int64 in [0, num_classes). Raises InputError for a ratio outside (0, 1], a class that does
     not exist, an empty forget set, and one that leaves no retain set.
@@ -141,15 +156,16 @@ def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int
 def _listed(path: Path, examples: int) -> Tensor:
     """The indices that a text file lists, sorted. InputError for what is none, out of range, or there twice."""
     try:
-        words = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the forget set's indices in '{path}': {one_line(error)}") from None
+        words = read_text(path).split()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the forget set's indices in '{path}': {reason(error)}") from None
     for word in words:
-        if not word.isdecimal() or int(word) >= examples:
-            raise InputError(f"expected '{path}' to list indices from 0 to {examples - 1}, got '{word}'; mend it")
+        if not word.isdecimal() or len(word) > MAX_DIGITS or int(word) >= examples:
+            shown = word if len(word) <= MAX_DIGITS else f"{word[:MAX_DIGITS]}..."
+            raise InputError(f"expected '{path}' to list indices from 0 to {examples - 1}, got '{shown}'; correct it")
     indices = torch.tensor(sorted(int(word) for word in words), dtype=torch.int64)
     if len(torch.unique(indices)) < len(indices):
-        raise InputError(f"expected '{path}' to list each index once, one is there twice; mend it")
+        raise InputError(f"expected '{path}' to list each index once, one is there twice; correct it")
     return indices
 
 

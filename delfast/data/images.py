@@ -82,7 +82,8 @@ def load(spec: str, data_dir: Path | None = None, image_size: int | None = None)
     ``digits`` comes with scikit-learn (8x8, its 0..16 scaled to 0..255; a fixed stratified split keeps 80 %
     for training). The next four are torchvision's: read from ``data_dir`` (default ~/.cache/delfast),
     downloaded there if absent; for Fashion-MNIST ``data_dir`` may also hold the four ``*-ubyte.gz`` files.
-    ``folder:PATH`` reads ``PATH/train/CLASS/*`` and ``PATH/test/CLASS/*``, ``hub:NAME`` a data set of the Hugging Face
+    ``folder:PATH`` reads the images below ``PATH/train/CLASS`` and ``PATH/test/CLASS``; files and folders whose names
+    begin with a dot are left out, links to folders are followed. ``hub:NAME`` reads a data set of the Hugging Face
     hub (``hub:clane9/imagenet-100``; a local directory too) by the columns ``image`` and ``label`` of its splits
     ``train`` and ``test`` or ``validation``; both as RGB, scaled and cropped to ``image_size`` (default: that of the
     first image); if that takes more than 4 GiB, through a file in ``data_dir``, made once. Raises InputError if the

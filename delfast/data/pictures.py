@@ -6,7 +6,8 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from delfast.errors import InputError
 from delfast.extras import extra
-from delfast.files import make_output_dir, one_line, write_atomically
+from delfast.files import make_output_dir, one_line, reason, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,7 +79,7 @@ def _decode(pictures: Pictures, size: int, directory: Path | None) -> Tensor:
         images = torch.empty(shape, dtype=torch.uint8)
         fill(images)
         return images
-    digest = hashlib.sha256(f"{shape} {pictures.identity}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{shape} {pictures.identity}".encode(errors="surrogateescape")).hexdigest()
     file, count = make_output_dir(directory) / f"{digest[:20]}.uint8", math.prod(shape)
     if not file.is_file():
         log.info("decoding %d images into '%s' (%.1f GiB)", shape[0], file, count / 2**30)
@@ -94,7 +95,7 @@ def _open(pictures: Pictures, position: int) -> Image.Image:
         with pictures.open(position) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
-    except OSError as error:  # PIL.UnidentifiedImageError is one
+    except Exception as error:  # PIL raises many kinds for damaged files, and one of its own for decompression bombs
         name = pictures.name(position)
         raise InputError(f"cannot read the image '{name}' ({one_line(error)}); remove or replace it") from None
 
@@ -112,30 +113,86 @@ def _path(spec: str) -> Path:
 
 
 def _folder(spec: str) -> tuple[Pictures, Pictures, int]:
+    root = _path(spec)
+    classes = {part: _subfolders(root / part) for part in ("train", "test")}
+    if classes["train"] != classes["test"]:
+        odd = sorted(set(classes["train"]) ^ set(classes["test"]))[0]
+        raise InputError(f"expected the same classes in '{root}/train' and '{root}/test', '{odd}' is in one alone")
+    train, test = (_files_of_classes(root / part, names) for part, names in classes.items())
+    return train, test, len(classes["train"])
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted."""
+    found = sorted(os.path.basename(path) for path, is_folder in _entries(str(folder)) if is_folder)
+    if not found:
+        raise InputError(f"expected '{folder}' to hold CLASS/ folders of images, it has none; check --data")
+    return found
+
+
+def _entries(folder: str) -> Iterator[tuple[str, bool]]:
+    """Paths in a folder, and whether they are folders, except names that begin with a dot (``.ipynb_checkpoints``).
+    InputError if one cannot be read, such as a link that leads to itself.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            yield from [(entry.path, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"cannot read '{error.filename or folder}' ({reason(error)}); remove or replace it") from None
+
+
+def _files_of_classes(folder: Path, classes: Sequence[str]) -> Pictures:
     with extra("a data set of image files"):
         from PIL import Image
-        from torchvision.datasets import ImageFolder
 
-    root = _path(spec)
+    paths: list[str] = []
+    targets: list[int] = []
+    identity: list[str] = []
+    for target, name in enumerate(classes):
+        found = _image_files(folder / name)
+        for path, status in found:
+            paths.append(path)
+            targets.append(target)
+            identity.append(f"{path} {target} {status.st_size} {status.st_mtime_ns}")
+    return Pictures(lambda i: Image.open(paths[i]), lambda i: paths[i], torch.tensor(targets), "\n".join(identity))
+
+
+def _image_files(folder: Path) -> list[tuple[str, os.stat_result]]:
+    """Image files below a folder, by their extension, in the order of torchvision's ImageFolder.
+
+    InputError for a link to a folder that is read already (its images would count twice, or without end), for what is
+    no regular file (a pipe would wait for its other end), and where there are no images.
+    """
+    with extra("a data set of image files"):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    places, images = [str(folder)], []
+    read: dict[tuple[int, int], str] = {}
+    while places:
+        place = places.pop()
+        status = os.stat(place)
+        first = read.setdefault((status.st_dev, status.st_ino), place)
+        if first != place:
+            raise InputError(f"'{place}' leads to '{first}', which is read already; remove the link")
+        for path, is_folder in _entries(place):
+            if is_folder:
+                places.append(path)
+            elif path.lower().endswith(IMG_EXTENSIONS):
+                images.append(path)
+    if not images:
+        raise InputError(f"expected images in '{folder}', there is none ({' '.join(IMG_EXTENSIONS)}); add some")
+    return [(path, _status(path)) for path in sorted(images, key=os.path.split)]
+
+
+def _status(path: str) -> os.stat_result:
+    """The status of an image file. InputError where it is none that can be read without waiting."""
     try:
-        parts = [ImageFolder(str(root / part)) for part in ("train", "test")]
-    except FileNotFoundError as error:
-        raise InputError(f"expected '{root}' to hold train/CLASS/ and test/CLASS/ images: {one_line(error)}") from None
-    train, test = parts
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise InputError(f"expected the same classes in '{root}/train' and '{root}/test', '{odd}' is in one alone")
-
-    def pictures(samples: list[tuple[str, int]]) -> Pictures:
-        statuses = [os.stat(path) for path, _ in samples]
-        identity = "\n".join(
-            f"{path} {target} {status.st_size} {status.st_mtime_ns}"
-            for (path, target), status in zip(samples, statuses, strict=True)
-        )
-        targets = torch.tensor([target for _, target in samples])
-        return Pictures(lambda i: Image.open(samples[i][0]), lambda i: samples[i][0], targets, identity)
-
-    return pictures(train.samples), pictures(test.samples), len(train.classes)
+        status = os.stat(path)
+    except OSError as error:  # links to nothing, or to themselves
+        raise InputError(f"cannot read the image '{path}' ({reason(error)}); remove or replace it") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"cannot read the image '{path}' (it is no regular file); remove or replace it")
+    return status
 
 
 def _hub(spec: str) -> tuple[Pictures, Pictures, int]:

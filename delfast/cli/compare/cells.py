@@ -9,10 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from delfast.cli import steps
 from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
 from delfast.cli.run import MODEL, SUMMARY, Config, Run, choose_device, load_data, load_model, read_summary, start
+from delfast.cli.stop import exit_after, interrupts_held
 from delfast.errors import InputError
 from delfast.evaluate import (
     Metrics,
@@ -57,15 +60,11 @@ def run_grid(
     cells = [cell for cell in grid.cells if not cell_path(directory, cell).is_file()]
     in_use = {network.key for cell in cells for network in cell.networks()}
     networks = [n for n in grid.trained if not _is_trained(directory, n, whole=n.key in in_use)]
-    context = multiprocessing.get_context("spawn")  # forked processes would share OpenMP's threads
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
-        try:
-            _all(pool, _train, [(directory, network, device) for network in networks], "networks", watch)
-            _finished(directory, grid)
-            _all(pool, run_cell, [(directory, cell, device) for cell in cells], "cells", watch)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    tasks = max(len(networks), len(cells), 1)
+    with _workers(min(workers, tasks), threads) as pool:
+        _all(pool, _train, [(directory, network, device) for network in networks], "networks", watch)
+        _finished(directory, grid)
+        _all(pool, run_cell, [(directory, cell, device) for cell in cells], "cells", watch)
     return _finished(directory, grid)
 
 
@@ -97,13 +96,32 @@ def _digest(path: Path) -> str | None:
     return str(read_summary(path)["digests"]["model"]) if (path / SUMMARY).is_file() else None
 
 
-def _start_worker(threads: int) -> None:
+@contextmanager
+def _workers(count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes of so many threads each. They end with this process, however it ends, and at once if it is
+    stopped. After an error they finish what they have begun, and it is kept.
+    """
+    context = multiprocessing.get_context("spawn")  # forked processes would share OpenMP's threads
+    theirs, ours = context.Pipe(duplex=False)  # nothing is sent; that our end closes is the message
+    with ours, ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(threads, theirs)) as pool:
+        try:
+            yield pool
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                ours.close()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker(threads: int, parent: Connection) -> None:
+    exit_after(lambda: parent.poll(None))
     torch.set_num_threads(threads)
 
 
 def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: str, watch: Watch) -> None:
     """Run the task for all arguments; the first failure stops the rest and is raised."""
-    waiting: set[Future[Any]] = {pool.submit(task, *each) for each in arguments}
+    with interrupts_held():  # a terminal sends Ctrl-C to the workers too, which have nothing to say to it
+        waiting: set[Future[Any]] = {pool.submit(task, *each) for each in arguments}
     watch(what, 0, len(arguments))
     done = 0
     while waiting:

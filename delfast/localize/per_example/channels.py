@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from delfast.arguments import check_function, check_loader, check_path
 from delfast.batches import LossFn, evaluating, split_batch, warn_about_loader
 from delfast.errors import InputError
-from delfast.files import read_json, write_json
+from delfast.files import directory_for, read_json, write_json
 from delfast.layer_types import output_dims
 from delfast.localize.per_example.capture import Use
 from delfast.localize.per_example.contributions import channel_dot, widened
@@ -88,15 +86,13 @@ def signed_channels(
         rows = _Rows(None, [])
         layers, examples = _fill(rows, passes, network, loader, loss_fn)
         return SignedChannels(numpy.concatenate(rows.kept), examples, layers)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    try:
+    with directory_for(directory) as (work, _):
+        partial = work / "partial"
+        partial.mkdir()
         layers, examples = _fill(_Rows(partial / MATRIX, []), passes, network, loader, loss_fn)
         numpy.save(partial / EXAMPLES, examples)
         write_json(partial / LAYERS, layers)
-        partial.chmod(0o755)  # mkdtemp makes private directories
         os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return SignedChannels.load(directory)
 
 

@@ -1,0 +1,78 @@
+"""How a command is stopped: by a signal, which cleans up as an error does, or by the end of the parent process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from types import FrameType
+from typing import Any
+
+
+class Stopped(BaseException):
+    """A signal asked the command to stop. No Exception: nothing that goes on after an error may go on after it."""
+
+    INTERRUPTED = 128 + signal.SIGINT
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM raise ``Stopped``, so that temporary files and worker processes go too.
+
+    A signal that the caller ignores or handles itself stays the caller's. Signals belong to the main thread: in any
+    other nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ordinary: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    taken = [number for number, handler in ordinary.items() if signal.getsignal(number) == handler]
+    for number in taken:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, ordinary[number])
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Processes begun inside are deaf to Ctrl-C from their first instruction on; here it is raised at the end."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # multiprocessing's own process, whose start would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def exit_after(wait: Callable[[], object]) -> None:
+    """End this process as soon as ``wait`` returns, whatever the process is doing.
+
+    ``wait`` reads a pipe that nobody writes to. It returns when the other end closes: the parent has closed it, or is
+    dead, by whatever signal.
+    """
+
+    def watch() -> None:
+        try:
+            wait()
+        finally:
+            os._exit(1)
+
+    threading.Thread(target=watch, name="delfast-parent", daemon=True).start()
