@@ -102,15 +102,15 @@ class Compact:
     def undo(self) -> None:
         """Write the rows back and make every module what it was; nothing happens the second time.
 
-        Warns of rows that optimizers have stepped without any gradient.
+        Warn of rows that an optimizer held in its steps and that never had a gradient.
         """
         self._restore()
         if self._has_stepped and self._idle:
             first, *others = sorted(self._idle)
             rest = f" and {len(others)} more" if others else ""
             warnings.warn(
-                f"no gradient has come to '{first}'{rest}, whose selected rows have not learned; if the network uses "
-                "this weight through a reference from before compact(), name it in dense=[...]",
+                f"no gradient reached '{first}'{rest}: the selected rows were not trained; if the network uses this "
+                "weight through a reference taken before compact(), name it in dense=[...]",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -203,11 +203,13 @@ def restore(layer: CompactLayer) -> nn.Module:
 
     A weight that has been put in the place of the layer's own stays as it is.
     """
-    if layer.whole is layer.row_home[0]:
+    weight = layer._parameters.get(WEIGHT)  # None where old weight_norm, refused half-way, has removed it
+    if weight is layer.row_home[0]:
         layer.write_rows()
     if layer.row_index is not None:
         del layer.weight_rows
-        layer.whole.requires_grad_(True)
+        if weight is not None:
+            weight.requires_grad_(True)
     for name in INDICES:
         delattr(layer, name)
     del layer.row_dim, layer.row_groups, layer.row_versions, layer.row_home
