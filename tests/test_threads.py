@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import threading
 import weakref
@@ -152,11 +153,11 @@ def test_nothing_keeps_a_compact_model_alive() -> None:
     optimizer.step()
     assert torch.equal(model.norm.weight[1::2], before[1::2]) and not torch.equal(model.norm.weight, before)
     watched = {id(parameter) for parameter in model.parameters()}
-    assert watched <= guard._guards.keys()
+    assert watched <= guard._registry.guards.keys()
     gone = weakref.ref(model)
     del model, optimizer
     gc.collect()
-    assert gone() is None and not watched & guard._guards.keys()
+    assert gone() is None and not watched & guard._registry.guards.keys()
 
 
 def test_one_pair_of_hooks_and_none_of_it_for_optimizers_of_other_models() -> None:
@@ -180,6 +181,17 @@ def test_one_pair_of_hooks_and_none_of_it_for_optimizers_of_other_models() -> No
         other(torch.ones(1, 2)).sum().backward()
         foreign.step()
         assert guard._steps.running == []
+
+
+def test_the_end_of_the_interpreter_is_quiet() -> None:
+    """Parameters may outlive the module that guards them."""
+    code = """
+import builtins, torch, delfast
+builtins.model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+delfast.compact(model, delfast.score(model, criterion="weight").select(0.5))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 class Stops(torch.optim.SGD):
