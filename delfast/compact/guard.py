@@ -182,7 +182,8 @@ class _Steps(threading.local):
     """What to restore after each step that runs in this thread, outermost first.
 
     A step may call another optimizer's, or its parent class's of the same optimizer. A step that raises has no end. Its
-    entry is recognized by the depth of Python's stack: a step that runs inside another is deeper.
+    entry is recognized by the depth of Python's stack, since a step that runs inside another is deeper, and is dropped
+    at the next step of that depth or less.
     """
 
     def __init__(self) -> None:
