@@ -45,7 +45,10 @@ class Net(nn.Module):
 
 
 def job(number: int) -> list[Tensor]:
-    """The state after each of: compact training, a reset, unlearning by two methods. ``number``: of data and seed."""
+    """Per-example sums, then the state after each of: compact training, a reset, unlearning by two methods.
+
+    number: of the data and the seed.
+    """
     batches, states = cases.image_batches(seed=number), []
     with seeded(number):
         model = Net()
@@ -53,6 +56,9 @@ def job(number: int) -> list[Tensor]:
     def note() -> None:
         states.extend(value.clone() for value in model.state_dict().values())
 
+    sums = delfast.score(model, batches[:1], per_example=True).gradients
+    assert sums is not None
+    states.extend(sums.values())
     mask = delfast.localize(model, batches[:1], budget=0.4)
     with delfast.compact(model, mask) as handle:
         optimizer = torch.optim.AdamW(handle.parameters(), lr=0.01, weight_decay=0.1)
