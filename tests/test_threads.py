@@ -278,7 +278,7 @@ class Decays(torch.optim.SGD):
 ACTIONS = ["plain", "adam", "masked", "decays", "nested", "fails inside", "undo and redo", "other", "before any step"]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=8))
 def test_in_any_order_of_steps_only_the_mask_moves(actions: list[str]) -> None:
     with seeded(1):
