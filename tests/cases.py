@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from delfast.ops.layout import row_length
 
+PATIENCE = 1800  # seconds: only a process that hangs takes so long, on the slowest and busiest machine too
+
 SHAPES = [
     (),
     (1,),

@@ -22,6 +22,7 @@ from delfast.errors import InputError
 from delfast.files import load_state
 from delfast.mask import Mask
 from delfast.provenance import digest_state
+from tests import cases
 
 TRAIN = ["train", "--epochs", "2", "--lr", "0.05", "--batch-size", "128"]
 UNLEARN = ["unlearn", "--epochs", "2", "--lr", "0.015"]
@@ -201,7 +202,7 @@ def test_unlearn_resumes_after_a_kill_to_the_same_weights(workspace, tmp_path, c
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + cases.PATIENCE
     while not (cut / "checkpoint.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

@@ -608,7 +608,7 @@ def test_guarded_parameters_are_known_by_themselves_and_not_by_where_they_lay(ne
         ids = {id(dict(net.named_parameters())[name]) for name in guarded}
         net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
         fresh = [nn.Parameter(torch.ones(3)) for _ in range(200)]
-        assert not ids & guard._guards.keys()
+        assert not ids & guard._registry.guards.keys()
         others = [parameter for parameter in fresh if id(parameter) in ids]  # in the memory of the old ones
         before = [parameter.detach().clone() for parameter in others]
         for parameter in others:

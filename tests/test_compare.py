@@ -29,6 +29,7 @@ from delfast.evaluate import logit_confidences, predictions, u_lira_leave_one_ou
 from delfast.localize import STRATEGIES
 from delfast.report import markdown_table
 from delfast.unlearn import METHODS
+from tests import cases
 
 ROOT = Path(__file__).parents[1]
 HEAD = """
@@ -197,7 +198,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(finished: Path, tmp
     grid, output_dir = finished / "grid.toml", tmp_path / "out"
     command = [sys.executable, "-m", "delfast", "compare", str(grid), "--output-dir", str(output_dir), "--workers", "1"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + cases.PATIENCE
     while len(list(output_dir.glob("cells/*.json"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

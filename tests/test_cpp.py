@@ -2,6 +2,7 @@
 
 The CUDA kernels are among them: they are compiled by the C++ compiler and run on the CPU."""
 
+import fcntl
 import os
 import platform
 import shutil
@@ -47,8 +48,11 @@ def run(tool: str, *arguments: str) -> str:
 def build(kind: str) -> Path:
     """build/cpp-KIND, which stays: a second run compiles only what has changed."""
     folder = ROOT / "build" / f"cpp-{kind}"
-    run("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DDELFAST_SANITIZE={SANITIZERS[kind]}")
-    run("cmake", "--build", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of pytest may build here too
+        run("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DDELFAST_SANITIZE={SANITIZERS[kind]}")
+        run("cmake", "--build", str(folder))
     return folder
 
 

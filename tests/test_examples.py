@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import cases
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NEEDS = {
     "plain_pytorch": "sklearn",
@@ -23,7 +25,9 @@ def test_example(name):
     source = path.read_text()
     assert len(source.splitlines()) < 60 and "Callback" not in source
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, env=environment, timeout=cases.PATIENCE
+    )
     assert result.returncode == 0, result.stderr
     *_, before, after, changed = result.stdout.splitlines()
     assert changed == "changed outside the mask: 0"

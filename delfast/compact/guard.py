@@ -3,7 +3,7 @@
 Torch's only hooks for optimizers that are not made yet are process-wide. Two of them are registered, once. They return
 at once for an optimizer that holds no Parameter of a compact model, so optimizers of other threads never meet them;
 registering more of them later would break the loop over the hooks of a step that runs meanwhile. A Parameter is found
-by its id in ``_guards``, which holds no Parameter and no model alive.
+by its id in ``_registry``, which holds no Parameter and no model alive.
 """
 
 from __future__ import annotations
@@ -53,21 +53,26 @@ class Guard:
         self._layers = {id(layer.weight_rows): weakref.ref(layer) for _, layer in rows.values()}
         self._names = {id(layer.weight_rows): name for name, (_, layer) in rows.items()}
         self._frozen = {id(parameter): name for name, parameter in frozen.items()}
-        self._references: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
-        for name, (parameter, _) in guarded.items():
-            hook = _mask_of(name, self._flags[id(parameter)])
-            self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
-        self._watch(parameter for parameter, _ in guarded.values())
-        self._watch(tensor for weight, layer in rows.values() for tensor in (weight, layer.weight_rows))
-        self._watch(frozen.values())
+        self._references: list[weakref.ref[Tensor]] = []
+        try:
+            for name, (parameter, _) in guarded.items():
+                hook = _mask_of(name, self._flags[id(parameter)])
+                self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+            watched = [parameter for parameter, _ in guarded.values()]
+            watched += [tensor for weight, layer in rows.values() for tensor in (weight, layer.weight_rows)]
+            for parameter in (*watched, *frozen.values()):
+                self._references.append(_registry.add(parameter, self))
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Undo the hooks; the Parameters stay as they are."""
         for handle in self._handles:
             handle.remove()
         for key in (*self._flags, *self._weights, *self._layers, *self._frozen):
-            _forget(key, self)
+            _registry.remove(key, self)
         self._references.clear()
 
     def before(self, optimizer: Optimizer, held: Iterable[Tensor]) -> list[Restore]:
@@ -111,13 +116,6 @@ class Guard:
             if layer is not None:
                 layer.write_rows()
 
-    def _watch(self, parameters: Iterable[Tensor]) -> None:
-        for parameter in parameters:
-            key = id(parameter)
-            with _lock:
-                _guards[key] = (*_guards.get(key, ()), self)
-            self._references.append(weakref.ref(parameter, functools.partial(_forget, key, self)))
-
 
 class _Flags:
     """The entries that may change, on the device where they were last needed: the model may move."""
@@ -148,32 +146,41 @@ def _mask_of(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
     return mask
 
 
-# Who guards a Parameter, by the Parameter's id
+class _Registry:
+    """Who guards a Parameter, by the Parameter's id. Needs no global name, which are gone when the interpreter ends."""
 
+    def __init__(self) -> None:
+        self.guards: dict[int, tuple[Guard, ...]] = {}
+        self._lock = threading.RLock()  # a collection of garbage inside may call remove
 
-_guards: dict[int, tuple[Guard, ...]] = {}
-_lock = threading.RLock()  # a collection of garbage inside may call _forget
+    def add(self, parameter: Tensor, guard: Guard) -> weakref.ref[Tensor]:
+        """Enter a guard, until ``remove`` or for as long as the Parameter lives and the result is kept."""
+        key = id(parameter)
+        with self._lock:
+            self.guards[key] = (*self.guards.get(key, ()), guard)
+        return weakref.ref(parameter, functools.partial(self.remove, key, guard))
 
+    def remove(self, key: int, guard: Guard, _: object = None) -> None:
+        """The Parameter is gone, or its guard no longer wanted."""
+        with self._lock:
+            others = tuple(other for other in self.guards.get(key, ()) if other is not guard)
+            if others:
+                self.guards[key] = others
+            else:
+                self.guards.pop(key, None)
 
-def _forget(key: int, guard: Guard, _: object = None) -> None:
-    """The Parameter is gone, or its guard is removed."""
-    with _lock:
-        others = tuple(other for other in _guards.get(key, ()) if other is not guard)
-        if others:
-            _guards[key] = others
-        else:
-            _guards.pop(key, None)
-
-
-def _guards_of(optimizer: Optimizer) -> dict[Guard, list[Tensor]]:
-    """The guards of an optimizer's Parameters, each with those that it guards."""
-    found: dict[Guard, list[Tensor]] = {}
-    if _guards:
+    def of(self, optimizer: Optimizer) -> dict[Guard, list[Tensor]]:
+        """The guards of an optimizer's Parameters, each with those that it guards."""
+        found: dict[Guard, list[Tensor]] = {}
+        guards = self.guards
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                for guard in _guards.get(id(parameter), ()):
+                for guard in guards.get(id(parameter), ()):
                     found.setdefault(guard, []).append(parameter)
-    return found
+        return found
+
+
+_registry = _Registry()
 
 
 # Steps under way
@@ -183,7 +190,8 @@ class _Steps(threading.local):
     """What to restore after each step that runs in this thread, outermost first.
 
     A step may call another optimizer's, or its parent class's of the same optimizer. A step that raises has no end. Its
-    entry is recognized by the depth of Python's stack: a step that runs inside another is deeper.
+    entry is recognized by the depth of Python's stack, since a step that runs inside another is deeper, and is dropped
+    at the next step of that depth or less.
     """
 
     def __init__(self) -> None:
@@ -222,16 +230,19 @@ def _depth() -> int:
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    restore = [entry for guard, held in _guards_of(optimizer).items() for entry in guard.before(optimizer, held)]
-    _steps.begin(optimizer, restore)
+    if _registry.guards or _steps.running:
+        guards = _registry.of(optimizer)
+        restore = [entry for guard, held in guards.items() for entry in guard.before(optimizer, held)]
+        _steps.begin(optimizer, restore)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    with torch.no_grad():
-        for parameter, flags, before in _steps.end(optimizer):
-            parameter.copy_(torch.where(flags.on(parameter.device), parameter, before))
-    for guard, held in _guards_of(optimizer).items():
-        guard.after(held)
+    if _registry.guards or _steps.running:
+        with torch.no_grad():
+            for parameter, flags, before in _steps.end(optimizer):
+                parameter.copy_(torch.where(flags.on(parameter.device), parameter, before))
+        for guard, held in _registry.of(optimizer).items():
+            guard.after(held)
 
 
 register_optimizer_step_pre_hook(_before_step)
