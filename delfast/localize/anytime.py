@@ -56,11 +56,14 @@ def localize_until_stable(
     while True:
         part = Subset(dataset, order[taken:goal])
         taken += add_all(sums, network, DataLoader(part, batch_size=batch_size), "forget set")
-        mask = Scores(parameters, sums.mean(taken), criterion, taken, seed, per_example).select(budget, **settings)
+        selection = Scores(parameters, sums.mean(taken), criterion, taken, seed, per_example).choose(budget, **settings)
+        mask = selection.mask
         overlap = None if previous is None else previous.jaccard(mask)
         if taken >= available or (overlap is not None and overlap >= bound):
             break
-        previous, goal = mask, 2 * taken
+        # a mask of scores that are all 0 is by place alone, and overlaps any other such one in full
+        previous, goal = mask if selection.positive else None, 2 * taken
+    selection.check()
     facts = {"stop_when_stable": bound, "examples_available": available, "overlap": overlap}
     return Mask(mask.parameters, {**mask.metadata, **facts})
 
