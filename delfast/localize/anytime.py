@@ -68,11 +68,14 @@ def localize_until_stable(
         loader = DataLoader(Subset(dataset, order[done:goal]), generator=seeds, **options)
         taken += add_all(sums, network, loader, "forget set")
         scores = Scores(parameters, sums.mean(taken), criterion, taken, seed, per_example, dims=output_dims(network))
-        mask = scores.select(budget, **settings)
+        selection = scores.choose(budget, **settings)
+        mask = selection.mask
         overlap = None if previous is None else previous.jaccard(mask)
         if goal >= available or (overlap is not None and overlap >= bound):
             break
-        previous, done, goal = mask, goal, 2 * goal
+        # a mask of scores that are all 0 is by place alone, and overlaps any other such one in full
+        previous, done, goal = mask if selection.positive else None, goal, 2 * goal
+    selection.check()
     facts = {"stop_when_stable": bound, "examples_available": available, "overlap": overlap}
     return Mask(mask.parameters, {**mask.metadata, **facts})
 

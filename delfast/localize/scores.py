@@ -28,9 +28,10 @@ from delfast.layer_types import output_dims
 from delfast.localize.critmem import MOST_CHANNELS, critmem
 from delfast.localize.gradient import GradientSums, MeanGradient, add_all
 from delfast.localize.per_example import PerExampleGradients
+from delfast.localize.selection import Selection, positive_count, positive_left_out
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import trainable_parameters, unwrap
-from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
+from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
 from delfast.plain import unboxed
 
 Criterion = Literal[
@@ -134,7 +135,7 @@ class Scores:
     float32 (rows,), the scores of units as a criterion gives them; zero for names that are not there. ``dims``: the
     same names -> the dimension along which a parameter's channels lie, where it is not 0 (``register_layer``).
     ``examples``: |S|. Refuses to select once θ has changed in place since (by autograd's version counters, which
-    assignments through ``.data`` go past).
+    assignments through ``.data`` go past). A copy, by ``copy.deepcopy`` or ``pickle``, has its own θ.
     """
 
     def __init__(
@@ -159,7 +160,16 @@ class Scores:
         self.total = sum(parameter.numel() for parameter in parameters.values())
         self._versions = [parameter._version for parameter in self.parameters.values()]
 
-    @torch.no_grad()
+    def __getstate__(self) -> dict[str, Any]:
+        # a copied tensor counts its versions from the start: keep only whether θ has changed
+        changed = [-1 if t._version != v else 0 for t, v in zip(self.parameters.values(), self._versions, strict=True)]
+        return {**self.__dict__, "_versions": changed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        kept = zip(self.parameters.values(), self._versions, strict=True)
+        self._versions = [t._version if changed == 0 else changed for t, changed in kept]
+
     def select(
         self,
         budget: float,
@@ -180,15 +190,33 @@ class Scores:
             cut, as in the authors' code. Ties fall to the lower (parameter, index).
 
         Raises InputError for arguments out of range, a budget below the first channel (naming the least that works),
-        non-finite scores (naming the parameter), and parameters that changed since they were scored.
+        non-finite scores (naming the parameter), parameters that changed since they were scored, and scores that are
+        all 0 (every gradient of the set is zero). Warns, with their number, if some of the selected score 0: the budget
+        then exceeds what the scores rank.
         """
+        selection = self.choose(budget, granularity, aggregate, top_h, policy)
+        selection.check()
+        return selection.mask
+
+    @torch.no_grad()
+    def choose(
+        self,
+        budget: float,
+        granularity: Granularity = "channel",
+        aggregate: Aggregate = "topk_mean",
+        top_h: int | float | Literal["published"] = 0.1,
+        policy: Policy = "whole",
+    ) -> Selection:
+        """Select as ``select`` does, scores of 0 included, and leave it to ``Selection.check`` to refuse them."""
         budget, top_h = unboxed(budget), unboxed(top_h)
         check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
         for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
             if parameter._version != version:
                 raise InputError(f"'{name}' has changed since it was scored; call score() again")
+        if not self.total:
+            raise InputError("expected a model with entries in its parameters, got empty ones; nothing can be selected")
         budgeted = int(budget * self.total)
-        parts = (
+        parts, selected, positive = (
             self._select_elements(budgeted)
             if granularity == "param"
             else self._select_units(budgeted, aggregate, top_h, policy == "exact")
@@ -199,7 +227,7 @@ class Scores:
             metadata |= {"aggregate": aggregate, "top_h": top_h, "policy": policy}
         metadata |= {"budget": budget, "examples": self.examples, "seed": self.seed}
         metadata |= {"delfast": __version__, "torch": torch.__version__}
-        return Mask(parts, metadata)
+        return Selection(Mask(parts, metadata), selected, positive)
 
     def channel_scores(
         self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
@@ -224,7 +252,8 @@ class Scores:
         """Name -> shape, with the channels along dim 0."""
         return {name: t.shape for name, t in zip(self.parameters, self._by_row(self.parameters), strict=True)}
 
-    def _select_elements(self, k: int) -> dict[str, ParameterMask]:
+    def _select_elements(self, k: int) -> tuple[dict[str, ParameterMask], int, int]:
+        """The masks, how many elements they select, and how many of these score above 0."""
         if k == 0:
             raise self._too_small(1, "parameter")
         values, gradients, criterion = (
@@ -236,26 +265,36 @@ class Scores:
             values = [self._uniform(name, t.numel()).view(t.shape) for name, t in self.parameters.items()]
             gradients, criterion = [], "weight"
         bits, nonfinite = torch.ops.delfast.select_elements(values, gradients, criterion, k)
-        if int(nonfinite) >= 0:
-            self._refuse_nonfinite(list(self.parameters)[int(nonfinite)])
         sizes = [packed_bytes(t.numel()) for t in self.parameters.values()]
-        return {
+        pieces = torch.split(bits, sizes)
+        left_out = positive_left_out(values, gradients, criterion, pieces)
+        nonfinite, left_out = torch.stack([nonfinite, left_out.to(nonfinite.dtype)]).tolist()
+        if nonfinite >= 0:
+            self._refuse_nonfinite(list(self.parameters)[nonfinite])
+        positive = k
+        if not left_out and self.criterion != "random":
+            positive = min(k, int(positive_count(values, gradients, criterion)))
+        parts = {
             name: ParameterMask(tuple(t.shape), "row" if t.ndim <= 1 else "element", part, self.dims.get(name, 0))
-            for (name, t), part in zip(self.parameters.items(), torch.split(bits, sizes), strict=True)
+            for (name, t), part in zip(self.parameters.items(), pieces, strict=True)
         }
+        return parts, k, positive
 
     def _select_units(
         self, budgeted: int, aggregate: Aggregate, top_h: int | float | Literal["published"], cut_last: bool
-    ) -> dict[str, ParameterMask]:
+    ) -> tuple[dict[str, ParameterMask], int, int]:
+        """The masks, how many units they select, a cut one included, and how many of these score above 0."""
         scores = self.channel_scores(aggregate, top_h)
         shapes = self._row_shapes
         counts = [unit_count(shape) for shape in shapes.values()]
         lengths = [row_length(shape) for shape in shapes.values()]
         bits, info = torch.ops.delfast.select_units(scores, counts, lengths, budgeted, cut_last)
-        cut_unit, cut_size, nonfinite = info.tolist()
+        counted = torch.stack([unpack(bits, 8 * bits.numel()).sum(), (scores > 0).sum()])
+        cut_unit, cut_size, nonfinite, selected, positive = torch.cat([info, counted.to(info.dtype)]).tolist()
         if nonfinite >= 0:
             self._refuse_nonfinite(self._owner(nonfinite, counts)[0])
-        if cut_unit < 0 and not bits.any():
+        selected += cut_unit >= 0
+        if positive and not selected:
             name, _ = self._owner(int(scores.argmax()), counts)
             raise self._too_small(1 if cut_last else row_length(shapes[name]), "channel")
         parts = {
@@ -270,7 +309,7 @@ class Scores:
             cut = flags.movedim(self.dims.get(name, 0), 0)[row]
             cut.copy_((torch.arange(cut.numel(), device=cut.device) < cut_size).view(cut.shape))
             parts[name] = replace(parts[name], unit="element", bits=pack(flags))
-        return parts
+        return parts, selected, selected if self.criterion == "random" else min(selected, positive)
 
     @property
     def _op_criterion(self) -> str:
