@@ -15,7 +15,7 @@ from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.unlearn.batchnorm import SmallestMaps
-from delfast.unlearn.head import HeadSearch
+from delfast.unlearn.head import HeadSearch, uncompiled
 from delfast.unlearn.loaders import first_batch, preserved
 from delfast.unlearn.methods import Job, Method
 
@@ -59,7 +59,7 @@ def first_pass(
     search = HeadSearch(network) if find_head else None
     maps = {name: SmallestMaps(network, frozen_batchnorm) for name in sets if method.epochs}
     sparse: set[str] = set()
-    with preserved(loaders), evaluating(network), torch.inference_mode(False), torch.enable_grad():
+    with preserved(loaders), uncompiled(), evaluating(network), torch.inference_mode(False), torch.enable_grad():
         batches = {name: first_batch(loader, name) for name, loader in sets.items()}
         watched = _WatchedJob(**vars(job), maps={id(batches[name]): each for name, each in maps.items()})
         for turn in [batches] if method.layout == "pairs" else [{name: batch} for name, batch in batches.items()]:
