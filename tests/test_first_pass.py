@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +145,7 @@ BAD = {
     "another form": (make_model(), {"retain": [{"x": torch.randn(4, 4)}]}, "got dict; pass loss_fn"),
     "no gradient": (
         make_model(), {"loss_fn": lambda m, b: functional.cross_entropy(m(b[0]), b[1], reduction="none").detach()},
-        "a loss with a gradient, got one that no trainable parameter is part of",
+        "losses that depend on the model's trainable parameters, got losses without a gradient",
     ),
     "one loss": (
         make_model(), {"loss_fn": lambda m, b: functional.cross_entropy(m(b[0]), b[1])}, "use reduction='none'",
@@ -249,6 +250,32 @@ def test_the_look_moves_no_generator(method: str, own: bool) -> None:
     run(model, method, **{"retain": other, "forget": other, which: loader()}, head="2", init=model)
     assert [numbers for numbers in seen if numbers != [0, 0]] == expected
     assert random.getstate() == state
+
+
+def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
+    """Lists of batches draw nothing: what moves torch's generator meanwhile is another thread, as here the hook."""
+    torch.manual_seed(5)
+    numbers = [torch.rand(1) for _ in range(2)]
+    model, drawn = make_model(), []
+
+    def draw() -> None:
+        drawn.append(torch.rand(1))
+
+    def in_another_thread(*_: Any) -> None:
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+
+    torch.manual_seed(5)
+    handle = model.register_forward_hook(in_another_thread)
+    run(model, "finetune", retain=batches(4))
+    handle.remove()
+    assert drawn == numbers  # one in the look, one in training
+
+    torch.manual_seed(5)
+    model.register_forward_hook(lambda *_: draw())
+    run(model, "finetune", retain=batches(4))
+    assert drawn[2:] == [numbers[0], numbers[0]]  # this thread's own draw is put back
 
 
 def test_a_refused_look_moves_no_generator() -> None:

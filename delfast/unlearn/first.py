@@ -59,17 +59,24 @@ def first_pass(
     search = HeadSearch(network) if find_head else None
     maps = {name: SmallestMaps(network, frozen_batchnorm) for name in sets if method.epochs}
     sparse: set[str] = set()
-    with preserved(loaders), uncompiled(), evaluating(network), torch.inference_mode(False), torch.enable_grad():
+    with (
+        preserved(loaders) as draws,
+        uncompiled(),
+        evaluating(network),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         batches = {name: first_batch(loader, name) for name, loader in sets.items()}
         watched = _WatchedJob(**vars(job), maps={id(batches[name]): each for name, each in maps.items()})
         for turn in [batches] if method.layout == "pairs" else [{name: batch} for name, batch in batches.items()]:
             searching = search if search is not None and "retain" in turn else nullcontext()
-            with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), searching:
+            with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), draws, searching:
                 loss = _with_gradient(method.loss(watched, {**turn, "epoch": 0, "step": 0}))
             sparse.update(_sparse(loss, network))
         if validation is not None:
-            with torch.no_grad():
-                per_example_losses(network, first_batch(validation, "validation"), job.loss_fn)
+            batch = first_batch(validation, "validation")
+            with torch.no_grad(), draws:
+                per_example_losses(network, batch, job.loss_fn)
     for name, each in maps.items():
         each.check(sets[name], name)
     return FirstPass(None if search is None else search.head(), frozenset(sparse))
@@ -95,8 +102,8 @@ def _with_gradient(result: Tensor) -> Tensor:
     """The loss or the logits. InputError if nothing that trains is part of them."""
     if not result.requires_grad:
         raise InputError(
-            "expected a loss with a gradient, got one that no trainable parameter is part of; compute it from the "
-            "model's output, without detach() or no_grad()"
+            "expected losses that depend on the model's trainable parameters, got losses without a gradient; compute "
+            "them with the model that loss_fn is given, without detach() and no_grad()"
         )
     return result
 
