@@ -198,6 +198,29 @@ def test_published_networks(family: str) -> None:
         assert find_head(network, batch) == expected
 
 
+def test_a_scripted_network_needs_the_name() -> None:
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    with pytest.raises(InputError, match="the head's name for a ScriptModule"):
+        find_head(scripted, BATCH)
+
+
+@pytest.mark.slow  # compiling takes seconds
+def test_compiled_parts_run_as_they_are_written() -> None:
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    network = Net(lambda n, x: n.fc(n.block(pooled(x))), block=nn.Linear(6, 6), fc=nn.Linear(6, 10))
+    network.block = torch.compile(network.block, backend=backend, fullgraph=True)  # type: ignore[assignment]
+    network.fc.compile(backend=backend, fullgraph=True)
+    assert find_head(network, BATCH) == "fc" and not compiled
+    network(BATCH[0])
+    assert len(compiled) == 2
+
+
 def test_unlearn_trains_the_head_that_it_found_or_was_given() -> None:
     network, _ = FOUND["squeeze and excitation, convolutional classifier"]
     before = network.classifier.weight.detach().clone()

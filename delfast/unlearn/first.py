@@ -15,7 +15,7 @@ from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.unlearn.batchnorm import SmallestMaps
-from delfast.unlearn.head import HeadSearch
+from delfast.unlearn.head import HeadSearch, uncompiled
 from delfast.unlearn.loaders import first_batch, preserved
 from delfast.unlearn.methods import Job, Method
 
@@ -59,18 +59,25 @@ def first_pass(
     search = HeadSearch(network) if find_head else None
     maps = {name: SmallestMaps(network, frozen_batchnorm) for name in sets if method.epochs}
     sparse: set[str] = set()
-    with preserved(loaders), evaluating(network), torch.inference_mode(False), torch.enable_grad():
+    with (
+        preserved(loaders) as draws,
+        uncompiled(),
+        evaluating(network),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         batches = {name: first_batch(loader, name) for name, loader in sets.items()}
         watched = _WatchedJob(**vars(job), maps={id(batches[name]): each for name, each in maps.items()})
         for turn in [batches] if method.layout == "pairs" else [{name: batch} for name, batch in batches.items()]:
             searching = search if search is not None and "retain" in turn else nullcontext()
-            with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), searching:
+            with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), draws, searching:
                 loss = method.loss(watched, {**turn, "epoch": 0, "step": 0})
             check_differentiable(loss)
             sparse.update(_sparse(loss, network))
         if validation is not None:
-            with torch.no_grad():
-                per_example_losses(network, first_batch(validation, "validation"), job.loss_fn)
+            batch = first_batch(validation, "validation")
+            with torch.no_grad(), draws:
+                per_example_losses(network, batch, job.loss_fn)
     for name, each in maps.items():
         each.check(sets[name], name)
     return FirstPass(None if search is None else search.head(), frozenset(sparse))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +27,19 @@ def find_head(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> st
     """The name of the layer that makes the logits, found by a forward pass on ``batch``: see ``HeadSearch``."""
     network = unwrap(model)
     search = HeadSearch(network)
-    with evaluating(network), torch.inference_mode(False), torch.no_grad(), search:
+    with uncompiled(), evaluating(network), torch.inference_mode(False), torch.no_grad(), search:
         per_example_losses(network, batch, loss_fn)
     return search.head()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled parts as they are written, so that no graph is compiled for one pass or with hooks in it."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class HeadSearch(TorchDispatchMode):
@@ -40,6 +52,11 @@ class HeadSearch(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """``flex_attention`` compiles itself, and fails under any other mode."""
+        return True
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.network = network
@@ -49,8 +66,10 @@ class HeadSearch(TorchDispatchMode):
         self._returned: list[tuple[frozenset[str], bool]] = []  # one a call of the network
 
     def __enter__(self) -> Any:
+        if isinstance(self.network, torch.jit.ScriptModule):
+            raise InputError("expected the head's name for a ScriptModule, whose layers take no hooks; pass head='...'")
         for name, module in self.network.named_modules():
-            if _owns_parameters(module):
+            if _owns_parameters(module) and not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_hook(self._after_layer(name, module)))
                 for parameter in module.parameters(recurse=False):
                     self._set(parameter, (frozenset([name]), False))

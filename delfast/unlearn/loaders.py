@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader
 
 from delfast.batches import examples_in
@@ -137,16 +138,42 @@ class Randomness:
 
 
 @contextmanager
-def preserved(loaders: Iterable[Any]) -> Iterator[None]:
-    """Afterwards every generator, global or in a loader, is where it was: to look at a batch moves no shuffle."""
-    randomness = Randomness(loaders)
+def preserved(loaders: Iterable[Any]) -> Iterator[Draws]:
+    """Afterwards every generator, global or in a loader, is where it was: to look at a batch moves no shuffle.
+
+    What is computed from the batches belongs into the ``Draws`` that this yields. Torch, numpy and Python each have one
+    generator for all threads: those are put back only where this thread may have drawn from them.
+    """
+    loaders = list(loaders)
+    randomness, draws = Randomness(loaders), Draws()
     before = randomness.state()
     try:
-        yield
+        yield draws
     finally:
-        # A global generator that nothing here has moved stays alone: another thread may be drawing from it
         after = randomness.state()
-        randomness.restore({name: state for name, state in before.items() if not _same(state, after[name])})
+        moved = {name: state for name, state in before.items() if not _same(state, after[name])}
+        if not draws.any and all(isinstance(loader, (list, tuple)) for loader in loaders):
+            moved = {name: state for name, state in moved.items() if name == "loaders"}  # by other threads
+        randomness.restore(moved)
+
+
+class Draws(TorchDispatchMode):
+    """Inside the context, see whether this thread runs an operation that draws random numbers."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """``flex_attention`` compiles itself, and fails under any other mode."""
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.any |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        return func(*args, **(kwargs or {}))
 
 
 def _same(state: Any, other: Any) -> bool:
