@@ -1,13 +1,22 @@
 """Tables and plots of an unlearning run."""
 
 from delfast.report.plots import plot_accuracies, plot_selection
-from delfast.report.tables import METHOD_COLUMNS, markdown_table, method_rows, terminal_table
+from delfast.report.tables import (
+    METHOD_COLUMNS,
+    markdown_table,
+    markdown_text,
+    method_rows,
+    terminal_table,
+    terminal_text,
+)
 
 __all__ = [
     "METHOD_COLUMNS",
     "markdown_table",
+    "markdown_text",
     "method_rows",
     "plot_accuracies",
     "plot_selection",
     "terminal_table",
+    "terminal_text",
 ]
