@@ -13,7 +13,7 @@ import typer
 
 from delfast.cli import bench, demo, doctor, steps, verification
 from delfast.cli import compare as comparing
-from delfast.cli.console import output, print_mask, print_methods, start_log, watching
+from delfast.cli.console import output, print_line, print_mask, print_methods, start_log, watching
 from delfast.cli.options import (
     DataDir,
     Device,
@@ -315,7 +315,7 @@ def compare(
     with watching() as watch:
         source = None if data is None else resolved(data)
         found = comparing.compare(grid, output_dir, workers, threads, device, watch, source, report_only)
-    output().print(f"{len(found.cells)} cells: see {output_dir / comparing.HTML}")
+    print_line(f"{len(found.cells)} cells: see {output_dir / comparing.HTML}")
 
 
 @app.command()
@@ -347,10 +347,9 @@ def verify(
         console.print(
             terminal_table("buffers (not counted)", verification.COLUMNS, [r.cells() for r in result.buffers])
         )
-    console.print(
+    print_line(
         f"{result.changed} entries changed, {result.outside} of them outside the mask: "
-        + ("NOT kept to the mask" if result.outside else "kept to the mask"),
-        soft_wrap=True,
+        + ("NOT kept to the mask" if result.outside else "kept to the mask")
     )
     if result.outside:
         raise typer.Exit(1)
@@ -407,7 +406,7 @@ def doctor_command(
     rows = [[name, str(value)] for name, value in doctor.flatten(found["facts"])]
     output().print(terminal_table("delfast doctor", ("fact", "value"), rows))
     for advice in found["advice"] or ["nothing is missing"]:
-        typer.echo(f"- {advice}")
+        print_line(f"- {advice}")
 
 
 @app.command("demo")
@@ -423,4 +422,4 @@ def demo_command(
     summary = demo.run(output_dir, choose_device(device), seed, quick=quick)
     for name, scenario in summary["scenarios"].items():
         print_methods(demo.title(name, scenario), scenario["methods"])
-    typer.echo(f"report: {output_dir / demo.REPORT}")
+    print_line(f"report: {output_dir / demo.REPORT}")

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.progress import Progress as Bars
 
+from delfast.errors import printable
 from delfast.mask import Mask
-from delfast.report import METHOD_COLUMNS, method_rows, terminal_table
+from delfast.report import METHOD_COLUMNS, method_rows, terminal_table, terminal_text
 
 T = TypeVar("T")
 log = logging.getLogger("delfast")
@@ -28,10 +29,18 @@ def say(message: str) -> None:
 def start_log() -> None:
     """Send delfast's log lines to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("delfast: %(message)s"))
+    handler.setFormatter(_Lines("delfast: %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+class _Lines(logging.Formatter):
+    """Every message on one line, without escape sequences: names in it come from files."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 class Progress:
@@ -79,6 +88,11 @@ def output() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
+def print_line(message: str) -> None:
+    """One line on standard output: names in it are text, whatever they hold."""
+    output().print(terminal_text(message), soft_wrap=True)
+
+
 def print_methods(title: str, methods: dict[str, Any]) -> None:
     output().print(terminal_table(title, METHOD_COLUMNS, method_rows(methods)))
 
@@ -93,8 +107,5 @@ def print_mask(mask: Mask) -> None:
         ]
         for row in mask.table()
     ]
-    console = output()
-    console.print(terminal_table("mask", ("parameter", "shape", "entries selected", "channels selected"), rows))
-    console.print(
-        f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels"
-    )
+    output().print(terminal_table("mask", ("parameter", "shape", "entries selected", "channels selected"), rows))
+    print_line(f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels")

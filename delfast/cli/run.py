@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from delfast.cli.schema import Each, Number, check_record, check_table, kinds_of
 from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget, resident, subset
 from delfast.data.forget import check_ratio
 from delfast.data.pictures import IN_MEMORY
@@ -26,6 +27,7 @@ from delfast.provenance import digest_state
 from delfast.unlearn.loop import Precision
 
 EVALUATION_BATCH = 512
+MAX_SEED = 2**31 - 1  # what is added to it for other steps still fits into 64 bits
 MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
     "model.safetensors",
     "forget.json",
@@ -33,6 +35,24 @@ MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
     "summary.json",
     "checkpoint.pt",
 )
+
+PERCENT, GAP, SHARE = Number(0, 100 + 1e-9), Number(-100 - 1e-9, 100 + 1e-9), Number(0, 1 + 1e-9)  # sums round
+ACCURACIES = dict.fromkeys(("forget_acc", "retain_acc", "test_acc", "mia"), PERCENT)
+LOSSES = dict.fromkeys(("forget_loss", "retain_loss", "test_loss"), float)
+GAPS = dict.fromkeys(("delta_forget", "delta_mia", "delta_test"), GAP)
+SECONDS = Each(Number(0))
+ORIGIN: dict[str, Any] = {
+    **dict.fromkeys(("delfast", "torch", "platform", "device"), str),
+    "backend": {"isa": (str, None), "cuda": str, "threads": int},
+}
+NETWORK: dict[str, Any] = {  # what others read of a network's summary
+    "config": dict,
+    "digests": dict.fromkeys(("model", "data", "forget"), str),
+    "forget": {"spec": str, "examples": Number(0), "of": Number(1)},
+    "metrics": {**ACCURACIES, **LOSSES},
+    "seconds": SECONDS,
+    "provenance": ORIGIN,
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,8 @@ class Config:
 
     def check(self) -> None:
         """InputError for a value that no run can have; nothing is loaded or computed."""
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"expected a seed from 0 to {MAX_SEED}, got {self.seed}")
         check_source(self.data, self.image_size)
         check_model(self.model, self.image_size)
         for name in ("train_examples", "test_examples"):
@@ -176,7 +198,7 @@ def choose_device(name: str) -> torch.device:
     """``auto`` (CUDA if there is one, else the CPU), or a device by name. InputError if it cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no values
     except (RuntimeError, AssertionError):  # torch without CUDA asserts
         raise InputError(f"expected a device auto, cpu or cuda that this machine has, got '{name}'") from None
     torch.backends.cudnn.deterministic = True  # the same seed is to give the same weights on CUDA too
@@ -206,12 +228,13 @@ def start(config: Config, device: torch.device, load_data: LoadData = load_data)
 def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
     """Open a run directory: its configuration, data and forget set, checked against the digests of its summary."""
     summary = read_summary(path)
-    stored = summary["config"]
-    try:
-        optional = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
-        config = Config(**optional | {f.name: stored[f.name] for f in fields(Config) if f.name in stored})
-    except TypeError:
-        raise InputError(f"'{path / SUMMARY}' has no whole configuration; train anew") from None
+    kinds = kinds_of(Config)
+    stored = {name: value for name, value in summary["config"].items() if name in kinds}
+    check_table(stored, kinds, f"config of '{path / SUMMARY}'")
+    missing = [f.name for f in fields(Config) if f.default is MISSING and f.name not in stored]
+    if missing:
+        raise InputError(f"'{path / SUMMARY}' has no whole configuration: '{missing[0]}' is missing; train again")
+    config = Config(**stored)
     if data_dir is not None:
         config = replace(config, data_dir=str(data_dir))
     config.check()
@@ -221,6 +244,8 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     forget = ForgetSet.load(path / FORGET, data.train_targets)
     if forget.digest != summary["digests"]["forget"]:
         raise InputError(f"'{path / FORGET}' is not the forget set that '{SUMMARY}' beside it tells of; restore it")
+    if not 0 <= forget.targets.min() <= forget.targets.max() < data.num_classes:
+        raise InputError(f"'{path / FORGET}' has labels of classes that '{config.data}' does not have; train again")
     return Run(config, data, forget, device)
 
 
@@ -253,4 +278,5 @@ def read_summary(path: Path) -> dict[str, Any]:
         raise InputError(
             f"'{path}' is no run directory: its {SUMMARY} tells of no network; give one of `delfast train`"
         )
+    check_record(summary, NETWORK, f"'{path / SUMMARY}'", "; restore the file, or train again")
     return summary

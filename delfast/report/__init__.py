@@ -4,13 +4,22 @@ from delfast.extras import extra
 
 with extra("delfast.report"):
     from delfast.report.plots import plot_accuracies, plot_selection
-    from delfast.report.tables import METHOD_COLUMNS, markdown_table, method_rows, terminal_table
+    from delfast.report.tables import (
+        METHOD_COLUMNS,
+        markdown_table,
+        markdown_text,
+        method_rows,
+        terminal_table,
+        terminal_text,
+    )
 
 __all__ = [
     "METHOD_COLUMNS",
     "markdown_table",
+    "markdown_text",
     "method_rows",
     "plot_accuracies",
     "plot_selection",
     "terminal_table",
+    "terminal_text",
 ]

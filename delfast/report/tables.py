@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from delfast.errors import printable
 
 METHOD_COLUMNS = (
     "method",
@@ -33,19 +37,34 @@ def method_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """A Markdown table of Markdown cells: the first column to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(columns) - 1)
     lines = ([cell.replace("|", "\\|") for cell in cells] for cells in (columns, rule, *rows))
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
+def markdown_text(text: str) -> str:
+    """Markdown that shows ``text`` as it is, on one line: no markup, no HTML, no links."""
+    # an underscore inside a word is no markup
+    plain = re.sub(r"[\\`*\[\]~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
+    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return plain.replace("://", ":\\//").replace("www.", "www\\.")  # GitHub makes links of bare addresses
+
+
+def terminal_text(text: str) -> Text:
+    """``text`` as it is: no rich markup, no escape sequences."""
+    return Text(printable(text))
+
+
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The table for a terminal, to be printed by a rich console."""
+    """The table for a terminal, to be printed by a rich console: names in it are text, whatever they hold."""
     # without vertical rules the nine columns of methods fit into 80 characters
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=terminal_text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for position, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if position else "left"
-        table.add_column(column, justify=justify, overflow="fold", min_width=None if position else 8)
+        table.add_column(terminal_text(column), justify=justify, overflow="fold", min_width=None if position else 8)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(terminal_text, row))
     return table

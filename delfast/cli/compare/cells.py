@@ -23,7 +23,25 @@ from torch import Tensor, nn
 
 from delfast.cli import steps
 from delfast.cli.compare.grid import ORIGINAL, Cell, Grid, Trained
-from delfast.cli.run import MODEL, SUMMARY, Config, Run, choose_device, load_data, load_model, read_summary, start
+from delfast.cli.run import (
+    ACCURACIES,
+    GAPS,
+    LOSSES,
+    MODEL,
+    ORIGIN,
+    PERCENT,
+    SECONDS,
+    SHARE,
+    SUMMARY,
+    Config,
+    Run,
+    choose_device,
+    load_data,
+    load_model,
+    read_summary,
+    start,
+)
+from delfast.cli.schema import Each, check_record, shown
 from delfast.cli.stop import exit_after, interrupts_held
 from delfast.errors import InputError
 from delfast.evaluate import (
@@ -42,7 +60,22 @@ from delfast.provenance import provenance
 from delfast.unlearn import UnlearnResult, unlearn
 from delfast.unlearn.loop import Diverged, Precision
 
+ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob")  # of SalUn
 MEMBERSHIP = "membership.json"  # beside a network's summary: the membership inference on it
+CELL: dict[str, Any] = {
+    "cell": {"setting": str, "seed": int, "strategy": str, "budget": (float, None)},
+    "networks": Each(str),
+}
+FAILED = {"failed": str}
+RESULT: dict[str, Any] = {
+    "metrics": {**ACCURACIES, **LOSSES, **GAPS, "kl_forget": float, "kl_test": float},
+    "attacks": dict.fromkeys(ATTACKS, PERCENT),
+    "mask": {"fraction": SHARE},
+    "changed": SHARE,
+    "seconds": SECONDS,
+    "provenance": {**ORIGIN, "threads": int},
+    "u_lira?": PERCENT,
+}
 FEW_SHADOWS = 64  # below that LiRA takes one variance for all examples (Carlini et al., IEEE S&P 2022, section VI-A)
 Watch = Callable[[str, int, int], None]
 """``watch(what, done, of)``: called after every network and every cell."""
@@ -73,16 +106,30 @@ def _finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
     its gaps are to another oracle, trained elsewhere or on other data.
     """
     results = []
-    for path, cell in ((cell_path(directory, cell), cell) for cell in grid.cells):
+    for cell in grid.cells:
+        path = cell_path(directory, cell)
         if path.is_file():
-            results.append(read_json(path))
-            results[-1]["cell"]["method"] = cell.label  # a grid that has changed since may call it otherwise
+            results.append(_read_cell(path, cell))
             for which, digest in _digests(directory, cell).items():
-                if results[-1].get("networks", {}).get(which) != digest:
+                if results[-1]["networks"].get(which) != digest:
                     raise InputError(
                         f"'{path}' was not measured with the {which} that is there; delete it to run it anew"
                     )
     return results
+
+
+def _read_cell(path: Path, cell: Cell) -> dict[str, Any]:
+    """A cell's file. InputError if it is damaged, or of another cell than its name says."""
+    content, advice = read_json(path), "; delete the file to run the cell again"
+    check_record(content, CELL, f"'{path}'", advice)
+    check_record(content, FAILED if "failed" in content else RESULT, f"'{path}'", advice)
+    for name, value in _described(cell).items():
+        if name in CELL["cell"] and content["cell"][name] != value:
+            raise InputError(
+                f"expected '{path}' to be of {name} {shown(value)}, got {shown(content['cell'][name])}{advice}"
+            )
+    content["cell"]["method"] = cell.label  # a grid that has changed since may call it otherwise
+    return cast(dict[str, Any], content)
 
 
 def _digests(directory: Path, cell: Cell) -> dict[str, str]:
@@ -290,7 +337,16 @@ def _u_lira(directory: Path, cell: Cell, device: str, own: Tensor) -> float:
 
 def metrics_of(directory: Path, network: Trained) -> Metrics:
     """The metrics of a network that was trained, on its own run's sets."""
-    return Metrics(**read_summary(network_path(directory, network))["metrics"])
+    metrics = read_summary(network_path(directory, network))["metrics"]
+    return Metrics(**{name: metrics[name] for name in (*ACCURACIES, *LOSSES)})
+
+
+def attacks_on(directory: Path, network: Trained) -> dict[str, float]:
+    """Percent of its forget set called non-member, by attack, of a network that was trained."""
+    path = network_path(directory, network) / MEMBERSHIP
+    found = read_json(path)
+    check_record(found, dict.fromkeys(ATTACKS, PERCENT), f"'{path}'", "; restore the file, or train again")
+    return {name: found[name] for name in ATTACKS}
 
 
 @lru_cache(maxsize=32)

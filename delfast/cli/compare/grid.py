@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from delfast.cli.run import Config, check_batch_size
+from delfast.cli.schema import OF_64_BITS, check_table, kinds_of, shown
 from delfast.errors import InputError
-from delfast.files import one_line
+from delfast.files import one_line, read_text, reason
 from delfast.localize import STRATEGIES, check_selection, preset_settings
 from delfast.localize.scores import check_criterion
 from delfast.models import method_recipe, recipe
@@ -32,10 +34,12 @@ GRID = {"title": str, "seeds": [int], "budget": float, "shadows": int, "compare"
     ("train", "settings", "unlearn", "methods", "strategies"), dict
 )
 BLOCK = {"methods": [str], "strategies": [str], "budgets": [float], "settings": [str]}
-NAMES: dict[Any, str] = {
-    str: "a text", float: "a number", int: "a whole number", bool: "true or false", dict: "a table"
-}  # fmt: skip
-ANNOTATIONS = {"str": str, "float": float, "int": int, "bool": bool, "Schedule": str}
+STRATEGY = {  # and top_h, which is more than one kind
+    **dict.fromkeys(("criterion", "granularity", "aggregate", "policy", "preset"), str),
+    "per_example": bool,
+}
+MAX_CELLS = 10_000  # with their shadows; at a minute each, a week
+MAX_NAME = 64  # bytes; a file is named by two of them and a digest, in at most 255
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,19 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
     ("everything": no mask) and ``budgets``, every combination a cell, for ``settings`` or all of them.
     """
     content = _read(path)
-    _check(content, GRID, f"'{path}'")
+    check_table(content, GRID, f"'{path}'")
     for table in ("settings", "methods", "strategies"):
-        _check(content.get(table, {}), dict.fromkeys(content.get(table, {}), dict), f"[{table}]")
+        check_table(content.get(table, {}), dict.fromkeys(content.get(table, {}), dict), f"[{table}]")
         for name in content.get(table, {}):
-            if not re.fullmatch(r"[\w.+-]+", name):  # it becomes part of files' names
-                raise InputError(f"expected names of [{table}] of letters, digits and . + - _, got '{name}'; rename it")
+            if not re.fullmatch(r"[\w.+-]+", name) or len(name.encode()) > MAX_NAME:
+                raise InputError(
+                    f"expected names of [{table}] of letters, digits and . + - _, got {shown(name)}; rename it "
+                    f"(at most {MAX_NAME} bytes)"
+                )
     for name in content.get("strategies", {}):
         if name in (*STRATEGIES, EVERYTHING):
             raise InputError(f"[strategies.{name}] has the name of something else; choose another")
-    _check(content.get("unlearn", {}), _kinds(*METHODS.values()) | {"batch_size": int}, "[unlearn]")
+    check_table(content.get("unlearn", {}), kinds_of(*METHODS.values()) | {"batch_size": int}, "[unlearn]")
     strategies = {**STRATEGIES, **content.get("strategies", {})}
     settings = content.get("settings", {})
     if not settings or not content.get("compare"):
@@ -148,19 +155,31 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
     shadows = content.get("shadows", 0)
     if shadows < 0 or shadows == 1:
         raise InputError(f"expected shadows of at least 2, or 0 for no U-LiRA, got {shadows}")
+    seeds = content.get("seeds", [0])
+    for block in content["compare"]:
+        check_table(block, BLOCK, "[[compare]]")
+    count = sum(_size({"settings": settings, **block}) for block in content["compare"]) * len(seeds) * (1 + shadows)
+    if count > MAX_CELLS:
+        raise InputError(f"expected a grid of at most {MAX_CELLS} cells, shadows included, got {count}; split it")
+    budget = float(content.get("budget", BUDGET))
+    check_selection(budget)
     cells: dict[str, Cell] = {}
     for block in content["compare"]:
-        _check(block, BLOCK, "[[compare]]")
         for setting in block.get("settings", settings):
             if setting not in settings:
                 raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
-            for seed in content.get("seeds", [0]):
+            for seed in seeds:
                 values = {**content.get("train", {}), **settings[setting]}
                 config = _config(values, seed, data)
                 for cell in _block(block, setting, config, content, strategies):
                     if cells.setdefault(cell.key, cell).label != cell.label:
                         raise InputError(f"'{cells[cell.key].label}' and '{cell.label}' are the same; drop one")
-    return Grid(content.get("title", path.stem), list(cells.values()), float(content.get("budget", BUDGET)))
+    return Grid(content.get("title", path.stem), list(cells.values()), budget)
+
+
+def _size(block: Mapping[str, Any]) -> int:
+    """At most so many cells are in a block, of each seed."""
+    return math.prod(len(block.get(name, [0])) for name in BLOCK)
 
 
 def _block(
@@ -192,7 +211,8 @@ def _method(
 ) -> tuple[Method, int]:
     """A method or variant, and its batch size. Hyperparameters: published, then those of all methods, then its own."""
     for table, values in own.items():
-        if values.get("of", table) not in METHODS:
+        base = values.get("of", table)
+        if not isinstance(base, str) or base not in METHODS:
             raise InputError(f"expected [methods.NAME] to name one of {', '.join(METHODS)}, or of = one; got '{table}'")
         if "of" in values and table in (*METHODS, ORIGINAL, ORACLE):
             raise InputError(
@@ -201,7 +221,7 @@ def _method(
     changes_of_own, where = dict(own.get(name, {})), f"[methods.{name}]"
     name = changes_of_own.pop("of", name)
     plain = make_method(name, {})
-    _check(changes_of_own, _kinds(type(plain)) | {"batch_size": int}, where)
+    check_table(changes_of_own, kinds_of(type(plain)) | {"batch_size": int}, where)
     shared = {key: value for key, value in shared.items() if hasattr(plain, key) or key == "batch_size"}
     if not plain.epochs:
         shared.pop("epochs", None)
@@ -215,6 +235,10 @@ def _method(
 
 def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
     """Refuse now what ``localize`` would refuse in a cell."""
+    check_table({key: value for key, value in arguments.items() if key in STRATEGY}, STRATEGY, f"strategy '{name}'")
+    for key, value in arguments.items():
+        if not isinstance(value, str | float | int) or (isinstance(value, int) and value not in OF_64_BITS):
+            raise InputError(f"expected {key} of strategy '{name}' to be a text or a number, got {shown(value)}")
     options = dict(arguments)
     criterion, per_example = options.pop("criterion", "weighted_grad"), options.pop("per_example", False)
     try:
@@ -225,9 +249,9 @@ def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> N
 
 
 def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
-    kinds = _kinds(Config)
+    kinds = kinds_of(Config)
     del kinds["seed"]
-    _check(values, kinds, "[train] and [settings.NAME]")
+    check_table(values, kinds, "[train] and [settings.NAME]")
     defaults: dict[str, Any] = {"data": "digits", "model": "resnet18-thin", "forget_ratio": 0.1, "batch_size": 128}
     values = {**defaults, **values}
     if "forget" not in values:
@@ -243,32 +267,14 @@ def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(read_text(path))
         return content
     except FileNotFoundError:
         raise InputError(f"expected a TOML file at '{path}', there is none; check the path") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot read '{path}' as TOML: {one_line(error)}") from None
-
-
-def _check(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    """InputError for an unknown key, and for a value of another kind; a whole number will do for a float."""
-    unknown = sorted(table.keys() - kinds.keys())
-    if unknown:
-        raise InputError(f"{where} has the unknown key '{unknown[0]}'; expected {', '.join(kinds)}")
-    for key, value in table.items():
-        many = isinstance(kinds[key], list)
-        kind = kinds[key][0] if many else kinds[key]
-        taken = (int, float) if kind is float else kind
-        values = value if many and isinstance(value, list) else [value]
-        fits = all(isinstance(v, taken) and isinstance(v, bool) == (kind is bool) for v in values)
-        if many != isinstance(value, list) or not fits or not values:
-            raise InputError(f"expected {key} of {where} to be {'a list, each ' * many}{NAMES[kind]}, got {value!r}")
-
-
-def _kinds(*classes: Any) -> dict[str, Any]:
-    """Of the fields of dataclasses."""
-    return {f.name: ANNOTATIONS[f.type.removesuffix(" | None")] for each in classes for f in fields(each)}
+    except RecursionError:
+        raise InputError(f"cannot read '{path}' as TOML: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"cannot read '{path}' as TOML: {reason(error)}") from None
 
 
 def _digest(value: Any) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 
 from delfast.cli.compare.figures import plot_budgets, plot_methods
 from delfast.cli.compare.grid import EVERYTHING, ORACLE, ORIGINAL, Grid
-from delfast.cli.compare.summary import ATTACKS, STAGES, Row, means
+from delfast.cli.compare.summary import MEMBERSHIP, STAGES, Row, means
+from delfast.errors import printable
 from delfast.files import make_output_dir
-from delfast.report import markdown_table
+from delfast.report import markdown_table, markdown_text
 
 FIELDS = {
     "forget_acc": "forget acc",
@@ -52,8 +53,12 @@ class Section:
 def make_report(
     grid: Grid, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], directory: Path, footer: str
 ) -> tuple[str, str]:
-    """(Markdown, HTML) of all that the rows allow; figures are written to ``directory``/figures."""
-    sections = [Section(grid.title, MEANING)]
+    """(Markdown, HTML) of all that the rows allow; figures are written to ``directory``/figures.
+
+    Names are shown as they are, whatever they hold.
+    """
+    grid, footer = replace(grid, title=printable(grid.title)), printable(footer)
+    sections: list[Section] = []
     make_output_dir(directory / "figures")
     averaged = means(rows)
     for setting in dict.fromkeys(row["setting"] for row in averaged):
@@ -64,7 +69,14 @@ def make_report(
         cells = [[*("" if f["cell"][c] is None else str(f["cell"][c]) for c in columns), f["failed"]] for f in failed]
         text = "These runs have no result, and are left out of the means."
         sections.append(Section("Failed", text, (*columns, "why"), cells))
+    sections = [Section(grid.title, MEANING), *map(_on_lines, sections)]
     return _markdown(sections, footer), _html(grid.title, sections, footer, directory)
+
+
+def _on_lines(section: Section) -> Section:
+    """The section with every text on one line: names from files may hold line breaks and escape sequences."""
+    rows = [list(map(printable, row)) for row in section.rows]
+    return replace(section, title=printable(section.title), text=printable(section.text), rows=rows)
 
 
 def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> list[Section]:
@@ -151,9 +163,9 @@ def _attacks(setting: str, rows: list[Row]) -> Section:
         "oracle's is the aim, not 100. U-LiRA, "
         "where there are shadows: accuracy of telling unlearned from retrained networks; 50 is perfect unlearning."
     )
-    found = [row for row in rows if ATTACKS[0] in row]
-    cells = [[*_name(row), *(str(row.get(attack, "")) for attack in ATTACKS)] for row in found]
-    return Section(f"{setting} - Membership inference", text, ("method", "strategy", "budget", *ATTACKS), cells)
+    found = [row for row in rows if MEMBERSHIP[0] in row]
+    cells = [[*_name(row), *(str(row.get(attack, "")) for attack in MEMBERSHIP)] for row in found]
+    return Section(f"{setting} - Membership inference", text, ("method", "strategy", "budget", *MEMBERSHIP), cells)
 
 
 def _name(row: Row) -> list[str]:
@@ -200,12 +212,14 @@ def _hyperparameters(grid: Grid) -> Section:
 def _markdown(sections: list[Section], footer: str) -> str:
     parts = []
     for number, section in enumerate(sections):
-        parts.append(f"{'#' if not number else '##'} {section.title}\n\n{section.text}\n")
+        title = markdown_text(section.title)
+        text = "\n".join(map(markdown_text, section.text.splitlines()))
+        parts.append(f"{'#' if not number else '##'} {title}\n\n{text}\n")
         if section.figure is not None:
-            parts.append(f"![{section.title}](figures/{section.figure.name})\n")
+            parts.append(f"![{title}](figures/{section.figure.name})\n")
         if section.rows:
-            parts.append(markdown_table(section.columns, section.rows))
-    return "\n".join([*parts, footer + "\n"])
+            parts.append(markdown_table(section.columns, [list(map(markdown_text, row)) for row in section.rows]))
+    return "\n".join([*parts, markdown_text(footer) + "\n"])
 
 
 STYLE = """

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from delfast.cli.compare.cells import MEMBERSHIP, metrics_of, network_path
+from delfast.cli.compare.cells import ATTACKS, RESULT, attacks_on, metrics_of, network_path
 from delfast.cli.compare.grid import EVERYTHING, ORACLE, ORIGINAL, Grid
 from delfast.cli.run import read_summary
 from delfast.evaluate import gaps, relative_time
-from delfast.files import read_json
 
 Row = dict[str, Any]
 KEYS = ("setting", "method", "strategy", "budget")
@@ -24,10 +23,10 @@ MEASURES = (
     *("forget_loss", "retain_loss", "test_loss", "kl_forget", "kl_test", "changeable", "changed"),
     *("seconds", "relative_time"),
 )
-ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob", "u_lira")
+MEMBERSHIP = (*ATTACKS, "u_lira")
 STAGES = ("localize", "prepare", "finetune", "train")
 SETTINGS = ("of", "epochs", "lr", "batch_size", "device", "forget", "forget_ratio")
-COLUMNS = (*KEYS, "seed", *SETTINGS, *MEASURES, *ATTACKS, *(f"seconds_{stage}" for stage in STAGES))
+COLUMNS = (*KEYS, "seed", *SETTINGS, *MEASURES, *MEMBERSHIP, *(f"seconds_{stage}" for stage in STAGES))
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def mean(values: Sequence[float]) -> Mean:
     middle = sum(values) / count
     if count == 1:
         return Mean(middle, math.nan, 1)
-    error = math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count)
+    error = math.sqrt(sum((value - middle) * (value - middle) for value in values) / (count - 1) / count)
     return Mean(middle, float(t.ppf(0.975, count - 1)) * error, count)
 
 
@@ -83,7 +82,7 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
                 "changeable": 100.0,
                 **metrics.as_dict(),
                 **gaps(metrics, metrics_of(directory, other)),
-                **read_json(path / MEMBERSHIP),
+                **attacks_on(directory, network),
                 **_times(summary, retraining),
             }
         )
@@ -93,14 +92,18 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
         retraining = read_summary(network_path(directory, cell.oracle()))
         rows.append(
             {
-                **{key: result["cell"][key] for key in (*KEYS, "seed")},
+                "setting": cell.setting,
+                "method": cell.label,
+                "strategy": cell.strategy,
+                "budget": cell.budget,
+                "seed": cell.config.seed,
                 "of": cell.method.name,
                 **{key: getattr(cell.method, key, None) for key in ("epochs", "lr")},
                 "batch_size": cell.batch_size,
                 "device": result["provenance"]["device"],
                 **_forget(retraining),
-                **result["metrics"],
-                **result["attacks"],
+                **{name: result["metrics"][name] for name in RESULT["metrics"]},
+                **{name: result["attacks"][name] for name in RESULT["attacks"]},
                 **({"u_lira": result["u_lira"]} if "u_lira" in result else {}),
                 "changed": 100 * result["changed"],
                 "changeable": 100 * result["mask"]["fraction"],
@@ -118,7 +121,7 @@ def _forget(summary: Mapping[str, Any]) -> Row:
 
 def _times(result: Mapping[str, Any], retraining: Mapping[str, Any]) -> Row:
     seconds = result["seconds"]
-    row = {"seconds": sum(seconds.values()), **{f"seconds_{name}": value for name, value in seconds.items()}}
+    row = {"seconds": sum(seconds.values())} | {f"seconds_{name}": seconds[name] for name in STAGES if name in seconds}
     if _machine(result) == _machine(retraining):
         row["relative_time"] = relative_time(row["seconds"], sum(retraining["seconds"].values()))
     return row
@@ -158,7 +161,7 @@ def means(rows: Iterable[Row]) -> list[Row]:
     found = []
     for group in groups.values():
         first = {key: group[0][key] for key in (*KEYS, "forget", "forget_ratio")}
-        names = [*MEASURES, *ATTACKS, *(f"seconds_{stage}" for stage in STAGES)]
+        names = [*MEASURES, *MEMBERSHIP, *(f"seconds_{stage}" for stage in STAGES)]
         found.append(
             first | {name: mean([row[name] for row in group]) for name in names if all(name in row for row in group)}
         )
