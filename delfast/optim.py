@@ -117,9 +117,8 @@ class MaskedOptimizer(Optimizer):
         present: list[Any],
     ) -> Call:
         """One flat tensor holds the state of all, and one counts their steps: what ``self.state`` has are its views."""
-        steps = torch.stack(
-            [self.state[parameter].get("step", torch.zeros((), device=device)) for parameter, _ in entries]
-        )
+        none = torch.zeros((), dtype=torch.float32, device=device)
+        steps = torch.stack([self.state[parameter].get("step", none) for parameter, _ in entries])
         pieces = []
         for parameter, part in entries:
             old = self.state[parameter].get(self.state_name)

@@ -447,7 +447,7 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
     with pytest.raises(ValueError, match="one gradient per parameter, got 1 parameters and 0 gradients"):
         NATIVE.select_elements(theta, [], "weighted_grad", 1)
     with pytest.raises(TypeError, match="expected parameter #0 to be float32, bfloat16 or float16, got"):
-        NATIVE.criticality([theta[0].double()], [theta[0].double()], "grad", "mean", [1])
+        NATIVE.criticality([theta[0].long()], [theta[0].long()], "grad", "mean", [1])
     with pytest.raises(ValueError, match=r"expected criterion .* got 'nonsense'"):
         NATIVE.criticality(theta, theta, "nonsense", "mean", [1])
     with pytest.raises(ValueError, match=r"top_h of parameter #0 in \[1, 5\], got 6"):

@@ -1,24 +1,28 @@
 // Everything that is checked or converted between torch tensors and the kernels' plain structs, once, in one place.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
-#include <c10/util/Exception.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "bindings/errors.h"
 #include "delfast/params.h"
 
 namespace delfast::bindings {
 
-inline std::string shape_text(at::IntArrayRef sizes) {
-  std::string text = "(";
-  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + ")";
+// All tensors of an op lie on one device: that of its first, which picked the kernel. `role`, in parts, names the
+// tensor.
+template <class... Role>
+void check_device(c10::Device device, const at::Tensor& t, const Role&... role) {
+  DELFAST_CHECK_VALUE(t.device() == device, "expected ", role..., " on ", device, ", got it on ", t.device(),
+                      "; move all tensors to one device");
 }
-
+inline void check_devices(c10::Device device, at::TensorList list, const char* role) {
+  for (size_t i = 0; i < list.size(); i++) check_device(device, list[i], role, " #", i);
+}
 // `role`, in parts, names the tensor.
 template <class... Role>
 Dtype dtype_of(const at::Tensor& t, const Role&... role) {
@@ -30,8 +34,8 @@ Dtype dtype_of(const at::Tensor& t, const Role&... role) {
     case at::kHalf:
       return Dtype::float16;
     default:
-      TORCH_CHECK_TYPE(false, "expected ", role..., " to be float32, bfloat16 or float16, got ", t.scalar_type(),
-                       "; convert the model (model.float()), or run with DELFAST_BACKEND=torch");
+      DELFAST_CHECK_TYPE(false, "expected ", role..., " to be float32, bfloat16 or float16, got ", t.scalar_type(),
+                         "; convert the model (model.float()), or run with DELFAST_BACKEND=torch");
   }
 }
 
@@ -101,6 +105,9 @@ class Copies {
   // The same to write to; write_back() puts copies in place.
   void* write(const at::Tensor& t, const Layout& layout) {
     if (is_in_layout(t, layout)) return t.mutable_data_ptr();
+    DELFAST_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, "expected elements to write in memory of ",
+                        "their own, got shape ", shape_text(t.sizes()), " with strides ", shape_text(t.strides()),
+                        "; clone() the expanded tensor");
     return written_.emplace_back(t, copy_in_layout(t, layout)).second.mutable_data_ptr();
   }
   void write_back() {
@@ -121,10 +128,13 @@ inline Layout usable_layout(const at::Tensor& t) {
 // A list of parameters as the kernels see them.
 class ScoredList {
  public:
-  ScoredList(at::TensorList theta, at::TensorList grad, Criterion criterion) {
-    TORCH_CHECK_VALUE(grad.size() == theta.size() || (grad.empty() && criterion == Criterion::weight),
-                      "expected one gradient per parameter, got ", theta.size(), " parameters and ", grad.size(),
-                      " gradients; pass a zero gradient for a parameter that the loss does not use");
+  ScoredList(at::TensorList theta, at::TensorList grad, Criterion criterion)
+      : device(theta.empty() ? grad.front().device() : theta.front().device()) {
+    check_devices(device, theta, "parameter");
+    check_devices(device, grad, "gradient");
+    DELFAST_CHECK_VALUE(grad.size() == theta.size() || (grad.empty() && criterion == Criterion::weight),
+                        "expected one gradient per parameter, got ", theta.size(), " parameters and ", grad.size(),
+                        " gradients; pass a zero gradient for a parameter that the loss does not use");
     params.reserve(theta.size());
     for (size_t i = 0; i < theta.size(); i++) {
       Scored p;
@@ -132,15 +142,16 @@ class ScoredList {
       p.layout = usable_layout(theta[i]);
       p.theta = copies_.read(theta[i], p.layout);
       if (!grad.empty()) {
-        TORCH_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",
-                          shape_text(theta[i].sizes()), " like its parameter, got ", shape_text(grad[i].sizes()),
-                          "; pass the gradients in the parameters' order");
+        DELFAST_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",
+                            shape_text(theta[i].sizes()), " like its parameter, got ", shape_text(grad[i].sizes()),
+                            "; pass the gradients in the parameters' order");
         p.grad_dtype = dtype_of(grad[i], "gradient #", i);
         p.grad = copies_.read(grad[i], p.layout);
       }
       params.push_back(p);
     }
   }
+  c10::Device device;
   std::vector<Scored> params;
 
  private:
@@ -151,8 +162,8 @@ inline Criterion parse_criterion(c10::string_view name) {
   if (name == "weighted_grad") return Criterion::weighted_grad;
   if (name == "grad") return Criterion::grad;
   if (name == "weight") return Criterion::weight;
-  TORCH_CHECK_VALUE(false, "expected criterion 'weighted_grad', 'grad' or 'weight', got '", name,
-                    "'; pass one of these");
+  DELFAST_CHECK_VALUE(false, "expected criterion 'weighted_grad', 'grad' or 'weight', got '", name,
+                      "'; pass one of these");
 }
 
 inline Aggregate parse_aggregate(c10::string_view name) {
@@ -160,40 +171,53 @@ inline Aggregate parse_aggregate(c10::string_view name) {
   if (name == "mean") return Aggregate::mean;
   if (name == "sum") return Aggregate::sum;
   if (name == "max") return Aggregate::max;
-  TORCH_CHECK_VALUE(false, "expected aggregate 'topk_mean', 'mean', 'sum' or 'max', got '", name,
-                    "'; pass one of these");
+  DELFAST_CHECK_VALUE(false, "expected aggregate 'topk_mean', 'mean', 'sum' or 'max', got '", name,
+                      "'; pass one of these");
 }
 
 // Returns the number of units of all parameters.
 inline int64_t check_top_h(const std::vector<Scored>& params, at::IntArrayRef top_h) {
-  TORCH_CHECK_VALUE(top_h.size() == params.size(), "expected one top_h per parameter, got ", params.size(),
-                    " parameters and ", top_h.size(), " values; pass one count each");
+  DELFAST_CHECK_VALUE(top_h.size() == params.size(), "expected one top_h per parameter, got ", params.size(),
+                      " parameters and ", top_h.size(), " values; pass one count each");
   int64_t units = 0;
   for (size_t p = 0; p < params.size(); p++) {
     const Layout& layout = params[p].layout;
     units += layout.rows;
-    TORCH_CHECK_VALUE(!layout.rows || (top_h[p] >= 1 && top_h[p] <= layout.length), "expected top_h of parameter #", p,
-                      " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
+    DELFAST_CHECK_VALUE(!layout.rows || (top_h[p] >= 1 && top_h[p] <= layout.length), "expected top_h of parameter #",
+                        p, " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
   }
   return units;
 }
 
 inline void check_budget(int64_t k) {
-  TORCH_CHECK_VALUE(k >= 0, "expected k >= 0 elements to select, got ", k, "; pass a non-negative count");
+  DELFAST_CHECK_VALUE(k >= 0, "expected k >= 0 elements to select, got ", k, "; pass a non-negative count");
 }
 
 // Returns the number of bytes of the units' bits.
-inline int64_t check_units(const at::Tensor& scores, at::IntArrayRef counts, at::IntArrayRef lengths) {
-  TORCH_CHECK_VALUE(counts.size() == lengths.size(), "expected one count and one length per parameter, got ",
-                    counts.size(), " and ", lengths.size(), "; pass lists of equal length");
-  int64_t units = 0, bytes = 0;
-  for (int64_t count : counts) {
-    units += count;
-    bytes += (count + 7) / 8;
+inline int64_t check_units(const at::Tensor& scores, at::IntArrayRef counts, at::IntArrayRef lengths, int64_t k) {
+  check_budget(k);
+  DELFAST_CHECK_VALUE(counts.size() == lengths.size(), "expected one count and one length per parameter, got ",
+                      counts.size(), " and ", lengths.size(), "; pass lists of equal length");
+  DELFAST_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat, "expected scores float32 (units,), got ",
+                      scores.scalar_type(), " ", shape_text(scores.sizes()),
+                      "; pass what criticality returns for these parameters");
+  int64_t left = scores.numel(), bytes = 0, scalars = 0;
+  for (size_t p = 0; p < counts.size(); p++) {
+    int64_t these = 0;
+    DELFAST_CHECK_VALUE(counts[p] >= 0 && lengths[p] >= 0, "expected counts and lengths >= 0, got ", counts[p], " of ",
+                        lengths[p], " for parameter #", p, "; pass the parameters' unit counts and row lengths");
+    DELFAST_CHECK_VALUE(
+        !__builtin_mul_overflow(counts[p], lengths[p], &these) && !__builtin_add_overflow(scalars, these, &scalars),
+        "expected fewer than 2^63 scalars in all, got ", counts[p], " units of ", lengths[p], " for parameter #", p,
+        "; pass the parameters' unit counts and row lengths");
+    DELFAST_CHECK_VALUE(counts[p] <= left, "expected counts that sum to the ", scores.numel(), " scores, got ",
+                        counts[p], " for parameter #", p, " where ", left,
+                        " are left; pass what criticality returns for these parameters");
+    left -= counts[p];
+    bytes += (counts[p] + 7) / 8;
   }
-  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat && scores.numel() == units,
-                    "expected scores float32 (", units, ",), got ", scores.scalar_type(), " ",
-                    shape_text(scores.sizes()), "; pass what criticality returns for these parameters");
+  DELFAST_CHECK_VALUE(!left, "expected counts that sum to the ", scores.numel(), " scores, got ", scores.numel() - left,
+                      "; pass what criticality returns for these parameters");
   return bytes;
 }
 

@@ -14,18 +14,19 @@
 namespace delfast::bindings {
 
 at::Tensor gather_columns(const at::Tensor& source, const at::Tensor& columns) {
-  TORCH_CHECK_VALUE(source.dim() == 2 && source.is_contiguous(), "expected source to be a contiguous matrix, got ",
-                    shape_text(source.sizes()), "; flatten it first");
-  TORCH_CHECK_VALUE(columns.dim() == 1 && columns.scalar_type() == at::kLong && columns.is_contiguous(),
-                    "expected columns to be contiguous int64 (n,), got ", columns.scalar_type(), " ",
-                    shape_text(columns.sizes()));
+  DELFAST_CHECK_VALUE(source.dim() == 2 && source.is_contiguous(), "expected source to be a contiguous matrix, got ",
+                      shape_text(source.sizes()), "; flatten it first");
+  DELFAST_CHECK_VALUE(columns.dim() == 1 && columns.scalar_type() == at::kLong && columns.is_contiguous(),
+                      "expected columns to be contiguous int64 (n,), got ", columns.scalar_type(), " ",
+                      shape_text(columns.sizes()));
+  check_device(source.device(), columns, "columns");
   const int64_t* first = columns.const_data_ptr<int64_t>();
   const int64_t count = columns.numel(), length = source.size(1);
   for (int64_t j = 0; j < count; j++)
-    TORCH_CHECK_INDEX(first[j] >= 0 && first[j] < length, "expected columns in [0, ", length, "), got ", first[j]);
+    DELFAST_CHECK_INDEX(first[j] >= 0 && first[j] < length, "expected columns in [0, ", length, "), got ", first[j]);
   const int size = int(source.element_size());
-  TORCH_CHECK_TYPE(size == 2 || size == 4 || size == 8, "expected elements of 2, 4 or 8 bytes, got ",
-                   source.scalar_type());
+  DELFAST_CHECK_TYPE(size == 2 || size == 4 || size == 8, "expected elements of 2, 4 or 8 bytes, got ",
+                     source.scalar_type());
   at::Tensor target = at::empty({source.size(0), count}, source.options());
   const Gather gather{source.const_data_ptr(), target.mutable_data_ptr(), first, length, count, size};
   const int64_t grain = std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, count));

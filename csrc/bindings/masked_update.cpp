@@ -35,14 +35,26 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes) {
 // The list, cut into tasks at multiples of whole bytes of bits, without what has none set.
 class UpdateTasks {
  public:
-  // state: flat, `state_count` values per masked entry, parameter after parameter; null without state.
-  UpdateTasks(at::TensorList params, at::TensorList sources, const at::Tensor* state, int state_count,
-              const at::Tensor& bits, const c10::List<bool>& by_row)
+  UpdateTasks(at::TensorList params, at::TensorList sources, const at::Tensor& bits, const c10::List<bool>& by_row)
       : list_(params, sources, bits, by_row) {
-    std::vector<int64_t> entries;
-    entries.reserve(list_.params.size());
-    for (size_t i = 0; i < list_.params.size(); i++) entries.push_back(add_tasks(list_.params[i], i));
-    if (state) set_state(*state, state_count, entries);
+    entries_.reserve(list_.params.size());
+    for (size_t i = 0; i < list_.params.size(); i++) entries_.push_back(add_tasks(list_.params[i], i));
+  }
+
+  const UpdateList& list() const { return list_; }
+
+  // state: flat, `count` values per masked entry, parameter after parameter.
+  void set_state(const at::Tensor& state, int count) {
+    int64_t all = 0;
+    for (int64_t entries : entries_) all += count * entries;
+    DELFAST_CHECK_VALUE(state.numel() == all, "expected state to be contiguous float32 (", all, ",), got ",
+                        state.scalar_type(), " ", shape_text(state.sizes()),
+                        "; the optimizer state is of another mask");
+    float* next = state.mutable_data_ptr<float>();
+    for (size_t i = 0; i < list_.params.size(); i++) {
+      for (int s = 0; s < count; s++, next += entries_[i]) list_.params[i].state[s] = next;
+    }
+    list_.also_changes(state);
   }
 
   template <class Kernel>  // kernel(parameter, its index, begin, end, rank)
@@ -65,27 +77,14 @@ class UpdateTasks {
       if (set) tasks_.push_back({i, begin, end, rank, set * length});
       rank += set;
     }
-    TORCH_CHECK_VALUE(units % 8 == 0 || !(u.bits[bytes - 1] >> units % 8), "expected the bits past the last of the ",
-                      units, " of parameter #", i, " to be zero; the mask is of other parameters");
-    entries_ += rank * length;
+    DELFAST_CHECK_VALUE(units % 8 == 0 || !(u.bits[bytes - 1] >> units % 8), "expected the bits past the last of the ",
+                        units, " of parameter #", i, " to be zero; the mask is of other parameters");
     return rank * length;
-  }
-
-  void set_state(const at::Tensor& state, int state_count, const std::vector<int64_t>& entries) {
-    TORCH_CHECK_VALUE(
-        state.scalar_type() == at::kFloat && state.is_contiguous() && state.numel() == state_count * entries_,
-        "expected state to be contiguous float32 (", state_count * entries_, ",), got ", state.scalar_type(), " ",
-        shape_text(state.sizes()), "; the optimizer state is of another mask");
-    float* next = state.mutable_data_ptr<float>();
-    for (size_t i = 0; i < list_.params.size(); i++) {
-      for (int s = 0; s < state_count; s++, next += entries[i]) list_.params[i].state[s] = next;
-    }
-    list_.also_changes(state);
   }
 
   UpdateList list_;
   std::vector<UpdateTask> tasks_;
-  int64_t entries_ = 0;
+  std::vector<int64_t> entries_;  // masked ones of each parameter
 };
 
 bool skipped(const OptionalTensor& found_inf) { return found_inf && found_inf->item<double>() != 0; }
@@ -97,7 +96,6 @@ float unscale_factor(const OptionalTensor& grad_scale, bool maximize) {
 
 // Steps taken before this one, of each parameter; counts this one.
 std::vector<double> advance(const at::Tensor& steps, size_t params) {
-  check_steps(steps, params);
   float* counts = steps.mutable_data_ptr<float>();
   const std::vector<double> taken(counts, counts + params);
   for (size_t i = 0; i < params; i++) counts[i] += 1;
@@ -108,7 +106,7 @@ std::vector<double> advance(const at::Tensor& steps, size_t params) {
 }  // namespace
 
 void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row) {
-  UpdateTasks tasks(params, fresh, nullptr, 0, bits, by_row);
+  UpdateTasks tasks(params, fresh, bits, by_row);
   const auto kernel = cpu::masked_update(cpu::isa()).reset;
   tasks.run([&](const Updated& u, size_t, int64_t begin, int64_t end, int64_t rank) { kernel(u, begin, end, rank); });
 }
@@ -117,9 +115,11 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& 
                  const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
-  if (lr_tensor) lr = lr_tensor->item<double>();
-  UpdateTasks tasks(params, grads, momentum != 0 ? &state : nullptr, 1, bits, by_row);
+  UpdateTasks tasks(params, grads, bits, by_row);
+  check_step(tasks.list(), state, steps, grad_scale, found_inf, lr_tensor);
+  if (momentum != 0) tasks.set_state(state, 1);
   if (skipped(found_inf)) return;
+  if (lr_tensor) lr = lr_tensor->item<double>();
   SgdStep step{float(lr),
                float(momentum),
                float(1 - dampening),
@@ -143,9 +143,11 @@ void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor
                    const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
                    double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
-  if (lr_tensor) lr = lr_tensor->item<double>();
-  UpdateTasks tasks(params, grads, &state, 2, bits, by_row);
+  UpdateTasks tasks(params, grads, bits, by_row);
+  check_step(tasks.list(), state, steps, grad_scale, found_inf, lr_tensor);
+  tasks.set_state(state, 2);
   if (skipped(found_inf)) return;
+  if (lr_tensor) lr = lr_tensor->item<double>();
   std::vector<AdamWStep> step_of;
   step_of.reserve(params.size());
   for (double taken : advance(steps, params.size()))

@@ -3,7 +3,9 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include "bindings/errors.h"
 #include "bindings/ops.h"
+#include "bindings/serving.h"
 #include "delfast/cpu_dispatch.h"
 
 namespace {
@@ -20,22 +22,24 @@ std::vector<std::string> supported_isas() {
 }
 
 void force_isa(const std::string& name) {
-  TORCH_CHECK_VALUE(delfast::cpu::force_isa(name.c_str()), "expected an instruction set of this CPU, got '", name,
-                    "'; see delfast.status()['isas']");
+  DELFAST_CHECK_VALUE(delfast::cpu::force_isa(name.c_str()), "expected an instruction set of this CPU, got '", name,
+                      "'; see delfast.status()['isas']");
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(delfast, CPU, m) {
-  m.impl("criticality", TORCH_FN(delfast::bindings::criticality));
-  m.impl("select_elements", TORCH_FN(delfast::bindings::select_elements));
-  m.impl("select_units", TORCH_FN(delfast::bindings::select_units));
-  m.impl("masked_reset_", TORCH_FN(delfast::bindings::masked_reset_));
-  m.impl("masked_sgd_", TORCH_FN(delfast::bindings::masked_sgd_));
-  m.impl("masked_adamw_", TORCH_FN(delfast::bindings::masked_adamw_));
-  m.impl("per_example_accumulate_", TORCH_FN(delfast::bindings::per_example_accumulate_));
-  m.impl("channel_dot", TORCH_FN(delfast::bindings::channel_dot));
-  m.impl("gather_columns", TORCH_FN(delfast::bindings::gather_columns));
+  namespace bindings = delfast::bindings;
+  using bindings::serve;
+  serve<"criticality", &bindings::criticality>(m);
+  serve<"select_elements", &bindings::select_elements>(m);
+  serve<"select_units", &bindings::select_units>(m);
+  serve<"masked_reset_", &bindings::masked_reset_>(m);
+  serve<"masked_sgd_", &bindings::masked_sgd_>(m);
+  serve<"masked_adamw_", &bindings::masked_adamw_>(m);
+  serve<"per_example_accumulate_", &bindings::per_example_accumulate_>(m);
+  serve<"channel_dot", &bindings::channel_dot>(m);
+  m.impl("gather_columns", TORCH_FN(bindings::gather_columns));  // of any dtype
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -28,6 +28,7 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              c10::string_view epilogue) {
   PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
+  if (!checked.operands.shape.examples) return checked.finish();
   const cpu::Isa isa = cpu::isa();
   const auto& kernels = cpu::per_example(isa);
   const cpu::PerExamplePlan plan(checked.operands, isa);

@@ -1,6 +1,8 @@
 // What the per-example ops check on every device, and the structs that come out of it.
 #pragma once
 
+#include <limits>
+
 #include "bindings/checks.h"
 #include "delfast/per_example.h"
 
@@ -9,7 +11,7 @@ namespace delfast::bindings {
 inline Epilogue parse_epilogue(c10::string_view name) {
   if (name == "abs") return Epilogue::abs;
   if (name == "square") return Epilogue::square;
-  TORCH_CHECK_VALUE(false, "expected epilogue 'abs' or 'square', got '", name, "'; pass one of these");
+  DELFAST_CHECK_VALUE(false, "expected epilogue 'abs' or 'square', got '", name, "'; pass one of these");
 }
 
 // Dim 0 outermost, dim 1 innermost. (Where there is one channel or one position, contiguous is the same.)
@@ -24,14 +26,16 @@ class PerExampleOperands {
   PerExampleOperands(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view epilogue)
       : changed_(sums.unsafeGetTensorImpl()) {
+    check_device(sums.device(), inputs, "inputs");
+    check_device(sums.device(), deltas, "deltas");
     operands.epilogue = parse_epilogue(epilogue);
     operands.inputs_dtype = dtype_of(inputs, "inputs");
     operands.deltas_dtype = dtype_of(deltas, "deltas");
-    TORCH_CHECK_TYPE(sums.scalar_type() == at::kFloat, "expected sums to be float32, got ", sums.scalar_type(),
-                     "; pass float32 zeros of the weight's shape");
+    DELFAST_CHECK_TYPE(sums.scalar_type() == at::kFloat, "expected sums to be float32, got ", sums.scalar_type(),
+                       "; pass float32 zeros of the weight's shape");
     operands.shape = checked_shape(sums, inputs, deltas, stride, padding, dilation, groups);
     if (sums.numel() == 0 || inputs.numel() == 0 || deltas.numel() == 0) {
-      operands.shape.examples = 0;  // nothing to add
+      operands.shape = {};  // nothing to add, of any size
       return;
     }
     operands.inputs = copies_.read(inputs, channels_last_layout(inputs));
@@ -52,12 +56,12 @@ class PerExampleOperands {
                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                  int64_t groups) {
     const int64_t dims = inputs.dim() - 2;
-    TORCH_CHECK_VALUE(dims >= 1 && dims <= 3 && deltas.dim() == inputs.dim() && sums.dim() == inputs.dim(),
-                      "expected inputs (N, C, *in), deltas (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 "
-                      "spatial dimensions, got ",
-                      shape_text(inputs.sizes()), ", ", shape_text(deltas.sizes()), " and ", shape_text(sums.sizes()),
-                      "; pass the layer's input, its output's gradient and sums like its weight");
-    TORCH_CHECK_VALUE(
+    DELFAST_CHECK_VALUE(dims >= 1 && dims <= 3 && deltas.dim() == inputs.dim() && sums.dim() == inputs.dim(),
+                        "expected inputs (N, C, *in), deltas (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 "
+                        "spatial dimensions, got ",
+                        shape_text(inputs.sizes()), ", ", shape_text(deltas.sizes()), " and ", shape_text(sums.sizes()),
+                        "; pass the layer's input, its output's gradient and sums like its weight");
+    DELFAST_CHECK_VALUE(
         int64_t(stride.size()) == dims && int64_t(padding.size()) == dims && int64_t(dilation.size()) == dims,
         "expected ", dims, " values each of stride, padding and dilation, got ", stride.size(), ", ", padding.size(),
         " and ", dilation.size(), "; pass one for each spatial dimension");
@@ -66,10 +70,10 @@ class PerExampleOperands {
     s.in_channels = inputs.size(1);
     s.out_channels = deltas.size(1);
     s.groups = groups;
-    TORCH_CHECK_VALUE(groups >= 1 && s.in_channels % groups == 0 && s.out_channels % groups == 0,
-                      "expected groups to divide ", s.in_channels, " input and ", s.out_channels,
-                      " output channels, got ", groups, "; pass the layer's groups");
-    TORCH_CHECK_VALUE(
+    DELFAST_CHECK_VALUE(groups >= 1 && s.in_channels % groups == 0 && s.out_channels % groups == 0,
+                        "expected groups to divide ", s.in_channels, " input and ", s.out_channels,
+                        " output channels, got ", groups, "; pass the layer's groups");
+    DELFAST_CHECK_VALUE(
         deltas.size(0) == s.examples && sums.size(0) == s.out_channels && sums.size(1) == s.in_channels / groups,
         "expected deltas of ", s.examples, " examples and sums (", s.out_channels, ", ", s.in_channels / groups,
         ", *kernel), got deltas ", shape_text(deltas.sizes()), " and sums ", shape_text(sums.sizes()),
@@ -82,14 +86,18 @@ class PerExampleOperands {
       s.stride[to] = stride[i];
       s.padding[to] = padding[i];
       s.dilation[to] = dilation[i];
-      TORCH_CHECK_VALUE(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1, "expected stride and dilation >= 1 and ",
-                        "padding >= 0 in dimension ", i, ", got ", stride[i], ", ", dilation[i], " and ", padding[i],
-                        "; pass the layer's");
-      const int64_t span = s.in[to] + 2 * padding[i] - dilation[i] * (s.kernel[to] - 1) - 1;
-      const int64_t out = span >= 0 ? span / stride[i] + 1 : 0;
-      TORCH_CHECK_VALUE(s.kernel[to] >= 1 && out == s.out[to], "expected deltas of ", out, " positions in dimension ",
-                        i, ", given inputs ", shape_text(inputs.sizes()), " and sums ", shape_text(sums.sizes()),
-                        ", got ", shape_text(deltas.sizes()), "; pass the layer's stride, padding and dilation");
+      DELFAST_CHECK_VALUE(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
+                          "expected stride and dilation >= 1 and ", "padding >= 0 in dimension ", i, ", got ",
+                          stride[i], ", ", dilation[i], " and ", padding[i], "; pass the layer's");
+      constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that no product of them overflows
+      DELFAST_CHECK_VALUE(stride[i] <= kMost && padding[i] <= kMost && dilation[i] <= kMost && s.kernel[to] <= kMost,
+                          "expected stride, dilation, padding and kernel below 2^31 in dimension ", i, ", got ",
+                          stride[i], ", ", dilation[i], ", ", padding[i], " and ", s.kernel[to], "; pass the layer's");
+      const __int128 span = __int128(s.in[to]) + 2 * padding[i] - dilation[i] * (s.kernel[to] - 1) - 1;
+      const int64_t out = span >= 0 ? int64_t(span / stride[i] + 1) : 0;
+      DELFAST_CHECK_VALUE(s.kernel[to] >= 1 && out == s.out[to], "expected deltas of ", out, " positions in dimension ",
+                          i, ", given inputs ", shape_text(inputs.sizes()), " and sums ", shape_text(sums.sizes()),
+                          ", got ", shape_text(deltas.sizes()), "; pass the layer's stride, padding and dilation");
     }
     return s;
   }
@@ -102,12 +110,13 @@ class PerExampleOperands {
 class ChannelDotOperands {
  public:
   ChannelDotOperands(const at::Tensor& deltas, const std::optional<at::Tensor>& values) {
-    TORCH_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", shape_text(deltas.sizes()),
-                      "; pass the gradient of a layer's output");
+    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", shape_text(deltas.sizes()),
+                        "; pass the gradient of a layer's output");
     dot.deltas_dtype = dtype_of(deltas, "deltas");
     if (values) {
-      TORCH_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", shape_text(deltas.sizes()),
-                        " like deltas, got ", shape_text(values->sizes()), "; pass what the gradient is of");
+      check_device(deltas.device(), *values, "values");
+      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", shape_text(deltas.sizes()),
+                          " like deltas, got ", shape_text(values->sizes()), "; pass what the gradient is of");
       dot.values_dtype = dtype_of(*values, "values");
     }
     dot.examples = deltas.size(0);

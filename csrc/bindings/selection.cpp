@@ -119,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
 
 std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
                                                 at::IntArrayRef lengths, int64_t k, bool cut_last) {
-  const int64_t bytes = check_units(scores, counts, lengths);
+  const int64_t bytes = check_units(scores, counts, lengths, k);
   std::vector<cpu::UnitGroup> groups;
   groups.reserve(counts.size());
   for (size_t p = 0; p < counts.size(); p++) groups.push_back({counts[p], lengths[p]});

@@ -11,14 +11,18 @@ namespace delfast::bindings {
 class UpdateList {
  public:
   UpdateList(at::TensorList param_tensors, at::TensorList sources, const at::Tensor& bits,
-             const c10::List<bool>& by_row) {
+             const c10::List<bool>& by_row)
+      : device(param_tensors.empty() ? bits.device() : param_tensors.front().device()) {
+    check_devices(device, param_tensors, "parameter");
+    check_devices(device, sources, "gradient");
+    check_device(device, bits, "bits");
     const size_t count = param_tensors.size();
-    TORCH_CHECK_VALUE(sources.size() == count && by_row.size() == count, "expected lists of equal length, got ", count,
-                      " parameters, ", sources.size(), " gradients (or fresh values) and ", by_row.size(),
-                      " values of by_row; pass one each");
-    TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous(),
-                     "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ",
-                     shape_text(bits.sizes()), "; concatenate the masks' packed bits");
+    DELFAST_CHECK_VALUE(sources.size() == count && by_row.size() == count, "expected lists of equal length, got ",
+                        count, " parameters, ", sources.size(), " gradients (or fresh values) and ", by_row.size(),
+                        " values of by_row; pass one each");
+    DELFAST_CHECK_TYPE(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous(),
+                       "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ",
+                       shape_text(bits.sizes()), "; concatenate the masks' packed bits");
     const uint8_t* next = bits.const_data_ptr<uint8_t>();
     int64_t left = bits.numel();
     params.reserve(count);
@@ -27,14 +31,14 @@ class UpdateList {
       params.push_back(checked(param_tensors[i], sources[i], by_row.get(i), i));
       changed_.push_back(param_tensors[i].unsafeGetTensorImpl());
       const int64_t bytes = (units(params[i]) + 7) / 8;
-      TORCH_CHECK_VALUE(bytes <= left, "expected ", bytes, " bytes of bits for parameter #", i, ", got ", left,
-                        "; the mask is of other parameters");
+      DELFAST_CHECK_VALUE(bytes <= left, "expected ", bytes, " bytes of bits for parameter #", i, ", got ", left,
+                          "; the mask is of other parameters");
       params[i].bits = next;
       next += bytes;
       left -= bytes;
     }
-    TORCH_CHECK_VALUE(left == 0, "expected bits for ", count, " parameters, got ", left,
-                      " bytes more; the mask is of other parameters");
+    DELFAST_CHECK_VALUE(left == 0, "expected bits for ", count, " parameters, got ", left,
+                        " bytes more; the mask is of other parameters");
   }
 
   // What the parameter's bits stand for: rows, or elements.
@@ -50,13 +54,14 @@ class UpdateList {
       if (!changed->is_inference()) changed->bump_version();
   }
 
+  c10::Device device;
   std::vector<Updated> params;
 
  private:
   Updated checked(const at::Tensor& param, const at::Tensor& source, bool by_row, size_t i) {
-    TORCH_CHECK_VALUE(source.sizes() == param.sizes(), "expected values for parameter #", i, " of shape ",
-                      shape_text(param.sizes()), ", got ", shape_text(source.sizes()),
-                      "; pass them in the parameters' order");
+    DELFAST_CHECK_VALUE(source.sizes() == param.sizes(), "expected values for parameter #", i, " of shape ",
+                        shape_text(param.sizes()), ", got ", shape_text(source.sizes()),
+                        "; pass them in the parameters' order");
     Updated u;
     u.param_dtype = dtype_of(param, "parameter #", i);
     u.source_dtype = dtype_of(source, "gradient #", i);
@@ -71,10 +76,32 @@ class UpdateList {
   std::vector<c10::TensorImpl*> changed_;
 };
 
-inline void check_steps(const at::Tensor& steps, size_t params) {
-  TORCH_CHECK_VALUE(steps.scalar_type() == at::kFloat && steps.is_contiguous() && size_t(steps.numel()) == params,
-                    "expected steps to be contiguous float32 (", params, ",), got ", steps.scalar_type(), " ",
-                    shape_text(steps.sizes()), "; pass one counter per parameter");
+// One number that a step reads: grad_scale, found_inf or lr_tensor.
+inline void check_number(c10::Device device, const std::optional<at::Tensor>& t, const char* role) {
+  if (!t) return;
+  check_device(device, *t, role);
+  DELFAST_CHECK_VALUE(t->numel() == 1, "expected ", role, " to be one number, got shape ", shape_text(t->sizes()),
+                      "; pass a tensor of one element");
+}
+
+// The state's place and dtype, and what a step reads beside the parameters. How many entries the state must have, the
+// host knows on the CPU only.
+inline void check_step(const UpdateList& list, const at::Tensor& state, const at::Tensor& steps,
+                       const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
+                       const std::optional<at::Tensor>& lr_tensor) {
+  check_device(list.device, state, "state");
+  check_device(list.device, steps, "steps");
+  DELFAST_CHECK_VALUE(state.scalar_type() == at::kFloat && state.dim() == 1 && state.is_contiguous(),
+                      "expected state to be contiguous float32 (values,), got ", state.scalar_type(), " ",
+                      shape_text(state.sizes()), "; the optimizer state is of another mask");
+  const size_t params = list.params.size();
+  DELFAST_CHECK_VALUE(
+      steps.scalar_type() == at::kFloat && steps.dim() == 1 && steps.is_contiguous() && size_t(steps.numel()) == params,
+      "expected steps to be contiguous float32 (", params, ",), got ", steps.scalar_type(), " ",
+      shape_text(steps.sizes()), "; pass one counter per parameter");
+  check_number(list.device, grad_scale, "grad_scale");
+  check_number(list.device, found_inf, "found_inf");
+  check_number(list.device, lr_tensor, "lr_tensor");
 }
 
 }  // namespace delfast::bindings

@@ -18,10 +18,12 @@ int64_t vectors(int64_t elements) { return (elements + 15) / 16; }
 int64_t pixels(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2]; }
 
 // Taps side by side in the kernel read neighbours in memory. Seen as one tap, they fill vectors that few channels alone
-// would leave mostly empty (3 of an image); the price is a copy of the input, with its padding along the width.
+// would leave mostly empty (3 of an image); the price is a copy of the input, with its padding along the width. More
+// padding than a kernel takes would be copied for outputs that read nothing else.
 bool joins_taps(const ConvShape& s) {
   const int64_t row = s.kernel[2] * s.in_channels;
-  return s.groups == 1 && s.dilation[2] == 1 && vectors(row) < s.kernel[2] * vectors(s.in_channels);
+  return s.groups == 1 && s.dilation[2] == 1 && s.padding[2] < s.kernel[2] &&
+         vectors(row) < s.kernel[2] * vectors(s.in_channels);
 }
 
 // With a single position, |sum over t of d a| is |d| |a|, and the square of the product the product of the squares: the
@@ -29,6 +31,13 @@ bool joins_taps(const ConvShape& s) {
 bool joins_examples(const ConvShape& s) {
   const bool padded = s.padding[0] || s.padding[1] || s.padding[2];
   return s.taps() == 1 && s.positions() == 1 && pixels(s) == 1 && !padded;
+}
+
+// Whether the planes of AmxLayout stay within a few times what they hold: a far dilated kernel's are mostly padding.
+bool fits_planes(const ConvShape& s) {
+  double plane = 1;  // positions: they may be more than an integer counts
+  for (int i = 0; i < 3; i++) plane *= double(s.out[i]) + double((s.kernel[i] - 1) * s.dilation[i]);
+  return plane <= 4096 + 16 * double(pixels(s) + s.positions());
 }
 
 bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == s.groups; }
@@ -81,7 +90,8 @@ PerExamplePlan::PerExamplePlan(const PerExample& p, Isa isa)
     : whole(p), block_examples(std::max<int64_t>(1, p.shape.examples)) {
   const ConvShape& s = whole.shape;
   const bool both = p.inputs_dtype == Dtype::bfloat16 && p.deltas_dtype == Dtype::bfloat16;
-  if (isa == Isa::amx && both && s.examples && !joins_examples(s) && !is_depthwise(s)) amx_ = AmxLayout(s);
+  if (isa == Isa::amx && both && s.examples && !joins_examples(s) && !is_depthwise(s) && fits_planes(s))
+    amx_ = AmxLayout(s);
   int64_t floats = 0;  // of an example
   if (amx_.used) {
     const int64_t elements = amx_.inputs() + amx_.deltas();

@@ -49,9 +49,12 @@ struct Walk {
       const int64_t first = source < 0 ? ceil_div(-source, s.stride[i]) : 0;
       const int64_t past = source < s.in[i] ? (s.in[i] - 1 - source) / s.stride[i] + 1 : 0;
       count[i] = (past < s.out[i] ? past : s.out[i]) - first;
-      if (count[i] < 0) count[i] = 0;
-      input_start += (source + first * s.stride[i]) * input_pitch;
-      delta_start += first * delta_pitch;
+      if (count[i] <= 0) {
+        count[i] = 0;  // the start would lie outside
+      } else {
+        input_start += (source + first * s.stride[i]) * input_pitch;
+        delta_start += first * delta_pitch;
+      }
       input_step[i] = s.stride[i] * input_pitch;
       delta_step[i] = delta_pitch;
       input_pitch *= s.in[i];

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kWantedBlocks = 1024;  // two to three times as many as an H100 runs at once
 constexpr int64_t kSlabPositions = 256;  // the least that is worth the writing and reading of a slab's sums
 constexpr int64_t kMostPositions = 1 << 30;
+constexpr int64_t kMostPadded = INT32_MAX;  // positions of a dimension with its padding, which kernels count in int
 constexpr Error kTooManyBlocks = "expected sums of at most 2^31 tiles, got more; leave that layer out";
 
 bool is_depthwise(const ConvShape& s) { return s.in_channels == s.groups; }
@@ -132,6 +133,9 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
   const ConvShape s = fold ? folded(p.shape) : p.shape;
   if (s.positions() > kMostPositions || s.in[0] * s.in[1] * s.in[2] > kMostPositions)
     return "expected examples of at most 2^30 positions, got more; leave that layer out";
+  for (int d = 0; d < 3; d++)
+    if (s.in[d] + 2 * s.padding[d] > kMostPadded)
+      return "expected inputs of at most 2^31 - 1 positions with their padding, got more; leave that layer out";
   const Plan plan(s);
   if (plan.tiles * plan.slabs > INT32_MAX) return kTooManyBlocks;
   Layer layer = layer_of(p, s, plan, workspace);

@@ -108,7 +108,7 @@ def _by_depth(parameters: Mapping[str, Tensor], dims: Mapping[str, int], deepest
     """A score for each unit, above 0: the place of its parameter in the model, counted from the other end."""
     places = range(1, len(parameters) + 1) if deepest else range(len(parameters), 0, -1)
     return {
-        name: torch.full((unit_count(parameter.shape, dims.get(name, 0)),), float(place))
+        name: torch.full((unit_count(parameter.shape, dims.get(name, 0)),), float(place), dtype=torch.float32)
         for (name, parameter), place in zip(parameters.items(), places, strict=True)
     }
 
@@ -232,7 +232,8 @@ class Scores:
     def channel_scores(
         self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
     ) -> Tensor:
-        """float32 (units,): the score of every competing unit, in the order of ``parameters``, rows in order."""
+        """(units,): the score of every competing unit, in the order of ``parameters``, rows in order; float32, or
+        float64 for models with float64 parameters."""
         if self.criterion == "random" or self.units is not None:  # scored as units, never aggregated
             return self._join([self._unit_scores(name, unit_count(shape)) for name, shape in self._row_shapes.items()])
         counts = [resolve_top_h(top_h, shape) for shape in self._row_shapes.values()]
@@ -319,14 +320,16 @@ class Scores:
         return [] if self.gradients is None else [self.gradients[name] for name in self.parameters]
 
     def _join(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts) if parts else torch.empty(0)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
 
     def _unit_scores(self, name: str, count: int) -> Tensor:
         """float32 (count,): the units' own scores, of a criterion that scores no elements."""
         if self.units is None:
             return self._uniform(name, count)
         device = self.parameters[name].device
-        return self.units[name].to(device) if name in self.units else torch.zeros(count, device=device)
+        if name in self.units:
+            return self.units[name].to(device)
+        return torch.zeros(count, dtype=torch.float32, device=device)
 
     def _uniform(self, name: str, count: int) -> Tensor:
         """float32 (count,) in [0, 1): numpy's Philox, a counter-based generator, keyed by (seed, parameter name)."""

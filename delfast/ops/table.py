@@ -1,11 +1,14 @@
-"""The op table: schema, fake kernel and PyTorch twin of every op, side by side.
+"""The op table: schema, checks, fake kernel and PyTorch reference of every op, side by side.
 
-The native kernels (csrc/bindings) register themselves for a device when the extension loads; the twin serves every
-device that has none. ``torch.ops.delfast.NAME`` is the way to call an op; what it computes is its twin's docstring.
+The native kernels (csrc/bindings) register themselves for a device when the extension loads. The reference serves every
+device that has none, and float64 tensors on every device: a native kernel passes those on to
+``torch.ops.delfast_reference.NAME`` (csrc/bindings/serving.h). ``torch.ops.delfast.NAME`` is the way to call an op; the
+reference's docstring says what it computes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from delfast.ops import checks
 from delfast.ops.layout import packed_bytes, unit_count
 from delfast.ops.reference.criticality import criticality
 from delfast.ops.reference.gather import gather_columns
@@ -23,12 +27,14 @@ from delfast.ops.reference.selection import select_elements, select_units
 
 @dataclass(frozen=True)
 class Op:
-    """One op: ``schema`` in torch.library's language, ``fake`` (shapes and dtypes only), ``reference`` (the twin).
+    """One op: ``schema`` in torch.library's language, ``check`` (raises for arguments that all of its kernels refuse),
+    ``fake`` (shapes and dtypes only), ``reference`` (the definition). The last two may rely on ``check``.
 
-    ``natively_on``: devices that the extension may have a kernel for; elsewhere the twin is as fast.
+    ``natively_on``: devices that the extension may have a kernel for; elsewhere the reference is as fast.
     """
 
     schema: str
+    check: Callable[..., None]
     fake: Callable[..., Any]
     reference: Callable[..., Any]
     natively_on: tuple[str, ...] = ("CPU", "CUDA")
@@ -45,7 +51,8 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
 def _fake_criticality(
     theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, aggregate: str, top_h: Sequence[int]
 ) -> Tensor:
-    return torch.empty(sum(unit_count(t.shape) for t in theta), device=_device(theta))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in theta) else torch.float32
+    return torch.empty(sum(unit_count(t.shape) for t in theta), dtype=dtype, device=_device(theta))
 
 
 def _fake_select_elements(
@@ -81,21 +88,25 @@ def _fake_in_place(*args: object, **kwargs: object) -> None:
 OPS = (
     Op(
         "criticality(Tensor[] theta, Tensor[] grad, str criterion, str aggregate, int[] top_h) -> Tensor",
+        checks.check_criticality,
         _fake_criticality,
         criticality,
     ),
     Op(
         "select_elements(Tensor[] theta, Tensor[] grad, str criterion, SymInt k) -> (Tensor, Tensor)",
+        checks.check_select_elements,
         _fake_select_elements,
         select_elements,
     ),
     Op(
         "select_units(Tensor scores, int[] counts, int[] lengths, SymInt k, bool cut_last) -> (Tensor, Tensor)",
+        checks.check_select_units,
         _fake_select_units,
         select_units,
     ),
     Op(
         "masked_reset_(Tensor(a!)[] params, Tensor[] fresh, Tensor bits, bool[] by_row) -> ()",
+        checks.check_masked_reset,
         _fake_in_place,
         masked_reset_,
     ),
@@ -103,6 +114,7 @@ OPS = (
         "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
         "Tensor bits, bool[] by_row, *, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
         "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None) -> ()",
+        checks.check_step,
         _fake_in_place,
         masked_sgd_,
     ),
@@ -110,28 +122,55 @@ OPS = (
         "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
         "Tensor bits, bool[] by_row, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
         "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None) -> ()",
+        checks.check_step,
         _fake_in_place,
         masked_adamw_,
     ),
     Op(
         "per_example_accumulate_(Tensor(a!) sums, Tensor inputs, Tensor deltas, int[] stride, int[] padding, "
         "int[] dilation, int groups, str epilogue) -> ()",
+        checks.check_per_example,
         _fake_in_place,
         per_example_accumulate_,
     ),
-    Op("channel_dot(Tensor deltas, Tensor? values) -> Tensor", _fake_channel_dot, channel_dot),
-    Op("gather_columns(Tensor source, Tensor columns) -> Tensor", _fake_gather_columns, gather_columns, ("CPU",)),
+    Op(
+        "channel_dot(Tensor deltas, Tensor? values) -> Tensor",
+        checks.check_channel_dot,
+        _fake_channel_dot,
+        channel_dot,
+    ),
+    Op(
+        "gather_columns(Tensor source, Tensor columns) -> Tensor",
+        checks.check_gather_columns,
+        _fake_gather_columns,
+        gather_columns,
+        ("CPU",),
+    ),
 )
 
-# lives as long as the process: dropping it would drop the ops
+# these live as long as the process: dropping one would drop its ops
 _library: Any = torch.library.Library("delfast", "DEF")  # type: ignore[no-untyped-call]
+_references: Any = torch.library.Library("delfast_reference", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define_ops(native_devices: Sequence[str]) -> None:
-    """Define every op; the twin becomes the kernel of each device ("CPU", "CUDA") without a native one."""
+    """Define every op; the reference becomes the kernel of each device ("CPU", "CUDA") without a native one."""
     for op in OPS:
-        _library.define(op.schema)
-        torch.library.register_fake(f"delfast::{op.name}", op.fake, lib=_library)
+        reference = _checked(op.check, op.reference)
+        for library in (_library, _references):
+            library.define(op.schema)
+        torch.library.register_fake(f"delfast::{op.name}", _checked(op.check, op.fake), lib=_library)
         for device in ("CPU", "CUDA"):
-            if device not in native_devices or device not in op.natively_on:
-                _library.impl(op.name, op.reference, device)
+            is_native = device in native_devices and device in op.natively_on
+            (_references if is_native else _library).impl(op.name, reference, device)
+
+
+def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` after ``check`` of its arguments."""
+
+    @functools.wraps(kernel)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return checked

@@ -9,12 +9,10 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
                        c10::string_view aggregate_name, at::IntArrayRef top_h) {
   const Criterion criterion = parse_criterion(criterion_name);
   const Aggregate aggregate = parse_aggregate(aggregate_name);
-  const OnDevice device(theta.empty() ? grad.front() : theta.front());
-  device.check(theta, "parameter");
-  device.check(grad, "gradient");
   const ScoredList list(theta, grad, criterion);
   const int64_t units = check_top_h(list.params, top_h);
 
+  const OnDevice device(list.device);
   at::Tensor scores = device.empty({units}, at::kFloat);
   const int64_t count = int64_t(list.params.size());
   const at::Tensor workspace =

@@ -13,9 +13,7 @@ namespace {
 class Step {
  public:
   Step(at::TensorList params, at::TensorList sources, const at::Tensor& bits, const c10::List<bool>& by_row)
-      : device_(bits),
-        list_((device_.check(params, "parameter"), device_.check(sources, "gradient"), params), sources, bits, by_row) {
-  }
+      : list_(params, sources, bits, by_row), device_(list_.device) {}
 
   const Updated* params() const { return list_.params.data(); }
   int64_t count() const { return int64_t(list_.params.size()); }
@@ -27,17 +25,15 @@ class Step {
 
   cuda::StepInputs inputs(const at::Tensor& state, const at::Tensor& steps, const OptionalTensor& grad_scale,
                           const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
-    device_.check(state, "state");
-    device_.check(steps, "steps");
-    TORCH_CHECK_VALUE(state.scalar_type() == at::kFloat && state.is_contiguous(),
-                      "expected state to be contiguous float32, got ", state.scalar_type(), " ",
-                      shape_text(state.sizes()), "; the optimizer state is of another mask");
-    check_steps(steps, list_.params.size());
+    check_step(list_, state, steps, grad_scale, found_inf, lr_tensor);
     list_.also_changes(state);
     list_.also_changes(steps);
-    return {state.mutable_data_ptr<float>(), state.numel(),
-            steps.mutable_data_ptr<float>(), scalar(grad_scale, "grad_scale"),
-            scalar(found_inf, "found_inf"),  scalar(lr_tensor, "lr_tensor")};
+    return {state.mutable_data_ptr<float>(),
+            state.numel(),
+            steps.mutable_data_ptr<float>(),
+            number(grad_scale),
+            number(found_inf),
+            number(lr_tensor)};
   }
 
   void finish(cuda::Error error, const char* op) {
@@ -46,18 +42,14 @@ class Step {
   }
 
  private:
-  const float* scalar(const OptionalTensor& t, const char* role) {
-    if (!t) return nullptr;
-    device_.check(*t, role);
-    TORCH_CHECK_VALUE(t->numel() == 1, "expected ", role, " to be one number, got shape ", shape_text(t->sizes()),
-                      "; pass a tensor of one element");
-    return scalars_.emplace_back(t->to(at::kFloat)).const_data_ptr<float>();
+  const float* number(const OptionalTensor& t) {
+    return t ? numbers_.emplace_back(t->to(at::kFloat)).const_data_ptr<float>() : nullptr;
   }
 
-  OnDevice device_;
   UpdateList list_;
+  OnDevice device_;
   at::Tensor workspace_;
-  std::vector<at::Tensor> scalars_;
+  std::vector<at::Tensor> numbers_;
 };
 
 }  // namespace

@@ -1,15 +1,16 @@
 // Registers the CUDA kernels of every op.
-#include <torch/library.h>
-
 #include "bindings/cuda/ops.h"
+#include "bindings/serving.h"
 
 TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
-  m.impl("criticality", TORCH_FN(delfast::bindings::on_cuda::criticality));
-  m.impl("select_elements", TORCH_FN(delfast::bindings::on_cuda::select_elements));
-  m.impl("select_units", TORCH_FN(delfast::bindings::on_cuda::select_units));
-  m.impl("masked_reset_", TORCH_FN(delfast::bindings::on_cuda::masked_reset_));
-  m.impl("masked_sgd_", TORCH_FN(delfast::bindings::on_cuda::masked_sgd_));
-  m.impl("masked_adamw_", TORCH_FN(delfast::bindings::on_cuda::masked_adamw_));
-  m.impl("per_example_accumulate_", TORCH_FN(delfast::bindings::on_cuda::per_example_accumulate_));
-  m.impl("channel_dot", TORCH_FN(delfast::bindings::on_cuda::channel_dot));
+  namespace bindings = delfast::bindings;
+  using bindings::serve;
+  serve<"criticality", &bindings::on_cuda::criticality>(m);
+  serve<"select_elements", &bindings::on_cuda::select_elements>(m);
+  serve<"select_units", &bindings::on_cuda::select_units>(m);
+  serve<"masked_reset_", &bindings::on_cuda::masked_reset_>(m);
+  serve<"masked_sgd_", &bindings::on_cuda::masked_sgd_>(m);
+  serve<"masked_adamw_", &bindings::on_cuda::masked_adamw_>(m);
+  serve<"per_example_accumulate_", &bindings::on_cuda::per_example_accumulate_>(m);
+  serve<"channel_dot", &bindings::on_cuda::channel_dot>(m);
 }

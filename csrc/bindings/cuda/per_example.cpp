@@ -22,10 +22,8 @@ bool use_tensor_cores(const PerExample& p) {
 void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas,
                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              c10::string_view epilogue) {
-  const OnDevice device(sums);
-  device.check(inputs, "inputs");
-  device.check(deltas, "deltas");
   PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
+  const OnDevice device(sums.device());
   const PerExample& p = checked.operands;
   const at::Tensor workspace = device.empty({cuda::per_example_workspace(p.shape)}, at::kByte);
   check_launch(cuda::per_example_accumulate(p, use_tensor_cores(p), workspace.mutable_data_ptr(), device.stream()),
@@ -34,9 +32,8 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
 }
 
 at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values) {
-  const OnDevice device(deltas);
-  if (values) device.check(*values, "values");
   ChannelDotOperands checked(deltas, values);
+  const OnDevice device(deltas.device());
   ChannelDot& dot = checked.dot;
   at::Tensor out = device.empty({dot.examples, dot.channels}, at::kFloat);
   dot.out = out.mutable_data_ptr<float>();

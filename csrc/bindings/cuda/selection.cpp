@@ -9,13 +9,11 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
                                                    c10::string_view criterion_name, int64_t k) {
   check_budget(k);
   const Criterion criterion = parse_criterion(criterion_name);
-  const OnDevice device(theta.empty() ? grad.front() : theta.front());
-  device.check(theta, "parameter");
-  device.check(grad, "gradient");
   const ScoredList list(theta, grad, criterion);
   int64_t bytes = 0;
   for (const Scored& p : list.params) bytes += (p.layout.numel() + 7) / 8;
 
+  const OnDevice device(list.device);
   at::Tensor bits = device.empty({bytes}, at::kByte), nonfinite = device.empty({}, at::kLong);
   const int64_t count = int64_t(list.params.size());
   const at::Tensor workspace = device.empty({cuda::select_elements_workspace(list.params.data(), count)}, at::kByte);
@@ -28,8 +26,8 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
 
 std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
                                                 at::IntArrayRef lengths, int64_t k, bool cut_last) {
-  const OnDevice device(scores);
-  const int64_t bytes = check_units(scores, counts, lengths);
+  const int64_t bytes = check_units(scores, counts, lengths, k);
+  const OnDevice device(scores.device());
   at::Tensor bits = device.empty({bytes}, at::kByte), info = device.empty({3}, at::kLong);
   const at::Tensor scores_row = scores.contiguous();
   const int64_t count = int64_t(counts.size());

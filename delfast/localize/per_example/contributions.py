@@ -7,12 +7,10 @@ x's own g, for parameters whose uses must be added up before ε: tied ones, modu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-
-from delfast.ops.reference import per_example as reference
 
 Epilogue = Literal["abs", "square"]  # ε(g): |g| or g²
 
@@ -38,9 +36,8 @@ def widened(t: Tensor) -> Tensor:
 
 
 def channel_dot(deltas: Tensor, values: Tensor | None = None) -> Tensor:
-    """The op; float64, which no native kernel takes, goes to its twin."""
-    op: Any = reference.channel_dot if deltas.dtype == torch.float64 else torch.ops.delfast.channel_dot
-    result: Tensor = op(deltas, values)
+    """(N, C): Σ over positions of ``deltas * values``, by the op."""
+    result: Tensor = torch.ops.delfast.channel_dot(deltas, values)
     return result
 
 
@@ -61,11 +58,8 @@ class Convolution:
     groups: int
 
     def add(self, sums: Tensor, epilogue: Epilogue) -> None:
-        op: Any = torch.ops.delfast.per_example_accumulate_
-        if sums.dtype == torch.float64:
-            op = reference.per_example_accumulate_
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        op(sums.view(self.kernel), self.inputs, self.deltas, *geometry, epilogue)
+        torch.ops.delfast.per_example_accumulate_(sums.view(self.kernel), self.inputs, self.deltas, *geometry, epilogue)
 
     def of(self, example: int) -> Tensor:
         deltas = widened(self.deltas[example : example + 1])

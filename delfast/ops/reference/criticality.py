@@ -28,7 +28,8 @@ def element_scores(theta: Tensor, grad: Tensor | None, criterion: str) -> Tensor
 def criticality(
     theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, aggregate: str, top_h: Sequence[int]
 ) -> Tensor:
-    """Score of every unit of every parameter, concatenated in order: float32, shape (units,).
+    """Score of every unit of every parameter, concatenated in order: shape (units,), float32, or float64 if a parameter
+    is float64.
 
     theta, grad: one tensor per parameter (grad may be empty for criterion "weight").
     aggregate: "mean", "sum", "max", or "topk_mean", the mean of the ``top_h[p]`` largest of a row.
@@ -39,8 +40,8 @@ def criticality(
         units, length = unit_count(parameter.shape), row_length(parameter.shape)
         gradient = grad[index] if grad else None
         rows = element_scores(parameter, gradient, criterion).reshape(units, length if units else 0)
-        parts.append(_aggregate(rows, aggregate, top_h[index]).to(torch.float32))
-    return torch.cat(parts) if parts else torch.empty(0)
+        parts.append(_aggregate(rows, aggregate, top_h[index]))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
 
 
 def _aggregate(rows: Tensor, aggregate: str, top_h: int) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from delfast.ops.layout import as_rows, packed_bytes, row_length, unpack
+from delfast.ops.layout import as_rows, packed_bytes, row_length, unit_count, unpack
 
 Update = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,28 +23,44 @@ Update = Callable[[Tensor, Tensor], Tensor]
 def _masked(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> Iterator[Tensor]:
     """For each parameter, int64 (n,): its masked rows or elements."""
     start = 0
-    for param, rows in zip(params, by_row, strict=True):
-        units = (param.shape[0] if param.numel() else 0) if rows else param.numel()
-        yield unpack(bits[start : start + packed_bytes(units)], units).nonzero().squeeze(1)
-        start += packed_bytes(units)
+    for index, (param, rows) in enumerate(zip(params, by_row, strict=True)):
+        units = unit_count(param.shape) if rows else param.numel()
+        size = packed_bytes(units)
+        masked = unpack(bits[start : start + size], 8 * size).nonzero().squeeze(1)
+        if len(masked) and masked[-1] >= units:
+            raise ValueError(
+                f"expected the bits past the last of the {units} of parameter #{index} to be zero; the mask is of "
+                "other parameters"
+            )
+        yield masked
+        start += size
 
 
 def _state_of(
     state: Tensor, count: int, params: Sequence[Tensor], masked: Sequence[Tensor], by_row: Sequence[bool]
-) -> Iterator[list[Tensor]]:
+) -> list[list[Tensor]]:
     """For each parameter, ``count`` views of ``state``, shaped like its masked entries."""
-    start = 0
-    for param, entries, rows in zip(params, masked, by_row, strict=True):
-        size = entries.numel() * (row_length(param.shape) if rows else 1)
+    sizes = [
+        entries.numel() * (row_length(param.shape) if rows else 1)
+        for param, entries, rows in zip(params, masked, by_row, strict=True)
+    ]
+    if count and state.numel() != count * sum(sizes):
+        raise ValueError(
+            f"expected state of {count * sum(sizes)} values, got {state.numel()}; "
+            "the optimizer state is of another mask"
+        )
+    start, views = 0, []
+    for param, size, rows in zip(params, sizes, by_row, strict=True):
         pieces = state[start : start + count * size].split(size) if size else [state[:0]] * count  # type: ignore[no-untyped-call]
-        yield [as_rows(piece, param) if rows else piece for piece in pieces]
+        views.append([as_rows(piece, param) if rows else piece for piece in pieces])
         start += count * size
+    return views
 
 
 def _apply(param: Tensor, source: Tensor, entries: Tensor, rows: bool, update: Update) -> None:
     """Replace the masked entries of ``param`` by ``update(entries, the same entries of source)``, computed wide."""
     wide = torch.promote_types(param.dtype, torch.float32)
-    if rows:
+    if rows and param.ndim > 1:
         param[entries] = update(param[entries].to(wide), source[entries].to(wide)).to(param.dtype)
         return
     flat = param.reshape(-1).clone()  # a view of some strides would overlap itself when copied back
@@ -54,7 +70,8 @@ def _apply(param: Tensor, source: Tensor, entries: Tensor, rows: bool, update: U
 
 def masked_reset_(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
     """theta_j <- fresh_j on the mask (DEL paper, section 3)."""
-    for param, value, entries, rows in zip(params, fresh, _masked(params, bits, by_row), by_row, strict=True):
+    masked = list(_masked(params, bits, by_row))
+    for param, value, entries, rows in zip(params, fresh, masked, by_row, strict=True):
         _apply(param, value, entries, rows, lambda old, new: new)
 
 
@@ -88,11 +105,11 @@ def masked_sgd_(
     grad_scale: gradients are divided by it first. found_inf: if it is not 0, nothing at all changes. lr_tensor: one
     number, in place of ``lr``; on a CUDA device it is read there, so that a captured graph follows a schedule.
     """
+    masked = list(_masked(params, bits, by_row))
+    states = _state_of(state, 1 if momentum else 0, params, masked, by_row)
     if found_inf is not None and bool(found_inf):
         return
     lr = lr if lr_tensor is None else float(lr_tensor)
-    masked = list(_masked(params, bits, by_row))
-    states = _state_of(state, 1 if momentum else 0, params, masked, by_row)
     for i, (param, grad, entries, rows, kept) in enumerate(zip(params, grads, masked, by_row, states, strict=True)):
         buffer = kept[0] if momentum else None
         first = float(steps[i]) == 0
@@ -133,11 +150,11 @@ def masked_adamw_(
     state: for each parameter the running means of the gradients, then of their squares.
     steps, grad_scale, found_inf, lr_tensor: as for ``masked_sgd_``.
     """
+    masked = list(_masked(params, bits, by_row))
+    states = _state_of(state, 2, params, masked, by_row)
     if found_inf is not None and bool(found_inf):
         return
     lr = lr if lr_tensor is None else float(lr_tensor)
-    masked = list(_masked(params, bits, by_row))
-    states = _state_of(state, 2, params, masked, by_row)
     for i, (param, grad, entries, rows, (mean, square)) in enumerate(
         zip(params, grads, masked, by_row, states, strict=True)
     ):

@@ -25,11 +25,14 @@ def per_example_accumulate_(
     """``sums += Σ_x ε(g_x)``, with g_x the weight gradient of example x alone, ε "abs" |g| or "square" g².
 
     inputs (N, C, *in), deltas (N, M, *out): what a convolution of 1 to 3 spatial dimensions read, and the gradient of
-    what it wrote. sums (M, C / groups, *kernel): like its weight; float32, or float64 for float64 inputs.
+    what it wrote. sums (M, C / groups, *kernel): like its weight; float32 or float64, in which all is computed.
     Linear on (N, T, features): a convolution over T of kernel 1. Transposed convolution: deltas and inputs swapped.
     """
-    wide = torch.promote_types(inputs.dtype, torch.float32)
-    dims = len(stride)
+    if not (inputs.numel() and deltas.numel() and sums.numel()):
+        # nothing to add; the kernels count that as a change too
+        torch.autograd.graph.increment_version(sums)
+        return
+    wide, dims = sums.dtype, len(stride)
     weight = inputs.new_empty(1, dtype=wide).expand(sums.shape)  # only its shape is looked at
     for x in range(inputs.shape[0]):
         _, gradient, _ = torch.ops.aten.convolution_backward(

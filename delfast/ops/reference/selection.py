@@ -23,7 +23,7 @@ def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: 
         for index, parameter in enumerate(theta)
     ]
     device = theta[0].device if theta else torch.device("cpu")
-    flat = torch.cat(scores) if scores else torch.empty(0)
+    flat = torch.cat(scores) if scores else torch.empty(0, dtype=torch.float32)
     chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=device)
     chosen[torch.sort(flat, descending=True, stable=True).indices[:k]] = True
     bits = [pack(flags) for flags in torch.split(chosen, [score.numel() for score in scores])] if scores else []
@@ -36,8 +36,8 @@ def select_units(
 ) -> tuple[Tensor, Tensor]:
     """The longest prefix of the units, in falling score, whose sizes sum to at most k.
 
-    scores: float32 (units,), non-negative, of all parameters one after the other. counts, lengths: of each parameter,
-    its number of units and how many scalars each of them holds.
+    scores: float32 or float64 (units,), of all parameters one after the other; their magnitudes count. counts, lengths:
+    of each parameter, its number of units and how many scalars each of them holds.
     cut_last: also say how much of the next unit the rest of the budget covers (the published code's cut).
     Returns the packed bits (uint8) of the units chosen whole, each parameter padded to whole bytes, and int64 (3,): the
     cut unit (-1: none), how many of its scalars, and the first unit with a NaN or infinite score (-1: none; else the
@@ -47,7 +47,7 @@ def select_units(
     sizes = torch.tensor(lengths, dtype=torch.int64, device=device).repeat_interleave(
         torch.tensor(counts, dtype=torch.int64, device=device)
     )
-    order = torch.sort(scores, descending=True, stable=True).indices
+    order = torch.sort(scores.abs(), descending=True, stable=True).indices
     used = sizes[order].cumsum(0)
     # the first unit that does not fit ends the prefix, even if a later, smaller one would fit
     count = int((used <= k).sum())
