@@ -25,7 +25,8 @@ class MaskedOptimizer(Optimizer):
     entry of the mask must be among them; parameters that the mask does not select are never touched.
 
     The kernel writes masked entries only, so all others stay bit-identical through weight decay, momentum, gradient
-    clipping and resumes. State is float32 (float64 for float64 parameters), for masked entries alone.
+    clipping and resumes. State is float32 (float64 for float64 parameters), for masked entries alone. Float64
+    parameters are stepped by the op's PyTorch reference, which waits for the device and cannot be captured in a graph.
     With ``torch.amp.GradScaler``, unscaling and skipping happen inside the kernel. ``load_state_dict`` refuses the
     state of another mask.
     """

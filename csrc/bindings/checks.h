@@ -35,7 +35,7 @@ Dtype dtype_of(const at::Tensor& t, const Role&... role) {
       return Dtype::float16;
     default:
       DELFAST_CHECK_TYPE(false, "expected ", role..., " to be float32, bfloat16 or float16, got ", t.scalar_type(),
-                         "; convert the model (model.float()), or run with DELFAST_BACKEND=torch");
+                         "; convert the model (model.float())");
   }
 }
 

@@ -1,4 +1,4 @@
-"""Twin of csrc/cpu/criticality: how much each channel matters to the forget set."""
+"""Reference of csrc/cpu/criticality: how much each channel matters to the forget set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twin of csrc/cpu/masked_update: change the masked entries of parameters in place, and nothing else.
+"""Reference of csrc/cpu/masked_update: change the masked entries of parameters in place, and nothing else.
 
 ``bits``: uint8, the packed bits of all parameters one after the other, each padded to whole bytes (as in
 delfast.ops.layout). ``by_row[p]`` says what a bit of ``params[p]`` stands for: a row (a slice along dim 0), or an

@@ -1,4 +1,4 @@
-"""Twin of csrc/cpu/per_example: sums over examples of what each example's own gradient contributes.
+"""Reference of csrc/cpu/per_example: sums over examples of what each example's own gradient contributes.
 
 Examples are dim 0 of ``inputs`` and ``deltas``; a layer's ``deltas`` are the gradient of the *sum* of the examples'
 losses with respect to its output, so that slice x of them is example x's own.

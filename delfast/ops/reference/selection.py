@@ -1,4 +1,4 @@
-"""Twin of csrc/cpu/selection: the highest scores within a budget; ties fall to the lower index, always."""
+"""Reference of csrc/cpu/selection: the highest scores within a budget; ties fall to the lower index, always."""
 
 from __future__ import annotations
 
