@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import os
@@ -11,7 +10,8 @@ import re
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,20 @@ from torch import Tensor
 from delfast.errors import InputError
 from delfast.plain import number
 
-Write = Callable[[Path], None]
 
-
-def _naming_the_file(write: Callable[[Path, Write], None]) -> Callable[[Path, Write], None]:
-    """Make the operating system's errors name the file that was to be written: a full disk, a quota, a read-only one.
+@contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Make the operating system's errors inside name ``path``: a full disk, a quota, a read-only file system.
 
     torch.save and safetensors hide such an error in one of their own, and others name the temporary file.
     """
-
-    @functools.wraps(write)
-    def named(path: Path, fill: Write) -> None:
-        try:
-            write(path, fill)
-        except Exception as error:
-            code = _system_error(error, Path(path))
-            if code is None:
-                raise
-            raise OSError(code, os.strerror(code), str(path)) from error
-
-    return named
+    try:
+        yield
+    except Exception as error:
+        code = _system_error(error, path)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _system_error(error: Exception, path: Path) -> int | None:
@@ -59,7 +53,6 @@ def _system_error(error: Exception, path: Path) -> int | None:
     return cause.errno if own else None
 
 
-@_naming_the_file
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it over ``path``.
 
@@ -68,25 +61,26 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     the file.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write(partial)
-        with open(partial, "rb+") as stream:
-            os.fsync(stream.fileno())
-        umask = os.umask(0)  # mkstemp makes private files; give this one the ordinary permissions
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself must survive a power cut
-    finally:
-        os.close(directory)
+    with naming_errors(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            write(partial)
+            with open(partial, "rb+") as stream:
+                os.fsync(stream.fileno())
+            umask = os.umask(0)  # mkstemp makes private files; give this one the ordinary permissions
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself must survive a power cut
+        finally:
+            os.close(directory)
 
 
 def write_json(path: Path, value: object) -> None:
