@@ -31,7 +31,6 @@ from torch import Tensor
 from delfast.errors import InputError
 from delfast.plain import number
 
-Write = Callable[[Path], None]
 
 if sys.platform != "win32":
     import fcntl
@@ -44,23 +43,19 @@ UNSUPPORTED = {
 }
 
 
-def _naming_the_file(write: Callable[[Path, Write], None]) -> Callable[[Path, Write], None]:
-    """Make the operating system's errors name the file that was to be written: a full disk, a quota, a read-only one.
+@contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Make the operating system's errors inside name ``path``: a full disk, a quota, a read-only file system.
 
     torch.save and safetensors hide such an error in one of their own, and others name the temporary file.
     """
-
-    @functools.wraps(write)
-    def named(path: Path, fill: Write) -> None:
-        try:
-            write(path, fill)
-        except Exception as error:
-            code = _system_error(error, Path(path))
-            if code is None:
-                raise
-            raise OSError(code, os.strerror(code), str(path)) from error
-
-    return named
+    try:
+        yield
+    except Exception as error:
+        code = _system_error(error, path)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _system_error(error: Exception, path: Path) -> int | None:
@@ -77,7 +72,6 @@ def _system_error(error: Exception, path: Path) -> int | None:
     return cause.errno if own else None
 
 
-@_naming_the_file
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it over ``path``.
 
@@ -86,15 +80,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     the file. What killed processes left of ``path`` is removed first; what another process still writes stays.
     """
     path = Path(path)
-    with directory_for(path) as (directory, mode):
-        partial = directory / "partial"
-        write(partial)
-        with open(partial, "rb+") as stream:
-            if sys.platform != "win32":
-                os.fchmod(stream.fileno(), mode)  # safetensors and mapped tensors make private files
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    _sync_directory(path.parent)
+    with naming_errors(path):
+        with directory_for(path) as (directory, mode):
+            partial = directory / "partial"
+            write(partial)
+            with open(partial, "rb+") as stream:
+                if sys.platform != "win32":
+                    os.fchmod(stream.fileno(), mode)  # safetensors and mapped tensors make private files
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        _sync_directory(path.parent)
 
 
 @contextmanager

@@ -225,22 +225,26 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from delfast import Mask
+from delfast.data.pictures import Pictures, _decode
 from delfast.files import save_archive, save_state, write_json
+from PIL import Image
 directory = Path(sys.argv[1])
 if sys.argv[2] == "limit":  # a limit on a file's size stands for the disk's: the write fails half-way
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 big = {"w": torch.rand(400, 400)}
+pictures = Pictures(lambda i: Image.new("RGB", (256, 256)), str, torch.zeros(4), "four")
 for name, write in (
     ("mask", lambda path: Mask.from_dense({"w": torch.rand(1_200_000) < 0.5}).save(path)),
     ("archive.pt", lambda path: save_archive(path, big)),
     ("state.safetensors", lambda path: save_state(path, big)),
     ("summary.json", lambda path: write_json(path, "x" * 500_000)),
+    ("images", lambda path: _decode(pictures, 256, path)),
 ):
     try:
         write(directory / name)
     except OSError as error:
-        print(error.errno, error.filename, error.strerror, sep="|")
+        print(error.errno, Path(error.filename).relative_to(directory).parts[0], error.strerror, sep="|")
 """
 
 
@@ -268,9 +272,9 @@ def test_a_full_disk_is_named_with_the_file(how: str, tmp_path: Path) -> None:
     finally:
         if mounted:
             subprocess.run(["umount", str(directory)], check=True)
-    expected = [f"{number}|{directory / name}|{os.strerror(number)}" for name in names]
+    expected = [f"{number}|{name}|{os.strerror(number)}" for name in (*names, "images")]
     assert result.stdout.splitlines() == expected, result.stderr
-    assert left == ([] if mounted else sorted(names))
+    assert left == (["images"] if mounted else sorted((*names, "images")))
     assert all((directory / name).read_text() == "old" for name in names)
 
 

@@ -83,11 +83,20 @@ def _decode(pictures: Pictures, size: int, directory: Path | None) -> Tensor:
     file, count = make_output_dir(directory) / f"{digest[:20]}.uint8", math.prod(shape)
     if not file.is_file():
         log.info("decoding %d images into '%s' (%.1f GiB)", shape[0], file, count / 2**30)
-        write_atomically(
-            file,
-            lambda partial: fill(torch.from_file(str(partial), shared=True, size=count, dtype=torch.uint8).view(shape)),
-        )
+
+        def write(partial: Path) -> None:
+            _reserve(partial, count)
+            fill(torch.from_file(str(partial), shared=True, size=count, dtype=torch.uint8).view(shape))
+
+        write_atomically(file, write)
     return torch.from_file(str(file), shared=False, size=count, dtype=torch.uint8).view(shape)
+
+
+def _reserve(path: Path, count: int) -> None:
+    """Take ``count`` bytes of the disk for a file: without them, writing to it where it is mapped ends in SIGBUS."""
+    with open(path, "wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, count)
 
 
 def _open(pictures: Pictures, position: int) -> Image.Image:
