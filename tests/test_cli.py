@@ -263,6 +263,8 @@ def refused(capsys, *arguments):
         (["--forget", "non-iid:12"], "classes 0 to 9"),
         (["--data", "mnist"], "expected data digits"),
         (["--data", "folder:nowhere"], "no such folder"),
+        (["--data", "folder:~nobody-of-that-name/x"], "no such folder"),
+        (["--forget", "file:~nobody-of-that-name/x"], "cannot read the forget set's indices"),
         (["--model", "alexnet"], "expected a model resnet18"),
         (["--epochs", "0"], "at least 1 epoch, got 0"),
         (["--lr", "-1"], "learning rate above 0, got -1"),

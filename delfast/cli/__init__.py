@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from delfast.errors import InputError, printable
 from delfast.files import one_line
 
 BAD_INPUT, FAILURE = 2, 1
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # of what was given, whatever the disk holds
 EXTRA = ("typer", "rich", "tomli", "torchvision", "sklearn", "matplotlib", "vit_pytorch", "PIL", "scipy", "einops")
 
 
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, str(error), error.exit_code)
     except OSError as error:
         where = f" ('{error.filename}')" if error.filename else ""
-        return _fail(error, f"{error.strerror or one_line(error)}{where}", FAILURE)
+        code = BAD_INPUT if error.errno in NO_PATH else FAILURE
+        return _fail(error, f"{error.strerror or one_line(error)}{where}", code)
     except Exception as error:
         return _fail(error, f"{type(error).__name__}: {one_line(error)}", FAILURE)
 

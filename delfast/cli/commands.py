@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -110,7 +111,7 @@ def train(
         batch_size=batch_size,
         weight_decay=weight_decay,
         seed=seed,
-        data_dir=None if data_dir is None else str(data_dir.resolve()),
+        data_dir=None if data_dir is None else os.path.realpath(data_dir),
         image_size=image_size,
         train_examples=train_examples,
         test_examples=test_examples,

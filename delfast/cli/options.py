@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ StepSeed = Annotated[
 def resolved(source: str) -> str:
     """The data or the forget set, with an absolute path: later commands may be run from elsewhere."""
     kind, colon, path = source.partition(":")
-    return f"{kind}:{Path(path).expanduser().resolve()}" if colon and kind in ("folder", "file") else source
+    return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and kind in ("folder", "file") else source
 
 
 def channels_last_for(choice: str, model: str) -> bool:

@@ -6,6 +6,7 @@ that a later step needs, the data set apart. ``train``, ``oracle`` and ``unlearn
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
@@ -190,7 +191,7 @@ LoadData = Callable[[str, str | None, int | None, int | None, int | None], Image
 
 def check_own_directory(output_dir: Path, *inputs: Path) -> None:
     """InputError if writing to ``output_dir`` would overwrite one of the inputs."""
-    if output_dir.resolve() in [path.resolve() for path in inputs]:
+    if os.path.realpath(output_dir) in map(os.path.realpath, inputs):
         raise InputError(f"the output directory '{output_dir}' holds the input itself; choose another --output-dir")
 
 

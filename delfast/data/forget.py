@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int
             log.info("%s holds %d examples, not %d: the forget set is all of them", spec, len(pool), wanted)
     indices = pool[torch.randperm(len(pool), generator=generator)[:wanted]].sort().values
     if kind == "file":
-        indices = _listed(Path(spec.removeprefix("file:")).expanduser(), len(targets))
+        indices = _listed(Path(os.path.expanduser(spec.removeprefix("file:"))), len(targets))
     if len(indices) == 0:
         raise InputError(f"the forget set '{spec}' at ratio {ratio} is empty; raise --forget-ratio, or list more")
     if len(indices) == len(targets):

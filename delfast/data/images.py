@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -90,7 +91,7 @@ def load(spec: str, data_dir: Path | None = None, image_size: int | None = None)
     data cannot be had.
     """
     check_source(spec, image_size)
-    root = (data_dir or DEFAULT_DATA_DIR).expanduser()
+    root = Path(os.path.expanduser(data_dir or DEFAULT_DATA_DIR))
     if spec in _SOURCES:
         return _SOURCES[spec](root)
     train, test, num_classes = pictures.read(spec, root, image_size)

@@ -118,7 +118,7 @@ def _size_of_first(pictures: Pictures) -> int:
 
 
 def _path(spec: str) -> Path:
-    return Path(spec.removeprefix("folder:")).expanduser()
+    return Path(os.path.expanduser(spec.removeprefix("folder:")))  # which leaves users that are not there
 
 
 def _folder(spec: str) -> tuple[Pictures, Pictures, int]:
