@@ -200,6 +200,8 @@ class Scores:
         self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
     ) -> Tensor:
         """float32 (units,): the score of every competing unit, in the order of ``parameters``, rows in order."""
+        check_choice("aggregate", aggregate, Aggregate)
+        resolve_top_h(top_h, (1, 1))
         if self.criterion == "random" or self.units is not None:  # scored as units, never aggregated
             return self._join([self._unit_scores(name, unit_count(t.shape)) for name, t in self.parameters.items()])
         counts = [resolve_top_h(top_h, parameter.shape) for parameter in self.parameters.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -43,6 +44,7 @@ from delfast.unlearn.methods import (
     Relabel,
     Retrain,
     Scrub,
+    require,
 )
 from delfast.unlearn.stopping import EarlyStop
 from delfast.unlearn.strokes import Dampening, Influence
@@ -232,8 +234,8 @@ def _check_arguments(
     check_function("loss_fn", loss_fn)
     check_function("progress", progress)
     check_flag("resume", resume)
-    if checkpoint is not None:
-        check_path("checkpoint", checkpoint)
+    if checkpoint is not None and Path(check_path("checkpoint", checkpoint)).is_dir():
+        raise InputError(f"expected checkpoint to be a file, got the directory '{checkpoint}'; name a file in it")
 
 
 def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
@@ -250,6 +252,8 @@ def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
     method = replace(method, **changes)
     method = replace(method, **{field.name: _hyperparameter(method, field) for field in fields(method)})
     method.check()
+    for name, value in asdict(method).items():
+        require(method, name, not isinstance(value, float) or math.isfinite(value), "finite")
     return method
 
 
