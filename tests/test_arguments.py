@@ -309,8 +309,9 @@ def test_numpy_scalars_become_plain_numbers(tmp_path: Path) -> None:
     delfast.reset_(fresh[0], MASK, cases.SmallNet, seed=numpy.uint64(3))
     delfast.reset_(fresh[1], MASK, cases.SmallNet, seed=3)
     assert state_of(fresh[0]) == state_of(fresh[1])
+    large = [delfast.score(small(), criterion="random", seed=2**64 - i).select(0.3).digest for i in (1, 2, 2**63)]
+    assert len(set(large)) == 3
     for seed in (0, 2**64 - 1):
-        delfast.score(small(), criterion="random", seed=seed).select(0.3)
         delfast.reset_(small(), MASK, cases.SmallNet, seed=seed)
 
 

@@ -275,7 +275,8 @@ class Scores:
 
     def _uniform(self, name: str, count: int) -> Tensor:
         """float32 (count,) in [0, 1): numpy's Philox, a counter-based generator, keyed by (seed, parameter name)."""
-        generator = numpy.random.Generator(numpy.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
+        key = numpy.array([self.seed, zlib.crc32(name.encode())], dtype=numpy.uint64)  # a list of such ints is float64
+        generator = numpy.random.Generator(numpy.random.Philox(key=key))
         return torch.from_numpy(generator.random(count, dtype=numpy.float32)).to(self.parameters[name].device)
 
     def _owner(self, unit: int, counts: list[int]) -> tuple[str, int]:
