@@ -112,7 +112,7 @@ def critmem(
         raise InputError(f"expected preserve to be at least 0, got {preserve}; pass a finite number")
     check_flag("include_head", include_head)
     check_function("logits_fn", logits_fn)
-    check_loader(loader, "set's loader")
+    check_loader(loader, "loader")
     warn_about_loader(loader, "set")
     network = unwrap(model)
     search = _Search(network, trainable_parameters(network), logits_fn, include_head)

@@ -81,7 +81,7 @@ def score(
     max_channels = check_count("max_channels", max_channels)
     seed = check_seed(seed)
     if loader is not None:
-        check_loader(loader, "forget set's loader")
+        check_loader(loader, "loader")
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")

@@ -258,13 +258,14 @@ def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
 
 
 def _hyperparameter(method: Method, field: Field[Any]) -> Any:
-    """Its value, of the type of its default, or InputError."""
+    """Its value: a plain number where the default is one, else as it is. InputError for a value of another type."""
     value = getattr(method, field.name)
-    if isinstance(field.default, int):
+    if type(field.default) is int:
         return check_int(field.name, value)
-    if isinstance(field.default, float):
+    if type(field.default) is float:
         return check_number(field.name, value)
-    check_choice(field.name, value, Schedule)
+    if field.name == "schedule":
+        check_choice("schedule", value, Schedule)
     return value
 
 
