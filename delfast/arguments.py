@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from os import PathLike, fspath
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -73,9 +73,8 @@ def check_function(name: str, value: object) -> None:
 
 def check_loader(value: object, what: str) -> None:
     """InputError unless ``value`` can be iterated over and could yield batches."""
-    if (not isinstance(value, Iterable) and not hasattr(value, "__getitem__")) or isinstance(
-        value, (str, bytes, Mapping)
-    ):
+    iterable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
+    if not iterable or isinstance(value, (str, bytes, Mapping, type)) or is_scalar(value):
         raise InputError(
             f"expected the {what} to be a DataLoader or another iterable of batches, got {describe(value)}; pass one"
         )
@@ -87,13 +86,21 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], text: st
         raise InputError(f"expected {name} to be {text}, got {describe(value)}; pass one")
 
 
+def is_scalar(value: object) -> bool:
+    """Is it a tensor or an array of no dimension, which has the methods of a sequence and is none?"""
+    return getattr(value, "ndim", 1) == 0
+
+
+def check_tensors(**values: object) -> None:
+    """InputError unless every one is a tensor."""
+    for name, value in values.items():
+        check_type(name, value, torch.Tensor, "a tensor")
+
+
 def check_names(name: str, value: object) -> None:
     """InputError unless ``value`` is a collection of str, and no str itself."""
-    if (
-        not isinstance(value, Collection)
-        or isinstance(value, (str, bytes))
-        or not all(isinstance(v, str) for v in value)
-    ):
+    names = isinstance(value, Collection) and not isinstance(value, (str, bytes)) and not is_scalar(value)
+    if not names or not all(isinstance(name, str) for name in cast(Collection[object], value)):
         raise InputError(f"expected {name} to be a list of names, got {describe(value)}; pass a list of str")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import errno
-import functools
 import glob
 import io
 import json
@@ -30,7 +29,6 @@ from torch import Tensor
 
 from delfast.errors import InputError
 from delfast.plain import number
-
 
 if sys.platform != "win32":
     import fcntl

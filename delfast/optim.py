@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from delfast.arguments import check_flag, check_number, check_type, describe, plain
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import plain_name, unique_parameters
@@ -41,6 +42,11 @@ class MaskedOptimizer(Optimizer):
         mask: Mask,
         defaults: dict[str, Any],
     ) -> None:
+        check_type("mask", mask, Mask, "a delfast.Mask")
+        if not isinstance(named_parameters, Iterable) or isinstance(named_parameters, (str, bytes, Tensor)):
+            raise InputError(
+                f"expected (name, parameter) pairs, got {describe(named_parameters)}; pass model.named_parameters()"
+            )
         groups: list[Any] = [
             {**entry, "params": list(entry["params"])} if isinstance(entry, dict) else entry
             for entry in named_parameters
@@ -226,16 +232,19 @@ class MaskedSGD(MaskedOptimizer):
         maximize: bool = False,
     ) -> None:
         _check_range(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        check_number("dampening", dampening)
+        check_flag("nesterov", nesterov)
+        check_flag("maximize", maximize)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError("expected momentum > 0 and dampening = 0 with nesterov; change one of the three")
         super().__init__(
             named_parameters,
             mask,
             {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
+                "lr": plain(lr),
+                "momentum": plain(momentum),
+                "dampening": plain(dampening),
+                "weight_decay": plain(weight_decay),
                 "nesterov": nesterov,
                 "maximize": maximize,
             },
@@ -279,12 +288,21 @@ class MaskedAdamW(MaskedOptimizer):
         maximize: bool = False,
     ) -> None:
         _check_range(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0 <= beta < 1 for beta in betas):
+        check_flag("maximize", maximize)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise InputError(f"expected betas to be two numbers, got {describe(betas)}; pass a pair in [0, 1)")
+        if not all(0 <= check_number("betas", beta) < 1 for beta in betas):
             raise InputError(f"expected betas in [0, 1), got {betas}; pass two such numbers")
         super().__init__(
             named_parameters,
             mask,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize},
+            {
+                "lr": plain(lr),
+                "betas": tuple(plain(beta) for beta in betas),
+                "eps": plain(eps),
+                "weight_decay": plain(weight_decay),
+                "maximize": maximize,
+            },
         )
 
     def _state_count(self, group: dict[str, Any]) -> int:
@@ -317,5 +335,7 @@ def check_dense(name: str, gradient: Tensor) -> None:
 
 def _check_range(**values: float | Tensor) -> None:
     for name, value in values.items():
+        if not (isinstance(value, Tensor) and name == "lr" and value.numel() == 1):
+            check_number(name, value)
         if not 0 <= value < float("inf"):
             raise InputError(f"expected {name} >= 0, got {value}; pass a finite, non-negative number")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -64,6 +66,22 @@ def test_three_parts_are_index_input_and_target_only_where_the_first_is_n_intege
             split_batch(batch)
     with pytest.raises(InputError, match="a tensor of targets, got list; pass loss_fn"):
         split_batch((X, Y.tolist()))
+
+
+DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.bfloat16, torch.complex64)
+
+
+@given(st.integers(0, 4), st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_an_index_is_one_integer_for_each_target(count: int, shape: list[int], dtype: torch.dtype) -> None:
+    index, targets = torch.zeros(shape, dtype=dtype), torch.zeros(count, dtype=torch.int64)
+    fits = dtype in (torch.int64, torch.int32, torch.uint8) and shape == [count]
+    for form in (index, index.tolist()) if dtype is not torch.bfloat16 else (index,):
+        fits_as_list = fits or (form is not index and form == [] and count == 0)  # an empty list has no type
+        try:
+            assert split_batch((form, X, targets))[0] is form and fits_as_list
+        except InputError:
+            assert not fits_as_list
 
 
 def test_the_form_is_decided_without_reading_a_device() -> None:
@@ -197,6 +215,7 @@ def test_every_tensor_moves_and_everything_keeps_its_type() -> None:
     assert torch.equal(back.data, packed.data) and torch.equal(back.unsorted_indices, packed.unsorted_indices)
 
 
+@pytest.mark.slow
 def test_transformers_batch_encoding() -> None:
     transformers = pytest.importorskip("transformers")
     ids, labels = torch.arange(20).reshape(4, 5) % 11, torch.arange(4) % 3
@@ -521,6 +540,7 @@ def test_anytime_localization_of_data_sets_of_any_kind() -> None:
     ).digest == expected.digest  # fmt: skip
 
 
+@pytest.mark.slow
 def test_anytime_localization_of_a_hugging_face_data_set() -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"image": X.tolist(), "label": Y.tolist()}).with_format("torch")

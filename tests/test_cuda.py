@@ -4,6 +4,7 @@ Without a device these are skipped; the same kernels then run on the CPU in test
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from delfast.localize.scores import Scores
 from delfast.ops import BACKEND, OPS
 from delfast.optim import MaskedAdamW, MaskedSGD
 from tests import cases
+from tests.test_batches import FORMS, Recurrent
 from tests.test_ops import AGGREGATES, CRITERIA, HYPER, NATIVE, masked_arguments, run_update, sample_calls
 
 pytestmark = [
@@ -322,6 +324,28 @@ def test_a_whole_job_with_a_grad_scaler(optimizer_class: type[MaskedSGD] | type[
         chosen = mask.parameters[name].dense().to(parameter.device)
         assert torch.equal(parameter[~chosen], before[name][~chosen])
         assert not chosen.any() or not torch.equal(parameter[chosen], before[name][chosen])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_rnns_in_eval_mode_are_localized(kind: type[nn.RNNBase]) -> None:
+    """cuDNN has no gradient of an RNN in eval mode."""
+    model, x, y = Recurrent(kind).eval(), torch.randn(6, 4, 6), torch.arange(6) % 3
+    there = copy.deepcopy(model).cuda()
+    for per_example in (False, True):
+        here, found = (delfast.score(m, [(x, y)], per_example=per_example).gradients for m in (model, there))
+        for name, expected in (here or {}).items():
+            torch.testing.assert_close((found or {})[name].cpu(), expected, rtol=1e-3, atol=1e-5)
+    batches: Any = [(torch.arange(6, device="cuda"), x, y)]
+    assert delfast.signed_channels(there, batches).examples.tolist() == list(range(6))
+    delfast.critmem(there, batches)
+    delfast.unlearn(there, method="influence", forget=batches, retain=batches * 3)
+    assert not there.rnn.training and there.rnn.dropout == 0.5
+
+
+def test_mappings_and_namedtuples_move_to_the_device() -> None:
+    model = cases.SmallNet().cuda()
+    for batch, loss_fn in FORMS.values():
+        delfast.localize(model, [batch], loss_fn=loss_fn)
 
 
 def test_tensors_on_two_devices_are_refused_in_one_line() -> None:

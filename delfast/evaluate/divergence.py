@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from delfast.arguments import check_loader, check_tensors
 from delfast.batches import evaluating
 from delfast.errors import InputError
 from delfast.evaluate.predictions import Loader, check_count, check_log_probabilities, predict
@@ -18,6 +19,7 @@ def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -
     oracle's probabilities, p the method's. Both: (N, classes) finite log-probabilities, of the same examples in the
     same order. Raises InputError for shapes that differ, no example, and what are no log-probabilities.
     """
+    check_tensors(log_probabilities=log_probabilities, oracle_log_probabilities=oracle_log_probabilities)
     return _divergences(log_probabilities, oracle_log_probabilities).mean().item()
 
 
@@ -27,6 +29,7 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
     Each batch goes through both, so that the loader may shuffle. Both networks are left as they were, each on its
     device. Loaders and errors as for ``evaluate``; and InputError where the networks' classes differ in number.
     """
+    check_loader(loader, "data set")
     total, count = 0.0, 0
     with evaluating(model), evaluating(oracle), torch.no_grad():
         for batch in loader:

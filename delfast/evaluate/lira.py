@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from delfast.arguments import check_flag, check_number, check_tensors, describe
 from delfast.errors import InputError
 
 # Of logit-scaled confidences: a deviation of 0.001, well above float32's rounding of logits. It keeps the likelihoods
@@ -64,6 +65,8 @@ def u_lira(
     """
     shadows = {"unlearned": unlearned, "retrained": retrained}
     attacked = {"attacked_unlearned": attacked_unlearned, "attacked_retrained": attacked_retrained}
+    check_flag("fixed_variance", fixed_variance)
+    _check_fpr(fpr)
     _check_shadows(shadows, MIN_SHADOWS)
     for name, values in attacked.items():
         _check_values(name, values, examples=unlearned.shape[1])
@@ -86,6 +89,8 @@ def u_lira_leave_one_out(
     Where one kind has more, its last are shadows always. Scores: (pairs, examples). Arguments and errors as for
     ``u_lira``, but at least three networks of each kind.
     """
+    check_flag("fixed_variance", fixed_variance)
+    _check_fpr(fpr)
     _check_shadows({"unlearned": unlearned, "retrained": retrained}, MIN_SHADOWS + 1)
     pairs = [
         u_lira(
@@ -110,14 +115,19 @@ def tpr_at_fpr(positives: Tensor, negatives: Tensor, fpr: float) -> float:
     Scores of any shape. With fewer than 100 / fpr negatives none may be above. Raises InputError for an empty or
     non-finite set of scores, and an ``fpr`` outside [0, 100).
     """
-    if not 0 <= fpr < 100:
-        raise InputError(f"expected fpr in percent, at least 0 and below 100, got {fpr:g}")
+    _check_fpr(fpr)
+    check_tensors(positives=positives, negatives=negatives)
     for name, scores in {"positives": positives, "negatives": negatives}.items():
         if not scores.numel() or not scores.isfinite().all():
             raise InputError(f"expected one or more finite scores of {name}, got {tuple(scores.shape)}")
     allowed = math.floor(fpr * negatives.numel() / 100 * (1 + 1e-12))  # 29 % of 100 is 29 in spite of rounding
     threshold = negatives.flatten().sort(descending=True).values[allowed]
     return 100 * (positives > threshold).double().mean().item()
+
+
+def _check_fpr(fpr: float) -> None:
+    if not 0 <= check_number("fpr", fpr) < 100:
+        raise InputError(f"expected fpr in percent, at least 0 and below 100, got {describe(fpr)}")
 
 
 def _gaussian(shadows: Tensor, fixed_variance: bool) -> tuple[Tensor, Tensor]:
@@ -142,6 +152,7 @@ def _without(models: Tensor, i: int) -> Tensor:
 
 
 def _check_shadows(shadows: dict[str, Tensor], least: int) -> None:
+    check_tensors(**shadows)
     for name, values in shadows.items():
         if values.ndim != 2:
             raise InputError(f"{name}: expected (models, examples), got {tuple(values.shape)}")
@@ -155,6 +166,7 @@ def _check_shadows(shadows: dict[str, Tensor], least: int) -> None:
 
 
 def _check_values(name: str, values: Tensor, examples: int) -> None:
+    check_tensors(**{name: values})
     if values.ndim not in (1, 2) or not values.numel() or values.shape[-1] != examples:
         raise InputError(
             f"{name}: expected the same examples, one or more, for every model, {examples} as in the first array, "

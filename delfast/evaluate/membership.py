@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from delfast.arguments import check_seed, check_tensors, describe
 from delfast.errors import InputError
 from delfast.evaluate.predictions import Predictions, check_predictions, log_complement, true_class
 from delfast.extras import extra
@@ -27,7 +28,14 @@ def membership_inference(
     All confidences: (n,) floating, in [0, 1]. Raises InputError if one of the sets is empty.
     """
     named = {"retain": retain_confidences, "test": test_confidences, "forget": forget_confidences}
+    seed = check_seed(seed)
     for name, confidences in named.items():
+        check_tensors(**{f"{name}_confidences": confidences})
+        if confidences.ndim != 1 or not confidences.is_floating_point():
+            raise InputError(
+                f"expected {name}_confidences (n,) floating, got {confidences.dtype} {tuple(confidences.shape)}; pass "
+                "each example's probability of its class"
+            )
         if len(confidences) == 0:
             raise InputError(f"membership inference needs at least one {name} example, got none")
     return _called_non_members(retain_confidences, test_confidences, forget_confidences, seed)
@@ -45,8 +53,11 @@ def svc_attacks(retain: Predictions, test: Predictions, forget: Predictions, see
     InputError for an empty set, for what are no predictions, and for sets of different numbers of classes.
     """
     named = {"retain": retain, "test": test, "forget": forget}
-    for name, (log_probabilities, targets) in named.items():
-        check_predictions(log_probabilities, targets, f"{name} set")
+    seed = check_seed(seed)
+    for name, pair in named.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InputError(f"expected {name} to be (log-probabilities, targets), got {describe(pair)}; pass both")
+        check_predictions(*pair, f"{name} set")
     classes = {name: log_probabilities.shape[1] for name, (log_probabilities, _) in named.items()}
     if len(set(classes.values())) > 1:
         raise InputError(f"expected the same classes in all three sets, got {classes}; use one network's predictions")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from delfast.arguments import check_loader, check_tensors
 from delfast.batches import check_targets, device_of, evaluating, inputs_and_targets
 from delfast.errors import InputError
 
@@ -25,6 +26,7 @@ def predictions(model: nn.Module, loader: Loader) -> Predictions:
     In eval mode, without gradients; the model is left as it was. Raises InputError for an empty set, labels that the
     model has no output for, and outputs that are not finite.
     """
+    check_loader(loader, "data set")
     rows, labels = [], []
     with evaluating(model), torch.no_grad():
         for batch in loader:
@@ -61,6 +63,7 @@ def check_predictions(log_probabilities: Tensor, targets: Tensor, where: str) ->
     """InputError unless these are predictions as ``predictions`` gives them: of an example or more, in two classes or
     more, finite, each row summing to 1.
     """
+    check_tensors(targets=targets)
     check_log_probabilities(log_probabilities, where)
     try:
         check_targets(targets, log_probabilities)
@@ -70,6 +73,7 @@ def check_predictions(log_probabilities: Tensor, targets: Tensor, where: str) ->
 
 def check_log_probabilities(log_probabilities: Tensor, where: str) -> None:
     """InputError unless (N, classes) finite log-probabilities, N >= 1, classes >= 2, whose exponentials sum to 1."""
+    check_tensors(log_probabilities=log_probabilities)
     if log_probabilities.ndim != 2 or log_probabilities.shape[1] < 2 or not log_probabilities.is_floating_point():
         raise InputError(
             f"{where}: expected log-probabilities (N, classes) of two classes or more, got {log_probabilities.dtype} "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from delfast.arguments import check_int, check_number
+from delfast.arguments import check_int, check_number, is_scalar
 from delfast.batches import LossFn, sampler_fault, warn_about_loader
 from delfast.errors import InputError
 from delfast.layer_types import output_dims
@@ -94,7 +94,7 @@ def _map_style(data: object) -> tuple[Any, dict[str, Any]]:
             )
         dataset, options = data.dataset, {name: getattr(data, name) for name in KEPT}
     is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not is_map or isinstance(dataset, (IterableDataset, Mapping, str, bytes)):
+    if not is_map or isinstance(dataset, (IterableDataset, Mapping, str, bytes, type)) or is_scalar(dataset):
         raise InputError(
             f"expected a map-style Dataset for stop_when_stable, got {type(dataset).__name__}; pass the "
             "data set itself, or a DataLoader of it: its examples are gone through in seeded order"

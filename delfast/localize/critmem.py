@@ -112,7 +112,7 @@ def critmem(
         raise InputError(f"expected preserve to be at least 0, got {preserve}; pass a finite number")
     check_flag("include_head", include_head)
     check_function("logits_fn", logits_fn)
-    check_loader(loader, "set's loader")
+    check_loader(loader, "loader")
     warn_about_loader(loader, "set")
     network = unwrap(model)
     search = _Search(network, trainable_parameters(network), logits_fn, include_head)
@@ -218,7 +218,12 @@ class _Search(ChannelPasses):
             self.try_again_for(capture.undecided)
 
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
-        logits, targets = (model(batch[0]), batch[1]) if self.logits_fn is None else self.logits_fn(model, batch)
+        pair = (model(batch[0]), batch[1]) if self.logits_fn is None else self.logits_fn(model, batch)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            raise InputError(
+                f"expected logits_fn to return (logits, labels), two tensors, got {type(pair).__name__}; return both"
+            )
+        logits, targets = pair
         targets = check_targets(targets, logits)
         if len(logits) != examples_in(batch, self.loss_fn):
             raise InputError(

@@ -84,7 +84,7 @@ def score(
     max_channels = check_count("max_channels", max_channels)
     seed = check_seed(seed)
     if loader is not None:
-        check_loader(loader, "forget set's loader")
+        check_loader(loader, "loader")
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
@@ -234,6 +234,8 @@ class Scores:
     ) -> Tensor:
         """(units,): the score of every competing unit, in the order of ``parameters``, rows in order; float32, or
         float64 for models with float64 parameters."""
+        check_choice("aggregate", aggregate, Aggregate)
+        resolve_top_h(top_h, (1, 1))
         if self.criterion == "random" or self.units is not None:  # scored as units, never aggregated
             return self._join([self._unit_scores(name, unit_count(shape)) for name, shape in self._row_shapes.items()])
         counts = [resolve_top_h(top_h, shape) for shape in self._row_shapes.values()]
@@ -333,7 +335,8 @@ class Scores:
 
     def _uniform(self, name: str, count: int) -> Tensor:
         """float32 (count,) in [0, 1): numpy's Philox, a counter-based generator, keyed by (seed, parameter name)."""
-        generator = numpy.random.Generator(numpy.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
+        key = numpy.array([self.seed, zlib.crc32(name.encode())], dtype=numpy.uint64)  # a list of such ints is float64
+        generator = numpy.random.Generator(numpy.random.Philox(key=key))
         return torch.from_numpy(generator.random(count, dtype=numpy.float32)).to(self.parameters[name].device)
 
     def _owner(self, unit: int, counts: list[int]) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -46,6 +47,7 @@ from delfast.unlearn.methods import (
     Relabel,
     Retrain,
     Scrub,
+    require,
     required,
 )
 from delfast.unlearn.stopping import EarlyStop
@@ -254,8 +256,8 @@ def _check_arguments(
     check_function("loss_fn", loss_fn)
     check_function("progress", progress)
     check_flag("resume", resume)
-    if checkpoint is not None:
-        check_path("checkpoint", checkpoint)
+    if checkpoint is not None and Path(check_path("checkpoint", checkpoint)).is_dir():
+        raise InputError(f"expected checkpoint to be a file, got the directory '{checkpoint}'; name a file in it")
 
 
 def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
@@ -272,17 +274,20 @@ def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
     method = replace(method, **changes)
     method = replace(method, **{field.name: _hyperparameter(method, field) for field in fields(method)})
     method.check()
+    for name, value in asdict(method).items():
+        require(method, name, not isinstance(value, float) or math.isfinite(value), "finite")
     return method
 
 
 def _hyperparameter(method: Method, field: Field[Any]) -> Any:
-    """Its value, of the type of its default, or InputError."""
+    """Its value: a plain number where the default is one, else as it is. InputError for a value of another type."""
     value = getattr(method, field.name)
-    if isinstance(field.default, int):
+    if type(field.default) is int:
         return check_int(field.name, value)
-    if isinstance(field.default, float):
+    if type(field.default) is float:
         return check_number(field.name, value)
-    check_choice(field.name, value, Schedule)
+    if field.name == "schedule":
+        check_choice("schedule", value, Schedule)
     return value
 
 

@@ -72,7 +72,7 @@ def signed_channels(
     The model is left as it was. Raises InputError as ``score(per_example=True)``, and if ``path`` is there already.
     """
     check_function("loss_fn", loss_fn)
-    check_loader(loader, "set's loader")
+    check_loader(loader, "loader")
     path = None if path is None else check_path("path", path)
     warn_about_loader(loader, "set")
     network = unwrap(model)
