@@ -59,6 +59,8 @@ class HeadSearch(TorchDispatchMode):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        if isinstance(network, torch.jit.ScriptModule):
+            raise InputError("expected the head's name for a ScriptModule, whose layers take no hooks; pass head='...'")
         self.network = network
         self._handles: list[Any] = []
         # storage -> the layers nearest to its values, and whether these are that one layer's output as it is
@@ -66,8 +68,6 @@ class HeadSearch(TorchDispatchMode):
         self._returned: list[tuple[frozenset[str], bool]] = []  # one a call of the network
 
     def __enter__(self) -> Any:
-        if isinstance(self.network, torch.jit.ScriptModule):
-            raise InputError("expected the head's name for a ScriptModule, whose layers take no hooks; pass head='...'")
         for name, module in self.network.named_modules():
             if _owns_parameters(module) and not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_hook(self._after_layer(name, module)))
