@@ -269,13 +269,16 @@ def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
     torch.manual_seed(5)
     handle = model.register_forward_hook(in_another_thread)
     run(model, "finetune", retain=batches(4))
-    handle.remove()
     assert drawn == numbers  # one in the look, one in training
+    torch.manual_seed(5)
+    run(model, "relabel", retain=batches(4), forget=batches(4))  # which draws labels from a generator of its own
+    handle.remove()
+    assert drawn[2:4] == numbers and len({float(number) for number in drawn[2:]}) == 4
 
     torch.manual_seed(5)
     model.register_forward_hook(lambda *_: draw())
     run(model, "finetune", retain=batches(4))
-    assert drawn[2:] == [numbers[0], numbers[0]]  # this thread's own draw is put back
+    assert drawn[-2:] == [numbers[0], numbers[0]]  # this thread's own draw is put back
 
 
 def test_a_refused_look_moves_no_generator() -> None:

@@ -42,9 +42,8 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
         if module._compiled_call_impl is not None:
             calls.append((module, module._compiled_call_impl))
         for name, child in module._modules.items():
-            if (
-                child is not None and type(child).__name__ == "OptimizedModule"
-            ):  # by name: importing torch._dynamo takes a second
+            # by name: importing torch._dynamo takes a second
+            if child is not None and type(child).__name__ == "OptimizedModule":
                 children.append((module, name, child))
     try:
         for module, _ in calls:
