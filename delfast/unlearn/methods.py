@@ -90,7 +90,7 @@ class Method:
     def loss(self, job: Job, turn: Turn) -> Tensor:
         """The loss of one step, a scalar: by default that of the retain set's batch.
 
-        Called once more before ``prepare``, in eval mode, for each set's first batch: what raises there changes nothing.
+        Also called before ``prepare``, in eval mode, for each set's first batch: an error there changes nothing.
         """
         return job.loss(turn["retain"])
 
