@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from delfast.arguments import check_flag, check_number, check_type, describe, plain
+from delfast.arguments import check_flag, check_number, check_type, describe
 from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import plain_name, unique_parameters
@@ -241,10 +241,10 @@ class MaskedSGD(MaskedOptimizer):
             named_parameters,
             mask,
             {
-                "lr": plain(lr),
-                "momentum": plain(momentum),
-                "dampening": plain(dampening),
-                "weight_decay": plain(weight_decay),
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
                 "nesterov": nesterov,
                 "maximize": maximize,
             },
@@ -297,10 +297,10 @@ class MaskedAdamW(MaskedOptimizer):
             named_parameters,
             mask,
             {
-                "lr": plain(lr),
-                "betas": tuple(plain(beta) for beta in betas),
-                "eps": plain(eps),
-                "weight_decay": plain(weight_decay),
+                "lr": lr,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
                 "maximize": maximize,
             },
         )

@@ -217,8 +217,14 @@ def test_compiled_parts_run_as_they_are_written() -> None:
     network.block = torch.compile(network.block, backend=backend, fullgraph=True)  # type: ignore[assignment]
     network.fc.compile(backend=backend, fullgraph=True)
     assert find_head(network, BATCH) == "fc" and not compiled
+    assert type(network.block).__name__ == "OptimizedModule" and network.fc._compiled_call_impl is not None
     network(BATCH[0])
     assert len(compiled) == 2
+    network.block, network.top = nn.Identity(), torch.compile(nn.Sequential(nn.Linear(6, 10)), backend=backend)
+    network.output = lambda n, x: n.top(pooled(x))
+    assert find_head(network, BATCH) == "top._orig_mod.0"
+    result = delfast.unlearn(network, retain=[BATCH], forget=[BATCH], init=network, epochs=1)
+    assert {"top.0.weight", "top.0.bias"} <= result.mask.parameters.keys()
 
 
 def test_unlearn_trains_the_head_that_it_found_or_was_given() -> None:

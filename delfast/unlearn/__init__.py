@@ -129,9 +129,9 @@ def unlearn(
     The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
     they are, gradients are dense. Under DDP every process needs the same mask: localize the whole forget set in each.
     Raises InputError for bad arguments, before anything is changed. The loss of the first batch of each set that is
-    used is computed for that, once, in eval mode; generators are put back. A later batch of another form is seen when
-    it comes: the network is then changed in part. Raises Diverged, a RuntimeError, if the loss is no longer finite: the
-    network is then of no use.
+    used is computed for that, once, in eval mode; generators are put back. What only a later batch or training mode
+    shows is refused when it comes: the network is then changed in part. Raises Diverged, a RuntimeError, if the loss is
+    no longer finite: the network is then of no use.
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     _check_arguments(retain, forget, validation, mask, head, loss_fn, checkpoint, resume, config, progress)

@@ -61,7 +61,7 @@ def first_pass(
     sparse: set[str] = set()
     with (
         preserved(loaders) as draws,
-        uncompiled(),
+        uncompiled(network),
         evaluating(network),
         torch.inference_mode(False),
         torch.enable_grad(),

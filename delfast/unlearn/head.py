@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,19 +26,36 @@ def find_head(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> st
     """The name of the layer that makes the logits, found by a forward pass on ``batch``: see ``HeadSearch``."""
     network = unwrap(model)
     search = HeadSearch(network)
-    with uncompiled(), evaluating(network), torch.inference_mode(False), torch.no_grad(), search:
+    with uncompiled(network), evaluating(network), torch.inference_mode(False), torch.no_grad(), search:
         per_example_losses(network, batch, loss_fn)
     return search.head()
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run compiled parts as they are written, so that no graph is compiled for one pass or with hooks in it."""
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes a second
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Run the network's compiled modules as they are written: no graph is compiled for one pass, or with hooks in it.
+
+    Only this network is changed, and put back. torch's own switch, ``set_stance``, is one for all threads.
+    """
+    calls, children = [], []
+    for module in network.modules():
+        if module._compiled_call_impl is not None:
+            calls.append((module, module._compiled_call_impl))
+        for name, child in module._modules.items():
+            # by name: importing torch._dynamo takes a second
+            if child is not None and type(child).__name__ == "OptimizedModule":
+                children.append((module, name, child))
+    try:
+        for module, _ in calls:
+            module._compiled_call_impl = None
+        for module, name, child in children:
+            module._modules[name] = child.get_submodule("_orig_mod")
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        for module, call in calls:
+            module._compiled_call_impl = call
+        for module, name, child in children:
+            module._modules[name] = child
 
 
 class HeadSearch(TorchDispatchMode):
@@ -59,16 +75,17 @@ class HeadSearch(TorchDispatchMode):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        if isinstance(network, torch.jit.ScriptModule):
+            raise InputError("expected the head's name for a ScriptModule, whose layers take no hooks; pass head='...'")
         self.network = network
+        self._modules = dict(network.named_modules())  # the names they have outside ``uncompiled``
         self._handles: list[Any] = []
         # storage -> the layers nearest to its values, and whether these are that one layer's output as it is
         self._origins: dict[int, tuple[frozenset[str], bool]] = {}
         self._returned: list[tuple[frozenset[str], bool]] = []  # one a call of the network
 
     def __enter__(self) -> Any:
-        if isinstance(self.network, torch.jit.ScriptModule):
-            raise InputError("expected the head's name for a ScriptModule, whose layers take no hooks; pass head='...'")
-        for name, module in self.network.named_modules():
+        for name, module in self._modules.items():
             if _owns_parameters(module) and not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_hook(self._after_layer(name, module)))
                 for parameter in module.parameters(recurse=False):
@@ -93,7 +110,7 @@ class HeadSearch(TorchDispatchMode):
             found = f"got {len(names)}"
         else:
             found = "got none"
-        order = [repr(name) for name, _ in self.network.named_modules() if name in names]
+        order = [repr(name) for name in self._modules if name in names]
         nearest = f" (the nearest: {', '.join(order[-MAX_NAMED:])})" if order else ""
         raise InputError(
             f"expected one layer whose output is the model's output, {found}{nearest}; name the classifier head: "

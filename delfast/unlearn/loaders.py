@@ -158,7 +158,7 @@ def preserved(loaders: Iterable[Any]) -> Iterator[Draws]:
 
 
 class Draws(TorchDispatchMode):
-    """Inside the context, see whether this thread runs an operation that draws random numbers."""
+    """Inside the context, see whether this thread draws from a generator of torch's own."""
 
     supports_higher_order_operators = True
 
@@ -172,8 +172,10 @@ class Draws(TorchDispatchMode):
         self.any = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.any |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            self.any |= not any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
 
 def _same(state: Any, other: Any) -> bool:

@@ -88,7 +88,10 @@ class Method:
         """Change the network before it is trained. Not called where a run is resumed."""
 
     def loss(self, job: Job, turn: Turn) -> Tensor:
-        """The loss of one step, a scalar: by default that of the retain set's batch."""
+        """The loss of one step, a scalar: by default that of the retain set's batch.
+
+        Also called before ``prepare``, in eval mode, for each set's first batch: an error there changes nothing.
+        """
         return job.loss(turn["retain"])
 
 
