@@ -144,8 +144,8 @@ class ChannelPasses(ExamplePasses):
         self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in self.channelwise}
         super().remember({name: reason for name, reason in unknown.items() if name in self.channelwise})
 
-    def capture(self) -> ExampleCapture:
-        return ChannelCapture(self)
+    def capture(self, batch: Any) -> ExampleCapture:
+        return ChannelCapture(self, batch)
 
     def take(self, name: str, example: int, gradient: Tensor) -> None:
         self.rows[name][example] = (self.parameters[name].detach() * widened(gradient)).flatten(1).sum(dim=1)
@@ -160,8 +160,8 @@ class ChannelCapture(ExampleCapture):
 
     passes: ChannelPasses
 
-    def __init__(self, passes: ChannelPasses) -> None:
-        super().__init__(passes)
+    def __init__(self, passes: ChannelPasses, batch: Any) -> None:
+        super().__init__(passes, batch)
         self._sums: dict[str, Tensor] = {}
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class ChannelCapture(ExampleCapture):
         return values
 
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        place = None if use.weight is None else self.place(use.weight, deltas)
+        place = None if use.weight is None else self.place(use.weight, deltas, use.leading)
         if use.weight is None or saved is None or place is None:
             return
         split = [use.layer.channel_deltas(use.call, t, place) for t in (deltas, saved)]
@@ -190,8 +190,8 @@ class ChannelCapture(ExampleCapture):
         self._sums[use.weight] = self._sums[use.weight] + sums if use.weight in self._sums else sums
 
     def finish(self) -> None:
-        """Parameters that are unknown, undecided, or have no gradient: zeros."""
-        missing = {*self.unknown, *self.undecided}
+        """Parameters that are missing or have no gradient: zeros."""
+        missing = self.missing
         self.passes.rows = {}
         for name, parameter in self.passes.parameters.items():
             zeros = widened(parameter.new_zeros(self.examples, parameter.shape[0]))
