@@ -82,7 +82,7 @@ class ExampleCapture(Capture):
         self.undecided: set[str] = set()
         self.elsewhere: dict[str, str] = {}
         self.comparison: Comparison | None = None
-        self._is_second = False
+        self._is_last = False
 
     def place(self, name: str, deltas: Tensor, leading: int) -> Place | None:
         """Where the examples lie in δ; None if there is nothing to add, or nobody knows where."""
@@ -113,12 +113,13 @@ class ExampleCapture(Capture):
             return
         if not self.is_as_tried(self.examples):
             self.comparison = Comparison(losses, self.dtypes, self.passes.compared())
-            self.backward((losses * self.comparison.weights).sum(), retain_graph=True)
-            for key, copies in self.free.copies.items():
-                if copies.grad is not None:
-                    self.comparison.keep(key, copies.grad, self._places(key[:1], copies.grad, 1))
-                    copies.grad = None
-            self._is_second = True
+            for weights in self.comparison.weights:
+                self.backward((losses * weights.to(losses.dtype)).sum(), retain_graph=True)
+                for key, copies in self.free.copies.items():
+                    if copies.grad is not None:
+                        self.comparison.keep(key, copies.grad, self._places(key[:1], copies.grad, 1))
+                        copies.grad = None
+            self._is_last = True
         self.backward(losses.sum())
         if self.comparison is not None:
             for key, copies in self.free.copies.items():
@@ -130,7 +131,7 @@ class ExampleCapture(Capture):
     def received(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
         if self.comparison is not None:
             places = self._places(use.names, deltas, use.leading)
-            if not self._is_second:
+            if not self._is_last:
                 self.comparison.keep(key, deltas, places)
                 return
             self.comparison.compare(key, deltas, places)

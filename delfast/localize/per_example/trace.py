@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Trace:
         self._numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._constant: set[int] = set()  # numbers of tensors that do not depend on the batch's values
         self._differentiable: set[int] = set()
-        self._ranges: set[int] = set()  # torch.arange(n)
+        self._ranges: set[int] = set()  # torch.arange(n), along some dim
 
     def matches(self, losses: int) -> bool:
         """Whether the forward pass, which is over, was the reference's; ``losses`` is how many it gave."""
@@ -229,10 +229,20 @@ class Trace:
             self._written(numbers[0], first)
         for t in (output,) if isinstance(output, Tensor) else tensors_in(output):
             number = self._append(t, name, is_constant)
-            if name == "arange" and len(sizes) == len(args) and sizes[:-1] in ([], [0]):
+            if self._is_range(name, args, numbers, sizes, t):
                 self._ranges.add(number)
             elif self._loses_examples(number, numbers):
                 self._differ(f"combines examples ({name})", is_other=False)
+
+    def _is_range(self, name: str, args: Sequence[Any], numbers: list[int], sizes: list[int], t: Tensor) -> bool:
+        """Whether a call gives 0 to n - 1 along some dim: ``arange(n)``, and one with dims of size 1 added to it."""
+        if name == "arange":
+            return len(sizes) == len(args) and sizes[:-1] in ([], [0])
+        if len(numbers) != 1 or numbers[0] not in self._ranges or t.numel() != self.shapes[numbers[0]].numel():
+            return False
+        parts = args[1] if name == "getitem" and isinstance(args[1], tuple) else args[1:2]
+        plain = all(part is None or part is ... or isinstance(part, slice) for part in parts)
+        return name in ("unsqueeze", "view", "reshape") or (name == "getitem" and plain)
 
     def _written(self, number: int, t: Tensor) -> None:
         """Data were written into a constant: what shares its memory is none any more."""
@@ -286,16 +296,17 @@ class Trace:
 
     def _indexes(self, name: str, number: int, index: Any) -> bool:
         """Whether ``t[index]`` moves examples, t the tensor ``number``."""
-        shape = self.shapes[number]
         parts = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(part, (Tensor, list)) for part in parts):
-            if name == "getitem" and number in self._constant:
-                return False  # a lookup: the examples lie as in the index
-            first = parts[0]
-            if isinstance(first, Tensor) and self._number(first) in self._ranges and len(first) == shape[0]:
-                # a pick for each example: t[arange(N), position]
-                return any(part is None or (isinstance(part, Tensor) and part.shape != first.shape) for part in parts)
-        return not _indexed(parts, len(shape)).isdisjoint(self._dims(number))
+        if name == "getitem" and number in self._constant and any(isinstance(part, Tensor) for part in parts):
+            return False  # a lookup: the examples lie as in the index
+        shape, grown = self.shapes[number], self._dims(number)
+        for part, dims in _indexed(parts, len(shape)):
+            if not grown or dims.isdisjoint(grown) or part == slice(None):
+                continue
+            is_own = isinstance(part, Tensor) and part.numel() == shape[min(dims)]
+            if not is_own or self._number(part) not in self._ranges:  # else t[arange(N), position]: one for each
+                return True
+        return False
 
 
 def _dims_of(
@@ -309,22 +320,19 @@ def _dims_of(
     return dims if isinstance(dims, (tuple, list)) and all(isinstance(dim, int) for dim in dims) else None
 
 
-def _indexed(parts: Sequence[Any], ndim: int) -> set[int]:
-    """The dims of which an index takes less than everything in its order."""
+def _indexed(parts: Sequence[Any], ndim: int) -> Iterator[tuple[Any, set[int]]]:
+    """The parts of an index, and which dims each is for."""
     widths = [
         0 if part is None or part is ... or isinstance(part, bool)
         else part.ndim if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
         else 1
         for part in parts
     ]  # fmt: skip
-    dim, found = 0, set()
+    dim = 0
     for part, width in zip(parts, widths, strict=True):
-        if part is ...:
-            dim += ndim - sum(widths)
-        elif part != slice(None) if isinstance(part, slice) else width:
-            found |= set(range(dim, dim + width))
-        dim += width
-    return found
+        if width:
+            yield part, set(range(dim, dim + width))
+        dim += ndim - sum(widths) if part is ... else width
 
 
 def _is_plain(value: Any) -> bool:
