@@ -11,7 +11,6 @@ from collections.abc import Hashable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from delfast.localize.per_example.contributions import widened
 from delfast.localize.per_example.layers import Place
 
 EXPONENTS = 128  # the weights are 2^-64 to 2^64, and 2^-4 to 2^4 where float16, of small range, is computed with
@@ -120,5 +119,6 @@ def _least(dtype: torch.dtype) -> float:
 
 def _sums(deltas: Tensor, dim: int | None) -> Tensor:
     """Σ |δ| along ``dim``, which stays as one of size 1; |δ| itself without."""
-    deltas = widened(deltas)
-    return deltas.abs() if dim is None else torch.linalg.vector_norm(deltas, 1, dim=dim, keepdim=True)
+    wide = torch.promote_types(deltas.dtype, torch.float32)
+    # many times faster than torch.linalg.vector_norm on a CPU
+    return deltas.abs().to(wide) if dim is None else deltas.abs().sum(dim=dim, keepdim=True, dtype=wide)
