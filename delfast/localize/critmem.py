@@ -199,23 +199,35 @@ class _Search(ChannelPasses):
 
     def _look(self, batch: Any, gone: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
         """Whether each example is wrong, (n,), and s, (n, columns): zero for those that are, unless ``every``, and
-        without ``backward``. ``gone``: bool (n, columns), the channels that each example has lost."""
+        without ``backward``. ``gone``: bool (n, columns), the channels that each example has lost.
+
+        Where a pass does not have the examples in the order that its trial showed, one example at a time.
+        """
         while True:
             with self.ready(batch):
                 keep = {} if gone is None else self._keep(gone)
-                capture = _SearchCapture(self, keep, examples_in(batch, self.loss_fn) or 0)
+                capture = _SearchCapture(self, batch, keep)
                 with capture:
                     losses = per_example_losses(self.network, batch, self.loss_fn)
                 self.remember(dict.fromkeys(capture.repeats, "is computed where gradients are switched off"))
+                is_together = capture.is_as_tried(losses.numel()) and not capture.elsewhere
                 head, wrong = capture.last, self._wrong
                 used = losses if every else losses[~wrong]
-                if backward and used.numel() and used.requires_grad:
+                if is_together and backward and used.numel() and used.requires_grad:
                     capture.backward(used.sum())
                 capture.finish()
                 self.remember(capture.unknown)
+            self.settle(capture)
+            if not is_together or capture.elsewhere:
+                alone = [
+                    self._look(
+                        cut(batch, [x], self.loss_fn), None if gone is None else gone[x : x + 1], backward, every
+                    )
+                    for x in range(losses.numel())
+                ]
+                return torch.cat([wrong for wrong, _ in alone]), torch.cat([scores for _, scores in alone])
             if not capture.undecided:
                 return wrong, self._scores(head)
-            self.try_again_for(capture.undecided)
 
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
         pair = (model(batch[0]), batch[1]) if self.logits_fn is None else self.logits_fn(model, batch)
@@ -268,9 +280,9 @@ class _Search(ChannelPasses):
 class _SearchCapture(ChannelCapture):
     """Zeroes each example's own channels. ``last``: the convolution or linear layer that ran last."""
 
-    def __init__(self, passes: _Search, keep: Mapping[str, Tensor], examples: int) -> None:
-        super().__init__(passes)
-        self.examples = examples
+    def __init__(self, passes: _Search, batch: Any, keep: Mapping[str, Tensor]) -> None:
+        super().__init__(passes, batch)
+        self.examples = examples_in(batch, passes.loss_fn) or 0
         self.keep = keep
         self.last: str | None = None
 
@@ -281,7 +293,7 @@ class _SearchCapture(ChannelCapture):
 
     def kept(self, use: Use, values: Tensor) -> Tensor:
         keep = self.keep.get(use.weight or "")
-        place = None if keep is None else self.place(use.weight or "", values)
+        place = None if keep is None else self.place(use.weight or "", values, use.leading)
         if keep is None or place is None:  # no place: refused after the pass
             return values
         return values * _spread(keep.to(values.dtype), place, values, channel_dim(use, values))

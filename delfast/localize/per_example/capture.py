@@ -13,7 +13,7 @@ import functools
 import types
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from delfast.errors import InputError
 from delfast.localize.per_example.free import FreeParameters, tensors_in
 from delfast.localize.per_example.layers import Call, Layer, layer_functions
+from delfast.localize.per_example.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,21 @@ class Capture(TorchFunctionMode):
     """``with capture: losses = ...; capture.backward(losses.sum())``.
 
     ``unknown``: parameters with a use that no rule covers, and why; what has arrived for them is not all of their
-    gradient. ``uses``: how often each parameter was tapped in the forward pass.
+    gradient. ``uses``: how often each parameter was tapped in the forward pass. ``trace``: notes its calls.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
         super().__init__()
         self.unknown = dict(unknown)
+        self.trace = trace
         self.uses: Counter[str] = Counter()
         self.free = FreeParameters(parameters, self.unknown)
         self._layers = layer_functions()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._backward = False
+        self._inside = False  # a call that the network made, whose parts are not the network's
+        self._taps = 0
+        self.dtypes: set[torch.dtype] = set()  # that tapped layers compute in
         self._without_grad: Counter[str] = Counter()  # uses under no_grad: by reentrant checkpointing, to be repeated
         self._repeated: Counter[str] = Counter()
         # what is behind a tap requires grad, whether or not anything before it does
@@ -95,6 +100,7 @@ class Capture(TorchFunctionMode):
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """One backward pass; then ``unknown`` is complete."""
         self._backward = True
+        self._taps = 0
         with self:
             _seen_inside(torch.autograd.backward)(loss, retain_graph=retain_graph)
         for name, count in self._without_grad.items():
@@ -105,28 +111,48 @@ class Capture(TorchFunctionMode):
         """``output``, with a tap behind it that hands on (use, saved, δ)."""
         if not self._backward:
             self.uses.update(use.names)
+        self.dtypes.add(output.dtype)
+        self._taps += 1
+        key = (self._backward, self._taps)  # taps of recomputed layers come again in every backward pass
         saved = None if saved is None else saved.detach()  # shares the version counter
         base = output._base
         if base is None:
-            return _tapped(output, saved, self, use, output.shape)
+            return _tapped(output, saved, self, use, key, output.shape)
         if base.is_contiguous() and output.is_contiguous() and base.numel() == output.numel():
             # a tap changes nothing, but counts as an in-place operation: on a view it would cost copies
-            return _tapped(base, saved, self, use, output.shape).view(output.shape)
-        return _tapped(output.clone(), saved, self, use, output.shape)
+            return _tapped(base, saved, self, use, key, output.shape).view(output.shape)
+        return _tapped(output.clone(), saved, self, use, key, output.shape)
 
-    def hand_over(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
+    def hand_over(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+        """A backward pass has come by the tap ``key``."""
         if not self._backward:
             raise InputError(
                 "expected a loss_fn that takes no gradients itself when per-example gradients are asked for; "
                 "use per_example=False"
             )
         with torch._C.DisableTorchFunction():
-            self.arrived(use, saved, deltas)
+            self.received(use, saved, deltas, key)
+
+    def received(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+        """The same, outside the mode. ``key``: what the tap is known by in another backward pass."""
+        self.arrived(use, saved, deltas)
 
     def __torch_function__(
         self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._backward or self._inside or self.trace is None:
+            return self._answer(func, args, kwargs)
+        self._inside = True
+        try:
+            output = self._answer(func, args, kwargs)
+        finally:
+            self._inside = False
+        self.trace.note(func, args, kwargs, output)
+        return output
+
+    def _answer(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the call gives: taps layers, and gives examples copies of free parameters."""
         if func is torch.autograd.backward:  # checkpointing, inside the backward pass
             with self:
                 return _seen_inside(func)(*args, **kwargs)
@@ -220,11 +246,18 @@ def _nothing_to_ask(*_: object) -> bool:
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, saved: Tensor | None, anchor: Tensor, capture: Capture, use: Use, shape: torch.Size
+        ctx: Any,
+        output: Tensor,
+        saved: Tensor | None,
+        anchor: Tensor,
+        capture: Capture,
+        use: Use,
+        key: Hashable,
+        shape: torch.Size,
     ) -> Tensor:
         ctx.mark_dirty(output)  # returns it as it is, without a copy and without making it a view
         ctx.save_for_backward(saved)
-        ctx.capture, ctx.use, ctx.shape = capture, use, shape
+        ctx.capture, ctx.use, ctx.key, ctx.shape = capture, use, key, shape
         return output
 
     @staticmethod
@@ -238,11 +271,13 @@ class _Tap(torch.autograd.Function):
                 f"expected what '{ctx.use.names[0]}' needs for its gradient to stay as it was, but it was changed in "
                 "place before the backward pass; make that operation out of place"
             ) from error
-        ctx.capture.hand_over(ctx.use, saved, grads[0].reshape(ctx.shape))
-        return grads[0], None, None, None, None, None
+        ctx.capture.hand_over(ctx.use, saved, grads[0].reshape(ctx.shape), ctx.key)
+        return grads[0], None, None, None, None, None, None
 
 
-def _tapped(output: Tensor, saved: Tensor | None, capture: Capture, use: Use, shape: torch.Size) -> Tensor:
+def _tapped(
+    output: Tensor, saved: Tensor | None, capture: Capture, use: Use, key: Hashable, shape: torch.Size
+) -> Tensor:
     """``output`` with a tap behind it; δ is handed over in ``shape``."""
-    result: Tensor = _Tap.apply(output, saved, capture.anchor, capture, use, shape)
+    result: Tensor = _Tap.apply(output, saved, capture.anchor, capture, use, key, shape)
     return result

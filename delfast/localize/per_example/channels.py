@@ -157,8 +157,8 @@ class ChannelPasses(ExamplePasses):
         self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in self.channelwise}
         super().remember({name: reason for name, reason in unknown.items() if name in self.channelwise})
 
-    def capture(self) -> ExampleCapture:
-        return ChannelCapture(self)
+    def capture(self, batch: Any) -> ExampleCapture:
+        return ChannelCapture(self, batch)
 
     def take(self, name: str, example: int, gradient: Tensor) -> None:
         products = self.parameters[name].detach() * widened(gradient)
@@ -179,8 +179,8 @@ class ChannelCapture(ExampleCapture):
 
     passes: ChannelPasses
 
-    def __init__(self, passes: ChannelPasses) -> None:
-        super().__init__(passes)
+    def __init__(self, passes: ChannelPasses, batch: Any) -> None:
+        super().__init__(passes, batch)
         self._sums: dict[str, Tensor] = {}
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class ChannelCapture(ExampleCapture):
         return values
 
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        place = None if use.weight is None else self.place(use.weight, deltas)
+        place = None if use.weight is None else self.place(use.weight, deltas, use.leading)
         if use.weight is None or saved is None or place is None:
             return
         split = [use.layer.channel_deltas(use.call, t, place) for t in (deltas, saved)]
@@ -209,8 +209,8 @@ class ChannelCapture(ExampleCapture):
         self._sums[use.weight] = self._sums[use.weight] + sums if use.weight in self._sums else sums
 
     def finish(self) -> None:
-        """Parameters that are unknown, undecided, or have no gradient: zeros."""
-        missing = {*self.unknown, *self.undecided}
+        """Parameters that are missing or have no gradient: zeros."""
+        missing = self.missing
         self.passes.rows = {}
         counts = self.passes.channel_counts
         for name, parameter in self.passes.parameters.items():

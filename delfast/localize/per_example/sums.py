@@ -25,8 +25,8 @@ class PerExampleGradients(ExamplePasses):
         self.epilogue = epilogue
         self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
 
-    def capture(self) -> ExampleCapture:
-        return _SumCapture(self)
+    def capture(self, batch: Any) -> ExampleCapture:
+        return _SumCapture(self, batch)
 
     def take(self, name: str, example: int, gradient: Tensor) -> None:
         self.sums[name] += epsilon(widened(gradient), self.epilogue)
@@ -56,9 +56,10 @@ def _zeros(parameter: Tensor) -> Tensor:
 class _SumCapture(ExampleCapture):
     """Adds a contribution as soon as it arrives, so that memory does not grow; parameters with several uses wait."""
 
-    def __init__(self, passes: PerExampleGradients) -> None:
-        super().__init__(passes)
+    def __init__(self, passes: PerExampleGradients, batch: Any) -> None:
+        super().__init__(passes, batch)
         self.sums, self.epilogue = passes.sums, passes.epilogue
+        self._apart: dict[str, Tensor] = {}  # sums of a batch of which it is not known yet whether they are right
         self._added: set[str] = set()
         self._waiting: dict[str, list[Contribution]] = {}
 
@@ -68,7 +69,7 @@ class _SumCapture(ExampleCapture):
 
     def arrived(self, use: Use, saved: Any, deltas: Tensor) -> None:
         for name, is_weight in ((use.weight, True), (use.bias, False)):
-            place = None if name is None else self.place(name, deltas)
+            place = None if name is None else self.place(name, deltas, use.leading)
             if name is None or place is None:
                 continue
             contribution: Contribution | None
@@ -88,16 +89,20 @@ class _SumCapture(ExampleCapture):
             raise self._changed(name)
         else:
             self._added.add(name)
-            contribution.add(self.sums[name], self.epilogue)
+            if self.comparison is not None:
+                self._apart[name] = torch.zeros_like(self.sums[name])
+            contribution.add(self._apart.get(name, self.sums[name]), self.epilogue)
 
     def finish(self) -> None:
         for (name, _), copies in self.free.copies.items():
-            place = None if copies.grad is None else self.place(name, copies.grad)
+            place = None if copies.grad is None else self.place(name, copies.grad, 1)
             if copies.grad is not None and place is not None:
                 self._receive(name, Gradients(place.split(copies.grad).sum(dim=1)))
-        missing = {*self.unknown, *self.undecided}
-        if missing & self._added:
+        missing = self.missing
+        if missing & self._added - set(self._apart):
             raise self._changed(min(missing & self._added))
+        for name in set(self._apart) - missing:
+            self.sums[name] += self._apart[name]
         for name in set(self._waiting) - missing:
             uses = self._waiting[name]
             for example in range(self.examples):  # one example's uses add up before ε

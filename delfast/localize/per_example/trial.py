@@ -11,6 +11,7 @@ from torch import Tensor
 from delfast.errors import InputError
 from delfast.localize.per_example.capture import Capture, Use
 from delfast.localize.per_example.layers import Order
+from delfast.localize.per_example.trace import Trace
 
 ENOUGH = 4  # examples
 
@@ -19,15 +20,19 @@ class Trial(Capture):
     """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
 
     After ``run``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
-    because the δ of an example was zero everywhere. ``unknown``: those that mix the examples too.
+    because the δ of an example was zero everywhere. ``each``: how many entries of an example lie there.
+    ``ambiguous``: whether δ was zero in so much of a layer that its examples may lie in another order as well.
+    ``unknown``: those that mix the examples too.
     ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers, ``output_dims``:
     along which dimension of a weight the outputs of its last use lie.
     ``rewritten``: parameters whose output is changed in place by what follows.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str]) -> None:
-        super().__init__(parameters, unknown)
+    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
+        super().__init__(parameters, unknown, trace)
         self.orders: dict[str, Order] = {}
+        self.each: dict[str, set[int]] = {}
+        self.ambiguous = False
         self.channelwise: set[str] = set()
         self.output_dims: dict[str, int] = {}
         self.otherwise: set[str] = set()  # used by anything but a convolution or a linear layer
@@ -35,6 +40,7 @@ class Trial(Capture):
         self.examples = 0
         self._example = 0
         self._possible: dict[str, set[Order]] = {}
+        self._shapes: dict[str, set[torch.Size]] = {}
         self._reached: Counter[str] = Counter()  # in one backward pass
         self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
         self._written: list[tuple[Use, Tensor, int]] = []
@@ -44,15 +50,19 @@ class Trial(Capture):
         """Run the backward pass of one of the losses (N,).
 
         Of the second: an order that is no order of the examples (time first, the batch reversed) seldom has an entry
-        of its own just there. Of fewer than four, one example says too little: the first and the last.
+        of its own just there. Of fewer than four, one example says too little: the first and the last. The others
+        follow only if more than one order is left.
         """
         self.examples = losses.numel()
         if not self.examples or not losses.requires_grad:
             return
         tried = [1] if self.examples >= ENOUGH else sorted({0, self.examples - 1})
-        for example in tried:
+        others = [example for example in range(self.examples) if example not in tried][:ENOUGH]
+        for example in (*tried, *others):
+            if example in others and not any(len(possible) > 1 for possible in self._possible.values()):
+                break
             self._example, self._reached = example, Counter()
-            self.backward(losses[example], retain_graph=example != tried[-1])
+            self.backward(losses[example], retain_graph=True)
             self._look_at_copies()
             self._look_at_deltas()
             self.uses |= self._reached
@@ -63,8 +73,10 @@ class Trial(Capture):
         for name, possible in self._possible.items():
             if not possible:
                 self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
-            elif self.examples > 1 and len(self._evidence[name]) == len(tried):
-                self.orders[name] = min(possible)
+            elif self.examples > 1 and self._evidence[name].issuperset(tried):
+                order = self.orders[name] = min(possible)
+                self.each[name] = {shape[order.dim] // self.examples for shape in self._shapes[name]}
+                self.ambiguous = self.ambiguous or len(possible) > 1
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
         output = function({**use.call, "input": inputs}, use.layer)
@@ -94,6 +106,8 @@ class Trial(Capture):
         """Keep which entries along each of the first ``leading`` dims are not zero. Looked at when the pass is over:
         a look in between would have a GPU's queue run empty."""
         self._reached.update(names)
+        for name in names:
+            self._shapes.setdefault(name, set()).add(deltas.shape)
         others = [[other for other in range(deltas.ndim) if other != dim] for dim in range(leading)]
         self._arrived.append((names, [deltas.any(dim=dims) if dims else deltas != 0 for dims in others]))
 
@@ -108,7 +122,7 @@ class Trial(Capture):
             possible = {
                 Order(dim, interleaved)
                 for dim, mark in enumerate(found)
-                for interleaved in (False, True)
+                for interleaved in ((False, True) if len(mark) > self.examples else (False,))
                 if self._is_alone(mark, Order(0, interleaved))
             }
             for name in names:
