@@ -57,11 +57,10 @@ def assert_parity(
     batches: Iterable[Any],
     losses: Losses = cross_entropy,
     *,
-    unknown: Iterable[str] | None = (),
+    unknown: Iterable[str] = (),
     bound: float = 1e-12,
 ) -> PerExampleGradients:
-    """Both epilogues against the loop: relative L2 in float64. ``unknown``: parameters that always go example by
-    example; None: any may."""
+    """Both epilogues against the loop: relative L2 in float64. ``unknown``: parameters that go example by example."""
     batches = list(batches)
     gradients = example_gradients(model, batches, losses)
     assert any(g.any() for g in gradients[0].values())
@@ -71,5 +70,5 @@ def assert_parity(
         for name, expected in summed(gradients, epilogue).items():
             error = (sums.sums[name] - expected).norm() / expected.norm().clamp_min(1e-300)
             assert error <= bound, f"{name}, {epilogue}: relative error {float(error):.3g}"
-        assert unknown is None or set(sums.unknown) == set(unknown), sums.unknown
+        assert set(sums.unknown) == set(unknown), sums.unknown
     return sums
