@@ -62,7 +62,7 @@ def first_pass(
     with (
         preserved(loaders) as draws,
         uncompiled(network),
-        evaluating(network),
+        evaluating(network, gradients=True),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
