@@ -7,6 +7,7 @@ one, with its own channels of every layer's output set to zero.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ from delfast.localize.per_example.layers import Place
 from delfast.naming import trainable_parameters, unique_parameters, unwrap
 
 MOST_CHANNELS = 50
+
+log = logging.getLogger("delfast")
 
 LogitsFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """``logits_fn(model, batch) -> logits (N, classes), labels int64 (N,)``."""
@@ -144,6 +147,7 @@ class _Search(ChannelPasses):
         super().__init__(network, parameters, self._losses)
         self.logits_fn = logits_fn
         self.include_head = include_head
+        self._searches_alone = False  # in some batches
 
     def search(
         self, batch: Any, max_channels: int, preserve: float
@@ -219,6 +223,12 @@ class _Search(ChannelPasses):
                 self.remember(capture.unknown)
             self.settle(capture)
             if not is_together or capture.elsewhere:
+                if not self._searches_alone:
+                    self._searches_alone = True
+                    log.warning(
+                        "CritMem searches one example at a time, which is slow, where the examples of a batch may lie "
+                        "elsewhere than those of its trial"
+                    )
                 alone = [
                     self._look(
                         cut(batch, [x], self.loss_fn), None if gone is None else gone[x : x + 1], backward, every

@@ -28,7 +28,8 @@ ROUTES = {
     *("to_sparse", "sparse_mask", "coalesce", "spmm", "sspaddmm", "smm", "hsmm", "hspmm", "dsmm", "saddmm"),
     *("fliplr", "flipud", "rot90", "msort", "renorm", "frombuffer"),
 }
-HANDS_OUT = {"numpy", "array", "dlpack", "untyped_storage", "storage", "data_ptr"}  # what is done with it is not seen
+# Give the memory of a tensor away, or exchange it: what follows cannot be seen.
+HANDS_OUT = {"set", "numpy", "array", "dlpack", "untyped_storage", "storage", "data_ptr"}
 # Move or combine values along a dim: the position of that argument and its default. Harmless along other dims.
 ALONG = {
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce", "index_select", "index_add"), (1, None)),
@@ -44,24 +45,11 @@ PARTS = {
     "unbind": (1, 0),
     **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"), (2, 0)),
 }
-LOOKUPS = {"index_select", "gather", "take_along_dim", "take"}  # of a constant: the examples lie as in the index
+LOOKUPS = {"index_select", "gather", "take_along_dim"}  # of a constant: the examples lie as in the index
 # Return their argument, or the same values: which of the two depends on strides, dtype and device.
 SAME = {
-    *(
-        "to",
-        "contiguous",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-        "cpu",
-        "cuda",
-        "int",
-        "long",
-        "bool",
-    ),
+    *("to", "contiguous", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"),
+    *("int", "long", "bool"),
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
 }
 RANDOM = {"multinomial", "bernoulli", "normal", "uniform", "exponential", "poisson", "cauchy", "geometric", "random"}
@@ -112,7 +100,8 @@ class Trace:
             return
         name = str(getattr(func, "__name__", "")).strip("_")
         if name in HANDS_OUT:
-            self._differ(f"hands out its values ({name})", is_other=False)
+            self._differ(f"hands out or exchanges its memory ({name})", is_other=False)
+            return
         if name == "setitem":
             output = args[0]
         elif not isinstance(output, Tensor) and next(tensors_in(output), None) is None:
@@ -170,7 +159,7 @@ class Trace:
         elif t.requires_grad:
             origin = None
             self._differ("is computed by an operation that cannot be seen", is_other=False)
-        else:  # a tensor from elsewhere: of floating point it has to be the trial's
+        else:  # from elsewhere: one of floating point has to be the trial's
             origin = ("other", id(t) if t.is_floating_point() else 0)
             if self.reference is None:
                 self._held.append(t)
@@ -301,7 +290,7 @@ class Trace:
             return False  # a lookup: the examples lie as in the index
         shape, grown = self.shapes[number], self._dims(number)
         for part, dims in _indexed(parts, len(shape)):
-            if not grown or dims.isdisjoint(grown) or part == slice(None):
+            if dims.isdisjoint(grown) or (isinstance(part, slice) and part == slice(None)):
                 continue
             is_own = isinstance(part, Tensor) and part.numel() == shape[min(dims)]
             if not is_own or self._number(part) not in self._ranges:  # else t[arange(N), position]: one for each
