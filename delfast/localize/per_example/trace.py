@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from delfast.layer_types import registered_functions
 from delfast.localize.per_example.free import tensors_in
 
 # Names are without the underscores around them: "add" is torch.add, Tensor.add_ and Tensor.__add__.
@@ -256,8 +257,10 @@ class Trace:
 
     def _routes(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], numbers: list[int]) -> bool:
         """Whether a call may move examples to places that depend on values."""
-        if name in ROUTES or "nested" in name or "sparse" in name or "packed" in name or not _is_torchs(func):
+        if name in ROUTES or "nested" in name or "sparse" in name or "packed" in name:
             return True
+        if not _is_torchs(func):
+            return func not in registered_functions()  # the trial has checked that these are linear layers
         if name in ("getitem", "setitem"):
             return self._indexes(name, numbers[0], args[1])
         if name == "where":
