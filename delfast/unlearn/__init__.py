@@ -285,7 +285,8 @@ def _hyperparameter(method: Method, field: Field[Any]) -> Any:
     if type(field.default) is int:
         return check_int(field.name, value)
     if type(field.default) is float:
-        return check_number(field.name, value)
+        check_number(field.name, value)
+        return unboxed(value)  # an int stays an int: `compare` names its cells by these values as JSON
     if field.name == "schedule":
         check_choice("schedule", value, Schedule)
     return value
