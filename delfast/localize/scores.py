@@ -235,14 +235,14 @@ class Scores:
         """(units,): the score of every competing unit, in the order of ``parameters``, rows in order; float32, or
         float64 for models with float64 parameters."""
         check_choice("aggregate", aggregate, Aggregate)
+        top_h = unboxed(top_h)
         resolve_top_h(top_h, (1, 1))
         if self.criterion == "random" or self.units is not None:  # scored as units, never aggregated
             return self._join([self._unit_scores(name, unit_count(shape)) for name, shape in self._row_shapes.items()])
-        counts = [resolve_top_h(top_h, shape) for shape in self._row_shapes.values()]
+        values = self._by_row(self.parameters)
         gradients = [] if self.gradients is None else self._by_row(self.gradients)
-        result: Tensor = torch.ops.delfast.criticality(
-            self._by_row(self.parameters), gradients, self._op_criterion, aggregate, counts
-        )
+        counts = [resolve_top_h(top_h, value.shape) for value in values]
+        result: Tensor = torch.ops.delfast.criticality(values, gradients, self._op_criterion, aggregate, counts)
         return result
 
     def _by_row(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -379,14 +379,14 @@ def check_selection(
     check_choice("granularity", granularity, Granularity)
     check_choice("aggregate", aggregate, Aggregate)
     check_choice("policy", policy, Policy)
-    resolve_top_h(top_h, (1, 1))
+    resolve_top_h(unboxed(top_h), (1, 1))
     if criterion in CHANNELS_ONLY and granularity == "param":
         raise InputError(f"criterion '{criterion}' scores channels, not their elements; use granularity='channel'")
 
 
 def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
     """h of a row of a parameter of this shape, in [1, row]; InputError if ``top_h`` is no count and no fraction."""
-    length, top_h = max(1, row_length(shape)), unboxed(top_h)
+    length = max(1, row_length(shape))
     if isinstance(top_h, str) and top_h == "published":
         h = int(0.1 * shape[0]) if len(shape) > 1 else 1
     elif isinstance(top_h, int) and not isinstance(top_h, bool) and top_h >= 1:

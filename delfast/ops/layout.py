@@ -25,7 +25,9 @@ def unit_count(shape: Sequence[int], dim: int = 0) -> int:
 
 def row_length(shape: Sequence[int], dim: int = 0) -> int:
     """Number of elements in one unit: ``numel / shape[dim]`` for ndim > 1, else 1."""
-    return math.prod(shape[:dim]) * math.prod(shape[dim + 1 :]) if len(shape) > 1 else 1
+    if len(shape) <= 1:
+        return 1
+    return math.prod(shape[1:] if dim == 0 else (*shape[:dim], *shape[dim + 1 :]))
 
 
 def packed_bytes(count: int) -> int:
