@@ -474,3 +474,23 @@ def test_two_processes_share_the_gradient_of_a_read_weight(tmp_path):
     for name, value in net.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize("is_written", [True, False])
+def test_writes_into_the_weight_of_a_copy_reach_its_rows(make, is_written):
+    """Before and after the copy, whatever the copied tensors' versions are."""
+    net, x = reader("linear")
+    with delfast.compact(net, row_mask(net, 0.4)):
+        net(x)
+        with torch.no_grad():
+            net.qkv.weight[0] = 7.0
+            if not is_written:
+                net.qkv.weight_rows.fill_(3.0)
+        other = make(net)
+        assert torch.equal(other.qkv.weight, net.qkv.weight)
+        for value in (5.0, 6.0):
+            with torch.no_grad():
+                other.state_dict()["qkv.weight"].fill_(value)
+            other(x)
+            assert bool((other.qkv.weight == value).all()) and bool((other.qkv.weight_rows == value).all())

@@ -222,7 +222,7 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
     found: dict[int, nn.Module | None] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fits = name == "weight" and compact_type(module) is not None and "forward" not in module.__dict__
+            fits = name == "weight" and compact_type(type(module)) is not None and "forward" not in module.__dict__
             fits = fits and parameter.ndim > 1 and parameter.is_floating_point() and not _has_hooks(parameter)
             found[id(parameter)] = module if fits and id(parameter) not in found else None
     return found
