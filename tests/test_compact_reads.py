@@ -494,3 +494,20 @@ def test_writes_into_the_weight_of_a_copy_reach_its_rows(make, is_written):
                 other.state_dict()["qkv.weight"].fill_(value)
             other(x)
             assert bool((other.qkv.weight == value).all()) and bool((other.qkv.weight_rows == value).all())
+
+
+def test_a_model_made_compact_in_inference_mode_is_trained_outside():
+    net, x = reader("read and called")
+    mask, loss = row_mask(net, 0.4), squares(x)
+    expected = dense_then_masked(net, mask, loss)
+    with torch.inference_mode():
+        handle = delfast.compact(net, mask)
+        net(x)
+        with handle.undone():
+            net(x)
+        with pytest.raises(InputError, match=r"made outside torch.inference_mode\(\), got 'first.weight' made inside"):
+            delfast.compact(reader("read and called")[0], mask)
+    loss(net).backward()
+    assert_close(compact_gradients(handle), expected)
+    handle.undo()
+    assert not any(parameter.is_inference() for parameter in net.parameters())

@@ -23,7 +23,8 @@ class PerExampleGradients(ExamplePasses):
     ) -> None:
         super().__init__(network, parameters, loss_fn)
         self.epilogue = epilogue
-        self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
+        with torch.inference_mode(False):  # they are added to outside it
+            self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
 
     def capture(self, batch: Any) -> ExampleCapture:
         return _SumCapture(self, batch)
