@@ -58,6 +58,10 @@ class Layout:
         self.trials += 1
         self.is_due = trial.examples < ENOUGH
 
+    def is_of(self, examples: int) -> bool:
+        """Return whether the last trial had as many examples: then no dim of a batch can be seen to grow with them."""
+        return self.trace is not None and self.trace.examples == examples
+
     def try_again(self) -> bool:
         """Have the next batch begin with a trial; False after MOST_TRIALS of them."""
         if self.trials >= MOST_TRIALS:
