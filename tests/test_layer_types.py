@@ -359,3 +359,52 @@ def test_threads_get_one_compact_class_of_a_type() -> None:
             assert len(made) == 1 and made.pop().plain_type is layer_type
     finally:
         sys.setswitchinterval(interval)
+
+
+class Addmm(nn.Module):
+    """A network with one call of addmm, as ``call(bias, x, weight)``."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call = call
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.call(self.bias, x, self.weight).relu())
+
+
+@pytest.mark.parametrize(
+    "call, is_known",
+    [
+        (lambda b, x, w: torch.addmm(b, x, w), True),
+        (lambda b, x, w: torch.addmm(mat2=w, input=b, mat1=x), True),
+        (lambda b, x, w: torch.addmm(b, x, mat2=w, beta=1, alpha=1.0), True),
+        (lambda b, x, w: b.addmm(x, w), True),
+        (lambda b, x, w: torch.addmm(b, x, w, beta=0.5), False),
+        (lambda b, x, w: torch.addmm(0.5, b, x, w), False),
+        (lambda b, x, w: torch.addmm(1, b, 1, x, w), False),
+        (lambda b, x, w: torch.addmm(2, b, 0.5, x, w), False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:This overload of addmm is deprecated")
+def test_every_form_of_addmm(call: Any, is_known: bool) -> None:
+    unknown = [] if is_known else ["weight", "bias"]
+    assert_parity(Addmm(call).double(), [(x[:, 0], y) for x, y in batches()], unknown=unknown)
+
+
+def test_a_registered_function_may_give_another_dtype_than_linear_in_autocast() -> None:
+    """Its sum with the bias is float32 there; that of functional.linear has 16 bits."""
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.cross_entropy(model(batch[0]).float(), batch[1], reduction="none")
+
+    delfast.register_layer(Own, output_dim=1, function=own_product)
+    model = nn.Sequential(Own(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = [(x[:, 0], y) for x, y in batches(torch.float32)]
+    found = delfast.score(model, data, per_example=True, loss_fn=losses).gradients
+    exact = delfast.score(model, data, per_example=True).gradients
+    assert found is not None and exact is not None
+    for name, expected in exact.items():
+        assert (found[name] - expected).norm() <= 0.05 * expected.norm(), name

@@ -202,7 +202,7 @@ class _Search(ChannelPasses):
         super().remember(unknown)
 
     def _look(self, batch: Any, gone: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
-        """Return which examples are wrong, bool (n,), and s, (n, columns): zero for those that are, unless ``every``, and
+        """Return which examples are wrong, bool (n,), and s, (n, columns): zero for those, unless ``every``, and
         without ``backward``. ``gone``: bool (n, columns), the channels that each example has lost.
 
         Where a pass does not have the examples in the order that its trial showed, one example at a time.

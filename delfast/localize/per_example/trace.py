@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -145,7 +146,11 @@ class Trace:
             for item in (value.start, value.stop, value.step):
                 self._describe(item, arguments, sizes, numbers)
         elif hasattr(value, "__array__"):
-            self._differ("takes NumPy's arrays", is_other=False)
+            number = value.item() if isinstance(value, numpy.generic) else value
+            if hasattr(number, "__array__"):
+                self._differ("takes NumPy's arrays", is_other=False)
+            else:
+                self._describe(number, arguments, sizes, numbers)
         else:
             arguments.append(value if _is_plain(value) else type(value))
 
