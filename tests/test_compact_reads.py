@@ -511,3 +511,19 @@ def test_a_model_made_compact_in_inference_mode_is_trained_outside():
     assert_close(compact_gradients(handle), expected)
     handle.undo()
     assert not any(parameter.is_inference() for parameter in net.parameters())
+
+
+def test_no_warning_where_a_closure_has_computed_the_gradients():
+    net, x = reader("linear")
+    with warnings.catch_warnings(), delfast.compact(net, row_mask(net, 0.4)) as handle:
+        warnings.simplefilter("error")
+        optimizer = torch.optim.LBFGS(handle.parameters(), lr=0.01, max_iter=1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = squares(x)(net)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        handle.undo()

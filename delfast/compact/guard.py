@@ -96,8 +96,7 @@ class Guard:
                     "leave its requires_grad off until undo()"
                 )
         self.has_stepped |= bool(rows)
-        if self._idle:
-            self._idle.difference_update(self._names[id(p)] for p in rows if p.grad is not None)
+        self._note_gradients(rows)
         if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self._digest:
             return []
         return [(p, self._flags[id(p)], p.detach().clone()) for p in held if id(p) in self._flags]
@@ -110,11 +109,16 @@ class Guard:
         version: without the increment here the rows would count as the older of the two.
         """
         stepped = [p for p in held if id(p) in self._layers]
+        self._note_gradients(stepped)  # of a closure, which the step has called
         torch.autograd.graph.increment_version(stepped)
         for rows in stepped:
             layer = self._layers[id(rows)]()
             if layer is not None:
                 layer.write_rows()
+
+    def _note_gradients(self, rows: Iterable[Tensor]) -> None:
+        if self._idle:
+            self._idle.difference_update(self._names[id(p)] for p in rows if p.grad is not None)
 
 
 class _Flags:
