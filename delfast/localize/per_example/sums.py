@@ -60,7 +60,7 @@ class _SumCapture(ExampleCapture):
     def __init__(self, passes: PerExampleGradients, batch: Any) -> None:
         super().__init__(passes, batch)
         self.sums, self.epilogue = passes.sums, passes.epilogue
-        self._apart: dict[str, Tensor] = {}  # sums of a batch of which it is not known yet whether they are right
+        self._apart: dict[str, Tensor] = {}  # sums of a batch that may turn out not to be right
         self._added: set[str] = set()
         self._waiting: dict[str, list[Contribution]] = {}
 
