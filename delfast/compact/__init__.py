@@ -235,7 +235,7 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
 
 
 def _refuse_sparse(model: nn.Module, guarded: Collection[str]) -> None:
-    """InputError for an embedding with sparse gradients of which a part is selected: a guard takes dense ones."""
+    """InputError for an embedding with sparse gradients if a part of it is selected: a guard takes dense ones."""
     for module in model.modules():
         if getattr(module, "sparse", False) is True:
             for name, parameter in unique_parameters(model.named_parameters()):

@@ -26,7 +26,7 @@ from delfast.optim import MaskedOptimizer, check_dense
 
 
 class Guard:
-    """Protects one compact model in the steps of any optimizer, in any thread, until ``remove``.
+    """The protection of one compact model in the steps of any optimizer, in any thread, until ``remove``.
 
     guarded: name -> (Parameter, bool flags of its shape: the entries that may change). Gradients of the other entries
         are zero from the moment they arrive, so that clipping does not see them. A step leaves the other entries with
@@ -92,7 +92,7 @@ class Guard:
         for p in held:
             if id(p) in self._frozen and p.grad is not None:
                 raise InputError(
-                    f"expected no gradient of '{self._frozen[id(p)]}', of which the mask selects nothing, got one; "
+                    f"expected no gradient of '{self._frozen[id(p)]}', where the mask selects nothing, got one; "
                     "leave its requires_grad off until undo()"
                 )
         self.has_stepped |= bool(rows)
@@ -151,7 +151,7 @@ def _mask_of(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
 
 
 class _Registry:
-    """Who guards a Parameter, by the Parameter's id. Needs no global name, which are gone when the interpreter ends."""
+    """The guards of each Parameter, by its id. Uses no global names: they are gone when the interpreter ends."""
 
     def __init__(self) -> None:
         self.guards: dict[int, tuple[Guard, ...]] = {}

@@ -161,7 +161,7 @@ class CompactLayer(nn.Module):
 
 
 def may_have_small_maps(layer: nn.Module) -> bool:
-    """Is there a faster way to this layer's weight gradient, should it be given small feature maps?"""
+    """Return whether there is a faster way to this layer's weight gradient, should it be given small feature maps."""
     weight = cast(Tensor, layer.weight)
     known = weight.device.type == "cpu" and weight.dtype in LEAST_CHANNELS_PER_POSITION
     return known and getattr(layer, "groups", None) == 1
