@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -82,8 +82,8 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def detached(batch: Any) -> Any:
-    """The batch with tensors that no backward pass goes beyond."""
-    return map_tensors(batch, Tensor.detach)
+    """The batch with tensors that no backward pass goes beyond, and that one can save."""
+    return map_tensors(batch, lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -184,15 +184,17 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
 def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in the mode it was in, with the buffers it had.
 
-    gradients: gradients are taken inside. cuDNN computes those of an RNN, LSTM or GRU in training mode only: they run
-        in training mode without dropout, which computes the same as eval mode.
+    gradients: gradients are taken inside, where ``torch.inference_mode`` is off. cuDNN computes those of an RNN, LSTM
+        or GRU in training mode only: they run in training mode without dropout, which computes the same as eval mode.
 
     Raises InputError before anything runs for layers that write their weights as they read them, see
-    ``refuse_writing_layers``, and for a model that another thread uses; and afterwards for any other parameter that a
-    forward pass has written.
+    ``refuse_writing_layers``, for a model that another thread uses, and with ``gradients`` for one made in inference
+    mode; and afterwards for any other parameter that a forward pass has written.
     """
     refuse_writing_layers(model)
-    with sole_use(model):
+    if gradients:
+        refuse_inference_tensors(model)
+    with sole_use(model), torch.inference_mode(False) if gradients else nullcontext():
         modes = [(module, module.training) for module in model.modules()]
         recurrent: list[Any] = [module for module in model.modules() if gradients and _is_rnn(module)]
         dropouts = [module.dropout for module in recurrent]
@@ -244,6 +246,16 @@ def refuse_writing_layers(model: nn.Module) -> None:
         if is_lazy(parameter):
             raise InputError(
                 f"expected '{plain_name(name)}' to have a shape, its module is lazy; run a forward pass first"
+            )
+
+
+def refuse_inference_tensors(model: nn.Module) -> None:
+    """InputError for parameters or buffers made inside ``torch.inference_mode()``: autograd cannot use them."""
+    for name, tensor in (*unwrap(model).named_parameters(), *unwrap(model).named_buffers()):
+        if tensor.is_inference():
+            raise InputError(
+                f"expected a model made outside torch.inference_mode(), got '{plain_name(name)}' made inside; make or "
+                "deepcopy it outside"
             )
 
 

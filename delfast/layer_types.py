@@ -25,7 +25,7 @@ class LayerType:
 
     output_dim: int
     function: Callable[..., Tensor] | None
-    is_transposed_linear: bool = False  # whether forward is this product of a weight (in, out), and nothing else
+    linear_forward: Callable[..., Tensor] | None = None  # one that is the product by a weight (in, out), and no more
 
 
 _registered: dict[type[nn.Module], LayerType] = {}
@@ -65,10 +65,10 @@ def register_layer(
         )
 
 
-def layer_type_of(module: nn.Module) -> LayerType | None:
-    """The registration of the module's type, or of the nearest base class that has one."""
+def layer_type_of(module_type: type[nn.Module]) -> LayerType | None:
+    """The registration of this type, or of the nearest base class that has one."""
     _register_transformers()
-    return next((_registered[base] for base in type(module).__mro__ if base in _registered), None)
+    return next((_registered[base] for base in module_type.__mro__ if base in _registered), None)
 
 
 def output_dims(model: nn.Module) -> dict[str, int]:
@@ -79,7 +79,7 @@ def output_dims(model: nn.Module) -> dict[str, int]:
     dims: dict[int, int] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            known = layer_type_of(module) if name == "weight" and parameter.ndim == 2 else None
+            known = layer_type_of(type(module)) if name == "weight" and parameter.ndim == 2 else None
             dims.setdefault(id(parameter), 0 if known is None else known.output_dim)
     return {name: dims[id(p)] for name, p in unique_parameters(model.named_parameters()) if dims[id(p)]}
 
@@ -100,4 +100,4 @@ def _register_transformers() -> None:
     module = sys.modules.get("transformers.pytorch_utils")
     layer_type = getattr(module, "Conv1D", None)
     if layer_type is not None and layer_type not in _registered:
-        _registered[layer_type] = LayerType(1, torch.addmm, is_transposed_linear=True)
+        _registered[layer_type] = LayerType(1, torch.addmm, linear_forward=layer_type.forward)

@@ -199,7 +199,7 @@ def _check_parameters(parameters: dict[str, Any], bits: Mapping[str, bytes], *, 
 
 
 def _are_sizes(value: Any) -> bool:
-    """Is this a list of integers of at least 0, each within 63 bits?"""
+    """Return whether this is a list of integers of at least 0, each within 63 bits."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= MAX_NUMEL for n in value)
 
 

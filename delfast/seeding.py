@@ -32,7 +32,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class _PrivateGenerators(TorchDispatchMode):
-    """Passes a generator of its own to every operation that takes one: one generator a device, all of one seed."""
+    """A mode that passes its own generator to every operation that takes one: one a device, all of one seed."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -88,7 +88,7 @@ def _arguments(func: Any) -> dict[str, str]:
 
 @functools.cache
 def _position(func: Any) -> int:
-    """Where the generator may be passed by position (it is the last such argument); the end if by name alone."""
+    """Return where the generator may be passed by position (it is the last such argument); the end if by name alone."""
     positional = [argument.name for argument in func._schema.arguments if not argument.kwarg_only]
     return positional.index("generator") if "generator" in positional else len(positional)
 

@@ -74,7 +74,7 @@ def changed_value(value: Any, draw: random.Random) -> Any:
 
 
 def consistent_geometry(draw: random.Random) -> tuple[Any, ...]:
-    """Arguments of per_example_accumulate_ with huge numbers, many of which fit each other."""
+    """Arguments of per_example_accumulate_ with huge numbers that often fit each other."""
     big = draw.choice([2, 1000, 2**29, 2**30 - 1, 2**30, 2**40, 2**61, 2**62])
     dims = draw.randint(1, 3)
     padding, dilation = draw.choice([(big, min(2 * big, 2**63 - 1)), (big, big), (0, big)])

@@ -290,7 +290,7 @@ def test_what_is_not_selected_may_not_be_thawed(net, data):
         net.requires_grad_(True)
         cross_entropy(data)(net).backward()
         with pytest.raises(
-            InputError, match=r"expected no gradient of 'stem\.0\.weight', of which the mask selects nothing"
+            InputError, match=r"expected no gradient of 'stem\.0\.weight', where the mask selects nothing"
         ):
             optimizer.step()
 

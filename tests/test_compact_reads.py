@@ -474,3 +474,56 @@ def test_two_processes_share_the_gradient_of_a_read_weight(tmp_path):
     for name, value in net.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize("is_written", [True, False])
+def test_writes_into_the_weight_of_a_copy_reach_its_rows(make, is_written):
+    """Before and after the copy, whatever the copied tensors' versions are."""
+    net, x = reader("linear")
+    with delfast.compact(net, row_mask(net, 0.4)):
+        net(x)
+        with torch.no_grad():
+            net.qkv.weight[0] = 7.0
+            if not is_written:
+                net.qkv.weight_rows.fill_(3.0)
+        other = make(net)
+        assert torch.equal(other.qkv.weight, net.qkv.weight)
+        for value in (5.0, 6.0):
+            with torch.no_grad():
+                other.state_dict()["qkv.weight"].fill_(value)
+            other(x)
+            assert bool((other.qkv.weight == value).all()) and bool((other.qkv.weight_rows == value).all())
+
+
+def test_a_model_made_compact_in_inference_mode_is_trained_outside():
+    net, x = reader("read and called")
+    mask, loss = row_mask(net, 0.4), squares(x)
+    expected = dense_then_masked(net, mask, loss)
+    with torch.inference_mode():
+        handle = delfast.compact(net, mask)
+        net(x)
+        with handle.undone():
+            net(x)
+        with pytest.raises(InputError, match=r"made outside torch.inference_mode\(\), got 'first.weight' made inside"):
+            delfast.compact(reader("read and called")[0], mask)
+    loss(net).backward()
+    assert_close(compact_gradients(handle), expected)
+    handle.undo()
+    assert not any(parameter.is_inference() for parameter in net.parameters())
+
+
+def test_no_warning_where_a_closure_has_computed_the_gradients():
+    net, x = reader("linear")
+    with warnings.catch_warnings(), delfast.compact(net, row_mask(net, 0.4)) as handle:
+        warnings.simplefilter("error")
+        optimizer = torch.optim.LBFGS(handle.parameters(), lr=0.01, max_iter=1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = squares(x)(net)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        handle.undo()

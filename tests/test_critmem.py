@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -408,3 +409,16 @@ def test_bad_arguments() -> None:
     with pytest.raises(InputError, match="criterion with a gradient for stop_when_stable, got 'critmem'"):
         delfast.localize(model, data, criterion="critmem", stop_when_stable=0.9)
     assert functional.cross_entropy(model.eval()(batches[0][0]), batches[0][1]).isfinite()
+
+
+def test_as_many_examples_as_the_trial_had_take_two_passes(caplog: pytest.LogCaptureFixture) -> None:
+    """No dim can be seen to grow then, so that one example goes alone; nothing is slow, and nothing is logged."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    batches = predicted(model, [torch.randn(n, 6, dtype=torch.float64) for n in (12, 4)])
+    sizes.clear()
+    with caplog.at_level(logging.WARNING, "delfast"):
+        result = critmem(model, batches, max_channels=1, include_head=True)
+    assert sizes[:2] == [4, 12] and sizes[-4:] == [3, 1, 3, 1] and not caplog.records  # 4: the trial alone
+    assert as_found(result) == loop(model, batches, 1, None)

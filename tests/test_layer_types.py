@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import delfast
 from delfast import layer_types
+from delfast.compact.layers import _new, compact_type
 from delfast.errors import InputError
 from delfast.localize.per_example import PerExampleGradients
 from delfast.mask import Mask
@@ -285,3 +290,121 @@ def test_a_wrong_registration_is_refused(arguments: Any, settings: Any, text: st
     layer_types.output_dims(nn.Linear(1, 1))  # transformers is there
     with pytest.raises(InputError, match=text):
         delfast.register_layer(*arguments, **settings)
+
+
+class Scaled(Conv1D):
+    """A subclass of a registered layer that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Same(Conv1D):
+    """One that computes the same."""
+
+
+@pytest.mark.parametrize("layer_type", [Scaled, Same])
+def test_a_subclass_keeps_its_own_forward_pass(layer_type: type[Conv1D]) -> None:
+    model = nn.Sequential(layer_type(8, 6), nn.ReLU(), nn.Linear(8, 3)).double()
+    dense, mask = copy.deepcopy(model), delfast.localize(model, [(x[:, 0], y) for x, y in batches()], 0.4)
+    x = batches()[0][0][:, 0]
+    dense(x).square().sum().backward()
+    with delfast.compact(model, mask) as handle:
+        assert handle.ways["0.weight"] == "rows"
+        torch.testing.assert_close(model(x), dense(x))
+        model(x).square().sum().backward()
+        columns = mask["0.weight"].flags.nonzero().flatten()
+        torch.testing.assert_close(model[0].weight_rows.grad, dense[0].weight.grad[:, columns])
+    assert type(model[0]) is layer_type
+
+
+def test_compact_models_with_registered_layers_are_pickled_and_copied() -> None:
+    delfast.register_layer(Own, output_dim=1)
+    for layer in (Own(6, 8), Conv1D(8, 6)):
+        model = nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 3)).double()
+        x = batches()[0][0][:, 0]
+        with delfast.compact(model, delfast.localize(model, [(x, batches()[0][1])], 0.4)):
+            with torch.no_grad():
+                model[0].weight_rows.add_(1)  # not yet in the weight
+            for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+                assert type(other[0]) is type(model[0]) and other[0].weight_rows is not model[0].weight_rows
+                assert torch.equal(other(x), model(x))
+                with torch.no_grad():
+                    other[0].weight.fill_(5)
+                assert bool((other[0].weight == 5).all()) and not bool((model[0].weight == 5).any())
+
+
+def test_a_pickle_of_a_type_that_is_not_registered_here_is_refused() -> None:
+    class Unknown(nn.Linear):
+        pass
+
+    with pytest.raises(InputError, match="expected Unknown to be registered"):
+        _new(Unknown)
+
+
+def test_threads_get_one_compact_class_of_a_type() -> None:
+    delfast.register_layer(Own, output_dim=1)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(50):
+            layer_type, barrier = type("Fresh", (Own,), {}), threading.Barrier(4)
+
+            def make(_: int, layer_type: type[nn.Module] = layer_type, barrier: threading.Barrier = barrier) -> Any:
+                barrier.wait()
+                return compact_type(layer_type)
+
+            with ThreadPoolExecutor(4) as pool:
+                made = set(pool.map(make, range(4)))
+            assert len(made) == 1 and made.pop().plain_type is layer_type
+    finally:
+        sys.setswitchinterval(interval)
+
+
+class Addmm(nn.Module):
+    """A network with one call of addmm, as ``call(bias, x, weight)``."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call = call
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.call(self.bias, x, self.weight).relu())
+
+
+@pytest.mark.parametrize(
+    "call, is_known",
+    [
+        (lambda b, x, w: torch.addmm(b, x, w), True),
+        (lambda b, x, w: torch.addmm(mat2=w, input=b, mat1=x), True),
+        (lambda b, x, w: torch.addmm(b, x, mat2=w, beta=1, alpha=1.0), True),
+        (lambda b, x, w: b.addmm(x, w), True),
+        (lambda b, x, w: torch.addmm(b, x, w, beta=0.5), False),
+        (lambda b, x, w: torch.addmm(0.5, b, x, w), False),
+        (lambda b, x, w: torch.addmm(1, b, 1, x, w), False),
+        (lambda b, x, w: torch.addmm(2, b, 0.5, x, w), False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:This overload of addmm is deprecated")
+def test_every_form_of_addmm(call: Any, is_known: bool) -> None:
+    unknown = [] if is_known else ["weight", "bias"]
+    assert_parity(Addmm(call).double(), [(x[:, 0], y) for x, y in batches()], unknown=unknown)
+
+
+def test_a_registered_function_may_give_another_dtype_than_linear_in_autocast() -> None:
+    """Its sum with the bias is float32 there; that of functional.linear has 16 bits."""
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.cross_entropy(model(batch[0]).float(), batch[1], reduction="none")
+
+    delfast.register_layer(Own, output_dim=1, function=own_product)
+    model = nn.Sequential(Own(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = [(x[:, 0], y) for x, y in batches(torch.float32)]
+    found = delfast.score(model, data, per_example=True, loss_fn=losses).gradients
+    exact = delfast.score(model, data, per_example=True).gradients
+    assert found is not None and exact is not None
+    for name, expected in exact.items():
+        assert (found[name] - expected).norm() <= 0.05 * expected.norm(), name

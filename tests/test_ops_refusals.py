@@ -163,7 +163,7 @@ def test_tensors_on_the_cpu_and_on_meta_are_refused(number: int) -> None:
 @pytest.mark.parametrize("number", [n for n in NUMBERS if "CUDA" in OPS[n].natively_on])
 def test_tensors_on_a_card_and_on_the_cpu_are_refused_without_a_card(number: int) -> None:
     for packet, args, kwargs, role in mixed(number, OnCard, lambda t: t):
-        if role in ("state", "steps", "grad_scale"):  # read after the parameters' memory, of which OnCard has none
+        if role in ("state", "steps", "grad_scale"):  # read after the parameters' memory; OnCard has none
             continue
         message = f"expected {role} on cuda:0, got it on cpu; move all tensors to one device"
         with torch._C._DisableTorchDispatch(), pytest.raises(ValueError, match=message) as caught:

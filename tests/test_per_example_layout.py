@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -386,3 +387,23 @@ def test_a_batch_of_another_layout_is_logged_once(caplog: pytest.LogCaptureFixtu
     delfast.score(model, [*batches, *batches], per_example=True, loss_fn=losses_of)
     told = [name for record in caplog.records for name in model.state_dict() if f"'{name}'" in record.getMessage()]
     assert sorted(told) == ["layer.bias", "layer.weight"]
+
+
+class ScaledByNumpy(nn.Module):
+    """Attention of one head, with NumPy's scalars where others have Python's numbers."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self.make = make
+        self.query, self.key, self.head = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / self.make(x.shape[-1])
+        return self.head((scores.softmax(dim=-1) @ x).mean(dim=1))
+
+
+@pytest.mark.parametrize("make", [numpy.sqrt, numpy.float32, numpy.int64, lambda n: torch.as_tensor(numpy.array(n))])
+def test_numpys_scalars_are_plain_numbers_and_its_arrays_are_not(make: Any, compared: list[Any]) -> None:
+    batches = [(torch.randn(n, 5, 4, dtype=torch.float64), torch.arange(n) % 3) for n in (8, 6)]
+    assert_right(ScaledByNumpy(make).double(), batches)
+    assert bool(compared) == isinstance(make(4), Tensor)

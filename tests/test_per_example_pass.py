@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -404,3 +404,31 @@ def test_what_is_refused() -> None:
             delfast.score(cases.SmallNet(), batches, criterion, per_example=per_example)
     with pytest.raises(InputError, match="forget set of at least one example"):
         delfast.score(cases.SmallNet(), [], per_example=True)
+
+
+def _small() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3))
+    return model, [(torch.randn(n, 6), torch.arange(n) % 3) for n in (6, 5)]
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda model, data: delfast.score(model, data).channel_scores(),
+        lambda model, data: delfast.score(model, data, per_example=True).channel_scores(),
+        lambda model, data: delfast.score(model, data, "squared_grad", per_example=True).channel_scores(),
+        lambda model, data: delfast.score(model, data, "critmem").channel_scores(),
+        lambda model, data: torch.from_numpy(delfast.signed_channels(model, data).matrix),
+    ],
+    ids=["mean", "abs", "square", "critmem", "signed"],
+)
+def test_inference_mode_changes_nothing(compute: Callable[..., Tensor], made_inside: bool) -> None:
+    model, data = _small()
+    expected = compute(model, data)
+    with torch.inference_mode():
+        found = compute(model, [(x.clone(), y.clone()) for x, y in data] if made_inside else data)
+        with pytest.raises(InputError, match=r"made outside torch.inference_mode\(\), got '0.weight' made inside"):
+            compute(copy.deepcopy(model), data)
+    assert torch.equal(found, expected)

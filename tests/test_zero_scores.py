@@ -217,3 +217,15 @@ def test_copies_of_scores_go_on_selecting(criterion: Any) -> None:
         with pytest.raises(InputError, match="has changed since it was scored"):
             each.select(0.5)
     assert copies[1].select(0.5).digest == expected  # its parameters are its own
+
+
+@pytest.mark.parametrize("settings", [{}, {"stop_when_stable": 0.5, "batch_size": 2}])
+def test_localize_warns_of_its_callers_line(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].bias[:2] = -100.0  # two channels of the first layer are dead
+    data = torch.utils.data.TensorDataset(torch.randn(8, 2), torch.arange(8) % 3)
+    loader = data if settings else torch.utils.data.DataLoader(data, 4)
+    _, found = warned(lambda: delfast.localize(model, loader, budget=1.0, **settings))
+    assert found

@@ -23,7 +23,6 @@ void check_device(c10::Device device, const at::Tensor& t, const Role&... role) 
 inline void check_devices(c10::Device device, at::TensorList list, const char* role) {
   for (size_t i = 0; i < list.size(); i++) check_device(device, list[i], role, " #", i);
 }
-// `role`, in parts, names the tensor.
 template <class... Role>
 Dtype dtype_of(const at::Tensor& t, const Role&... role) {
   switch (t.scalar_type()) {

@@ -24,7 +24,7 @@ struct Name {
 template <Name name, auto kernel, class Function = std::remove_pointer_t<decltype(kernel)>>
 struct Served;
 
-// The first argument's dtype decides: the op's parameters, sums or deltas, or any of them. delfast/ops/table.py
+// float64 in the first argument (or, for a list, in any of its tensors) selects the reference. delfast/ops/table.py
 // registers the references as ops of the namespace delfast_reference, on every device.
 template <Name name, auto kernel, class Result, class First, class... Rest>
 struct Served<name, kernel, Result(First, Rest...)> {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_names, check_type
-from delfast.batches import refuse_writing_layers
+from delfast.batches import refuse_inference_tensors, refuse_writing_layers
 from delfast.compact.guard import Guard, rows_name
 from delfast.compact.layers import CompactLayer, compact_type, make_compact, may_have_small_maps, restore, rows_dim
 from delfast.errors import InputError
@@ -48,7 +48,7 @@ class Compact:
                 raise InputError(f"dense names '{name}', which is no trainable parameter of the model; check the name")
         owners = _owners(self.model)
         self.ways: dict[str, Way] = {}
-        self._layers: dict[str, tuple[nn.Module, Tensor | None]] = {}
+        self._layers: dict[str, tuple[nn.Module, Tensor | None]] = {}  # and the flags of the selected rows
         for name, parameter in parameters.items():
             part, owner = chosen.get(name), owners.get(id(parameter))
             if part is None:
@@ -59,7 +59,7 @@ class Compact:
                     self._layers[name] = (owner, None)  # for the way its gradient is computed
             elif part.by_row and owner is not None and part.dim == rows_dim(owner) and name not in dense:
                 self.ways[name] = "rows"
-                self._layers[name] = (owner, part.flags.nonzero().flatten())
+                self._layers[name] = (owner, part.flags)
             else:
                 self.ways[name] = "guarded"
         _refuse_sparse(self.model, self._names("guarded"))
@@ -76,11 +76,16 @@ class Compact:
             return
         self._active = True
         self._guard: Guard | None = None
+        with torch.inference_mode(False):  # what is made there cannot be trained outside it
+            self._change()
+
+    def _change(self) -> None:
+        """Make the model compact, or leave it as it was if an error is raised."""
         parameters = trainable_parameters(self.model)
         try:
-            for name, (layer, rows) in self._layers.items():
-                compact = make_compact(layer, rows)
-                if rows is None:
+            for name, (layer, flags) in self._layers.items():
+                compact = make_compact(layer, None if flags is None else flags.nonzero().flatten())
+                if flags is None:
                     continue
                 if name in self._rows:
                     with torch.no_grad():
@@ -214,6 +219,7 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
     check_type("mask", mask, Mask, "a delfast.Mask")
     check_names("dense", dense)
     refuse_writing_layers(model)
+    refuse_inference_tensors(model)
     return Compact(model, mask, [plain_name(name) for name in dense])
 
 
@@ -222,14 +228,14 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
     found: dict[int, nn.Module | None] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fits = name == "weight" and compact_type(module) is not None and "forward" not in module.__dict__
+            fits = name == "weight" and compact_type(type(module)) is not None and "forward" not in module.__dict__
             fits = fits and parameter.ndim > 1 and parameter.is_floating_point() and not _has_hooks(parameter)
             found[id(parameter)] = module if fits and id(parameter) not in found else None
     return found
 
 
 def _refuse_sparse(model: nn.Module, guarded: Collection[str]) -> None:
-    """InputError for an embedding with sparse gradients of which a part is selected: a guard takes dense ones."""
+    """InputError for an embedding with sparse gradients if a part of it is selected: a guard takes dense ones."""
     for module in model.modules():
         if getattr(module, "sparse", False) is True:
             for name, parameter in unique_parameters(model.named_parameters()):

@@ -26,7 +26,7 @@ from delfast.optim import MaskedOptimizer, check_dense
 
 
 class Guard:
-    """Protects one compact model in the steps of any optimizer, in any thread, until ``remove``.
+    """The protection of one compact model in the steps of any optimizer, in any thread, until ``remove``.
 
     guarded: name -> (Parameter, bool flags of its shape: the entries that may change). Gradients of the other entries
         are zero from the moment they arrive, so that clipping does not see them. A step leaves the other entries with
@@ -92,12 +92,11 @@ class Guard:
         for p in held:
             if id(p) in self._frozen and p.grad is not None:
                 raise InputError(
-                    f"expected no gradient of '{self._frozen[id(p)]}', of which the mask selects nothing, got one; "
+                    f"expected no gradient of '{self._frozen[id(p)]}', where the mask selects nothing, got one; "
                     "leave its requires_grad off until undo()"
                 )
         self.has_stepped |= bool(rows)
-        if self._idle:
-            self._idle.difference_update(self._names[id(p)] for p in rows if p.grad is not None)
+        self._note_gradients(rows)
         if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self._digest:
             return []
         return [(p, self._flags[id(p)], p.detach().clone()) for p in held if id(p) in self._flags]
@@ -110,11 +109,16 @@ class Guard:
         version: without the increment here the rows would count as the older of the two.
         """
         stepped = [p for p in held if id(p) in self._layers]
+        self._note_gradients(stepped)  # of a closure, which the step has called
         torch.autograd.graph.increment_version(stepped)
         for rows in stepped:
             layer = self._layers[id(rows)]()
             if layer is not None:
                 layer.write_rows()
+
+    def _note_gradients(self, rows: Iterable[Tensor]) -> None:
+        if self._idle:
+            self._idle.difference_update(self._names[id(p)] for p in rows if p.grad is not None)
 
 
 class _Flags:
@@ -147,7 +151,7 @@ def _mask_of(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
 
 
 class _Registry:
-    """Who guards a Parameter, by the Parameter's id. Needs no global name, which are gone when the interpreter ends."""
+    """The guards of each Parameter, by its id. Uses no global names: they are gone when the interpreter ends."""
 
     def __init__(self) -> None:
         self.guards: dict[int, tuple[Guard, ...]] = {}

@@ -8,7 +8,7 @@ its weight as the Parameter, and has no rows: only the way its gradient is compu
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
 class CompactLayer(nn.Module):
     """What the layers share: the rows, their way into the weight, and a ``state_dict`` that knows of neither."""
 
+    plain_type: ClassVar[type[nn.Module]]  # what the layer was, and is again after ``restore``
     bias: Any
     weight_rows: nn.Parameter  # absent where the layer is trained in full
     row_index: Tensor | None  # None where the layer is trained in full
@@ -42,7 +43,7 @@ class CompactLayer(nn.Module):
     row_dim: int  # the dimension of the weight along which its rows lie
     row_groups: int
     row_home: tuple[Tensor]  # the weight that the rows are of; in a tuple, or the module would register it again
-    row_versions: tuple[int, int, int]  # of the weight (and which it is) and of the rows, when they last agreed
+    row_versions: tuple[int, int]  # of the weight and of the rows, when they last agreed; absent where trained in full
 
     @property
     def plan(self) -> RowPlan:
@@ -106,15 +107,21 @@ class CompactLayer(nn.Module):
         known, weight, rows = self.row_versions, self.whole, self.weight_rows
         if weight is not self.row_home[0]:
             raise InputError(_not_replaced("another tensor"))
-        if known[2] != rows._version:
+        if known[1] != rows._version:
             torch.autograd.graph.increment_version(weight)
-        elif known[0] == id(weight) and known[1] != weight._version:
+        elif known[0] != weight._version:
             self.read_rows()  # others have written into the weight, through its state_dict() or as it is
         weight.data.index_copy_(self.row_dim, self.row_index, rows.data)
-        self.row_versions = (id(weight), weight._version, rows._version)
+        self.row_versions = (weight._version, rows._version)
+
+    def agree(self) -> None:
+        """Note that the weight, as it is now, has the rows in it."""
+        self.row_home = (self.whole,)
+        if self.row_index is not None:
+            self.row_versions = (self.whole._version, self.weight_rows._version)
 
     def read_rows(self) -> None:
-        """Take the rows anew from the weight."""
+        """Take the rows from the weight again."""
         if self.row_index is None:
             return
         with torch.no_grad():
@@ -126,8 +133,17 @@ class CompactLayer(nn.Module):
         for name in INDICES:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(self.whole.device))
-        self.row_home = (self.whole,)  # on some devices another tensor
+        self.agree()  # on some devices with another tensor
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        self.write_rows()  # a copied tensor counts its versions from the start
+        reduced = cast(tuple[Any, ...], super().__reduce_ex__(max(2, int(protocol))))
+        return _new, (self.plain_type, *reduced[1][1:]), *reduced[2:]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.agree()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.write_rows()
@@ -140,30 +156,31 @@ class CompactLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if prefix + ROWS in missing:
             missing.remove(prefix + ROWS)
-        self.row_home = (self.whole,)  # with assign=True another tensor
         self.read_rows()
+        self.agree()  # with assign=True with another tensor
 
 
 def may_have_small_maps(layer: nn.Module) -> bool:
-    """Is there a faster way to this layer's weight gradient, should it be given small feature maps?"""
+    """Return whether there is a faster way to this layer's weight gradient, should it be given small feature maps."""
     weight = cast(Tensor, layer.weight)
     known = weight.device.type == "cpu" and weight.dtype in LEAST_CHANNELS_PER_POSITION
     return known and getattr(layer, "groups", None) == 1
 
 
-def compact_type(layer: nn.Module) -> type[CompactLayer] | None:
-    """The class that ``layer`` gets; None for a layer that cannot be trained by rows."""
-    layer_type, known = type(layer), layer_type_of(layer)
-    if layer_type not in COMPACT and known is not None and not isinstance(layer, CompactLayer):
-        # a registered layer runs its own forward pass, which reads ``weight``
-        base = _TransposedLinear if known.is_transposed_linear else CompactLayer
-        COMPACT[layer_type] = type(f"Compact{layer_type.__name__}", (base, layer_type), {})
+def compact_type(layer_type: type[nn.Module]) -> type[CompactLayer] | None:
+    """The class that a layer of this type gets; None for a layer that cannot be trained by rows."""
+    known = layer_type_of(layer_type)
+    if layer_type not in COMPACT and known is not None and not issubclass(layer_type, CompactLayer):
+        # a registered layer runs its own forward pass, which reads ``weight``, unless that is known to be the product
+        base = _TransposedLinear if layer_type.forward is known.linear_forward else CompactLayer
+        made = type(f"Compact{layer_type.__name__}", (base, layer_type), {"plain_type": layer_type})
+        COMPACT.setdefault(layer_type, made)  # the one that another thread has made meanwhile stays
     return COMPACT.get(layer_type)
 
 
 def rows_dim(layer: nn.Module) -> int:
     """The dimension of the layer's weight along which its rows, the output channels, lie."""
-    known = layer_type_of(layer)
+    known = layer_type_of(type(layer))
     return 0 if known is None else known.output_dim
 
 
@@ -182,7 +199,7 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
     if rows is not None:
         selected = torch.empty_like(weight.detach().narrow(dim, 0, len(rows)))  # in the weight's memory format
         selected.copy_(weight.detach().index_select(dim, rows.to(weight.device)))
-    changed = compact_type(layer)
+    changed = compact_type(type(layer))
     assert changed is not None
     compact = cast(CompactLayer, layer)  # from here on nothing is allocated: a layer is changed whole or not at all
     compact.__class__ = changed
@@ -190,11 +207,10 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
         # no buffers: averages of models would average them, and DDP send them with every pass
         setattr(compact, name, tensor)
     compact.row_dim, compact.row_groups = dim, plan.groups
-    compact.row_versions, compact.row_home = (0, 0, 0), (weight,)
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
-        compact.row_versions = (id(weight), weight._version, compact.weight_rows._version)
         weight.requires_grad_(False)
+    compact.agree()
     return compact
 
 
@@ -207,15 +223,26 @@ def restore(layer: CompactLayer) -> nn.Module:
     if weight is layer.row_home[0]:
         layer.write_rows()
     if layer.row_index is not None:
-        del layer.weight_rows
+        del layer.weight_rows, layer.row_versions
         if weight is not None:
             weight.requires_grad_(True)
     for name in INDICES:
         delattr(layer, name)
-    del layer.row_dim, layer.row_groups, layer.row_versions, layer.row_home
+    del layer.row_dim, layer.row_groups, layer.row_home
     plain = cast(nn.Module, layer)
-    plain.__class__ = next(original for original, compact in COMPACT.items() if compact is type(layer))
+    plain.__class__ = layer.plain_type
     return plain
+
+
+def _new(plain_type: type[nn.Module], *arguments: Any) -> CompactLayer:
+    """A compact layer without its state, for ``pickle`` and ``copy``."""
+    made = compact_type(plain_type)
+    if made is None:
+        raise InputError(
+            f"expected {plain_type.__name__} to be registered, as it was where the compact model was saved; call "
+            "delfast.register_layer first"
+        )
+    return made.__new__(made, *arguments)
 
 
 def _not_replaced(what: str) -> str:
@@ -325,12 +352,14 @@ class _Product(CompactLayer):
         x, weight, bias = _as_autocast(input, weight, self.bias)
         # of other than two dimensions linear gives a view, and a Function's views cannot be changed in place afterwards
         flat = torch.atleast_2d(x).flatten(0, -2)  # type: ignore[no-untyped-call]
-        result: Tensor = _Linear.apply(flat, rows, weight, bias, self.plan.gathered, self.plan.kept)
+        result: Tensor = _Linear.apply(flat, rows, weight, bias, self.row_gathered, self.row_kept)
         return result if flat is x else result.reshape(*x.shape[:-1], weight.shape[0])
 
 
 class CompactLinear(_Product, nn.Linear):
     """``nn.Linear``, compact."""
+
+    plain_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         return self._multiply(input, *self.parameter_and_weight())
@@ -345,7 +374,7 @@ class _TransposedLinear(_Product):
 
 
 class _Convolutional(CompactLayer):
-    """The convolutions but for their padding."""
+    """The convolutions without their padding."""
 
     stride: Any
     padding: Any
@@ -396,33 +425,48 @@ class _Transposed(_Convolutional):
 class CompactConv1d(_Forward, nn.Conv1d):
     """``nn.Conv1d``, compact."""
 
+    plain_type = nn.Conv1d
+
 
 class CompactConv2d(_Forward, nn.Conv2d):
     """``nn.Conv2d``, compact."""
+
+    plain_type = nn.Conv2d
 
 
 class CompactConv3d(_Forward, nn.Conv3d):
     """``nn.Conv3d``, compact."""
 
+    plain_type = nn.Conv3d
+
 
 class CompactConvTranspose1d(_Transposed, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d``, compact."""
+
+    plain_type = nn.ConvTranspose1d
 
 
 class CompactConvTranspose2d(_Transposed, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d``, compact."""
 
+    plain_type = nn.ConvTranspose2d
+
 
 class CompactConvTranspose3d(_Transposed, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d``, compact."""
 
+    plain_type = nn.ConvTranspose3d
+
 
 COMPACT: dict[type[nn.Module], type[CompactLayer]] = {
-    nn.Linear: CompactLinear,
-    nn.Conv1d: CompactConv1d,
-    nn.Conv2d: CompactConv2d,
-    nn.Conv3d: CompactConv3d,
-    nn.ConvTranspose1d: CompactConvTranspose1d,
-    nn.ConvTranspose2d: CompactConvTranspose2d,
-    nn.ConvTranspose3d: CompactConvTranspose3d,
+    made.plain_type: made
+    for made in (
+        CompactLinear,
+        CompactConv1d,
+        CompactConv2d,
+        CompactConv3d,
+        CompactConvTranspose1d,
+        CompactConvTranspose2d,
+        CompactConvTranspose3d,
+    )
 }

@@ -111,12 +111,13 @@ def localize(
         check_batch_size(batch_size)
     options: dict[str, Any] = {"per_example": per_example, "loss_fn": loss_fn, "seed": seed}
     if stop_when_stable is not None:
-        mask = localize_until_stable(
+        selection = localize_until_stable(
             model, forget_loader, criterion, budget, settings, stop_when_stable, batch_size, **options
         )
     else:
-        mask = score(model, cast(Any, forget_loader), criterion, **options).select(budget, **settings)
-    return Mask(mask.parameters, {**mask.metadata, "preset": preset})
+        selection = score(model, cast(Any, forget_loader), criterion, **options).choose(budget, **settings)
+    selection.check()
+    return Mask(selection.mask.parameters, {**selection.mask.metadata, "preset": preset})
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from delfast.errors import InputError
 from delfast.layer_types import output_dims
 from delfast.localize.gradient import add_all
 from delfast.localize.scores import WITHOUT_MEAN, Criterion, Scores, gradient_sums
+from delfast.localize.selection import Selection
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters, unwrap
 
@@ -38,8 +40,8 @@ def localize_until_stable(
     per_example: bool,
     loss_fn: LossFn | None,
     seed: int,
-) -> Mask:
-    """The mask at n = batch_size, 2n, 4n, ... examples, until it overlaps the one before by ``bound`` (Jaccard), or
+) -> Selection:
+    """The selection at n = batch_size, 2n, 4n, … examples, until it overlaps the one before by ``bound`` (Jaccard), or
     all examples are taken. No example is computed twice. ``data``: a map-style data set, or a DataLoader of one.
     Errors as ``localize``'s, and InputError for a bound outside (0, 1], a batch size below 1 and a criterion without a
     gradient.
@@ -75,9 +77,8 @@ def localize_until_stable(
             break
         # a mask of scores that are all 0 is by place alone, and overlaps any other such one in full
         previous, done, goal = mask if selection.positive else None, goal, 2 * goal
-    selection.check()
     facts = {"stop_when_stable": bound, "examples_available": available, "overlap": overlap}
-    return Mask(mask.parameters, {**mask.metadata, **facts})
+    return replace(selection, mask=Mask(mask.parameters, {**mask.metadata, **facts}))
 
 
 def _map_style(data: object) -> tuple[Any, dict[str, Any]]:

@@ -202,13 +202,29 @@ class _Search(ChannelPasses):
         super().remember(unknown)
 
     def _look(self, batch: Any, gone: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
-        """Whether each example is wrong, (n,), and s, (n, columns): zero for those that are, unless ``every``, and
+        """Return which examples are wrong, bool (n,), and s, (n, columns): zero for those, unless ``every``, and
         without ``backward``. ``gone``: bool (n, columns), the channels that each example has lost.
 
         Where a pass does not have the examples in the order that its trial showed, one example at a time.
         """
+        found = self._look_together(batch, gone, backward, every)
+        if isinstance(found, tuple):
+            return found
+        parts = [
+            self._look(cut(batch, part, self.loss_fn), None if gone is None else gone[part], backward, every)
+            for part in found
+        ]
+        return torch.cat([wrong for wrong, _ in parts]), torch.cat([scores for _, scores in parts])
+
+    def _look_together(
+        self, batch: Any, gone: Tensor | None, backward: bool, every: bool
+    ) -> tuple[Tensor, Tensor] | list[list[int]]:
+        """Look at all examples in one pass; return the parts to look at one by one where that cannot be."""
         while True:
             with self.ready(batch):
+                count = examples_in(batch, self.loss_fn) or 0
+                if self.layout.is_of(count):
+                    return [[*range(count - 1)], [count - 1]]
                 keep = {} if gone is None else self._keep(gone)
                 capture = _SearchCapture(self, batch, keep)
                 with capture:
@@ -229,13 +245,7 @@ class _Search(ChannelPasses):
                         "CritMem searches one example at a time, which is slow, where the examples of a batch may lie "
                         "elsewhere than those of its trial"
                     )
-                alone = [
-                    self._look(
-                        cut(batch, [x], self.loss_fn), None if gone is None else gone[x : x + 1], backward, every
-                    )
-                    for x in range(losses.numel())
-                ]
-                return torch.cat([wrong for wrong, _ in alone]), torch.cat([scores for _, scores in alone])
+                return [[x] for x in range(count)]
             if not capture.undecided:
                 return wrong, self._scores(head)
 

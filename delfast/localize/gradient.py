@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, check_differentiable, evaluating, per_example_losses
+from delfast.batches import LossFn, check_differentiable, detached, evaluating, per_example_losses
 from delfast.errors import InputError
 
 
@@ -33,7 +33,7 @@ class MeanGradient:
 
     def add(self, batch: Any) -> int:
         with torch.inference_mode(False), torch.enable_grad():
-            losses = per_example_losses(self.network, batch, self.loss_fn)
+            losses = per_example_losses(self.network, detached(batch), self.loss_fn)
             check_differentiable(losses)
             # autograd.grad and not backward(): .grad and the hooks of optimizers on it stay out of this
             gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
@@ -59,9 +59,10 @@ def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what:
 
 def _zeros_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums in float32 at least, in each parameter's own strides."""
-    return {
-        name: torch.zeros_like(
-            parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False
-        )
-        for name, parameter in parameters.items()
-    }
+    with torch.inference_mode(False):  # they are added to outside it
+        return {
+            name: torch.zeros_like(
+                parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False
+            )
+            for name, parameter in parameters.items()
+        }

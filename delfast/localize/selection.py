@@ -30,7 +30,10 @@ class Selection:
     positive: int
 
     def check(self) -> None:
-        """InputError if no unit scores above 0; a warning if some of the selected ones score 0."""
+        """InputError if no unit scores above 0; a warning if some of the selected ones score 0.
+
+        The warning names the line that called the function which calls this one.
+        """
         what = "parameter" if self.mask.metadata["granularity"] == "param" else "unit"
         if not self.positive:
             criterion = self.mask.metadata["criterion"]

@@ -56,7 +56,7 @@ def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[
         )
     what = "pass what criticality returns for these parameters"
     if scores.ndim != 1 or scores.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"expected scores float32 (units,), got {scores.dtype} {_shape(scores)}; {what}")
+        raise ValueError(f"expected scores float32 or float64 (units,), got {scores.dtype} {_shape(scores)}; {what}")
     sizes = "pass the parameters' unit counts and row lengths"
     left, scalars = scores.numel(), 0
     for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
@@ -106,7 +106,7 @@ def check_step(
     _check_device(device, state, "state")
     _check_device(device, steps, "steps")
     wide = torch.float64 if any(param.dtype == torch.float64 for param in params) else torch.float32
-    if not (state.dtype == wide and state.ndim == 1 and state.is_contiguous()):
+    if state.dtype != wide or state.ndim != 1 or not state.is_contiguous():
         raise ValueError(
             f"expected state to be contiguous {_name(wide)} (values,), got {state.dtype} {_shape(state)}; "
             "the optimizer state is of another mask"
@@ -120,7 +120,7 @@ def check_step(
         if number is None:
             continue
         _check_device(device, number, name)
-        if not (number.numel() == 1):
+        if number.numel() != 1:
             raise ValueError(
                 f"expected {name} to be one number, got shape {_shape(number)}; pass a tensor of one element"
             )
@@ -144,46 +144,46 @@ def check_per_example(
     _check_dtype(inputs, "inputs", allowed)
     _check_dtype(deltas, "deltas", allowed)
     if sums.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"expected sums to be float32, got {sums.dtype}; pass float32 zeros of the weight's shape")
+        raise TypeError(f"expected sums to be float32 or float64, got {sums.dtype}; pass zeros of the weight's shape")
     layer = "pass the layer's input, its output's gradient and sums like its weight"
     dims = inputs.ndim - 2
-    if not (1 <= dims <= 3 and deltas.ndim == sums.ndim == inputs.ndim):
+    if dims not in (1, 2, 3) or not deltas.ndim == sums.ndim == inputs.ndim:
         raise ValueError(
             "expected inputs (N, C, *in), deltas (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 spatial "
             f"dimensions, got {_shape(inputs)}, {_shape(deltas)} and {_shape(sums)}; {layer}"
         )
-    if not (len(stride) == len(padding) == len(dilation) == dims):
+    if not len(stride) == len(padding) == len(dilation) == dims:
         raise ValueError(
             f"expected {dims} values each of stride, padding and dilation, got {len(stride)}, {len(padding)} and "
             f"{len(dilation)}; pass one for each spatial dimension"
         )
     _check_own_memory(sums)
     (examples, channels), outputs = inputs.shape[:2], deltas.shape[1]
-    if not (groups >= 1 and channels % groups == 0 and outputs % groups == 0):
+    if groups < 1 or channels % groups or outputs % groups:
         raise ValueError(
             f"expected groups to divide {channels} input and {outputs} output channels, got {groups}; "
             "pass the layer's groups"
         )
-    if not (deltas.shape[0] == examples and sums.shape[0] == outputs and sums.shape[1] == channels // groups):
+    if deltas.shape[0] != examples or sums.shape[:2] != (outputs, channels // groups):
         raise ValueError(
             f"expected deltas of {examples} examples and sums ({outputs}, {channels // groups}, *kernel), got deltas "
             f"{_shape(deltas)} and sums {_shape(sums)}; {layer}"
         )
     for i, (s, p, d) in enumerate(zip(stride, padding, dilation, strict=True)):
         kernel = sums.shape[2 + i]
-        if not (s >= 1 and p >= 0 and d >= 1):
+        if s < 1 or p < 0 or d < 1:
             raise ValueError(
                 f"expected stride and dilation >= 1 and padding >= 0 in dimension {i}, got {s}, {d} and {p}; "
                 "pass the layer's"
             )
-        if not (max(s, p, d) <= MAX_GEOMETRY and kernel <= MAX_GEOMETRY):
+        if max(s, p, d, kernel) > MAX_GEOMETRY:
             raise ValueError(
                 f"expected stride, dilation, padding and kernel below 2^31 in dimension {i}, got {s}, {d}, {p} and "
                 f"{kernel}; pass the layer's"
             )
         span = inputs.shape[2 + i] + 2 * p - d * (kernel - 1) - 1
         out = span // s + 1 if span >= 0 else 0
-        if not (kernel >= 1 and out == deltas.shape[2 + i]):
+        if kernel < 1 or out != deltas.shape[2 + i]:
             raise ValueError(
                 f"expected deltas of {out} positions in dimension {i}, given inputs {_shape(inputs)} and sums "
                 f"{_shape(sums)}, got {_shape(deltas)}; pass the layer's stride, padding and dilation"
@@ -192,7 +192,7 @@ def check_per_example(
 
 def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
     """ValueError or TypeError for arguments that ``channel_dot`` refuses."""
-    if not (deltas.ndim >= 2):
+    if deltas.ndim < 2:
         raise ValueError(
             f"expected deltas (N, C, *positions), got {_shape(deltas)}; pass the gradient of a layer's output"
         )
@@ -200,7 +200,7 @@ def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
     if values is None:
         return
     _check_device(deltas.device, values, "values")
-    if not (values.shape == deltas.shape):
+    if values.shape != deltas.shape:
         raise ValueError(
             f"expected values of shape {_shape(deltas)} like deltas, got {_shape(values)}; pass what the gradient is of"
         )
@@ -209,9 +209,9 @@ def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
 
 def check_gather_columns(source: Tensor, columns: Tensor) -> None:
     """ValueError or TypeError for arguments that ``gather_columns`` refuses."""
-    if not (source.ndim == 2 and source.is_contiguous()):
+    if source.ndim != 2 or not source.is_contiguous():
         raise ValueError(f"expected source to be a contiguous matrix, got {_shape(source)}; flatten it first")
-    if not (columns.ndim == 1 and columns.dtype == torch.int64 and columns.is_contiguous()):
+    if columns.ndim != 1 or columns.dtype != torch.int64 or not columns.is_contiguous():
         raise ValueError(
             f"expected columns to be contiguous int64 (n,), got {columns.dtype} {_shape(columns)}; "
             "pass the selected columns' numbers"
@@ -223,14 +223,14 @@ def check_gather_columns(source: Tensor, columns: Tensor) -> None:
 
 def _check_scored(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str) -> None:
     _check_devices(theta, grad)
-    if not (len(grad) == len(theta) or (not grad and criterion == "weight")):
+    if len(grad) != len(theta) and (grad or criterion != "weight"):
         raise ValueError(
             f"expected one gradient per parameter, got {len(theta)} parameters and {len(grad)} gradients; "
             "pass a zero gradient for a parameter that the loss does not use"
         )
     _check_dtypes(theta, grad)
     for index, (parameter, gradient) in enumerate(zip(theta, grad, strict=False)):
-        if not (gradient.shape == parameter.shape):
+        if gradient.shape != parameter.shape:
             raise ValueError(
                 f"expected gradient #{index} to have shape {_shape(parameter)} like its parameter, got "
                 f"{_shape(gradient)}; pass the gradients in the parameters' order"
@@ -240,7 +240,7 @@ def _check_scored(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: st
 def _check_updates(params: Sequence[Tensor], sources: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
     _check_devices(params, sources)
     _check_device(params[0].device if params else bits.device, bits, "bits")
-    if not (len(params) == len(sources) == len(by_row)):
+    if not len(params) == len(sources) == len(by_row):
         raise ValueError(
             f"expected lists of equal length, got {len(params)} parameters, {len(sources)} gradients (or fresh values) "
             f"and {len(by_row)} values of by_row; pass one each"
@@ -253,13 +253,13 @@ def _check_updates(params: Sequence[Tensor], sources: Sequence[Tensor], bits: Te
     _check_dtypes(params, sources)
     left = bits.numel()
     for index, (param, source, rows) in enumerate(zip(params, sources, by_row, strict=True)):
-        if not (source.shape == param.shape):
+        if source.shape != param.shape:
             raise ValueError(
                 f"expected values for parameter #{index} of shape {_shape(param)}, got {_shape(source)}; "
                 "pass them in the parameters' order"
             )
         size = packed_bytes(unit_count(param.shape) if rows else param.numel())
-        if not (size <= left):
+        if size > left:
             raise ValueError(
                 f"expected {size} bytes of bits for parameter #{index}, got {left}; the mask is of other parameters"
             )
@@ -278,7 +278,7 @@ def _check_devices(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> Non
 
 
 def _check_device(device: torch.device, tensor: Tensor, name: str) -> None:
-    if not (tensor.device == device):
+    if tensor.device != device:
         raise ValueError(f"expected {name} on {device}, got it on {tensor.device}; move all tensors to one device")
 
 

@@ -134,7 +134,7 @@ class Capture(TorchFunctionMode):
             self.received(use, saved, deltas, key)
 
     def received(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
-        """The same, outside the mode. ``key``: what the tap is known by in another backward pass."""
+        """Take what a tap hands over, outside the mode. ``key``: what the tap is known by in another backward pass."""
         self.arrived(use, saved, deltas)
 
     def __torch_function__(
@@ -218,7 +218,7 @@ def _autocast(inputs: Tensor) -> Tensor:
 
 
 def _asks(function: types.FunctionType) -> bool:
-    """Whether a Python function asks by a global name of its own, which ``_seen_inside`` can replace."""
+    """Return whether a Python function asks by a global name of its own, which ``_seen_inside`` can replace."""
     names = [name for name in function.__code__.co_names if name.startswith("has_torch_function")]
     return bool(names) and all(name in function.__globals__ for name in names)
 

@@ -1,4 +1,4 @@
-"""Whether δ is where it is taken to be: more backward passes, in which every example's loss has a weight of its own.
+"""Checks that δ is where it is taken to be, by backward passes in which every example's loss has its own weight.
 
 δ is linear in the losses. With weights ω, an entry of example n's δ is multiplied by ω_n; an entry that belongs to
 another example, or to several, is multiplied by something else. The weights are powers of 2, which round nothing.
@@ -23,7 +23,7 @@ class Comparison:
     same taps in that of Σ ℓ_n.
 
     ``weights``: one vector (N,), or more if there are more examples than powers of 2: no two examples have the same in
-    all of them. Kept is Σ |δ| along the longest dim that has no examples: a small part of the activations' memory.
+    all of them. It keeps Σ |δ| along the longest dim that has no examples: a small part of the activations' memory.
     dtypes: those that the layers compute in; they decide how much rounding may do. number: of the batch, which the
     order of the weights depends on.
     """
@@ -75,7 +75,7 @@ class Comparison:
         return ~((place.split(weighted).flatten(1) - expected).abs() <= most).all()  # NaN is nowhere right
 
     def wrong(self) -> list[str]:
-        """The parameters of which some δ belongs to another example than it was taken for."""
+        """Return the parameters with some δ that was assigned to the wrong example."""
         if not self._wrong:
             return []
         device = self.weights[0].device

@@ -103,7 +103,7 @@ class FreeParameters:
         return self._parameters_alone(func, name, args, kwargs, own)
 
     def _is_data(self, own: list[Derived], others: list[Tensor]) -> bool:
-        """Whether an operation mixes in more than a constant that fits into the parameters' shape."""
+        """Return whether an operation mixes in more than a constant that fits into the parameters' shape."""
         if any(t.requires_grad for t in others):
             return True
         try:

@@ -144,12 +144,16 @@ class Addmm(TransposedLinear):
     """``torch.addmm(bias, input, weight)``, with input (N, in), weight (in, out) and bias (out,)."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        call = {**dict(zip(("input", "mat1", "mat2"), args, strict=False)), **kwargs}
-        return {"bias": call.pop("input"), "input": call.pop("mat1"), "weight": call.pop("mat2"), **call}
+        names = ("input", "mat1", "mat2")
+        others = {**dict(zip(names, args, strict=False)), **kwargs}
+        tensors = [others.pop(name, None) for name in names]
+        is_plain = len(args) <= len(names) and others.keys() <= {"beta", "alpha"} and {*others.values()} <= {1}
+        if not is_plain or not all(isinstance(t, Tensor) for t in tensors):
+            tensors = [None] * len(names)  # no call that the rule knows: scaled, or (beta, input, alpha, mat1, mat2)
+        return dict(zip(("bias", "input", "weight"), tensors, strict=True))
 
     def leading(self, call: Call) -> int:
-        is_plain = call.get("beta", 1) == 1 and call.get("alpha", 1) == 1 and "out" not in call
-        return int(is_plain and call["bias"].shape == call["weight"].shape[1:])
+        return int(call["weight"] is not None and call["bias"].shape == call["weight"].shape[1:])
 
     def compute(self, function: Callable[..., Tensor], call: Call) -> Tensor:
         if call["bias"] is None:  # asked for the output before the bias
@@ -172,7 +176,8 @@ class _Registered(Linear):
         with torch.no_grad():
             expected = functional.linear(inputs, as_linear(call["weight"], self.output_dim), call["bias"])
         # a hundredth: far above the rounding of 16 bits
-        if output.shape == expected.shape and torch.allclose(output.detach(), expected, rtol=1e-2, atol=1e-2):
+        output = output.detach().to(expected.dtype)  # autocast may have made one of them another
+        if output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-2, atol=1e-2):
             return None
         return (
             f"input times weight plus bias with the outputs along dim {self.output_dim}, it computes something else; "

@@ -58,6 +58,10 @@ class Layout:
         self.trials += 1
         self.is_due = trial.examples < ENOUGH
 
+    def is_of(self, examples: int) -> bool:
+        """Return whether the last trial had as many examples: then no dim of a batch can be seen to grow with them."""
+        return self.trace is not None and self.trace.examples == examples
+
     def try_again(self) -> bool:
         """Have the next batch begin with a trial; False after MOST_TRIALS of them."""
         if self.trials >= MOST_TRIALS:
@@ -87,7 +91,7 @@ class ExampleCapture(Capture):
         self._is_last = False
 
     def place(self, name: str, deltas: Tensor, leading: int) -> Place | None:
-        """Where the examples lie in δ; None if there is nothing to add, or nobody knows where."""
+        """Return where the examples lie in δ; None if there is nothing to add, or nobody knows where."""
         if name in self.unknown or name in self.undecided or name in self.elsewhere:
             return None
         if not deltas.numel():
@@ -106,7 +110,7 @@ class ExampleCapture(Capture):
         return Place(order, self.examples)
 
     def is_as_tried(self, examples: int) -> bool:
-        """Whether the forward pass, which is over and gave as many losses, lays the examples out as its trial did."""
+        """Return whether the forward pass, which is over and gave as many losses, is laid out as its trial was."""
         return examples == 1 or (self.trace is not None and self.trace.matches(examples) and not self.layout.ambiguous)
 
     def run(self, losses: Tensor) -> None:
@@ -172,11 +176,6 @@ class ExamplePasses(ABC):
         self._owned = {id(t): t for t in (*network.parameters(), *network.buffers())}
         self._compared = 0
         self._told: set[str] = set()
-
-    @property
-    def orders(self) -> Mapping[str, Order]:
-        """Parameter -> where its outputs have the examples, in batches of the last one's form."""
-        return self.layout.orders
 
     @abstractmethod
     def capture(self, batch: Any) -> ExampleCapture:
@@ -246,9 +245,8 @@ class ExamplePasses(ABC):
         return self._compared
 
     def _try(self, batch: Any) -> None:
-        """A trial where one is due: on up to four examples, fewer than there are, so that what grows with them is seen.
-
-        On the whole batch if that cannot be.
+        """Run a trial if one is due, on at most four examples and fewer than the batch has, so that growing dims can be
+        seen; on the whole batch if it cannot be cut.
         """
         count = examples_in(batch, self.loss_fn)
         form = None if count is None else tuple((t.shape[1:], t.dtype) for t in _tensors(batch))

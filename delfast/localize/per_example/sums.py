@@ -23,7 +23,8 @@ class PerExampleGradients(ExamplePasses):
     ) -> None:
         super().__init__(network, parameters, loss_fn)
         self.epilogue = epilogue
-        self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
+        with torch.inference_mode(False):  # they are added to outside it
+            self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
 
     def capture(self, batch: Any) -> ExampleCapture:
         return _SumCapture(self, batch)
@@ -59,7 +60,7 @@ class _SumCapture(ExampleCapture):
     def __init__(self, passes: PerExampleGradients, batch: Any) -> None:
         super().__init__(passes, batch)
         self.sums, self.epilogue = passes.sums, passes.epilogue
-        self._apart: dict[str, Tensor] = {}  # sums of a batch of which it is not known yet whether they are right
+        self._apart: dict[str, Tensor] = {}  # sums of a batch that may turn out not to be right
         self._added: set[str] = set()
         self._waiting: dict[str, list[Contribution]] = {}
 

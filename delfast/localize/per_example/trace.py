@@ -1,8 +1,8 @@
 """A record of the calls of a forward pass, by which a batch is known to be laid out as its trial was.
 
 Where the examples lie in a tensor follows from the shapes and the calls alone, unless a call routes by data: indexes
-with tensors, sorts, scatters. So a batch whose calls equal the trial's, sizes that are N times something aside, and
-which routes nowhere along the examples, has its examples where the trial had them.
+with tensors, sorts, scatters. If a batch makes the trial's calls (sizes may grow with N) and moves nothing along the
+examples, its examples lie where the trial's did.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -87,7 +88,7 @@ class Trace:
         self._ranges: set[int] = set()  # torch.arange(n), along some dim
 
     def matches(self, losses: int) -> bool:
-        """Whether the forward pass, which is over, was the reference's; ``losses`` is how many it gave."""
+        """Return whether the forward pass, which is over, was the reference's; ``losses`` is how many it gave."""
         reference = self.reference
         if self.difference is None and (reference is None or self._count != len(reference.calls)):
             self._differ("makes fewer calls than its trial")
@@ -145,7 +146,11 @@ class Trace:
             for item in (value.start, value.stop, value.step):
                 self._describe(item, arguments, sizes, numbers)
         elif hasattr(value, "__array__"):
-            self._differ("takes NumPy's arrays", is_other=False)
+            number = value.item() if isinstance(value, numpy.generic) else value
+            if hasattr(number, "__array__"):
+                self._differ("takes NumPy's arrays", is_other=False)
+            else:
+                self._describe(number, arguments, sizes, numbers)
         else:
             arguments.append(value if _is_plain(value) else type(value))
 
@@ -185,7 +190,7 @@ class Trace:
         return number
 
     def _is_scaled(self, mine: Sequence[int], theirs: Sequence[int]) -> bool:
-        """Whether one dim differs, by the number of examples."""
+        """Return whether one dim differs, by the number of examples."""
         changed = [(a, b) for a, b in zip(mine, theirs, strict=False) if a != b]
         return len(mine) == len(theirs) and len(changed) == 1 and self._grows(*changed[0])
 
@@ -195,7 +200,7 @@ class Trace:
         return not rest and theirs == each * self.reference.examples
 
     def _is_next(self, func: Any, arguments: list[Any], sizes: list[int]) -> bool:
-        """Whether the reference's next call is this one; moves on to it."""
+        """Return whether the reference's next call is this one; moves on to it."""
         assert self.reference is not None
         if self._count < len(self.reference.calls):
             their_func, their_arguments, their_sizes = self.reference.calls[self._count]
@@ -225,7 +230,7 @@ class Trace:
                 self._differ(f"combines examples ({name})", is_other=False)
 
     def _is_range(self, name: str, args: Sequence[Any], numbers: list[int], sizes: list[int], t: Tensor) -> bool:
-        """Whether a call gives 0 to n - 1 along some dim: ``arange(n)``, and one with dims of size 1 added to it."""
+        """Return whether a call gives 0 to n - 1 along some dim: ``arange(n)``, or one with dims of size 1 added."""
         if name == "arange":
             return len(sizes) == len(args) and sizes[:-1] in ([], [0])
         if len(numbers) != 1 or numbers[0] not in self._ranges or t.numel() != self.shapes[numbers[0]].numel():
@@ -240,7 +245,7 @@ class Trace:
         self._constant = set() if is_shared else {n for n in self._constant if self.origins[n][0] == "owned"}
 
     def _loses_examples(self, output: int, numbers: list[int]) -> bool:
-        """Whether examples went in that have a gradient, and what came out has no dim for them."""
+        """Return whether examples went in that have a gradient, and what came out has no dim for them."""
         if self.reference is None or self.difference is not None:
             return False
         return (
@@ -256,7 +261,7 @@ class Trace:
         return [dim for dim, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
 
     def _routes(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], numbers: list[int]) -> bool:
-        """Whether a call may move examples to places that depend on values."""
+        """Return whether a call may move examples to places that depend on values."""
         if name in ROUTES or "nested" in name or "sparse" in name or "packed" in name:
             return True
         if not _is_torchs(func):
@@ -279,7 +284,7 @@ class Trace:
         return False
 
     def _is_along(self, dims: Sequence[int] | None, numbers: list[int]) -> bool:
-        """Whether the examples may lie along one of ``dims``; None are all of them."""
+        """Return whether the examples may lie along one of ``dims``; None means all dims."""
         if dims is None:
             return True
         ndim = len(self.shapes[numbers[0]])  # an index of one dim has the examples nowhere
@@ -287,7 +292,7 @@ class Trace:
         return any(dim % ndim in self._dims(n) for n in alike for dim in dims)
 
     def _indexes(self, name: str, number: int, index: Any) -> bool:
-        """Whether ``t[index]`` moves examples, t the tensor ``number``."""
+        """Return whether ``t[index]`` moves examples, t the tensor ``number``."""
         parts = index if isinstance(index, tuple) else (index,)
         if name == "getitem" and number in self._constant and any(isinstance(part, Tensor) for part in parts):
             return False  # a lookup: the examples lie as in the index
@@ -334,7 +339,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_torchs(func: Any) -> bool:
-    """Whether this is one of torch's own functions, so that its name says what it does."""
+    """Return whether this is one of torch's own functions, so that its name says what it does."""
     module = getattr(func, "__module__", None)
     if module is None:
         return not isinstance(func, types.FunctionType)

@@ -133,7 +133,7 @@ class Trial(Capture):
         self._arrived = []
 
     def _is_alone(self, mark: Tensor, order: Order) -> bool:
-        """Whether δ, not zero where ``mark`` is, is zero outside the entries that would be the example's."""
+        """Return whether δ, not zero where ``mark`` is, is zero outside the entries that would be the example's."""
         if len(mark) % self.examples:
             return False
         by_example = order.split(mark, self.examples)
