@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from os import PathLike, fspath
 from typing import Any, TypeGuard, cast
 
+import numpy
 import torch
 
 from delfast.errors import InputError
@@ -20,6 +21,8 @@ def describe(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float, str)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, numpy.bool_):  # whose type is also called "bool"
+        return f"{value} (numpy.bool)"
     return f"{value} ({type(value).__name__})" if isinstance(value, Real) else type(value).__name__
 
 
@@ -59,9 +62,9 @@ def check_seed(value: object) -> int:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """A bool."""
-    if isinstance(value, bool):
-        return value
+    """A bool (Python's or numpy's) as a bool."""
+    if isinstance(value, (bool, numpy.bool_)):
+        return bool(value)
     raise InputError(f"expected {name} to be True or False, got {describe(value)}; pass one of these")
 
 
@@ -87,7 +90,7 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], text: st
 
 
 def is_scalar(value: object) -> bool:
-    """Is it a tensor or an array of no dimension, which has the methods of a sequence and is none?"""
+    """Whether ``value`` is a tensor or an array without dimensions: it has a sequence's methods, and is no sequence."""
     return getattr(value, "ndim", 1) == 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import SubsetRandomSampler
 
 from delfast.errors import InputError
 from delfast.naming import plain_name, unwrap
@@ -32,8 +34,8 @@ def device_of(model: nn.Module) -> torch.device:
 def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
     """(index, input, target) of a batch that comes without a ``loss_fn``; the index is None for (input, target).
 
-    Three parts are taken so only where the first is N integers, N the number of targets: decided by types, dtypes and
-    shapes, so that no device is read. InputError, which names ``loss_fn``, for batches of another form.
+    The first of three parts is an index only if it is N integers, N the number of targets. Types, dtypes and shapes
+    decide, so that no device is read. InputError, which names ``loss_fn``, for batches of another form.
     """
     advice = "pass loss_fn(model, batch) -> per-example losses for batches of another form"
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
@@ -47,13 +49,14 @@ def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
     if index and not _is_index(index[0], targets):
         raise InputError(
             "expected batches of three parts to be (index, input, target), the index N integers for N targets, got "
-            f"{_form(index[0])} for targets {tuple(targets.shape)}; {advice}"
+            f"{_form(index[0])} for targets {tuple(targets.shape)}; drop the first part if it is no input, or else "
+            "pass loss_fn(model, batch) -> per-example losses, where that can be passed"
         )
     return index[0] if index else None, inputs, targets
 
 
 def _is_index(index: Any, targets: Tensor) -> bool:
-    """Are these integers, as many as there are targets?"""
+    """Whether these are integers, as many as there are targets."""
     if isinstance(index, Tensor):
         integers = index.dtype is not torch.bool and not index.is_floating_point() and not index.is_complex()
         return integers and index.shape == targets.shape[:1]
@@ -87,8 +90,10 @@ def detached(batch: Any) -> Any:
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``function`` of every tensor in nested tuples (namedtuples too), lists and mappings, each of them of the type it
-    was (a mapping that cannot be changed becomes a dict); everything else as it is.
+    """``function`` of every tensor in nested tuples, lists and mappings; everything else as it is.
+
+    Tuples, namedtuples, lists, dicts and ``UserDict`` (a BatchEncoding, which keeps its tokens) keep their type. Other
+    mappings become dicts: a copy of one may share the data that it keeps elsewhere. ``value`` itself stays as it is.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -101,7 +106,7 @@ def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
         changed = copy.copy(value)  # a subclass keeps its attributes
         changed[:] = [map_tensors(item, function) for item in value]
         return changed
-    if isinstance(value, MutableMapping):  # a dict, or a BatchEncoding, which keeps what it knows of its tokens
+    if isinstance(value, (dict, UserDict)):
         mapping = copy.copy(value)
         for key, item in value.items():
             mapping[key] = map_tensors(item, function)
@@ -182,7 +187,7 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in, with the buffers it had.
+    """Put the model into eval mode inside the context; afterwards its modules have their modes and buffers back.
 
     gradients: gradients are taken inside, where ``torch.inference_mode`` is off. cuDNN computes those of an RNN, LSTM
         or GRU in training mode only: they run in training mode without dropout, which computes the same as eval mode.
@@ -200,7 +205,7 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
         dropouts = [module.dropout for module in recurrent]
         buffers = [(module, dict(module._buffers)) for module in model.modules()]
         saved = [(b, _version(b), b.detach().clone()) for _, own in buffers for b in own.values() if b is not None]
-        versions = [(name, p, _version(p)) for name, p in model.named_parameters() if not _is_compact(model, name)]
+        versions = Versions(model.named_parameters(), model)
         model.eval()
         try:
             for module in recurrent:
@@ -222,12 +227,33 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                 for tensor, version, values in saved:
                     if _version(tensor) != version:
                         tensor.copy_(values)
-        for name, parameter, version in versions:
-            if _version(parameter) != version:
-                raise InputError(
-                    f"expected a forward pass that only reads the parameters, '{plain_name(name)}' was written in it, "
-                    "which no mask can hold back; write it after the optimizer's step instead"
-                )
+        versions.check()
+
+
+class Versions:
+    """The counts of in-place changes of these named parameters, without those of ``model``'s compact weights.
+
+    A compact layer's forward pass puts the trained rows into its weight. Assignments through ``.data`` count nowhere.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], model: nn.Module) -> None:
+        compact = _compact_weights(model)
+        self._parameters = {name: p for name, p in named_parameters if id(p) not in compact}
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        return [_version(parameter) for parameter in self._parameters.values()]
+
+    def check(self) -> None:
+        """InputError, by name, if a parameter was written in place since."""
+        now = self._now()
+        if now == self._versions:
+            return
+        changed = [name for name, *two in zip(self._parameters, self._versions, now, strict=True) if two[0] != two[1]]
+        raise InputError(
+            f"expected a forward pass that only reads the parameters, '{plain_name(changed[0])}' was written in it, "
+            "which no mask can hold back; write it after the optimizer's step instead"
+        )
 
 
 def refuse_writing_layers(model: nn.Module) -> None:
@@ -260,15 +286,20 @@ def refuse_inference_tensors(model: nn.Module) -> None:
 
 
 def _is_rnn(module: nn.Module) -> bool:
-    """Does it run torch's own forward pass, in which training mode means dropout and nothing else?"""
+    """Whether the module runs torch's own forward pass, in which training mode changes nothing except dropout."""
     own = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
     return isinstance(module, nn.RNNBase) and type(module).forward in own
 
 
-def _is_compact(model: nn.Module, name: str) -> bool:
-    """Is it the weight of a compact layer, whose forward pass puts the trained rows into it?"""
-    path, _, own = name.rpartition(".")
-    return own.startswith("weight") and "weight_rows" in model.get_submodule(path)._parameters
+def _compact_weights(model: nn.Module) -> set[int]:
+    """The ids of the compact layers' weights and of their trained rows."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        if "weight_rows" in module._parameters
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.startswith("weight")
+    }
 
 
 def _version(tensor: Tensor) -> int:
@@ -287,7 +318,7 @@ def warn_about_loader(loader: Any, what: str) -> None:
             stacklevel=3,
         )
     fault = sampler_fault(loader)
-    if fault is not None:
+    if fault is not None and not _draws_a_subset(loader):
         warnings.warn(
             f"the {what}'s loader {fault}: the result is not over each example once; pass a loader of "
             "Subset(dataset, indices) without that sampler",
@@ -306,10 +337,20 @@ def warn_about_loader(loader: Any, what: str) -> None:
         dataset = getattr(dataset, "dataset", None)  # Subset
 
 
+def _sampler(loader: Any) -> Any:
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
+
+
+def _draws_a_subset(loader: Any) -> bool:
+    """Whether a SubsetRandomSampler, which chooses a set as ``Subset`` does, gives each of its examples once."""
+    sampler = _sampler(loader)
+    return isinstance(sampler, SubsetRandomSampler) and len({int(i) for i in sampler.indices}) == len(sampler)
+
+
 def sampler_fault(loader: Any) -> str | None:
     """How a DataLoader's sampler repeats examples or leaves some out; None if it does neither that can be seen."""
-    batches = getattr(loader, "batch_sampler", None)
-    sampler = getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
+    sampler = _sampler(loader)
     kind = type(sampler).__name__
     if getattr(sampler, "replacement", False):
         return f"draws with replacement ({kind}), so that examples repeat or are left out"

@@ -61,6 +61,10 @@ for part in ("train", "test"):
     (HOME / part / "a" / "1.png").touch()
 
 
+class Registered(torch.nn.Linear):
+    pass
+
+
 def loss(model: Any, batch: Any) -> Any:
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
@@ -135,6 +139,7 @@ def calls() -> dict[str, dict[str, Call]]:
             "__version__": works(lambda: delfast.__version__),
             "compact": works(lambda: delfast.compact(MODEL, MASK).undo()),
             "evaluate": works(lambda: delfast.evaluate(MODEL, **SETS, test=BATCHES, mia=False)),
+            "register_layer": works(lambda: delfast.register_layer(Registered, output_dim=0)),
             "optim": works(lambda: delfast.optim.MaskedSGD(MODEL.named_parameters(), MASK)),
             "reset_": works(lambda: delfast.reset_(MODEL, MASK, SmallNet, seed=1)),
             "status": works(delfast.status),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict, UserDict, namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
 
@@ -442,6 +442,58 @@ def test_an_rnn_with_a_forward_pass_of_its_own_stays_in_eval_mode() -> None:
         assert not model.training
 
 
+class Inner(MutableMapping):  # type: ignore[type-arg]
+    """A mapping whose copies share its data."""
+
+    def __init__(self, **data: Any) -> None:
+        self.data = data
+
+    def __getitem__(self, key: str) -> Any:
+        return self.data[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.data[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.data[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def test_the_callers_batch_stays_as_it_is() -> None:
+    for kind in (Inner, dict, UserDict, list, tuple):
+        x, y = X.clone(), Y.clone()
+        batch: Any = kind((x, y)) if kind in (list, tuple) else kind(x=x, y=y)
+        keys = range(2) if kind in (list, tuple) else "xy"
+        changed = map_tensors(batch, lambda t: t + 1)
+        assert type(changed) is (dict if kind is Inner else kind)
+        assert [batch[key] is value for key, value in zip(keys, (x, y), strict=True)] == [True, True], kind
+        assert all(torch.equal(changed[key], value + 1) for key, value in zip(keys, (x, y), strict=True))
+    model = cases.SmallNet()
+    loader = [Inner(x=X[:4], y=Y[:4]), Inner(x=X[4:], y=Y[4:])]
+    losses = losses_of(lambda b: b["x"], lambda b: b["y"])
+    for per_example in (False, True):
+        found = delfast.localize(model, loader, loss_fn=losses, per_example=per_example)
+        assert found.digest == delfast.localize(model, [(X[:4], Y[:4]), (X[4:], Y[4:])], per_example=per_example).digest
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_script_modules_are_evaluated_localized_and_unlearned() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    scripted, x = torch.jit.script(copy.deepcopy(model)), torch.randn(8, 4)
+    pairs = [(x, Y % 3)]
+    assert torch.equal(predictions(scripted, pairs)[0], predictions(model, pairs)[0])
+    assert delfast.localize(scripted, pairs).digest == delfast.localize(model, pairs).digest
+    mask = delfast.localize(model, pairs)
+    for each in (scripted, model):
+        delfast.unlearn(each, retain=pairs, mask=mask, method="finetune", epochs=1)
+    torch.testing.assert_close([*scripted.parameters()], [*model.parameters()])
+
+
 # Loaders
 
 
@@ -465,7 +517,7 @@ def test_samplers_that_repeat_or_leave_out_draw_a_warning() -> None:
         (RandomSampler(dataset, replacement=True), r"replacement \(RandomSampler\)"),
         (RandomSampler(dataset, num_samples=3), r"draws 3 of .* 8 examples"),
         (RandomSampler(dataset, num_samples=20), r"draws 20 of .* 8 examples"),
-        (SubsetRandomSampler(range(5)), r"draws 5 of .* 8 examples \(SubsetRandomSampler\)"),
+        (SubsetRandomSampler([0, 1, 1, 4]), r"draws 4 of .* 8 examples \(SubsetRandomSampler\)"),
         (DistributedSampler(dataset, num_replicas=2, rank=0), r"draws 4 of .* 8 examples \(DistributedSampler\)"),
         (Half(), r"draws 4 of .* 8 examples \(Half\)"),
     ):
@@ -492,6 +544,8 @@ def test_samplers_that_give_each_example_once_draw_none() -> None:
             DataLoader(dataset, batch_sampler=BatchSampler(SequentialSampler(dataset), 3, drop_last=False)),
             DataLoader(dataset, batch_sampler=[[0, 1], [2, 3]]),
             DataLoader(dataset, batch_size=None),
+            DataLoader(dataset, batch_size=3, sampler=SubsetRandomSampler(range(5))),  # as Subset chooses
+            DataLoader(dataset, batch_size=3, sampler=SubsetRandomSampler(torch.tensor([4, 1]))),  # type: ignore[arg-type]
             [(X, Y)],
             iter([(X, Y)]),
         ):

@@ -105,6 +105,7 @@ def localize(
     settings = {name: unboxed(value) for name, value in preset_settings(preset, **overrides).items()}
     budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
     check_criterion(criterion, per_example, loss_fn)
+    per_example = bool(per_example)  # numpy's too
     check_selection(budget, criterion=criterion, **settings)
     seed = check_seed(seed)
     if batch_size is not None:

@@ -81,6 +81,7 @@ def score(
     range, a DTensor; with per_example, for layers that mix the examples (BatchNorm without running statistics).
     """
     check_criterion(criterion, per_example, loss_fn)
+    per_example = bool(per_example)  # numpy's too
     max_channels = check_count("max_channels", max_channels)
     seed = check_seed(seed)
     if loader is not None:
