@@ -375,3 +375,31 @@ def test_a_look_moves_no_generator(augmentation: str) -> None:
         return [torch.cat([x for x, _ in each]) for each in loaders for _ in range(2)]
 
     assert all(torch.equal(a, b) for a, b in zip(draws(False), draws(True), strict=True))
+
+
+def test_a_generator_that_is_made_in_an_epoch_is_refused(tmp_path: Path) -> None:
+    class Late(Points):
+        rng = None
+
+        def __getitem__(self, i: int) -> Any:
+            self.rng = self.rng or numpy.random.default_rng(0)
+            return self.x[i], self.y[i]
+
+    model = network()
+    with pytest.raises(InputError, match="got .'Generator'. after"):
+        train(
+            model,
+            DataLoader(Late(0, None), 6),
+            torch.optim.SGD(model.parameters()),
+            epochs=1,
+            checkpoint=tmp_path / "c",
+        )
+
+
+def test_a_loader_with_an_attribute_sets_is_served(tmp_path: Path) -> None:
+    class WithSets(list):  # type: ignore[type-arg]
+        sets = ("a", "b")
+
+    model, data = network(), WithSets([(torch.randn(6, 4), torch.arange(6) % 3)])
+    train(model, data, torch.optim.SGD(model.parameters()), epochs=1, checkpoint=tmp_path / "c")
+    assert (tmp_path / "c").exists()
