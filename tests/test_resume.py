@@ -386,7 +386,7 @@ def test_a_generator_that_is_made_in_an_epoch_is_refused(tmp_path: Path) -> None
             return self.x[i], self.y[i]
 
     model = network()
-    with pytest.raises(InputError, match="got .'Generator'. after"):
+    with pytest.raises(InputError, match=r"got .'Generator'. after"):
         train(
             model,
             DataLoader(Late(0, None), 6),

@@ -58,7 +58,7 @@ def restarts(loader: Any) -> bool:
 
 
 def first_batch(loader: Any, what: str) -> Any:
-    """The loader's first batch. InputError for a loader without any, and for an iterator, which would lose that batch."""
+    """The loader's first batch. InputError for an empty loader, and for an iterator, which would lose the batch."""
     if not restarts(loader):
         raise InputError(
             f"expected a {what} set that can be iterated over again, got {type(loader).__name__}; pass a DataLoader or "

@@ -262,7 +262,7 @@ class _Checkpoint:
         return losses
 
     def _check_readable(self) -> None:
-        """InputError if a checkpoint could be saved, but not read again."""
+        """InputError if some part's state could be saved to a checkpoint and not be read from it."""
         for name, part in self.parts.items():
             types = unreadable_types(part.state_dict())
             if types:
