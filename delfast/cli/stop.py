@@ -50,7 +50,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C until the context ends. Processes that are started inside never receive it."""
+    """Hold Ctrl-C until the context ends. Processes started inside ignore it from their first instruction on."""
     if sys.platform == "win32":
         yield
         return
