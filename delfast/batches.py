@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
@@ -205,7 +205,7 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
         dropouts = [module.dropout for module in recurrent]
         buffers = [(module, dict(module._buffers)) for module in model.modules()]
         saved = [(b, _version(b), b.detach().clone()) for _, own in buffers for b in own.values() if b is not None]
-        versions = Versions(model.named_parameters(), model)
+        versions = Versions(dict(model.named_parameters()), model)
         model.eval()
         try:
             for module in recurrent:
@@ -236,9 +236,9 @@ class Versions:
     A compact layer's forward pass puts the trained rows into its weight. Assignments through ``.data`` count nowhere.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], model: nn.Module) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> None:
         compact = _compact_weights(model)
-        self._parameters = {name: p for name, p in named_parameters if id(p) not in compact}
+        self._parameters = {name: p for name, p in parameters.items() if id(p) not in compact}
         self._versions = self._now()
 
     def _now(self) -> list[int]:
@@ -355,7 +355,7 @@ def sampler_fault(loader: Any) -> str | None:
     if getattr(sampler, "replacement", False):
         return f"draws with replacement ({kind}), so that examples repeat or are left out"
     try:
-        drawn, available = len(sampler), len(loader.dataset)  # type: ignore[arg-type]
+        drawn, available = len(sampler), len(loader.dataset)
     except (TypeError, AttributeError, NotImplementedError):  # no sampler, or a stream
         return None
     if drawn != available:

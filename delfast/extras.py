@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(what: str, advice: str = "") -> Iterator[None]:
-    """Inside, for imports: where a package is missing, ImportError in one line with the extra that brings it.
+    """Raise a one-line ImportError, naming the extra, if an import inside fails.
 
     ``what`` needs the package; ``advice``: what can be done without it.
     """

@@ -237,7 +237,7 @@ def save_archive(path: Path, value: object) -> None:
     """Write what ``torch.save`` makes of ``value``, atomically. See ``unreadable_types`` for what can be read again."""
 
     def write(partial: Path) -> None:
-        with open(partial, "wb") as stream:  # of which torch's writer passes the system's errors on
+        with open(partial, "wb") as stream:  # torch's writer passes this stream's OSErrors on
             torch.save(value, stream)
 
     write_atomically(path, write)

@@ -330,7 +330,12 @@ def _rate(lr: float | Tensor) -> dict[str, Any]:
 def check_dense(name: str, gradient: Tensor) -> None:
     """InputError for the gradient of a sparse Embedding."""
     if gradient.is_sparse:
-        raise InputError(f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False")
+        raise sparse_gradient(name)
+
+
+def sparse_gradient(name: str) -> InputError:
+    """The error for a parameter with sparse gradients where only dense ones can be used."""
+    return InputError(f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False")
 
 
 def _check_range(**values: float | Tensor) -> None:

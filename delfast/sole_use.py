@@ -1,4 +1,4 @@
-"""One model, one thread: two would change its modes and flags under each other's hands."""
+"""Exclusive use of a model by one thread: two threads would change its modes and flags during each other's passes."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +21,10 @@ from torch.nn import functional
 
 import delfast
 from delfast import InputError, Mask
+from delfast.arguments import check_flag, describe
 from delfast.localize import signed_channels
 from delfast.optim import MaskedAdamW, MaskedSGD
-from delfast.unlearn import Diverged, Scrub, train
+from delfast.unlearn import Diverged, Finetune, Scrub, make_method, train
 from tests import cases
 
 EVALUATE: Any = sys.modules["delfast.evaluate"]
@@ -329,3 +331,19 @@ def test_every_wrong_type_for_every_argument(case: str) -> None:
     for argument in CASES[case][1]:
         for wrong in WRONG:
             attempt(case, argument, wrong)
+
+
+def test_numpys_bool_is_a_flag_and_is_told_from_pythons() -> None:
+    assert check_flag("x", numpy.bool_(True)) is True and check_flag("x", numpy.bool_(False)) is False
+    assert describe(numpy.bool_(True)) == "True (numpy.bool)"
+
+
+def test_a_method_may_have_fields_that_it_sets_itself() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Finetune):
+        twice: float = field(init=False, default=0.0)
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "twice", 2 * self.lr)
+
+    assert make_method(Own(), {"lr": 0.5}).twice == 1.0  # type: ignore[attr-defined]

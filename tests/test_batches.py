@@ -494,6 +494,29 @@ def test_script_modules_are_evaluated_localized_and_unlearned() -> None:
     torch.testing.assert_close([*scripted.parameters()], [*model.parameters()])
 
 
+class Codebook(nn.Module):
+    """A parameter that its forward pass moves in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.book = nn.Linear(4, 3), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.book.mul_(0.9)
+        return self.fc(x * self.book)
+
+
+def test_unlearn_refuses_parameters_outside_the_mask_that_move_in_training_mode() -> None:
+    pairs = [(torch.randn(8, 4), Y % 3)] * 2
+    model = Codebook()
+    mask = delfast.Mask({}).widen(["fc.weight"], {"fc.weight": (3, 4)})
+    with pytest.raises(InputError, match="'book' was written in it"):
+        delfast.unlearn(model, retain=pairs, mask=mask, method="finetune", epochs=1)
+    delfast.unlearn(model, retain=pairs, method="finetune", epochs=1)  # everything may change
+
+
 # Loaders
 
 

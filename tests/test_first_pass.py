@@ -151,8 +151,8 @@ BAD = {
         make_model(), {"loss_fn": lambda m, b: functional.cross_entropy(m(b[0]), b[1])}, "use reduction='none'",
     ),
     "an iterator": (make_model(), {"retain": type("Once", (), {
-        "__len__": lambda s: 1, "__iter__": lambda s: s, "__next__": lambda s: batches(4)[0]})()},
-        "can be iterated over again, got Once",
+        "__iter__": lambda s: s, "__next__": lambda s: batches(4)[0]})()},
+        "a retain set with a length",
     ),
     "sparse embedding": (Tokens(True), {}, "a dense gradient for 'embedding.weight', got a sparse one"),
     "sparse function": (Tokens(True, functional=True), {}, "a dense gradient for 'embedding.weight', got a sparse one"),
@@ -394,3 +394,103 @@ def test_sizes_of_batches(loader: Any, sizes: tuple[int, int] | None) -> None:
 def test_the_network_of_every_layer_is_served() -> None:
     sets = {"forget": cases.everything_batches(6), "retain": cases.everything_batches(10, seed=1)}
     assert delfast.unlearn(cases.Everything(), **sets, init=cases.Everything, epochs=1).head == "head"
+
+
+# ---- what the first pass leaves to the training
+
+
+class Auxiliary(nn.Module):
+    """Two outputs in training mode, one in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.aux = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+
+def test_a_loss_fn_that_needs_training_mode_is_served() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        out, aux = model(batch[0])
+        return functional.cross_entropy(out + 0.3 * aux, batch[1], reduction="none")
+
+    assert len(run(Auxiliary(), "finetune", loss_fn=loss).losses) == 1
+    with pytest.raises(ValueError, match="too many values"):
+        run(Auxiliary(), "ssd", loss_fn=loss)  # one-shot methods run in eval mode
+
+
+class Rewinding:
+    """An iterator that restarts at its end."""
+
+    def __init__(self) -> None:
+        self.batches, self.at = batches(5, 4), 0
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Rewinding:
+        return self
+
+    def __next__(self) -> Any:
+        if self.at == 2:
+            self.at = 0
+            raise StopIteration
+        self.at += 1
+        return self.batches[self.at - 1]
+
+
+def test_an_iterator_with_a_length_loses_no_batch() -> None:
+    ends = []
+    for retain in (Rewinding(), batches(5, 4)):
+        torch.manual_seed(0)
+        model = make_model()
+        run(model, "finetune", retain=retain, epochs=2)
+        ends.append(model[0].weight)
+    assert torch.equal(*ends)
+    with pytest.raises(InputError, match="the head's name"):
+        run(make_model(), "del", retain=Rewinding())
+
+
+def test_a_loss_fn_that_draws_moves_no_generator() -> None:
+    drawn: list[tuple[float, ...]] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        torchs = torch.rand(1, generator=torch.default_generator)
+        drawn.append((numpy.random.rand(), random.random(), float(torchs)))
+        return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    run(make_model(), "finetune", retain=batches(4), loss_fn=loss)
+    assert len(drawn) == 2 and drawn[0] == drawn[1]
+
+
+def test_normalized_sequences_of_one_token_are_left_to_the_training() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3))
+    sequences = [(torch.randn(4, 4, 1), torch.arange(4) % 3), (torch.randn(1, 4, 7), torch.zeros(1).long())]
+    run(model, "finetune", retain=sequences)
+
+
+def test_a_set_that_cannot_be_iterated_over_again_ends_with_an_error() -> None:
+    class Once(list):  # type: ignore[type-arg]
+        passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.passes += 1
+            return super().__iter__() if self.passes < 3 else iter([])
+
+    class Short(list):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 9
+
+    with pytest.raises(InputError, match="got no batch from another pass"):
+        run(make_model(), "neggrad+", retain=batches(4, 4, 4), forget=Once(batches(4)))
+    with pytest.raises(InputError, match="expected 9 batches of the forget set"):
+        run(make_model(), "relabel", forget=Short(batches(4)))
+
+
+def test_a_tensor_as_rate_and_no_retain_set_where_none_is_used() -> None:
+    run_ = {"forget": batches(4), "method": "gradient-ascent", "epochs": 1}
+    result = delfast.unlearn(make_model(), retain=None, lr=torch.tensor(0.25), **run_)
+    assert result.method.lr == 0.25
+    with pytest.raises(InputError, match="retain set"):
+        delfast.unlearn(make_model(), retain=None, method="finetune")

@@ -227,6 +227,14 @@ def test_compiled_parts_run_as_they_are_written() -> None:
     assert {"top.0.weight", "top.0.bias"} <= result.mask.parameters.keys()
 
 
+def test_the_head_is_found_through_a_compiled_loss_fn() -> None:
+    def loss(model: Any, batch: Any) -> Any:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    compiled = torch.compile(loss, backend="eager")
+    assert find_head(cases.SmallNet(), BATCH, compiled) == "head"  # type: ignore[arg-type]
+
+
 def test_unlearn_trains_the_head_that_it_found_or_was_given() -> None:
     network, _ = FOUND["squeeze and excitation, convolutional classifier"]
     before = network.classifier.weight.detach().clone()

@@ -30,6 +30,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import delfast
 from delfast import InputError
+from delfast.data import Batches
 from delfast.unlearn import EarlyStop, make_method, train
 from delfast.unlearn.loaders import generators, preserved, set_epoch
 
@@ -375,3 +376,51 @@ def test_a_look_moves_no_generator(augmentation: str) -> None:
         return [torch.cat([x for x, _ in each]) for each in loaders for _ in range(2)]
 
     assert all(torch.equal(a, b) for a, b in zip(draws(False), draws(True), strict=True))
+
+
+def test_a_generator_that_is_made_in_an_epoch_is_refused(tmp_path: Path) -> None:
+    class Late(Points):
+        rng = None
+
+        def __getitem__(self, i: int) -> Any:
+            self.rng = self.rng or numpy.random.default_rng(0)
+            return self.x[i], self.y[i]
+
+    model = network()
+    with pytest.raises(InputError, match=r"got .'Generator'. after"):
+        train(
+            model,
+            DataLoader(Late(0, None), 6),
+            torch.optim.SGD(model.parameters()),
+            epochs=1,
+            checkpoint=tmp_path / "c",
+        )
+
+
+def test_a_loader_with_an_attribute_sets_is_served(tmp_path: Path) -> None:
+    class WithSets(list):  # type: ignore[type-arg]
+        sets = ("a", "b")
+
+    model, data = network(), WithSets([(torch.randn(6, 4), torch.arange(6) % 3)])
+    train(model, data, torch.optim.SGD(model.parameters()), epochs=1, checkpoint=tmp_path / "c")
+    assert (tmp_path / "c").exists()
+
+
+def test_the_look_at_batches_of_ours_leaves_the_processs_generators_alone() -> None:
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    ours = Batches(images, torch.arange(4), torch.zeros(1), torch.ones(1), batch_size=2, shuffle=True)
+    for loaders, moves in (([ours, [1, 2]], True), ([DataLoader([1, 2])], False)):  # type: ignore[arg-type]
+        before = torch.get_rng_state()
+        with preserved(loaders):
+            next(iter(loaders[0]))
+            torch.rand(1)  # as another thread would: outside Draws
+        assert torch.equal(torch.get_rng_state(), before) is not moves
+
+
+def test_the_search_for_generators_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(generators.__globals__, "MAX_SEARCHED", 50)
+    near, far = torchs(0), torchs(1)
+    deep: Any = far
+    for _ in range(100):
+        deep = [deep]
+    assert generators([[deep, near]]) == [near]

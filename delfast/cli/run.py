@@ -28,7 +28,7 @@ from delfast.provenance import digest_state
 from delfast.unlearn.loop import Precision
 
 EVALUATION_BATCH = 512
-MAX_SEED = 2**31 - 1  # what is added to it for other steps still fits into 64 bits
+MAX_RUN_SEED = 2**31 - 1  # what is added to it for other steps still fits into 64 bits
 MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
     "model.safetensors",
     "forget.json",
@@ -81,8 +81,8 @@ class Config:
 
     def check(self) -> None:
         """InputError for a value that no run can have; nothing is loaded or computed."""
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InputError(f"expected a seed from 0 to {MAX_SEED}, got {self.seed}")
+        if not 0 <= self.seed <= MAX_RUN_SEED:
+            raise InputError(f"expected a seed from 0 to {MAX_RUN_SEED}, got {self.seed}")
         check_source(self.data, self.image_size)
         check_model(self.model, self.image_size)
         for name in ("train_examples", "test_examples"):

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop. No Exception: nothing that goes on after an error may go on after it."""
+    """A signal asked the command to stop. A BaseException, so that ``except Exception`` does not catch it."""
 
     INTERRUPTED = 128 + signal.SIGINT
 
@@ -25,7 +25,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM raise ``Stopped``, so that temporary files and worker processes go too.
+    """Raise ``Stopped`` at Ctrl-C and SIGTERM inside the context, so that temporary files and worker processes go too.
 
     A signal that the caller ignores or handles itself stays the caller's. Signals belong to the main thread: in any
     other nothing changes.
@@ -50,7 +50,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Processes begun inside are deaf to Ctrl-C from their first instruction on; here it is raised at the end."""
+    """Hold Ctrl-C until the context ends. Processes started inside ignore it from their first instruction on."""
     if sys.platform == "win32":
         yield
         return

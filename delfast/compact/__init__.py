@@ -19,6 +19,7 @@ from delfast.errors import InputError
 from delfast.mask import Mask, ParameterMask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
 from delfast.ops.layout import pack
+from delfast.optim import sparse_gradient
 from delfast.sole_use import used_alone
 
 Way = Literal["rows", "dense", "guarded", "frozen"]
@@ -235,14 +236,12 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
 
 
 def _refuse_sparse(model: nn.Module, guarded: Collection[str]) -> None:
-    """InputError for an embedding with sparse gradients if a part of it is selected: a guard takes dense ones."""
+    """InputError for an embedding with sparse gradients if the mask selects a part of it: a guard takes dense ones."""
     for module in model.modules():
         if getattr(module, "sparse", False) is True:
             for name, parameter in unique_parameters(model.named_parameters()):
                 if name in guarded and any(parameter is own for own in module.parameters(recurse=False)):
-                    raise InputError(
-                        f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
-                    )
+                    raise sparse_gradient(name)
 
 
 def _has_hooks(parameter: Tensor) -> bool:

@@ -29,6 +29,8 @@ class Batches:
     see ``resident``. ahead: take the next batch, in a thread, while the last is computed with.
     """
 
+    draws_globally = False  # no pass moves a generator of the process
+
     def __init__(
         self,
         images: Tensor,

@@ -9,7 +9,7 @@ from torch.nn import functional
 from delfast.arguments import check_loader, check_tensors
 from delfast.batches import evaluating
 from delfast.errors import InputError
-from delfast.evaluate.predictions import Loader, check_count, check_log_probabilities, predict
+from delfast.evaluate.predictions import Loader, check_examples, check_log_probabilities, predict
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:
@@ -40,7 +40,7 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
             count += len(rows[0])
             if len(rows[0]):
                 total += _divergences(*rows).sum().item()
-    check_count(count, "data set")
+    check_examples(count, "data set")
     return total / count
 
 

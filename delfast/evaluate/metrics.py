@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from delfast.arguments import check_flag, check_loader, check_seed, check_type
 from delfast.batches import evaluating
 from delfast.evaluate.membership import membership_inference, support_vector_classifier
-from delfast.evaluate.predictions import Loader, check_count, predict, true_class
+from delfast.evaluate.predictions import Loader, check_examples, predict, true_class
 
 
 @dataclass(frozen=True)
@@ -122,5 +122,5 @@ def _measure(model: nn.Module, loader: Loader, name: str) -> SetResult:
             loss -= float(truth.double().sum())
             confidences.append(truth.exp().cpu())
     count = sum(map(len, confidences))
-    check_count(count, f"{name} set")
+    check_examples(count, f"{name} set")
     return SetResult(100 * correct / count, loss / count, torch.cat(confidences))

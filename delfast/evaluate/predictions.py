@@ -33,7 +33,7 @@ def predictions(model: nn.Module, loader: Loader) -> Predictions:
             targets, log_probabilities = predict(model, batch, "data set")
             rows.append(log_probabilities.cpu())
             labels.append(targets.to("cpu", torch.int64))
-    check_count(sum(map(len, labels)), "data set")
+    check_examples(sum(map(len, labels)), "data set")
     return torch.cat(rows), torch.cat(labels)
 
 
@@ -53,7 +53,7 @@ def predict(model: nn.Module, batch: Any, where: str) -> tuple[Tensor, Tensor]:
     return targets, functional.log_softmax(logits.float(), dim=1)
 
 
-def check_count(count: int, where: str) -> None:
+def check_examples(count: int, where: str) -> None:
     """InputError unless there is an example."""
     if not count:
         raise InputError(f"{where}: expected at least one example, got none")
@@ -79,7 +79,7 @@ def check_log_probabilities(log_probabilities: Tensor, where: str) -> None:
             f"{where}: expected log-probabilities (N, classes) of two classes or more, got {log_probabilities.dtype} "
             f"{tuple(log_probabilities.shape)}; see delfast.evaluate.predictions"
         )
-    check_count(len(log_probabilities), where)
+    check_examples(len(log_probabilities), where)
     if not log_probabilities.isfinite().all():
         raise InputError(f"{where}: expected finite log-probabilities, got NaN or infinity; take log_softmax of logits")
     sums = log_probabilities.double().exp().sum(1)

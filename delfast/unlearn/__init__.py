@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from delfast.arguments import (
     check_flag,
@@ -22,13 +22,13 @@ from delfast.arguments import (
     check_seed,
     check_type,
 )
-from delfast.batches import LossFn, refuse_writing_layers
+from delfast.batches import LossFn, Versions, refuse_writing_layers
 from delfast.compact import compact
 from delfast.copies import copy_of
 from delfast.errors import InputError, check_choice
 from delfast.localize import localize
 from delfast.mask import Mask
-from delfast.naming import is_parallel, trainable_parameters, unwrap
+from delfast.naming import is_parallel, trainable_parameters, unique_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.plain import unboxed
 from delfast.reset import Init
@@ -83,7 +83,7 @@ class UnlearnResult:
 def unlearn(
     model: nn.Module,
     *,
-    retain: Iterable[Any],
+    retain: Iterable[Any] | None,
     forget: Iterable[Any] | None = None,
     mask: Mask | None = None,
     method: str | Method = "del",
@@ -111,6 +111,7 @@ def unlearn(
         "gradient-ascent", "neggrad+", "relabel", "l1-sparse", "influence", "ssd", "scrub", "retrain". ``epochs``,
         ``lr``, ``momentum`` and ``weight_decay`` replace its own, if it trains.
     forget, retain: batches, re-iterable, with a length. "del" needs the forget set to localize, if mask is None.
+        ``retain`` may be None for "gradient-ascent", which does not use it.
     mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
     init, seed: as for ``reset_``, so not the seed that training began from; for "del" and "retrain". The seed draws
         "relabel"'s labels too.
@@ -123,22 +124,24 @@ def unlearn(
         loss on them, and the network is that of the lowest.
     precision, batchnorm, checkpoint, resume, progress: as for ``train``; ``config`` adds to what must be the same when
         resumed.
-        "influence" and "ssd" train nothing, in float32 and in one stroke, which leaves these nothing to say.
+        They have no effect on "influence" and "ssd", one-shot methods in float32.
 
     BatchNorm's running statistics are buffers: they move, as in any training.
     The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
     they are, gradients are dense. Under DDP every process needs the same mask: localize the whole forget set in each.
     Raises InputError for bad arguments, before anything is changed. The loss of the first batch of each set that is
-    used is computed for that, once, in eval mode; generators are put back. What only a later batch or training mode
-    shows is refused when it comes: the network is then changed in part. Raises Diverged, a RuntimeError, if the loss is
-    no longer finite: the network is then of no use.
+    used is computed for that, once, in eval mode, and random generators are put back. Errors that show in a later batch
+    or in training mode only, and errors of the loss_fn's own, are raised when they occur: the network is then changed
+    in part. One of them is an InputError for a forward pass that writes a parameter outside the mask. Raises Diverged,
+    a RuntimeError, if the loss is no longer finite: the network is then of no use.
     """
     given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     _check_arguments(retain, forget, validation, mask, head, loss_fn, checkpoint, resume, config, progress)
     refuse_writing_layers(model)
     seed = check_seed(seed)
     chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
-    seed, patience = unboxed(seed), unboxed(patience)
+    if retain is not None or not chosen.epochs or chosen.layout != "forget":
+        check_loader(retain, "retain set")
     network = unwrap(model)
     needed = {"forget": forget, "init": init}
     if chosen.localizes and mask is None and forget is None:
@@ -161,6 +164,7 @@ def unlearn(
         raise InputError(f"expected no patience for '{chosen.name}', which has no epochs, got {patience}; leave it out")
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
+    retain = () if retain is None else retain
     turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs) if chosen.epochs else None
     early_stop = None if validation is None or patience is None else EarlyStop(validation, patience, loss_fn)
     teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
@@ -177,6 +181,7 @@ def unlearn(
     )
     head = (first.head if head is None else head) if chosen.trains_head else None
     heads = {} if head is None else head_parameters(network, head)
+    everything_may_change = mask is None and not chosen.localizes
     if mask is None:
         mask = localize(network, required(forget), loss_fn=loss_fn) if chosen.localizes else whole
     widened = mask
@@ -205,15 +210,23 @@ def unlearn(
             with nullcontext() if handle is None else handle.undone():
                 prepare()
 
+        trained = widened if handle is None else handle.mask
+        outside = {} if everything_may_change else _outside(network, trained)
+        versions: list[Versions] = []  # from the first step on, after the checkpoint or the reset
+
         def losses(_: nn.Module, turn: Turn) -> Any:
-            return chosen.loss(training, turn).reshape(1)
+            if not versions:
+                versions.append(Versions(outside, network))
+            loss = chosen.loss(training, turn).reshape(1)
+            versions[0].check()
+            return loss
 
         result = train(
             model,  # not the network inside: DDP's own forward is what exchanges gradients
             turns,
             MaskedSGD(
                 network.named_parameters(),
-                widened if handle is None else handle.mask,
+                trained,
                 lr=chosen.lr,
                 momentum=chosen.momentum,
                 weight_decay=chosen.weight_decay,
@@ -248,7 +261,7 @@ def _check_arguments(
 ) -> None:
     """InputError for arguments of ``unlearn`` of another type."""
     for what, loader in (("retain set", retain), ("forget set", forget), ("validation set", validation)):
-        if loader is not None or what == "retain set":
+        if loader is not None:
             check_loader(loader, what)
     check_type("mask", mask, (Mask, type(None)), "a delfast.Mask or None")
     check_type("head", head, (str, type(None)), "the name of a module or None")
@@ -267,12 +280,12 @@ def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
             raise InputError(f"expected method to be one of {', '.join(METHODS)}; got '{method}'")
         method = METHODS[method]()
     check_type("method", method, Method, f"an unlearning method or one of {', '.join(METHODS)}")
-    known = {field.name for field in fields(method)}
+    known = {field.name: field for field in fields(method) if field.init}
     for name in changes:
         if name not in known:
             raise InputError(f"'{method.name}' has no hyperparameter '{name}'; it has {', '.join(sorted(known))}")
     method = replace(method, **changes)
-    method = replace(method, **{field.name: _hyperparameter(method, field) for field in fields(method)})
+    method = replace(method, **{name: _hyperparameter(method, field) for name, field in known.items()})
     method.check()
     for name, value in asdict(method).items():
         require(method, name, not isinstance(value, float) or math.isfinite(value), "finite")
@@ -280,8 +293,10 @@ def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
 
 
 def _hyperparameter(method: Method, field: Field[Any]) -> Any:
-    """Its value: a plain number where the default is one, else as it is. InputError for a value of another type."""
+    """The field's value: a plain number where the default is a number, else unchanged. InputError for another type."""
     value = getattr(method, field.name)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     if type(field.default) is int:
         return check_int(field.name, value)
     if type(field.default) is float:
@@ -290,6 +305,13 @@ def _hyperparameter(method: Method, field: Field[Any]) -> Any:
     if field.name == "schedule":
         check_choice("schedule", value, Schedule)
     return value
+
+
+def _outside(network: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """The parameters of which the mask selects nothing."""
+    parameters = dict(unique_parameters(network.named_parameters()))
+    inside = {name for name, _, _ in mask.match(parameters)}
+    return {name: parameter for name, parameter in parameters.items() if name not in inside}
 
 
 def full_mask(network: nn.Module) -> Mask:

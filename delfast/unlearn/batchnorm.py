@@ -16,8 +16,9 @@ WAY_OUT = 'choose another batch size or drop_last=True, or keep the running stat
 
 
 class SmallestMaps:
-    """Inside the context, record how many values a channel each BatchNorm that would train on a batch gets.
+    """Record, inside the context, which BatchNorms that would train on a batch get one value a channel and example.
 
+    Inputs (N, C, L) are left out: L may be the length of the sequences, which may vary from batch to batch.
     frozen: whether ``batchnorm="frozen"`` will hold. A BatchNorm without running statistics needs the batch either way.
     SyncBatchNorm counts the values of all processes, which one process cannot: it is left out.
     """
@@ -31,7 +32,7 @@ class SmallestMaps:
             and not isinstance(module, nn.SyncBatchNorm)
             and (module.running_mean is None or ((everything_trains or module.training) and not frozen))
         }
-        self.values: dict[str, int] = {}
+        self.single: dict[tuple[str, int], None] = {}  # names and numbers of examples
 
     def __enter__(self) -> SmallestMaps:
         self._handles = [layer.register_forward_pre_hook(self._look(name)) for name, layer in self.layers.items()]
@@ -43,26 +44,26 @@ class SmallestMaps:
 
     def _look(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].ndim > 1 and args[0].numel():
-                values = args[0].numel() // args[0].shape[1]
-                self.values[name] = min(values, self.values.get(name, values))
+            if not (args and isinstance(args[0], Tensor) and args[0].ndim in (2, 4, 5)):
+                return
+            examples, channels = args[0].shape[:2]
+            if args[0].numel() == examples * channels:
+                self.single[name, examples] = None
 
         return hook
 
     def check(self, loader: Any, what: str) -> None:
-        """InputError if the loader's smallest batch would leave a BatchNorm one value a channel. Nothing where only
-        iterating over the loader would show its batches' sizes: ``batchnorm_explained`` then names the same way out.
+        """InputError if the loader's smallest batch would certainly leave a BatchNorm one value a channel.
+
+        Nothing where only iterating over the loader would show its batches' sizes, or where the BatchNorm's input is
+        not one row for each example: ``batchnorm_explained`` then names the same way out.
         """
-        sizes = batch_sizes(loader)
-        if sizes is None:
-            return
-        first, smallest = sizes
-        for name, values in self.values.items():
-            if values * smallest <= first:  # values / first of them come from each example
-                examples = f"{smallest} example{'s' * (smallest != 1)}"
+        first, smallest = batch_sizes(loader) or (0, 0)
+        for name, examples in self.single:
+            if smallest == 1 and examples == first:
                 raise InputError(
                     f"expected more than one value a channel for the BatchNorm '{name}' to train on, got one from a "
-                    f"batch of {examples} of the {what} set; {WAY_OUT}"
+                    f"batch of 1 example of the {what} set; {WAY_OUT}"
                 )
 
 

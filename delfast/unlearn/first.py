@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from delfast.batches import check_differentiable, device_of, evaluating, per_exa
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
+from delfast.optim import sparse_gradient
 from delfast.unlearn.batchnorm import SmallestMaps
-from delfast.unlearn.head import HeadSearch, uncompiled
-from delfast.unlearn.loaders import first_batch, preserved
+from delfast.unlearn.head import HeadSearch, uncompiled, uncompiled_function
+from delfast.unlearn.loaders import first_batch, preserved, restarts
 from delfast.unlearn.methods import Job, Method
 
 
@@ -28,12 +29,10 @@ class FirstPass:
     sparse: frozenset[str]
 
     def refuse_sparse(self, network: nn.Module, mask: Mask) -> None:
-        """InputError if the mask selects of a parameter with sparse gradients, which masked optimizers cannot step."""
-        for name, _, part in mask.match(trainable_parameters(network)):
-            if name in self.sparse and part.selected:
-                raise InputError(
-                    f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False"
-                )
+        """InputError if the mask selects entries of a parameter with sparse gradients: masked optimizers take none."""
+        for name, _, _ in mask.match(trainable_parameters(network)):
+            if name in self.sparse:
+                raise sparse_gradient(name)
 
 
 def first_pass(
@@ -50,17 +49,30 @@ def first_pass(
 
     job: its model is the network inside any wrapper. sets: "retain" and "forget", as far as they are used.
 
+    Two cases are left to the training. A set that is an iterator with a length is not looked at: that would take its
+    first batch away. And where a loss_fn is given, an error other than InputError on a set that is trained on: that
+    loss_fn may need training mode, as for auxiliary outputs.
+
     Afterwards everything is as it was, generators included, global ones and those of the loaders. Raises InputError for
     batches, outputs and labels of a form that the loss cannot take, a loss without a gradient, a head that cannot be
-    found, and batches that are too small for BatchNorm; and whatever the model or the loss_fn raises.
+    found, and batches that are too small for BatchNorm; and whatever else the model raises.
     """
     network = job.network
+    job = replace(job, loss_fn=uncompiled_function(job.loss_fn))
+    if find_head and _is_consumed(sets["retain"]):
+        raise InputError(
+            "expected the head's name, since looking for the head would take a batch from the retain set, an iterator; "
+            "pass head='...', or a DataLoader or a list of batches"
+        )
+    sets = {name: loader for name, loader in sets.items() if not _is_consumed(loader)}
+    validation = None if _is_consumed(validation) else validation
+    pairs = method.layout == "pairs" and len(sets) == 2
     loaders = [*sets.values(), *([] if validation is None else [validation])]
     search = HeadSearch(network) if find_head else None
     maps = {name: SmallestMaps(network, frozen_batchnorm) for name in sets if method.epochs}
     sparse: set[str] = set()
     with (
-        preserved(loaders) as draws,
+        preserved(loaders, job.loss_fn) as draws,
         uncompiled(network),
         evaluating(network, gradients=True),
         torch.inference_mode(False),
@@ -68,10 +80,16 @@ def first_pass(
     ):
         batches = {name: first_batch(loader, name) for name, loader in sets.items()}
         watched = _WatchedJob(**vars(job), maps={id(batches[name]): each for name, each in maps.items()})
-        for turn in [batches] if method.layout == "pairs" else [{name: batch} for name, batch in batches.items()]:
+        alone = [{name: batch} for name, batch in batches.items()] if method.layout != "pairs" else []
+        for turn in [batches] if pairs else alone:
             searching = search if search is not None and "retain" in turn else nullcontext()
-            with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), draws, searching:
-                loss = method.loss(watched, {**turn, "epoch": 0, "step": 0})
+            try:
+                with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), draws, searching:
+                    loss = method.loss(watched, {**turn, "epoch": 0, "step": 0})
+            except Exception as error:
+                if isinstance(error, InputError) or job.loss_fn is None or not method.epochs:
+                    raise
+                continue
             check_differentiable(loss)
             sparse.update(_sparse(loss, network))
         if validation is not None:
@@ -81,6 +99,11 @@ def first_pass(
     for name, each in maps.items():
         each.check(sets[name], name)
     return FirstPass(None if search is None else search.head(), frozenset(sparse))
+
+
+def _is_consumed(loader: Any) -> bool:
+    """Whether the loader is an iterator with a length. It may restart at its end only."""
+    return isinstance(loader, Sized) and not restarts(loader)
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from delfast.naming import unique_parameters, unwrap
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)
 _FRESH = (torch.ops.aten.lift_fresh,)  # the tensors of ``torch.tensor(...)``, which no operation has made
 _NONE: tuple[frozenset[str], bool] = (frozenset(), False)
+F = TypeVar("F", bound=Callable[..., Any] | None)
 MAX_NAMED = 5  # candidates in an error message
 
 
@@ -27,8 +28,14 @@ def find_head(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> st
     network = unwrap(model)
     search = HeadSearch(network)
     with uncompiled(network), evaluating(network), torch.inference_mode(False), torch.no_grad(), search:
-        per_example_losses(network, batch, loss_fn)
+        per_example_losses(network, batch, uncompiled_function(loss_fn))
     return search.head()
+
+
+def uncompiled_function(function: F) -> F:
+    """The function that ``torch.compile`` has compiled, or ``function`` itself: operations in a graph are not seen."""
+    original: F = getattr(function, "_torchdynamo_orig_callable", function)
+    return original
 
 
 @contextmanager
@@ -59,7 +66,7 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
 
 
 class HeadSearch(TorchDispatchMode):
-    """Inside the context, follow tensors from the layers to what ``network`` returns: a tensor, or its ``.logits``.
+    """Record, inside the context, which layers' tensors ``network`` returns: its output, or the output's ``.logits``.
 
     The head is the layer whose output is the network's output, up to views, casts and copies. A layer is a module that
     holds parameters of its own, and none in its children. Every operation is seen, so that memory which is freed and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinMethodType, FunctionType, MemberDescriptorType, MethodType, ModuleType
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader
 
-from delfast.batches import examples_in
+from delfast.batches import LossFn, examples_in
 from delfast.errors import InputError
 
 MAX_ITEMS = 10_000  # a longer list, tuple or dict holds data, not transforms: it is not searched for generators
+MAX_SEARCHED = 100_000  # objects that one search for generators reads
 
 _GENERATORS = (
     torch.Generator,
@@ -49,9 +51,14 @@ def refuse_persistent_workers(loader: Any, what: str) -> None:
         )
 
 
+def restarts(loader: Any) -> bool:
+    """Whether each pass over the loader starts at its beginning; an iterator may restart at its end only."""
+    return not isinstance(loader, Iterator)
+
+
 def first_batch(loader: Any, what: str) -> Any:
-    """The loader's first batch. InputError if there is none, or for an iterator, which would lose it."""
-    if isinstance(loader, Iterator):
+    """The loader's first batch. InputError for an empty loader, and for an iterator, which would lose the batch."""
+    if not restarts(loader):
         raise InputError(
             f"expected a {what} set that can be iterated over again, got {type(loader).__name__}; pass a DataLoader or "
             "a list of batches"
@@ -103,8 +110,24 @@ class Randomness:
     """The generators that training draws from: those of torch, numpy and Python, and every one that a loader holds."""
 
     def __init__(self, loaders: Iterable[Any]) -> None:
-        self.generators = generators(loaders)
-        self.kinds = [type(generator).__name__ for generator in self.generators]
+        self.loaders = list(loaders)
+        self.generators = generators(self.loaders)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The types of the generators that the loaders hold."""
+        return [type(generator).__name__ for generator in self.generators]
+
+    def search_again(self) -> None:
+        """Take the generators that the loaders hold now. InputError if these are of other kinds or of another number:
+        a new process would not have them where it resumes, so that their state could not be put back.
+        """
+        before, self.generators = self.kinds, generators(self.loaders)
+        if self.kinds != before:
+            raise InputError(
+                "expected the loaders to hold the same random generators at every epoch where a checkpoint is written, "
+                f"got {self.kinds} after {before}; make them when the data set and its transforms are made"
+            )
 
     def state(self) -> dict[str, Any]:
         """Everything to go on from, in plain values and tensors."""
@@ -138,13 +161,19 @@ class Randomness:
 
 
 @contextmanager
-def preserved(loaders: Iterable[Any]) -> Iterator[Draws]:
-    """Afterwards every generator, global or in a loader, is where it was: to look at a batch moves no shuffle.
+def preserved(loaders: Iterable[Any], loss_fn: LossFn | None = None) -> Iterator[Draws]:
+    """Put every generator back, global or in a loader, so that looking at a batch changes no later order.
 
-    What is computed from the batches belongs into the ``Draws`` that this yields. Torch, numpy and Python each have one
-    generator for all threads: those are put back only where this thread may have drawn from them.
+    What is computed from the batches, with this ``loss_fn``, belongs into the ``Draws`` that this yields. Torch, numpy
+    and Python each have one generator for all threads. They are put back only where this thread may have drawn from
+    them: lists, tuples and loaders with ``draws_globally = False`` draw nothing, others may; ``Draws`` shows the draws
+    from torch's, and a ``loss_fn`` may draw from numpy's and Python's.
     """
-    loaders = list(loaders)
+    loaders = [
+        loader
+        for loader in loaders
+        if not isinstance(loader, (list, tuple)) and getattr(loader, "draws_globally", True)
+    ]
     randomness, draws = Randomness(loaders), Draws()
     before = randomness.state()
     try:
@@ -152,13 +181,13 @@ def preserved(loaders: Iterable[Any]) -> Iterator[Draws]:
     finally:
         after = randomness.state()
         moved = {name: state for name, state in before.items() if not _same(state, after[name])}
-        if not draws.any and all(isinstance(loader, (list, tuple)) for loader in loaders):
-            moved = {name: state for name, state in moved.items() if name == "loaders"}  # by other threads
+        if not loaders and not draws.any:  # the rest was moved by other threads
+            moved = {name: moved[name] for name in ("numpy", "python") if loss_fn is not None and name in moved}
         randomness.restore(moved)
 
 
 class Draws(TorchDispatchMode):
-    """Inside the context, see whether this thread draws from a generator of torch's own."""
+    """Find whether this thread draws from a generator of torch's own inside the context."""
 
     supports_higher_order_operators = True
 
@@ -174,8 +203,16 @@ class Draws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-            self.any |= not any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values()))
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
+            self.any |= all(map(_is_default, given))
         return func(*args, **kwargs)
+
+
+def _is_default(generator: torch.Generator) -> bool:
+    """Whether the generator is its device's default one. An operation gets another object of it: compare states."""
+    cuda = generator.device.type == "cuda"
+    state = torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state()
+    return generator.device.type in ("cpu", "cuda") and torch.equal(generator.get_state(), state)
 
 
 def _same(state: Any, other: Any) -> bool:
@@ -192,19 +229,19 @@ def generators(loaders: Iterable[Any]) -> list[Any]:
 
     Searched: attributes of instances and of their classes, lists, tuples and dicts of at most ``MAX_ITEMS`` items,
     closures, defaults and globals of functions, bound methods and partials. So it reaches samplers, data sets,
-    nested transforms and ``collate_fn``.
+    nested transforms and ``collate_fn``. Outer objects come first, and after ``MAX_SEARCHED`` of them the search ends.
     """
     found, seen = [], dict[int, Any]()
-    waiting = list(reversed(list(loaders)))
-    while waiting:
-        value = waiting.pop()
+    waiting = deque(loaders)
+    while waiting and len(seen) < MAX_SEARCHED:
+        value = waiting.popleft()
         if id(value) in seen or isinstance(value, _WITHOUT_GENERATORS):
             continue
         seen[id(value)] = value  # kept, or another could get its id
         if isinstance(value, _GENERATORS):
             found.append(value)
         else:
-            waiting += reversed(list(_held(value)))
+            waiting += _held(value)
     return found
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from delfast.arguments import check_int, check_number
 from delfast.batches import LossFn, check_differentiable, device_of, per_example_losses
 from delfast.errors import InputError, check_choice
 from delfast.files import load_archive, save_archive, unreadable_types
@@ -23,6 +24,7 @@ from delfast.sole_use import used_alone
 from delfast.unlearn.batchnorm import batchnorm_explained
 from delfast.unlearn.loaders import Randomness, refuse_persistent_workers, set_epoch
 from delfast.unlearn.stopping import EarlyStop
+from delfast.unlearn.turns import Turns
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
@@ -74,7 +76,7 @@ def train(
     loader: re-iterable of batches, with a length; ``set_epoch(e)`` of it, its samplers and its data set is called where
         it exists.
     schedule: "cosine" from the optimizer's rate to ``final_lr`` times it, step by step (DEL paper, appendix: to 1 %).
-    before: called once everything is checked and only where training starts anew, not where it is resumed.
+    before: called once everything is checked, and only where training starts at its first epoch.
     max_norm: clip the gradient's L2 norm to this.
     precision: "bf16" runs the forward pass under ``torch.autocast``; parameters, their gradients and the optimizer stay
         as they are.
@@ -86,6 +88,7 @@ def train(
         one that a loader, its samplers, its data set or their transforms hold. Persistent workers, whose generators
         cannot be saved, are refused. Under DDP these are each process's own: give each a file of its own. A state that
         could not be read again (a class of its own in a module's extra state) is refused before the first epoch.
+        Generators that a loader makes later are refused when the first checkpoint would be written.
 
     A model in training mode keeps the modes of its modules (a BatchNorm set to eval stays frozen); one in eval mode is
     put into training mode. Afterwards all modes are as they were.
@@ -93,9 +96,10 @@ def train(
     Raises InputError for bad arguments or a checkpoint of another run, Diverged, a RuntimeError, if the loss is no
     longer finite, and OSError, with the file's name, if the checkpoint cannot be written.
     """
-    epochs, final_lr, max_norm = unboxed((epochs, final_lr, max_norm))
+    epochs, final_lr = check_int("epochs", epochs), check_number("final_lr", final_lr)
     if epochs < 1:
         raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
+    max_norm = None if max_norm is None else check_number("max_norm", max_norm)
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
     steps = _length(loader)
@@ -204,20 +208,21 @@ class _Checkpoint:
         if self.path is not None and not self.path.parent.is_dir():
             raise InputError(f"expected the directory of checkpoint '{path}' to exist, it does not; make it first")
         self.config = config if path is None else as_json(config, "the config of a checkpoint")
-        loaders = {"training": loader, **getattr(loader, "sets", {})}
-        if "early_stop" in parts:
-            loaders["validation"] = parts["early_stop"].validation
-        if path is not None:
-            for what, each in loaders.items():
-                refuse_persistent_workers(each, what)
-        self.randomness = Randomness(loaders.values())
         self.parts = parts
-        if path is not None:
-            self._check_readable()
+        if path is None:
+            return
+        loaders = loader.sets if isinstance(loader, Turns) else {"training": loader}
+        if "early_stop" in parts:
+            loaders = {**loaders, "validation": parts["early_stop"].validation}
+        for what, each in loaders.items():
+            refuse_persistent_workers(each, what)
+        self.randomness = Randomness(loaders.values())
+        self._check_readable()
 
     def save(self, losses: list[float]) -> None:
         if self.path is None:
             return
+        self.randomness.search_again()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"losses": losses, "config": self.config, "randomness": self.randomness.state()}
         save_archive(self.path, state)
@@ -257,7 +262,7 @@ class _Checkpoint:
         return losses
 
     def _check_readable(self) -> None:
-        """InputError if a checkpoint could be saved, but not read again."""
+        """InputError if some part's state could be saved to a checkpoint and not be read from it."""
         for name, part in self.parts.items():
             types = unreadable_types(part.state_dict())
             if types:

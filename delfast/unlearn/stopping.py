@@ -18,6 +18,15 @@ from delfast.unlearn.loaders import preserved
 EMPTY = "expected a validation set of at least one example, got none; hold more out"
 
 
+def _batch_count(loader: Any) -> int:
+    """The loader's length; where it has none, whether it yields anything."""
+    try:
+        return len(loader)
+    except TypeError:
+        with preserved([loader]):
+            return any(True for _ in loader)
+
+
 class EarlyStop:
     """Stops after ``patience`` epochs in a row without a lower mean loss on ``validation``, and keeps the best epoch's
     state. Its own state is part of a checkpoint, so a resumed run stops where an uninterrupted one would.
@@ -27,9 +36,8 @@ class EarlyStop:
         patience = check_int("patience", patience)
         if patience < 1:
             raise InputError(f"expected patience of at least 1 epoch, got {patience}; leave it out for no early stop")
-        with preserved([validation]):
-            if not any(True for _ in validation):
-                raise InputError(EMPTY)
+        if not _batch_count(validation):
+            raise InputError(EMPTY)
         self.validation, self.patience, self.loss_fn = validation, patience, loss_fn
         self.losses: list[float] = []
         self.best: dict[str, Any] = {}

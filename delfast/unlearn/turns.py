@@ -12,11 +12,12 @@ Layout = Literal["retain", "forget", "pairs", "mixed", "forget first"]
 """retain, forget: that set alone. pairs: a batch of each in every step, the forget set over and over. mixed: steps of
 either, each batch once, spread evenly. forget first: one set after the other, the forget set in the first epochs only.
 """
+_END = object()
 Turn = dict[str, Any]  # "retain": a batch, "forget": a batch, "epoch": int, "step": int in the epoch
 
 
 class Turns:
-    """Re-iterable steps, for ``train``. Same length in every epoch, as its schedule needs; but for "forget first"."""
+    """Re-iterable steps, for ``train``: as many in every epoch, as its schedule needs, except with "forget first"."""
 
     def __init__(
         self, layout: Layout, retain: Iterable[Any], forget: Iterable[Any] | None, forget_epochs: int | None = None
@@ -25,7 +26,6 @@ class Turns:
         self.sets: dict[str, Any] = {"forget": forget, "retain": retain}
         if layout in ("retain", "forget"):
             self.sets = {layout: self.sets[layout]}
-        self.loaders = list(self.sets.values())  # whose generators a checkpoint keeps
         for name, loader in self.sets.items():
             try:
                 batches = len(loader)
@@ -39,7 +39,7 @@ class Turns:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, of the loaders too: see ``delfast.unlearn.loaders.set_epoch``."""
         self.epoch = epoch
-        for loader in self.loaders:
+        for loader in self.sets.values():
             set_epoch(loader, epoch)
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class Turns:
 
     def _turns(self) -> Iterator[Turn]:
         if self.layout == "pairs":
-            forget = _endless(self.sets["forget"])
+            forget = _endless(self.sets["forget"], "forget")
             for batch in self.sets["retain"]:
                 yield {"retain": batch, "forget": next(forget)}
         elif self.layout == "mixed":
@@ -72,9 +72,21 @@ class Turns:
         for _ in range(sum(count.values())):
             name = min(rest, key=lambda n: (taken[n] + 1) / count[n])
             taken[name] += 1
-            yield {name: next(rest[name])}
+            batch = next(rest[name], _END)
+            if batch is _END:
+                raise InputError(
+                    f"expected {count[name]} batches of the {name} set, its length, got {taken[name] - 1}; "
+                    "correct its __len__"
+                )
+            yield {name: batch}
 
 
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+def _endless(loader: Iterable[Any], what: str) -> Iterator[Any]:
+    """The batches, over and over. InputError if a pass yields none."""
     while True:
-        yield from loader
+        batch_count = 0
+        for batch in loader:
+            batch_count += 1
+            yield batch
+        if not batch_count:
+            raise InputError(f"expected a {what} set that can be iterated over again, got no batch from another pass")

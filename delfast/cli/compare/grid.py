@@ -178,7 +178,7 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
 
 
 def _size(block: Mapping[str, Any]) -> int:
-    """At most so many cells are in a block, of each seed."""
+    """The most cells that a block has for one seed."""
     return math.prod(len(block.get(name, [0])) for name in BLOCK)
 
 
