@@ -21,7 +21,7 @@ from delfast.naming import unique_parameters
 
 @dataclass(frozen=True)
 class LayerType:
-    """What ``register_layer`` was given for a type."""
+    """The arguments of ``register_layer`` for a type."""
 
     output_dim: int
     function: Callable[..., Tensor] | None

@@ -1,4 +1,4 @@
-"""What a compact model needs around every step of an optimizer.
+"""Protection of a compact model around every step of an optimizer.
 
 Torch's only hooks for optimizers that are not made yet are process-wide. Two of them are registered, once. They return
 at once for an optimizer that holds no Parameter of a compact model, so optimizers of other threads never meet them;

@@ -12,15 +12,10 @@ from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from delfast.compact.gradients import (
-    LEAST_CHANNELS_PER_POSITION,
-    convolution_backward,
-    convolution_rows_gradient,
-    linear_rows_gradient,
-)
+from delfast.compact.functions import RowsOfConvolution, RowsOfLinear, RowsOfView
+from delfast.compact.gradients import LEAST_CHANNELS_PER_POSITION
 from delfast.compact.plan import RowPlan, plan_rows
 from delfast.errors import InputError
 from delfast.layer_types import layer_type_of
@@ -31,7 +26,7 @@ INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
 
 
 class CompactLayer(nn.Module):
-    """What the layers share: the rows, their way into the weight, and a ``state_dict`` that knows of neither."""
+    """Base of the layers: the rows, how they get into the weight, and a ``state_dict`` that contains neither."""
 
     plain_type: ClassVar[type[nn.Module]]  # what the layer was, and is again after ``restore``
     bias: Any
@@ -70,7 +65,7 @@ class CompactLayer(nn.Module):
         self.write_rows()
         if not records:
             return self.whole
-        view: Tensor = _View.apply(self.weight_rows, self.whole, self.row_index, self.row_dim)
+        view: Tensor = RowsOfView.apply(self.weight_rows, self.whole, self.row_index, self.row_dim)
         view._is_param = True  # isinstance(layer.weight, nn.Parameter) holds, as it did
         return view
 
@@ -252,89 +247,6 @@ def _not_replaced(what: str) -> str:
     )
 
 
-class _View(torch.autograd.Function):
-    """A weight as it is, and the gradient of its selected rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, index: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.dim = dim
-        return weight.view_as(weight)  # of a view autograd refuses changes in place, as it does of a Parameter
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,), (index,) = gradients, ctx.saved_tensors
-        return gradient.index_select(ctx.dim, index), None, None, None
-
-
-class _Linear(torch.autograd.Function):
-    """x Wᵀ + b, x (N, in), and the gradient of W's selected rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gathered: Tensor | None,
-        kept: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, rows, weight, gathered, kept)
-        return functional.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (delta,) = gradients
-        x, rows, weight, gathered, kept = ctx.saved_tensors
-        of_x = of_rows = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = delta @ weight
-        if ctx.needs_input_grad[1]:
-            of_rows = linear_rows_gradient(x, delta, gathered, kept).to(rows.dtype)
-        if ctx.needs_input_grad[3]:
-            of_bias = delta.sum(0)
-        return of_x, of_rows, None, of_bias, None, None
-
-
-class _Convolution(torch.autograd.Function):
-    """A convolution of any dimension, transposed or not, and the gradient of its weight's selected rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gathered: Tensor | None,
-        opposite: Tensor | None,
-        kept: Tensor | None,
-        geometry: tuple[Any, ...],
-        groups: int,
-        small_groups: int,
-    ) -> Tensor:
-        ctx.save_for_backward(x, rows, weight, gathered, opposite, kept)
-        ctx.geometry, ctx.groups, ctx.small_groups = geometry, groups, small_groups
-        return torch.convolution(x, weight, bias, *geometry, groups)  # type: ignore[call-arg]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (delta,) = gradients
-        x, rows, weight, gathered, opposite, kept = ctx.saved_tensors
-        of_x = of_rows = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = convolution_backward(delta, x, weight, None, *ctx.geometry, ctx.groups, [True, False, False])[0]
-        if ctx.needs_input_grad[1]:
-            plan = RowPlan(gathered, opposite, kept, ctx.small_groups)
-            of_rows = convolution_rows_gradient(x, delta, weight, plan, ctx.geometry).to(rows.dtype)
-        if ctx.needs_input_grad[3]:
-            of_bias = delta.sum([0, *range(2, delta.dim())])
-        return of_x, of_rows, None, of_bias, None, None, None, None, None, None
-
-
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a layer multiplies, as autocast would have it."""
     if not torch.is_autocast_enabled(x.device.type):
@@ -352,7 +264,7 @@ class _Product(CompactLayer):
         x, weight, bias = _as_autocast(input, weight, self.bias)
         # of other than two dimensions linear gives a view, and a Function's views cannot be changed in place afterwards
         flat = torch.atleast_2d(x).flatten(0, -2)  # type: ignore[no-untyped-call]
-        result: Tensor = _Linear.apply(flat, rows, weight, bias, self.row_gathered, self.row_kept)
+        result: Tensor = RowsOfLinear.apply(flat, rows, weight, bias, self.row_gathered, self.row_kept)
         return result if flat is x else result.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -392,7 +304,7 @@ class _Convolutional(CompactLayer):
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
         geometry = (self.stride, padding, self.dilation, transposed, output_padding)
         plan = self.plan
-        result: Tensor = _Convolution.apply(
+        result: Tensor = RowsOfConvolution.apply(
             batched, rows, weight, bias, plan.gathered, plan.opposite, plan.kept, geometry, self.groups,
             plan.groups,
         )  # fmt: skip

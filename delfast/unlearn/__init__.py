@@ -308,7 +308,7 @@ def _hyperparameter(method: Method, field: Field[Any]) -> Any:
 
 
 def _outside(network: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """The parameters of which the mask selects nothing."""
+    """The parameters in which the mask selects nothing."""
     parameters = dict(unique_parameters(network.named_parameters()))
     inside = {name for name, _, _ in mask.match(parameters)}
     return {name: parameter for name, parameter in parameters.items() if name not in inside}

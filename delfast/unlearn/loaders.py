@@ -1,4 +1,4 @@
-"""What a loader is made of: what chooses its order, the generators that it draws from, the sizes of its batches."""
+"""The parts of a loader: what chooses its order, the generators that it draws from, the sizes of its batches."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def generators(loaders: Iterable[Any]) -> list[Any]:
 
 
 def _held(value: Any) -> Iterator[Any]:
-    """What a value holds, one level down."""
+    """The values that a value holds, one level down."""
     if isinstance(value, (list, tuple, dict)):
         if len(value) <= MAX_ITEMS:
             yield from value.values() if isinstance(value, dict) else value

@@ -152,7 +152,7 @@ class Capture(TorchFunctionMode):
         return output
 
     def _answer(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the call gives: taps layers, and gives examples copies of free parameters."""
+        """Compute the call: tap layers, and give each example its copy of a free parameter."""
         if func is torch.autograd.backward:  # checkpointing, inside the backward pass
             with self:
                 return _seen_inside(func)(*args, **kwargs)

@@ -84,7 +84,7 @@ class Layer(ABC):
         return function(**{name: value for name, value in call.items() if name in self.arguments})
 
     def mismatch(self, call: Call, inputs: Tensor, output: Tensor) -> str | None:
-        """What the rule assumes, and that ``output`` is not that; None if it is. For functions of a registration."""
+        """Describe what ``output`` had to be, for a registered function that computes something else; else None."""
         return None
 
     def refusal(self, call: Call) -> str | None:

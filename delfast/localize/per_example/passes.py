@@ -36,7 +36,7 @@ MOST_FORMS = 64  # of batches, that is shapes of all but the examples, whose tri
 
 @dataclass
 class Layout:
-    """What the trials on batches of one form have shown.
+    """Findings of the trials on batches of one form.
 
     ``orders``: parameter -> where its outputs have the examples, ``each`` how many entries of an example there.
     ``trace``: the last trial's calls; None if its batch could not be cut, so that it says nothing of other batches.
