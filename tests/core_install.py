@@ -44,6 +44,7 @@ from delfast.localize import critmem, localize, score, signed_channels  # noqa: 
 from tests.cases import SmallNet, image_batches  # noqa: E402
 
 (X, Y), *_ = BATCHES = image_batches(24, 8)
+torch.manual_seed(0)  # a process of its own, without conftest's; CritMem needs an example that the network gets right
 MODEL = SmallNet()
 MASK = localize(MODEL, BATCHES)
 LOGITS = MODEL(X).detach().log_softmax(1)
