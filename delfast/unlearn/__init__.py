@@ -300,8 +300,9 @@ def _hyperparameter(method: Method, field: Field[Any]) -> Any:
     if type(field.default) is int:
         return check_int(field.name, value)
     if type(field.default) is float:
-        check_number(field.name, value)
-        return unboxed(value)  # an int stays an int: `compare` names its cells by these values as JSON
+        number = check_number(field.name, value)
+        # an int that a float holds stays an int: `compare` names its cells by these values as JSON
+        return unboxed(value) if abs(number) < 2**53 else number
     if field.name == "schedule":
         check_choice("schedule", value, Schedule)
     return value
