@@ -198,7 +198,7 @@ ARGUMENTS = [(case, argument) for case, (_, good) in CASES.items() for argument 
 
 
 def state_of(model: nn.Module) -> list[Any]:
-    """What a refusal must leave as it is: values by their bytes, modes, flags, gradients, torch's generator."""
+    """The state that a refusal must not change: values by their bytes, modes, flags, gradients, torch's generator."""
     values = [value.numpy().tobytes() for value in model.state_dict().values()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     gradients = [parameter.grad is None for parameter in model.parameters()]

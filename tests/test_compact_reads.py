@@ -36,7 +36,7 @@ def dense_then_masked(model, mask, loss):
 
 
 def compact_gradients(handle):
-    """The same of a compact model."""
+    """Return the same gradients from a compact model."""
     parameters = dict(handle.model.named_parameters())
     found = {}
     for name, way in handle.ways.items():
@@ -306,7 +306,7 @@ def test_compiled_by_inductor():
 
 
 def test_a_step_between_a_read_and_its_backward_pass_is_an_error():
-    """Of every gradient that needs the weight, the input's alone too."""
+    """Every gradient that needs the weight is refused, also the input's alone."""
     net, x = reader("linear")
     x.requires_grad_()
     for wanted in ("all", "input"):

@@ -225,7 +225,7 @@ def test_compact_refuses_a_sparse_embedding_before_it_changes_the_model() -> Non
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind().epochs])
 @pytest.mark.parametrize("own", [True, False])
 def test_the_look_moves_no_generator(method: str, own: bool) -> None:
-    """What is trained on first is what a loader that nobody has looked at gives."""
+    """Training starts with the batch that an untouched loader gives first."""
     inputs, targets = batches(12)[0]
     seen: list[list[int]] = []
 

@@ -77,7 +77,7 @@ def joined(header: dict[str, Any], inner: Any, body: bytes, text: str | None = N
 
 
 def loaded(path: Path, data: bytes) -> Mask | None:
-    """What ``Mask.load`` makes of these bytes; None for an InputError of one line. Any other error fails the test."""
+    """Return the mask that ``Mask.load`` reads; None for an InputError of one line. Any other error fails the test."""
     path.write_bytes(data)
     try:
         return Mask.load(path)
@@ -350,7 +350,7 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
 
 
 def as_written(data: bytes) -> Any:
-    """What a file says, read naively: the same form as ``contents``."""
+    """Read a file naively, into the same form as ``contents``."""
     header, inner, body = split(data)
     parts = []
     for name, entry in inner["parameters"].items():

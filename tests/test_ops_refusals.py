@@ -1,4 +1,4 @@
-"""What every op refuses, and that no arguments end the process: kernels, references and fake kernels alike."""
+"""Every op refuses bad arguments, and none end the process: kernels, references and fake kernels alike."""
 
 from __future__ import annotations
 

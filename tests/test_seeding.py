@@ -21,7 +21,7 @@ NETWORKS = [name for name in torchvision.models.list_models(module=torchvision.m
 
 
 def both(seed: int, make: Callable[[], Any]) -> tuple[Any, Any]:
-    """What ``make`` gives after torch.manual_seed, and under ``seeded``, which must leave torch's generator alone."""
+    """Return ``make``'s values after manual_seed and under ``seeded``, which must leave torch's generator alone."""
     torch.manual_seed(seed)
     expected = make()
     before = torch.get_rng_state()

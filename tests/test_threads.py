@@ -79,7 +79,7 @@ def job(number: int) -> list[Tensor]:
 
 
 def numbers() -> Iterator[Tensor]:
-    """What torch's own generator gives, from its present state on."""
+    """Draw from torch's own generator, from its present state on."""
     while True:
         yield torch.randn(7)
 

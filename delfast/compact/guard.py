@@ -76,8 +76,8 @@ class Guard:
         self._references.clear()
 
     def before(self, optimizer: Optimizer, held: Iterable[Tensor]) -> list[Restore]:
-        """What to restore after the optimizer's step. InputError for a step that would leave out rows, or move what is
-        not selected.
+        """Return what to restore after the optimizer's step. InputError for a step that would leave out rows, or move
+        what is not selected.
 
         held: the Parameters of this guard that the optimizer holds.
         """
@@ -191,7 +191,7 @@ _registry = _Registry()
 
 
 class _Steps(threading.local):
-    """What to restore after each step that runs in this thread, outermost first.
+    """Values to restore after each step that runs in this thread, outermost first.
 
     A step may call another optimizer's, or its parent class's of the same optimizer. A step that raises has no end. Its
     entry is recognized by the depth of Python's stack, since a step that runs inside another is deeper, and is dropped
