@@ -83,8 +83,8 @@ def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
 
 def measure(quick: bool) -> dict[str, Any]:
     from benchmarks.gpu_cases import cases
+    from delfast.experiments.networks import build as build_network
     from delfast.files import one_line
-    from delfast.models import build as build_network
     from delfast.provenance import provenance
 
     clock = Clock()
@@ -145,8 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.gpu", *(arguments if arguments is not None else sys.argv[1:])]
         return subprocess.run(command, cwd=ROOT, env={**os.environ, BUILT: "1", "DELFAST_BACKEND": "native"}).returncode
 
+    from delfast.experiments.reports import markdown_table
     from delfast.files import write_json
-    from delfast.report import markdown_table
 
     begin = time.perf_counter()
     results = measure(options.quick)

@@ -1,6 +1,6 @@
 """What benchmarks.gpu times: every op on a network's parameters, what it must compute, and what it is compared with.
 
-Runs on any device, so that tests/test_gpu_benchmark.py can run it where there is no GPU.
+Runs on any device, so that tests/docs/test_gpu_benchmark.py can run it where there is no GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import delfast
 from benchmarks.baselines import channel_scores, double_argsort, element_scores, expanded
-from delfast.compact.layers import ROWS
-from delfast.localize.scores import Scores, resolve_top_h
+from delfast.compaction.layers import ROWS
+from delfast.localization.scores import Scores, resolve_top_h
 from delfast.optim import MaskedAdamW, MaskedSGD
 
 NATIVE = torch.ops.delfast
@@ -197,9 +197,9 @@ def _step(setting: str, model: nn.Module, mask: delfast.Mask, device: str) -> It
         found = {name: p.grad for name, p in handle.named_parameters()}
         for name, p in dense.named_parameters():
             part = mask.parameters[name]
-            if handle.ways[name] == "frozen":
+            if handle.modes[name] == "frozen":
                 continue
-            if handle.ways[name] == "rows":
+            if handle.modes[name] == "rows":
                 result, expected = found[name.removesuffix("weight") + ROWS], p.grad[part.flags.to(device)]
             else:
                 inside = part.dense().to(device)

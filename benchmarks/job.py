@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from delfast.data import Batches
-from delfast.models import factory
-from delfast.unlearn import train
+from delfast.experiments.datasets import Batches
+from delfast.experiments.networks import factory
+from delfast.unlearning import train
 
 MODELS = ("resnet18", "vit")
 LAYOUT = {"resnet18": torch.channels_last, "vit": torch.contiguous_format}  # as oneDNN has it fastest

@@ -1,8 +1,8 @@
 """What nvcc makes of the CUDA kernels, for architectures that no machine here has: `python -m benchmarks.ptxas`.
 
 Compiles csrc/cuda for each of them and writes benchmarks/results/ptxas.md: registers, shared memory, stack frame,
-spills and 128-bit global loads of every kernel, and the theoretical occupancy on sm_90. tests/test_nvcc.py checks the
-same things.
+spills and 128-bit global loads of every kernel, and the theoretical occupancy on sm_90.
+tests/packaging/test_nvcc.py checks the same.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import COLUMNS, row
-from delfast.cli.compare.grid import EVERYTHING
-from delfast.cli.compare.report import FIELDS
-from delfast.cli.compare.summary import KEYS, means
 from delfast.errors import InputError
+from delfast.experiments.grid.definition import EVERYTHING
+from delfast.experiments.grid.report import FIELDS
+from delfast.experiments.grid.summary import KEYS, means
+from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
 from delfast.files import read_json, write_text
-from delfast.report import METHOD_COLUMNS, markdown_table, method_rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.conftest import Versus
-from delfast.localize.critmem import critmem
-from delfast.models import build
-from tests.critmem_loop import loop
+from delfast.experiments.networks import build
+from delfast.localization.critical_channels import critmem
+from tests.localization.critmem_loop import loop
 
 Found = list[tuple[list[tuple[str, int]], bool]]
 

@@ -35,9 +35,9 @@ from benchmarks.job import (
     precision_of,
     retain_set,
 )
-from delfast.compact import Compact
-from delfast.evaluate import accuracy_and_loss
-from delfast.models import factory
+from delfast.compaction import Compact
+from delfast.evaluation import accuracy_and_loss
+from delfast.experiments.networks import factory
 
 EPOCHS, BUDGET, LR, SEEDS = 2, 0.3, 0.02, 3
 MOST = {"fp32": 0.68, "bf16": 0.38}

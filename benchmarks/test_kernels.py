@@ -16,14 +16,14 @@ import delfast
 from benchmarks.baselines import channel_scores, double_argsort, element_scores, expanded
 from benchmarks.conftest import Versus
 from benchmarks.stream import load_stream
-from delfast.localize.scores import Scores, resolve_top_h
-from delfast.models import build
+from delfast.experiments.networks import build
+from delfast.localization.scores import Scores, resolve_top_h
 from delfast.ops import OPS
 from delfast.ops.layout import row_length, unit_count, unpack
 from delfast.optim import MaskedSGD
 from tests import cases
-from tests.published import published_mask
-from tests.test_ops import HYPER, masked_arguments
+from tests.localization.published import published_mask
+from tests.ops.test_ops import HYPER, masked_arguments
 
 REFERENCE = {op.name: op.reference for op in OPS}
 NATIVE = torch.ops.delfast

@@ -17,7 +17,7 @@ from benchmarks import naive
 from benchmarks.conftest import Versus
 from benchmarks.job import FORGET, LAYOUT, MODELS, TRAIN, batches, data, part
 from benchmarks.memory import added_peak, print_added_peak
-from delfast.models import factory
+from delfast.experiments.networks import factory
 
 BUDGET, LR = 0.3, 0.02
 PROCESSES = 3  # of each side: where an allocator puts things moves a peak by a tenth

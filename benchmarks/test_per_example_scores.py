@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 import delfast
 from benchmarks.conftest import Versus
 from benchmarks.memory import added_peak, print_added_peak
-from delfast.models import build
+from delfast.experiments.networks import build
 
 BATCH, BATCHES = 64, 4
 MODULE = "benchmarks.test_per_example_scores"

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 import delfast
 from benchmarks.conftest import Versus
 from benchmarks.job import LAYOUT, MODELS, forget_set, original, precision_of, retain_set
-from delfast.compact.gradients import convolution_rows_gradient, linear_rows_gradient
-from delfast.compact.layers import CompactLayer
+from delfast.compaction.gradients import convolution_rows_gradient, linear_rows_gradient
+from delfast.compaction.layers import CompactLayer
 from delfast.mask import Mask
 
 LAST = {"resnet18": "layer4.", "vit": "transformer.layers.3."}

@@ -11,11 +11,12 @@ TMLR 2025, arXiv 2412.02432.
 
 from delfast import optim
 from delfast._version import __version__
-from delfast.compact import compact
+from delfast.backend import status
+from delfast.compaction import compact
 from delfast.errors import InputError
-from delfast.evaluate import evaluate
+from delfast.evaluation import evaluate
 from delfast.layer_types import register_layer
-from delfast.localize import (
+from delfast.localization import (
     STRATEGIES,
     CriticalChannels,
     Scores,
@@ -27,8 +28,7 @@ from delfast.localize import (
 )
 from delfast.mask import Mask
 from delfast.reset import reset_
-from delfast.status import status
-from delfast.unlearn import unlearn
+from delfast.unlearning import unlearn
 
 __all__ = [
     "STRATEGIES",

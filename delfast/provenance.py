@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from delfast._version import __version__
-from delfast.status import status
+from delfast.backend import status
 
 
 def digest_tensor(tensor: Tensor) -> bytes:

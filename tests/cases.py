@@ -199,6 +199,6 @@ def image_batches(examples: int = 40, batch_size: int = 16, seed: int = 0) -> li
 
 def resnet18(num_classes: int = 10) -> nn.Module:
     """torchvision's ResNet-18 with the CIFAR stem: 11,173,962 parameters."""
-    from delfast.models import build
+    from delfast.experiments.networks import build
 
     return build("resnet18", num_classes, 3, 32)

@@ -22,12 +22,12 @@ from torch.nn import functional
 import delfast
 from delfast import InputError, Mask
 from delfast.arguments import check_flag, describe
-from delfast.localize import signed_channels
+from delfast.localization import signed_channels
 from delfast.optim import MaskedAdamW, MaskedSGD
-from delfast.unlearn import Diverged, Finetune, Scrub, make_method, train
+from delfast.unlearning import Diverged, Finetune, Scrub, make_method, train
 from tests import cases
 
-EVALUATE: Any = sys.modules["delfast.evaluate"]
+EVALUATE: Any = sys.modules["delfast.evaluation"]
 BATCHES = cases.image_batches(12, 4)
 FORGET, RETAIN = BATCHES[:1], BATCHES[1:]
 STATE = cases.SmallNet().state_dict()

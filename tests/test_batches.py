@@ -34,10 +34,10 @@ from torch.utils.data import (
 import delfast
 from delfast import InputError
 from delfast.batches import cut, evaluating, examples_in, map_tensors, split_batch, warn_about_loader
-from delfast.evaluate import accuracy_and_loss, kl_to_oracle, predictions
-from delfast.localize import signed_channels
-from delfast.unlearn import METHODS
-from delfast.unlearn.head import find_head
+from delfast.evaluation import accuracy_and_loss, kl_to_oracle, predictions
+from delfast.localization import signed_channels
+from delfast.unlearning import METHODS
+from delfast.unlearning.head import find_head
 from tests import cases
 
 X, Y = cases.image_batches(8, 8)[0]

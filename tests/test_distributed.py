@@ -10,7 +10,7 @@ from torch.multiprocessing.spawn import start_processes
 
 import delfast
 from delfast.mask import Mask
-from delfast.unlearn import METHODS
+from delfast.unlearning import METHODS
 from tests.groups import gloo_group
 
 TRAINED = sorted(name for name, method in METHODS.items() if method().epochs)
@@ -62,7 +62,7 @@ def unlearned(name, rank):
 def trained_compact(rank):
     model = network()
     with delfast.compact(model, half_of_the_rows()) as handle:
-        assert handle.ways["0.weight"] == handle.ways["5.weight"] == "rows"
+        assert handle.modes["0.weight"] == handle.modes["5.weight"] == "rows"
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(handle.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
         for inputs, targets in batches(10 + rank, 3):

@@ -19,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 import delfast
 from delfast import layer_types
-from delfast.compact.layers import _new, compact_type
+from delfast.compaction.layers import _new, compact_type
 from delfast.errors import InputError
-from delfast.localize.per_example import PerExampleGradients
+from delfast.localization.per_example import PerExampleGradients
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.ops import BACKEND
 from delfast.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
-from tests.per_example import assert_parity
+from tests.localization.per_example.loop import assert_parity
 
 TRANSPOSED = ("fc.weight", "proj.weight")
 
@@ -151,7 +151,7 @@ def test_compact_training_by_columns_equals_that_by_rows(budget: float) -> None:
         mask = delfast.localize(network, batches(), budget)
         with delfast.compact(network, mask) as handle:
             selected = {name for name, part in mask.parameters.items() if 0 < part.selected < part.numel}
-            assert all(handle.ways[name] == "rows" for name in selected.intersection(TRANSPOSED))
+            assert all(handle.modes[name] == "rows" for name in selected.intersection(TRANSPOSED))
             optimizer = torch.optim.AdamW(handle.parameters(), lr=0.01)
             for x, y in batches():
                 optimizer.zero_grad()
@@ -255,7 +255,7 @@ def test_a_users_layer_is_scored_and_trained_by_its_outputs(function: Any) -> No
     assert_parity(model, data, unknown=[] if function else ["0.weight", "0.bias"])
     for network, mask in zip((model, like), masks, strict=True):
         with delfast.compact(network, mask) as handle:
-            assert handle.ways["0.weight"] == "rows"
+            assert handle.modes["0.weight"] == "rows"
             optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
             for x, y in data:
                 optimizer.zero_grad()
@@ -310,7 +310,7 @@ def test_a_subclass_keeps_its_own_forward_pass(layer_type: type[Conv1D]) -> None
     x = batches()[0][0][:, 0]
     dense(x).square().sum().backward()
     with delfast.compact(model, mask) as handle:
-        assert handle.ways["0.weight"] == "rows"
+        assert handle.modes["0.weight"] == "rows"
         torch.testing.assert_close(model(x), dense(x))
         model(x).square().sum().backward()
         columns = mask["0.weight"].flags.nonzero().flatten()

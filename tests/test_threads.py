@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 
 import delfast
 from delfast import InputError
-from delfast.compact import guard
-from delfast.evaluate import predictions
+from delfast.compaction import guard
+from delfast.evaluation import predictions
 from delfast.seeding import seeded
-from delfast.unlearn import train
+from delfast.unlearning import train
 from tests import cases
 
 THREADS = 4

@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from delfast.cli.stop import Stopped, stopping
 from delfast.errors import InputError, printable
+from delfast.experiments.interrupts import Stopped, stopping
 from delfast.files import one_line
 
 BAD_INPUT, FAILURE = 2, 1

@@ -12,8 +12,7 @@ from typing import Annotated, Any, cast, get_args
 import torch
 import typer
 
-from delfast.cli import bench, demo, doctor, steps, verification
-from delfast.cli import compare as comparing
+from delfast.cli import doctor
 from delfast.cli.console import output, print_line, print_mask, print_methods, start_log, watching
 from delfast.cli.options import (
     DataDir,
@@ -28,7 +27,15 @@ from delfast.cli.options import (
     parse_top_h,
     resolved,
 )
-from delfast.cli.run import (
+from delfast.errors import InputError
+from delfast.evaluation import gaps
+from delfast.experiments import demo, pipeline, profile, verification
+from delfast.experiments import grid as grids
+from delfast.experiments.interrupts import Stopped
+from delfast.experiments.networks import NAMES, check_model
+from delfast.experiments.recipes import method_recipe, recipe
+from delfast.experiments.reports import terminal_table
+from delfast.experiments.run import (
     SUMMARY,
     Config,
     check_own_directory,
@@ -37,16 +44,11 @@ from delfast.cli.run import (
     open_run,
     start,
 )
-from delfast.cli.stages import Request
-from delfast.cli.stop import Stopped
-from delfast.errors import InputError
-from delfast.evaluate import gaps
+from delfast.experiments.stages import Request
 from delfast.files import make_output_dir, write_json
-from delfast.localize import STRATEGIES, Criterion
-from delfast.models import NAMES, check_model, method_recipe, recipe
+from delfast.localization import STRATEGIES, Criterion
 from delfast.provenance import provenance
-from delfast.report import terminal_table
-from delfast.unlearn import METHODS, make_method
+from delfast.unlearning import METHODS, make_method
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # UsageError, of click or of the copy of it that newer typers carry; a BadParameter is one
@@ -118,7 +120,7 @@ def train(
         precision=precision,
         channels_last=channels_last_for(channels_last, model),
     )
-    result = steps.train(start(config, choose_device(device)), output_dir)
+    result = pipeline.train(start(config, choose_device(device)), output_dir)
     print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
@@ -133,7 +135,7 @@ def oracle(
     """Train a fresh network (its own initialization) on the run's retain set alone; write a run directory."""
     check_own_directory(output_dir, run_dir)
     opened = open_run(run_dir, choose_device(device), data_dir)
-    result = steps.oracle(opened, output_dir, seed)
+    result = pipeline.oracle(opened, output_dir, seed)
     print_methods("retrained", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
@@ -180,7 +182,7 @@ def localize(
     check_own_directory(output_dir, run_dir)
     opened = open_run(run_dir, choose_device(device), data_dir)
     network = load_model(opened, run_dir)
-    found = steps.localize(
+    found = pipeline.localize(
         opened,
         network,
         output_dir,
@@ -242,7 +244,7 @@ def unlearn(
     given = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay}
     changes |= {name: value for name, value in given.items() if value is not None}
     chosen = make_method(method, method_recipe(opened.config.data, opened.config.model, method) | changes)
-    result = steps.unlearn(
+    result = pipeline.unlearn(
         opened,
         load_model(opened, run_dir),
         loaded,
@@ -315,8 +317,8 @@ def compare(
     """
     with watching() as watch:
         source = None if data is None else resolved(data)
-        found = comparing.compare(grid, output_dir, workers, threads, device, watch, source, report_only)
-    print_line(f"{len(found.cells)} cells: see {output_dir / comparing.HTML}")
+        found = grids.compare(grid, output_dir, workers, threads, device, watch, source, report_only)
+    print_line(f"{len(found.cells)} cells: see {output_dir / grids.HTML}")
 
 
 @app.command()
@@ -390,9 +392,9 @@ def bench_command(
         threads=torch.get_num_threads() if threads is None else threads,
         repeats=repeats,
     )
-    found = bench.bench(request, output_dir)
+    found = profile.profile(request, output_dir)
     title = f"milliseconds a batch of {batch_size}: {model}, budget {budget:g}, {request.threads} threads"
-    output().print(terminal_table(title, ("stage", *found), bench.rows(found)))
+    output().print(terminal_table(title, ("stage", *found), profile.rows(found)))
 
 
 @app.command("doctor")

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from delfast.errors import printable
+from delfast.experiments.progress import log
+from delfast.experiments.reports import METHOD_COLUMNS, method_rows, terminal_table, terminal_text
 from delfast.mask import Mask
-from delfast.report import METHOD_COLUMNS, method_rows, terminal_table, terminal_text
-
-T = TypeVar("T")
-log = logging.getLogger("delfast")
-
-
-def say(message: str) -> None:
-    """One line of progress, on standard error."""
-    log.info(message)
 
 
 def start_log() -> None:
@@ -43,27 +35,6 @@ class _Lines(logging.Formatter):
         return super().formatMessage(record)
 
 
-class Progress:
-    """``progress(iterable, description, total)``: a bar on a terminal; elsewhere a line where ``EVERY`` has passed."""
-
-    EVERY = 10.0  # seconds between two log lines
-
-    def __init__(self) -> None:
-        self._told = time.perf_counter()
-
-    def __call__(self, iterable: Iterable[T], description: str, total: int) -> Iterable[T]:
-        if sys.stderr.isatty():
-            yield from track(iterable, description, total=total, console=Console(stderr=True), transient=True)
-            return
-        if time.perf_counter() - self._told > self.EVERY:
-            self._told = time.perf_counter()
-            say(description)
-        yield from iterable
-
-
-progress = Progress()
-
-
 @contextmanager
 def watching() -> Iterator[Callable[[str, int, int], None]]:
     """A function ``(what, done, of)`` that shows a bar with the time left on a terminal; elsewhere a line each time."""
@@ -78,7 +49,7 @@ def watching() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[what], completed=done)
             if bars.disable and of and told.get(what) != done:
                 told[what] = done
-                say(f"{what}: {done} of {of}")
+                log.info(f"{what}: {done} of {of}")
 
         yield watch
 

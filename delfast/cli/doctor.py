@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from delfast.status import status
+from delfast.backend import status
 
 EXPERIMENTS = ("torchvision", "scikit-learn", "matplotlib", "typer", "rich", "vit-pytorch")
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_bf16")

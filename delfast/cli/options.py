@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from delfast.errors import InputError
-from delfast.unlearn import make_method
+from delfast.unlearning import make_method
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, as `delfast train` writes it")]
 OutputDir = Annotated[Path, typer.Option(help="where the results are written")]

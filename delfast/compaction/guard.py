@@ -1,0 +1,253 @@
+"""Protection of a compact model around every step of an optimizer.
+
+Torch's only hooks for optimizers that are not made yet are process-wide. Two of them are registered, once. They return
+at once for an optimizer that holds no Parameter of a compact model, so optimizers of other threads never meet them;
+registering more of them later would break the loop over the hooks of a step that runs meanwhile. A Parameter is found
+by its id in ``_registry``, which holds no Parameter and no model alive.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from delfast.compaction.layers import ROWS, CompactLayer
+from delfast.errors import InputError
+from delfast.optim import MaskedOptimizer, check_dense
+
+
+class Guard:
+    """The protection of one compact model in the steps of any optimizer, in any thread, until ``remove``.
+
+    guarded: name -> (Parameter, bool flags of its shape: the entries that may change). Gradients of the other entries
+        are zero from the moment they arrive, so that clipping does not see them. A step leaves the other entries with
+        the values they had before it, to the bit, whatever weight decay or stale momentum did. An optimizer of ours
+        with the mask of this ``digest`` needs no such repair.
+    rows: name of the weight -> (the weight, the layer that is trained through its ``weight_rows``). A step writes the
+        rows into the weight; it is refused for an optimizer that holds the weight and no rows.
+    frozen: name -> Parameter. A step is refused where one has a gradient.
+    idle: names in ``rows`` without a gradient so far; a step removes those that have one. ``has_stepped``: whether any
+        step of the rows has begun.
+    """
+
+    def __init__(
+        self,
+        guarded: Mapping[str, tuple[Tensor, Tensor]],
+        digest: str,
+        rows: Mapping[str, tuple[Tensor, CompactLayer]],
+        frozen: Mapping[str, Tensor],
+        idle: set[str],
+    ) -> None:
+        self._digest, self._idle, self.has_stepped = digest, idle, False
+        self._flags = {id(parameter): _Flags(flags) for parameter, flags in guarded.values()}
+        self._weights = {id(weight): name for name, (weight, _) in rows.items()}
+        self._layers = {id(layer.weight_rows): weakref.ref(layer) for _, layer in rows.values()}
+        self._names = {id(layer.weight_rows): name for name, (_, layer) in rows.items()}
+        self._frozen = {id(parameter): name for name, parameter in frozen.items()}
+        self._handles: list[Any] = []
+        self._references: list[weakref.ref[Tensor]] = []
+        try:
+            for name, (parameter, _) in guarded.items():
+                hook = _mask_of(name, self._flags[id(parameter)])
+                self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+            watched = [parameter for parameter, _ in guarded.values()]
+            watched += [tensor for weight, layer in rows.values() for tensor in (weight, layer.weight_rows)]
+            for parameter in (*watched, *frozen.values()):
+                self._references.append(_registry.add(parameter, self))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Undo the hooks; the Parameters stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        for key in (*self._flags, *self._weights, *self._layers, *self._frozen):
+            _registry.remove(key, self)
+        self._references.clear()
+
+    def before(self, optimizer: Optimizer, held: Iterable[Tensor]) -> list[Restore]:
+        """Return what to restore after the optimizer's step. InputError for a step that would leave out rows, or move
+        what is not selected.
+
+        held: the Parameters of this guard that the optimizer holds.
+        """
+        rows = [p for p in held if id(p) in self._layers]
+        of_weights = [self._weights[id(p)] for p in held if id(p) in self._weights]
+        if of_weights and not rows:
+            name = of_weights[0]
+            raise InputError(
+                f"expected an optimizer made after compact(), got one of '{name}' without the "
+                f"'{rows_name(name)}' that it is trained through; make the optimizer again"
+            )
+        for p in held:
+            if id(p) in self._frozen and p.grad is not None:
+                raise InputError(
+                    f"expected no gradient of '{self._frozen[id(p)]}', where the mask selects nothing, got one; "
+                    "leave its requires_grad off until undo()"
+                )
+        self.has_stepped |= bool(rows)
+        self._note_gradients(rows)
+        if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self._digest:
+            return []
+        return [(p, self._flags[id(p)], p.detach().clone()) for p in held if id(p) in self._flags]
+
+    def after(self, held: Iterable[Tensor]) -> None:
+        """Write the rows that were stepped into the weights, for code that reads a layer's weight without calling the
+        layer: the fast path of nn.TransformerEncoderLayer does.
+
+        Fused kernels change a parameter without a new version of it, and a compiled forward pass gives the weight a new
+        version: without the increment here the rows would count as the older of the two.
+        """
+        stepped = [p for p in held if id(p) in self._layers]
+        self._note_gradients(stepped)  # of a closure, which the step has called
+        torch.autograd.graph.increment_version(stepped)
+        for rows in stepped:
+            layer = self._layers[id(rows)]()
+            if layer is not None:
+                layer.write_rows()
+
+    def _note_gradients(self, rows: Iterable[Tensor]) -> None:
+        if self._idle:
+            self._idle.difference_update(self._names[id(p)] for p in rows if p.grad is not None)
+
+
+class _Flags:
+    """The entries that may change, on the device where they were last needed: the model may move."""
+
+    def __init__(self, flags: Tensor) -> None:
+        self._flags = flags
+
+    def on(self, device: torch.device) -> Tensor:
+        if self._flags.device != device:
+            self._flags = self._flags.to(device)
+        return self._flags
+
+
+Restore = tuple[Tensor, _Flags, Tensor]
+"""A Parameter, the entries that may change, and its values before the step."""
+
+
+def rows_name(weight: str) -> str:
+    """The name of the Parameter that holds the selected rows of this weight."""
+    return weight.removesuffix("weight") + ROWS
+
+
+def _mask_of(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
+    def mask(gradient: Tensor) -> Tensor:
+        check_dense(name, gradient)
+        return torch.where(flags.on(gradient.device), gradient, 0)  # a product would keep NaN
+
+    return mask
+
+
+class _Registry:
+    """The guards of each Parameter, by its id. Uses no global names: they are gone when the interpreter ends."""
+
+    def __init__(self) -> None:
+        self.guards: dict[int, tuple[Guard, ...]] = {}
+        self._lock = threading.RLock()  # a collection of garbage inside may call remove
+
+    def add(self, parameter: Tensor, guard: Guard) -> weakref.ref[Tensor]:
+        """Enter a guard, until ``remove`` or for as long as the Parameter lives and the result is kept."""
+        key = id(parameter)
+        with self._lock:
+            self.guards[key] = (*self.guards.get(key, ()), guard)
+        return weakref.ref(parameter, functools.partial(self.remove, key, guard))
+
+    def remove(self, key: int, guard: Guard, _: object = None) -> None:
+        """The Parameter is gone, or its guard no longer wanted."""
+        with self._lock:
+            others = tuple(other for other in self.guards.get(key, ()) if other is not guard)
+            if others:
+                self.guards[key] = others
+            else:
+                self.guards.pop(key, None)
+
+    def of(self, optimizer: Optimizer) -> dict[Guard, list[Tensor]]:
+        """The guards of an optimizer's Parameters, each with those that it guards."""
+        found: dict[Guard, list[Tensor]] = {}
+        guards = self.guards
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for guard in guards.get(id(parameter), ()):
+                    found.setdefault(guard, []).append(parameter)
+        return found
+
+
+_registry = _Registry()
+
+
+# Steps under way
+
+
+class _Steps(threading.local):
+    """Values to restore after each step that runs in this thread, outermost first.
+
+    A step may call another optimizer's, or its parent class's of the same optimizer. A step that raises has no end. Its
+    entry is recognized by the depth of Python's stack, since a step that runs inside another is deeper, and is dropped
+    at the next step of that depth or less.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[tuple[int, int, list[Restore]]] = []  # depth, id of the optimizer, what to restore
+
+    def begin(self, optimizer: Optimizer, restore: list[Restore]) -> None:
+        if restore or self.running:
+            depth = _depth()
+            self._drop(depth)
+            self.running.append((depth, id(optimizer), restore))
+
+    def end(self, optimizer: Optimizer) -> list[Restore]:
+        if self.running:
+            self._drop(_depth() + 1)
+            if self.running and self.running[-1][1] == id(optimizer):
+                return self.running.pop()[2]
+        return []
+
+    def _drop(self, depth: int) -> None:
+        """Forget the steps of this depth or deeper, which have raised."""
+        while depth > 0 and self.running and self.running[-1][0] >= depth:
+            self.running.pop()
+
+
+_steps = _Steps()
+
+
+def _depth() -> int:
+    """Frames on this thread's stack; below 0 where torch.compile traces, which has none of its own."""
+    if torch.compiler.is_compiling():
+        return -1
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if _registry.guards or _steps.running:
+        guards = _registry.of(optimizer)
+        restore = [entry for guard, held in guards.items() for entry in guard.before(optimizer, held)]
+        _steps.begin(optimizer, restore)
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    if _registry.guards or _steps.running:
+        with torch.no_grad():
+            for parameter, flags, before in _steps.end(optimizer):
+                parameter.copy_(torch.where(flags.on(parameter.device), parameter, before))
+        for guard, held in _registry.of(optimizer).items():
+            guard.after(held)
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

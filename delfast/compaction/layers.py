@@ -1,0 +1,384 @@
+"""Layers whose weight is trained through a Parameter that holds only its selected rows.
+
+A layer is changed by giving it another class: it stays the same object, with the same hooks, buffers and name. Its
+weight stays where it is, whole and frozen; ``weight_rows`` is what an optimizer sees. Code outside the layer that reads
+``layer.weight`` gets a view of the weight whose gradient goes to ``weight_rows``. A layer that is trained in full keeps
+its weight as the Parameter, and has no rows: only the way its gradient is computed changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, SupportsIndex, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from delfast.compaction.functions import RowsOfConvolution, RowsOfLinear, RowsOfView
+from delfast.compaction.gradients import LEAST_CHANNELS_PER_POSITION
+from delfast.compaction.plan import RowPlan, plan_rows
+from delfast.errors import InputError
+from delfast.layer_types import layer_type_of
+
+WEIGHT = "weight"
+ROWS = "weight_rows"
+INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
+
+
+class CompactLayer(nn.Module):
+    """Base of the layers: the rows, how they get into the weight, and a ``state_dict`` that contains neither."""
+
+    plain_type: ClassVar[type[nn.Module]]  # what the layer was, and is again after ``restore``
+    bias: Any
+    weight_rows: nn.Parameter  # absent where the layer is trained in full
+    row_index: Tensor | None  # None where the layer is trained in full
+    row_gathered: Tensor | None
+    row_opposite: Tensor | None
+    row_kept: Tensor | None
+    row_dim: int  # the dimension of the weight along which its rows lie
+    row_groups: int
+    row_home: tuple[Tensor]  # the weight that the rows are of; in a tuple, or the module would register it again
+    row_versions: tuple[int, int]  # of the weight and of the rows, when they last agreed; absent where trained in full
+
+    @property
+    def plan(self) -> RowPlan:
+        """How the gradient of the rows is computed."""
+        return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
+
+    @property
+    def whole(self) -> Tensor:
+        """The tensor that holds the weight, as the module has it registered: for the layer's own use."""
+        return cast(Tensor, self._parameters[WEIGHT])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, with the rows in it, for code that reads it instead of calling the layer.
+
+        While gradients are recorded: a view of ``whole`` whose backward pass hands ``weight_rows`` the gradient of the
+        selected rows. Otherwise, and where the layer is trained in full: ``whole``.
+        """
+        if self.row_index is None:
+            return self.whole
+        records = torch.is_grad_enabled() and self.weight_rows.requires_grad
+        if records and torch.compiler.is_compiling():  # the compiler decides what is copied
+            return self.whole.index_copy(self.row_dim, self.row_index, self.weight_rows)
+        self.write_rows()
+        if not records:
+            return self.whole
+        view: Tensor = RowsOfView.apply(self.weight_rows, self.whole, self.row_index, self.row_dim)
+        view._is_param = True  # isinstance(layer.weight, nn.Parameter) holds, as it did
+        return view
+
+    @weight.setter
+    def weight(self, value: Any) -> None:  # a Parameter does not come here: nn.Module registers it
+        raise InputError(_not_replaced("a tensor in its place"))
+
+    def __delattr__(self, name: str) -> None:
+        if name == WEIGHT:
+            raise InputError(_not_replaced("its removal"))
+        super().__delattr__(name)
+
+    def parameter_and_weight(self) -> tuple[Tensor, Tensor]:
+        """The Parameter whose gradient is to be found, and the weight, with the rows in it, to multiply by."""
+        weight = self.whole
+        if self.row_index is None:
+            return weight, weight.detach()
+        self.write_rows()
+        return self.weight_rows, weight
+
+    def write_rows(self) -> None:
+        """Put the rows into the weight; no other entry of it is touched.
+
+        Through ``.data``, so that what autograd saved of the weight stays valid: the same rows, written again by
+        another call of this layer, are the same weight. Rows that have changed make another weight: its version is
+        incremented, so that a step between a forward pass and its backward pass is an error.
+        """
+        if self.row_index is None:
+            return
+        if torch.compiler.is_compiling():  # where mutations are functions, and .data is not understood
+            with torch.no_grad():
+                self.whole.index_copy_(self.row_dim, self.row_index, self.weight_rows.detach())
+            return
+        known, weight, rows = self.row_versions, self.whole, self.weight_rows
+        if weight is not self.row_home[0]:
+            raise InputError(_not_replaced("another tensor"))
+        if known[1] != rows._version:
+            torch.autograd.graph.increment_version(weight)
+        elif known[0] != weight._version:
+            self.read_rows()  # others have written into the weight, through its state_dict() or as it is
+        weight.data.index_copy_(self.row_dim, self.row_index, rows.data)
+        self.row_versions = (weight._version, rows._version)
+
+    def agree(self) -> None:
+        """Note that the weight, as it is now, has the rows in it."""
+        self.row_home = (self.whole,)
+        if self.row_index is not None:
+            self.row_versions = (self.whole._version, self.weight_rows._version)
+
+    def read_rows(self) -> None:
+        """Take the rows from the weight again."""
+        if self.row_index is None:
+            return
+        with torch.no_grad():
+            self.weight_rows.copy_(self.whole.index_select(self.row_dim, self.row_index))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.write_rows()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in INDICES:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(self.whole.device))
+        self.agree()  # on some devices with another tensor
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        self.write_rows()  # a copied tensor counts its versions from the start
+        reduced = cast(tuple[Any, ...], super().__reduce_ex__(max(2, int(protocol))))
+        return _new, (self.plain_type, *reduced[1][1:]), *reduced[2:]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.agree()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.write_rows()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + ROWS, None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        *_, missing, _, _ = arguments
+        self.write_rows()  # what is not loaded stays as it is
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if prefix + ROWS in missing:
+            missing.remove(prefix + ROWS)
+        self.read_rows()
+        self.agree()  # with assign=True with another tensor
+
+
+def may_have_small_maps(layer: nn.Module) -> bool:
+    """Return whether there is a faster way to this layer's weight gradient, should it be given small feature maps."""
+    weight = cast(Tensor, layer.weight)
+    known = weight.device.type == "cpu" and weight.dtype in LEAST_CHANNELS_PER_POSITION
+    return known and getattr(layer, "groups", None) == 1
+
+
+def compact_type(layer_type: type[nn.Module]) -> type[CompactLayer] | None:
+    """The class that a layer of this type gets; None for a layer that cannot be trained by rows."""
+    known = layer_type_of(layer_type)
+    if layer_type not in COMPACT and known is not None and not issubclass(layer_type, CompactLayer):
+        # a registered layer runs its own forward pass, which reads ``weight``, unless that is known to be the product
+        base = _TransposedLinear if layer_type.forward is known.linear_forward else CompactLayer
+        made = type(f"Compact{layer_type.__name__}", (base, layer_type), {"plain_type": layer_type})
+        COMPACT.setdefault(layer_type, made)  # the one that another thread has made meanwhile stays
+    return COMPACT.get(layer_type)
+
+
+def rows_dim(layer: nn.Module) -> int:
+    """The dimension of the layer's weight along which its rows, the output channels, lie."""
+    known = layer_type_of(type(layer))
+    return 0 if known is None else known.output_dim
+
+
+def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
+    """Change ``layer``, of a type with a ``compact_type``, to train only these rows (int64, ascending) of its weight;
+    None: all."""
+    weight, groups = cast(Tensor, layer.weight), cast(int, getattr(layer, "groups", 1))
+    dim = rows_dim(layer)
+    if rows is None:
+        plan = RowPlan(None, None, None, groups)
+    else:
+        plan = plan_rows(rows.cpu(), weight.shape[dim], weight.shape[1 - dim] * groups, groups)
+    found = (rows, plan.gathered, plan.opposite, plan.kept)
+    indices = [None if tensor is None else tensor.to(weight.device) for tensor in found]
+    selected = None
+    if rows is not None:
+        selected = torch.empty_like(weight.detach().narrow(dim, 0, len(rows)))  # in the weight's memory format
+        selected.copy_(weight.detach().index_select(dim, rows.to(weight.device)))
+    changed = compact_type(type(layer))
+    assert changed is not None
+    compact = cast(CompactLayer, layer)  # from here on nothing is allocated: a layer is changed whole or not at all
+    compact.__class__ = changed
+    for name, tensor in zip(INDICES, indices, strict=True):
+        # no buffers: averages of models would average them, and DDP send them with every pass
+        setattr(compact, name, tensor)
+    compact.row_dim, compact.row_groups = dim, plan.groups
+    if selected is not None:
+        compact.weight_rows = nn.Parameter(selected)
+        weight.requires_grad_(False)
+    compact.agree()
+    return compact
+
+
+def restore(layer: CompactLayer) -> nn.Module:
+    """Undo ``make_compact``: the rows are written back, the weight can be trained again.
+
+    A weight that has been put in the place of the layer's own stays as it is.
+    """
+    weight = layer._parameters.get(WEIGHT)  # None where old weight_norm, refused half-way, has removed it
+    if weight is layer.row_home[0]:
+        layer.write_rows()
+    if layer.row_index is not None:
+        del layer.weight_rows, layer.row_versions
+        if weight is not None:
+            weight.requires_grad_(True)
+    for name in INDICES:
+        delattr(layer, name)
+    del layer.row_dim, layer.row_groups, layer.row_home
+    plain = cast(nn.Module, layer)
+    plain.__class__ = layer.plain_type
+    return plain
+
+
+def _new(plain_type: type[nn.Module], *arguments: Any) -> CompactLayer:
+    """A compact layer without its state, for ``pickle`` and ``copy``."""
+    made = compact_type(plain_type)
+    if made is None:
+        raise InputError(
+            f"expected {plain_type.__name__} to be registered, as it was where the compact model was saved; call "
+            "delfast.register_layer first"
+        )
+    return made.__new__(made, *arguments)
+
+
+def _not_replaced(what: str) -> str:
+    return (
+        f"expected a compact layer to keep its weight, got {what}; assign, parametrize, normalize, prune or use "
+        "functional_call before compact() or after undo(), and copy values under no_grad"
+    )
+
+
+def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a layer multiplies, as autocast would have it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+    return x, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+
+
+class _Product(CompactLayer):
+    """A linear layer."""
+
+    def _multiply(self, input: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+        """rows (n, in) and weight (out, in): as ``nn.Linear`` has them."""
+        x, weight, bias = _as_autocast(input, weight, self.bias)
+        # of other than two dimensions linear gives a view, and a Function's views cannot be changed in place afterwards
+        flat = torch.atleast_2d(x).flatten(0, -2)  # type: ignore[no-untyped-call]
+        result: Tensor = RowsOfLinear.apply(flat, rows, weight, bias, self.row_gathered, self.row_kept)
+        return result if flat is x else result.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class CompactLinear(_Product, nn.Linear):
+    """``nn.Linear``, compact."""
+
+    plain_type = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._multiply(input, *self.parameter_and_weight())
+
+
+class _TransposedLinear(_Product):
+    """A registered linear layer with its weight as (in, out)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, weight = self.parameter_and_weight()
+        return self._multiply(input, rows.t(), weight.t())
+
+
+class _Convolutional(CompactLayer):
+    """The convolutions without their padding."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    kernel_size: Any
+    groups: int
+    padding_mode: Any
+    _reversed_padding_repeated_twice: Any
+    _output_padding: Any
+
+    def _convolve(self, input: Tensor, padding: Any, transposed: bool, output_padding: Any) -> Tensor:
+        rows, weight = self.parameter_and_weight()
+        x, weight, bias = _as_autocast(input, weight, self.bias)
+        spatial = weight.dim() - 2
+        batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+        geometry = (self.stride, padding, self.dilation, transposed, output_padding)
+        plan = self.plan
+        result: Tensor = RowsOfConvolution.apply(
+            batched, rows, weight, bias, plan.gathered, plan.opposite, plan.kept, geometry, self.groups,
+            plan.groups,
+        )  # fmt: skip
+        return result if batched is x else result.squeeze(0)
+
+
+class _Forward(_Convolutional):
+    """An ordinary convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):  # "same" may pad one side more
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = functional.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(self.kernel_size)
+        return self._convolve(input, padding, False, (0,) * len(self.kernel_size))
+
+
+class _Transposed(_Convolutional):
+    """A transposed convolution."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        spatial = len(self.kernel_size)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        return self._convolve(input, self.padding, True, output_padding)
+
+
+class CompactConv1d(_Forward, nn.Conv1d):
+    """``nn.Conv1d``, compact."""
+
+    plain_type = nn.Conv1d
+
+
+class CompactConv2d(_Forward, nn.Conv2d):
+    """``nn.Conv2d``, compact."""
+
+    plain_type = nn.Conv2d
+
+
+class CompactConv3d(_Forward, nn.Conv3d):
+    """``nn.Conv3d``, compact."""
+
+    plain_type = nn.Conv3d
+
+
+class CompactConvTranspose1d(_Transposed, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d``, compact."""
+
+    plain_type = nn.ConvTranspose1d
+
+
+class CompactConvTranspose2d(_Transposed, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d``, compact."""
+
+    plain_type = nn.ConvTranspose2d
+
+
+class CompactConvTranspose3d(_Transposed, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d``, compact."""
+
+    plain_type = nn.ConvTranspose3d
+
+
+COMPACT: dict[type[nn.Module], type[CompactLayer]] = {
+    made.plain_type: made
+    for made in (
+        CompactLinear,
+        CompactConv1d,
+        CompactConv2d,
+        CompactConv3d,
+        CompactConvTranspose1d,
+        CompactConvTranspose2d,
+        CompactConvTranspose3d,
+    )
+}

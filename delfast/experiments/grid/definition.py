@@ -1,0 +1,281 @@
+"""What is compared: settings x seeds x methods x strategies x budgets, read from a TOML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from delfast.errors import InputError
+from delfast.experiments.recipes import method_recipe, recipe
+from delfast.experiments.run import Config, check_batch_size
+from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
+from delfast.files import one_line, read_text, reason
+from delfast.localization import STRATEGIES, check_selection, preset_settings
+from delfast.localization.scores import check_criterion
+from delfast.unlearning import METHODS, Method, make_method
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BUDGET = 0.3  # DEL paper
+EVERYTHING = "everything"  # the strategy of a method without a mask
+ORIGINAL, ORACLE = "original", "oracle"
+# what a grid may hold, and its [[compare]]: of which kind; in brackets, a list of such
+GRID = {"title": str, "seeds": [int], "budget": float, "shadows": int, "compare": [dict]} | dict.fromkeys(
+    ("train", "settings", "unlearn", "methods", "strategies"), dict
+)
+BLOCK = {"methods": [str], "strategies": [str], "budgets": [float], "settings": [str]}
+STRATEGY = {  # and top_h, which is more than one kind
+    **dict.fromkeys(("criterion", "granularity", "aggregate", "policy", "preset"), str),
+    "per_example": bool,
+}
+MAX_CELLS = 10_000  # with their shadows; at a minute each, a week
+MAX_NAME = 64  # bytes; a file is named by two of them and a digest, in at most 255
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network to be trained before any cell: the original of a setting and a seed, or its oracle.
+
+    ``shadow``: above 0, one like it but for its seeds, for U-LiRA.
+    """
+
+    setting: str
+    which: str
+    config: Config
+    shadow: int = 0
+
+    @property
+    def key(self) -> str:
+        """Names its directory; other settings, another key."""
+        shadow = f"-shadow{self.shadow}" if self.shadow else ""
+        return f"{self.setting}-{self.config.seed}-{self.which}{shadow}-{_digest(asdict(self.config))}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything".
+
+    ``label``: the method's name in the report. ``shadows``: how many more like it are run, for U-LiRA.
+    """
+
+    setting: str
+    config: Config
+    label: str
+    method: Method
+    strategy: str
+    budget: float | None
+    localize: Mapping[str, Any] | None
+    batch_size: int
+    shadows: int
+
+    @property
+    def key(self) -> str:
+        """Names its file; other settings, another key."""
+        determined = {
+            "config": asdict(self.config),
+            "method": {"name": self.method.name, **asdict(self.method)},
+            "localize": None if self.localize is None else dict(self.localize),
+            "budget": self.budget,
+            "batch_size": self.batch_size,
+        } | ({"shadows": self.shadows} if self.shadows else {})
+        parts = [self.setting, str(self.config.seed), self.method.name, self.strategy]
+        parts += [] if self.budget is None else [f"{self.budget:g}"]
+        return "-".join([*parts, _digest(determined)])
+
+    def original(self, shadow: int = 0) -> Trained:
+        return Trained(self.setting, ORIGINAL, self.config, shadow)
+
+    def oracle(self, shadow: int = 0) -> Trained:
+        return Trained(self.setting, ORACLE, self.config, shadow)
+
+    def networks(self) -> list[Trained]:
+        """All that it needs."""
+        return [of(shadow) for shadow in range(self.shadows + 1) for of in (self.original, self.oracle)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``cells`` in the order of the file, each once. ``budget``: the one that tables of a single budget are of."""
+
+    title: str
+    cells: list[Cell]
+    budget: float
+
+    @property
+    def trained(self) -> list[Trained]:
+        """The networks that the cells begin from and are compared with, each once."""
+        found = {}
+        for cell in self.cells:
+            for network in cell.networks():
+                found[network.key] = network
+        return list(found.values())
+
+
+def read_grid(path: Path, data: str | None = None) -> Grid:
+    """Read a grid; ``data`` replaces that of [train].
+
+    InputError for a missing file, an unknown table, key or name, and values out of range.
+
+    ``title``; ``seeds``, a list; ``budget``, for tables of one budget, and of a block that names none (0.3);
+    ``shadows``, for U-LiRA, none or at least 2: as many more of every network and every cell. ``[train]``: a run's
+    configuration, as the options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that.
+    ``[unlearn]``: epochs, batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of
+    one. With ``of = "del"`` NAME is a variant of that method, beside it. ``[strategies.NAME]``: arguments of
+    ``localize``, beside the strategies that have names. ``[[compare]]``: lists ``methods``, ``strategies``
+    ("everything": no mask) and ``budgets``, every combination a cell, for ``settings`` or all of them.
+    """
+    content = _read(path)
+    check_table(content, GRID, f"'{path}'")
+    for table in ("settings", "methods", "strategies"):
+        check_table(content.get(table, {}), dict.fromkeys(content.get(table, {}), dict), f"[{table}]")
+        for name in content.get(table, {}):
+            if not re.fullmatch(r"[\w.+-]+", name) or len(name.encode()) > MAX_NAME:
+                raise InputError(
+                    f"expected names of [{table}] of letters, digits and . + - _, got {shown(name)}; rename it "
+                    f"(at most {MAX_NAME} bytes)"
+                )
+    for name in content.get("strategies", {}):
+        if name in (*STRATEGIES, EVERYTHING):
+            raise InputError(f"[strategies.{name}] has the name of something else; choose another")
+    check_table(content.get("unlearn", {}), kinds_of(*METHODS.values()) | {"batch_size": int}, "[unlearn]")
+    strategies = {**STRATEGIES, **content.get("strategies", {})}
+    settings = content.get("settings", {})
+    if not settings or not content.get("compare"):
+        raise InputError(f"expected '{path}' to have [settings.NAME] and [[compare]], one is missing; add it")
+    shadows = content.get("shadows", 0)
+    if shadows < 0 or shadows == 1:
+        raise InputError(f"expected shadows of at least 2, or 0 for no U-LiRA, got {shadows}")
+    seeds = content.get("seeds", [0])
+    for block in content["compare"]:
+        check_table(block, BLOCK, "[[compare]]")
+    count = sum(_size({"settings": settings, **block}) for block in content["compare"]) * len(seeds) * (1 + shadows)
+    if count > MAX_CELLS:
+        raise InputError(f"expected a grid of at most {MAX_CELLS} cells, shadows included, got {count}; split it")
+    budget = float(content.get("budget", BUDGET))
+    check_selection(budget)
+    cells: dict[str, Cell] = {}
+    for block in content["compare"]:
+        for setting in block.get("settings", settings):
+            if setting not in settings:
+                raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
+            for seed in seeds:
+                values = {**content.get("train", {}), **settings[setting]}
+                config = _config(values, seed, data)
+                for cell in _block(block, setting, config, content, strategies):
+                    if cells.setdefault(cell.key, cell).label != cell.label:
+                        raise InputError(f"'{cells[cell.key].label}' and '{cell.label}' are the same; drop one")
+    return Grid(content.get("title", path.stem), list(cells.values()), budget)
+
+
+def _size(block: Mapping[str, Any]) -> int:
+    """The most cells that a block has for one seed."""
+    return math.prod(len(block.get(name, [0])) for name in BLOCK)
+
+
+def _block(
+    block: Mapping[str, Any], setting: str, config: Config, content: Mapping[str, Any], strategies: Mapping[str, Any]
+) -> list[Cell]:
+    cells, shadows = [], content.get("shadows", 0)
+    for name in block.get("methods", ["del"]):
+        method, batch_size = _method(name, config, content.get("unlearn", {}), content.get("methods", {}))
+        for strategy in block.get("strategies", ["del"]):
+            if strategy == EVERYTHING:
+                if method.localizes:
+                    raise InputError(f"[[compare]] asks for '{name}' without a mask, which it needs; name strategies")
+                cells.append(Cell(setting, config, name, method, strategy, None, None, batch_size, shadows))
+                continue
+            if strategy not in strategies:
+                raise InputError(f"expected strategies among {', '.join(strategies)}, {EVERYTHING}; got '{strategy}'")
+            if "everything" in method.needs:
+                raise InputError(f"[[compare]] pairs '{name}' with '{strategy}', it takes '{EVERYTHING}' alone")
+            arguments = strategies[strategy]
+            for budget in block.get("budgets", [content.get("budget", BUDGET)]):
+                _check_strategy(strategy, budget, arguments)
+                share = float(budget)
+                cells.append(Cell(setting, config, name, method, strategy, share, arguments, batch_size, shadows))
+    return cells
+
+
+def _method(
+    name: str, config: Config, shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
+) -> tuple[Method, int]:
+    """A method or variant, and its batch size. Hyperparameters: published, then those of all methods, then its own."""
+    for table, values in own.items():
+        base = values.get("of", table)
+        if not isinstance(base, str) or base not in METHODS:
+            raise InputError(f"expected [methods.NAME] to name one of {', '.join(METHODS)}, or of = one; got '{table}'")
+        if "of" in values and table in (*METHODS, ORIGINAL, ORACLE):
+            raise InputError(
+                f"[methods.{table}] has the name of something else, with of = '{values['of']}'; choose another"
+            )
+    changes_of_own, where = dict(own.get(name, {})), f"[methods.{name}]"
+    name = changes_of_own.pop("of", name)
+    plain = make_method(name, {})
+    check_table(changes_of_own, kinds_of(type(plain)) | {"batch_size": int}, where)
+    shared = {key: value for key, value in shared.items() if hasattr(plain, key) or key == "batch_size"}
+    if not plain.epochs:
+        shared.pop("epochs", None)
+    if name == "retrain":  # as the original was trained
+        shared |= {key: getattr(config, key) for key in ("epochs", "lr", "weight_decay", "batch_size")}
+    changes = {**method_recipe(config.data, config.model, name), **shared, **changes_of_own}
+    batch_size = int(changes.pop("batch_size", config.batch_size))
+    check_batch_size(batch_size)
+    return make_method(name, changes), batch_size
+
+
+def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
+    """Refuse now what ``localize`` would refuse in a cell."""
+    check_table({key: value for key, value in arguments.items() if key in STRATEGY}, STRATEGY, f"strategy '{name}'")
+    for key, value in arguments.items():
+        if not isinstance(value, str | float | int) or (isinstance(value, int) and value not in OF_64_BITS):
+            raise InputError(f"expected {key} of strategy '{name}' to be a text or a number, got {shown(value)}")
+    options = dict(arguments)
+    criterion, per_example = options.pop("criterion", "weighted_grad"), options.pop("per_example", False)
+    try:
+        check_criterion(criterion, per_example)
+        check_selection(budget, criterion=criterion, **preset_settings(options.pop("preset", "paper"), **options))
+    except TypeError as error:
+        raise InputError(f"strategy '{name}': {one_line(error)}; see delfast.localize") from None
+
+
+def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
+    kinds = kinds_of(Config)
+    del kinds["seed"]
+    check_table(values, kinds, "[train] and [settings.NAME]")
+    defaults: dict[str, Any] = {"data": "digits", "model": "resnet18-thin", "forget_ratio": 0.1, "batch_size": 128}
+    values = {**defaults, **values}
+    if "forget" not in values:
+        raise InputError(
+            "expected [settings.NAME] to say forget = 'iid', 'mislabelled', 'non-iid:2,5' or 'file:PATH'; add it"
+        )
+    published = recipe(values["data"], values["model"])
+    values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}
+    config = Config(**(values if data is None else {**values, "data": data}))
+    config.check()
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = tomllib.loads(read_text(path))
+        return content
+    except FileNotFoundError:
+        raise InputError(f"expected a TOML file at '{path}', there is none; check the path") from None
+    except RecursionError:
+        raise InputError(f"cannot read '{path}' as TOML: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"cannot read '{path}' as TOML: {reason(error)}") from None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,111 @@
+"""Networks by name: torchvision's ResNets with the stem that small images need, vit-pytorch's ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from torch import nn
+
+from delfast.errors import InputError
+from delfast.extras import extra
+
+with extra("delfast.experiments.networks"):
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+SMALL_IMAGE = 64  # pixels; up to here a ResNet takes the CIFAR stem: 3x3 convolution of stride 1, no pooling
+TORCHVISION_WIDTH = 64  # channels of torchvision's first stage
+
+
+class ImageResNet(ResNet):  # type: ignore[misc]  # torchvision carries no types
+    """torchvision's ResNet for any number of input channels, any width of the first stage, and small images.
+
+    Initialized as torchvision's: every convolution by Kaiming's normal with ``fan_out`` (He et al., ICCV
+    2015, equation 14), the linear layer by torch's default.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: list[int],
+        *,
+        num_classes: int,
+        channels: int,
+        image_size: int,
+        width: int = TORCHVISION_WIDTH,
+    ) -> None:
+        self.width = width  # before super(), which calls _make_layer
+        super().__init__(block, layers)
+        if image_size <= SMALL_IMAGE:
+            self.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(8 * width * block.expansion, num_classes)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
+        if planes == TORCHVISION_WIDTH:  # the first stage: super().__init__ has just set torchvision's own width
+            self.inplanes = self.width
+        stage = super()._make_layer(block, planes * self.width // TORCHVISION_WIDTH, *args, **options)
+        return cast(nn.Sequential, stage)
+
+
+def _vit_class() -> type[nn.Module]:
+    with extra("the network 'vit'"):
+        from vit_pytorch.vit_for_small_dataset import ViT
+    return cast("type[nn.Module]", ViT)
+
+
+def _vit(*, num_classes: int, channels: int, image_size: int) -> nn.Module:
+    """The DEL paper's ViT: patch 8 for images of 32 pixels, so a quarter of the side for others."""
+    return _vit_class()(
+        image_size=image_size,
+        patch_size=image_size // 4,
+        num_classes=num_classes,
+        dim=512,
+        depth=4,
+        heads=8,
+        mlp_dim=1536,
+        channels=channels,
+    )
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": partial(ImageResNet, BasicBlock, [2, 2, 2, 2]),
+    "resnet18-thin": partial(ImageResNet, BasicBlock, [2, 2, 2, 2], width=16),
+    "resnet50": partial(ImageResNet, Bottleneck, [3, 4, 6, 3]),
+    "vit": _vit,
+}
+NAMES = tuple(_BUILDERS)
+
+
+def check_model(name: str, image_size: int | None = None) -> None:
+    """Raise InputError for an unknown network or an image size that it cannot take, ImportError without its package."""
+    if name not in _BUILDERS:
+        raise InputError(f"expected a model {', '.join(NAMES)}, got '{name}'")
+    if name == "vit":
+        _vit_class()  # raises where vit-pytorch is not installed
+    if name == "vit" and image_size is not None and image_size % 4:
+        raise InputError(f"a vit takes images whose side is a multiple of 4 pixels, got {image_size}")
+
+
+def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
+    """A freshly initialized network for (B, channels, image_size, image_size) float32, giving (B,
+    num_classes) logits.
+
+    Names: ``resnet18``, ``resnet18-thin`` (a quarter of the width: 16, 32, 64, 128), ``resnet50``, ``vit``.
+    Raises InputError for another name or an image size that the network cannot take.
+    """
+    check_model(name, image_size)
+    return _BUILDERS[name](num_classes=num_classes, channels=channels, image_size=image_size)
+
+
+def factory(name: str, num_classes: int, channels: int, image_size: int) -> Callable[[], nn.Module]:
+    """A function without arguments that builds the network anew each time: ``init`` of ``reset_`` and
+    ``unlearn``.
+    """
+    check_model(name, image_size)
+    return partial(build, name, num_classes, channels, image_size)

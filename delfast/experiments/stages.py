@@ -1,0 +1,173 @@
+"""Time the stages of an unlearning job on one batch, in this process.
+
+``python -m delfast.experiments.stages``, for ``delfast bench``.
+
+A process of its own for each variant, since the backend is chosen when delfast is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import delfast
+from delfast.experiments.datasets import Batches
+from delfast.experiments.interrupts import exit_after
+from delfast.experiments.networks import factory
+from delfast.experiments.run import choose_device, load_model, open_run
+from delfast.localization import Scores
+from delfast.seeding import seeded
+
+CLASSES, CHANNELS, IMAGE_SIZE = 10, 3, 32  # of a preset's random images
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to time. ``run_dir``: the user's network and data; None: the preset ``model`` on random images."""
+
+    run_dir: str | None
+    data_dir: str | None
+    model: str
+    batch_size: int
+    budget: float
+    precision: str
+    channels_last: bool
+    device: str
+    threads: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, the batches that it is trained on, and how to initialize it."""
+
+    model: nn.Module
+    batches: Batches
+    init: Callable[[], nn.Module]
+
+
+def measure(request: Request) -> dict[str, float]:
+    """Median seconds of each stage on one batch:
+
+    load: take a batch. forward, backward: of the loss, in training mode; the backward pass without the weights'
+    gradients. weight gradient: what those add to it, and "compact weight gradient", what they add within the mask.
+    step: MaskedSGD, compact. score: the forget set's gradient and every channel's score; select, reset. evaluate: the
+    forward pass in eval mode.
+    """
+    torch.set_num_threads(request.threads)
+    device = choose_device(request.device)
+    job = _job(request, device)
+    model, batch = job.model, next(iter(job.batches))
+    inputs = batch[1].to(device, memory_format=_layout(request)).requires_grad_()
+    targets = batch[2].to(device)
+    timed = _Timer(device, request.repeats)
+
+    def precision() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=request.precision == "bf16")
+
+    def forward() -> Tensor:
+        with precision():
+            return cross_entropy(model(inputs), targets)
+
+    def score() -> Scores:
+        with precision():
+            return delfast.score(model, [batch])
+
+    def backward() -> float:
+        model.zero_grad(set_to_none=True)
+        inputs.grad = None
+        loss = forward()
+        return timed.once(loss.backward)
+
+    def evaluate() -> None:
+        with torch.inference_mode():
+            forward()
+
+    found = {"load": timed(lambda: next(iter(job.batches)))}
+    found["score"], scores = timed(score), score()
+    mask = scores.select(request.budget)
+    found["select"] = timed(lambda: scores.select(request.budget))
+    found["reset"] = timed(lambda: delfast.reset_(model, mask, init=model))
+    model.eval()
+    found["evaluate"] = timed(evaluate)
+    model.train()
+    found["forward"] = timed(forward)
+    dense = timed.all(backward)
+    with delfast.compact(model, mask) as handle:
+        optimizer = delfast.optim.MaskedSGD(model.named_parameters(), handle.mask, lr=1e-6, momentum=0.9)
+        compact = timed.all(backward)
+        found["step"] = timed(optimizer.step)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    found["backward"] = timed.all(backward)
+    found["weight gradient"] = max(0.0, dense - found["backward"])
+    found["compact weight gradient"] = max(0.0, compact - found["backward"])
+    return found
+
+
+class _Timer:
+    """Median seconds of calls, each to its end on the device; the first is not counted."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def once(self, call: Callable[[], Any]) -> float:
+        self._wait()
+        started = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - started
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        return self.all(lambda: self.once(call))
+
+    def all(self, timed_call: Callable[[], float]) -> float:
+        """Of a call that times itself."""
+        timed_call()
+        return statistics.median(timed_call() for _ in range(self.repeats))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _layout(request: Request) -> torch.memory_format:
+    return torch.channels_last if request.channels_last else torch.contiguous_format
+
+
+def _job(request: Request, device: torch.device) -> Job:
+    if request.run_dir is not None:
+        run = open_run(Path(request.run_dir), device, None if request.data_dir is None else Path(request.data_dir))
+        run = run.with_config(precision=request.precision, channels_last=request.channels_last)
+        model = load_model(run, Path(request.run_dir))
+        return Job(model, run.batches(run.forget.retain, request.batch_size), run.factory)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (request.batch_size, CHANNELS, IMAGE_SIZE, IMAGE_SIZE), generator=generator)
+    targets = torch.randint(0, CLASSES, (request.batch_size,), generator=generator)
+    init = factory(request.model, CLASSES, CHANNELS, IMAGE_SIZE)
+    with seeded(0):
+        model = init().to(device).to(memory_format=_layout(request))
+    half = torch.full((CHANNELS,), 0.5)
+    return Job(model, Batches(images.to(torch.uint8), targets, half, half, batch_size=request.batch_size), init)
+
+
+def as_arguments(request: Request) -> list[str]:
+    """The command, after the interpreter's name, that measures it and prints JSON."""
+    return ["-m", "delfast.experiments.stages", json.dumps(asdict(request))]
+
+
+if __name__ == "__main__":
+    exit_after(lambda: os.read(0, 1))
+    print(json.dumps(measure(Request(**json.loads(sys.argv[1])))))

@@ -1,0 +1,155 @@
+"""Which entries of a network changed, bit by bit, and which of them lie outside a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delfast.bits import bits
+from delfast.errors import InputError
+from delfast.experiments.run import MODEL
+from delfast.files import load_state
+from delfast.mask import Mask
+from delfast.naming import plain_name
+
+COLUMNS = ("name", "entries", "in the mask", "changed", "changed outside")
+# A state file does not tell buffers from parameters; these are the ones that training moves, of every torch
+# norm layer
+BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One tensor: its entries, those that may change, those that changed, those that changed though they may not."""
+
+    name: str
+    entries: int
+    in_mask: int
+    changed: int
+    outside: int
+
+    def cells(self) -> list[str]:
+        """The row for a table with ``COLUMNS``."""
+        return [
+            self.name,
+            *(str(value) for value in (self.entries, self.in_mask, self.changed, self.outside)),
+        ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Parameters and, apart, buffers, in the order of the state file."""
+
+    parameters: list[ComparedRow]
+    buffers: list[ComparedRow]
+
+    @property
+    def changed(self) -> int:
+        """Entries of parameters that changed."""
+        return sum(row.changed for row in self.parameters)
+
+    @property
+    def outside(self) -> int:
+        """Entries of parameters that changed outside the mask."""
+        return sum(row.outside for row in self.parameters)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"changed": self.changed, "outside": self.outside, **asdict(self)}
+
+
+def load_network(path: Path) -> dict[str, Tensor]:
+    """The state of a run directory or of a state file."""
+    return load_state(path / MODEL if path.is_dir() else path)
+
+
+def load_mask(path: Path) -> Mask:
+    """A saved mask or, in any file but .safetensors, a dense one (name -> 0/1 tensor) as SalUn writes."""
+    if path.suffix == ".safetensors":
+        return Mask.load(path)
+    return Mask.from_dense(load_state(path))
+
+
+def compare(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    mask: Mask,
+    *,
+    heads: Sequence[str] = (),
+    buffers: Sequence[str] = (),
+) -> Comparison:
+    """Compare two states bit by bit (so that NaN equals itself, and 0 is not -0).
+
+    ``heads``: modules or parameters that may change in full; ``buffers``: entries not to be counted, besides
+    BatchNorm's statistics. A tied parameter is stored under several names and masked under one: an entry that
+    equals a masked one in both states is judged by that one's mask. Raises InputError where the states, or
+    the mask and the states, are of different networks, and for a head or buffer that is not there.
+    """
+    before, after = _plain_names(before), _plain_names(after)
+    allowed = {plain_name(name): dense.cpu() for name, dense in mask.to_dense().items()}
+    _check_same(before, after)
+    _check_mask(allowed, before)
+    for wanted in (*heads, *buffers):
+        if not any(_within(name, wanted) for name in before):
+            raise InputError(f"expected a module or entry of the network, got '{wanted}', which it does not have")
+    rows: dict[bool, list[ComparedRow]] = {True: [], False: []}
+    for name, old in before.items():
+        changed = bits(old) != bits(after[name])
+        may = allowed.get(name)
+        if may is None:
+            may = _mask_of_twin(name, before, after, allowed)
+        if any(_within(name, head) for head in heads):
+            may = torch.ones_like(may)
+        row = ComparedRow(name, old.numel(), int(may.sum()), int(changed.sum()), int((changed & ~may).sum()))
+        is_buffer = name not in allowed and (
+            name.rpartition(".")[2] in BATCH_NORM_BUFFERS or any(_within(name, buffer) for buffer in buffers)
+        )
+        rows[is_buffer].append(row)
+    return Comparison(rows[False], rows[True])
+
+
+def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {plain_name(name): tensor for name, tensor in state.items()}
+
+
+def _within(name: str, wanted: str) -> bool:
+    return name == wanted or name.startswith(f"{wanted}.")
+
+
+def _mask_of_twin(
+    name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], allowed: Mapping[str, Tensor]
+) -> Tensor:
+    for twin, may in allowed.items():
+        same = before[twin].shape == before[name].shape and before[twin].dtype == before[name].dtype
+        if same and all(torch.equal(bits(state[twin]), bits(state[name])) for state in (before, after)):
+            return may
+    return torch.zeros(before[name].shape, dtype=torch.bool)
+
+
+def _check_same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    for name in sorted(before.keys() ^ after.keys()):
+        where = "BEFORE" if name in before else "AFTER"
+        raise InputError(f"expected two states of one network, '{name}' is in {where} alone")
+    for name, old in before.items():
+        new = after[name]
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise InputError(
+                f"expected two states of one network, '{name}' is {tuple(old.shape)} {old.dtype} in BEFORE "
+                f"and {tuple(new.shape)} {new.dtype} in AFTER"
+            )
+
+
+def _check_mask(allowed: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for name, dense in allowed.items():
+        if name not in state:
+            raise InputError(f"the mask is for another architecture: the network has no '{name}'")
+        if dense.shape != state[name].shape:
+            raise InputError(
+                f"the mask is for another architecture: '{name}' is {tuple(dense.shape)} in the mask, "
+                f"{tuple(state[name].shape)} in the network"
+            )

@@ -1,0 +1,26 @@
+"""Localization: model + forget set -> scores -> mask."""
+
+from delfast.localization.critical_channels import CriticalChannels, CriticalExample, critmem
+from delfast.localization.per_example import SignedChannels, signed_channels
+from delfast.localization.scores import Aggregate, Criterion, Granularity, Policy, Scores, check_selection, score
+from delfast.localization.strategies import BUDGET, STRATEGIES, Preset, localize, preset_settings
+
+__all__ = [
+    "BUDGET",
+    "STRATEGIES",
+    "Aggregate",
+    "Criterion",
+    "CriticalChannels",
+    "CriticalExample",
+    "Granularity",
+    "Policy",
+    "Preset",
+    "Scores",
+    "SignedChannels",
+    "check_selection",
+    "critmem",
+    "localize",
+    "preset_settings",
+    "score",
+    "signed_channels",
+]

@@ -1,0 +1,129 @@
+"""Localization that stops once more examples no longer change the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from delfast.arguments import check_int, check_number, is_scalar
+from delfast.batches import LossFn, sampler_fault, warn_about_loader
+from delfast.errors import InputError
+from delfast.layer_types import output_dims
+from delfast.localization.gradient import add_all
+from delfast.localization.scores import WITHOUT_MEAN, Criterion, Scores, gradient_sums
+from delfast.localization.selection import Selection
+from delfast.mask import Mask
+from delfast.naming import trainable_parameters, unwrap
+
+# how a DataLoader makes a batch of examples: kept for the loaders that are made here
+KEPT = (
+    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "prefetch_factor", "batch_size",
+)  # fmt: skip
+BATCH_SIZE = 128
+
+
+def localize_until_stable(
+    model: nn.Module,
+    data: object,
+    criterion: Criterion,
+    budget: float,
+    settings: Mapping[str, Any],
+    bound: float,
+    batch_size: int | None,
+    *,
+    per_example: bool,
+    loss_fn: LossFn | None,
+    seed: int,
+) -> Selection:
+    """The selection at n = batch_size, 2n, 4n, … examples, until it overlaps the one before by ``bound`` (Jaccard), or
+    all examples are taken. No example is computed twice. ``data``: a map-style data set, or a DataLoader of one.
+    Errors as ``localize``'s, and InputError for a bound outside (0, 1], a batch size below 1 and a criterion without a
+    gradient.
+    """
+    check_stop(bound, criterion)
+    dataset, options = _map_style(data)
+    if loss_fn is None:
+        _refuse_batches(dataset)
+    if batch_size is None:
+        batch_size = options.pop("batch_size", BATCH_SIZE)
+    options["batch_size"] = check_batch_size(batch_size)
+    network = unwrap(model)
+    parameters = trainable_parameters(network)
+    if not parameters:
+        raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
+    available = len(dataset)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
+    warn_about_loader(DataLoader(dataset), "forget set")
+    sums = gradient_sums(network, parameters, criterion, per_example, loss_fn)
+    previous: Mask | None = None
+    overlap = None
+    done, goal = 0, options["batch_size"]  # positions in the order
+    taken = 0  # examples that the batches had: a collate_fn may leave some out
+    seeds = torch.Generator().manual_seed(seed)  # of workers: torch's own generator is left alone
+    while True:
+        loader = DataLoader(Subset(dataset, order[done:goal]), generator=seeds, **options)
+        taken += add_all(sums, network, loader, "forget set")
+        scores = Scores(parameters, sums.mean(taken), criterion, taken, seed, per_example, dims=output_dims(network))
+        selection = scores.choose(budget, **settings)
+        mask = selection.mask
+        overlap = None if previous is None else previous.jaccard(mask)
+        if goal >= available or (overlap is not None and overlap >= bound):
+            break
+        # a mask of scores that are all 0 is by place alone, and overlaps any other such one in full
+        previous, done, goal = mask if selection.positive else None, goal, 2 * goal
+    facts = {"stop_when_stable": bound, "examples_available": available, "overlap": overlap}
+    return replace(selection, mask=Mask(mask.parameters, {**mask.metadata, **facts}))
+
+
+def _map_style(data: object) -> tuple[Any, dict[str, Any]]:
+    """The data set, and how the DataLoader of it, if it is one, makes batches."""
+    dataset, options = data, dict[str, Any]()
+    if isinstance(data, DataLoader):
+        fault = sampler_fault(data)
+        if data.batch_size is None:
+            fault = "has no batch_size, but batches of its own"
+        if fault is not None:
+            raise InputError(
+                f"expected a DataLoader of each example once for stop_when_stable, got one that {fault}; pass one of "
+                "Subset(dataset, indices) with a batch_size and without a sampler"
+            )
+        dataset, options = data.dataset, {name: getattr(data, name) for name in KEPT}
+    is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not is_map or isinstance(dataset, (IterableDataset, Mapping, str, bytes, type)) or is_scalar(dataset):
+        raise InputError(
+            f"expected a map-style Dataset for stop_when_stable, got {type(dataset).__name__}; pass the "
+            "data set itself, or a DataLoader of it: its examples are gone through in seeded order"
+        )
+    return dataset, options
+
+
+def _refuse_batches(dataset: Any) -> None:
+    """InputError for a list of batches, which is what the other loaders may be."""
+    first = dataset[0] if isinstance(dataset, (list, tuple)) and dataset else None
+    if isinstance(first, (list, tuple)) and first and isinstance(first[-1], Tensor) and first[-1].ndim:
+        raise InputError(
+            "expected a data set of examples for stop_when_stable, got a list of batches; pass the examples, or a "
+            "DataLoader of them"
+        )
+
+
+def check_batch_size(batch_size: int) -> int:
+    """InputError unless it is an int of at least 1."""
+    batch_size = check_int("batch_size", batch_size)
+    if batch_size < 1:
+        raise InputError(f"expected a batch_size of at least 1, got {batch_size}")
+    return batch_size
+
+
+def check_stop(bound: float, criterion: str) -> None:
+    """InputError for a bound outside (0, 1], and for a criterion without a gradient."""
+    if not 0 < check_number("stop_when_stable", bound) <= 1:
+        raise InputError(f"expected stop_when_stable in (0, 1], got {bound}; pass the overlap at which to stop")
+    if criterion in WITHOUT_MEAN:
+        raise InputError(f"expected a criterion with a gradient for stop_when_stable, got '{criterion}'")

@@ -1,0 +1,369 @@
+"""One forward and one backward pass over a batch, and every example's own gradient to whoever adds them up.
+
+The loss is the sum of the examples' losses, so an example's slice of δ is its own wherever a layer keeps the examples
+apart. That is found out and not assumed: see ``trial``. What mixes them, and what no rule covers, is computed example
+by example.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from delfast.batches import LossFn, check_differentiable, cut, detached, examples_in, map_tensors, per_example_losses
+from delfast.localization.per_example.capture import Capture, Use
+from delfast.localization.per_example.comparison import Comparison
+from delfast.localization.per_example.layers import Order, Place, refuse_batch_statistics
+from delfast.localization.per_example.trace import Trace
+from delfast.localization.per_example.trial import ENOUGH, Trial
+
+C = TypeVar("C", bound=Capture)
+
+log = logging.getLogger("delfast")
+
+_STANCE = threading.RLock()  # torch's stance is the process's: two threads that set it would leave it changed
+MOST_TRIALS = 3  # on batches of one form: for parameters whose δ was zero in the trial, and is not later
+MOST_FORMS = 64  # of batches, that is shapes of all but the examples, whose trials are remembered
+
+
+@dataclass
+class Layout:
+    """Findings of the trials on batches of one form.
+
+    ``orders``: parameter -> where its outputs have the examples, ``each`` how many entries of an example there.
+    ``trace``: the last trial's calls; None if its batch could not be cut, so that it says nothing of other batches.
+    """
+
+    orders: dict[str, Order] = field(default_factory=dict)
+    each: dict[str, set[int]] = field(default_factory=dict)
+    trace: Trace | None = None
+    ambiguous: bool = False
+    trials: int = 0
+    count: int = 0  # of examples in the batch that the last trial was made on; in few, some orders look alike
+    is_due: bool = True  # another trial
+
+    def learn(self, trial: Trial) -> None:
+        """Add what a trial has shown."""
+        self.orders |= trial.orders
+        self.each |= trial.each
+        self.trace, self.ambiguous = trial.trace, trial.ambiguous
+        self.trials += 1
+        self.is_due = trial.examples < ENOUGH
+
+    def is_of(self, examples: int) -> bool:
+        """Return whether the last trial had as many examples: then no dim of a batch can be seen to grow with them."""
+        return self.trace is not None and self.trace.examples == examples
+
+    def try_again(self) -> bool:
+        """Have the next batch begin with a trial; False after MOST_TRIALS of them."""
+        if self.trials >= MOST_TRIALS:
+            return False
+        self.is_due, self.count = True, 0
+        return True
+
+
+class ExampleCapture(Capture):
+    """A capture of a batch, which has its examples where the trial of its form had them.
+
+    That is known if the forward pass is the trial's (see ``trace``). Otherwise a ``Comparison`` finds it out.
+
+    ``undecided``: parameters for which something has arrived, and no trial has shown where its examples lie.
+    ``elsewhere``: parameters whose examples are not where the trial had them, in this batch, and why.
+    """
+
+    def __init__(self, passes: ExamplePasses, batch: Any) -> None:
+        layout = passes.layout
+        super().__init__(passes.parameters, passes.unknown, passes.trace(batch, layout.trace) if layout.trace else None)
+        self.passes = passes
+        self.layout = layout
+        self.examples = 0
+        self.undecided: set[str] = set()
+        self.elsewhere: dict[str, str] = {}
+        self.comparison: Comparison | None = None
+        self._is_last = False
+
+    def place(self, name: str, deltas: Tensor, leading: int) -> Place | None:
+        """Return where the examples lie in δ; None if there is nothing to add, or nobody knows where."""
+        if name in self.unknown or name in self.undecided or name in self.elsewhere:
+            return None
+        if not deltas.numel():
+            return None
+        if self.examples == 1:
+            return Place(Order(), 1)
+        order = self.layout.orders.get(name)
+        if order is None:
+            if bool(deltas.any()):
+                self.undecided.add(name)
+            return None
+        each, rest = divmod(deltas.shape[order.dim], self.examples) if order.dim < leading else (0, 1)
+        if rest or (self.comparison is None and each not in self.layout.each[name]):
+            self.elsewhere[name] = f"writes {tuple(deltas.shape)} for {self.examples} examples"
+            return None
+        return Place(order, self.examples)
+
+    def is_as_tried(self, examples: int) -> bool:
+        """Return whether the forward pass, which is over and gave as many losses, is laid out as its trial was."""
+        return examples == 1 or (self.trace is not None and self.trace.matches(examples) and not self.layout.ambiguous)
+
+    def run(self, losses: Tensor) -> None:
+        self.examples = losses.numel()
+        if not self.examples or not losses.requires_grad:
+            return
+        if not self.is_as_tried(self.examples):
+            self.comparison = Comparison(losses, self.dtypes, self.passes.compared())
+            for weights in self.comparison.weights:
+                self.backward((losses * weights.to(losses.dtype)).sum(), retain_graph=True)
+                for key, copies in self.free.copies.items():
+                    if copies.grad is not None:
+                        self.comparison.keep(key, copies.grad, self._places(key[:1], copies.grad, 1))
+                        copies.grad = None
+            self._is_last = True
+        self.backward(losses.sum())
+        if self.comparison is not None:
+            for key, copies in self.free.copies.items():
+                if copies.grad is not None:
+                    self.comparison.compare(key, copies.grad, self._places(key[:1], copies.grad, 1))
+            for name in self.comparison.wrong():
+                self.elsewhere[name] = "has the examples in another order than in the trial, or mixes them"
+
+    def received(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+        if self.comparison is not None:
+            places = self._places(use.names, deltas, use.leading)
+            if not self._is_last:
+                self.comparison.keep(key, deltas, places)
+                return
+            self.comparison.compare(key, deltas, places)
+        self.arrived(use, saved, deltas)
+
+    def _places(self, names: Iterable[str], deltas: Tensor, leading: int) -> dict[str, Place]:
+        places = {name: self.place(name, deltas, leading) for name in names}
+        return {name: place for name, place in places.items() if place is not None}
+
+    @property
+    def missing(self) -> set[str]:
+        """Parameters whose examples this batch's passes could not have."""
+        return {*self.unknown, *self.undecided, *self.elsewhere}
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The passes are over: add up what had to wait, except for ``missing`` parameters."""
+
+
+class ExamplePasses(ABC):
+    """Runs batches. A subclass adds up what its ``ExampleCapture`` receives, and ``take`` what that cannot have.
+
+    parameters: plain name -> the network's own tensors, those to score. The network is expected in eval mode; its
+    ``requires_grad`` flags are off inside and put back. Raises InputError for layers that mix the examples by intent.
+    """
+
+    def __init__(self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None) -> None:
+        refuse_batch_statistics(network.named_modules())
+        self.network = network
+        self.parameters = dict(parameters)
+        self.loss_fn = loss_fn
+        self.layout = Layout()  # the batch's
+        self.uses: dict[str, int] = {}
+        self.unknown: dict[str, str] = {}  # parameter -> why it is computed example by example
+        self._layouts: dict[Hashable, Layout] = {}  # by the form of the batches
+        self._owned = {id(t): t for t in (*network.parameters(), *network.buffers())}
+        self._compared = 0
+        self._told: set[str] = set()
+
+    @abstractmethod
+    def capture(self, batch: Any) -> ExampleCapture:
+        """The capture of one batch."""
+
+    @abstractmethod
+    def take(self, name: str, example: int, gradient: Tensor) -> None:
+        """The gradient of one example of the batch, for a parameter that the capture could not have."""
+
+    def wanted(self, trial: Trial) -> dict[str, Tensor]:
+        """Of the parameters those that a trial's forward pass does not show to be of no interest."""
+        return self.parameters
+
+    def learned(self, trial: Trial) -> None:
+        """A trial is over."""
+        self.layout.learn(trial)
+        self.uses |= trial.uses
+        self.remember(trial.unknown)
+
+    def add(self, batch: Any) -> int:
+        """Add up one batch; its number of examples."""
+        batch = detached(batch)
+        with self.ready(batch):
+            capture, losses = self._pass(self.capture, batch)
+            if not capture.examples:
+                return 0
+            if self.parameters and not self.unknown and not capture.repeats:
+                check_differentiable(losses)
+            capture.finish()
+            self.remember(capture.unknown)
+            self.settle(capture)
+            missing = sorted({*self.unknown, *capture.missing})
+            if missing:
+                self._one_by_one(missing, batch, losses.detach())
+            return capture.examples
+
+    @contextmanager
+    def ready(self, batch: Any) -> Iterator[None]:
+        """Gradients on, but none of the network's parameters'; compiled blocks run as they were written.
+
+        If a trial of this form of batches is due it has been made, on this batch.
+        """
+        flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if any(_is_compiled(module) for module in self.network.modules()):
+                stack.enter_context(_STANCE)
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            try:
+                for parameter, _ in flags:
+                    parameter.requires_grad_(False)
+                self._try(batch)
+                yield
+            finally:
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+
+    def trace(self, batch: Any, reference: Trace | None) -> Trace | None:
+        """A record of a batch's calls; None if that would say nothing of other batches, or of the one example."""
+        count = examples_in(batch, self.loss_fn)
+        return None if count is None or count < 2 else Trace(count, _tensors(batch), self._owned, reference)
+
+    def compared(self) -> int:
+        """The number of this batch among those that needed a comparison."""
+        self._compared += 1
+        return self._compared
+
+    def _try(self, batch: Any) -> None:
+        """Run a trial if one is due, on at most four examples and fewer than the batch has, so that growing dims can be
+        seen; on the whole batch if it cannot be cut.
+        """
+        count = examples_in(batch, self.loss_fn)
+        form = None if count is None else tuple((t.shape[1:], t.dtype) for t in _tensors(batch))
+        if count == 1 and self._layouts:
+            return  # an example alone needs no layout
+        if form not in self._layouts and len(self._layouts) == MOST_FORMS:
+            del self._layouts[next(iter(self._layouts))]
+        self.layout = self._layouts.setdefault(form, Layout())
+        if not self.layout.is_due or (count is not None and self.layout.trials and count <= self.layout.count):
+            return
+        self.layout.count = count or 0
+        if count is not None and count > 2:
+            few = min(ENOUGH, count - 1)
+            batch = cut(batch, [i * (count - 1) // (few - 1) for i in range(few)], self.loss_fn)
+        trial, _ = self._pass(lambda b: Trial(self.parameters, self.unknown, self.trace(b, None)), batch)
+        self.learned(trial)
+
+    def _pass(self, make: Callable[[Any], C], batch: Any) -> tuple[C, Tensor]:
+        """A forward and a backward pass; once more where a parameter turns out to be used in a way that is not seen.
+
+        The parameters require grad meanwhile, so that such uses are in the graph; uses that are seen are detached, so
+        that no gradient of a parameter is computed.
+        """
+        while True:
+            capture = make(batch)
+            wanted = [parameter for name, parameter in self.parameters.items() if name not in self.unknown]
+            with _requiring_grad(wanted):
+                with capture:
+                    losses = per_example_losses(self.network, batch, self.loss_fn)
+                if isinstance(capture, Trial):
+                    self.parameters = self.wanted(capture)
+                unseen = capture.unseen(losses)
+                if not unseen and not capture.repeats:  # as they were, or recomputing would find other tensors
+                    capture.run(losses)
+            if not unseen:
+                if capture.repeats:  # off, or what is repeated might reach them
+                    capture.run(losses)
+                return capture, losses
+            reason = "is used by an operation that cannot be seen"
+            self.remember({name: capture.unknown.get(name, reason) for name in unseen})
+
+    def settle(self, capture: ExampleCapture) -> None:
+        """A batch is over. Have the next one of its form begin with a trial if something in it was not seen in one."""
+        if capture.undecided and not self.layout.try_again():
+            self.remember(dict.fromkeys(capture.undecided, "has examples in no order that could be seen"))
+        if capture.trace is not None and capture.trace.is_other:
+            self.layout.try_again()  # a first pass may make what later ones find made
+        self.tell({name: f"{why} in some batches" for name, why in capture.elsewhere.items() if name not in self._told})
+        self._told |= set(capture.elsewhere)
+
+    def remember(self, unknown: Mapping[str, str]) -> None:
+        """Parameter -> why a capture cannot have its examples."""
+        new = {name: reason for name, reason in unknown.items() if name not in self.unknown}
+        self.unknown |= new
+        self.tell(new)
+
+    def tell(self, slow: Mapping[str, str]) -> None:
+        """Log which parameters are computed example by example, and why."""
+        if slow:
+            reasons = dict.fromkeys(slow.values())
+            names = {why: ", ".join(f"'{name}'" for name, reason in slow.items() if reason == why) for why in reasons}
+            text = "; ".join(f"{names[why]} (each {why})" for why in reasons)
+            log.warning("per-example gradients are computed one example at a time, which is slow, for: %s", text)
+
+    def _one_by_one(self, names: list[str], batch: Any, losses: Tensor) -> None:
+        parameters = [self.parameters[name] for name in names]
+        with _requiring_grad(parameters):
+            for example, loss in enumerate(self._single_losses(batch, losses)):
+                if not loss.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+                for name, gradient in zip(names, gradients, strict=True):
+                    if gradient is not None:
+                        self.take(name, example, gradient.to_dense() if gradient.is_sparse else gradient)
+
+    def _single_losses(self, batch: Any, losses: Tensor) -> Iterator[Tensor]:
+        """The loss of each example: alone where that gives the same loss, else within its batch."""
+        together: Tensor | None = None
+        can_be_alone = examples_in(batch, self.loss_fn) == losses.numel()
+        for example, loss in enumerate(losses):
+            if can_be_alone:
+                alone = per_example_losses(self.network, cut(batch, [example], self.loss_fn), self.loss_fn)
+                # a hundredth: far above the rounding of 16 bits, far below what other examples in the loss would do
+                if alone.shape == (1,) and torch.allclose(
+                    alone.detach()[0].float(), loss.float(), rtol=1e-2, atol=1e-2
+                ):
+                    yield alone[0]
+                    continue
+                can_be_alone = example > 0
+            if together is None:
+                together = per_example_losses(self.network, batch, self.loss_fn)
+            yield together[example]
+
+
+@contextmanager
+def _requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, these parameters require grad; afterwards none of them does."""
+    parameters = list(parameters)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(batch, keep)
+    return found
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None

@@ -1,0 +1,117 @@
+"""Σ over examples of |g| or g² for every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delfast.batches import LossFn
+from delfast.errors import InputError
+from delfast.localization.per_example.capture import Use
+from delfast.localization.per_example.contributions import Contribution, Epilogue, Gradients, epsilon, widened
+from delfast.localization.per_example.passes import ExampleCapture, ExamplePasses
+
+
+class PerExampleGradients(ExamplePasses):
+    """``add`` batches, then ``mean()``: (1/|S|) Σ_x ε(g_x), g_x the gradient of example x alone, ε |g| or g²."""
+
+    def __init__(
+        self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, epilogue: Epilogue
+    ) -> None:
+        super().__init__(network, parameters, loss_fn)
+        self.epilogue = epilogue
+        with torch.inference_mode(False):  # they are added to outside it
+            self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
+
+    def capture(self, batch: Any) -> ExampleCapture:
+        return _SumCapture(self, batch)
+
+    def take(self, name: str, example: int, gradient: Tensor) -> None:
+        self.sums[name] += epsilon(widened(gradient), self.epilogue)
+
+    def mean(self, examples: int) -> dict[str, Tensor]:
+        """Plain name -> mean, in the parameter's shape and strides; float32 (float64 for float64 parameters)."""
+        return {
+            name: torch.empty_like(parameter, dtype=self.sums[name].dtype, requires_grad=False).copy_(
+                self.sums[name] / examples
+            )
+            for name, parameter in self.parameters.items()
+        }
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    """Sums in the memory that the kernel adds to: dim 1 innermost, whatever the parameter's own strides."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    moved = torch.zeros_like(
+        parameter.movedim(1, -1) if parameter.ndim > 2 else parameter,
+        dtype=wide,
+        memory_format=torch.contiguous_format,
+        requires_grad=False,
+    )
+    return moved.movedim(-1, 1) if parameter.ndim > 2 else moved
+
+
+class _SumCapture(ExampleCapture):
+    """Adds a contribution as soon as it arrives, so that memory does not grow; parameters with several uses wait."""
+
+    def __init__(self, passes: PerExampleGradients, batch: Any) -> None:
+        super().__init__(passes, batch)
+        self.sums, self.epilogue = passes.sums, passes.epilogue
+        self._apart: dict[str, Tensor] = {}  # sums of a batch that may turn out not to be right
+        self._added: set[str] = set()
+        self._waiting: dict[str, list[Contribution]] = {}
+
+    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        output = function({**use.call, "input": inputs}, use.layer)
+        return self.tap(use, output, inputs if use.weight is not None else None)
+
+    def arrived(self, use: Use, saved: Any, deltas: Tensor) -> None:
+        for name, is_weight in ((use.weight, True), (use.bias, False)):
+            place = None if name is None else self.place(name, deltas, use.leading)
+            if name is None or place is None:
+                continue
+            contribution: Contribution | None
+            if is_weight:
+                contribution = use.layer.weight(use.call, saved, deltas, place)
+            else:
+                contribution = use.layer.bias(use.call, deltas, place)
+            if contribution is None:
+                self.unknown[name] = f"has several images of {deltas.ndim - 2} dimensions per example"
+            else:
+                self._receive(name, contribution)
+
+    def _receive(self, name: str, contribution: Contribution) -> None:
+        if max(self.passes.uses.get(name, 0), self.uses[name]) > 1:
+            self._waiting.setdefault(name, []).append(contribution)
+        elif name in self._added:
+            raise self._changed(name)
+        else:
+            self._added.add(name)
+            if self.comparison is not None:
+                self._apart[name] = torch.zeros_like(self.sums[name])
+            contribution.add(self._apart.get(name, self.sums[name]), self.epilogue)
+
+    def finish(self) -> None:
+        for (name, _), copies in self.free.copies.items():
+            place = None if copies.grad is None else self.place(name, copies.grad, 1)
+            if copies.grad is not None and place is not None:
+                self._receive(name, Gradients(place.split(copies.grad).sum(dim=1)))
+        missing = self.missing
+        if missing & self._added - set(self._apart):
+            raise self._changed(min(missing & self._added))
+        for name in set(self._apart) - missing:
+            self.sums[name] += self._apart[name]
+        for name in set(self._waiting) - missing:
+            uses = self._waiting[name]
+            for example in range(self.examples):  # one example's uses add up before ε
+                gradient = sum((use.of(example) for use in uses[1:]), start=uses[0].of(example))
+                self.sums[name] += epsilon(gradient, self.epilogue)
+
+    def _changed(self, name: str) -> InputError:
+        return InputError(
+            f"expected '{name}' to be used alike for every batch, but this batch uses it more often or in another way "
+            "than the first; use per_example=False"
+        )

@@ -1,0 +1,140 @@
+"""The trial: where a network's layers keep the examples, found out by a backward pass for one example's loss alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from delfast.errors import InputError
+from delfast.localization.per_example.capture import Capture, Use
+from delfast.localization.per_example.layers import Order
+from delfast.localization.per_example.trace import Trace
+
+ENOUGH = 4  # examples
+
+
+class Trial(Capture):
+    """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
+
+    After ``run``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
+    because the δ of an example was zero everywhere. ``each``: how many entries of an example lie there.
+    ``ambiguous``: whether δ was zero in so much of a layer that its examples may lie in another order as well.
+    ``unknown``: those that mix the examples too.
+    ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers, ``output_dims``:
+    along which dimension of a weight the outputs of its last use lie.
+    ``rewritten``: parameters whose output is changed in place by what follows.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
+        super().__init__(parameters, unknown, trace)
+        self.orders: dict[str, Order] = {}
+        self.each: dict[str, set[int]] = {}
+        self.ambiguous = False
+        self.channelwise: set[str] = set()
+        self.output_dims: dict[str, int] = {}
+        self.otherwise: set[str] = set()  # used by anything but a convolution or a linear layer
+        self.rewritten: set[str] = set()
+        self.examples = 0
+        self._example = 0
+        self._possible: dict[str, set[Order]] = {}
+        self._shapes: dict[str, set[torch.Size]] = {}
+        self._reached: Counter[str] = Counter()  # in one backward pass
+        self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
+        self._written: list[tuple[Use, Tensor, int]] = []
+        self._arrived: list[tuple[tuple[str, ...], list[Tensor]]] = []  # names, and by dim: where δ is not zero
+
+    def run(self, losses: Tensor) -> None:
+        """Run the backward pass of one of the losses (N,).
+
+        Of the second: an order that is no order of the examples (time first, the batch reversed) seldom has an entry
+        of its own just there. Of fewer than four, one example says too little: the first and the last. The others
+        follow only if more than one order is left.
+        """
+        self.examples = losses.numel()
+        if not self.examples or not losses.requires_grad:
+            return
+        tried = [1] if self.examples >= ENOUGH else sorted({0, self.examples - 1})
+        others = [example for example in range(self.examples) if example not in tried][:ENOUGH]
+        for example in (*tried, *others):
+            if example in others and not any(len(possible) > 1 for possible in self._possible.values()):
+                break
+            self._example, self._reached = example, Counter()
+            self.backward(losses[example], retain_graph=True)
+            self._look_at_copies()
+            self._look_at_deltas()
+            self.uses |= self._reached
+        for use, output, version in self._written:
+            if output._version != version:
+                self.rewritten.update(use.names)
+        self._written = []
+        for name, possible in self._possible.items():
+            if not possible:
+                self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
+            elif self.examples > 1 and self._evidence[name].issuperset(tried):
+                order = self.orders[name] = min(possible)
+                self.each[name] = {shape[order.dim] // self.examples for shape in self._shapes[name]}
+                self.ambiguous = self.ambiguous or len(possible) > 1
+
+    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        output = function({**use.call, "input": inputs}, use.layer)
+        mismatch = use.layer.mismatch(use.call, inputs, output)
+        if mismatch is not None:
+            raise InputError(f"expected the function registered for '{use.names[0]}' to compute {mismatch}")
+        output = self.tap(use, output, None)
+        self._written.append((use, output.detach(), output._version))
+        if use.weight is not None:
+            (self.channelwise if use.layer.is_channelwise else self.otherwise).add(use.weight)
+            self.output_dims[use.weight] = use.layer.output_dim
+        if use.bias is not None:
+            self.otherwise.add(use.bias)
+        return output
+
+    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
+        self._note(use.names, deltas, use.leading)
+
+    def _look_at_copies(self) -> None:
+        for (name, _), copies in self.free.copies.items():
+            self.otherwise.add(name)
+            if copies.grad is not None:
+                self._note((name,), copies.grad, 1)
+                copies.grad = None
+
+    def _note(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
+        """Keep which entries along each of the first ``leading`` dims are not zero. Looked at when the pass is over:
+        a look in between would have a GPU's queue run empty."""
+        self._reached.update(names)
+        for name in names:
+            self._shapes.setdefault(name, set()).add(deltas.shape)
+        others = [[other for other in range(deltas.ndim) if other != dim] for dim in range(leading)]
+        self._arrived.append((names, [deltas.any(dim=dims) if dims else deltas != 0 for dims in others]))
+
+    def _look_at_deltas(self) -> None:
+        marks = [mark for _, by_dim in self._arrived for mark in by_dim]
+        if not marks:
+            return
+        together = torch.cat([mark.to(marks[0].device) for mark in marks]).cpu()
+        seen = iter(torch.split(together, [len(mark) for mark in marks]))
+        for names, by_dim in self._arrived:
+            found = [next(seen) for _ in by_dim]
+            possible = {
+                Order(dim, interleaved)
+                for dim, mark in enumerate(found)
+                for interleaved in ((False, True) if len(mark) > self.examples else (False,))
+                if self._is_alone(mark, Order(0, interleaved))
+            }
+            for name in names:
+                self._possible[name] = self._possible.get(name, possible) & possible
+                evidence = self._evidence.setdefault(name, set())
+                if bool(found[0].any()):
+                    evidence.add(self._example)
+        self._arrived = []
+
+    def _is_alone(self, mark: Tensor, order: Order) -> bool:
+        """Return whether δ, not zero where ``mark`` is, is zero outside the entries that would be the example's."""
+        if len(mark) % self.examples:
+            return False
+        by_example = order.split(mark, self.examples)
+        return not (bool(by_example[: self._example].any()) or bool(by_example[self._example + 1 :].any()))

@@ -1,0 +1,39 @@
+"""Unlearning: a method, within a mask, on the forget and retain sets."""
+
+from delfast.unlearning.api import UnlearnResult, unlearn
+from delfast.unlearning.loop import Diverged, train
+from delfast.unlearning.methods import (
+    Del,
+    Finetune,
+    GradientAscent,
+    L1Sparse,
+    Method,
+    NegGradPlus,
+    Relabel,
+    Retrain,
+    Scrub,
+)
+from delfast.unlearning.one_shot import Dampening, Influence
+from delfast.unlearning.registry import METHODS, make_method
+from delfast.unlearning.stopping import EarlyStop
+
+__all__ = [
+    "METHODS",
+    "Dampening",
+    "Del",
+    "Diverged",
+    "EarlyStop",
+    "Finetune",
+    "GradientAscent",
+    "Influence",
+    "L1Sparse",
+    "Method",
+    "NegGradPlus",
+    "Relabel",
+    "Retrain",
+    "Scrub",
+    "UnlearnResult",
+    "make_method",
+    "train",
+    "unlearn",
+]

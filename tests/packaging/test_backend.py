@@ -1,0 +1,286 @@
+"""Which backend runs, that it says why, and that nothing is silent; installing with and without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import delfast
+import setup_cuda
+from delfast.backend import _runs_on
+from delfast.ops import BACKEND, OPS
+from tests import ROOT
+
+needs_native = pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
+
+
+def python(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process; ``path`` shadows the installed package."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("DELFAST_")} | environment
+    if path:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/")
+
+
+def copied_package(tmp_path: Path, build_info: dict[str, object] | None) -> Path:
+    shutil.copytree(ROOT / "delfast", tmp_path / "delfast", ignore=shutil.ignore_patterns("__pycache__"))
+    info = tmp_path / "delfast/_build_info.json"
+    info.unlink(missing_ok=True)
+    if build_info is not None:
+        info.write_text(json.dumps(build_info))
+    return tmp_path
+
+
+STATUS = "import delfast, json; print(json.dumps(delfast.status()))"
+
+
+def test_status_is_plain_and_complete() -> None:
+    status = json.loads(json.dumps(delfast.status()))
+    assert status["backend"] in ("native", "torch") and status["reason"]
+    assert status["torch"] == torch.__version__ and status["threads"] == torch.get_num_threads()
+    if status["backend"] == "native":
+        assert status["isa"] in status["isas"] and status["built_against"].startswith("2.")
+
+
+def test_the_twins_can_be_chosen_and_run_everything() -> None:
+    code = """
+import torch, delfast, json
+from torch import nn
+make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+torch.manual_seed(0)
+model, batch = make(), [(torch.randn(6, 3, 8, 8), torch.arange(6) % 4)]
+for dtype in (torch.float32, torch.float64):
+    model.to(dtype)
+    batch = [(batch[0][0].to(dtype), batch[0][1])]
+    for granularity in ("channel", "param"):
+        mask = delfast.score(model, batch).select(0.5, granularity)
+        result = delfast.unlearn(model, retain=batch, mask=mask, init=lambda: make().to(dtype), epochs=1, lr=0.1)
+print(json.dumps(delfast.status()), mask.digest)
+"""
+    result = python(code, DELFAST_BACKEND="torch")
+    assert result.returncode == 0, result.stderr
+    assert '"backend": "torch"' in result.stdout and "chosen by DELFAST_BACKEND=torch" in result.stdout
+    assert "Warning" not in result.stderr  # chosen, so nothing to warn of
+
+
+@needs_native
+def test_masks_of_both_backends_are_equal() -> None:
+    code = """
+import torch, delfast
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5))
+scores = delfast.score(model, [(torch.randn(20, 50), torch.arange(20) % 5)])
+print([scores.select(0.3, granularity).digest for granularity in ("channel", "param")])
+"""
+    native, twins = python(code, DELFAST_BACKEND="native"), python(code, DELFAST_BACKEND="torch")
+    assert native.stdout == twins.stdout != "", native.stderr + twins.stderr
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        (None, "the extension was not built"),
+        ({"failure": "no C++ compiler"}, r"the extension was not built: no C\+\+ compiler"),
+        (
+            {"torch": "1.13.0", "cuda": None},
+            f"built against torch 1.13.0, this is torch {re.escape(torch.__version__)}",
+        ),
+    ],
+)
+def test_an_unusable_extension_warns_once_or_fails_loudly(tmp_path: Path, info: object, reason: str) -> None:
+    package = copied_package(tmp_path, info)  # type: ignore[arg-type]
+    result = python(STATUS, package)
+    assert result.returncode == 0 and json.loads(result.stdout)["backend"] == "torch"
+    warned = [line for line in result.stderr.splitlines() if "RuntimeWarning" in line]
+    assert len(warned) == 1 and re.search(reason, warned[0]) and "rebuild with" in warned[0]
+    forced = python(STATUS, package, DELFAST_BACKEND="native")
+    assert forced.returncode != 0 and re.search(f"native kernels are asked for, but .*{reason}", forced.stderr)
+
+
+@needs_native
+def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
+    package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
+    next((package / "delfast").glob("_C*.so")).write_bytes(b"\x7fELF, but no more")
+    result = python(STATUS, package)
+    assert json.loads(result.stdout)["backend"] == "torch"
+    assert "the extension does not load" in result.stderr
+
+
+@needs_native
+def test_isa_can_be_forced_and_nonsense_is_refused() -> None:
+    assert BACKEND.module is not None
+    for isa in BACKEND.module.isas():
+        assert json.loads(python(STATUS, DELFAST_FORCE_ISA=isa).stdout)["isa"] == isa
+    result = python(STATUS, DELFAST_FORCE_ISA="sse9")
+    assert result.returncode != 0 and "expected DELFAST_FORCE_ISA to be scalar, avx2, avx512 or amx" in result.stderr
+    result = python(STATUS, DELFAST_BACKEND="gpu")
+    assert result.returncode != 0 and "expected DELFAST_BACKEND to be 'native' or 'torch', got 'gpu'" in result.stderr
+    with pytest.raises(ValueError, match="expected an instruction set of this CPU, got 'sse9'"):
+        BACKEND.module.force_isa("sse9")
+
+
+def test_importing_the_package_needs_no_experiment_dependency() -> None:
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torchvision", "sklearn", "matplotlib", "typer", "rich", "vit_pytorch"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import delfast, torch
+delfast.localize(torch.nn.Linear(8, 4), [(torch.randn(3, 8), torch.tensor([0, 1, 2]))], budget=0.6)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_know_no_torch() -> None:
+    for path in [path for name in ("cpu", "cuda", "delfast", "tests") for path in (ROOT / "csrc" / name).rglob("*.*")]:
+        assert not re.search(r"#include *[<\"](torch|ATen|c10)/", path.read_text(encoding="utf-8")), path
+    including = [p.name for p in (ROOT / "csrc").rglob("*.*") if "<torch/extension.h>" in p.read_text(encoding="utf-8")]
+    assert including == ["module.cpp"]  # it takes most of a minute to compile
+
+
+def install(tmp_path: Path, **environment: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+    """Build the wheel from a copy of the sources, install it alone into a directory, and ask it for its status."""
+    source, target = tmp_path / "source", tmp_path / "site"
+    names = ["delfast", "csrc", "setup.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+    for name in names:
+        if (ROOT / name).is_dir():
+            unwanted = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
+            shutil.copytree(ROOT / name, source / name, ignore=unwanted)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target"]
+    result = subprocess.run(
+        [*pip, str(target), str(source)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr, python(STATUS, target)
+
+
+def test_without_a_compiler_it_installs_and_says_so(tmp_path: Path) -> None:
+    _, result = install(tmp_path, CXX="no-such-compiler")
+    assert json.loads(result.stdout)["backend"] == "torch"
+    assert "no C++ compiler: 'no-such-compiler' is not there" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_native_kernels(tmp_path: Path) -> None:
+    _, result = install(tmp_path, DELFAST_NATIVE="1", DELFAST_CUDA="0")
+    status = json.loads(result.stdout)
+    assert status["backend"] == "native" and status["built_against"] == torch.__version__ and not result.stderr
+    assert status["devices"] == ["cpu"] and status["cuda"].startswith("not built: DELFAST_CUDA=0 at install")
+
+
+# the CUDA side of the build
+
+
+def build_ext(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+def fake_toolkit(root: Path, version: int = 13020) -> Path:
+    """What a toolkit is recognized by."""
+    for name, text in {
+        "include/cuda_runtime.h": "",
+        "include/cuda_runtime_api.h": f"#define CUDART_VERSION  {version}\n",
+        "bin/nvcc": "#!/bin/sh\n",
+        "lib64/libcudart.so": "",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "bin/nvcc").chmod(0o755)
+    return root
+
+
+def test_cuda_that_is_asked_for_and_not_there_fails_in_one_line(tmp_path: Path) -> None:
+    result = build_ext(tmp_path, DELFAST_CUDA="yes")
+    assert result.returncode != 0 and "expected DELFAST_CUDA to be auto, 0 or 1, got 'yes'" in result.stderr
+    result = build_ext(tmp_path, DELFAST_CUDA="1", CUDA_HOME=str(tmp_path / "nowhere"))
+    expected = "expected a toolkit of CUDA" if torch.version.cuda else "expected a CUDA build of torch"
+    assert result.returncode != 0 and f"DELFAST_CUDA=1, but {expected}" in result.stderr
+    result = build_ext(tmp_path, DELFAST_CUDA="1", CXX="no-such-compiler")
+    assert result.returncode != 0 and "no C++ compiler: 'no-such-compiler' is not there" in result.stderr
+
+
+def test_a_toolkit_is_found_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit = fake_toolkit(tmp_path / "opt/cuda")
+    wrapper = tmp_path / "bin/nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    wrapper.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(wrapper.parent))
+    found = setup_cuda.find_toolkit("13")
+    assert (found.root, found.version) == (toolkit.resolve(), "13.2")
+    assert found.nvcc.is_file() and found.libraries == toolkit.resolve() / "lib64"
+
+
+def test_a_toolkit_of_another_major_version_is_named_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path, 12090)))
+    with pytest.raises(setup_cuda.CudaUnavailable, match=r"expected a toolkit of CUDA 13, .*\(CUDA 12\.9\)"):
+        setup_cuda.find_toolkit("13")
+
+
+def test_architectures_are_torchs_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup_cuda.architectures() == ["8.0", "9.0", "10.0", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
+    flags = ["arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"]
+    assert setup_cuda.generate_flags(setup_cuda.architectures())[1::2] == flags
+    for bad in ("7.5", "8.0 Hopper"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", bad)
+        with pytest.raises(setup_cuda.CudaUnavailable, match="expected TORCH_CUDA_ARCH_LIST like"):
+            setup_cuda.architectures()
+
+
+@needs_native
+def test_status_says_what_becomes_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = delfast.status()
+    assert ("cuda" in status["devices"]) == status["cuda"].startswith("built with CUDA")
+    if status["cuda"].startswith("built") and not torch.cuda.is_available():
+        assert "no CUDA device is here, so the CPU kernels run" in status["cuda"]
+    monkeypatch.setitem(BACKEND.build_info, "cuda", None)
+    monkeypatch.setitem(BACKEND.build_info, "cuda_failure", "DELFAST_CUDA=0 at install")
+    assert delfast.status()["cuda"] == "not built: DELFAST_CUDA=0 at install; on a GPU the twins run"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),  # machine code: of its major version
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 0)]),  # PTX: on all later ones
+        ("9.0a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(12, 0)]),
+    ],
+)
+def test_which_cards_an_architecture_runs_on(
+    architecture: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
+) -> None:
+    assert all(_runs_on(architecture, capability) for capability in runs)
+    assert not any(_runs_on(architecture, capability) for capability in does_not)
+
+
+@needs_native
+@pytest.mark.skipif(not BACKEND.build_info.get("cuda"), reason="the extension was built without CUDA")
+def test_an_extension_with_cuda_kernels_needs_no_driver() -> None:
+    assert BACKEND.module is not None
+    listing = subprocess.run(["readelf", "-d", BACKEND.module.__file__], capture_output=True, text=True, check=True)
+    assert "libcudart" in listing.stdout and "libcuda.so" not in listing.stdout
+    kernels = [torch._C._dispatch_has_kernel_for_dispatch_key(f"delfast::{op.name}", "CUDA") for op in OPS]
+    assert all(kernels)
