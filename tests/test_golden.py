@@ -18,12 +18,21 @@ from tests.golden.networks import Exact, linear_in_logits, seeded
 TOLERANCE = 1e-4  # relative: float32 rounds each of some thousand sums of a short training differently
 
 
-def compare(made: dict[str, Any], kept: dict[str, Any], file: str) -> None:
+def compare(made: Any, kept: Any, file: str) -> None:
     """Fail with the entries that differ."""
-    different = {name: (kept.get(name), made.get(name)) for name in {*made, *kept} if made.get(name) != kept.get(name)}
-    lines = [f"{name}:\n  kept {old}\n  made {new}" for name, (old, new) in sorted(different.items())]
-    again = f"if that is intended: python -m tests.golden.make {file}"
-    assert not lines, "\n".join([f"{file}.json differs; {again}", *lines])
+    if made != kept:
+        again = f"if that is intended: python -m tests.golden.make {file}"
+        pytest.fail("\n".join([f"{file}.json differs; {again}", *differences(made, kept, "")]), pytrace=False)
+
+
+def differences(made: Any, kept: Any, where: str) -> list[str]:
+    """Return a line for each entry of nested objects that differs."""
+    if made == kept:
+        return []
+    if not isinstance(made, dict) or not isinstance(kept, dict):
+        return [f"{where}: kept {kept}, made {made}"]
+    names = dict.fromkeys([*kept, *made])
+    return [line for name in names for line in differences(made.get(name), kept.get(name), f"{where}/{name}")]
 
 
 def skip_elsewhere(kept: dict[str, Any]) -> None:
@@ -47,9 +56,7 @@ def commands() -> dict[str, Any]:
 
 
 def test_public_signatures_are_those_that_are_kept() -> None:
-    made, kept = make.make("signatures"), make.kept("signatures")
-    for part in kept:
-        compare(made[part], kept[part], "signatures")
+    compare(make.make("signatures"), make.kept("signatures"), "signatures")
 
 
 def test_masks_and_their_files_are_those_that_are_kept() -> None:
@@ -75,10 +82,7 @@ def test_rounded_results_are_those_that_are_kept_on_the_same_machine(numbers: di
 
 @pytest.mark.parametrize("part", ["options", "files", "keys", "contents", "masks", "columns of results.csv"])
 def test_the_command_line_is_that_which_is_kept(part: str, commands: dict[str, Any]) -> None:
-    made, kept = commands["everywhere"][part], make.kept("commands")["everywhere"][part]
-    if isinstance(kept, dict):
-        compare(made, kept, "commands")
-    assert made == kept
+    compare(commands["everywhere"][part], make.kept("commands")["everywhere"][part], "commands")
 
 
 def test_the_commands_compute_what_is_kept_on_the_same_machine(commands: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-KEPT_RUN = Path(__file__).parent / "files" / "run"  # a run directory but with SHAPES in the place of its weights
+KEPT_RUN = Path(__file__).parent / "files" / "run"  # a run directory, with SHAPES in place of its weights
 MODEL, SHAPES, SUMMARY = "model.safetensors", "shapes.json", "summary.json"
 COMMANDS = (
     "train", "oracle", "localize", "unlearn", "evaluate", "compare", "verify", "bench", "doctor", "demo",

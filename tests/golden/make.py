@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -73,7 +74,7 @@ def signatures() -> dict[str, Any]:
         "delfast": {name: _described(getattr(delfast, name)) for name in delfast.__all__ if name != "__version__"},
         "methods": {
             name: {field.name: field.default for field in dataclasses.fields(method) if field.init}
-            for name, method in ((name, run_method(name)[1].method) for name in METHODS)
+            for name, method in ((name, plain_run(name)[1].method) for name in METHODS)
         },
         "results": {name: _described(type(value)) for name, value in _results().items()},
     }
@@ -119,7 +120,7 @@ def _results() -> dict[str, Any]:
         "critmem": found,
         "critmem.examples": found.examples[0],
         "signed_channels": delfast.signed_channels(model, FORGET),
-        "unlearn": run_method("finetune")[1],
+        "unlearn": plain_run("finetune")[1],
         "evaluate": delfast.evaluate(model, FORGET, RETAIN, FORGET, mia=False),
         "Mask.parameters": mask["conv.weight"],
         "Mask.table": mask.table()[0],
@@ -231,6 +232,12 @@ def run_method(name: str, loss_fn: Any = None, stop: int | None = None, **option
     return model, result
 
 
+@functools.cache
+def plain_run(name: str) -> tuple[Exact, Any]:
+    """Return a classifier that has unlearned by a method with cross-entropy, and the result."""
+    return run_method(name)
+
+
 def resumed(checkpoint: Path) -> dict[str, Any]:
     """Return the result of "del" with exact gradients, resumed from a checkpoint of its first epoch."""
     model, result = run_method("del", networks.linear_in_weights, checkpoint=checkpoint, resume=True)
@@ -295,7 +302,7 @@ def numbers() -> dict[str, Any]:
         everywhere["checkpoint"] = {"keys": sorted(content), "config": content["config"]}
     here, near = {}, {}
     for name in METHODS:
-        changed, result = run_method(name)
+        changed, result = plain_run(name)
         here[name] = {"weights": digest(changed.state_dict()), "losses": result.losses}
         near[name] = {name: float(p.detach().double().abs().sum()) for name, p in changed.named_parameters()}
     metrics = delfast.evaluate(seeded(Classifier), FORGET, RETAIN, FORGET)
