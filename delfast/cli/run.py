@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from delfast.cli.schema import Each, Number, check_record, check_table, kinds_of
-from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget, resident, subset
+from delfast.data import Batches, ForgetSet, ImageData, check_source, choose, load, parse_forget, resident
 from delfast.data.forget import check_ratio
 from delfast.data.pictures import IN_MEMORY
 from delfast.errors import InputError, check_choice
@@ -210,7 +210,7 @@ def load_data(
     source: str, data_dir: str | None, image_size: int | None, train: int | None, test: int | None
 ) -> ImageData:
     """The images of ``--data source``, no more of them than ``train`` and ``test``."""
-    return subset(load(source, Path(data_dir) if data_dir else None, image_size), train, test)
+    return load(source, Path(data_dir) if data_dir else None, image_size, train, test)
 
 
 def _data(config: Config, load_data: LoadData = load_data) -> ImageData:
