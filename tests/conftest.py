@@ -50,6 +50,14 @@ def _same_start() -> Iterator[None]:
         BACKEND.module.force_isa(isa)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_data_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests decode out of the user's data directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("delfast.experiments.datasets.images.DEFAULT_DATA_DIR", tmp_path_factory.mktemp("data"))
+        yield
+
+
 @pytest.fixture(
     params=ISAS or [pytest.param("none", marks=pytest.mark.skip(reason=f"no native kernels: {BACKEND.reason}"))]
 )

@@ -15,7 +15,9 @@ from delfast.unlearning import make_method
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, as `delfast train` writes it")]
 OutputDir = Annotated[Path, typer.Option(help="where the results are written")]
 OptionalOutputDir = Annotated[Path | None, typer.Option(help="where to write summary.json; printed only, if not given")]
-DataDir = Annotated[Path | None, typer.Option(help="where downloaded data lie (default: ~/.cache/delfast)")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="where downloaded data and decoded images lie (default: ~/.cache/delfast)")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of everything random")]
 StepSeed = Annotated[

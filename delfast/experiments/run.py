@@ -27,7 +27,6 @@ from delfast.experiments.datasets import (
     load,
     parse_forget,
     resident,
-    subset,
 )
 from delfast.experiments.datasets.forget import check_ratio
 from delfast.experiments.datasets.pictures import IN_MEMORY
@@ -220,7 +219,7 @@ def load_data(
     source: str, data_dir: str | None, image_size: int | None, train: int | None, test: int | None
 ) -> ImageData:
     """The images of ``--data source``, no more of them than ``train`` and ``test``."""
-    return subset(load(source, Path(data_dir) if data_dir else None, image_size), train, test)
+    return load(source, Path(data_dir) if data_dir else None, image_size, train, test)
 
 
 def _data(config: Config, load_data: LoadData = load_data) -> ImageData:

@@ -77,7 +77,13 @@ def check_source(spec: str, image_size: int | None = None) -> None:
         )
 
 
-def load(spec: str, data_dir: Path | None = None, image_size: int | None = None) -> ImageData:
+def load(
+    spec: str,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+) -> ImageData:
     """Load ``digits | fashion-mnist | cifar10 | cifar100 | svhn | folder:PATH | hub:NAME``.
 
     ``digits`` comes with scikit-learn (8x8, its 0..16 scaled to 0..255; a fixed stratified split keeps 80 %
@@ -87,15 +93,22 @@ def load(spec: str, data_dir: Path | None = None, image_size: int | None = None)
     begin with a dot are left out, links to folders are followed. ``hub:NAME`` reads a data set of the Hugging Face
     hub (``hub:clane9/imagenet-100``; a local directory too) by the columns ``image`` and ``label`` of its splits
     ``train`` and ``test`` or ``validation``; both as RGB, scaled and cropped to ``image_size`` (default: that of the
-    first image); if that takes more than 4 GiB, through a file in ``data_dir``, made once. Raises InputError if the
-    data cannot be had.
+    first image). The decoded images are kept in ``data_dir``: up to 4 GiB in all, of the sets that were used last, and
+    as a file that is mapped where one set takes more. ``train_examples`` and ``test_examples`` are those of ``subset``;
+    of a folder or the hub's data, only what they choose is decoded again. Raises InputError if the data cannot be had.
     """
     check_source(spec, image_size)
     root = Path(os.path.expanduser(data_dir or DEFAULT_DATA_DIR))
     if spec in _SOURCES:
-        return _SOURCES[spec](root)
-    train, test, num_classes = pictures.read(spec, root, image_size)
-    return _assemble(spec, train, test, num_classes)
+        return subset(_SOURCES[spec](root), train_examples, test_examples)
+    train, test, num_classes = pictures.find(spec)
+    chosen = (
+        _draw(spec, "train_examples", len(train.targets), train_examples),
+        _draw(spec, "test_examples", len(test.targets), test_examples),
+    )
+    train_images, test_images, levels = pictures.decode(train, test, chosen, root, image_size)
+    train_targets, test_targets = train.only(chosen[0]).targets, test.only(chosen[1]).targets
+    return ImageData(spec, train_images, train_targets, test_images, test_targets, num_classes, *_statistics(levels))
 
 
 def subset(data: ImageData, train: int | None, test: int | None) -> ImageData:
@@ -106,27 +119,29 @@ def subset(data: ImageData, train: int | None, test: int | None) -> ImageData:
     kept: dict[str, Any] = {}
     for name, count in (("train", train), ("test", test)):
         images, targets = getattr(data, f"{name}_images"), getattr(data, f"{name}_targets")
-        if count is not None and count > len(targets):
-            raise InputError(f"expected at most {len(targets)} {name}_examples of '{data.name}', got {count}")
-        if count is not None:
-            order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(SUBSET_SEED))
-            chosen = order[:count].sort().values
-            images, targets = images[chosen], targets[chosen]
-        kept |= {f"{name}_images": images, f"{name}_targets": targets}
+        chosen = _draw(data.name, f"{name}_examples", len(targets), count)
+        if chosen is not None:
+            kept |= {f"{name}_images": images[chosen], f"{name}_targets": targets[chosen]}
     return replace(data, **kept)
 
 
+def _draw(data: str, name: str, total: int, count: int | None) -> Tensor | None:
+    """Draw ``count`` of ``total`` positions, sorted; None for all of them. InputError for more than there are."""
+    if count is None:
+        return None
+    if count > total:
+        raise InputError(f"expected at most {total} {name} of '{data}', got {count}")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET_SEED))
+    return order[:count].sort().values
+
+
 def _assemble(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int) -> ImageData:
-    mean, std = _channel_statistics(train[0])
-    return ImageData(name, *train, *test, num_classes, mean, std)
+    return ImageData(name, *train, *test, num_classes, *_statistics(pictures.count_levels(train[0])))
 
 
-def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel of images / 255, from a histogram: exact in any order."""
+def _statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of images / 255, from their (C, 256) levels: exact in any order."""
     levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for part in torch.split(images, 4096):
-        counts += torch.stack([torch.bincount(part[:, c].flatten(), minlength=256) for c in range(images.shape[1])])
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ levels
     variance = (share * (levels - mean[:, None]) ** 2).sum(1)

@@ -1,4 +1,8 @@
-"""Image files of any size, from a folder or the Hugging Face hub, decoded once to square RGB bytes."""
+"""Image files of any size, from a folder or the Hugging Face hub, decoded once to square RGB bytes.
+
+Decoded images that fit into memory are kept in an ``ArrayCache`` below the data directory. Its keys cover the files'
+paths, sizes and times, the image size, and the decoder.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import logging
 import math
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor
 
 from delfast.errors import InputError
+from delfast.experiments.datasets.array_cache import ArrayCache
 from delfast.extras import extra
 from delfast.files import make_output_dir, one_line, reason, write_atomically
 
@@ -26,19 +32,37 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IN_MEMORY = 4 * 2**30  # bytes; what takes more is decoded into a file once, and mapped from there
+DECODER = 1  # increase it when ``_decode`` gives other pixels: arrays that older versions kept are not used then
+SETTLED = 2.0  # seconds; two changes within one step of a file system's clock (FAT: 2 s) leave the same times
 TEST_SPLITS = ("test", "validation")  # of a data set on the hub; clane9/imagenet-100 has the second
 
 
 @dataclass(frozen=True)
 class Pictures:
     """A split that is still encoded. ``open(i)``: picture i, with ``name(i)`` for messages; ``targets``: (N,) int64.
-    ``identity``: text that differs where the pictures do.
+    ``identity``: text that differs where the pictures do. ``changed``: when one of their files or folders last changed
+    (ns since the epoch; 0 for pictures that cannot be replaced). ``settled``: whether that was SETTLED seconds ago.
     """
 
     open: Callable[[int], Image.Image]
     name: Callable[[int], str]
     targets: Tensor
     identity: str
+    changed: int = 0
+    settled: bool = True
+
+    def only(self, positions: Tensor | None) -> Pictures:
+        """The pictures at these positions, (n,) int64; None: all of them."""
+        if positions is None:
+            return self
+        chosen = positions.tolist()
+        return replace(
+            self,
+            open=lambda i: self.open(chosen[i]),
+            name=lambda i: self.name(chosen[i]),
+            targets=self.targets[positions],
+            identity=f"{self.identity} {chosen}",
+        )
 
 
 def check(spec: str, image_size: int | None) -> None:
@@ -53,14 +77,78 @@ def check(spec: str, image_size: int | None) -> None:
             raise InputError(f"expected images in '{folder}/CLASS/', there is no such folder; check --data")
 
 
-def read(spec: str, cache: Path, image_size: int | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
-    """Training and test pairs of (N, 3, S, S) uint8 images and (N,) int64 targets, and the number of classes."""
+def find(spec: str) -> tuple[Pictures, Pictures, int]:
+    """The training and test pictures, still encoded, and the number of classes. InputError if they cannot be had."""
     kind = next(kind for kind in SOURCES if spec.startswith(kind))
-    train, test, num_classes = SOURCES[kind](spec)
+    return SOURCES[kind](spec)
+
+
+def decode(
+    train: Pictures, test: Pictures, chosen: tuple[Tensor | None, Tensor | None], root: Path, image_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode the chosen training and test pictures, and count the levels of the whole training set.
+
+    chosen: sorted positions in ``train`` and in ``test``; None: all. root: the data directory. image_size: side in
+    pixels; None: that of the first training picture. Returns (n, 3, S, S) uint8 training and test images and the
+    (3, 256) int64 levels of ``count_levels``. Where both splits, whole, take more than IN_MEMORY, they are mapped from
+    files. Otherwise images and levels are kept under ``root / "decoded"``. Where the levels are kept already, only the
+    chosen pictures are decoded.
+    """
     size = image_size or _size_of_first(train)
-    mapped = (len(train.targets) + len(test.targets)) * 3 * size * size > IN_MEMORY
-    decoded = [(_decode(part, size, cache / "images" if mapped else None), part.targets) for part in (train, test)]
-    return decoded[0], decoded[1], num_classes
+    cache = ArrayCache(root / "decoded")
+    if (len(train.targets) + len(test.targets)) * 3 * size * size > IN_MEMORY:
+        mapped = [_decode(pictures, size, root / "images") for pictures in (train, test)]
+        levels = _kept(train, f"levels {size}", cache, lambda: count_levels(mapped[0]))
+        images = [every if part is None else every[part] for every, part in zip(mapped, chosen, strict=True)]
+        return images[0], images[1], levels
+    train_images, levels = _with_levels(train, chosen[0], size, cache)
+    return train_images, _images(test.only(chosen[1]), size, cache), levels
+
+
+def count_levels(images: Tensor) -> Tensor:
+    """Count how many pixels of each channel have each level. (N, C, H, W) uint8 -> (C, 256) int64."""
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in torch.split(images, 4096):
+        counts += torch.stack([torch.bincount(part[:, c].flatten(), minlength=256) for c in range(images.shape[1])])
+    return counts
+
+
+def _with_levels(train: Pictures, chosen: Tensor | None, size: int, cache: ArrayCache) -> tuple[Tensor, Tensor]:
+    """The chosen training images and the levels of all, which are decoded for them unless the levels are kept."""
+    levels = cache.read(_key(train, f"levels {size}"))
+    if levels is not None:
+        return _images(train.only(chosen), size, cache), levels
+    if chosen is None:
+        images = every = _images(train, size, cache)
+    else:
+        every = _decode(train, size, None)
+        images = _kept(train.only(chosen), f"images {size}", cache, lambda: every[chosen])
+    return images, _keep(train, f"levels {size}", cache, count_levels(every))
+
+
+def _images(pictures: Pictures, size: int, cache: ArrayCache) -> Tensor:
+    """(N, 3, S, S) uint8, kept or decoded."""
+    return _kept(pictures, f"images {size}", cache, lambda: _decode(pictures, size, None))
+
+
+def _kept(pictures: Pictures, what: str, cache: ArrayCache, compute: Callable[[], Tensor]) -> Tensor:
+    """An array that the cache keeps of these pictures; computed, and kept, where there is none."""
+    array = cache.read(_key(pictures, what))
+    return _keep(pictures, what, cache, compute()) if array is None else array
+
+
+def _keep(pictures: Pictures, what: str, cache: ArrayCache, array: Tensor) -> Tensor:
+    """The array, kept unless the pictures may change once more without a sign of it."""
+    if pictures.settled:
+        cache.write(_key(pictures, what), array)
+    return array
+
+
+def _key(pictures: Pictures, what: str) -> str:
+    import PIL
+
+    text = f"{what} {DECODER} {PIL.__version__} {len(pictures.targets)} {pictures.changed} {pictures.identity}"
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def _decode(pictures: Pictures, size: int, directory: Path | None) -> Tensor:
@@ -154,20 +242,35 @@ def _files_of_classes(folder: Path, classes: Sequence[str]) -> Pictures:
     with extra("a data set of image files"):
         from PIL import Image
 
+    listed, changed = time.time_ns(), _changed(os.stat(folder))
     paths: list[str] = []
     targets: list[int] = []
     identity: list[str] = []
     for target, name in enumerate(classes):
-        found = _image_files(folder / name)
+        found, folders = _image_files(folder / name)
+        # a file's own times may be older than the file that it replaces, or those of a folder of the same name
+        changed = max([changed, *map(_changed, folders), *(_changed(status) for _, status in found)])
         for path, status in found:
             paths.append(path)
             targets.append(target)
             identity.append(f"{path} {target} {status.st_size} {status.st_mtime_ns}")
-    return Pictures(lambda i: Image.open(paths[i]), lambda i: paths[i], torch.tensor(targets), "\n".join(identity))
+    return Pictures(
+        lambda i: Image.open(paths[i]),
+        lambda i: paths[i],
+        torch.tensor(targets),
+        "\n".join(identity),
+        changed,
+        changed < listed - SETTLED * 1e9,
+    )
 
 
-def _image_files(folder: Path) -> list[tuple[str, os.stat_result]]:
-    """Image files below a folder, by their extension, in the order of torchvision's ImageFolder.
+def _changed(status: os.stat_result) -> int:
+    """When a file or its status last changed (ns); only the second of both cannot be set back."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _image_files(folder: Path) -> tuple[list[tuple[str, os.stat_result]], list[os.stat_result]]:
+    """Image files below a folder, by their extension, in the order of torchvision's ImageFolder, and its folders.
 
     InputError for a link to a folder that is read already (its images would count twice, or without end), for what is
     no regular file (a pipe would wait for its other end), and where there are no images.
@@ -175,11 +278,14 @@ def _image_files(folder: Path) -> list[tuple[str, os.stat_result]]:
     with extra("a data set of image files"):
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    places, images = [str(folder)], []
+    places = [str(folder)]
+    images: dict[str, list[str]] = {}
     read: dict[tuple[int, int], str] = {}
+    folders = []
     while places:
         place = places.pop()
         status = os.stat(place)
+        folders.append(status)
         first = read.setdefault((status.st_dev, status.st_ino), place)
         if first != place:
             raise InputError(f"'{place}' leads to '{first}', which is read already; remove the link")
@@ -187,10 +293,10 @@ def _image_files(folder: Path) -> list[tuple[str, os.stat_result]]:
             if is_folder:
                 places.append(path)
             elif path.lower().endswith(IMG_EXTENSIONS):
-                images.append(path)
+                images.setdefault(place, []).append(path)
     if not images:
         raise InputError(f"expected images in '{folder}', there is none ({' '.join(IMG_EXTENSIONS)}); add some")
-    return [(path, _status(path)) for path in sorted(images, key=os.path.split)]
+    return [(path, _status(path)) for place in sorted(images) for path in sorted(images[place])], folders
 
 
 def _status(path: str) -> os.stat_result:
