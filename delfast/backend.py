@@ -13,7 +13,7 @@ from delfast.ops import BACKEND
 def status() -> dict[str, Any]:
     """Which backend runs the ops and why: plain values, ready for JSON.
 
-    ``backend`` is "native" (the compiled extension) or "torch" (the twins); ``reason`` says why; ``isa`` is the
+    ``backend`` is "native" (the compiled extension) or "torch" (the references); ``reason`` says why; ``isa`` is the
     instruction set in use on the CPU; ``devices`` those with native kernels; ``cuda`` says what becomes of tensors on a
     GPU, and why; ``built_against`` is torch's version then.
     """
@@ -36,11 +36,11 @@ def status() -> dict[str, Any]:
 
 def _cuda() -> str:
     if BACKEND.module is None:
-        return "not loaded: the twins run on every device"
+        return "not loaded: the references run on every device"
     built = BACKEND.build_info["cuda"]
     if not built:
         why = BACKEND.build_info.get("cuda_failure", "the extension was built without")
-        return f"not built: {why}; on a GPU the twins run"
+        return f"not built: {why}; on a GPU the references run"
     text = f"built with CUDA {built['toolkit']} for {' '.join(built['architectures'])}"
     if not torch.cuda.is_available():
         return f"{text}; no CUDA device is here, so the CPU kernels run"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
-
 
 def printable(text: str) -> str:
     """``text`` as it may be shown on one line: line breaks, escape sequences, changes of the writing direction and
@@ -22,10 +20,3 @@ class InputError(ValueError):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(printable(each) if isinstance(each, str) else each for each in arguments))
-
-
-def check_choice(what: str, value: object, choices: Any) -> None:
-    """InputError unless ``value`` is one of a Literal's values."""
-    if not isinstance(value, str) or value not in get_args(choices):
-        text = f"'{value}'" if isinstance(value, str) else type(value).__name__
-        raise InputError(f"expected {what} to be one of {', '.join(get_args(choices))}; got {text}")

@@ -58,7 +58,7 @@ class MaskedOptimizer(Optimizer):
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
         list(mask.match(dict(unique_parameters(pairs))))
         self.mask = mask
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[int, list[OpCall]] = {}
         super().__init__(groups, {**defaults, "mask_digest": mask.digest})
         for group in self.param_groups:  # torch.load reads no number of numpy in a state dict
             group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
@@ -75,7 +75,7 @@ class MaskedOptimizer(Optimizer):
                 loss = closure()
         amp = {"grad_scale": getattr(self, "grad_scale", None), "found_inf": getattr(self, "found_inf", None)}
         for number, group in enumerate(self.param_groups):
-            for call in self._calls_of(number, group):
+            for call in self._cached_calls(number, group):
                 gradients = [parameter.grad for parameter in call.parameters]
                 self._update(group, call.parameters, gradients, call.state, call.steps, call.bits, call.by_row, amp)
         return loss
@@ -88,7 +88,7 @@ class MaskedOptimizer(Optimizer):
     def _update(self, group: dict[str, Any], *arguments: Any) -> None:
         """Call the op of this optimizer."""
 
-    def _calls_of(self, number: int, group: dict[str, Any]) -> list[Call]:
+    def _cached_calls(self, number: int, group: dict[str, Any]) -> list[OpCall]:
         """The op calls, one a device, that step this group; kept until other parameters have gradients."""
         present: list[Any] = [self._state_count(group)]  # which a schedule of the momentum may change
         present += [
@@ -103,7 +103,7 @@ class MaskedOptimizer(Optimizer):
                 self._calls[number] = calls
         return calls
 
-    def _make_calls(self, group: dict[str, Any], present: list[Any]) -> list[Call]:
+    def _make_calls(self, group: dict[str, Any], present: list[Any]) -> list[OpCall]:
         batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ParameterMask]]] = {}
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             part = self.mask.parameters.get(plain_name(name))
@@ -122,7 +122,7 @@ class MaskedOptimizer(Optimizer):
         count: int,
         entries: list[tuple[Tensor, ParameterMask]],
         present: list[Any],
-    ) -> Call:
+    ) -> OpCall:
         """One flat tensor holds the state of all, and one counts their steps: what ``self.state`` has are its views."""
         none = torch.zeros((), dtype=torch.float32, device=device)
         steps = torch.stack([self.state[parameter].get("step", none) for parameter, _ in entries])
@@ -140,7 +140,7 @@ class MaskedOptimizer(Optimizer):
             self.state[parameter]["step"] = step
             if count:
                 self.state[parameter][self.state_name] = as_rows(piece, parameter) if part.by_row else piece
-        return Call(
+        return OpCall(
             present,
             [parameter for parameter, _ in entries],
             state,
@@ -166,7 +166,7 @@ class MaskedOptimizer(Optimizer):
             if new is None or not new.selected:
                 self.state.pop(parameter, None)
             elif held is not None and old is not None:
-                self.state[parameter][self.state_name] = _moved(held, old, new.for_ops)
+                self.state[parameter][self.state_name] = _move_state(held, old, new.for_ops)
         self.mask, self._calls = mask, {}
         for settings in (self.defaults, *self.param_groups):
             settings["mask_digest"] = mask.digest
@@ -189,7 +189,7 @@ class MaskedOptimizer(Optimizer):
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
-def _moved(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
+def _move_state(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
     """State of the entries of ``old``, one or more values each, as state of those of ``new``."""
     count = held.numel() // old.selected
     dense = held.new_zeros(count, old.numel)
@@ -199,7 +199,7 @@ def _moved(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """What one call of a masked op takes, but for the gradients. ``present``: what had state and gradients then."""
 
     present: list[Any]
@@ -257,7 +257,7 @@ class MaskedSGD(MaskedOptimizer):
         *tensors, amp = arguments
         torch.ops.delfast.masked_sgd_(
             *tensors,
-            **_rate(group["lr"]),
+            **_lr_arguments(group["lr"]),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
@@ -312,7 +312,7 @@ class MaskedAdamW(MaskedOptimizer):
         *tensors, amp = arguments
         torch.ops.delfast.masked_adamw_(
             *tensors,
-            **_rate(group["lr"]),
+            **_lr_arguments(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
@@ -322,7 +322,7 @@ class MaskedAdamW(MaskedOptimizer):
         )
 
 
-def _rate(lr: float | Tensor) -> dict[str, Any]:
+def _lr_arguments(lr: float | Tensor) -> dict[str, Any]:
     """The op's arguments for a rate; a tensor is read where it is, by a captured CUDA graph at every replay."""
     return {"lr": 0.0, "lr_tensor": lr} if isinstance(lr, Tensor) else {"lr": float(lr)}
 

@@ -67,9 +67,9 @@ def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> 
         return {plain_name(name): value.detach() for name, value in init.items()}
     if isinstance(init, str) and init == "reset_parameters":
         with seeded(seed):
-            fresh = _reset_copy(unwrap(model), needed)
+            fresh = _reset_parameters_of_copy(unwrap(model), needed)
     else:
-        fresh = _made(init, seed, "pass a factory, a model or a state dict")
+        fresh = _make_network(init, seed, "pass a factory, a model or a state dict")
     named = fresh.named_parameters(remove_duplicate=False)
     return {plain_name(name): parameter.detach() for name, parameter in named}
 
@@ -79,10 +79,10 @@ def fresh_state(init: Init, seed: int) -> dict[str, Tensor]:
 
     InputError for an ``init`` that is neither.
     """
-    return _made(init, seed, "pass a factory of it, or a second model").state_dict()
+    return _make_network(init, seed, "pass a factory of it, or a second model").state_dict()
 
 
-def _made(init: Any, seed: int, advice: str) -> nn.Module:
+def _make_network(init: Any, seed: int, advice: str) -> nn.Module:
     """The network that a factory makes under the seed, or the one given, without its wrappers."""
     if callable(init) and not isinstance(init, nn.Module):
         with seeded(seed):
@@ -92,7 +92,7 @@ def _made(init: Any, seed: int, advice: str) -> nn.Module:
     return unwrap(init)
 
 
-def _reset_copy(model: nn.Module, needed: list[str]) -> nn.Module:
+def _reset_parameters_of_copy(model: nn.Module, needed: list[str]) -> nn.Module:
     """A copy of ``model`` whose modules have reset themselves; InputError for a needed parameter of one that cannot."""
     fresh = copy_of(model)
     parameters = {plain_name(name): (name, parameter) for name, parameter in fresh.named_parameters()}

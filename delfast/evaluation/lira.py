@@ -75,7 +75,7 @@ def u_lira(
         _log_likelihood(values.double(), *gaussians[0]) - _log_likelihood(values.double(), *gaussians[1])
         for values in attacked.values()
     )
-    right = (_part_above_0(positives) + _part_above_0(-negatives)) / 2
+    right = (_share_above_zero(positives) + _share_above_zero(-negatives)) / 2
     return ULira(100 * right, tpr_at_fpr(positives, negatives, fpr), fpr, positives, negatives)
 
 
@@ -143,7 +143,7 @@ def _log_likelihood(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return -((values - mean).square() / variance + variance.log()) / 2
 
 
-def _part_above_0(scores: Tensor) -> float:
+def _share_above_zero(scores: Tensor) -> float:
     return ((scores > 0).double() + (scores == 0).double() / 2).mean().item()
 
 
@@ -151,14 +151,14 @@ def _without(models: Tensor, i: int) -> Tensor:
     return torch.cat([models[:i], models[i + 1 :]])
 
 
-def _check_shadows(shadows: dict[str, Tensor], least: int) -> None:
+def _check_shadows(shadows: dict[str, Tensor], minimum: int) -> None:
     check_tensors(**shadows)
     for name, values in shadows.items():
         if values.ndim != 2:
             raise InputError(f"{name}: expected (models, examples), got {tuple(values.shape)}")
-        if len(values) < least:
+        if len(values) < minimum:
             raise InputError(
-                f"{name}: expected at least {least} models for the attack's shadows, got {len(values)}; train more"
+                f"{name}: expected at least {minimum} models for the attack's shadows, got {len(values)}; train more"
             )
     examples = next(iter(shadows.values())).shape[1]
     for name, values in shadows.items():

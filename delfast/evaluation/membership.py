@@ -38,7 +38,7 @@ def membership_inference(
             )
         if len(confidences) == 0:
             raise InputError(f"membership inference needs at least one {name} example, got none")
-    return _called_non_members(retain_confidences, test_confidences, forget_confidences, seed)
+    return _non_member_percentage(retain_confidences, test_confidences, forget_confidences, seed)
 
 
 def svc_attacks(retain: Predictions, test: Predictions, forget: Predictions, seed: int = 0) -> dict[str, float]:
@@ -62,7 +62,7 @@ def svc_attacks(retain: Predictions, test: Predictions, forget: Predictions, see
     if len(set(classes.values())) > 1:
         raise InputError(f"expected the same classes in all three sets, got {classes}; use one network's predictions")
     members, non_members, attacked = _features(*retain), _features(*test), _features(*forget)
-    return {name: _called_non_members(members[name], non_members[name], attacked[name], seed) for name in attacked}
+    return {name: _non_member_percentage(members[name], non_members[name], attacked[name], seed) for name in attacked}
 
 
 def modified_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -94,9 +94,9 @@ def _features(log_probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _called_non_members(retain: Tensor, test: Tensor, forget: Tensor, seed: int) -> float:
+def _non_member_percentage(retain: Tensor, test: Tensor, forget: Tensor, seed: int) -> float:
     """The attack on any feature, (n,) or (n, features), of the three sets."""
-    classifier = support_vector_classifier()
+    classifier = import_svc()
     count = min(len(retain), len(test))
     generator = torch.Generator().manual_seed(seed)
     members = _subsample(retain, count, generator)
@@ -106,7 +106,7 @@ def _called_non_members(retain: Tensor, test: Tensor, forget: Tensor, seed: int)
     return float(100 * (attack.predict(_rows(forget)) == 0).mean())
 
 
-def support_vector_classifier() -> Any:
+def import_svc() -> Any:
     """scikit-learn's SVC; ImportError in one line where it is missing."""
     with extra("membership inference", ", or leave it out: evaluate(..., mia=False)"):
         from sklearn.svm import SVC

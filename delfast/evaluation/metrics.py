@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_flag, check_loader, check_seed, check_type
 from delfast.batches import evaluating
-from delfast.evaluation.membership import membership_inference, support_vector_classifier
+from delfast.evaluation.membership import import_svc, membership_inference
 from delfast.evaluation.predictions import Loader, check_examples, predict, true_class
 
 
@@ -74,7 +74,7 @@ def evaluate(
     check_type("oracle", oracle, (Metrics, type(None)), "the Metrics of evaluate(oracle, ...), or None")
     seed = check_seed(seed)
     if check_flag("mia", mia):
-        support_vector_classifier()  # raises now, not when all sets have been measured
+        import_svc()  # raises now, not when all sets have been measured
     results = {name: _measure(model, loader, name) for name, loader in sets.items()}
     retained, tested, forgotten = (results[name].confidences for name in ("retain", "test", "forget"))
     metrics = Metrics(

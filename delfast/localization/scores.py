@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from delfast._version import __version__
 from delfast.arguments import (
+    check_choice,
     check_count,
     check_flag,
     check_function,
@@ -23,7 +24,7 @@ from delfast.arguments import (
     describe,
 )
 from delfast.batches import LossFn, warn_about_loader
-from delfast.errors import InputError, check_choice
+from delfast.errors import InputError
 from delfast.layer_types import output_dims
 from delfast.localization.critical_channels import MOST_CHANNELS, critmem
 from delfast.localization.gradient import GradientSums, MeanGradient, add_all

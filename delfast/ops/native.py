@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or says in one line why the PyTorch twins run instead."""
+"""Loads the compiled extension, or says in one line why the PyTorch references run instead."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Backend:
 def load_backend() -> Backend:
     """Choose the backend once, at import.
 
-    DELFAST_BACKEND=native raises ImportError if the extension cannot be used (and so does a DELFAST_FORCE_ISA that it
-    cannot honour), =torch does not load it. Unset: the extension if it can be used, else the twins with one warning
-    that says why.
+    DELFAST_BACKEND=native raises ImportError if the extension cannot be used, and so does a DELFAST_FORCE_ISA that
+    this machine lacks. DELFAST_BACKEND=torch does not load the extension. Unset: the extension if it can be used, else
+    the PyTorch references, with one warning that gives the reason.
     """
     wanted = os.environ.get("DELFAST_BACKEND", "")
     if wanted not in ("", "native", "torch"):
@@ -48,7 +48,9 @@ def load_backend() -> Backend:
         reason = str(error).splitlines()[0]
         if wanted == "native" or os.environ.get("DELFAST_FORCE_ISA"):
             raise ImportError(f"native kernels are asked for, but {reason}") from error
-        warnings.warn(f"delfast runs on its PyTorch twins (right, but slow): {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"delfast runs on its PyTorch references (correct, but slow): {reason}", RuntimeWarning, stacklevel=2
+        )
         return Backend("torch", reason)
     devices = ("CPU", "CUDA") if build_info["cuda"] else ("CPU",)
     return Backend("native", "the compiled extension loaded", module, devices, build_info)
