@@ -9,7 +9,7 @@ from torch.nn import functional
 from delfast.arguments import check_loader, check_tensors
 from delfast.batches import evaluating
 from delfast.errors import InputError
-from delfast.evaluation.predictions import Loader, check_examples, check_log_probabilities, predict
+from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, predict
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from delfast.arguments import check_seed, check_tensors, describe
 from delfast.errors import InputError
-from delfast.evaluation.predictions import Predictions, check_predictions, log_complement, true_class
+from delfast.evaluation.outputs import Predictions, check_predictions, log_complement, true_class
 from delfast.extras import extra
 
 

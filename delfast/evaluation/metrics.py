@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from delfast.arguments import check_flag, check_loader, check_seed, check_type
 from delfast.batches import evaluating
 from delfast.evaluation.membership import import_svc, membership_inference
-from delfast.evaluation.predictions import Loader, check_examples, predict, true_class
+from delfast.evaluation.outputs import Loader, check_examples, predict, true_class
 
 
 @dataclass(frozen=True)
