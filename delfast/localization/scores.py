@@ -30,9 +30,10 @@ from delfast.localization.critical_channels import MOST_CHANNELS, critmem
 from delfast.localization.gradient import GradientSums, MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
 from delfast.localization.selection import Selection, positive_count, positive_left_out
-from delfast.mask import Mask, ParameterMask
+from delfast.mask import Mask
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
+from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
 
 Criterion = Literal[

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from delfast.mask import ParameterMask
 from delfast.ops import BACKEND, OPS
 from delfast.ops.layout import as_rows, flat_rows, pack, row_length, unit_count, unpack
+from delfast.parameter_mask import ParameterMask
 from tests import cases
 from tests.tolerances import assert_within_budget
 
