@@ -18,9 +18,10 @@ def status() -> dict[str, Any]:
     dict of str to object
         Plain values, ready for JSON: ``delfast`` and ``torch`` (versions); ``backend``, "native" (the compiled
         extension) or "torch" (the PyTorch references), and ``reason``, why it was chosen; ``isa``, the instruction set
-        in use on the CPU, and ``isas``, all that this CPU supports; ``devices`` that have native kernels; ``cuda``,
-        which code runs for tensors on a GPU, and why; ``cuda_available``; ``built_against``, the version of torch that
-        the extension was built with, and its ``compiler``; ``threads``, the number that torch uses.
+        in use on the CPU, and ``isas``, those of this build that the CPU supports; ``devices`` that have native
+        kernels; ``cuda``, which code runs for tensors on a GPU, and why; ``cuda_available``; ``built_against``, the
+        version of torch that the extension was built with, and its ``compiler``; ``threads``, the number that torch
+        uses.
 
     Examples
     --------

@@ -123,7 +123,7 @@ class MaskedOptimizer(Optimizer):
         """Call the op of this optimizer."""
 
     def _cached_calls(self, number: int, group: dict[str, Any]) -> list[OpCall]:
-        """Return the op calls that step this group, one per device and dtype, cached while their ``key`` is the same."""
+        """Return the op calls that step this group, one per device and dtype, cached by their ``key``."""
         key: list[Any] = [self._state_count(group)]  # a schedule of the momentum may change it
         key += [
             (id(parameter), parameter.stride(), parameter.dtype, parameter.device)

@@ -1,4 +1,4 @@
-"""What a network knows of its forget set: accuracies, membership inference, the gap to an oracle, and the cost."""
+"""Measurements of forgetting: accuracies, membership inference, the gap to an oracle, and the cost."""
 
 from delfast.evaluation.cost import changed_fraction, relative_time
 from delfast.evaluation.divergence import kl_divergence, kl_to_oracle
