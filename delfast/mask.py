@@ -292,7 +292,7 @@ class Mask:
         return self._combine(other, torch.bitwise_and, "intersection")
 
     def jaccard(self, other: Mask) -> float:
-        """Return the Jaccard index of two masks over scalars: |intersection| / |union|.
+        """Return the Jaccard index of two masks over scalars: ``|intersection| / |union|``.
 
         Parameters
         ----------

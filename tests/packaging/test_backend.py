@@ -103,7 +103,7 @@ def test_an_unusable_extension_warns_once_or_fails_loudly(tmp_path: Path, info: 
     warned = [line for line in result.stderr.splitlines() if "RuntimeWarning" in line]
     assert len(warned) == 1 and re.search(reason, warned[0]) and "rebuild with" in warned[0]
     forced = python(STATUS, package, DELFAST_BACKEND="native")
-    assert forced.returncode != 0 and re.search(f"native kernels are asked for, but .*{reason}", forced.stderr)
+    assert forced.returncode != 0 and re.search(f"native kernels are required, but .*{reason}", forced.stderr)
 
 
 @needs_native
