@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from os import PathLike, fspath
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, cast, get_args
 
 import numpy
 import torch
@@ -47,11 +47,11 @@ def check_int(name: str, value: object) -> int:
     raise InputError(f"expected {name} to be an int, got {describe(value)}; pass one that 64 bits hold")
 
 
-def check_count(name: str, value: object, least: int = 1) -> int:
-    """A whole number of at least ``least``, as ``check_int``."""
-    if _is_int(value) and least <= int(value) < 2**63:
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """A whole number of at least ``minimum``, as ``check_int``."""
+    if _is_int(value) and minimum <= int(value) < 2**63:
         return int(value)
-    raise InputError(f"expected {name} to be a count of at least {least}, got {describe(value)}; pass such an int")
+    raise InputError(f"expected {name} to be a count of at least {minimum}, got {describe(value)}; pass such an int")
 
 
 def check_seed(value: object) -> int:
@@ -66,6 +66,12 @@ def check_flag(name: str, value: object) -> bool:
     if isinstance(value, (bool, numpy.bool_)):
         return bool(value)
     raise InputError(f"expected {name} to be True or False, got {describe(value)}; pass one of these")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """InputError unless ``value`` is one of the strings of the Literal ``choices``."""
+    if not isinstance(value, str) or value not in get_args(choices):
+        raise InputError(f"expected {name} to be one of {', '.join(get_args(choices))}; got {describe(value)}")
 
 
 def check_function(name: str, value: object) -> None:

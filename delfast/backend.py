@@ -1,4 +1,4 @@
-"""What runs, and why."""
+"""The backend in use, and the reason for it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,23 @@ from delfast.ops import BACKEND
 
 
 def status() -> dict[str, Any]:
-    """Which backend runs the ops and why: plain values, ready for JSON.
+    """Return the backend that runs the ops, the reason for it, and the versions in use.
 
-    ``backend`` is "native" (the compiled extension) or "torch" (the twins); ``reason`` says why; ``isa`` is the
-    instruction set in use on the CPU; ``devices`` those with native kernels; ``cuda`` says what becomes of tensors on a
-    GPU, and why; ``built_against`` is torch's version then.
+    Returns
+    -------
+    dict of str to object
+        Plain values, ready for JSON: ``delfast`` and ``torch`` (versions); ``backend``, "native" (the compiled
+        extension) or "torch" (the PyTorch references), and ``reason``, why it was chosen; ``isa``, the instruction set
+        in use on the CPU, and ``isas``, those of this build that the CPU supports; ``devices`` that have native
+        kernels; ``cuda``, which code runs for tensors on a GPU, and why; ``cuda_available``; ``built_against``, the
+        version of torch that the extension was built with, and its ``compiler``; ``threads``, the number that torch
+        uses.
+
+    Examples
+    --------
+    >>> import delfast
+    >>> delfast.status()["backend"] in ("native", "torch")
+    True
     """
     native = BACKEND.module
     return {
@@ -36,11 +48,11 @@ def status() -> dict[str, Any]:
 
 def _cuda() -> str:
     if BACKEND.module is None:
-        return "not loaded: the twins run on every device"
+        return "not loaded: the references run on every device"
     built = BACKEND.build_info["cuda"]
     if not built:
         why = BACKEND.build_info.get("cuda_failure", "the extension was built without")
-        return f"not built: {why}; on a GPU the twins run"
+        return f"not built: {why}; on a GPU the references run"
     text = f"built with CUDA {built['toolkit']} for {' '.join(built['architectures'])}"
     if not torch.cuda.is_available():
         return f"{text}; no CUDA device is here, so the CPU kernels run"
@@ -57,13 +69,14 @@ def _cuda() -> str:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Machine code runs on cards of its major version from its minor one on; PTX, on all later cards.
+    """Return whether code for ``architecture`` runs on a card of this compute capability.
 
-    CUDA C++ Programming Guide, "Compatibility": binary and PTX.
+    Machine code runs on cards of the same major version and of the same or a later minor version; PTX runs on all later
+    cards (CUDA C++ Programming Guide, "Compatibility").
     """
     number = architecture.removesuffix("+PTX")
     major, minor = (int(part) for part in number.rstrip("af").split("."))
-    if number.endswith("a"):  # for that very card
+    if number.endswith("a"):  # for cards of exactly this capability
         return capability == (major, minor)
     later = capability >= (major, minor)
     return later and (capability[0] == major or architecture.endswith("+PTX"))

@@ -1,13 +1,13 @@
-"""The one exception that delfast raises for bad input."""
+"""The exception that delfast raises for bad input."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
-
 
 def printable(text: str) -> str:
-    """``text`` as it may be shown on one line: line breaks, escape sequences, changes of the writing direction and
-    lone surrogates as Python writes them in a literal (``\\n``, ``\\x1b``, ``\\u202e``).
+    """Return ``text`` with its unprintable characters escaped, so that it can be printed on one line.
+
+    Line breaks, escape sequences, changes of the writing direction and lone surrogates become what a Python literal has
+    (``\\n``, ``\\x1b``, ``\\u202e``).
     """
     if text.isprintable():
         return text
@@ -15,17 +15,22 @@ def printable(text: str) -> str:
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line: what was expected, what came, what to do. Nothing was changed.
+    """Bad input; nothing was changed.
 
-    The line is printable, whatever names of files or parameters it quotes.
+    The message is one line: what was expected, what came, what to do. It is printable, whatever names of files or
+    parameters it quotes.
+
+    Parameters
+    ----------
+    *arguments : object
+        The exception's arguments, as for ValueError; unprintable characters of strings are escaped.
+
+    Examples
+    --------
+    >>> import delfast
+    >>> str(delfast.InputError("expected a name, got 'a\\nb'"))
+    "expected a name, got 'a\\\\nb'"
     """
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(printable(each) if isinstance(each, str) else each for each in arguments))
-
-
-def check_choice(what: str, value: object, choices: Any) -> None:
-    """InputError unless ``value`` is one of a Literal's values."""
-    if not isinstance(value, str) or value not in get_args(choices):
-        text = f"'{value}'" if isinstance(value, str) else type(value).__name__
-        raise InputError(f"expected {what} to be one of {', '.join(get_args(choices))}; got {text}")

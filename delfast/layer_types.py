@@ -1,8 +1,8 @@
-"""Layer types of other libraries: along which dimension of the weight their outputs lie.
+"""Layer types of other libraries: the dimension of the weight along which their outputs lie.
 
-torch's own layers have one output channel per slice of ``weight`` along dim 0. Some libraries store the weight the
-other way round, as (in, out): GPT-2's ``Conv1D`` in transformers does. A registration says so once; scores, masks,
-reset, compact training, the masked optimizers and per-example gradients then all work by output channel.
+torch's own layers have one output channel per slice of ``weight`` along dim 0. Some libraries store the weight as
+(in, out), such as GPT-2's ``Conv1D`` in transformers. After one registration of the type, scores, masks, reset, compact
+training, the masked optimizers and per-example gradients all work by output channel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LayerType:
 
     output_dim: int
     function: Callable[..., Tensor] | None
-    linear_forward: Callable[..., Tensor] | None = None  # one that is the product by a weight (in, out), and no more
+    linear_forward: Callable[..., Tensor] | None = None  # a forward that only multiplies by a weight (in, out)
 
 
 _registered: dict[type[nn.Module], LayerType] = {}
@@ -34,18 +34,41 @@ _registered: dict[type[nn.Module], LayerType] = {}
 def register_layer(
     layer_type: type[nn.Module], *, output_dim: int, function: Callable[..., Tensor] | None = None
 ) -> None:
-    """Register a layer type with a 2-D ``weight`` Parameter, for every model from now on.
+    """Register a layer type that has a 2-D ``weight`` Parameter, for every model from now on.
 
-    layer_type: a subclass of ``nn.Module``; its own subclasses are included. ``transformers``' ``Conv1D`` is registered
-        without a call.
-    output_dim: the dimension of ``weight`` along which the layer's outputs lie: 0 for (out, in), 1 for (in, out).
-    function: what the layer's forward pass multiplies its input by ``weight`` with, called as
-        ``function(input, weight, bias)`` (the bias may be left out), or ``torch.addmm`` in its own order of arguments.
-        input is (*, in), bias (out,) or None, the output (*, out). With it, per-example gradients of the layer come
-        from one pass; without it, they are computed one example at a time unless a function in ``forward`` is known.
-        The first batch of a per-example pass checks the function's outputs against ``torch.nn.functional.linear``.
+    ``Conv1D`` of transformers needs no registration.
 
-    Raises InputError for another kind of value, and for a type or function that is registered differently already.
+    Parameters
+    ----------
+    layer_type : type
+        A subclass of ``torch.nn.Module``; its own subclasses are included.
+    output_dim : {0, 1}
+        The dimension of ``weight`` along which the layer's outputs lie: 0 for (out, in), 1 for (in, out).
+    function : callable, optional
+        The function with which the layer's forward pass multiplies its input by ``weight``. It is called as
+        ``function(input, weight, bias)``, where the bias may be left out; ``torch.addmm`` keeps its own order of
+        arguments. The input is (*, in), the bias (out,) or None, the output (*, out). With ``function``, one pass
+        computes the layer's per-example gradients. Without it, each example needs a pass of its own, unless ``forward``
+        calls a function that is known. The first batch of a per-example pass compares the function's outputs with
+        those of ``torch.nn.functional.linear``.
+
+    Raises
+    ------
+    InputError
+        For another kind of value, and for a type that is registered differently already.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> class Transposed(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.ones(3, 2))  # (in, out)
+    ...
+    ...     def forward(self, x):
+    ...         return x @ self.weight
+    >>> delfast.register_layer(Transposed, output_dim=1)
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise InputError(f"expected layer_type to be a subclass of torch.nn.Module, got {layer_type!r}; pass the class")
@@ -66,15 +89,15 @@ def register_layer(
 
 
 def layer_type_of(module_type: type[nn.Module]) -> LayerType | None:
-    """The registration of this type, or of the nearest base class that has one."""
+    """Return the registration of this type, or of the nearest base class that has one."""
     _register_transformers()
     return next((_registered[base] for base in module_type.__mro__ if base in _registered), None)
 
 
 def output_dims(model: nn.Module) -> dict[str, int]:
-    """Plain name -> the dimension of the weight along which the outputs lie, for the weights where it is not 0.
+    """Return, by plain name, the dimension along which a weight's outputs lie, for the weights where it is not 0.
 
-    A weight that several modules share has the dimension of the first of them.
+    The first module that has a weight decides for all modules that share it.
     """
     dims: dict[int, int] = {}
     for module in model.modules():
@@ -85,18 +108,18 @@ def output_dims(model: nn.Module) -> dict[str, int]:
 
 
 def registered_functions() -> dict[Any, int]:
-    """Function -> output_dim, of every registration with a function."""
+    """Return the ``output_dim`` of every registered function."""
     _register_transformers()
     return {known.function: known.output_dim for known in _registered.values() if known.function is not None}
 
 
 def as_linear(weight: Tensor, output_dim: int) -> Tensor:
-    """A weight as ``torch.nn.functional.linear`` takes it, (out, in): a view."""
+    """Return a view of a weight as (out, in), the form that ``torch.nn.functional.linear`` expects."""
     return weight.movedim(output_dim, 0)
 
 
 def _register_transformers() -> None:
-    """transformers' Conv1D, once transformers is there; a model that has one has imported it."""
+    """Register transformers' Conv1D if transformers is imported; a model that has such a layer has imported it."""
     module = sys.modules.get("transformers.pytorch_utils")
     layer_type = getattr(module, "Conv1D", None)
     if layer_type is not None and layer_type not in _registered:

@@ -1,14 +1,13 @@
-"""Mask: which parameters are selected. Packed bits, one per channel where whole channels are, else one per element."""
+"""Mask: the selected parameters of a network, with set operations, dense forms and files."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
@@ -19,103 +18,37 @@ from delfast.errors import InputError
 from delfast.files import one_line
 from delfast.mask_file import FORMAT_VERSION, read_mask, write_mask
 from delfast.naming import plain_name
-from delfast.ops.layout import pack, row_length, unit_count, unpack
-
-Unit = Literal["row", "element"]
-
-
-@dataclass(frozen=True, eq=False)
-class ParameterMask:
-    """The selected part of one parameter: packed bits over its rows (output channels) or over its elements.
-
-    Rows are the slices along ``dim``: 0, except for layers that keep their outputs elsewhere. A parameter with
-    ndim <= 1 has rows of one element, so its unit is always "row". ``bits`` is uint8, as in delfast.ops.layout: one
-    bit per row, or one per element in row-major order of ``shape``, the parameter's own.
-    """
-
-    shape: tuple[int, ...]
-    unit: Unit
-    bits: Tensor
-    dim: int = 0
-
-    @property
-    def units(self) -> int:
-        """Number of bits that count: rows or elements."""
-        return unit_count(self.shape, self.dim) if self.unit == "row" else self.numel
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def channel_count(self) -> int:
-        """Number of channels, selected or not; a parameter with ndim <= 1 has none."""
-        return self.shape[self.dim] if len(self.shape) > 1 else 0
-
-    @cached_property
-    def flags(self) -> Tensor:
-        """bool (units,)."""
-        return unpack(self.bits, self.units)
-
-    @cached_property
-    def selected(self) -> int:
-        """Number of selected scalars."""
-        return int(self.flags.sum()) * (row_length(self.shape, self.dim) if self.unit == "row" else 1)
-
-    @cached_property
-    def channels(self) -> int:
-        """Number of whole channels of a parameter with ndim > 1 that are selected."""
-        if len(self.shape) <= 1 or not self.numel:
-            return 0
-        return int((self.flags if self.unit == "row" else _rows(self.dense(), self.dim).all(dim=1)).sum())
-
-    def dense(self) -> Tensor:
-        """bool, the parameter's shape."""
-        if self.unit == "element" or len(self.shape) <= 1 or not self.numel:
-            return self.flags.reshape(self.shape)
-        sizes = [-1 if dim == self.dim else 1 for dim in range(len(self.shape))]
-        return self.flags.reshape(sizes).expand(self.shape).contiguous()
-
-    def elements(self) -> ParameterMask:
-        """The same selection with one bit per element."""
-        if self.unit == "element":
-            return self
-        return replace(self, unit="element", bits=pack(self.dense()))
-
-    @property
-    def by_row(self) -> bool:
-        """What a bit stands for to the masked ops: a row of several elements, or one element."""
-        return self.unit == "row" and row_length(self.shape, self.dim) != 1
-
-    @property
-    def for_ops(self) -> ParameterMask:
-        """The same selection as the masked ops take it: they know rows along dim 0, and single elements.
-
-        So a parameter with its channels along another dimension is changed where it is, without a transposed copy.
-        """
-        return self if self.dim == 0 else self.elements()
-
-
-def from_flags(shape: tuple[int, ...], flags: Tensor, dim: int = 0) -> ParameterMask:
-    """Return the most compact ParameterMask of a bool tensor of this shape: by rows if each is all or nothing.
-
-    dim: the dimension of the parameter along which its channels lie.
-    """
-    rows = _rows(flags.reshape(shape), dim) if len(shape) > 1 and flags.numel() else flags.reshape(-1, 1)
-    whole = rows.all(dim=1)
-    if torch.equal(whole, rows.any(dim=1)):
-        return ParameterMask(shape, "row", pack(whole), dim)
-    return ParameterMask(shape, "element", pack(flags), dim)
-
-
-def _rows(flags: Tensor, dim: int) -> Tensor:
-    """(rows, elements of a row) of a dense mask with ndim > 1."""
-    return flags.movedim(dim, 0).flatten(1)
+from delfast.ops.layout import pack, unit_count
+from delfast.parameter_mask import ParameterMask, from_flags
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of Mask.table(): what is selected of one parameter."""
+    """One line of ``Mask.table()``: how much of one parameter is selected.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's plain name.
+    shape : tuple of int
+        The parameter's shape.
+    selected : int
+        Number of selected scalars.
+    total : int
+        Number of scalars.
+    channels : int
+        Number of whole channels selected.
+    of_channels : int
+        Number of channels; 0 for a parameter with ndim <= 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0], [0, 1]])})
+    >>> mask.table()
+    [LayerRow(name='weight', shape=(3, 2), selected=3, total=6, channels=1, of_channels=3)]
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -127,11 +60,27 @@ class LayerRow:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which parameters of a network are selected: a value; every operation returns a new one.
+    """The selected parameters of a network: a value that no operation changes.
 
-    ``parameters``: plain parameter name (no ``module.`` or ``_orig_mod.``) -> ParameterMask, in the model's order,
-    every trainable parameter included. ``metadata``: criterion, granularity, aggregate, budget, ... and provenance;
-    plain JSON values.
+    ``localize`` makes masks; ``reset_``, ``compact``, ``unlearn`` and the masked optimizers use them.
+
+    Parameters
+    ----------
+    parameters : Mapping of str to ParameterMask
+        The mask of every trainable parameter, selected or not, in the model's order. Names are plain: without the
+        prefixes ``module.`` and ``_orig_mod.`` of wrappers.
+    metadata : Mapping of str to object, default empty
+        Criterion, granularity, aggregate, budget and provenance, as plain JSON values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([1, 0])})
+    >>> mask.selected, mask.total, mask.channels, mask.fraction
+    (3, 6, 1, 0.5)
+    >>> "module.weight" in mask, mask["weight"].unit
+    (True, 'row')
     """
 
     parameters: Mapping[str, ParameterMask]
@@ -139,10 +88,12 @@ class Mask:
 
     @property
     def names(self) -> list[str]:
+        """Plain names of all parameters, in the model's order."""
         return list(self.parameters)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters by plain name."""
         return {name: part.shape for name, part in self.parameters.items()}
 
     @cached_property
@@ -152,7 +103,7 @@ class Mask:
 
     @cached_property
     def total(self) -> int:
-        """P: number of scalars that competed."""
+        """Number of scalars, selected or not."""
         return sum(part.numel for part in self.parameters.values())
 
     @cached_property
@@ -162,7 +113,7 @@ class Mask:
 
     @property
     def fraction(self) -> float:
-        """selected / total, at most the budget."""
+        """Selected scalars divided by all scalars, in [0, 1]; 0 for a mask of no parameters."""
         return self.selected / self.total if self.total else 0.0
 
     @property
@@ -172,7 +123,7 @@ class Mask:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the selection alone: names, shapes and dense bits. Metadata and packing do not count."""
+        """SHA-256 (hex) of names, shapes and dense bits; independent of the metadata and of the packing."""
         total = hashlib.sha256()
         for name in sorted(self.parameters):
             part = self.parameters[name]
@@ -191,7 +142,31 @@ class Mask:
         return isinstance(name, str) and plain_name(name) in self.parameters
 
     def to(self, device: torch.device | str) -> Mask:
-        """The same mask with its bits on ``device``; itself if they are there."""
+        """Return the mask with its bits on a device.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            The target device.
+
+        Returns
+        -------
+        Mask
+            This object itself if all bits are on ``device`` already.
+
+        Raises
+        ------
+        InputError
+            If ``device`` is no device.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> mask = delfast.Mask.from_dense({"bias": torch.tensor([1, 0])})
+        >>> mask.to("cpu") is mask
+        True
+        """
         device = check_device(device)
         if all(part.bits.device == device for part in self.parameters.values()):
             return self
@@ -199,9 +174,32 @@ class Mask:
         return Mask(moved, self.metadata)
 
     def match(self, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, ParameterMask]]:
-        """(name, parameter, its mask) for every parameter with anything selected, checked against ``named``.
+        """Pair each parameter that has a selected entry with its mask, after checking all of them.
 
-        Raises InputError, before yielding, if a selected one is missing from ``named``, frozen, or of another shape.
+        Parameters
+        ----------
+        named : Mapping of str to Tensor
+            The network's parameters by plain name.
+
+        Returns
+        -------
+        Iterator of (str, Tensor, ParameterMask)
+            Name, parameter and mask, in the mask's order.
+
+        Raises
+        ------
+        InputError
+            Before anything is returned: if a selected parameter is missing from ``named``, is frozen, or has another
+            shape than the mask.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([0, 0])})
+        >>> [(name, part.selected) for name, _, part in mask.match(dict(layer.named_parameters()))]
+        [('weight', 2)]
         """
         check_type("named", named, Mapping, "a mapping from names to parameters")
         found = []
@@ -233,18 +231,93 @@ class Mask:
             text = f"mask for '{name}' has shape {part.shape}, the parameter has {tuple(parameter.shape)}"
         raise InputError(f"{text}; pass the mask of this architecture")
 
-    # Set operations, on masks of the same parameters. Where channels lie is as in ``self``.
+    # Set operations on masks of the same parameters. The channels of the result lie as in ``self``.
 
     def union(self, other: Mask) -> Mask:
-        """Entries selected by either."""
+        """Select the entries that at least one of two masks selects.
+
+        Parameters
+        ----------
+        other : Mask
+            A mask of the same parameters.
+
+        Returns
+        -------
+        Mask
+            A new mask, on the device of this one; its metadata holds those of both.
+
+        Raises
+        ------
+        InputError
+            If ``other`` is no mask, or a mask of other names or shapes.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> first = delfast.Mask.from_dense({"bias": torch.tensor([1, 1, 0])})
+        >>> second = delfast.Mask.from_dense({"bias": torch.tensor([0, 1, 1])})
+        >>> first.union(second).to_dense()["bias"].tolist()
+        [True, True, True]
+        """
         return self._combine(other, torch.bitwise_or, "union")
 
     def intersection(self, other: Mask) -> Mask:
-        """Entries selected by both."""
+        """Select the entries that both of two masks select.
+
+        Parameters
+        ----------
+        other : Mask
+            A mask of the same parameters.
+
+        Returns
+        -------
+        Mask
+            A new mask, on the device of this one; its metadata holds those of both.
+
+        Raises
+        ------
+        InputError
+            If ``other`` is no mask, or a mask of other names or shapes.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> first = delfast.Mask.from_dense({"bias": torch.tensor([1, 1, 0])})
+        >>> second = delfast.Mask.from_dense({"bias": torch.tensor([0, 1, 1])})
+        >>> first.intersection(second).to_dense()["bias"].tolist()
+        [False, True, False]
+        """
         return self._combine(other, torch.bitwise_and, "intersection")
 
     def jaccard(self, other: Mask) -> float:
-        """|intersection| / |union| over scalars, in [0, 1]; 1 for two empty masks."""
+        """Return the Jaccard index of two masks over scalars: ``|intersection| / |union|``.
+
+        Parameters
+        ----------
+        other : Mask
+            A mask of the same parameters.
+
+        Returns
+        -------
+        float
+            In [0, 1]; 1 for two masks that select nothing.
+
+        Raises
+        ------
+        InputError
+            If ``other`` is no mask, or a mask of other names or shapes.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> first = delfast.Mask.from_dense({"bias": torch.tensor([1, 1, 0])})
+        >>> second = delfast.Mask.from_dense({"bias": torch.tensor([0, 1, 1])})
+        >>> round(first.jaccard(second), 3)
+        0.333
+        """
         either = self.union(other).selected
         return self.intersection(other).selected / either if either else 1.0
 
@@ -267,9 +340,34 @@ class Mask:
     def widen(
         self, names: list[str], shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int] | None = None
     ) -> Mask:
-        """Return this mask with the parameters ``names`` selected in full (the classifier head, for a finetune).
+        """Return this mask with some parameters selected in full, such as the classifier head.
 
-        dims: name -> the dimension of its channels; by default as in this mask, and 0 for a new name.
+        Parameters
+        ----------
+        names : list of str
+            Plain names of the parameters to select in full.
+        shapes : Mapping of str to tuple of int
+            The shape of each of these parameters.
+        dims : Mapping of str to int, optional
+            The dimension of each parameter's channels; by default as in this mask, and 0 for a new name.
+
+        Returns
+        -------
+        Mask
+            A new mask; its metadata lists ``names`` as "widened_by".
+
+        Raises
+        ------
+        InputError
+            If ``names`` is no list of names, a name has no shape, or a shape differs from the mask's.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([0, 0])})
+        >>> mask.widen(["bias"], {"bias": (2,)}).selected
+        4
         """
         check_names("names", names)
         check_type("shapes", shapes, Mapping, "a mapping from names to shapes")
@@ -290,7 +388,21 @@ class Mask:
         return Mask(parts, {**self.metadata, "widened_by": list(names)})
 
     def table(self) -> list[LayerRow]:
-        """What is selected of each parameter, in the model's order."""
+        """Return how much of each parameter is selected.
+
+        Returns
+        -------
+        list of LayerRow
+            One row per parameter, in the model's order.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> (row,) = delfast.Mask.from_dense({"bias": torch.tensor([1, 0, 1])}).table()
+        >>> row.selected, row.total
+        (2, 3)
+        """
         return [
             LayerRow(
                 name,
@@ -312,14 +424,37 @@ class Mask:
         metadata: Mapping[str, Any] | None = None,
         dims: Mapping[str, int] | None = None,
     ) -> Mask:
-        """Build a mask from name -> 0/1 tensor, the form that SalUn's and the DEL authors' code write and read.
+        """Build a mask from dense tensors of zeros and ones, the form that SalUn's and the DEL authors' code use.
 
-        dense: tensors of any layout, or numpy arrays, of any dtype whose values are 0 and 1. Wrapper prefixes of the
-            names are removed.
-        dims: plain name -> the dimension along which a parameter's channels lie, 0 by default.
+        Parameters
+        ----------
+        dense : Mapping of str to Tensor or numpy.ndarray
+            A tensor of the parameter's shape for each parameter, of any layout and dtype, whose values are 0 and 1.
+            Wrapper prefixes are removed from the names.
+        metadata : Mapping of str to object, optional
+            The mask's metadata; empty by default.
+        dims : Mapping of str to int, optional
+            The dimension along which a parameter's channels lie, by plain name; 0 by default.
 
-        Raises InputError for other values, for anything that is no tensor (None for a parameter without a mask), and
-        for two names of one parameter.
+        Returns
+        -------
+        Mask
+            Bits per row where every row is selected whole or not at all, else per element.
+
+        Raises
+        ------
+        InputError
+            For other values than 0 and 1, for anything that is no tensor (such as None), for two names of one
+            parameter, and for a dimension that the parameter lacks.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> delfast.Mask.from_dense({"weight": torch.tensor([[1.0, 1.0], [0.0, 0.0]])})["weight"].unit
+        'row'
+        >>> delfast.Mask.from_dense({"weight": torch.tensor([[1, 0], [0, 0]])})["weight"].unit
+        'element'
         """
         if not isinstance(dense, Mapping):
             raise InputError(f"expected a dict (name -> 0/1 tensor), got {type(dense).__name__}; pass the inner dict")
@@ -335,34 +470,100 @@ class Mask:
         return cls(parts, dict(metadata or {}))
 
     def to_dense(self, dtype: torch.dtype = torch.bool) -> dict[str, Tensor]:
-        """name -> 0/1 tensor of the parameter's shape (SalUn's files hold int64)."""
+        """Return the mask as dense tensors of zeros and ones.
+
+        Parameters
+        ----------
+        dtype : torch.dtype, default torch.bool
+            The tensors' dtype; SalUn's files hold int64.
+
+        Returns
+        -------
+        dict of str to Tensor
+            A tensor of the parameter's shape for each plain name.
+
+        Raises
+        ------
+        InputError
+            If ``dtype`` is no torch.dtype.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import delfast
+        >>> delfast.Mask.from_dense({"bias": torch.tensor([1, 0])}).to_dense(torch.int64)
+        {'bias': tensor([1, 0])}
+        """
         check_type("dtype", dtype, torch.dtype, "a torch.dtype")
         return {name: part.dense().to(dtype) for name, part in self.parameters.items()}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all: the packed bits, the metadata, and a digest over both.
 
-        The same mask gives the same bytes. Raises InputError for metadata without a JSON form (numpy's numbers become
-        Python's), and OSError with the file's name where it cannot be written.
+        The same mask gives the same bytes.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file to write or replace.
+
+        Raises
+        ------
+        InputError
+            For metadata without a JSON form (numpy's numbers become Python's), and for a path that is no path.
+        OSError
+            If the file cannot be written; the error has the file's name.
+
+        Examples
+        --------
+        >>> import tempfile, torch
+        >>> import delfast
+        >>> mask = delfast.Mask.from_dense({"bias": torch.tensor([1, 0])}, {"budget": 0.5})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mask.save(f"{folder}/mask.safetensors")
+        ...     loaded = delfast.Mask.load(f"{folder}/mask.safetensors")
+        >>> loaded.digest == mask.digest, loaded.metadata
+        (True, {'budget': 0.5})
         """
         fields = {name: (part.shape, part.unit, part.bits, part.dim) for name, part in self.parameters.items()}
         write_mask(Path(check_path("path", path)), FORMAT_VERSION, fields, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Read what save() wrote, of this format or of an older one.
+        """Read a file that ``save`` wrote, in this format or an older one.
 
-        Everything in the file is checked before it is used. Raises InputError if the file is missing, truncated,
-        altered, or no mask.
+        Everything in the file is checked before it is used.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file to read.
+
+        Returns
+        -------
+        Mask
+            The mask, with its bits on the CPU.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, truncated, altered, or no mask.
+
+        Examples
+        --------
+        >>> import delfast
+        >>> delfast.Mask.load("absent.safetensors")
+        Traceback (most recent call last):
+        delfast.errors.InputError: expected a mask file at 'absent.safetensors', there is none; check the path
         """
         parts, metadata = read_mask(Path(check_path("path", path)))
         return cls({name: ParameterMask(*fields) for name, fields in parts.items()}, metadata)
 
 
 def _flags(name: str, value: Any) -> Tensor:
-    """bool, from a tensor or an array of zeros and ones; InputError for anything else."""
+    """Return a tensor or an array of zeros and ones as bool; InputError for anything else."""
     try:
-        # a copy: torch takes no array of negative strides, and warns of one that is read-only
+        # a copy, because torch refuses arrays with negative strides and warns about read-only ones
         tensor = torch.as_tensor(numpy.array(value) if isinstance(value, numpy.ndarray) else value)
         dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
         flags = dense != 0

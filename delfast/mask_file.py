@@ -98,7 +98,7 @@ def read_mask(path: Path) -> tuple[dict[str, Part], dict[str, Any]]:
         raise InputError(f"'{path}' is a safetensors file, but no delfast mask; pass what Mask.save() wrote")
     try:
         return _read_mask(written, header, bits)
-    except _OtherVersion as error:
+    except _UnknownVersion as error:
         raise InputError(
             f"mask file '{path}' has format version {error}, this delfast reads 1 and {FORMAT_VERSION}; "
             "make the mask again, or install a delfast that reads it"
@@ -109,7 +109,7 @@ def read_mask(path: Path) -> tuple[dict[str, Part], dict[str, Any]]:
         ) from None
 
 
-class _OtherVersion(Exception):
+class _UnknownVersion(Exception):
     """A format that this delfast does not read."""
 
 
@@ -137,7 +137,7 @@ def _read_mask(written: dict[str, Any], header: dict[str, Any], body: bytes) -> 
         raise ValueError("its header is not that of a mask")
     version, parameters, metadata = content["version"], content["parameters"], content["metadata"]
     if type(version) is not int or version not in (1, FORMAT_VERSION):
-        raise _OtherVersion(f"{version!r:.40}")
+        raise _UnknownVersion(f"{version!r:.40}")
     if not isinstance(parameters, dict) or not isinstance(metadata, dict):
         raise ValueError("its parameters or its metadata are no JSON object")
     _check_parameters(parameters, bits, with_dim=version > 1)
@@ -175,7 +175,7 @@ def _tensors(header: dict[str, Any], body: bytes) -> dict[str, bytes]:
 
 def _check_parameters(parameters: dict[str, Any], bits: Mapping[str, bytes], *, with_dim: bool) -> None:
     """ValueError, with the parameter's name, unless every entry is one of the schema and has its packed bits."""
-    taken = 0
+    used = 0
     for name, entry in parameters.items():
         name.encode()  # UnicodeEncodeError for half of a surrogate pair, which no digest could be made of
         if not isinstance(entry, dict) or entry.keys() - ({"dim"} if with_dim else set()) != {"shape", "unit"}:
@@ -193,8 +193,8 @@ def _check_parameters(parameters: dict[str, Any], bits: Mapping[str, bytes], *, 
         piece = bits.get(name, b"")
         if len(piece) != packed_bytes(units) or (units % 8 and piece[-1] >> units % 8):
             raise ValueError(f"other packed bits than {units} for {name!r:.80}")
-        taken += name in bits
-    if taken != len(bits):
+        used += name in bits
+    if used != len(bits):
         raise ValueError("packed bits of a parameter that it does not list")
 
 

@@ -1,4 +1,4 @@
-"""Optimizers that change masked entries only, and keep state for those alone."""
+"""Optimizers that change masked entries only, and keep state for masked entries only."""
 
 from __future__ import annotations
 
@@ -13,28 +13,51 @@ from torch.optim import Optimizer
 
 from delfast.arguments import check_flag, check_number, check_type, describe
 from delfast.errors import InputError
-from delfast.mask import Mask, ParameterMask
+from delfast.mask import Mask
 from delfast.naming import plain_name, unique_parameters
 from delfast.ops.layout import as_rows, flat_rows
+from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
 
 
 class MaskedOptimizer(Optimizer):
-    """What MaskedSGD and MaskedAdamW share: an ordinary ``torch.optim.Optimizer`` that takes its mask as it is.
-
-    named_parameters: ``model.named_parameters()``, or parameter groups whose "params" are such pairs. Every selected
-    entry of the mask must be among them; parameters that the mask does not select are never touched.
+    """Base class of MaskedSGD and MaskedAdamW: a ``torch.optim.Optimizer`` for the entries that a mask selects.
 
     The kernel writes masked entries only, so all others stay bit-identical through weight decay, momentum, gradient
-    clipping and resumes. State is float32 (float64 for float64 parameters), for masked entries alone. Float64
-    parameters are stepped by the op's PyTorch reference, which waits for the device and cannot be captured in a graph.
-    With ``torch.amp.GradScaler``, unscaling and skipping happen inside the kernel. ``load_state_dict`` refuses the
-    state of another mask.
+    clipping and resumes. State is float32 (float64 for float64 parameters) and exists for masked entries only. The
+    op's PyTorch reference steps float64 parameters; it waits for the device and cannot be captured in a graph. With
+    ``torch.amp.GradScaler``, unscaling and skipping happen inside the kernel.
+
+    Parameters
+    ----------
+    named_parameters : iterable of (str, Tensor), or of dict
+        ``model.named_parameters()``, or parameter groups whose "params" are such pairs. They include every parameter
+        that the mask selects; other parameters are never changed.
+    mask : Mask
+        The entries to step.
+    defaults : dict
+        Default values of the options of a parameter group, as for ``torch.optim.Optimizer``.
+
+    Raises
+    ------
+    InputError
+        For parameters without names, and for a mask that selects a parameter which is missing, frozen, or of another
+        shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([0, 0])})
+    >>> optimizer = delfast.optim.MaskedSGD(layer.named_parameters(), mask)
+    >>> isinstance(optimizer, torch.optim.Optimizer)
+    True
     """
 
-    # tells GradScaler.step to set .grad_scale and .found_inf and leave unscaling and skipping to step()
+    # GradScaler.step then sets .grad_scale and .found_inf, and leaves unscaling and skipping to step()
     _step_supports_amp_scaling = True
-    state_name = ""  # of the state tensor
+    state_name = ""  # the key of the state tensor in ``self.state[parameter]``
 
     def __init__(
         self,
@@ -58,9 +81,9 @@ class MaskedOptimizer(Optimizer):
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
         list(mask.match(dict(unique_parameters(pairs))))
         self.mask = mask
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[int, list[OpCall]] = {}
         super().__init__(groups, {**defaults, "mask_digest": mask.digest})
-        for group in self.param_groups:  # torch.load reads no number of numpy in a state dict
+        for group in self.param_groups:  # torch.load(weights_only=True) refuses numpy's numbers in a state dict
             group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,42 +91,53 @@ class MaskedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on the masked entries of every parameter that has a gradient."""
+        """Take one step on the masked entries of every parameter that has a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients, and returns the loss.
+
+        Returns
+        -------
+        object
+            The closure's result; None without a closure.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         amp = {"grad_scale": getattr(self, "grad_scale", None), "found_inf": getattr(self, "found_inf", None)}
         for number, group in enumerate(self.param_groups):
-            for call in self._calls_of(number, group):
+            for call in self._cached_calls(number, group):
                 gradients = [parameter.grad for parameter in call.parameters]
                 self._update(group, call.parameters, gradients, call.state, call.steps, call.bits, call.by_row, amp)
         return loss
 
     @abstractmethod
     def _state_count(self, group: dict[str, Any]) -> int:
-        """Values of state per masked entry."""
+        """Return the number of state values per masked entry."""
 
     @abstractmethod
     def _update(self, group: dict[str, Any], *arguments: Any) -> None:
         """Call the op of this optimizer."""
 
-    def _calls_of(self, number: int, group: dict[str, Any]) -> list[Call]:
-        """The op calls, one a device, that step this group; kept until other parameters have gradients."""
-        present: list[Any] = [self._state_count(group)]  # which a schedule of the momentum may change
-        present += [
+    def _cached_calls(self, number: int, group: dict[str, Any]) -> list[OpCall]:
+        """Return the op calls that step this group, one per device and dtype, cached by their ``key``."""
+        key: list[Any] = [self._state_count(group)]  # a schedule of the momentum may change it
+        key += [
             (id(parameter), parameter.stride(), parameter.dtype, parameter.device)
             for parameter in group["params"]
             if parameter.grad is not None
         ]
         calls = self._calls.get(number)
-        if calls is None or calls[0].present != present:
-            calls = self._make_calls(group, present)
+        if calls is None or calls[0].key != key:
+            calls = self._make_calls(group, key)
             if calls:
                 self._calls[number] = calls
         return calls
 
-    def _make_calls(self, group: dict[str, Any], present: list[Any]) -> list[Call]:
+    def _make_calls(self, group: dict[str, Any], key: list[Any]) -> list[OpCall]:
         batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ParameterMask]]] = {}
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             part = self.mask.parameters.get(plain_name(name))
@@ -113,7 +147,7 @@ class MaskedOptimizer(Optimizer):
             wide = torch.promote_types(parameter.dtype, torch.float32)
             batches.setdefault((parameter.device, wide), []).append((parameter, part.for_ops))
         count = self._state_count(group)
-        return [self._make_call(*key, count, entries, present) for key, entries in batches.items()]
+        return [self._make_call(device, wide, count, entries, key) for (device, wide), entries in batches.items()]
 
     def _make_call(
         self,
@@ -121,9 +155,9 @@ class MaskedOptimizer(Optimizer):
         dtype: torch.dtype,
         count: int,
         entries: list[tuple[Tensor, ParameterMask]],
-        present: list[Any],
-    ) -> Call:
-        """One flat tensor holds the state of all, and one counts their steps: what ``self.state`` has are its views."""
+        key: list[Any],
+    ) -> OpCall:
+        """Join all state in one flat tensor and all step counts in another; ``self.state`` keeps views of them."""
         none = torch.zeros((), dtype=torch.float32, device=device)
         steps = torch.stack([self.state[parameter].get("step", none) for parameter, _ in entries])
         pieces = []
@@ -140,8 +174,8 @@ class MaskedOptimizer(Optimizer):
             self.state[parameter]["step"] = step
             if count:
                 self.state[parameter][self.state_name] = as_rows(piece, parameter) if part.by_row else piece
-        return Call(
-            present,
+        return OpCall(
+            key,
             [parameter for parameter, _ in entries],
             state,
             steps,
@@ -151,10 +185,20 @@ class MaskedOptimizer(Optimizer):
 
     @torch.no_grad()
     def replace_mask(self, mask: Mask) -> None:
-        """Step the entries of ``mask`` from now on. Those that the old mask selects too keep their state, new ones
-        begin with zeros, what is no longer selected is dropped; a parameter's step count goes on.
+        """Step the entries of another mask from now on.
 
-        InputError, with nothing changed, for a mask of another architecture.
+        Entries that both masks select keep their state. State of new entries begins with zeros, and state of entries
+        that are no longer selected is dropped. A parameter's step count goes on.
+
+        Parameters
+        ----------
+        mask : Mask
+            The entries to step from now on.
+
+        Raises
+        ------
+        InputError
+            For a mask of another architecture; nothing is changed.
         """
         named = [
             pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
@@ -166,13 +210,24 @@ class MaskedOptimizer(Optimizer):
             if new is None or not new.selected:
                 self.state.pop(parameter, None)
             elif held is not None and old is not None:
-                self.state[parameter][self.state_name] = _moved(held, old, new.for_ops)
+                self.state[parameter][self.state_name] = _move_state(held, old, new.for_ops)
         self.mask, self._calls = mask, {}
         for settings in (self.defaults, *self.param_groups):
             settings["mask_digest"] = mask.digest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` gave. InputError, with nothing changed, if it is the state of another mask."""
+        """Load the state that ``state_dict()`` returned.
+
+        Parameters
+        ----------
+        state_dict : dict
+            The result of ``state_dict()`` of an optimizer with the same mask.
+
+        Raises
+        ------
+        InputError
+            For the state of another mask; nothing is changed.
+        """
         for group in state_dict["param_groups"]:
             if group.get("mask_digest") != self.mask.digest:
                 raise InputError(
@@ -181,7 +236,7 @@ class MaskedOptimizer(Optimizer):
                 )
         self._calls = {}
         super().load_state_dict(state_dict)
-        # torch has cast the state to each parameter's dtype: put it back as it was saved, in float32
+        # torch has cast the state to each parameter's dtype; restore the saved dtype, which is float32 or float64
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
@@ -189,8 +244,8 @@ class MaskedOptimizer(Optimizer):
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
-def _moved(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
-    """State of the entries of ``old``, one or more values each, as state of those of ``new``."""
+def _move_state(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
+    """Return the state ``held`` of the entries of ``old`` as state of the entries of ``new``; zeros for new entries."""
     count = held.numel() // old.selected
     dense = held.new_zeros(count, old.numel)
     dense[:, old.dense().flatten().to(held.device)] = held.reshape(count, old.selected)
@@ -199,10 +254,13 @@ def _moved(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What one call of a masked op takes, but for the gradients. ``present``: what had state and gradients then."""
+class OpCall:
+    """The arguments of one call of a masked op, except gradients and settings.
 
-    present: list[Any]
+    ``key``: the number of state values, and the parameters that had gradients when the call was made.
+    """
+
+    key: list[Any]
     parameters: list[Tensor]
     state: Tensor
     steps: Tensor
@@ -211,10 +269,48 @@ class Call:
 
 
 class MaskedSGD(MaskedOptimizer):
-    """``torch.optim.SGD`` on the masked entries: the same formulas, and the same meaning of each argument. A tensor of
-    one number as ``lr`` stays where it is: on a CUDA device a captured graph then follows the schedule.
+    """``torch.optim.SGD`` on the masked entries of a network's parameters.
 
-    Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
+    Formulas and arguments are those of torch; unmasked entries stay bit-identical.
+
+    Parameters
+    ----------
+    named_parameters : iterable of (str, Tensor), or of dict
+        ``model.named_parameters()``, or parameter groups whose "params" are such pairs. They include every parameter
+        that the mask selects; other parameters are never changed.
+    mask : Mask
+        The entries to step.
+    lr : float or Tensor, default 1e-3
+        Learning rate. A tensor of one number is read on its device at each step, so a captured CUDA graph follows a
+        schedule.
+    momentum : float, default 0.0
+        Momentum factor; 0 keeps no state.
+    dampening : float, default 0.0
+        Dampening of the momentum.
+    weight_decay : float, default 0.0
+        L2 penalty on the masked entries.
+    nesterov : bool, default False
+        Whether to use Nesterov's momentum; it requires ``momentum`` > 0 and ``dampening`` = 0.
+    maximize : bool, default False
+        Whether to ascend instead of descend.
+
+    Raises
+    ------
+    InputError
+        For values out of range, parameters without names, and a mask of another architecture.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([0, 0])})
+    >>> optimizer = delfast.optim.MaskedSGD(layer.named_parameters(), mask, lr=0.1, momentum=0.9)
+    >>> before = layer.weight.detach().clone()
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> (layer.weight != before).tolist()
+    [[True, True], [False, False]]
     """
 
     state_name = "momentum_buffer"
@@ -257,7 +353,7 @@ class MaskedSGD(MaskedOptimizer):
         *tensors, amp = arguments
         torch.ops.delfast.masked_sgd_(
             *tensors,
-            **_rate(group["lr"]),
+            **_lr_arguments(group["lr"]),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
@@ -268,13 +364,53 @@ class MaskedSGD(MaskedOptimizer):
 
 
 class MaskedAdamW(MaskedOptimizer):
-    """``torch.optim.AdamW`` (Loshchilov & Hutter, ICLR 2019) on the masked entries, with torch's default constants;
-    ``lr`` as for MaskedSGD.
+    """``torch.optim.AdamW`` on the masked entries of a network's parameters.
 
-    Raises InputError for values out of range, unnamed parameters, or a mask of another architecture.
+    Formulas, arguments and default values are those of torch; unmasked entries stay bit-identical.
+
+    Parameters
+    ----------
+    named_parameters : iterable of (str, Tensor), or of dict
+        ``model.named_parameters()``, or parameter groups whose "params" are such pairs. They include every parameter
+        that the mask selects; other parameters are never changed.
+    mask : Mask
+        The entries to step.
+    lr : float or Tensor, default 1e-3
+        Learning rate. A tensor of one number is read on its device at each step, so a captured CUDA graph follows a
+        schedule.
+    betas : tuple of float, default (0.9, 0.999)
+        Decay rates of the running means of the gradient and of its square, each in [0, 1).
+    eps : float, default 1e-8
+        Added to the denominator.
+    weight_decay : float, default 1e-2
+        Decoupled weight decay of the masked entries.
+    maximize : bool, default False
+        Whether to ascend instead of descend.
+
+    Raises
+    ------
+    InputError
+        For values out of range, parameters without names, and a mask of another architecture.
+
+    References
+    ----------
+    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv 1711.05101.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([0, 0])})
+    >>> optimizer = delfast.optim.MaskedAdamW(layer.named_parameters(), mask, lr=0.1)
+    >>> before = layer.weight.detach().clone()
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> (layer.weight != before).tolist()
+    [[True, True], [False, False]]
     """
 
-    state_name = "moments"  # twice the masked entries: exp_avg, then exp_avg_sq
+    state_name = "moments"  # two values per masked entry: all of exp_avg, then all of exp_avg_sq
 
     def __init__(
         self,
@@ -312,7 +448,7 @@ class MaskedAdamW(MaskedOptimizer):
         *tensors, amp = arguments
         torch.ops.delfast.masked_adamw_(
             *tensors,
-            **_rate(group["lr"]),
+            **_lr_arguments(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
@@ -322,19 +458,19 @@ class MaskedAdamW(MaskedOptimizer):
         )
 
 
-def _rate(lr: float | Tensor) -> dict[str, Any]:
-    """The op's arguments for a rate; a tensor is read where it is, by a captured CUDA graph at every replay."""
+def _lr_arguments(lr: float | Tensor) -> dict[str, Any]:
+    """Return the op's arguments for a learning rate. A captured CUDA graph reads a tensor at every replay."""
     return {"lr": 0.0, "lr_tensor": lr} if isinstance(lr, Tensor) else {"lr": float(lr)}
 
 
 def check_dense(name: str, gradient: Tensor) -> None:
-    """InputError for the gradient of a sparse Embedding."""
+    """Raise InputError for a sparse gradient, which an Embedding with ``sparse=True`` has."""
     if gradient.is_sparse:
         raise sparse_gradient(name)
 
 
 def sparse_gradient(name: str) -> InputError:
-    """The error for a parameter with sparse gradients where only dense ones can be used."""
+    """Return the error for a parameter with sparse gradients, where the caller needs dense ones."""
     return InputError(f"expected a dense gradient for '{name}', got a sparse one; make its Embedding sparse=False")
 
 

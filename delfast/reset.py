@@ -1,4 +1,4 @@
-"""Reset: masked entries back to a fresh initialization."""
+"""Reset masked entries to a new initialization."""
 
 from __future__ import annotations
 
@@ -18,23 +18,53 @@ from delfast.seeding import seeded
 from delfast.sole_use import used_alone
 
 Init = Callable[[], nn.Module] | nn.Module | Mapping[str, Tensor] | Literal["reset_parameters"]
-"""Where fresh values come from: a factory, a second model, a state dict, or modules' own ``reset_parameters``."""
+"""Source of new values: a factory, a second model, a state dict, or the modules' own ``reset_parameters``."""
 
 
 @used_alone
 @torch.no_grad()
 def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
-    """θ_j ← θ⁰_j for every masked j, in place (DEL paper, section 3). Other entries and all buffers stay as they are.
+    """Set the masked entries of a model to newly initialized values, in place: θ_j ← θ⁰_j for every masked j.
 
-    init: a factory, called under a private generator seeded with ``seed`` (the usual way, for a network's constructor
-        may initialize differently from its modules' ``reset_parameters``: torchvision's ResNet-18 does); a second
-        model; a state dict; or "reset_parameters", run on a copy of the model under the same generator. The values are
-        those that follow ``torch.manual_seed(seed)``; torch's own generators are left alone. A seed that the factory
-        sets itself has no effect here.
-    seed: choose one that training did not begin from: a factory may give the values of that beginning again.
+    Other entries and all buffers stay as they are.
 
-    Raises InputError, with nothing changed, if the mask is of another architecture or if ``init`` does not cover a
-    masked parameter with the same shape.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network to change.
+    mask : Mask
+        The entries to reset.
+    init : callable, torch.nn.Module, Mapping of str to Tensor, or "reset_parameters"
+        Source of the new values. A factory is called without arguments under a private generator seeded with ``seed``.
+        Prefer a factory: a network's constructor may initialize differently from its modules' ``reset_parameters``, as
+        torchvision's ResNet-18 does. "reset_parameters" calls these on a copy of the model under the same generator. A
+        second model or a state dict supplies its own values.
+    seed : int, default 0
+        Seed in [0, 2^64). Choose one that training did not begin from, or a factory returns that beginning again. The
+        values are those that follow ``torch.manual_seed(seed)``; torch's own generators are neither read nor changed.
+        A seed that the factory sets itself has no effect.
+
+    Raises
+    ------
+    InputError
+        If the mask is of another architecture, or if ``init`` lacks a masked parameter or has it in another shape.
+        Nothing is changed then.
+
+    References
+    ----------
+    Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization", TMLR 2025,
+    arXiv 2412.02432, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> model = torch.nn.Linear(2, 2)
+    >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([0, 0])})
+    >>> before = model.weight.detach().clone()
+    >>> delfast.reset_(model, mask, lambda: torch.nn.Linear(2, 2), seed=1)
+    >>> (model.weight != before).tolist()
+    [[True, True], [False, False]]
     """
     check_type("mask", mask, Mask, "a delfast.Mask")
     seed = check_seed(seed)
@@ -60,30 +90,30 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
 
 
 def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> dict[str, Tensor]:
-    """Plain name -> fresh values. A state dict may name a tied parameter by any of its names, so keep them all."""
+    """Return new values by plain name. A state dict may name a tied parameter by any of its names, so keep them all."""
     if isinstance(init, Mapping):
         if not all(isinstance(value, Tensor) for value in init.values()):
             raise InputError("expected init to be a state dict (name -> tensor), got other values; pass the inner dict")
         return {plain_name(name): value.detach() for name, value in init.items()}
     if isinstance(init, str) and init == "reset_parameters":
         with seeded(seed):
-            fresh = _reset_copy(unwrap(model), needed)
+            fresh = _reset_parameters_of_copy(unwrap(model), needed)
     else:
-        fresh = _made(init, seed, "pass a factory, a model or a state dict")
+        fresh = _make_network(init, seed, "pass a factory, a model or a state dict")
     named = fresh.named_parameters(remove_duplicate=False)
     return {plain_name(name): parameter.detach() for name, parameter in named}
 
 
 def fresh_state(init: Init, seed: int) -> dict[str, Tensor]:
-    """The state dict of a fresh network, buffers included: of a factory, called as ``reset_`` does, or of a model.
+    """Return the state dict, buffers included, of a model or of the network that a factory makes as in ``reset_``.
 
-    InputError for an ``init`` that is neither.
+    Raises InputError for an ``init`` that is neither.
     """
-    return _made(init, seed, "pass a factory of it, or a second model").state_dict()
+    return _make_network(init, seed, "pass a factory of it, or a second model").state_dict()
 
 
-def _made(init: Any, seed: int, advice: str) -> nn.Module:
-    """The network that a factory makes under the seed, or the one given, without its wrappers."""
+def _make_network(init: Any, seed: int, advice: str) -> nn.Module:
+    """Return, without its wrappers, the given network or the one that the given factory makes under the seed."""
     if callable(init) and not isinstance(init, nn.Module):
         with seeded(seed):
             init = init()
@@ -92,8 +122,8 @@ def _made(init: Any, seed: int, advice: str) -> nn.Module:
     return unwrap(init)
 
 
-def _reset_copy(model: nn.Module, needed: list[str]) -> nn.Module:
-    """A copy of ``model`` whose modules have reset themselves; InputError for a needed parameter of one that cannot."""
+def _reset_parameters_of_copy(model: nn.Module, needed: list[str]) -> nn.Module:
+    """Copy ``model`` and reset the copy's modules; InputError if a needed parameter is not reset by its module."""
     fresh = copy_of(model)
     parameters = {plain_name(name): (name, parameter) for name, parameter in fresh.named_parameters()}
     owners = {name: fresh.get_submodule(parameters[name][0].rpartition(".")[0]) for name in needed}
@@ -103,7 +133,7 @@ def _reset_copy(model: nn.Module, needed: list[str]) -> nn.Module:
                 f"'{name}' belongs to a {type(owner).__name__}, which has no reset_parameters(); "
                 "pass a factory of the network as init"
             )
-        parameters[name][1].fill_(math.nan)  # what stays of it was not reset
+        parameters[name][1].fill_(math.nan)  # NaN that remains afterwards shows what was not reset
     for module in fresh.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):

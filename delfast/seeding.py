@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from delfast.errors import InputError
 
-CHANCES = ("p", "dropout", "dropout_p")  # arguments at whose zero an operation draws nothing
+PROBABILITY_ARGUMENTS = ("p", "dropout", "dropout_p")  # arguments at whose zero an operation draws nothing
 
 
 @contextmanager
@@ -45,23 +45,23 @@ class _PrivateGenerators(TorchDispatchMode):
         kwargs = kwargs or {}
         if not _is_random(func):
             return func(*args, **kwargs)
-        device = _device(args, kwargs)
+        device = _device_of(args, kwargs)
         if device.type == "meta":  # computes no values
             return func(*args, **kwargs)
-        taking = _with_generator(func)
-        if taking is None:
+        overload = _with_generator(func)
+        if overload is None:
             if _may_draw(func, args, kwargs):
                 raise InputError(
                     f"expected operations that accept a generator while a network is made under a seed, got {func}, "
                     "which draws from torch's own; pass a second model or a state dict as init"
                 )
             return func(*args, **kwargs)
-        at = _position(taking)
-        if (args[at] if at < len(args) else kwargs.get("generator")) is not None:
+        position = _generator_position(overload)
+        if (args[position] if position < len(args) else kwargs.get("generator")) is not None:
             return func(*args, **kwargs)
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return taking(*args[:at], **{**kwargs, "generator": self._generators[device]})
+        return overload(*args[:position], **{**kwargs, "generator": self._generators[device]})
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def _arguments(func: Any) -> dict[str, str]:
 
 
 @functools.cache
-def _position(func: Any) -> int:
+def _generator_position(func: Any) -> int:
     """Return where the generator may be passed by position (it is the last such argument); the end if by name alone."""
     positional = [argument.name for argument in func._schema.arguments if not argument.kwarg_only]
     return positional.index("generator") if "generator" in positional else len(positional)
@@ -100,11 +100,11 @@ def _may_draw(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
     given = defaults | given
     if given.get("train") is False:
         return False
-    chances = [given[name] for name in CHANCES if name in given]
-    return not chances or any(chances)
+    probabilities = [given[name] for name in PROBABILITY_ARGUMENTS if name in given]
+    return not probabilities or any(probabilities)
 
 
-def _device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
+def _device_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
     """The device on which an operation draws."""
     device = kwargs.get("device")
     if device is None:

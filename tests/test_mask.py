@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from delfast import InputError, Mask
-from delfast.mask import ParameterMask, from_flags
 from delfast.ops.layout import pack
+from delfast.parameter_mask import ParameterMask, from_flags
 from tests import cases
 
 

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from delfast import InputError, Mask
-from delfast.mask import ParameterMask, from_flags
 from delfast.ops.layout import pack
+from delfast.parameter_mask import ParameterMask, from_flags
 
 
 def sample_mask() -> Mask:

@@ -34,15 +34,15 @@ def scaled_loss(model: nn.Module, step: int) -> torch.Tensor:
 @pytest.mark.parametrize(("masked", "dense", "settings"), OPTIMIZERS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_everything_selected_is_torchs_optimizer(masked: Any, dense: Any, settings: Any, channels_last: bool) -> None:
-    """In float64 (the twins' path) to rounding, in float32 (the kernels) within what float32 gives."""
+    """In float64 (the references' path) to rounding, in float32 (the kernels) within what float32 gives."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         torch.manual_seed(0)
         one = cases.SmallNet().to(dtype)
         one = one.to(memory_format=torch.channels_last) if channels_last else one
         two = copy.deepcopy(one)
         mask = delfast.score(one, criterion="random").select(1.0)
-        if dtype == torch.float64:  # the native op takes 16 and 32 bits; the twins define it for 64
-            continue_with_twins(one, two, mask, masked, dense, settings, tolerance)
+        if dtype == torch.float64:  # the native op takes 16 and 32 bits; the references define it for 64
+            continue_with_references(one, two, mask, masked, dense, settings, tolerance)
             continue
         step_both(
             one, two, masked(one.named_parameters(), mask, **settings), dense(two.parameters(), **settings), dtype
@@ -51,17 +51,17 @@ def test_everything_selected_is_torchs_optimizer(masked: Any, dense: Any, settin
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 0.1)
 
 
-def continue_with_twins(
+def continue_with_references(
     one: nn.Module, two: nn.Module, mask: Mask, masked: Any, dense: Any, settings: Any, tol: float
 ) -> None:
     from delfast.ops import OPS
 
-    twins = {op.name: op.reference for op in OPS}
+    references = {op.name: op.reference for op in OPS}
     original = torch.ops.delfast
     optimizer = masked(one.named_parameters(), mask, **settings)
     name = "masked_sgd_" if masked is MaskedSGD else "masked_adamw_"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(original, name, twins[name])
+        patch.setattr(original, name, references[name])
         step_both(one, two, optimizer, dense(two.parameters(), **settings), torch.float64)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=tol, atol=tol)

@@ -16,10 +16,11 @@ from delfast.batches import refuse_inference_tensors, refuse_writing_layers
 from delfast.compaction.guard import Guard, rows_name
 from delfast.compaction.layers import CompactLayer, compact_type, make_compact, may_have_small_maps, restore, rows_dim
 from delfast.errors import InputError
-from delfast.mask import Mask, ParameterMask
+from delfast.mask import Mask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
 from delfast.ops.layout import pack
 from delfast.optim import sparse_gradient
+from delfast.parameter_mask import ParameterMask
 from delfast.sole_use import used_alone
 
 Mode = Literal["rows", "dense", "guarded", "frozen"]

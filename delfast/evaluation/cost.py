@@ -1,4 +1,4 @@
-"""What unlearning costs: its time beside retraining, and how much of the network it changes."""
+"""The cost of unlearning: its time relative to retraining, and the fraction of the network that it changes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,37 @@ from delfast.errors import InputError
 
 
 def relative_time(seconds: float, retrain_seconds: float) -> float:
-    """RTE, the run time relative to retraining's: below 1, unlearning is the faster.
+    """Return RTE, the run time relative to retraining's: below 1, unlearning is faster.
 
-    SalUn's run-time efficiency (Fan et al., ICLR 2024, arXiv 2310.12508) is the time itself; as a ratio it does not
-    depend on the machine, if the same one took both times. Raises InputError for times that are not finite, a negative
-    one, and a retraining of no time.
+    SalUn's run-time efficiency is the time itself. As a ratio of two times on one machine it depends less on the
+    machine.
+
+    Parameters
+    ----------
+    seconds : float
+        Run time of the method, finite and at least 0.
+    retrain_seconds : float
+        Run time of retraining without the forget set on the same machine, finite and above 0.
+
+    Returns
+    -------
+    float
+        ``seconds / retrain_seconds``.
+
+    Raises
+    ------
+    InputError
+        For a time outside its range.
+
+    References
+    ----------
+    Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-Based Weight Saliency", ICLR 2024, arXiv 2310.12508.
+
+    Examples
+    --------
+    >>> from delfast.evaluation import relative_time
+    >>> relative_time(30.0, 120.0)
+    0.25
     """
     seconds = check_number("seconds", seconds)
     retrain_seconds = check_number("retrain_seconds", retrain_seconds)
@@ -29,11 +55,36 @@ def relative_time(seconds: float, retrain_seconds: float) -> float:
 
 
 def changed_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> float:
-    """The fraction (0-1) of the scalars of the parameters ``names`` whose bits differ between two states.
+    """Return the fraction of scalars whose bits differ between two states of one network.
 
-    Bit by bit, NaN equals itself and 0 is not -0. A name counts once; a complex number is two scalars. Pass
-    ``[name for name, _ in model.named_parameters()]``: a state dict also holds buffers, and tied parameters twice.
-    Raises InputError for a name that a state lacks, for other shapes or dtypes, and where there is no scalar.
+    Values are compared bit by bit, so NaN equals itself and 0 differs from -0. A complex number is two scalars.
+
+    Parameters
+    ----------
+    before : Mapping of str to Tensor
+        State dict of the network before unlearning.
+    after : Mapping of str to Tensor
+        State dict of the network after unlearning.
+    names : iterable of str
+        Names of the parameters to compare; a repeated name counts once. Pass ``[name for name, _ in
+        model.named_parameters()]``, since a state dict also has buffers, and has tied parameters twice.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    InputError
+        For a name that a state lacks, different shapes or dtypes, and parameters without any scalar.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import changed_fraction
+    >>> changed_fraction({"bias": torch.tensor([1.0, 2.0])}, {"bias": torch.tensor([1.0, 3.0])}, ["bias"])
+    0.5
     """
     for what, states in (("before", before), ("after", after)):
         check_type(what, states, Mapping, "a state dict")

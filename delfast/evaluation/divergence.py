@@ -1,4 +1,4 @@
-"""How far a network's predictions are from an oracle's."""
+"""Distance of a network's predictions from an oracle's."""
 
 from __future__ import annotations
 
@@ -9,25 +9,79 @@ from torch.nn import functional
 from delfast.arguments import check_loader, check_tensors
 from delfast.batches import evaluating
 from delfast.errors import InputError
-from delfast.evaluation.predictions import Loader, check_examples, check_log_probabilities, predict
+from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, predict
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:
-    """Mean over examples of KL(oracle || method), in nats: 0 where they predict the same, never below.
+    """Return the mean over examples of KL(oracle || method), in nats.
 
-    Kullback & Leibler, "On Information and Sufficiency", 1951: the sum over classes of q (log q - log p), q the
-    oracle's probabilities, p the method's. Both: (N, classes) finite log-probabilities, of the same examples in the
-    same order. Raises InputError for shapes that differ, no example, and what are no log-probabilities.
+    It is the sum over classes of q (log q - log p), with q the oracle's probabilities and p the method's.
+
+    Parameters
+    ----------
+    log_probabilities : Tensor
+        The method's finite log-probabilities (N, classes).
+    oracle_log_probabilities : Tensor
+        The oracle's, for the same examples in the same order.
+
+    Returns
+    -------
+    float
+        At least 0; 0 for equal predictions.
+
+    Raises
+    ------
+    InputError
+        For different shapes, no example, and tensors that are no log-probabilities.
+
+    References
+    ----------
+    Kullback & Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics, 1951.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import kl_divergence
+    >>> oracle = torch.tensor([[0.5, 0.5]]).log()
+    >>> kl_divergence(oracle, oracle), round(kl_divergence(torch.tensor([[0.9, 0.1]]).log(), oracle), 3)
+    (0.0, 0.511)
     """
     check_tensors(log_probabilities=log_probabilities, oracle_log_probabilities=oracle_log_probabilities)
     return _divergences(log_probabilities, oracle_log_probabilities).mean().item()
 
 
 def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
-    """``kl_divergence`` of what the two predict for the loader's examples, in eval mode without gradients.
+    """Return the ``kl_divergence`` between the predictions of two networks, in eval mode without gradients.
 
-    Each batch goes through both, so that the loader may shuffle. Both networks are left as they were, each on its
-    device. Loaders and errors as for ``evaluate``; and InputError where the networks' classes differ in number.
+    Both networks see each batch, so the loader may shuffle. Both are left as they were, each on its device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The unlearned classifier: ``model(input)`` returns logits (B, classes).
+    oracle : torch.nn.Module
+        A classifier that was retrained without the forget set.
+    loader : iterable
+        Batches (input, target) or (index, input, target), with integer targets (B,).
+
+    Returns
+    -------
+    float
+        Mean over examples of KL(oracle || model), in nats.
+
+    Raises
+    ------
+    InputError
+        For an empty set, labels that a network has no output for, outputs that are not finite, and networks with
+        different numbers of classes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import kl_to_oracle
+    >>> model = torch.nn.Linear(2, 3)
+    >>> kl_to_oracle(model, model, [(torch.eye(2), torch.tensor([0, 2]))])
+    0.0
     """
     check_loader(loader, "data set")
     total, count = 0.0, 0
@@ -45,7 +99,7 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
 
 
 def _divergences(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> Tensor:
-    """(N,) float64."""
+    """Return the divergence of each example: float64 (N,)."""
     if log_probabilities.shape != oracle_log_probabilities.shape:
         raise InputError(
             "expected log-probabilities of the same examples and classes, got "
@@ -53,7 +107,7 @@ def _divergences(log_probabilities: Tensor, oracle_log_probabilities: Tensor) ->
         )
     check_log_probabilities(log_probabilities, "the model")
     check_log_probabilities(oracle_log_probabilities, "the oracle")
-    # normalized anew: rows that sum to 1 but for float32's rounding could give less than 0
+    # normalize again in float64: rows that sum to 1 only within float32's rounding could give less than 0
     log_p = functional.log_softmax(log_probabilities.double(), dim=1)
     log_q = functional.log_softmax(oracle_log_probabilities.double(), dim=1)
     return functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1).clamp(min=0)

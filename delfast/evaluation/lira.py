@@ -1,4 +1,4 @@
-"""U-LiRA: can an attacker, example by example, tell an unlearned network from one that never saw the example?
+"""U-LiRA: an attack that distinguishes, by example, an unlearned network from one that never saw the example.
 
 Hayes et al., "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy", 2024, arXiv
 2403.01218, after the online LiRA of Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P
@@ -16,20 +16,40 @@ from torch import Tensor
 from delfast.arguments import check_flag, check_number, check_tensors, describe
 from delfast.errors import InputError
 
-# Of logit-scaled confidences: a deviation of 0.001, well above float32's rounding of logits. It keeps the likelihoods
-# of networks that agree with one another finite.
+# Minimum variance of logit-scaled confidences. The deviation of 0.001 is well above float32's rounding of logits, and
+# keeps likelihoods finite when all networks agree.
 VARIANCE_FLOOR = 1e-6
-MIN_SHADOWS = 2  # of each kind: a variance needs two
+MIN_SHADOWS = 2  # of each kind, since a variance needs two values
 
 
 @dataclass(frozen=True)
 class ULira:
-    """What the attack finds; all percentages 0-100.
+    """Result of the attack.
 
-    ``accuracy``: of the calls, the mean over the two kinds: 50 where unlearning is perfect, 100 where every call is
-    right; a score of 0 counts as half right. ``tpr``: the part of the unlearned found at a threshold that at most
-    ``fpr`` of the retrained pass. Scores: float64 log-likelihood ratios in nats, in the shape of what was attacked;
-    above 0, "trained on the example, then made to unlearn it" is the more likely.
+    Scores are float64 log-likelihood ratios in nats, in the shape of the attacked confidences. Above 0, "trained on the
+    example and then unlearned it" is more likely than "trained without it".
+
+    Parameters
+    ----------
+    accuracy : float
+        Percentage (0-100) of correct decisions, the mean over the two kinds: 50 for perfect unlearning, 100 if every
+        decision is correct. A score of 0 counts as half correct.
+    tpr : float
+        Percentage (0-100) of the unlearned scores above the lowest threshold that at most ``fpr`` percent of the
+        retrained scores exceed.
+    fpr : float
+        That false positive rate, in percent.
+    unlearned_scores : Tensor
+        Scores of the attacked unlearned networks.
+    retrained_scores : Tensor
+        Scores of the attacked retrained networks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import ULira
+    >>> ULira(50.0, 1.0, 1.0, torch.zeros(3), torch.zeros(3)).accuracy
+    50.0
     """
 
     accuracy: float
@@ -48,20 +68,55 @@ def u_lira(
     fixed_variance: bool = False,
     fpr: float = 1.0,
 ) -> ULira:
-    """Attack networks of both kinds with the Gaussians that shadow networks of each kind give every example.
+    """Attack networks of both kinds with Gaussians that are fitted, for every example, to shadow networks of each kind.
 
-    ``unlearned``, ``retrained``: (models, examples) logit-scaled confidences (``logit_confidences``) of the shadows:
-    networks that were trained on the examples and then unlearned them, and networks that were trained without them.
-    (Where probabilities p are all there is: ``torch.logit(p)``, infinite where p has rounded to 0 or 1.)
-    ``attacked_unlearned``, ``attacked_retrained``: (examples,) or (models, examples) of networks of either kind that
-    are not among the shadows; ``u_lira_leave_one_out`` makes each shadow such a one in turn. An example's score is
-    log N(x; its unlearned shadows' mean, variance) - log N(x; its retrained shadows' mean, variance).
+    The score of an example with confidence x is log N(x; mean and variance of its unlearned shadows) - log N(x; mean
+    and variance of its retrained shadows). Variances are unbiased (n - 1) and at least ``VARIANCE_FLOOR``.
 
-    ``fixed_variance``: for each kind, one variance for all examples, the mean of theirs: LiRA's remedy where there are
-    too few shadows to estimate each example's own. Variances are unbiased (n - 1), and not below ``VARIANCE_FLOOR``.
+    Parameters
+    ----------
+    unlearned : Tensor
+        Logit-scaled confidences (models, examples) of networks that were trained on the examples and then unlearned
+        them, as ``logit_confidences`` returns them. If only
+        probabilities p are known, pass ``torch.logit(p)``, which is infinite where p has rounded to 0 or 1.
+    retrained : Tensor
+        Confidences of networks that were trained without the examples, in the same form.
+    attacked_unlearned : Tensor
+        Confidences (examples,) or (models, examples) of unlearned networks that are not among the shadows.
+    attacked_retrained : Tensor
+        Confidences of retrained networks that are not among the shadows, in the same form.
+    fixed_variance : bool, default False
+        Whether to use one variance for all examples, the mean of theirs, for each kind. It is LiRA's remedy for too few
+        shadows to estimate each example's variance.
+    fpr : float, default 1.0
+        False positive rate of ``tpr``, in percent, in [0, 100).
 
-    ``fpr``: percent, in [0, 100). Raises InputError for fewer than two shadows of a kind, no example, arrays of
-    different examples and values that are not finite.
+    Returns
+    -------
+    ULira
+        Accuracy, true positive rate and scores.
+
+    Raises
+    ------
+    InputError
+        For fewer than two shadows of a kind, no example, tensors of different examples, and values that are not finite.
+
+    See Also
+    --------
+    u_lira_leave_one_out : Attack each shadow network with all others.
+
+    References
+    ----------
+    Hayes et al., "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy", 2024, arXiv
+    2403.01218.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import u_lira
+    >>> unlearned, retrained = torch.tensor([[4.0], [5.0]]), torch.tensor([[-5.0], [-4.0]])
+    >>> u_lira(unlearned, retrained, torch.tensor([4.5]), torch.tensor([-4.5])).accuracy
+    100.0
     """
     shadows = {"unlearned": unlearned, "retrained": retrained}
     attacked = {"attacked_unlearned": attacked_unlearned, "attacked_retrained": attacked_retrained}
@@ -75,19 +130,59 @@ def u_lira(
         _log_likelihood(values.double(), *gaussians[0]) - _log_likelihood(values.double(), *gaussians[1])
         for values in attacked.values()
     )
-    right = (_part_above_0(positives) + _part_above_0(-negatives)) / 2
+    right = (_share_above_zero(positives) + _share_above_zero(-negatives)) / 2
     return ULira(100 * right, tpr_at_fpr(positives, negatives, fpr), fpr, positives, negatives)
 
 
 def u_lira_leave_one_out(
     unlearned: Tensor, retrained: Tensor, *, fixed_variance: bool = False, fpr: float = 1.0
 ) -> ULira:
-    """``u_lira`` on every pair of an unlearned and a retrained network, with all the others as shadows.
+    """Run ``u_lira`` on every pair of an unlearned and a retrained network, with all other networks as shadows.
 
-    Where networks are too costly to set some apart. They leave in pairs, the i-th of each kind: were one left out
-    alone, the other kind's Gaussian, of one shadow more, would fit better, and perfect unlearning come out below 50.
-    Where one kind has more, its last are shadows always. Scores: (pairs, examples). Arguments and errors as for
-    ``u_lira``, but at least three networks of each kind.
+    Use it if networks are too costly to keep some apart from the shadows. Pair i is the i-th network of each kind. One
+    of each kind is left out, because otherwise the other kind's Gaussian would have one shadow more and fit better, and
+    perfect unlearning would come out below 50. If one kind has more networks, its last ones are always shadows.
+
+    Parameters
+    ----------
+    unlearned : Tensor
+        Logit-scaled confidences (models, examples) of networks that were trained on the examples and then unlearned
+        them, as ``logit_confidences`` returns them.
+    retrained : Tensor
+        Confidences of networks that were trained without the examples, in the same form.
+    fixed_variance : bool, default False
+        Whether to use one variance for all examples, the mean of theirs, for each kind. It is LiRA's remedy for too few
+        shadows to estimate each example's variance.
+    fpr : float, default 1.0
+        False positive rate of ``tpr``, in percent, in [0, 100).
+
+    Returns
+    -------
+    ULira
+        The mean accuracy of the pairs; scores are (pairs, examples).
+
+    Raises
+    ------
+    InputError
+        For fewer than three networks of a kind, no example, tensors of different examples, and values that are not
+        finite.
+
+    See Also
+    --------
+    u_lira : Attack networks that are not among the shadows.
+
+    References
+    ----------
+    Hayes et al., "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy", 2024, arXiv
+    2403.01218.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import u_lira_leave_one_out
+    >>> unlearned = torch.tensor([[4.0], [5.0], [6.0]])
+    >>> u_lira_leave_one_out(unlearned, -unlearned).accuracy
+    100.0
     """
     check_flag("fixed_variance", fixed_variance)
     _check_fpr(fpr)
@@ -110,17 +205,43 @@ def u_lira_leave_one_out(
 
 
 def tpr_at_fpr(positives: Tensor, negatives: Tensor, fpr: float) -> float:
-    """Percentage of ``positives`` above the lowest threshold that at most ``fpr`` percent of ``negatives`` are above.
+    """Return the percentage of positives above the lowest threshold that at most ``fpr`` percent of negatives exceed.
 
-    Scores of any shape. With fewer than 100 / fpr negatives none may be above. Raises InputError for an empty or
-    non-finite set of scores, and an ``fpr`` outside [0, 100).
+    With fewer than 100 / fpr negatives, none may exceed the threshold.
+
+    Parameters
+    ----------
+    positives : Tensor
+        Scores of any shape.
+    negatives : Tensor
+        Scores of any shape.
+    fpr : float
+        False positive rate in percent, in [0, 100).
+
+    Returns
+    -------
+    float
+        True positive rate in percent (0-100).
+
+    Raises
+    ------
+    InputError
+        For an empty or non-finite set of scores, and an ``fpr`` outside its range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import tpr_at_fpr
+    >>> tpr_at_fpr(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 0.5, 1.5, 2.5]), fpr=25.0)
+    75.0
     """
     _check_fpr(fpr)
     check_tensors(positives=positives, negatives=negatives)
     for name, scores in {"positives": positives, "negatives": negatives}.items():
         if not scores.numel() or not scores.isfinite().all():
-            raise InputError(f"expected one or more finite scores of {name}, got {tuple(scores.shape)}")
-    allowed = math.floor(fpr * negatives.numel() / 100 * (1 + 1e-12))  # 29 % of 100 is 29 in spite of rounding
+            raise InputError(f"expected at least one finite score of {name}, got {tuple(scores.shape)}")
+    # the last factor keeps 29 % of 100 at 29 despite rounding
+    allowed = math.floor(fpr * negatives.numel() / 100 * (1 + 1e-12))
     threshold = negatives.flatten().sort(descending=True).values[allowed]
     return 100 * (positives > threshold).double().mean().item()
 
@@ -131,7 +252,7 @@ def _check_fpr(fpr: float) -> None:
 
 
 def _gaussian(shadows: Tensor, fixed_variance: bool) -> tuple[Tensor, Tensor]:
-    """(models, examples) to the mean (examples,) and the variance (examples,) or ()."""
+    """Return the mean (examples,) and the variance, (examples,) or (), of shadows (models, examples)."""
     variance = shadows.var(dim=0, correction=1)
     if fixed_variance:
         variance = variance.mean()
@@ -139,11 +260,11 @@ def _gaussian(shadows: Tensor, fixed_variance: bool) -> tuple[Tensor, Tensor]:
 
 
 def _log_likelihood(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Of Gaussians, but for the constant log(2 pi) / 2, which cancels in a ratio."""
+    """Return log-likelihoods under Gaussians without the constant log(2 pi) / 2, which cancels in a ratio."""
     return -((values - mean).square() / variance + variance.log()) / 2
 
 
-def _part_above_0(scores: Tensor) -> float:
+def _share_above_zero(scores: Tensor) -> float:
     return ((scores > 0).double() + (scores == 0).double() / 2).mean().item()
 
 
@@ -151,14 +272,14 @@ def _without(models: Tensor, i: int) -> Tensor:
     return torch.cat([models[:i], models[i + 1 :]])
 
 
-def _check_shadows(shadows: dict[str, Tensor], least: int) -> None:
+def _check_shadows(shadows: dict[str, Tensor], minimum: int) -> None:
     check_tensors(**shadows)
     for name, values in shadows.items():
         if values.ndim != 2:
             raise InputError(f"{name}: expected (models, examples), got {tuple(values.shape)}")
-        if len(values) < least:
+        if len(values) < minimum:
             raise InputError(
-                f"{name}: expected at least {least} models for the attack's shadows, got {len(values)}; train more"
+                f"{name}: expected at least {minimum} models for the attack's shadows, got {len(values)}; train more"
             )
     examples = next(iter(shadows.values())).shape[1]
     for name, values in shadows.items():
@@ -169,7 +290,7 @@ def _check_values(name: str, values: Tensor, examples: int) -> None:
     check_tensors(**{name: values})
     if values.ndim not in (1, 2) or not values.numel() or values.shape[-1] != examples:
         raise InputError(
-            f"{name}: expected the same examples, one or more, for every model, {examples} as in the first array, "
+            f"{name}: expected the same examples for every model, at least one, {examples} as in the first array, "
             f"got {tuple(values.shape)}"
         )
     if not values.is_floating_point() or not values.isfinite().all():

@@ -9,14 +9,29 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_flag, check_loader, check_seed, check_type
 from delfast.batches import evaluating
-from delfast.evaluation.membership import membership_inference, support_vector_classifier
-from delfast.evaluation.predictions import Loader, check_examples, predict, true_class
+from delfast.evaluation.membership import import_svc, membership_inference
+from delfast.evaluation.outputs import Loader, check_examples, predict, true_class
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """One set: accuracy in percent (0-100), mean cross-entropy in nats, (N,) float32 confidence in the true
-    class.
+    """Measurements of a network on one set of examples.
+
+    Parameters
+    ----------
+    accuracy : float
+        Percentage (0-100) of examples that are classified as their target.
+    loss : float
+        Mean cross-entropy in nats.
+    confidences : Tensor
+        Softmax probability of the true class of each example: float32 (N,), on the CPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import SetResult
+    >>> SetResult(accuracy=50.0, loss=0.7, confidences=torch.tensor([0.6, 0.4])).accuracy
+    50.0
     """
 
     accuracy: float
@@ -26,10 +41,44 @@ class SetResult:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a network does on the three sets. Accuracies, ``mia`` and deltas are percentages (0-100).
+    """Measurements of a network on the forget, retain and test sets.
 
-    ``mia``: the part of the forget set that membership inference calls non-member; None where it was left out. Deltas,
-    where an oracle was given, are oracle - method (DEL paper, section 3: the smaller their size, the better).
+    Accuracies and ``mia`` are percentages (0-100). Deltas are oracle - method in percentage points; the smaller their
+    absolute value, the better (DEL paper, section 3). A delta is None without an oracle.
+
+    Parameters
+    ----------
+    forget_acc : float
+        Accuracy on the forget set.
+    retain_acc : float
+        Accuracy on the retain set.
+    test_acc : float
+        Accuracy on the test set.
+    forget_loss : float
+        Mean cross-entropy on the forget set, in nats.
+    retain_loss : float
+        Mean cross-entropy on the retain set, in nats.
+    test_loss : float
+        Mean cross-entropy on the test set, in nats.
+    mia : float, optional
+        Percentage of the forget set that membership inference calls non-member; None if it was not run.
+    delta_forget : float, optional
+        Oracle's minus method's forget accuracy.
+    delta_mia : float, optional
+        Oracle's minus method's ``mia``; None if either is None.
+    delta_test : float, optional
+        Oracle's minus method's test accuracy.
+
+    References
+    ----------
+    Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization", TMLR 2025,
+    arXiv 2412.02432.
+
+    Examples
+    --------
+    >>> from delfast.evaluation import Metrics
+    >>> Metrics(90.0, 99.0, 80.0, 0.3, 0.1, 0.6).as_dict()["test_acc"]
+    80.0
     """
 
     forget_acc: float
@@ -44,7 +93,13 @@ class Metrics:
     delta_test: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """Plain values by name; without those that are None."""
+        """Return the values by name, except those that are None.
+
+        Returns
+        -------
+        dict of str to float
+            Plain values, ready for JSON.
+        """
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -58,15 +113,49 @@ def evaluate(
     seed: int = 0,
     mia: bool = True,
 ) -> Metrics:
-    """Measure ``model`` on its forget, retain and test sets; ``oracle``: the metrics of one retrained without
-    the first.
+    """Measure a network on its forget, retain and test sets, in eval mode without gradients.
 
-    Loaders yield (input, target) or (index, input, target); target (B,) integers, model(input) (B, classes)
-    logits. ``seed`` chooses the examples that membership inference is fitted on. The model is left as it was.
-    mia: whether to run membership inference. It needs scikit-learn (``delfast[experiments]``): ImportError, before
-        anything is measured, where that is missing; accuracies and losses do without.
-    Raises InputError for arguments of another type, an empty set, labels that the model has no output for, and outputs
-    that are not finite.
+    The model is left as it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Classifier: ``model(input)`` returns logits (B, classes).
+    forget : iterable
+        Batches of the forget set: (input, target) or (index, input, target), with integer targets (B,).
+    retain : iterable
+        Batches of the rest of the training set.
+    test : iterable
+        Batches of examples that no network was trained on.
+    oracle : Metrics, optional
+        Metrics of a network that was retrained without the forget set; with them, the deltas are computed.
+    seed : int, default 0
+        Chooses the examples on which membership inference is fitted.
+    mia : bool, default True
+        Whether to run membership inference. It needs scikit-learn (``delfast[experiments]``).
+
+    Returns
+    -------
+    Metrics
+        Accuracies, losses, ``mia`` and the deltas.
+
+    Raises
+    ------
+    InputError
+        For arguments of another type, an empty set, labels that the model has no output for, and outputs that are not
+        finite.
+    ImportError
+        If ``mia`` is True and scikit-learn is missing; raised before anything is measured.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> model = torch.nn.Linear(2, 2)
+    >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
+    >>> metrics = delfast.evaluate(model, forget=batches, retain=batches, test=batches, mia=False)
+    >>> 0 <= metrics.forget_acc <= 100
+    True
     """
     sets = {"forget": forget, "retain": retain, "test": test}
     for name, loader in sets.items():
@@ -74,7 +163,7 @@ def evaluate(
     check_type("oracle", oracle, (Metrics, type(None)), "the Metrics of evaluate(oracle, ...), or None")
     seed = check_seed(seed)
     if check_flag("mia", mia):
-        support_vector_classifier()  # raises now, not when all sets have been measured
+        import_svc()  # so that a missing package is reported before the sets are measured
     results = {name: _measure(model, loader, name) for name, loader in sets.items()}
     retained, tested, forgotten = (results[name].confidences for name in ("retain", "test", "forget"))
     metrics = Metrics(
@@ -90,8 +179,30 @@ def evaluate(
 
 
 def gaps(metrics: Metrics, oracle: Metrics) -> dict[str, float]:
-    """Oracle - method, in percentage points, of forget accuracy, test accuracy, and membership inference where both
-    have it.
+    """Return the gaps oracle - method in forget accuracy, test accuracy and membership inference.
+
+    Parameters
+    ----------
+    metrics : Metrics
+        Metrics of the unlearned network.
+    oracle : Metrics
+        Metrics of a network that was retrained without the forget set.
+
+    Returns
+    -------
+    dict of str to float
+        Percentage points by the names of the deltas in ``Metrics``; without "delta_mia" if either ``mia`` is None.
+
+    Raises
+    ------
+    InputError
+        If an argument is no Metrics.
+
+    Examples
+    --------
+    >>> from delfast.evaluation import Metrics, gaps
+    >>> gaps(Metrics(90.0, 99.0, 80.0, 0.3, 0.1, 0.6), oracle=Metrics(85.0, 99.0, 81.0, 0.5, 0.1, 0.6))
+    {'delta_forget': -5.0, 'delta_test': 1.0}
     """
     for name, value in (("metrics", metrics), ("oracle", oracle)):
         check_type(name, value, Metrics, "the Metrics that evaluate() returns")
@@ -104,9 +215,33 @@ def gaps(metrics: Metrics, oracle: Metrics) -> dict[str, float]:
 
 
 def accuracy_and_loss(model: nn.Module, loader: Loader) -> SetResult:
-    """Accuracy, mean cross-entropy and true-class confidence over ``loader``, in eval mode without gradients.
+    """Measure accuracy, mean cross-entropy and true-class confidences on one set, in eval mode without gradients.
 
-    The loss is a mean over examples, accumulated in float64. Modes are restored. Errors as for ``evaluate``.
+    The model is left as it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Classifier: ``model(input)`` returns logits (B, classes).
+    loader : iterable
+        Batches (input, target) or (index, input, target), with integer targets (B,).
+
+    Returns
+    -------
+    SetResult
+        The loss is a mean over examples, accumulated in float64.
+
+    Raises
+    ------
+    InputError
+        For an empty set, labels that the model has no output for, and outputs that are not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import accuracy_and_loss
+    >>> accuracy_and_loss(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))]).accuracy
+    50.0
     """
     check_loader(loader, "data set")
     return _measure(model, loader, "data")

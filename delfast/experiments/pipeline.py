@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from delfast.errors import InputError, check_choice
+from delfast.arguments import check_choice
+from delfast.errors import InputError
 from delfast.evaluation import Metrics
 from delfast.experiments.datasets import Batches, Examples
 from delfast.experiments.progress import log, progress

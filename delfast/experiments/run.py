@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delfast.errors import InputError, check_choice
+from delfast.arguments import check_choice
+from delfast.errors import InputError
 from delfast.evaluation import Metrics, evaluate
 from delfast.experiments.datasets import (
     Batches,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from delfast._version import __version__
 from delfast.arguments import (
+    check_choice,
     check_count,
     check_flag,
     check_function,
@@ -23,15 +24,16 @@ from delfast.arguments import (
     describe,
 )
 from delfast.batches import LossFn, warn_about_loader
-from delfast.errors import InputError, check_choice
+from delfast.errors import InputError
 from delfast.layer_types import output_dims
 from delfast.localization.critical_channels import MOST_CHANNELS, critmem
 from delfast.localization.gradient import GradientSums, MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
 from delfast.localization.selection import Selection, positive_count, positive_left_out
-from delfast.mask import Mask, ParameterMask
+from delfast.mask import Mask
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
+from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
 
 Criterion = Literal[

@@ -8,9 +8,8 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.utils.data import Dataset
 
-from delfast.arguments import check_seed
+from delfast.arguments import check_choice, check_seed
 from delfast.batches import LossFn
-from delfast.errors import check_choice
 from delfast.localization.anytime import check_batch_size, localize_until_stable
 from delfast.localization.scores import Criterion, check_criterion, check_selection, score
 from delfast.mask import Mask

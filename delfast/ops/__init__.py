@@ -1,4 +1,4 @@
-"""The ops: one table, a native backend where it loads, and a PyTorch twin of each."""
+"""The ops: one table, a PyTorch reference of each, and native kernels if the extension loads."""
 
 from delfast.ops.native import load_backend
 from delfast.ops.table import OPS, define_ops

@@ -1,7 +1,7 @@
-"""Checks of every op's arguments, for the fake kernels and the references: as csrc/bindings does for the kernels.
+"""Checks of every op's arguments, for the fake kernels and the references; csrc/bindings has those of the kernels.
 
-Each function takes an op's arguments. It raises ValueError or TypeError, of one line, for tensors on several devices,
-sizes that do not fit each other and numbers out of range. Values inside tensors are read by the ops alone.
+Each function has the arguments of its op. It raises ValueError or TypeError, in one line, for tensors on several
+devices, sizes that do not fit each other, and numbers out of range. Only the ops themselves read values of tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ CRITERIA = ("weighted_grad", "grad", "weight")
 AGGREGATES = ("topk_mean", "mean", "sum", "max")
 EPILOGUES = ("abs", "square")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_GEOMETRY = 2**31 - 1  # of a stride, padding, dilation or kernel size: no product of them overflows in a kernel
+MAX_GEOMETRY = 2**31 - 1  # maximum stride, padding, dilation and kernel size: no product of two overflows 64 bits
 
 
 def check_criticality(
     theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, aggregate: str, top_h: Sequence[int]
 ) -> None:
-    """ValueError or TypeError for arguments that ``criticality`` refuses."""
+    """Raise ValueError or TypeError for arguments that ``criticality`` refuses."""
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("aggregate", aggregate, AGGREGATES)
     _check_scored(theta, grad, criterion)
@@ -40,14 +40,14 @@ def check_criticality(
 
 
 def check_select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, k: int) -> None:
-    """ValueError or TypeError for arguments that ``select_elements`` refuses."""
+    """Raise ValueError or TypeError for arguments that ``select_elements`` refuses."""
     _check_budget(k)
     _check_choice("criterion", criterion, CRITERIA)
     _check_scored(theta, grad, criterion)
 
 
 def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[int], k: int, cut_last: bool) -> None:
-    """ValueError for arguments that ``select_units`` refuses."""
+    """Raise ValueError for arguments that ``select_units`` refuses."""
     _check_budget(k)
     if len(counts) != len(lengths):
         raise ValueError(
@@ -83,7 +83,7 @@ def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[
 
 
 def check_masked_reset(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
-    """ValueError or TypeError for arguments that ``masked_reset_`` refuses."""
+    """Raise ValueError or TypeError for arguments that ``masked_reset_`` refuses."""
     _check_updates(params, fresh, bits, by_row)
 
 
@@ -100,7 +100,7 @@ def check_step(
     lr_tensor: Tensor | None = None,
     **settings: object,
 ) -> None:
-    """ValueError or TypeError for arguments that ``masked_sgd_`` and ``masked_adamw_`` refuse."""
+    """Raise ValueError or TypeError for arguments that ``masked_sgd_`` and ``masked_adamw_`` refuse."""
     _check_updates(params, grads, bits, by_row)
     device = params[0].device if params else bits.device
     _check_device(device, state, "state")
@@ -136,7 +136,7 @@ def check_per_example(
     groups: int,
     epilogue: str,
 ) -> None:
-    """ValueError or TypeError for arguments that ``per_example_accumulate_`` refuses."""
+    """Raise ValueError or TypeError for arguments that ``per_example_accumulate_`` refuses."""
     _check_device(sums.device, inputs, "inputs")
     _check_device(sums.device, deltas, "deltas")
     _check_choice("epilogue", epilogue, EPILOGUES)
@@ -191,7 +191,7 @@ def check_per_example(
 
 
 def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
-    """ValueError or TypeError for arguments that ``channel_dot`` refuses."""
+    """Raise ValueError or TypeError for arguments that ``channel_dot`` refuses."""
     if deltas.ndim < 2:
         raise ValueError(
             f"expected deltas (N, C, *positions), got {_shape(deltas)}; pass the gradient of a layer's output"
@@ -208,7 +208,7 @@ def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
 
 
 def check_gather_columns(source: Tensor, columns: Tensor) -> None:
-    """ValueError or TypeError for arguments that ``gather_columns`` refuses."""
+    """Raise ValueError or TypeError for arguments that ``gather_columns`` refuses."""
     if source.ndim != 2 or not source.is_contiguous():
         raise ValueError(f"expected source to be a contiguous matrix, got {_shape(source)}; flatten it first")
     if columns.ndim != 1 or columns.dtype != torch.int64 or not columns.is_contiguous():
@@ -291,7 +291,7 @@ def _check_own_memory(written: Tensor) -> None:
 
 
 def _check_dtypes(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Float64 gradients are for lists with float64 parameters, which the kernels leave to the references."""
+    """Allow float64 gradients only in lists with float64 parameters, which the references compute."""
     allowed = FLOATING if any(param.dtype == torch.float64 for param in params) else FLOATING[:3]
     for name, tensors in (("parameter", params), ("gradient", gradients)):
         for index, tensor in enumerate(tensors):

@@ -1,4 +1,4 @@
-"""What a *unit* of a parameter is, and how packed bits are laid out: shared by every op and by Mask.
+"""Units of a parameter, and the layout of packed bits: shared by every op and by Mask.
 
 A parameter with ndim > 1 has one unit per slice along dim 0 (a row: an output channel); a parameter with
 ndim <= 1 has one unit per element, so its rows have length 1. Empty parameters have no units. The channels of some
@@ -18,20 +18,20 @@ from torch import Tensor
 
 
 def unit_count(shape: Sequence[int], dim: int = 0) -> int:
-    """Number of competing units of a parameter of this shape at channel granularity, with channels along ``dim``."""
+    """Return the number of units of a parameter of this shape whose channels lie along ``dim``."""
     numel = math.prod(shape)
     return shape[dim] if len(shape) > 1 and numel else numel
 
 
 def row_length(shape: Sequence[int], dim: int = 0) -> int:
-    """Number of elements in one unit: ``numel / shape[dim]`` for ndim > 1, else 1."""
+    """Return the number of elements in one unit: ``numel / shape[dim]`` for ndim > 1, else 1."""
     if len(shape) <= 1:
         return 1
     return math.prod(shape[1:] if dim == 0 else (*shape[:dim], *shape[dim + 1 :]))
 
 
 def packed_bytes(count: int) -> int:
-    """Bytes that ``count`` packed bits take."""
+    """Return the number of bytes that ``count`` packed bits occupy."""
     return (count + 7) // 8
 
 
@@ -58,7 +58,7 @@ def as_rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 def flat_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``as_rows``: a view where ``rows`` is already in that order, else a copy."""
+    """Invert ``as_rows``: return a view if ``rows`` is in that memory order already, else a copy."""
     return (rows.movedim(1, -1) if _channels_last(like) else rows).reshape(-1)
 
 

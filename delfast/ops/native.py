@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or says in one line why the PyTorch twins run instead."""
+"""Load the compiled extension, or give in one line the reason why the PyTorch references run instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs the ops: ``name`` is "native" or "torch"; ``reason`` says why, in one line."""
+    """The code that runs the ops: ``name`` is "native" or "torch"; ``reason`` is why, in one line."""
 
     name: str
     reason: str
@@ -31,15 +31,15 @@ class Backend:
 def load_backend() -> Backend:
     """Choose the backend once, at import.
 
-    DELFAST_BACKEND=native raises ImportError if the extension cannot be used (and so does a DELFAST_FORCE_ISA that it
-    cannot honour), =torch does not load it. Unset: the extension if it can be used, else the twins with one warning
-    that says why.
+    DELFAST_BACKEND=native raises ImportError if the extension cannot be used, and so does a DELFAST_FORCE_ISA that
+    this machine lacks. DELFAST_BACKEND=torch does not load the extension. Unset: the extension if it can be used, else
+    the PyTorch references, with one warning that gives the reason.
     """
     wanted = os.environ.get("DELFAST_BACKEND", "")
     if wanted not in ("", "native", "torch"):
         raise ImportError(f"expected DELFAST_BACKEND to be 'native' or 'torch', got '{wanted}'; set one or unset it")
     if wanted == "torch" and os.environ.get("DELFAST_FORCE_ISA"):
-        raise ImportError("DELFAST_FORCE_ISA asks for native kernels, DELFAST_BACKEND=torch for none; unset one")
+        raise ImportError("DELFAST_FORCE_ISA needs native kernels, DELFAST_BACKEND=torch excludes them; unset one")
     if wanted == "torch":
         return Backend("torch", "chosen by DELFAST_BACKEND=torch")
     try:
@@ -47,8 +47,10 @@ def load_backend() -> Backend:
     except ImportError as error:
         reason = str(error).splitlines()[0]
         if wanted == "native" or os.environ.get("DELFAST_FORCE_ISA"):
-            raise ImportError(f"native kernels are asked for, but {reason}") from error
-        warnings.warn(f"delfast runs on its PyTorch twins (right, but slow): {reason}", RuntimeWarning, stacklevel=2)
+            raise ImportError(f"native kernels are required, but {reason}") from error
+        warnings.warn(
+            f"delfast runs on its PyTorch references (correct, but slow): {reason}", RuntimeWarning, stacklevel=2
+        )
         return Backend("torch", reason)
     devices = ("CPU", "CUDA") if build_info["cuda"] else ("CPU",)
     return Backend("native", "the compiled extension loaded", module, devices, build_info)
@@ -73,5 +75,5 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
 
 
 def _release(version: str) -> tuple[str, ...]:
-    """("2", "14") of "2.14.1+cu130": torch keeps its C++ interface stable within such a series only."""
+    """Return ("2", "14") for "2.14.1+cu130": torch keeps its C++ interface stable within one such series only."""
     return tuple(version.split("+")[0].split(".")[:2])

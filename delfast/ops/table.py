@@ -1,9 +1,24 @@
 """The op table: schema, checks, fake kernel and PyTorch reference of every op, side by side.
 
+Call an op as ``torch.ops.delfast.NAME``; the docstring of its reference documents arguments and result.
+
+============================ =========================================================================================
+Op                           Result
+============================ =========================================================================================
+``criticality``              A score per unit: an aggregate over the unit of ``|θ g|``, ``|g|`` or ``|θ|``.
+``select_elements``          Packed bits of the k scalars with the highest scores.
+``select_units``             Packed bits of the units with the highest scores that fit into k scalars.
+``masked_reset_``            Masked entries replaced by new values, in place.
+``masked_sgd_``              One step of SGD on the masked entries, in place.
+``masked_adamw_``            One step of AdamW on the masked entries, in place.
+``per_example_accumulate_``  Sums over examples of ``|g_x|`` or ``g_x²``, with g_x the weight gradient of one example.
+``channel_dot``              Sum over positions of gradient times value, per example and channel.
+``gather_columns``           Selected columns of a matrix.
+============================ =========================================================================================
+
 The native kernels (csrc/bindings) register themselves for a device when the extension loads. The reference serves every
-device that has none, and float64 tensors on every device: a native kernel passes those on to
-``torch.ops.delfast_reference.NAME`` (csrc/bindings/serving.h). ``torch.ops.delfast.NAME`` is the way to call an op; the
-reference's docstring says what it computes.
+device without native kernels, and float64 tensors on every device: a native kernel forwards these to
+``torch.ops.delfast_reference.NAME`` (csrc/bindings/serving.h).
 """
 
 from __future__ import annotations
@@ -27,10 +42,20 @@ from delfast.ops.reference.selection import select_elements, select_units
 
 @dataclass(frozen=True)
 class Op:
-    """One op: ``schema`` in torch.library's language, ``check`` (raises for arguments that all of its kernels refuse),
-    ``fake`` (shapes and dtypes only), ``reference`` (the definition). The last two may rely on ``check``.
+    """One op and all of its parts in Python.
 
-    ``natively_on``: devices that the extension may have a kernel for; elsewhere the reference is as fast.
+    Parameters
+    ----------
+    schema : str
+        Name, arguments and results in torch.library's language; ``(a!)`` marks an argument that the op changes.
+    check : callable
+        Raises for arguments that all kernels of the op refuse. It runs before ``fake`` and ``reference``.
+    fake : callable
+        Returns empty tensors of the result's shape and dtype.
+    reference : callable
+        Defines the op in PyTorch.
+    natively_on : tuple of str
+        Devices for which the extension may have a kernel; on others the reference is as fast.
     """
 
     schema: str
@@ -41,6 +66,7 @@ class Op:
 
     @property
     def name(self) -> str:
+        """The op's name in ``torch.ops.delfast``."""
         return self.schema.split("(", 1)[0]
 
 
@@ -82,7 +108,7 @@ def _fake_gather_columns(source: Tensor, columns: Tensor) -> Tensor:
 
 
 def _fake_in_place(*args: object, **kwargs: object) -> None:
-    """An op that changes its arguments and returns nothing has no shapes to infer."""
+    """Infer nothing: an op that changes its arguments in place returns no tensor."""
 
 
 OPS = (
@@ -148,13 +174,13 @@ OPS = (
     ),
 )
 
-# these live as long as the process: dropping one would drop its ops
+# kept for the life of the process, because deleting a library removes its ops
 _library: Any = torch.library.Library("delfast", "DEF")  # type: ignore[no-untyped-call]
 _references: Any = torch.library.Library("delfast_reference", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define_ops(native_devices: Sequence[str]) -> None:
-    """Define every op; the reference becomes the kernel of each device ("CPU", "CUDA") without a native one."""
+    """Define every op; its reference becomes the kernel of each device ("CPU", "CUDA") without a native kernel."""
     for op in OPS:
         reference = _checked(op.check, op.reference)
         for library in (_library, _references):
@@ -166,7 +192,7 @@ def define_ops(native_devices: Sequence[str]) -> None:
 
 
 def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel`` after ``check`` of its arguments."""
+    """Return a function that calls ``check`` and then ``kernel`` with its arguments."""
 
     @functools.wraps(kernel)
     def checked(*args: Any, **kwargs: Any) -> Any:

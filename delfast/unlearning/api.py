@@ -11,18 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from delfast.arguments import (
-    check_flag,
-    check_function,
-    check_loader,
-    check_path,
-    check_seed,
-    check_type,
-)
+from delfast.arguments import check_choice, check_flag, check_function, check_loader, check_path, check_seed, check_type
 from delfast.batches import LossFn, Versions, refuse_writing_layers
 from delfast.compaction import compact
 from delfast.copies import copy_of
-from delfast.errors import InputError, check_choice
+from delfast.errors import InputError
 from delfast.localization import localize
 from delfast.mask import Mask
 from delfast.naming import is_parallel, trainable_parameters, unique_parameters, unwrap

@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from delfast.arguments import check_int, check_number
+from delfast.arguments import check_choice, check_int, check_number
 from delfast.batches import LossFn, check_differentiable, device_of, per_example_losses
-from delfast.errors import InputError, check_choice
+from delfast.errors import InputError
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.plain import as_json, unboxed
 from delfast.sole_use import used_alone

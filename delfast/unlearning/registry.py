@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from delfast.arguments import check_int, check_number, check_type
-from delfast.errors import InputError, check_choice
+from delfast.arguments import check_choice, check_int, check_number, check_type
+from delfast.errors import InputError
 from delfast.plain import unboxed
 from delfast.unlearning.loop import Schedule
 from delfast.unlearning.methods import (

@@ -147,10 +147,10 @@ def test_what_are_no_predictions_is_refused(use: Any) -> None:
     good, targets = made(6, 1.0, seed=0)
     for bad, labels, message in (
         (good[:0], targets[:0], "at least one example, got none"),
-        (good[:, :1], targets, r"two classes or more, got torch.float32 \(6, 1\)"),
-        (good[0], targets, r"two classes or more, got torch.float32 \(4,\)"),
+        (good[:, :1], targets, r"at least two classes, got torch.float32 \(6, 1\)"),
+        (good[0], targets, r"at least two classes, got torch.float32 \(4,\)"),
         (good.long(), targets, "got torch.int64"),
-        (good.exp(), targets, "got a row that sums to .*; take log_softmax of logits, log of probabilities"),
+        (good.exp(), targets, "got a row that sums to .*; pass log_softmax of logits, or log of probabilities"),
         (good.exp().round().log(), targets, "finite log-probabilities, got NaN or infinity"),
         (good, targets[:5], r"integer targets \(N,\), got \(6, 4\) and torch.int64 \(5,\)"),
         (good, targets.float(), "integer targets"),
@@ -391,11 +391,11 @@ def test_u_lira_refuses_bad_input() -> None:
         ((u[:1], r, x, x), "unlearned: expected at least 2 models for the attack's shadows, got 1; train more"),
         ((u, r[:0], x, x), "retrained: expected at least 2 models for the attack's shadows, got 0"),
         ((u[0], r, x, x), r"unlearned: expected \(models, examples\), got \(5,\)"),
-        ((u, r[:, :4], x, x), r"retrained: expected the same examples, .* 5 as in the first array, got \(3, 4\)"),
+        ((u, r[:, :4], x, x), r"retrained: expected the same examples .* 5 as in the first array, got \(3, 4\)"),
         ((u, r, x[:4], x), r"attacked_unlearned: expected the same examples.*got \(4,\)"),
         ((u, r, x, x[:, None]), "attacked_retrained: expected the same examples"),
-        ((u, r, u[:0], x), "attacked_unlearned: expected the same examples, one or more"),
-        ((u[:, :0], r[:, :0], x[:0], x[:0]), "unlearned: expected the same examples, one or more"),
+        ((u, r, u[:0], x), "attacked_unlearned: expected the same examples for every model, at least one"),
+        ((u[:, :0], r[:, :0], x[:0], x[:0]), "unlearned: expected the same examples for every model, at least one"),
         ((infinite, r, x, x), "unlearned: expected finite logit-scaled confidences.*logit_confidences"),
         ((u, r, x, nan), "attacked_retrained: expected finite logit-scaled confidences"),
         ((u.long(), r, x, x), "unlearned: expected finite logit-scaled confidences, got torch.int64"),
@@ -408,9 +408,9 @@ def test_u_lira_refuses_bad_input() -> None:
     for fpr in (-1, 100, float("nan")):
         with pytest.raises(InputError, match="expected fpr in percent, at least 0 and below 100"):
             u_lira(u, r, x, x, fpr=fpr)
-    with pytest.raises(InputError, match="finite scores of positives"):
+    with pytest.raises(InputError, match="finite score of positives"):
         tpr_at_fpr(x[:0], x, 1)
-    with pytest.raises(InputError, match="finite scores of negatives"):
+    with pytest.raises(InputError, match="finite score of negatives"):
         tpr_at_fpr(x, nan, 1)
 
 

@@ -1,4 +1,4 @@
-"""Every op: native kernels against their twins, in every dtype, layout and instruction set."""
+"""Every op: native kernels against their references, in every dtype, layout and instruction set."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from delfast.mask import ParameterMask
 from delfast.ops import BACKEND, OPS
 from delfast.ops.layout import as_rows, flat_rows, pack, row_length, unit_count, unpack
+from delfast.parameter_mask import ParameterMask
 from tests import cases
 from tests.tolerances import assert_within_budget
 
@@ -48,9 +48,9 @@ def test_criticality_within_budget(isa: str, dtype: torch.dtype, aggregate: str)
         h = cases.top_h(theta)
         for criterion in CRITERIA:
             result = NATIVE.criticality(theta, grad, criterion, aggregate, h)
-            twin = REFERENCE["criticality"](theta, grad, criterion, aggregate, h)
+            reference = REFERENCE["criticality"](theta, grad, criterion, aggregate, h)
             wide = [t.double() for t in theta], [g.double() for g in grad]
-            parts = []  # the twin rounds its answer to float32: aggregate in float64 here
+            parts = []  # the reference rounds its answer to float32: aggregate in float64 here
             for t, g, top in zip(*wide, h, strict=True):
                 scores = {"weighted_grad": t * g, "grad": g, "weight": t}[criterion].abs()
                 rows = scores.reshape(unit_count(t.shape), row_length(t.shape) if t.numel() else 0)
@@ -64,7 +64,7 @@ def test_criticality_within_budget(isa: str, dtype: torch.dtype, aggregate: str)
                         "max": lambda r=rows: r.amax(dim=1),
                     }[aggregate]()
                 )
-            assert_within_budget(result, torch.cat(parts), twin)
+            assert_within_budget(result, torch.cat(parts), reference)
 
 
 @needs_native
@@ -125,7 +125,7 @@ def test_criticality_never_hides_a_nonfinite_score(isa: str, bad: float, aggrega
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_select_elements_equals_the_twin(isa: str, dtype: torch.dtype, criterion: str) -> None:
+def test_select_elements_equals_the_reference(isa: str, dtype: torch.dtype, criterion: str) -> None:
     theta, grad = cases.parameters(dtype=dtype)  # 16-bit values tie often
     total = sum(t.numel() for t in theta)
     for k in (0, 1, total // 3, total - 1, total, total + 5):
@@ -163,7 +163,7 @@ def test_select_elements_names_the_first_nonfinite_parameter(isa: str, bad: floa
 
 
 @pytest.mark.parametrize("cut_last", [False, True])
-def test_select_units_equals_the_twin(cut_last: bool) -> None:
+def test_select_units_equals_the_reference(cut_last: bool) -> None:
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
         counts = torch.randint(0, 20, (seed % 5,), generator=generator).tolist()
@@ -228,23 +228,23 @@ def run_update(
 @pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_masked_update_equals_the_twin(isa: str, op: str, by_rows: bool, dtype: torch.dtype) -> None:
+def test_masked_update_equals_the_reference(isa: str, op: str, by_rows: bool, dtype: torch.dtype) -> None:
     for hyper in HYPER[op]:
         momentum = hyper.get("momentum", 1.0)
         theta, _ = cases.parameters(dtype=dtype)
-        native, twin = [t.clone() for t in theta], [t.clone() for t in theta]
+        native, reference = [t.clone() for t in theta], [t.clone() for t in theta]
         mine, theirs = (masked_arguments(theta, op, momentum, by_rows) for _ in range(2))
         for step in range(3):
             grads = cases.parameters(seed=step + 1, dtype=dtype)[1]
             run_update(getattr(NATIVE, op), native, grads, mine, hyper)
-            run_update(REFERENCE[op], twin, grads, theirs, hyper)
-        # the same float32 formula in the same order; the twin may fuse a product and a sum
+            run_update(REFERENCE[op], reference, grads, theirs, hyper)
+        # the same float32 formula in the same order; the reference may fuse a product and a sum
         near = (
             {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
             if dtype != torch.float32
             else {"rtol": 1e-5, "atol": 1e-6}
         )
-        for before, a, b, chosen in zip(theta, native, twin, mine["chosen"], strict=True):
+        for before, a, b, chosen in zip(theta, native, reference, mine["chosen"], strict=True):
             torch.testing.assert_close(a, b, **near)
             assert torch.equal(a[~chosen], before[~chosen])
             assert bool(chosen.any()) is False or not torch.equal(a[chosen], before[chosen])
@@ -253,7 +253,7 @@ def test_masked_update_equals_the_twin(isa: str, op: str, by_rows: bool, dtype: 
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 1, 1), (8, 1, 3, 3), (1, 4, 3, 3), (4, 6, 3, 3)])
-@pytest.mark.parametrize("function", ["native", "twin"])
+@pytest.mark.parametrize("function", ["native", "reference"])
 def test_element_masks_of_channels_last_parameters(shape: tuple[int, ...], function: str) -> None:
     reset = NATIVE.masked_reset_ if function == "native" else REFERENCE["masked_reset_"]
     flags = torch.rand(shape) < 0.5
@@ -289,12 +289,12 @@ def test_untouched_entries_keep_their_bits_nan_payloads_too(isa: str) -> None:
 
 
 def test_state_follows_the_rows_own_memory_order(isa: str) -> None:
-    """The twin and the kernel agree on it for channels-last parameters, and as_rows reads it back."""
+    """The reference and the kernel agree on it for channels-last parameters, and as_rows reads it back."""
     theta, grads = (list(dict(cases.strided(t))["channels_last"]) for t in cases.parameters())
-    twin = [t.clone() for t in theta]
+    reference = [t.clone() for t in theta]
     mine, theirs = (masked_arguments(theta, "masked_sgd_") for _ in range(2))
     run_update(NATIVE.masked_sgd_, theta, grads, mine, HYPER["masked_sgd_"][1])
-    run_update(REFERENCE["masked_sgd_"], twin, grads, theirs, HYPER["masked_sgd_"][1])
+    run_update(REFERENCE["masked_sgd_"], reference, grads, theirs, HYPER["masked_sgd_"][1])
     torch.testing.assert_close(mine["state"], theirs["state"])
     start = 0
     for t, grad, chosen, by_row in zip(theta, grads, mine["chosen"], mine["by_row"], strict=True):

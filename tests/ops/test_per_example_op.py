@@ -1,4 +1,4 @@
-"""per_example_accumulate_ and channel_dot: native kernels against their twins, and the twins against plain formulas."""
+"""per_example_accumulate_ and channel_dot: native kernels against their references, references against formulas."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_formula(layer: cases.Layer, sums: Tensor, inputs: Tensor, deltas: Tensor,
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @all_layers
-def test_twin_is_the_formula(layer: cases.Layer, epilogue: str) -> None:
+def test_reference_is_the_formula(layer: cases.Layer, epilogue: str) -> None:
     sums, inputs, deltas = layer.operands(torch.float64)
     expected = by_formula(layer, sums, inputs, deltas, epilogue)
     arguments = (sums.clone(), inputs, deltas, *layer.settings, epilogue)
@@ -61,9 +61,9 @@ def test_accumulate_within_budget(isa: str, layer: cases.Layer, epilogue: str, d
     sums.zero_()  # so that every error shows
     rest = (*layer.settings, epilogue)
     result = accumulated(NATIVE.per_example_accumulate_, sums.clone(), inputs, deltas, *rest)
-    twin = accumulated(REFERENCE["per_example_accumulate_"], sums.clone(), inputs, deltas, *rest)
+    reference = accumulated(REFERENCE["per_example_accumulate_"], sums.clone(), inputs, deltas, *rest)
     exact = by_formula(layer, sums.double(), inputs.double(), deltas.double(), epilogue)
-    assert_l2_within_budget(result, exact, twin)
+    assert_l2_within_budget(result, exact, reference)
 
 
 @pytest.mark.parametrize("size", [(4096,), (64, 80)])
@@ -166,15 +166,15 @@ def test_channel_dot_within_budget(isa: str, shape: tuple[int, ...], dtype: torc
     deltas, values = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     for other in (values, values.float(), None):
         exact = REFERENCE["channel_dot"](deltas.double(), None if other is None else other.double())
-        twin = REFERENCE["channel_dot"](deltas, other)
+        reference = REFERENCE["channel_dot"](deltas, other)
         layouts = dict(cases.strided([deltas] if other is None else [deltas, other]))
         for tensors in layouts.values():
             result = NATIVE.channel_dot(tensors[0], tensors[1] if other is not None else None)
             assert result.dtype == torch.float32
-            assert_l2_within_budget(result, exact, twin)
+            assert_l2_within_budget(result, exact, reference)
         if other is not None:  # the two laid out differently
             mixed = NATIVE.channel_dot(layouts["channels_last"][0], layouts["sliced"][1])
-            assert_l2_within_budget(mixed, exact, twin)
+            assert_l2_within_budget(mixed, exact, reference)
 
 
 def test_channel_dot_is_the_channels_part_of_the_loss() -> None:

@@ -50,7 +50,7 @@ def test_status_is_plain_and_complete() -> None:
         assert status["isa"] in status["isas"] and status["built_against"].startswith("2.")
 
 
-def test_the_twins_can_be_chosen_and_run_everything() -> None:
+def test_the_references_can_be_chosen_and_run_everything() -> None:
     code = """
 import torch, delfast, json
 from torch import nn
@@ -80,8 +80,8 @@ model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), torch.nn.L
 scores = delfast.score(model, [(torch.randn(20, 50), torch.arange(20) % 5)])
 print([scores.select(0.3, granularity).digest for granularity in ("channel", "param")])
 """
-    native, twins = python(code, DELFAST_BACKEND="native"), python(code, DELFAST_BACKEND="torch")
-    assert native.stdout == twins.stdout != "", native.stderr + twins.stderr
+    native, references = python(code, DELFAST_BACKEND="native"), python(code, DELFAST_BACKEND="torch")
+    assert native.stdout == references.stdout != "", native.stderr + references.stderr
 
 
 @needs_native
@@ -103,7 +103,7 @@ def test_an_unusable_extension_warns_once_or_fails_loudly(tmp_path: Path, info: 
     warned = [line for line in result.stderr.splitlines() if "RuntimeWarning" in line]
     assert len(warned) == 1 and re.search(reason, warned[0]) and "rebuild with" in warned[0]
     forced = python(STATUS, package, DELFAST_BACKEND="native")
-    assert forced.returncode != 0 and re.search(f"native kernels are asked for, but .*{reason}", forced.stderr)
+    assert forced.returncode != 0 and re.search(f"native kernels are required, but .*{reason}", forced.stderr)
 
 
 @needs_native
@@ -256,7 +256,7 @@ def test_status_says_what_becomes_of_tensors_on_a_gpu(monkeypatch: pytest.Monkey
         assert "no CUDA device is here, so the CPU kernels run" in status["cuda"]
     monkeypatch.setitem(BACKEND.build_info, "cuda", None)
     monkeypatch.setitem(BACKEND.build_info, "cuda_failure", "DELFAST_CUDA=0 at install")
-    assert delfast.status()["cuda"] == "not built: DELFAST_CUDA=0 at install; on a GPU the twins run"
+    assert delfast.status()["cuda"] == "not built: DELFAST_CUDA=0 at install; on a GPU the references run"
 
 
 @pytest.mark.parametrize(

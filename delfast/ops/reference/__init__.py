@@ -1,1 +1,1 @@
-"""The definition of every op in plain PyTorch: readable, and what runs where no native kernel does."""
+"""The definition of every op in plain PyTorch, which also runs on devices without native kernels."""

@@ -1,4 +1,4 @@
-"""Reference of csrc/cpu/criticality: how much each channel matters to the forget set."""
+"""Reference of csrc/cpu/criticality: the score of each channel for the forget set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from delfast.ops.layout import row_length, unit_count
 
 
 def element_scores(theta: Tensor, grad: Tensor | None, criterion: str) -> Tensor:
-    """c_j of the DEL paper, section 3: ``|theta * grad|``, ``|grad|`` or ``|theta|``; float32, shape of theta.
+    """Return c_j of the DEL paper, section 3: ``|theta * grad|``, ``|grad|`` or ``|theta|``; float32, shape of theta.
 
-    16-bit inputs are widened first, so the product is rounded once, to float32. float64 stays float64.
+    16-bit inputs are widened first, so the product is rounded once, to float32. Float64 stays float64.
     """
     wide = torch.promote_types(theta.dtype, torch.float32)
     if criterion == "weight":
@@ -28,12 +28,41 @@ def element_scores(theta: Tensor, grad: Tensor | None, criterion: str) -> Tensor
 def criticality(
     theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, aggregate: str, top_h: Sequence[int]
 ) -> Tensor:
-    """Score of every unit of every parameter, concatenated in order: shape (units,), float32, or float64 if a parameter
-    is float64.
+    """Score every unit of every parameter.
 
-    theta, grad: one tensor per parameter (grad may be empty for criterion "weight").
-    aggregate: "mean", "sum", "max", or "topk_mean", the mean of the ``top_h[p]`` largest of a row.
-    A NaN or infinite input gives a NaN or infinite score.
+    A unit is a slice along dim 0 of a parameter with ndim > 1, else one element. A NaN or infinite input gives a NaN or
+    infinite score.
+
+    Parameters
+    ----------
+    theta : sequence of Tensor
+        Parameters of any shape; float32, bfloat16, float16 or float64.
+    grad : sequence of Tensor
+        A gradient of the same shape for each parameter; may be empty for the criterion "weight".
+    criterion : {"weighted_grad", "grad", "weight"}
+        The score of one scalar: ``|theta * grad|``, ``|grad|`` or ``|theta|``.
+    aggregate : {"topk_mean", "mean", "sum", "max"}
+        How the scores of a unit's scalars become one; "topk_mean" is the mean of the largest ``top_h``.
+    top_h : sequence of int
+        For each parameter, the number of scalars of "topk_mean", in [1, scalars of a unit].
+
+    Returns
+    -------
+    Tensor
+        Scores (units,) of all parameters, concatenated in order; float32, or float64 if a parameter is float64.
+
+    References
+    ----------
+    Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization", TMLR 2025,
+    arXiv 2412.02432, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> theta, grad = torch.tensor([[1.0, -2.0], [0.0, 1.0]]), torch.ones(2, 2)
+    >>> torch.ops.delfast.criticality([theta], [grad], "weighted_grad", "mean", [1])
+    tensor([1.5000, 0.5000])
     """
     parts = []
     for index, parameter in enumerate(theta):
@@ -45,7 +74,7 @@ def criticality(
 
 
 def _aggregate(rows: Tensor, aggregate: str, top_h: int) -> Tensor:
-    """(units, length) -> (units,)."""
+    """Reduce scores (units, length) to (units,)."""
     if rows.numel() == 0:
         return rows.new_zeros(rows.shape[0])
     if aggregate == "topk_mean":

@@ -1,4 +1,4 @@
-"""Reference of csrc/cpu/gather: what the backward pass of a compact layer takes of an output gradient."""
+"""Reference of csrc/cpu/gather: the selected columns of an output gradient, for a compact layer's backward pass."""
 
 from __future__ import annotations
 
@@ -6,8 +6,33 @@ from torch import Tensor
 
 
 def gather_columns(source: Tensor, columns: Tensor) -> Tensor:
-    """(M, n): ``source[:, columns]`` of a contiguous (M, C) and int64 (n,) in [0, C); any dtype of 2 to 8 bytes."""
-    if columns.device.type == "cpu":  # on a card torch checks them there
+    """Return ``source[:, columns]``.
+
+    Parameters
+    ----------
+    source : Tensor
+        Contiguous matrix (M, C) of any dtype of 2, 4 or 8 bytes.
+    columns : Tensor
+        Contiguous int64 (n,), in [0, C).
+
+    Returns
+    -------
+    Tensor
+        Matrix (M, n) of the dtype of ``source``.
+
+    Raises
+    ------
+    IndexError
+        For a column outside [0, C).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> torch.ops.delfast.gather_columns(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0]))
+    tensor([[3., 1.]])
+    """
+    if columns.device.type == "cpu":  # on a GPU index_select checks them itself, without a host read here
         outside = columns[(columns < 0) | (columns >= source.shape[1])]
         if len(outside):
             raise IndexError(f"expected columns in [0, {source.shape[1]}), got {int(outside[0])}")

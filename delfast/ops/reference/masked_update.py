@@ -1,10 +1,10 @@
 """Reference of csrc/cpu/masked_update: change the masked entries of parameters in place, and nothing else.
 
-``bits``: uint8, the packed bits of all parameters one after the other, each padded to whole bytes (as in
-delfast.ops.layout). ``by_row[p]`` says what a bit of ``params[p]`` stands for: a row (a slice along dim 0), or an
-element in row-major order. ``state``: one flat tensor, float32 (float64 for float64 parameters), of the optimizer's
-state for masked entries only: for each parameter and each kind of state, the values in the order of the set bits, a
-row's in the row's own memory order (``as_rows``).
+``bits`` has the packed bits of all parameters, each padded to whole bytes (delfast.ops.layout). A bit of ``params[p]``
+stands for a row (a slice along dim 0) if ``by_row[p]``, else for an element in row-major order. ``state`` is one flat
+tensor, float32 (float64 for float64 parameters), with the optimizer's state for masked entries only: for each parameter
+and each kind of state, the values in the order of the set bits, and a row's values in the row's memory order
+(``as_rows``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Update = Callable[[Tensor, Tensor], Tensor]
 
 
 def _masked(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> Iterator[Tensor]:
-    """For each parameter, int64 (n,): its masked rows or elements."""
+    """Yield for each parameter the indices of its masked rows or elements: int64 (n,)."""
     start = 0
     for index, (param, rows) in enumerate(zip(params, by_row, strict=True)):
         units = unit_count(param.shape) if rows else param.numel()
@@ -39,7 +39,7 @@ def _masked(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> I
 def _state_of(
     state: Tensor, count: int, params: Sequence[Tensor], masked: Sequence[Tensor], by_row: Sequence[bool]
 ) -> list[list[Tensor]]:
-    """For each parameter, ``count`` views of ``state``, shaped like its masked entries."""
+    """Return for each parameter ``count`` views of ``state``, shaped like its masked entries."""
     sizes = [
         entries.numel() * (row_length(param.shape) if rows else 1)
         for param, entries, rows in zip(params, masked, by_row, strict=True)
@@ -69,7 +69,33 @@ def _apply(param: Tensor, source: Tensor, entries: Tensor, rows: bool, update: U
 
 
 def masked_reset_(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
-    """theta_j <- fresh_j on the mask (DEL paper, section 3)."""
+    """Replace the masked entries of parameters by new values: theta_j <- fresh_j.
+
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Parameters, changed in place.
+    fresh : sequence of Tensor
+        New values of the same shape for each parameter.
+    bits : Tensor
+        Packed bits (uint8) of all parameters, concatenated.
+    by_row : sequence of bool
+        For each parameter, whether a bit stands for a row or for an element.
+
+    References
+    ----------
+    Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization", TMLR 2025,
+    arXiv 2412.02432, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> bias, bits = torch.ones(3), torch.tensor([0b101], dtype=torch.uint8)
+    >>> torch.ops.delfast.masked_reset_([bias], [torch.zeros(3)], bits, [False])
+    >>> bias
+    tensor([0., 1., 0.])
+    """
     masked = list(_masked(params, bits, by_row))
     for param, value, entries, rows in zip(params, fresh, masked, by_row, strict=True):
         _apply(param, value, entries, rows, lambda old, new: new)
@@ -99,11 +125,54 @@ def masked_sgd_(
     found_inf: Tensor | None,
     lr_tensor: Tensor | None = None,
 ) -> None:
-    """One step of ``torch.optim.SGD`` on the masked entries.
+    """Take one step of ``torch.optim.SGD`` on the masked entries.
 
-    state: the momentum buffers; empty if ``momentum`` is 0. steps: float32 (parameters,), steps taken, advanced here.
-    grad_scale: gradients are divided by it first. found_inf: if it is not 0, nothing at all changes. lr_tensor: one
-    number, in place of ``lr``; on a CUDA device it is read there, so that a captured graph follows a schedule.
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Parameters, changed in place.
+    grads : sequence of Tensor
+        A gradient of the same shape for each parameter.
+    state : Tensor
+        Momentum buffers of the masked entries; unused if ``momentum`` is 0; changed in place.
+    steps : Tensor
+        Float32 (parameters,): the number of steps taken, incremented in place.
+    bits : Tensor
+        Packed bits (uint8) of all parameters, concatenated.
+    by_row : sequence of bool
+        For each parameter, whether a bit stands for a row or for an element.
+    lr : float
+        Learning rate.
+    momentum : float
+        Momentum factor.
+    dampening : float
+        Dampening of the momentum.
+    weight_decay : float
+        L2 penalty.
+    nesterov : bool
+        Whether to use Nesterov's momentum.
+    maximize : bool
+        Whether to ascend instead of descend.
+    grad_scale : Tensor or None
+        One number by which the gradients are divided first.
+    found_inf : Tensor or None
+        One number; if it is not 0, nothing changes.
+    lr_tensor : Tensor or None, default None
+        One number that replaces ``lr``. A kernel on a CUDA device reads it there, so that a captured graph follows a
+        schedule.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> bias, bits, none = torch.ones(3), torch.tensor([0b101], dtype=torch.uint8), torch.empty(0)
+    >>> settings = dict(momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
+    >>> torch.ops.delfast.masked_sgd_(
+    ...     [bias], [torch.ones(3)], none, torch.zeros(1), bits, [False],
+    ...     lr=0.5, **settings, grad_scale=None, found_inf=None,
+    ... )
+    >>> bias
+    tensor([0.5000, 1.0000, 0.5000])
     """
     masked = list(_masked(params, bits, by_row))
     states = _state_of(state, 1 if momentum else 0, params, masked, by_row)
@@ -145,10 +214,58 @@ def masked_adamw_(
     found_inf: Tensor | None,
     lr_tensor: Tensor | None = None,
 ) -> None:
-    """One step of ``torch.optim.AdamW`` (Loshchilov & Hutter, ICLR 2019, algorithm 2) on the masked entries.
+    """Take one step of ``torch.optim.AdamW`` on the masked entries.
 
-    state: for each parameter the running means of the gradients, then of their squares.
-    steps, grad_scale, found_inf, lr_tensor: as for ``masked_sgd_``.
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Parameters, changed in place.
+    grads : sequence of Tensor
+        A gradient of the same shape for each parameter.
+    state : Tensor
+        For each parameter the running means of its gradients, then of their squares; changed in place.
+    steps : Tensor
+        Float32 (parameters,): the number of steps taken, incremented in place.
+    bits : Tensor
+        Packed bits (uint8) of all parameters, concatenated.
+    by_row : sequence of bool
+        For each parameter, whether a bit stands for a row or for an element.
+    lr : float
+        Learning rate.
+    beta1 : float
+        Decay rate of the running mean of gradients.
+    beta2 : float
+        Decay rate of the running mean of squared gradients.
+    eps : float
+        Added to the denominator.
+    weight_decay : float
+        Decoupled weight decay.
+    maximize : bool
+        Whether to ascend instead of descend.
+    grad_scale : Tensor or None
+        One number by which the gradients are divided first.
+    found_inf : Tensor or None
+        One number; if it is not 0, nothing changes.
+    lr_tensor : Tensor or None, default None
+        One number that replaces ``lr``. A kernel on a CUDA device reads it there, so that a captured graph follows a
+        schedule.
+
+    References
+    ----------
+    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv 1711.05101, algorithm 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> bias, bits, state = torch.ones(3), torch.tensor([0b101], dtype=torch.uint8), torch.zeros(4)
+    >>> settings = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)
+    >>> torch.ops.delfast.masked_adamw_(
+    ...     [bias], [torch.ones(3)], state, torch.zeros(1), bits, [False],
+    ...     lr=0.5, **settings, grad_scale=None, found_inf=None,
+    ... )
+    >>> bias
+    tensor([0.5000, 1.0000, 0.5000])
     """
     masked = list(_masked(params, bits, by_row))
     states = _state_of(state, 2, params, masked, by_row)

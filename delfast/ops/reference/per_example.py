@@ -1,7 +1,7 @@
-"""Reference of csrc/cpu/per_example: sums over examples of what each example's own gradient contributes.
+"""Reference of csrc/cpu/per_example: sums over examples of functions of each example's weight gradient.
 
-Examples are dim 0 of ``inputs`` and ``deltas``; a layer's ``deltas`` are the gradient of the *sum* of the examples'
-losses with respect to its output, so that slice x of them is example x's own.
+Examples are dim 0 of ``inputs`` and ``deltas``. A layer's ``deltas`` are its output gradient for the *sum* of the
+examples' losses, so slice x is the output gradient of example x.
 """
 
 from __future__ import annotations
@@ -22,18 +22,45 @@ def per_example_accumulate_(
     groups: int,
     epilogue: str,
 ) -> None:
-    """``sums += Σ_x ε(g_x)``, with g_x the weight gradient of example x alone, ε "abs" |g| or "square" g².
+    """Add the sum over examples of ``|g_x|`` or ``g_x²`` to ``sums``, with g_x the weight gradient of example x.
 
-    inputs (N, C, *in), deltas (N, M, *out): what a convolution of 1 to 3 spatial dimensions read, and the gradient of
-    what it wrote. sums (M, C / groups, *kernel): like its weight; float32 or float64, in which all is computed.
-    Linear on (N, T, features): a convolution over T of kernel 1. Transposed convolution: deltas and inputs swapped.
+    The layer is a convolution of 1 to 3 spatial dimensions. A linear layer on (N, T, features) is a convolution over T
+    with a kernel of 1. For a transposed convolution, swap ``inputs`` and ``deltas``.
+
+    Parameters
+    ----------
+    sums : Tensor
+        Changed in place: (M, C / groups, *kernel), the weight's shape; float32 or float64, the dtype of computation.
+    inputs : Tensor
+        The layer's inputs (N, C, *in).
+    deltas : Tensor
+        The layer's output gradients (N, M, *out).
+    stride : sequence of int
+        The layer's stride in each spatial dimension.
+    padding : sequence of int
+        The layer's zero padding in each spatial dimension.
+    dilation : sequence of int
+        The layer's dilation in each spatial dimension.
+    groups : int
+        The layer's groups.
+    epilogue : {"abs", "square"}
+        Whether to add ``|g_x|`` or ``g_x²``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> sums, inputs = torch.zeros(1, 2, 1), torch.tensor([[[1.0], [2.0]], [[-1.0], [0.0]]])
+    >>> torch.ops.delfast.per_example_accumulate_(sums, inputs, torch.ones(2, 1, 1), [1], [0], [1], 1, "abs")
+    >>> sums.flatten()
+    tensor([2., 2.])
     """
     if not (inputs.numel() and deltas.numel() and sums.numel()):
-        # nothing to add; the kernels count that as a change too
+        # nothing to add, but the kernels increment the version counter in this case too
         torch.autograd.graph.increment_version(sums)
         return
     wide, dims = sums.dtype, len(stride)
-    weight = inputs.new_empty(1, dtype=wide).expand(sums.shape)  # only its shape is looked at
+    weight = inputs.new_empty(1, dtype=wide).expand(sums.shape)  # only its shape is used
     for x in range(inputs.shape[0]):
         _, gradient, _ = torch.ops.aten.convolution_backward(
             deltas[x : x + 1].to(wide), inputs[x : x + 1].to(wide), weight, None, stride, padding, dilation,
@@ -43,9 +70,26 @@ def per_example_accumulate_(
 
 
 def channel_dot(deltas: Tensor, values: Tensor | None) -> Tensor:
-    """(N, C): Σ over positions of ``deltas * values`` for each example and channel; of ``deltas`` alone without values.
+    """Sum ``deltas * values`` over the positions of each example and channel.
 
-    deltas, values: (N, C, *positions). Computed and returned in float32, or float64 for float64 deltas.
+    Parameters
+    ----------
+    deltas : Tensor
+        Output gradients (N, C, *positions).
+    values : Tensor or None
+        Tensor of the same shape; None sums ``deltas``.
+
+    Returns
+    -------
+    Tensor
+        Sums (N, C), computed in float32, or in float64 for float64 ``deltas``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> torch.ops.delfast.channel_dot(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]]))
+    tensor([[11.]])
     """
     wide = torch.promote_types(deltas.dtype, torch.float32)
     product = deltas.to(wide) if values is None else deltas.to(wide) * values.to(wide)

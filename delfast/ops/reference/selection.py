@@ -1,4 +1,4 @@
-"""Reference of csrc/cpu/selection: the highest scores within a budget; ties fall to the lower index, always."""
+"""Reference of csrc/cpu/selection: the highest scores within a budget; of equal scores, the lower index is selected."""
 
 from __future__ import annotations
 
@@ -12,11 +12,33 @@ from delfast.ops.reference.criticality import element_scores
 
 
 def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest-scoring scalars over all parameters.
+    """Select the k scalars with the highest scores over all parameters.
 
-    Returns the packed bits (uint8) of all parameters one after the other, each in row-major order of its elements and
-    padded to whole bytes, and ``nonfinite``: an int64 scalar, the first parameter with a NaN or infinite score, or -1.
-    With a non-finite score the bits mean nothing.
+    Parameters
+    ----------
+    theta : sequence of Tensor
+        Parameters of any shape; float32, bfloat16, float16 or float64.
+    grad : sequence of Tensor
+        A gradient of the same shape for each parameter; may be empty for the criterion "weight".
+    criterion : {"weighted_grad", "grad", "weight"}
+        The score of one scalar: ``|theta * grad|``, ``|grad|`` or ``|theta|``.
+    k : int
+        Number of scalars to select; all of them if there are fewer.
+
+    Returns
+    -------
+    bits : Tensor
+        Packed bits (uint8) of all parameters, concatenated; each in row-major order and padded to whole bytes.
+    nonfinite : Tensor
+        Int64 scalar: the first parameter with a NaN or infinite score, or -1. If it is not -1, ``bits`` is meaningless.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> bits, nonfinite = torch.ops.delfast.select_elements([torch.tensor([3.0, 1.0, -2.0])], [], "weight", 2)
+    >>> bin(bits.item()), nonfinite.item()
+    ('0b101', -1)
     """
     scores = [
         element_scores(parameter, grad[index] if grad else None, criterion).reshape(-1)
@@ -34,14 +56,39 @@ def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: 
 def select_units(
     scores: Tensor, counts: Sequence[int], lengths: Sequence[int], k: int, cut_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """The longest prefix of the units, in falling score, whose sizes sum to at most k.
+    """Select the longest prefix of the units, by descending score, whose sizes sum to at most k scalars.
 
-    scores: float32 or float64 (units,), of all parameters one after the other; their magnitudes count. counts, lengths:
-    of each parameter, its number of units and how many scalars each of them holds.
-    cut_last: also say how much of the next unit the rest of the budget covers (the published code's cut).
-    Returns the packed bits (uint8) of the units chosen whole, each parameter padded to whole bytes, and int64 (3,): the
-    cut unit (-1: none), how many of its scalars, and the first unit with a NaN or infinite score (-1: none; else the
-    rest means nothing).
+    The first unit that does not fit ends the prefix, even if a later, smaller unit would fit.
+
+    Parameters
+    ----------
+    scores : Tensor
+        Scores (units,) of all parameters, concatenated; float32 or float64. Absolute values are compared.
+    counts : sequence of int
+        Number of units of each parameter.
+    lengths : sequence of int
+        Number of scalars in a unit of each parameter.
+    k : int
+        Maximum number of scalars to select.
+    cut_last : bool
+        Whether to report how many scalars of the next unit the rest of the budget covers, as the published code does.
+
+    Returns
+    -------
+    bits : Tensor
+        Packed bits (uint8) of the units that are selected whole; each parameter is padded to whole bytes.
+    info : Tensor
+        Int64 (3,): the unit to cut or -1, the number of its scalars, and the first unit with a NaN or infinite score or
+        -1. If the last is not -1, the rest of the result is meaningless.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> scores = torch.tensor([0.5, 2.0, 1.0])
+    >>> bits, info = torch.ops.delfast.select_units(scores, counts=[3], lengths=[4], k=9, cut_last=True)
+    >>> bin(bits.item()), info.tolist()
+    ('0b110', [0, 1, -1])
     """
     device = scores.device
     sizes = torch.tensor(lengths, dtype=torch.int64, device=device).repeat_interleave(
@@ -49,7 +96,6 @@ def select_units(
     )
     order = torch.sort(scores.abs(), descending=True, stable=True).indices
     used = sizes[order].cumsum(0)
-    # the first unit that does not fit ends the prefix, even if a later, smaller one would fit
     count = int((used <= k).sum())
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=device)
     chosen[order[:count]] = True
@@ -66,6 +112,6 @@ def select_units(
 
 
 def _first_nonfinite(finite: Tensor | list[bool], device: torch.device) -> Tensor:
-    """int64 scalar: the first index that is not finite, or -1."""
+    """Return the first index that is not finite, or -1, as an int64 scalar."""
     bad = (~torch.as_tensor(finite, dtype=torch.bool)).nonzero()
     return torch.tensor(int(bad[0]) if len(bad) else -1, device=device)

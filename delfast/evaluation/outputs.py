@@ -1,4 +1,4 @@
-"""What a network predicts for each example of a set: the log-probabilities that accuracies and attacks are made of."""
+"""A network's outputs for each example of a set: log-probabilities, the input of accuracies and attacks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,41 @@ from delfast.errors import InputError
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
 Predictions = tuple[Tensor, Tensor]  # log-probabilities (N, classes), targets (N,)
 
-# How far a row of probabilities may sum from 1: bfloat16's rounding over some hundred classes, and no more
+# Maximum distance from 1 of a row's sum of probabilities: the rounding of bfloat16 over a few hundred classes
 SUM_TOLERANCE = 1e-2
 
 
 def predictions(model: nn.Module, loader: Loader) -> Predictions:
-    """(N, classes) float32 log-probabilities (nats) and (N,) int64 targets, on the CPU, in the loader's order.
+    """Return a network's log-probabilities for every example of a set, in eval mode without gradients.
 
-    In eval mode, without gradients; the model is left as it was. Raises InputError for an empty set, labels that the
-    model has no output for, and outputs that are not finite.
+    The model is left as it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Classifier: ``model(input)`` returns logits (B, classes).
+    loader : iterable
+        Batches (input, target) or (index, input, target), with integer targets (B,).
+
+    Returns
+    -------
+    log_probabilities : Tensor
+        Float32 (N, classes) in nats, on the CPU, in the loader's order.
+    targets : Tensor
+        Int64 (N,), on the CPU.
+
+    Raises
+    ------
+    InputError
+        For an empty set, labels that the model has no output for, and outputs that are not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import predictions
+    >>> log_probabilities, targets = predictions(torch.nn.Identity(), [(torch.zeros(1, 4), torch.tensor([2]))])
+    >>> log_probabilities.exp(), targets
+    (tensor([[0.2500, 0.2500, 0.2500, 0.2500]]), tensor([2]))
     """
     check_loader(loader, "data set")
     rows, labels = [], []
@@ -38,9 +64,9 @@ def predictions(model: nn.Module, loader: Loader) -> Predictions:
 
 
 def predict(model: nn.Module, batch: Any, where: str) -> tuple[Tensor, Tensor]:
-    """One batch's (B,) targets and (B, classes) float32 log-probabilities, on the model's device, in the model's mode.
+    """Return a batch's targets (B,) and float32 log-probabilities (B, classes), on the model's device, in its mode.
 
-    Raises InputError, which begins with ``where``, for bad labels and outputs that are not finite.
+    Raises InputError for bad labels and outputs that are not finite; its text begins with ``where``.
     """
     try:
         inputs, targets = inputs_and_targets(batch, device_of(model))
@@ -54,14 +80,15 @@ def predict(model: nn.Module, batch: Any, where: str) -> tuple[Tensor, Tensor]:
 
 
 def check_examples(count: int, where: str) -> None:
-    """InputError unless there is an example."""
+    """Raise InputError if there is no example."""
     if not count:
         raise InputError(f"{where}: expected at least one example, got none")
 
 
 def check_predictions(log_probabilities: Tensor, targets: Tensor, where: str) -> None:
-    """InputError unless these are predictions as ``predictions`` gives them: of an example or more, in two classes or
-    more, finite, each row summing to 1.
+    """Raise InputError for a pair that ``predictions`` could not return.
+
+    It must have at least one example, at least two classes, and finite rows of probabilities that sum to 1.
     """
     check_tensors(targets=targets)
     check_log_probabilities(log_probabilities, where)
@@ -72,44 +99,72 @@ def check_predictions(log_probabilities: Tensor, targets: Tensor, where: str) ->
 
 
 def check_log_probabilities(log_probabilities: Tensor, where: str) -> None:
-    """InputError unless (N, classes) finite log-probabilities, N >= 1, classes >= 2, whose exponentials sum to 1."""
+    """Raise InputError unless (N, classes) finite, N >= 1, classes >= 2, and each row's exponentials sum to 1."""
     check_tensors(log_probabilities=log_probabilities)
     if log_probabilities.ndim != 2 or log_probabilities.shape[1] < 2 or not log_probabilities.is_floating_point():
         raise InputError(
-            f"{where}: expected log-probabilities (N, classes) of two classes or more, got {log_probabilities.dtype} "
+            f"{where}: expected log-probabilities (N, classes) of at least two classes, got {log_probabilities.dtype} "
             f"{tuple(log_probabilities.shape)}; see delfast.evaluation.predictions"
         )
     check_examples(len(log_probabilities), where)
     if not log_probabilities.isfinite().all():
-        raise InputError(f"{where}: expected finite log-probabilities, got NaN or infinity; take log_softmax of logits")
+        raise InputError(f"{where}: expected finite log-probabilities, got NaN or infinity; pass log_softmax of logits")
     sums = log_probabilities.double().exp().sum(1)
     worst = sums[(sums - 1).abs().argmax()].item()
     if not abs(worst - 1) <= SUM_TOLERANCE:
         raise InputError(
             f"{where}: expected log-probabilities, whose exponentials sum to 1, got a row that sums to {worst:.4g}; "
-            "take log_softmax of logits, log of probabilities"
+            "pass log_softmax of logits, or log of probabilities"
         )
 
 
 def true_class(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """(N,) log-probabilities of the true classes."""
+    """Return the log-probabilities (N,) of the true classes."""
     return log_probabilities.gather(1, targets[:, None].long()).squeeze(1)
 
 
 def log_complement(log_probabilities: Tensor, classes: Tensor) -> Tensor:
-    """(N,) log(1 - p) for each row's class ``classes`` (N,): the log of the sum of the other classes' probabilities.
+    """Return log(1 - p) (N,), with p each row's probability of its class in ``classes`` (N,).
 
-    That sum keeps its relative precision where p rounds to 1 and 1 - p to 0.
+    It is the log of the sum of the other classes' probabilities, which keeps its relative precision where p rounds to 1
+    and 1 - p to 0.
     """
     return log_probabilities.scatter(1, classes[:, None].long(), -torch.inf).logsumexp(1)
 
 
 def logit_confidences(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """(N,) float64 logit-scaled confidences log(p / (1 - p)) in the true class, which ``u_lira`` takes.
+    """Return logit-scaled confidences log(p / (1 - p)) in the true class, the input of ``u_lira``.
 
-    LiRA's scaling, under which confidences are about Gaussian (Carlini et al., "Membership Inference Attacks From First
-    Principles", IEEE S&P 2022, arXiv 2112.03570), as log p less the log of the other classes' sum: finite and precise
-    for any finite logits. Raises InputError for what are no predictions.
+    Under this scaling, which is LiRA's, confidences are about Gaussian. It is computed as log p minus the log of the
+    other classes' sum, which is finite and precise for any finite logits.
+
+    Parameters
+    ----------
+    log_probabilities : Tensor
+        Log-probabilities (N, classes) in nats, as ``predictions`` returns them.
+    targets : Tensor
+        Integer labels (N,).
+
+    Returns
+    -------
+    Tensor
+        Float64 (N,).
+
+    Raises
+    ------
+    InputError
+        For tensors that are no predictions.
+
+    References
+    ----------
+    Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P 2022, arXiv 2112.03570.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import logit_confidences
+    >>> logit_confidences(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0]))
+    tensor([0.], dtype=torch.float64)
     """
     check_predictions(log_probabilities, targets, "predictions")
     exact = log_probabilities.double()
