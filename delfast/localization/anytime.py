@@ -35,7 +35,7 @@ def localize_until_stable(
     budget: float,
     settings: Mapping[str, Any],
     bound: float,
-    batch_size: int | None,
+    batch_size: int,
     *,
     per_example: bool,
     loss_fn: LossFn | None,
@@ -46,13 +46,11 @@ def localize_until_stable(
     Errors as ``localize``'s, and InputError for a bound outside (0, 1], a batch size below 1 and a criterion without a
     gradient.
     """
-    check_stop(bound, criterion)
     dataset, options = _map_style(data)
     if loss_fn is None:
         _refuse_batches(dataset)
-    if batch_size is None:
-        batch_size = options.pop("batch_size", BATCH_SIZE)
-    options["batch_size"] = check_batch_size(batch_size)
+    if batch_size != BATCH_SIZE or "batch_size" not in options:
+        options["batch_size"] = batch_size
     network = unwrap(model)
     parameters = trainable_parameters(network)
     if not parameters:

@@ -34,9 +34,7 @@ from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
 from delfast.plain import unboxed
 
-Criterion = Literal[
-    "weighted_grad", "grad", "squared_grad", "weight", "weighted_grad_all", "random", "critmem", "shallowest", "deepest"
-]
+Criterion = Literal["weighted_grad", "grad", "squared_grad", "weight", "random", "critmem", "shallowest", "deepest"]
 BY_DEPTH = ("shallowest", "deepest")
 WITHOUT_SET = ("weight", "random", *BY_DEPTH)
 WITHOUT_MEAN = (*WITHOUT_SET, "critmem")  # no mean over the examples of a gradient, or of what is made of it
@@ -60,7 +58,7 @@ def score(
 
     criterion: element score c_j (DEL paper, section 3 and table 4), with G the mean gradient over ``loader``:
         "weighted_grad" |θ_j G_j|, DEL's; "grad" |G_j|, SalLoc, the localization of SalUn (Fan et al., ICLR 2024);
-        "weight" |θ_j|; "weighted_grad_all" |θ_j G_j| with ``loader`` over the whole training set;
+        "weight" |θ_j|;
         "random" one uniform per competing unit, keyed by (seed, parameter name, index);
         "shallowest", "deepest" by the parameter's place in the model, the first or the last highest: one parameter
         after the other until the budget is full, the last of them from its first channel on. Channels only;
@@ -98,10 +96,9 @@ def score(
     if criterion == "critmem":
         found = critmem(model, loader, max_channels=max_channels)
         return Scores(parameters, None, criterion, len(found.examples), seed, units=found.unit_scores(), dims=dims)
-    what = "training set" if criterion == "weighted_grad_all" else "forget set"
-    warn_about_loader(loader, what)
+    warn_about_loader(loader, "forget set")
     sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn)
-    examples = add_all(sums, unwrap(model), loader, what)
+    examples = add_all(sums, unwrap(model), loader, "forget set")
     return Scores(parameters, sums.mean(examples), criterion, examples, seed, per_example, dims=dims)
 
 
@@ -317,7 +314,7 @@ class Scores:
 
     @property
     def _op_criterion(self) -> str:
-        return {"weighted_grad_all": "weighted_grad", "squared_grad": "grad"}.get(self.criterion, self.criterion)
+        return "grad" if self.criterion == "squared_grad" else self.criterion
 
     def _gradient_list(self) -> list[Tensor]:
         return [] if self.gradients is None else [self.gradients[name] for name in self.parameters]

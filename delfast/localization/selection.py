@@ -29,10 +29,10 @@ class Selection:
     selected: int
     positive: int
 
-    def check(self) -> None:
+    def check(self, stacklevel: int = 3) -> None:
         """InputError if no unit scores above 0; a warning if some of the selected ones score 0.
 
-        The warning names the line that called the function which calls this one.
+        stacklevel: as ``warnings.warn``'s. 3 names the caller of the function that calls this method.
         """
         what = "parameter" if self.mask.metadata["granularity"] == "param" else "unit"
         if not self.positive:
@@ -45,7 +45,7 @@ class Selection:
             warnings.warn(
                 f"{self.selected - self.positive} of the {self.selected} {what}s selected score 0, and are taken by "
                 "their place in the model alone; lower the budget to leave them out",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
 

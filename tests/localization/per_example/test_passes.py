@@ -41,7 +41,7 @@ def relative(result: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, f
 # Scores
 
 
-@pytest.mark.parametrize("criterion", ["weighted_grad", "grad", "squared_grad", "weighted_grad_all"])
+@pytest.mark.parametrize("criterion", ["weighted_grad", "grad", "squared_grad"])
 def test_scores_are_means_over_the_examples(criterion: Any) -> None:
     model, batches = in_double(cases.SmallNet(), cases.image_batches(10, 4))
     expected = summed(example_gradients(model, batches), "square" if criterion == "squared_grad" else "abs")
