@@ -31,10 +31,10 @@ from delfast.batches import (
 from delfast.errors import InputError
 from delfast.localization.per_example.capture import Use
 from delfast.localization.per_example.channels import ChannelCapture, ChannelPasses, channel_dim, identifiers
-from delfast.localization.per_example.layers import Place
+from delfast.localization.per_example.layers import BatchAxis
 from delfast.naming import trainable_parameters, unique_parameters, unwrap
 
-MOST_CHANNELS = 50
+MAX_CHANNELS = 50
 
 log = logging.getLogger("delfast")
 
@@ -80,7 +80,7 @@ def critmem(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    max_channels: int = MOST_CHANNELS,
+    max_channels: int = MAX_CHANNELS,
     preserve: float = 0.0,
     include_head: bool = False,
     logits_fn: LogitsFn | None = None,
@@ -170,7 +170,7 @@ class _Search(ChannelPasses):
             if not left:
                 break
             active = batch if len(left) == count else cut(batch, left, self.loss_fn)
-            wrong, scores = self._look(active, gone, step < max_channels, every=bool(preserve) and gone is None)
+            wrong, scores = self._evaluate(active, gone, step < max_channels, every=bool(preserve) and gone is None)
             if gone is None:
                 gone = torch.zeros_like(scores, dtype=torch.bool)
                 first = scores.masked_fill(wrong.unsqueeze(1), 0).clamp(min=0).sum(dim=0, dtype=torch.float64)
@@ -192,52 +192,52 @@ class _Search(ChannelPasses):
         channels = [(name, row) for name, count in self.channel_counts.items() for row in range(count)]
         return [([channels[c] for c in own], flip) for own, flip in zip(found, flipped, strict=True)], first
 
-    def remember(self, unknown: Mapping[str, str]) -> None:
+    def mark_unknown(self, unknown: Mapping[str, str]) -> None:
         for name in unknown:
             if name in self.channelwise:
                 raise InputError(
                     f"'{name}' {unknown[name]}, so its channels cannot be zeroed for one example alone; freeze it "
                     "(requires_grad_(False)) to leave it out"
                 )
-        super().remember(unknown)
+        super().mark_unknown(unknown)
 
-    def _look(self, batch: Any, gone: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, batch: Any, gone: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
         """Return which examples are wrong, bool (n,), and s, (n, columns): zero for those, unless ``every``, and
         without ``backward``. ``gone``: bool (n, columns), the channels that each example has lost.
 
         Where a pass does not have the examples in the order that its trial showed, one example at a time.
         """
-        found = self._look_together(batch, gone, backward, every)
+        found = self._evaluate_together(batch, gone, backward, every)
         if isinstance(found, tuple):
             return found
         parts = [
-            self._look(cut(batch, part, self.loss_fn), None if gone is None else gone[part], backward, every)
+            self._evaluate(cut(batch, part, self.loss_fn), None if gone is None else gone[part], backward, every)
             for part in found
         ]
         return torch.cat([wrong for wrong, _ in parts]), torch.cat([scores for _, scores in parts])
 
-    def _look_together(
+    def _evaluate_together(
         self, batch: Any, gone: Tensor | None, backward: bool, every: bool
     ) -> tuple[Tensor, Tensor] | list[list[int]]:
         """Look at all examples in one pass; return the parts to look at one by one where that cannot be."""
         while True:
             with self.ready(batch):
                 count = examples_in(batch, self.loss_fn) or 0
-                if self.layout.is_of(count):
+                if self.findings.has_count(count):
                     return [[*range(count - 1)], [count - 1]]
                 keep = {} if gone is None else self._keep(gone)
                 capture = _SearchCapture(self, batch, keep)
                 with capture:
                     losses = per_example_losses(self.network, batch, self.loss_fn)
-                self.remember(dict.fromkeys(capture.repeats, "is computed where gradients are switched off"))
-                is_together = capture.is_as_tried(losses.numel()) and not capture.elsewhere
+                self.mark_unknown(dict.fromkeys(capture.repeats, "is computed where gradients are switched off"))
+                is_together = capture.matches_trial(losses.numel()) and not capture.elsewhere
                 head, wrong = capture.last, self._wrong
                 used = losses if every else losses[~wrong]
                 if is_together and backward and used.numel() and used.requires_grad:
                     capture.backward(used.sum())
                 capture.finish()
-                self.remember(capture.unknown)
-            self.settle(capture)
+                self.mark_unknown(capture.unknown)
+            self.end_batch(capture)
             if not is_together or capture.elsewhere:
                 if not self._searches_alone:
                     self._searches_alone = True
@@ -307,22 +307,22 @@ class _SearchCapture(ChannelCapture):
         self.last: str | None = None
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        if use.weight is not None and use.layer.is_channelwise:
+        if use.weight is not None and use.rule.is_channelwise:
             self.last = use.weight
         return super().compute(use, function, inputs)
 
     def kept(self, use: Use, values: Tensor) -> Tensor:
         keep = self.keep.get(use.weight or "")
-        place = None if keep is None else self.place(use.weight or "", values, use.leading)
-        if keep is None or place is None:  # no place: refused after the pass
+        axis = None if keep is None else self.axis(use.weight or "", values, use.leading)
+        if keep is None or axis is None:  # no place: refused after the pass
             return values
-        return values * _spread(keep.to(values.dtype), place, values, channel_dim(use, values))
+        return values * _spread(keep.to(values.dtype), axis, values, channel_dim(use, values))
 
 
-def _spread(keep: Tensor, place: Place, values: Tensor, channel_dim: int) -> Tensor:
+def _spread(keep: Tensor, axis: BatchAxis, values: Tensor, channel_dim: int) -> Tensor:
     """(n, C) so that it broadcasts over ``values``, which have k entries of each example along a dim."""
-    each = values.shape[place.order.dim] // place.examples
-    rows = keep.repeat(each, 1) if place.order.interleaved else keep.repeat_interleave(each, dim=0)
+    each = values.shape[axis.along.dim] // axis.examples
+    rows = keep.repeat(each, 1) if axis.along.interleaved else keep.repeat_interleave(each, dim=0)
     shape = [1] * values.ndim
-    shape[place.order.dim], shape[channel_dim] = rows.shape
+    shape[axis.along.dim], shape[channel_dim] = rows.shape
     return rows.reshape(shape)

@@ -18,7 +18,7 @@ from delfast.experiments.run import Config, check_batch_size
 from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
 from delfast.files import one_line, read_text, reason
 from delfast.localization import STRATEGIES, WHOLE_TRAINING_SET, check_selection, preset_settings
-from delfast.localization.scores import check_criterion
+from delfast.localization.criteria import check_criterion
 from delfast.unlearning import METHODS, Method, make_method
 
 if sys.version_info >= (3, 11):

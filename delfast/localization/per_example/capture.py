@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from delfast.errors import InputError
 from delfast.localization.per_example.free import FreeParameters, tensors_in
-from delfast.localization.per_example.layers import Call, Layer, layer_functions
+from delfast.localization.per_example.layers import Call, LayerRule, layer_rules
 from delfast.localization.per_example.trace import Trace
 
 
@@ -31,7 +31,7 @@ from delfast.localization.per_example.trace import Trace
 class Use:
     """One call of a layer function: its arguments without the input, and the scored names of weight and bias."""
 
-    layer: Layer
+    rule: LayerRule
     call: Call
     weight: str | None
     bias: str | None
@@ -55,7 +55,7 @@ class Capture(TorchFunctionMode):
         self.trace = trace
         self.uses: Counter[str] = Counter()
         self.free = FreeParameters(parameters, self.unknown)
-        self._layers = layer_functions()
+        self._rules = layer_rules()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._backward = False
         self._inside = False  # a call that the network made, whose parts are not the network's
@@ -102,7 +102,7 @@ class Capture(TorchFunctionMode):
         self._backward = True
         self._taps = 0
         with self:
-            _seen_inside(torch.autograd.backward)(loss, retain_graph=retain_graph)
+            _traced_inside(torch.autograd.backward)(loss, retain_graph=retain_graph)
         for name, count in self._without_grad.items():
             if count > self._repeated[name]:
                 self.unknown.setdefault(name, "is used where gradients are switched off")
@@ -123,7 +123,7 @@ class Capture(TorchFunctionMode):
             return _tapped(base, saved, self, use, key, output.shape).view(output.shape)
         return _tapped(output.clone(), saved, self, use, key, output.shape)
 
-    def hand_over(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+    def deliver(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
         """A backward pass has come by the tap ``key``."""
         if not self._backward:
             raise InputError(
@@ -148,17 +148,17 @@ class Capture(TorchFunctionMode):
             output = self._answer(func, args, kwargs)
         finally:
             self._inside = False
-        self.trace.note(func, args, kwargs, output)
+        self.trace.record(func, args, kwargs, output)
         return output
 
     def _answer(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Compute the call: tap layers, and give each example its copy of a free parameter."""
         if func is torch.autograd.backward:  # checkpointing, inside the backward pass
             with self:
-                return _seen_inside(func)(*args, **kwargs)
-        layer = self._layers.get(func)
-        if layer is not None:
-            output = self._layer(layer, func, args, kwargs)
+                return _traced_inside(func)(*args, **kwargs)
+        rule = self._rules.get(func)
+        if rule is not None:
+            output = self._tap_layer(rule, func, args, kwargs)
             if output is not None:
                 return output
         names = self.free.names_in((args, kwargs))
@@ -173,37 +173,37 @@ class Capture(TorchFunctionMode):
             self._repeated.update(names)
         return self._free(func, args, kwargs, names)
 
-    def _layer(self, layer: Layer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def _tap_layer(self, rule: LayerRule, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The tapped output, or None if this is no call that the rule knows."""
-        call = layer.bind(args, kwargs)
+        call = rule.bind(args, kwargs)
         names = {role: self._names.get(id(call[role])) for role in ("weight", "bias")}
-        reason = layer.refusal(call)
+        reason = rule.refusal(call)
         if reason is not None:
             name = names["weight"] or names["bias"] or getattr(func, "__name__", "a layer")
             raise InputError(f"'{name}' {reason}; change that layer or use per_example=False")
         computed = [v for v in call.values() if isinstance(v, Tensor) and id(v) not in self._names]
-        inputs, leading = call["input"], layer.leading(call)
+        inputs, leading = call["input"], rule.leading(call)
         # detached: a parameter that is in the graph all the same has a use that was not seen
         call |= {"input": None} | {role: call[role].detach() for role, name in names.items() if name is not None}
-        use = Use(layer, call, names["weight"], names["bias"], leading)
+        use = Use(rule, call, names["weight"], names["bias"], leading)
         if not use.names or not use.leading or self.free.names_in(computed) or not torch.is_grad_enabled():
             return None
         if self._backward:
             self._repeated.update(use.names)
         return self.compute(
-            use, functools.partial(self._call, func), _autocast(inputs) if layer.is_channelwise else inputs
+            use, functools.partial(self._call, func), _autocast(inputs) if rule.is_channelwise else inputs
         )
 
-    def _call(self, func: Any, call: Call, layer: Layer) -> Tensor:
-        return layer.compute(func, call)
+    def _call(self, func: Any, call: Call, rule: LayerRule) -> Tensor:
+        return rule.compute(func, call)
 
     def _free(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:
         handled, output = self.free.use(func, args, kwargs)
         if handled:
             return output
-        if isinstance(func, types.FunctionType) and _asks(func):
+        if isinstance(func, types.FunctionType) and _checks_torch_function(func):
             with self:  # a function in Python: its parts may be known
-                return _seen_inside(func)(*args, **kwargs)
+                return _traced_inside(func)(*args, **kwargs)
         for name in names:
             self.unknown.setdefault(name, f"is used by {getattr(func, '__name__', func)}, for which there is no rule")
         return func(*args, **kwargs)
@@ -217,17 +217,17 @@ def _autocast(inputs: Tensor) -> Tensor:
     return inputs.to(torch.get_autocast_dtype(kind))
 
 
-def _asks(function: types.FunctionType) -> bool:
+def _checks_torch_function(function: types.FunctionType) -> bool:
     """Return whether a Python function asks by a global name of its own, which ``_seen_inside`` can replace."""
     names = [name for name in function.__code__.co_names if name.startswith("has_torch_function")]
     return bool(names) and all(name in function.__globals__ for name in names)
 
 
 @functools.cache
-def _seen_inside(function: Any) -> Any:
+def _traced_inside(function: Any) -> Any:
     """A copy of a Python function of torch that computes at once instead of asking the mode: so the mode is asked
     about what it calls."""
-    names = {name: _nothing_to_ask for name in function.__globals__ if name.startswith("has_torch_function")}
+    names = {name: _no_torch_function for name in function.__globals__ if name.startswith("has_torch_function")}
     copy = types.FunctionType(
         function.__code__,
         {**function.__globals__, **names},
@@ -239,7 +239,7 @@ def _seen_inside(function: Any) -> Any:
     return copy
 
 
-def _nothing_to_ask(*_: object) -> bool:
+def _no_torch_function(*_: object) -> bool:
     return False
 
 
@@ -271,7 +271,7 @@ class _Tap(torch.autograd.Function):
                 f"expected what '{ctx.use.names[0]}' needs for its gradient to stay as it was, but it was changed in "
                 "place before the backward pass; make that operation out of place"
             ) from error
-        ctx.capture.hand_over(ctx.use, saved, grads[0].reshape(ctx.shape), ctx.key)
+        ctx.capture.deliver(ctx.use, saved, grads[0].reshape(ctx.shape), ctx.key)
         return grads[0], None, None, None, None, None, None
 
 

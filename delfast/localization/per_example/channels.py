@@ -24,7 +24,7 @@ from delfast.localization.per_example.passes import ExampleCapture, ExamplePasse
 from delfast.localization.per_example.trial import Trial
 from delfast.naming import trainable_parameters, unwrap
 
-MATRIX, EXAMPLES, LAYERS = "matrix.npy", "examples.npy", "layers.json"
+MATRIX_FILE, EXAMPLES_FILE, LAYERS_FILE = "matrix.npy", "examples.npy", "layers.json"
 
 
 class SignedChannels:
@@ -49,10 +49,10 @@ class SignedChannels:
     def load(path: str | Path) -> SignedChannels:
         """Open what ``signed_channels(..., path=path)`` wrote. InputError if it is not there or damaged."""
         path = Path(check_path("path", path))
-        layers = read_json(path / LAYERS)
+        layers = read_json(path / LAYERS_FILE)
         try:
-            matrix: Any = npy.open_memmap(path / MATRIX, mode="r")
-            return SignedChannels(matrix, numpy.load(path / EXAMPLES, allow_pickle=False), layers)
+            matrix: Any = npy.open_memmap(path / MATRIX_FILE, mode="r")
+            return SignedChannels(matrix, numpy.load(path / EXAMPLES_FILE, allow_pickle=False), layers)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read '{path}' as signed channels: {error}; write it anew") from None
 
@@ -89,9 +89,9 @@ def signed_channels(
     with directory_for(directory) as (work, _):
         partial = work / "partial"
         partial.mkdir()
-        layers, examples = _fill(_Rows(partial / MATRIX, []), passes, network, loader, loss_fn)
-        numpy.save(partial / EXAMPLES, examples)
-        write_json(partial / LAYERS, layers)
+        layers, examples = _fill(_Rows(partial / MATRIX_FILE, []), passes, network, loader, loss_fn)
+        numpy.save(partial / EXAMPLES_FILE, examples)
+        write_json(partial / LAYERS_FILE, layers)
         os.replace(partial, directory)
     return SignedChannels.load(directory)
 
@@ -145,22 +145,22 @@ class ChannelPasses(ExamplePasses):
         names = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
         return {name: p for name, p in self.parameters.items() if name in names}
 
-    def learned(self, trial: Trial) -> None:
+    def after_trial(self, trial: Trial) -> None:
         self.channelwise |= self._channelwise(trial)
         self.parameters = {name: p for name, p in self.parameters.items() if name in self.channelwise}
         for name in trial.channelwise & trial.otherwise:
             trial.unknown.setdefault(name, "is used by layers of more than one kind")
         self.rewritten |= trial.rewritten
-        super().learned(trial)
+        super().after_trial(trial)
 
-    def remember(self, unknown: Mapping[str, str]) -> None:
+    def mark_unknown(self, unknown: Mapping[str, str]) -> None:
         self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in self.channelwise}
-        super().remember({name: reason for name, reason in unknown.items() if name in self.channelwise})
+        super().mark_unknown({name: reason for name, reason in unknown.items() if name in self.channelwise})
 
     def capture(self, batch: Any) -> ExampleCapture:
         return ChannelCapture(self, batch)
 
-    def take(self, name: str, example: int, gradient: Tensor) -> None:
+    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
         products = self.parameters[name].detach() * widened(gradient)
         self.rows[name][example] = self.by_row(name, products).sum(dim=1)
 
@@ -185,12 +185,12 @@ class ChannelCapture(ExampleCapture):
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
         call: dict[str, Any] = {**use.call, "input": inputs}
-        if use.weight is None or not use.layer.is_channelwise:
-            return function(call, use.layer)
-        if isinstance(use.layer, TransposedConv):  # rows are input channels: δ of the input, through this layer alone
+        if use.weight is None or not use.rule.is_channelwise:
+            return function(call, use.rule)
+        if isinstance(use.rule, TransposedConv):  # rows are input channels: δ of the input, through this layer alone
             inputs = self.kept(use, inputs)
-            return function({**call, "input": self.tap(use, inputs.clone(), inputs)}, use.layer)
-        output, bias = self.kept(use, function({**call, "bias": None}, use.layer)), call["bias"]
+            return function({**call, "input": self.tap(use, inputs.clone(), inputs)}, use.rule)
+        output, bias = self.kept(use, function({**call, "bias": None}, use.rule)), call["bias"]
         if bias is None:
             return self.tap(use, output, output.clone() if use.weight in self.passes.rewritten else output)
         bias = bias.to(output.dtype).reshape([-1 if d == channel_dim(use, output) else 1 for d in range(output.ndim)])
@@ -201,10 +201,10 @@ class ChannelCapture(ExampleCapture):
         return values
 
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        place = None if use.weight is None else self.place(use.weight, deltas, use.leading)
-        if use.weight is None or saved is None or place is None:
+        axis = None if use.weight is None else self.axis(use.weight, deltas, use.leading)
+        if use.weight is None or saved is None or axis is None:
             return
-        split = [use.layer.channel_deltas(use.call, t, place) for t in (deltas, saved)]
+        split = [use.rule.channel_deltas(use.call, t, axis) for t in (deltas, saved)]
         sums = channel_dot(*split)
         self._sums[use.weight] = self._sums[use.weight] + sums if use.weight in self._sums else sums
 
@@ -220,7 +220,7 @@ class ChannelCapture(ExampleCapture):
 
 def channel_dim(use: Use, values: Tensor) -> int:
     """Which dim of z has the rows of the weight."""
-    return values.ndim - 1 if isinstance(use.layer, Linear) else 1
+    return values.ndim - 1 if isinstance(use.rule, Linear) else 1
 
 
 class _Rows:

@@ -11,11 +11,11 @@ from collections.abc import Hashable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from delfast.localization.per_example.layers import Place
+from delfast.localization.per_example.layers import BatchAxis
 
 EXPONENTS = 128  # the weights are 2^-64 to 2^64, and 2^-4 to 2^4 where float16, of small range, is computed with
 EXPONENTS_FLOAT16 = 8
-MOST_STEP = 8  # exponents between two weights, where there is room
+MAX_STEP = 8  # exponents between two weights, where there is room
 
 
 class Comparison:
@@ -38,41 +38,39 @@ class Comparison:
         self._kept: dict[Hashable, tuple[int | None, list[Tensor]]] = {}  # by tap: the dim of the sums, and they
         self._wrong: dict[str, Tensor] = {}
 
-    def keep(self, key: Hashable, deltas: Tensor, places: Mapping[str, Place]) -> None:
+    def keep(self, key: Hashable, deltas: Tensor, axes: Mapping[str, BatchAxis]) -> None:
         """A weighted pass has come by the tap ``key``. ``places``: of each parameter whose δ this is."""
-        if not places:
+        if not axes:
             return
         if key not in self._kept:
-            taken = {place.order.dim for place in places.values()}
+            taken = {axis.along.dim for axis in axes.values()}
             free = (dim for dim in range(deltas.ndim) if dim not in taken)
             self._kept[key] = (max(free, key=lambda dim: deltas.shape[dim], default=None), [])
         dim, kept = self._kept[key]
         kept.append(_sums(deltas, dim))
 
-    def compare(self, key: Hashable, deltas: Tensor, places: Mapping[str, Place]) -> None:
+    def compare(self, key: Hashable, deltas: Tensor, axes: Mapping[str, BatchAxis]) -> None:
         """The last pass has come by the tap ``key``."""
-        if not places:
+        if not axes:
             return
         dim, kept = self._kept.pop(key)
         sums = _sums(deltas, dim)
         least = self._least * deltas.numel() / sums.numel()
-        found: dict[Place, Tensor] = {}
-        for name, place in places.items():
-            if place not in found:
-                found[place] = torch.stack(
-                    [self._differs(sums, *pair, place, least) for pair in self._pairs(kept)]
-                ).any()
+        found: dict[BatchAxis, Tensor] = {}
+        for name, axis in axes.items():
+            if axis not in found:
+                found[axis] = torch.stack([self._differs(sums, *pair, axis, least) for pair in self._pairs(kept)]).any()
             wrong = self._wrong.get(name)
-            self._wrong[name] = found[place] if wrong is None else wrong | found[place].to(wrong.device)
+            self._wrong[name] = found[axis] if wrong is None else wrong | found[axis].to(wrong.device)
 
     def _pairs(self, kept: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
         return zip(self.weights, kept, strict=True)
 
-    def _differs(self, sums: Tensor, weights: Tensor, weighted: Tensor, place: Place, least: float) -> Tensor:
-        own = place.split(sums).flatten(1)
+    def _differs(self, sums: Tensor, weights: Tensor, weighted: Tensor, axis: BatchAxis, least: float) -> Tensor:
+        own = axis.split(sums).flatten(1)
         expected = own * weights.to(own.device, own.dtype).unsqueeze(1)
         most = self.tolerance * expected.amax(dim=1, keepdim=True) + least
-        return ~((place.split(weighted).flatten(1) - expected).abs() <= most).all()  # NaN is nowhere right
+        return ~((axis.split(weighted).flatten(1) - expected).abs() <= most).all()  # NaN is nowhere right
 
     def wrong(self) -> list[str]:
         """Return the parameters with some δ that was assigned to the wrong example."""
@@ -91,7 +89,7 @@ def spread(count: int, exponents: int, seed: int) -> list[Tensor]:
     while True:
         digit = digits % base
         most = max(1, min(count, base) - 1)
-        step = min(MOST_STEP, exponents // most)
+        step = min(MAX_STEP, exponents // most)
         vectors.append(torch.exp2((digit * step - most * step // 2).double()))
         digits = digits // base
         if not bool(digits.any()):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from delfast.files import one_line
 
-MOST_COPIES = 2**26  # elements of the per-example gradients of one parameter
+MAX_COPY_ELEMENTS = 2**26  # elements of the per-example gradients of one parameter
 
 ELEMENTWISE = {
     *("add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "pow", "where"),
@@ -167,7 +167,7 @@ class FreeParameters:
     def _copy(self, derived: Derived, rows: int) -> Tensor | None:
         """(rows, *shape): one copy of ``derived`` per row; None if their gradients would take too much memory."""
         sizes = [derived.tensor.numel(), *(self.parameters[name].numel() for name in derived.names)]
-        if max(sizes) * rows > MOST_COPIES:
+        if max(sizes) * rows > MAX_COPY_ELEMENTS:
             return None
         leaves = {name: self._leaf(name, rows) for name in derived.names}
         try:

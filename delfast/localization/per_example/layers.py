@@ -31,7 +31,7 @@ Call = dict[str, Any]  # the arguments of one call, by name
 
 
 @dataclass(frozen=True, order=True)
-class Order:
+class ExampleAxis:
     """Where a layer's output has the examples: along ``dim``, k entries of each.
 
     They follow one another, x₀ x₀ x₁ x₁ (windows, frames), or ``interleaved``, x₀ x₁ x₀ x₁ (torch's own attention).
@@ -50,14 +50,14 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchAxis:
     """``examples`` examples in an order."""
 
-    order: Order
+    along: ExampleAxis
     examples: int
 
     def split(self, t: Tensor) -> Tensor:
-        return self.order.split(t, self.examples)
+        return self.along.split(t, self.examples)
 
     def by_channel(self, t: Tensor, trailing: int | None = None) -> Tensor:
         """(examples, C, *positions). C is what follows ``dim``, or the last ``trailing`` dims as one."""
@@ -67,7 +67,7 @@ class Place:
         return t.squeeze(1) if t.shape[1] == 1 else t.transpose(1, 2)
 
 
-class Layer(ABC):
+class LayerRule(ABC):
     """A layer function with a ``weight``, and maybe a ``bias``. Its examples lie along one of ``leading`` dims."""
 
     arguments: tuple[str, ...] = ("input", "weight", "bias")
@@ -96,19 +96,19 @@ class Layer(ABC):
         """Along how many of the output's first dims the examples may lie; 0 if the rule does not know this call."""
 
     @abstractmethod
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
         """The weight's, from the input as the layer saw it; None if the rule cannot have examples there."""
 
-    def channel_deltas(self, call: Call, deltas: Tensor, place: Place) -> Tensor:
+    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
         """deltas as (N, C, *positions), C the elements of the bias."""
-        return place.by_channel(deltas)
+        return axis.by_channel(deltas)
 
-    def bias(self, call: Call, deltas: Tensor, place: Place) -> Contribution:
-        sums = channel_dot(self.channel_deltas(call, deltas, place))
-        return Gradients(sums.reshape(place.examples, *call["bias"].shape))
+    def bias(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Contribution:
+        sums = channel_dot(self.channel_deltas(call, deltas, axis))
+        return Gradients(sums.reshape(axis.examples, *call["bias"].shape))
 
 
-class Linear(Layer):
+class Linear(LayerRule):
     """On (*, features): a convolution of kernel 1 over every position of an example."""
 
     is_channelwise = True
@@ -116,13 +116,13 @@ class Linear(Layer):
     def leading(self, call: Call) -> int:
         return int(call["input"].ndim) - 1
 
-    def channel_deltas(self, call: Call, deltas: Tensor, place: Place) -> Tensor:
-        return place.by_channel(deltas, trailing=1)
+    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
+        return axis.by_channel(deltas, trailing=1)
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         shape = tuple(call["weight"].shape)
         return Convolution(
-            place.by_channel(inputs, trailing=1), place.by_channel(deltas, trailing=1), (*shape, 1), shape,
+            axis.by_channel(inputs, trailing=1), axis.by_channel(deltas, trailing=1), (*shape, 1), shape,
             (1,), (0,), (1,), 1,
         )  # fmt: skip
 
@@ -132,10 +132,10 @@ class TransposedLinear(Linear):
 
     output_dim = 1
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         shape = tuple(call["weight"].shape)
         return Convolution(
-            place.by_channel(deltas, trailing=1), place.by_channel(inputs, trailing=1), (*shape, 1), shape,
+            axis.by_channel(deltas, trailing=1), axis.by_channel(inputs, trailing=1), (*shape, 1), shape,
             (1,), (0,), (1,), 1,
         )  # fmt: skip
 
@@ -189,7 +189,7 @@ class _RegisteredTransposed(_Registered, TransposedLinear):
     """The same for a weight (in, out)."""
 
 
-class Conv(Layer):
+class Conv(LayerRule):
     """Convolution of ``dims`` dimensions. k > 1 images per example become one more dimension, of kernel 1."""
 
     arguments: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -202,18 +202,18 @@ class Conv(Layer):
     def leading(self, call: Call) -> int:
         return 1 if call["input"].ndim == self.dims + 2 else 0
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
         dilation = self._per_dim(call["dilation"])
         padding, extra = self._padding(call["padding"], dilation, call["weight"].shape[2:])
         if any(extra):  # 'same' with an even kernel: one more at the end
             inputs = functional.pad(inputs, [side for more in reversed(extra) for side in (0, more)])
-        return self._convolution(call, inputs, deltas, place, padding, dilation)
+        return self._convolution(call, inputs, deltas, axis, padding, dilation)
 
     def _convolution(
-        self, call: Call, inputs: Tensor, deltas: Tensor, place: Place, padding: tuple[int, ...], dilation: Any
+        self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis, padding: tuple[int, ...], dilation: Any
     ) -> Contribution | None:
         shape, stride = tuple(call["weight"].shape), self._per_dim(call["stride"])
-        inputs, deltas, kernel = place.by_channel(inputs), place.by_channel(deltas), shape
+        inputs, deltas, kernel = axis.by_channel(inputs), axis.by_channel(deltas), shape
         if inputs.ndim > self.dims + 2:
             if self.dims == 3:
                 return None  # there is no convolution of four dimensions
@@ -242,16 +242,16 @@ class TransposedConv(Conv):
     arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     defaults = MappingProxyType({**Conv.defaults, "output_padding": 0})
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
         stride = self._per_dim(call["stride"])
         extra = [op // s for op, s in zip(self._per_dim(call["output_padding"]), stride, strict=True)]
         if any(extra):  # the convolution of these deltas would have more outputs than there were inputs
             inputs = functional.pad(inputs, [side for more in reversed(extra) for side in (0, more)])
         padding, dilation = self._per_dim(call["padding"]), self._per_dim(call["dilation"])
-        return self._convolution(call, deltas, inputs, place, padding, dilation)
+        return self._convolution(call, deltas, inputs, axis, padding, dilation)
 
 
-class Norm(Layer):
+class Norm(LayerRule):
     """Normalization per channel (dim 1): g of the weight is Σ over positions of δ times the normalized input."""
 
     def __init__(self, function: Callable[..., Tensor], *arguments: str, **defaults: Any) -> None:
@@ -270,18 +270,18 @@ class Norm(Layer):
     def trailing(self, call: Call) -> int | None:
         return None
 
-    def channel_deltas(self, call: Call, deltas: Tensor, place: Place) -> Tensor:
-        return place.by_channel(deltas, self.trailing(call))
+    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
+        return axis.by_channel(deltas, self.trailing(call))
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         plain = {name: widened(v) if isinstance(v, Tensor) else v for name, v in call.items()}
         plain |= {"input": widened(inputs), "weight": None, "bias": None}
         with torch.autocast(inputs.device.type, enabled=False):
             normalized = self.function(**{name: plain[name] for name in self.arguments if name in plain})
         sums = channel_dot(
-            self.channel_deltas(call, widened(deltas), place), place.by_channel(normalized, self.trailing(call))
+            self.channel_deltas(call, widened(deltas), axis), axis.by_channel(normalized, self.trailing(call))
         )
-        return Gradients(sums.reshape(place.examples, *call["weight"].shape))
+        return Gradients(sums.reshape(axis.examples, *call["weight"].shape))
 
 
 class TrailingNorm(Norm):
@@ -294,7 +294,7 @@ class TrailingNorm(Norm):
         return len(call["normalized_shape"])
 
 
-class Embedding(Layer):
+class Embedding(LayerRule):
     """A row of the table per index."""
 
     arguments = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
@@ -306,15 +306,15 @@ class Embedding(Layer):
     def leading(self, call: Call) -> int:
         return int(call["input"].ndim)
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         shape, padding_idx = tuple(call["weight"].shape), call["padding_idx"]
         if padding_idx is not None and padding_idx < 0:
             padding_idx += shape[0]
-        indices, deltas = place.split(inputs).flatten(1), place.split(deltas).flatten(1, -2)
+        indices, deltas = axis.split(inputs).flatten(1), axis.split(deltas).flatten(1, -2)
         return Lookup(indices, deltas, shape, padding_idx, bool(call["scale_grad_by_freq"]))
 
 
-LAYERS: dict[Any, Layer] = {
+RULES: dict[Any, LayerRule] = {
     functional.linear: Linear(),
     torch.addmm: Addmm(),
     torch.Tensor.addmm: Addmm(),
@@ -340,10 +340,10 @@ LAYERS: dict[Any, Layer] = {
 }
 
 
-def layer_functions() -> dict[Any, Layer]:
+def layer_rules() -> dict[Any, LayerRule]:
     """LAYERS and the functions that ``delfast.register_layer`` was given."""
     rules = (_Registered(), _RegisteredTransposed())
-    return {function: rules[dim] for function, dim in registered_functions().items()} | LAYERS
+    return {function: rules[dim] for function, dim in registered_functions().items()} | RULES
 
 
 def refuse_batch_statistics(named_modules: Any) -> None:

@@ -29,7 +29,7 @@ class PerExampleGradients(ExamplePasses):
     def capture(self, batch: Any) -> ExampleCapture:
         return _SumCapture(self, batch)
 
-    def take(self, name: str, example: int, gradient: Tensor) -> None:
+    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
         self.sums[name] += epsilon(widened(gradient), self.epilogue)
 
     def mean(self, examples: int) -> dict[str, Tensor]:
@@ -65,19 +65,19 @@ class _SumCapture(ExampleCapture):
         self._waiting: dict[str, list[Contribution]] = {}
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        output = function({**use.call, "input": inputs}, use.layer)
+        output = function({**use.call, "input": inputs}, use.rule)
         return self.tap(use, output, inputs if use.weight is not None else None)
 
     def arrived(self, use: Use, saved: Any, deltas: Tensor) -> None:
         for name, is_weight in ((use.weight, True), (use.bias, False)):
-            place = None if name is None else self.place(name, deltas, use.leading)
-            if name is None or place is None:
+            axis = None if name is None else self.axis(name, deltas, use.leading)
+            if name is None or axis is None:
                 continue
             contribution: Contribution | None
             if is_weight:
-                contribution = use.layer.weight(use.call, saved, deltas, place)
+                contribution = use.rule.weight(use.call, saved, deltas, axis)
             else:
-                contribution = use.layer.bias(use.call, deltas, place)
+                contribution = use.rule.bias(use.call, deltas, axis)
             if contribution is None:
                 self.unknown[name] = f"has several images of {deltas.ndim - 2} dimensions per example"
             else:
@@ -96,9 +96,9 @@ class _SumCapture(ExampleCapture):
 
     def finish(self) -> None:
         for (name, _), copies in self.free.copies.items():
-            place = None if copies.grad is None else self.place(name, copies.grad, 1)
-            if copies.grad is not None and place is not None:
-                self._receive(name, Gradients(place.split(copies.grad).sum(dim=1)))
+            axis = None if copies.grad is None else self.axis(name, copies.grad, 1)
+            if copies.grad is not None and axis is not None:
+                self._receive(name, Gradients(axis.split(copies.grad).sum(dim=1)))
         missing = self.missing
         if missing & self._added - set(self._apart):
             raise self._changed(min(missing & self._added))

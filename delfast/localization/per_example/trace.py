@@ -31,7 +31,7 @@ ROUTES = {
     *("fliplr", "flipud", "rot90", "msort", "renorm", "frombuffer"),
 }
 # Give the memory of a tensor away, or exchange it: what follows cannot be seen.
-HANDS_OUT = {"set", "numpy", "array", "dlpack", "untyped_storage", "storage", "data_ptr"}
+EXPORTS_MEMORY = {"set", "numpy", "array", "dlpack", "untyped_storage", "storage", "data_ptr"}
 # Move or combine values along a dim: the position of that argument and its default. Harmless along other dims.
 ALONG = {
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce", "index_select", "index_add"), (1, None)),
@@ -96,12 +96,12 @@ class Trace:
             self._differ("has another number of losses than of examples", is_other=False)
         return self.difference is None
 
-    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Record a call that was just made, or compare it."""
         if self.difference is not None:
             return
         name = str(getattr(func, "__name__", "")).strip("_")
-        if name in HANDS_OUT:
+        if name in EXPORTS_MEMORY:
             self._differ(f"hands out or exchanges its memory ({name})", is_other=False)
             return
         if name == "setitem":

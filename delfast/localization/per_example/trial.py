@@ -10,10 +10,10 @@ from torch import Tensor
 
 from delfast.errors import InputError
 from delfast.localization.per_example.capture import Capture, Use
-from delfast.localization.per_example.layers import Order
+from delfast.localization.per_example.layers import ExampleAxis
 from delfast.localization.per_example.trace import Trace
 
-ENOUGH = 4  # examples
+MIN_TRIAL_EXAMPLES = 4  # examples
 
 
 class Trial(Capture):
@@ -30,7 +30,7 @@ class Trial(Capture):
 
     def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
         super().__init__(parameters, unknown, trace)
-        self.orders: dict[str, Order] = {}
+        self.axes: dict[str, ExampleAxis] = {}
         self.each: dict[str, set[int]] = {}
         self.ambiguous = False
         self.channelwise: set[str] = set()
@@ -39,7 +39,7 @@ class Trial(Capture):
         self.rewritten: set[str] = set()
         self.examples = 0
         self._example = 0
-        self._possible: dict[str, set[Order]] = {}
+        self._possible: dict[str, set[ExampleAxis]] = {}
         self._shapes: dict[str, set[torch.Size]] = {}
         self._reached: Counter[str] = Counter()  # in one backward pass
         self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
@@ -56,15 +56,15 @@ class Trial(Capture):
         self.examples = losses.numel()
         if not self.examples or not losses.requires_grad:
             return
-        tried = [1] if self.examples >= ENOUGH else sorted({0, self.examples - 1})
-        others = [example for example in range(self.examples) if example not in tried][:ENOUGH]
+        tried = [1] if self.examples >= MIN_TRIAL_EXAMPLES else sorted({0, self.examples - 1})
+        others = [example for example in range(self.examples) if example not in tried][:MIN_TRIAL_EXAMPLES]
         for example in (*tried, *others):
             if example in others and not any(len(possible) > 1 for possible in self._possible.values()):
                 break
             self._example, self._reached = example, Counter()
             self.backward(losses[example], retain_graph=True)
-            self._look_at_copies()
-            self._look_at_deltas()
+            self._read_copies()
+            self._read_deltas()
             self.uses |= self._reached
         for use, output, version in self._written:
             if output._version != version:
@@ -74,35 +74,35 @@ class Trial(Capture):
             if not possible:
                 self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
             elif self.examples > 1 and self._evidence[name].issuperset(tried):
-                order = self.orders[name] = min(possible)
-                self.each[name] = {shape[order.dim] // self.examples for shape in self._shapes[name]}
+                axis = self.axes[name] = min(possible)
+                self.each[name] = {shape[axis.dim] // self.examples for shape in self._shapes[name]}
                 self.ambiguous = self.ambiguous or len(possible) > 1
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        output = function({**use.call, "input": inputs}, use.layer)
-        mismatch = use.layer.mismatch(use.call, inputs, output)
+        output = function({**use.call, "input": inputs}, use.rule)
+        mismatch = use.rule.mismatch(use.call, inputs, output)
         if mismatch is not None:
             raise InputError(f"expected the function registered for '{use.names[0]}' to compute {mismatch}")
         output = self.tap(use, output, None)
         self._written.append((use, output.detach(), output._version))
         if use.weight is not None:
-            (self.channelwise if use.layer.is_channelwise else self.otherwise).add(use.weight)
-            self.output_dims[use.weight] = use.layer.output_dim
+            (self.channelwise if use.rule.is_channelwise else self.otherwise).add(use.weight)
+            self.output_dims[use.weight] = use.rule.output_dim
         if use.bias is not None:
             self.otherwise.add(use.bias)
         return output
 
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        self._note(use.names, deltas, use.leading)
+        self._record(use.names, deltas, use.leading)
 
-    def _look_at_copies(self) -> None:
+    def _read_copies(self) -> None:
         for (name, _), copies in self.free.copies.items():
             self.otherwise.add(name)
             if copies.grad is not None:
-                self._note((name,), copies.grad, 1)
+                self._record((name,), copies.grad, 1)
                 copies.grad = None
 
-    def _note(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
+    def _record(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
         """Keep which entries along each of the first ``leading`` dims are not zero. Looked at when the pass is over:
         a look in between would have a GPU's queue run empty."""
         self._reached.update(names)
@@ -111,7 +111,7 @@ class Trial(Capture):
         others = [[other for other in range(deltas.ndim) if other != dim] for dim in range(leading)]
         self._arrived.append((names, [deltas.any(dim=dims) if dims else deltas != 0 for dims in others]))
 
-    def _look_at_deltas(self) -> None:
+    def _read_deltas(self) -> None:
         marks = [mark for _, by_dim in self._arrived for mark in by_dim]
         if not marks:
             return
@@ -120,10 +120,10 @@ class Trial(Capture):
         for names, by_dim in self._arrived:
             found = [next(seen) for _ in by_dim]
             possible = {
-                Order(dim, interleaved)
+                ExampleAxis(dim, interleaved)
                 for dim, mark in enumerate(found)
                 for interleaved in ((False, True) if len(mark) > self.examples else (False,))
-                if self._is_alone(mark, Order(0, interleaved))
+                if self._is_alone(mark, ExampleAxis(0, interleaved))
             }
             for name in names:
                 self._possible[name] = self._possible.get(name, possible) & possible
@@ -132,9 +132,9 @@ class Trial(Capture):
                     evidence.add(self._example)
         self._arrived = []
 
-    def _is_alone(self, mark: Tensor, order: Order) -> bool:
+    def _is_alone(self, mark: Tensor, axis: ExampleAxis) -> bool:
         """Return whether δ, not zero where ``mark`` is, is zero outside the entries that would be the example's."""
         if len(mark) % self.examples:
             return False
-        by_example = order.split(mark, self.examples)
+        by_example = axis.split(mark, self.examples)
         return not (bool(by_example[: self._example].any()) or bool(by_example[self._example + 1 :].any()))
