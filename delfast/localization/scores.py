@@ -114,8 +114,8 @@ class Scores:
         aggregate : {"topk_mean", "mean", "sum", "max"}, default "topk_mean"
             A channel's score from its elements' scores. "topk_mean" is the mean of the h largest [1]_.
         top_h : int, float or "published", default 0.1
-            h as a count, as a fraction of the row in (0, 1] (rounded down), or as int(0.1 C_out), which is the authors'
-            code. Clipped to [1, length of the row].
+            The number h of elements: a count, a fraction of the row in (0, 1] (rounded down), or "published" for
+            int(0.1 C_out), as in the authors' code. Clipped to [1, length of the row].
         policy : {"whole", "exact"}, default "whole"
             "whole": the longest prefix of the channels, in falling score, of at most budget × P parameters. A smaller
             budget's mask lies inside a larger budget's. "exact": int(budget × P) scalars, the last channel cut, as in

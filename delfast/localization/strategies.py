@@ -1,4 +1,4 @@
-"""Localization in one call: ``localize``, with the strategies and presets that it takes by name."""
+"""Localization in one call: ``localize``, and the strategies and presets that it accepts by name."""
 
 from __future__ import annotations
 

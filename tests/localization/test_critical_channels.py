@@ -330,7 +330,7 @@ def test_layers_that_are_refused() -> None:
         (Tied(), torch.randint(0, 9, (4, 3)), "'embedding.weight' is used by layers of more than one kind"),
         (Checkpointed(True), images, "is computed where gradients are switched off"),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)), torch.randn(4, 4), "statistics"),
-        (nn.ReLU(), torch.randn(4, 4), "expected a convolution or linear layer that trains besides the head, got none"),
+        (nn.ReLU(), torch.randn(4, 4), "expected a trainable convolution or linear layer besides the head, got none"),
     ):
         batches = [(x, torch.zeros(4, dtype=torch.long))]
         with pytest.raises(InputError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Σ over examples of |g| or g² for every parameter."""
+"""Sums over the examples of |g| or g² for every parameter."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from delfast.localization.per_example.passes import ExampleCapture, ExamplePasse
 
 
 class PerExampleGradients(ExamplePasses):
-    """``add`` batches, then ``mean()``: (1/|S|) Σ_x ε(g_x), g_x the gradient of example x alone, ε |g| or g²."""
+    """Passes that accumulate Σ_x ε(g_x), with g_x the gradient of example x alone and ε(g) = |g| or g²."""
 
     def __init__(
         self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, epilogue: Epilogue
     ) -> None:
         super().__init__(network, parameters, loss_fn)
         self.epilogue = epilogue
-        with torch.inference_mode(False):  # they are added to outside it
+        with torch.inference_mode(False):  # the sums are changed outside inference mode
             self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
 
     def capture(self, batch: Any) -> ExampleCapture:
@@ -33,7 +33,7 @@ class PerExampleGradients(ExamplePasses):
         self.sums[name] += epsilon(widened(gradient), self.epilogue)
 
     def mean(self, examples: int) -> dict[str, Tensor]:
-        """Plain name -> mean, in the parameter's shape and strides; float32 (float64 for float64 parameters)."""
+        """Return plain name -> mean, in the parameter's shape and strides; float32 (float64 for float64 parameters)."""
         return {
             name: torch.empty_like(parameter, dtype=self.sums[name].dtype, requires_grad=False).copy_(
                 self.sums[name] / examples
@@ -43,7 +43,7 @@ class PerExampleGradients(ExamplePasses):
 
 
 def _zeros(parameter: Tensor) -> Tensor:
-    """Sums in the memory that the kernel adds to: dim 1 innermost, whatever the parameter's own strides."""
+    """Return zeros with dim 1 innermost in memory, as the kernel expects, for any strides of the parameter."""
     wide = torch.promote_types(parameter.dtype, torch.float32)
     moved = torch.zeros_like(
         parameter.movedim(1, -1) if parameter.ndim > 2 else parameter,
@@ -55,12 +55,15 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 class _SumCapture(ExampleCapture):
-    """Adds a contribution as soon as it arrives, so that memory does not grow; parameters with several uses wait."""
+    """A capture that adds each contribution as it is received, so that memory does not grow.
+
+    The contributions of a parameter with several uses are kept until all of them are received.
+    """
 
     def __init__(self, passes: PerExampleGradients, batch: Any) -> None:
         super().__init__(passes, batch)
         self.sums, self.epilogue = passes.sums, passes.epilogue
-        self._apart: dict[str, Tensor] = {}  # sums of a batch that may turn out not to be right
+        self._apart: dict[str, Tensor] = {}  # sums of a batch whose comparison is not finished
         self._added: set[str] = set()
         self._waiting: dict[str, list[Contribution]] = {}
 
@@ -106,12 +109,12 @@ class _SumCapture(ExampleCapture):
             self.sums[name] += self._apart[name]
         for name in set(self._waiting) - missing:
             uses = self._waiting[name]
-            for example in range(self.examples):  # one example's uses add up before ε
+            for example in range(self.examples):  # an example's uses are added before ε
                 gradient = sum((use.of(example) for use in uses[1:]), start=uses[0].of(example))
                 self.sums[name] += epsilon(gradient, self.epilogue)
 
     def _changed(self, name: str) -> InputError:
         return InputError(
-            f"expected '{name}' to be used alike for every batch, but this batch uses it more often or in another way "
-            "than the first; use per_example=False"
+            f"expected '{name}' to be used alike for every batch, got a batch that uses it more often or in another "
+            "way than the first; use per_example=False"
         )

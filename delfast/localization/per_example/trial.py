@@ -1,4 +1,4 @@
-"""The trial: where a network's layers keep the examples, found out by a backward pass for one example's loss alone."""
+"""The trial: find the example axis of every layer's output by a backward pass for one example's loss alone."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from delfast.localization.per_example.capture import Capture, Use
 from delfast.localization.per_example.layers import ExampleAxis
 from delfast.localization.per_example.trace import Trace
 
-MIN_TRIAL_EXAMPLES = 4  # examples
+MIN_TRIAL_EXAMPLES = 4  # with fewer examples a trial is not conclusive
 
 
 class Trial(Capture):
-    """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
+    """A capture that taps every use. If δ of one example's loss is zero outside a block, the block is that example's.
 
-    After ``run``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
-    because the δ of an example was zero everywhere. ``each``: how many entries of an example lie there.
-    ``ambiguous``: whether δ was zero in so much of a layer that its examples may lie in another order as well.
-    ``unknown``: those that mix the examples too.
-    ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers, ``output_dims``:
-    along which dimension of a weight the outputs of its last use lie.
-    ``rewritten``: parameters whose output is changed in place by what follows.
+    After ``run``:
+
+    - ``axes``: parameter -> the example axis of its outputs; missing if the δ of an example was zero everywhere.
+    - ``each``: parameter -> the numbers of entries of an example along that axis.
+    - ``ambiguous``: whether δ was zero in so much of a layer that several axes are possible.
+    - ``unknown``: parameters with a use that no rule covers, and those that mix the examples.
+    - ``uses``: how many uses reach the loss.
+    - ``channelwise``: weights of convolutions and linear layers.
+    - ``output_dims``: weight -> the dim along which the outputs of its last use lie.
+    - ``rewritten``: parameters whose output is changed in place by a later operation.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
@@ -35,7 +38,7 @@ class Trial(Capture):
         self.ambiguous = False
         self.channelwise: set[str] = set()
         self.output_dims: dict[str, int] = {}
-        self.otherwise: set[str] = set()  # used by anything but a convolution or a linear layer
+        self.otherwise: set[str] = set()  # used by something other than a convolution or a linear layer
         self.rewritten: set[str] = set()
         self.examples = 0
         self._example = 0
@@ -44,14 +47,14 @@ class Trial(Capture):
         self._reached: Counter[str] = Counter()  # in one backward pass
         self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
         self._written: list[tuple[Use, Tensor, int]] = []
-        self._arrived: list[tuple[tuple[str, ...], list[Tensor]]] = []  # names, and by dim: where δ is not zero
+        self._arrived: list[tuple[tuple[str, ...], list[Tensor]]] = []  # names, and per dim where δ is not zero
 
     def run(self, losses: Tensor) -> None:
         """Run the backward pass of one of the losses (N,).
 
-        Of the second: an order that is no order of the examples (time first, the batch reversed) seldom has an entry
-        of its own just there. Of fewer than four, one example says too little: the first and the last. The others
-        follow only if more than one order is left.
+        With four or more examples, use the second: on a wrong axis (time first, a reversed batch) its own entry is
+        seldom at that position. With fewer, one example is not enough: use the first and the last. The others follow
+        only if more than one axis remains possible.
         """
         self.examples = losses.numel()
         if not self.examples or not losses.requires_grad:
@@ -72,7 +75,7 @@ class Trial(Capture):
         self._written = []
         for name, possible in self._possible.items():
             if not possible:
-                self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
+                self.unknown.setdefault(name, "mixes the examples, or has them along no axis that is known")
             elif self.examples > 1 and self._evidence[name].issuperset(tried):
                 axis = self.axes[name] = min(possible)
                 self.each[name] = {shape[axis.dim] // self.examples for shape in self._shapes[name]}
@@ -103,8 +106,10 @@ class Trial(Capture):
                 copies.grad = None
 
     def _record(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
-        """Keep which entries along each of the first ``leading`` dims are not zero. Looked at when the pass is over:
-        a look in between would have a GPU's queue run empty."""
+        """Keep which entries along each of the first ``leading`` dims are not zero.
+
+        They are read after the pass: reading them earlier would make the host wait for the device.
+        """
         self._reached.update(names)
         for name in names:
             self._shapes.setdefault(name, set()).add(deltas.shape)
@@ -133,7 +138,7 @@ class Trial(Capture):
         self._arrived = []
 
     def _is_alone(self, mark: Tensor, axis: ExampleAxis) -> bool:
-        """Return whether δ, not zero where ``mark`` is, is zero outside the entries that would be the example's."""
+        """Return whether ``mark``, which is where δ is not zero, lies within the example's entries along ``axis``."""
         if len(mark) % self.examples:
             return False
         by_example = axis.split(mark, self.examples)
