@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import delfast
 from benchmarks.baselines import channel_scores, double_argsort, element_scores, expanded
 from delfast.compaction.layers import ROWS
-from delfast.localization.scores import Scores, resolve_top_h
+from delfast.localization.criteria import resolve_top_h
+from delfast.localization.scores import Scores
 from delfast.optim import MaskedAdamW, MaskedSGD
 
 NATIVE = torch.ops.delfast

@@ -17,7 +17,8 @@ from benchmarks.baselines import channel_scores, double_argsort, element_scores,
 from benchmarks.conftest import Versus
 from benchmarks.stream import load_stream
 from delfast.experiments.networks import build
-from delfast.localization.scores import Scores, resolve_top_h
+from delfast.localization.criteria import resolve_top_h
+from delfast.localization.scores import Scores
 from delfast.ops import OPS
 from delfast.ops.layout import row_length, unit_count, unpack
 from delfast.optim import MaskedSGD

@@ -104,11 +104,14 @@ CASES: dict[str, Case] = {
     "channel_scores": (function(SCORES.channel_scores), {"aggregate": "mean", "top_h": 0.1}),
     "localize": (
         given_model(delfast.localize),
-        {"model": ..., "forget_loader": FORGET, "budget": 0.3, "preset": "paper", "batch_size": 4, **SCORE, **SELECT},
+        {
+            "model": ..., "forget": FORGET, "budget": 0.3, "strategy": "del", "preset": "paper", "batch_size": 4,
+            **SCORE, **SELECT,
+        },
     ),
     "anytime": (
         given_model(delfast.localize),
-        {"forget_loader": list(zip(*FORGET[0], strict=True)), "stop_when_stable": 0.9, "batch_size": 4, "seed": 1},
+        {"forget": list(zip(*FORGET[0], strict=True)), "stop_when_stable": 0.9, "batch_size": 4, "seed": 1},
     ),
     "signed_channels": (
         given_model(signed_channels), {"model": ..., "loader": FORGET, "loss_fn": None, "path": None},
@@ -210,7 +213,7 @@ def state_of(model: nn.Module) -> list[Any]:
 FUNCTIONS = {"loss_fn", "logits_fn", "progress", "init"}
 OWN_ERRORS = {(name, wrong) for name in FUNCTIONS for wrong in ("class", "layer")} | {
     ("progress", "to 5"), ("progress", "to None"), ("oracle", "layer"), ("model", "layer"),
-    ("anytime", "forget_loader", "[None]"), ("anytime", "stop_when_stable", "None"),
+    ("anytime", "forget", "[None]"), ("anytime", "stop_when_stable", "None"),
 }  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def localize(
                 f"expected --strategy to be one of {', '.join(STRATEGIES)}, without --criterion and --granularity, "
                 f"got '{strategy}'"
             )
-        options |= STRATEGIES[strategy]
+        options["strategy"] = strategy
     check_own_directory(output_dir, run_dir)
     opened = open_run(run_dir, choose_device(device), data_dir)
     network = load_model(opened, run_dir)

@@ -23,10 +23,8 @@ from delfast.experiments.datasets import Batches, Examples
 from delfast.experiments.progress import log, progress
 from delfast.experiments.run import CHECKPOINT, EVALUATION_BATCH, FORGET, MASK, MODEL, SUMMARY, Run, check_batch_size
 from delfast.files import make_output_dir, save_state, write_json
-from delfast.localization import Preset, check_selection, preset_settings
+from delfast.localization import WHOLE_TRAINING_SET, check_localize
 from delfast.localization import localize as find_mask
-from delfast.localization.anytime import check_stop
-from delfast.localization.scores import check_criterion
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
@@ -99,12 +97,12 @@ def localize(
 ) -> Localized:
     """Localize the run's forget set in ``model`` and write ``mask.safetensors`` and ``summary.json``.
 
-    options: those of ``delfast.localize``. ``weighted_grad_all`` takes its gradient over the whole training set.
+    options: those of ``delfast.localize``. Strategies in ``WHOLE_TRAINING_SET`` take the whole training set.
     """
-    _check_localize(**options, stop_when_stable=stop_when_stable)
+    check_localize(**options, stop_when_stable=stop_when_stable)
     make_output_dir(output_dir)
     seed = _or_default(seed, run.config.seed)
-    everything = options.get("criterion") == "weighted_grad_all"
+    everything = options.get("strategy", "del") in WHOLE_TRAINING_SET
     indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
     started = time.perf_counter()
     batches = run.batches(indices, run.config.batch_size)
@@ -130,21 +128,6 @@ def localize(
     }
     write_json(output_dir / SUMMARY, summary)
     return Localized(mask, description, seconds)
-
-
-def _check_localize(
-    budget: float,
-    preset: Preset,
-    criterion: str = "weighted_grad",
-    per_example: bool = False,
-    stop_when_stable: float | None = None,
-    **options: Any,
-) -> None:
-    """Refuse what ``delfast.localize`` would refuse, before the output directory is made."""
-    check_criterion(criterion, per_example)
-    if stop_when_stable is not None:
-        check_stop(stop_when_stable, criterion)
-    check_selection(budget, criterion=criterion, **preset_settings(preset, **options))
 
 
 def describe_mask(mask: Mask, path: Path) -> dict[str, Any]:

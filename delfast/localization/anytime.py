@@ -1,4 +1,4 @@
-"""Localization that stops once more examples no longer change the mask."""
+"""Anytime localization: stop once more examples no longer change the mask."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from delfast.arguments import check_int, check_number, is_scalar
 from delfast.batches import LossFn, sampler_fault, warn_about_loader
 from delfast.errors import InputError
 from delfast.layer_types import output_dims
+from delfast.localization.criteria import WITHOUT_MEAN, Criterion
 from delfast.localization.gradient import add_all
-from delfast.localization.scores import WITHOUT_MEAN, Criterion, Scores, gradient_sums
+from delfast.localization.scores import Scores
+from delfast.localization.scoring import gradient_sums
 from delfast.localization.selection import Selection
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters, unwrap
 
-# how a DataLoader makes a batch of examples: kept for the loaders that are made here
-KEPT = (
+# the options of a DataLoader that decide how it collates and loads a batch
+LOADER_OPTIONS = (
     "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
     "prefetch_factor", "batch_size",
 )  # fmt: skip
@@ -35,24 +37,22 @@ def localize_until_stable(
     budget: float,
     settings: Mapping[str, Any],
     bound: float,
-    batch_size: int | None,
+    batch_size: int,
     *,
     per_example: bool,
     loss_fn: LossFn | None,
     seed: int,
 ) -> Selection:
-    """The selection at n = batch_size, 2n, 4n, … examples, until it overlaps the one before by ``bound`` (Jaccard), or
-    all examples are taken. No example is computed twice. ``data``: a map-style data set, or a DataLoader of one.
-    Errors as ``localize``'s, and InputError for a bound outside (0, 1], a batch size below 1 and a criterion without a
-    gradient.
+    """Select after n = batch_size, 2n, 4n, … examples, until two selections in a row overlap by ``bound`` (Jaccard).
+
+    Otherwise the selection after all examples is returned. No example is computed twice. ``data`` is a map-style data
+    set or a DataLoader of one. The arguments were checked by ``check_localize``.
     """
-    check_stop(bound, criterion)
     dataset, options = _map_style(data)
     if loss_fn is None:
         _refuse_batches(dataset)
-    if batch_size is None:
-        batch_size = options.pop("batch_size", BATCH_SIZE)
-    options["batch_size"] = check_batch_size(batch_size)
+    if batch_size != BATCH_SIZE or "batch_size" not in options:
+        options["batch_size"] = batch_size
     network = unwrap(model)
     parameters = trainable_parameters(network)
     if not parameters:
@@ -64,47 +64,47 @@ def localize_until_stable(
     previous: Mask | None = None
     overlap = None
     done, goal = 0, options["batch_size"]  # positions in the order
-    taken = 0  # examples that the batches had: a collate_fn may leave some out
-    seeds = torch.Generator().manual_seed(seed)  # of workers: torch's own generator is left alone
+    used = 0  # examples in the batches: a collate_fn may leave some out
+    worker_seeds = torch.Generator().manual_seed(seed)  # keeps torch's global generator unchanged
     while True:
-        loader = DataLoader(Subset(dataset, order[done:goal]), generator=seeds, **options)
-        taken += add_all(sums, network, loader, "forget set")
-        scores = Scores(parameters, sums.mean(taken), criterion, taken, seed, per_example, dims=output_dims(network))
+        loader = DataLoader(Subset(dataset, order[done:goal]), generator=worker_seeds, **options)
+        used += add_all(sums, network, loader, "forget set")
+        scores = Scores(parameters, sums.mean(used), criterion, used, seed, per_example, dims=output_dims(network))
         selection = scores.choose(budget, **settings)
         mask = selection.mask
         overlap = None if previous is None else previous.jaccard(mask)
         if goal >= available or (overlap is not None and overlap >= bound):
             break
-        # a mask of scores that are all 0 is by place alone, and overlaps any other such one in full
+        # where all scores are 0, masks depend on position alone and always overlap in full: no sign of stability
         previous, done, goal = mask if selection.positive else None, goal, 2 * goal
-    facts = {"stop_when_stable": bound, "examples_available": available, "overlap": overlap}
-    return replace(selection, mask=Mask(mask.parameters, {**mask.metadata, **facts}))
+    progress = {"stop_when_stable": bound, "examples_available": available, "overlap": overlap}
+    return replace(selection, mask=Mask(mask.parameters, {**mask.metadata, **progress}))
 
 
 def _map_style(data: object) -> tuple[Any, dict[str, Any]]:
-    """The data set, and how the DataLoader of it, if it is one, makes batches."""
+    """Return the data set and, if ``data`` is a DataLoader, the options by which it makes batches."""
     dataset, options = data, dict[str, Any]()
     if isinstance(data, DataLoader):
         fault = sampler_fault(data)
         if data.batch_size is None:
-            fault = "has no batch_size, but batches of its own"
+            fault = "has no batch_size, because it yields batches of its data set's own"
         if fault is not None:
             raise InputError(
                 f"expected a DataLoader of each example once for stop_when_stable, got one that {fault}; pass one of "
                 "Subset(dataset, indices) with a batch_size and without a sampler"
             )
-        dataset, options = data.dataset, {name: getattr(data, name) for name in KEPT}
+        dataset, options = data.dataset, {name: getattr(data, name) for name in LOADER_OPTIONS}
     is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not is_map or isinstance(dataset, (IterableDataset, Mapping, str, bytes, type)) or is_scalar(dataset):
         raise InputError(
             f"expected a map-style Dataset for stop_when_stable, got {type(dataset).__name__}; pass the "
-            "data set itself, or a DataLoader of it: its examples are gone through in seeded order"
+            "data set itself, or a DataLoader of it, whose examples can be read in a seeded order"
         )
     return dataset, options
 
 
 def _refuse_batches(dataset: Any) -> None:
-    """InputError for a list of batches, which is what the other loaders may be."""
+    """Raise InputError for a list of batches, which ``localize`` accepts without ``stop_when_stable``."""
     first = dataset[0] if isinstance(dataset, (list, tuple)) and dataset else None
     if isinstance(first, (list, tuple)) and first and isinstance(first[-1], Tensor) and first[-1].ndim:
         raise InputError(
@@ -114,16 +114,16 @@ def _refuse_batches(dataset: Any) -> None:
 
 
 def check_batch_size(batch_size: int) -> int:
-    """InputError unless it is an int of at least 1."""
+    """Return ``batch_size`` as an int; InputError unless it is an int of at least 1."""
     batch_size = check_int("batch_size", batch_size)
     if batch_size < 1:
-        raise InputError(f"expected a batch_size of at least 1, got {batch_size}")
+        raise InputError(f"expected a batch_size of at least 1, got {batch_size}; pass a positive int")
     return batch_size
 
 
 def check_stop(bound: float, criterion: str) -> None:
-    """InputError for a bound outside (0, 1], and for a criterion without a gradient."""
+    """Raise InputError for a bound outside (0, 1], and for a criterion without a gradient."""
     if not 0 < check_number("stop_when_stable", bound) <= 1:
         raise InputError(f"expected stop_when_stable in (0, 1], got {bound}; pass the overlap at which to stop")
     if criterion in WITHOUT_MEAN:
-        raise InputError(f"expected a criterion with a gradient for stop_when_stable, got '{criterion}'")
+        raise InputError(f"expected a criterion with a gradient for stop_when_stable, got '{criterion}'; omit one")

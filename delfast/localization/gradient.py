@@ -1,4 +1,4 @@
-"""Gradients over a set of examples: G, their mean, and what batches are added up into."""
+"""The mean gradient G over a set of examples, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from delfast.errors import InputError
 
 
 class GradientSums(Protocol):
-    """What batches are added up into."""
+    """An accumulator of gradients over batches."""
 
     def add(self, batch: Any) -> int:
-        """Add a batch; its number of examples."""
+        """Add a batch and return its number of examples."""
 
     def mean(self, examples: int) -> dict[str, Tensor]:
-        """Plain name -> sum / examples, float32 (float64 for float64 parameters), like the parameter."""
+        """Return plain name -> sum / examples, in the parameter's shape; float32, or float64 for float64 parameters."""
 
 
 class MeanGradient:
-    """Σ ∇ℓ(x): zero for a parameter that the loss does not use."""
+    """The sum Σ ∇ℓ(x) over the examples. It is zero for a parameter that the loss does not depend on."""
 
     def __init__(self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None) -> None:
         self.network = network
@@ -35,7 +35,7 @@ class MeanGradient:
         with torch.inference_mode(False), torch.enable_grad():
             losses = per_example_losses(self.network, detached(batch), self.loss_fn)
             check_differentiable(losses)
-            # autograd.grad and not backward(): .grad and the hooks of optimizers on it stay out of this
+            # not backward(): it would change .grad and call the hooks that optimizers register on it
             gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
         used = [(name, grad) for name, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
         for name, grad in used:
@@ -47,7 +47,7 @@ class MeanGradient:
 
 
 def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what: str) -> int:
-    """Add every batch of ``loader`` once, in eval mode; |S|. InputError if there is no example."""
+    """Add every batch of ``loader`` once, in eval mode, and return |S|. InputError for a set without examples."""
     examples = 0
     with evaluating(network, gradients=True):
         for batch in loader:
@@ -58,8 +58,8 @@ def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what:
 
 
 def _zeros_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums in float32 at least, in each parameter's own strides."""
-    with torch.inference_mode(False):  # they are added to outside it
+    """Return zeros with each parameter's shape and strides, in float32 or wider."""
+    with torch.inference_mode(False):  # the sums are changed outside inference mode
         return {
             name: torch.zeros_like(
                 parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False

@@ -1,4 +1,4 @@
-"""A selection, and whether its scores rank it: units that score 0 are taken by their place in the model alone."""
+"""A mask together with the number of selected units that score above 0. Units that score 0 have no ranking."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SAMPLED_PARAMETERS, SAMPLED_ELEMENTS = 8, 1 << 12
 
 @dataclass(frozen=True)
 class Selection:
-    """A mask, the number of units that it selects (elements for granularity "param"), and of those above 0."""
+    """A mask, the number of selected units (elements for granularity "param"), and how many of them score above 0."""
 
     mask: Mask
     selected: int
     positive: int
 
-    def check(self) -> None:
-        """InputError if no unit scores above 0; a warning if some of the selected ones score 0.
+    def check(self, stacklevel: int = 3) -> None:
+        """Raise InputError if no selected unit scores above 0; warn if some selected units score 0.
 
-        The warning names the line that called the function which calls this one.
+        stacklevel: as ``warnings.warn``'s. 3 names the caller of the function that calls this method.
         """
         what = "parameter" if self.mask.metadata["granularity"] == "param" else "unit"
         if not self.positive:
@@ -43,14 +43,14 @@ class Selection:
             )
         if self.positive < self.selected:
             warnings.warn(
-                f"{self.selected - self.positive} of the {self.selected} {what}s selected score 0, and are taken by "
-                "their place in the model alone; lower the budget to leave them out",
-                stacklevel=3,
+                f"{self.selected - self.positive} of the {self.selected} {what}s selected score 0, and are chosen by "
+                "their position in the model alone; lower the budget to leave them out",
+                stacklevel=stacklevel,
             )
 
 
 def positive_count(values: list[Tensor], gradients: list[Tensor], criterion: str) -> Tensor:
-    """int64 scalar: the elements that score above 0."""
+    """Count the elements that score above 0: an int64 scalar tensor."""
     counts = [
         element_scores(value, gradients[index] if gradients else None, criterion).count_nonzero()
         for index, value in enumerate(values)
@@ -59,10 +59,10 @@ def positive_count(values: list[Tensor], gradients: list[Tensor], criterion: str
 
 
 def positive_left_out(values: list[Tensor], gradients: list[Tensor], criterion: str, bits: Sequence[Tensor]) -> Tensor:
-    """bool scalar: True if an element in a sample of the largest parameters scores above 0 and is not selected.
+    """Return whether a sample of the largest parameters has an unselected element above 0: a bool scalar tensor.
 
-    No selected element scores 0 then, for the highest are selected. It saves a pass over all elements to count those
-    above 0, which takes more than half as long as the selection.
+    If so, no selected element scores 0, because the highest are selected. The sample saves a count over all elements,
+    which takes more than half as long as the selection.
     """
     found = [torch.zeros((), dtype=torch.bool, device=values[0].device)]
     for index in sorted(range(len(values)), key=lambda i: -values[i].numel())[:SAMPLED_PARAMETERS]:

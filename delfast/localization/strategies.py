@@ -1,4 +1,4 @@
-"""Localization in one call: the strategies and presets by name, and ``localize``."""
+"""Localization in one call: ``localize``, and the strategies and presets that it accepts by name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.utils.data import Dataset
 
-from delfast.arguments import check_choice, check_seed
+from delfast.arguments import check_choice, check_seed, describe
 from delfast.batches import LossFn
-from delfast.localization.anytime import check_batch_size, localize_until_stable
-from delfast.localization.scores import Criterion, check_criterion, check_selection, score
+from delfast.deprecation import renamed
+from delfast.errors import InputError
+from delfast.localization.anytime import BATCH_SIZE, check_batch_size, check_stop, localize_until_stable
+from delfast.localization.criteria import (
+    Aggregate,
+    Criterion,
+    Granularity,
+    Policy,
+    check_criterion,
+    check_selection,
+)
+from delfast.localization.scoring import score
 from delfast.mask import Mask
 from delfast.plain import unboxed
 
 Preset = Literal["paper", "published-code"]
-BUDGET = 0.3  # part of all parameters; DEL paper, experimental setup
+BUDGET = 0.3  # fraction of all parameters; DEL paper, experimental setup
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"granularity": "channel", "aggregate": "topk_mean", "top_h": 0.1, "policy": "whole"},
@@ -28,83 +38,290 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-
 STRATEGIES: dict[str, dict[str, Any]] = {
     "del": {"criterion": "weighted_grad", "granularity": "channel"},
     "salloc": {"criterion": "grad", "granularity": "param"},
     "param-weighted": {"criterion": "weighted_grad", "granularity": "param"},
     "channel-unweighted": {"criterion": "grad", "granularity": "channel"},
     "weight": {"criterion": "weight", "granularity": "channel"},
-    "weighted-grad-all": {"criterion": "weighted_grad_all", "granularity": "channel"},
+    "weighted-grad-all": {"criterion": "weighted_grad", "granularity": "channel"},
     "random": {"criterion": "random", "granularity": "channel"},
     "random-param": {"criterion": "random", "granularity": "param"},
     "shallowest": {"criterion": "shallowest", "granularity": "channel"},
     "deepest": {"criterion": "deepest", "granularity": "channel"},
     "critmem": {"criterion": "critmem", "granularity": "channel"},
 }
-"""The localizations that the DEL paper compares, by name: arguments of ``localize``. "del" to "channel-unweighted" are
-the 2 x 2 of its table 1, "salloc" the localization of SalUn; "random" is the control of table 3; "weight" and
-"weighted-grad-all", which do not look at the forget set alone, are of table 4. The latter is "del" but for its loader,
-which must be that of the whole training set.
+"""The localizations that the DEL paper compares, by name: the criterion and the granularity of each.
+
+- ``"del"``: the paper's method. The next three change its criterion or granularity (table 1).
+- ``"salloc"``: the localization of SalUn (Fan et al., ICLR 2024).
+- ``"param-weighted"``: DEL's criterion for single parameters.
+- ``"channel-unweighted"``: the gradient alone, for channels.
+- ``"weight"``: the weights alone, independent of the forget set (table 4).
+- ``"weighted-grad-all"``: the arguments of ``"del"``. Pass the loader of the whole training set (table 4).
+- ``"random"``, ``"random-param"``: random channels, random parameters (the control of table 3).
+- ``"shallowest"``, ``"deepest"``: the first parameters of the model, the last ones.
+- ``"critmem"``: channels found by the search of Maini et al. (ICML 2023); see ``critmem``.
 """
+
+WHOLE_TRAINING_SET = frozenset({"weighted-grad-all"})
+"""The strategies whose gradient is a mean over the whole training set. Pass ``localize`` that set's loader."""
 
 
 def preset_settings(preset: Preset, **overrides: Any) -> dict[str, Any]:
-    """The arguments of ``Scores.select`` that a preset stands for, with ``overrides``; InputError if there is none."""
+    """Return the arguments of ``Scores.select`` that a preset stands for.
+
+    Parameters
+    ----------
+    preset : {"paper", "published-code"}
+        The name of the preset; see ``localize``.
+    **overrides : Any
+        Arguments that replace those of the preset.
+
+    Returns
+    -------
+    dict[str, Any]
+        Keyword arguments of ``Scores.select``.
+
+    Raises
+    ------
+    InputError
+        If there is no preset of this name.
+
+    Examples
+    --------
+    >>> from delfast.localization import preset_settings
+    >>> preset_settings("paper", top_h=0.2)
+    {'granularity': 'channel', 'aggregate': 'topk_mean', 'top_h': 0.2, 'policy': 'whole'}
+    """
     check_choice("preset", preset, Preset)
     return {**PRESETS[preset], **overrides}
 
 
-def localize(
-    model: nn.Module,
-    forget_loader: Iterable[Any] | Dataset[Any] | None,
-    budget: float = BUDGET,
+def check_localize(
+    budget: float,
     *,
-    preset: Preset = "paper",
-    criterion: Criterion = "weighted_grad",
+    strategy: str = "del",
+    preset: Preset | None = None,
+    criterion: Criterion | None = None,
+    granularity: Granularity | None = None,
+    aggregate: Aggregate | None = None,
+    top_h: int | float | Literal["published"] | None = None,
+    policy: Policy | None = None,
     per_example: bool = False,
     loss_fn: LossFn | None = None,
     seed: int = 0,
     stop_when_stable: float | None = None,
-    batch_size: int | None = None,
-    **overrides: Any,
-) -> Mask:
-    """``score`` and ``Scores.select`` in one call. ``overrides``: granularity, aggregate, top_h, policy. (What only
-    ``score`` takes, as "critmem"'s ``max_channels``: ``score(...).select(budget)``.)
+    batch_size: int = BATCH_SIZE,
+) -> tuple[Criterion, dict[str, Any]]:
+    """Check the arguments of ``localize`` that depend on no model and no set, and resolve their defaults.
 
-    stop_when_stable: take only as many examples as the mask needs: a bound in (0, 1] on the Jaccard overlap |A ∩ B| /
-        |A ∪ B| of the masks after n and after 2n examples. ``forget_loader`` is then a map-style data set (a Dataset, a
-        Subset, a list of examples, a Hugging Face Dataset: anything with a length and items 0 to length - 1), or a
-        DataLoader of one, whose ``collate_fn`` and workers are kept. Its examples are gone through in an order drawn
-        from ``seed``, ``batch_size`` at a time (default: the DataLoader's, else 128); n starts at ``batch_size``. The
-        mask's metadata says how many ``examples`` were taken, of how many, and what the last overlap was.
+    Parameters
+    ----------
+    budget : float
+        See ``localize``, also for the other parameters.
+    strategy : str, default "del"
+        The name of a strategy, a key of ``STRATEGIES``.
+    preset : {"paper", "published-code"} or None, default None
+        The name of a preset; None means "paper".
+    criterion : str or None, default None
+        Replaces the strategy's criterion.
+    granularity : {"param", "channel"} or None, default None
+        Replaces the strategy's granularity.
+    aggregate : {"topk_mean", "mean", "sum", "max"} or None, default None
+        Replaces the preset's aggregate.
+    top_h : int, float, "published" or None, default None
+        Replaces the preset's ``top_h``.
+    policy : {"whole", "exact"} or None, default None
+        Replaces the preset's policy.
+    per_example : bool, default False
+        Whether each example is scored by its own gradient.
+    loss_fn : callable or None, default None
+        The caller's loss function.
+    seed : int, default 0
+        In [0, 2**64).
+    stop_when_stable : float or None, default None
+        The overlap at which to stop, in (0, 1].
+    batch_size : int, default 128
+        The number of examples in a batch.
 
-    Presets:
-        "paper": DEL as the paper describes it (section 3): channels, the mean of the highest tenth of each, whole
-            channels within the budget.
-        "published-code": what the authors' code computes from the same G, with stable sorting: h = int(0.1 C_out),
-            and int(budget × P) elements, so that the last channel may be cut. (For transformers that code takes
-            aggregate="mean": pass it.) Not kept of that code: it shuffles the forget set, drops its last batch and
-            sums batch means (G here is the mean over every example); a head of fewer than 10 outputs, h = 0, scores
-            NaN there and is never selected (here h is at least 1); and it crashes on depthwise convolutions (h
-            longer than the row: clipped here), frozen parameters (left out here) and forget sets below one batch.
+    Returns
+    -------
+    criterion : str
+        The criterion for ``score``.
+    settings : dict[str, Any]
+        The keyword arguments of ``Scores.select``, without the budget.
 
-    Raises InputError as ``score`` and ``Scores.select`` do; bad arguments are refused before anything is computed.
+    Raises
+    ------
+    InputError
+        For an argument that ``localize`` refuses for every model and every set.
+
+    Examples
+    --------
+    >>> from delfast.localization import check_localize
+    >>> check_localize(0.3, strategy="salloc", preset="published-code")[0]
+    'grad'
     """
-    settings = {name: unboxed(value) for name, value in preset_settings(preset, **overrides).items()}
-    budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise InputError(f"expected strategy to be one of {', '.join(STRATEGIES)}; got {describe(strategy)}")
+    given = {
+        "criterion": criterion,
+        "granularity": granularity,
+        "aggregate": aggregate,
+        "top_h": unboxed(top_h),
+        "policy": policy,
+    }
+    settings = preset_settings("paper" if preset is None else preset, **STRATEGIES[strategy])
+    settings |= {name: value for name, value in given.items() if value is not None}
+    criterion = cast(Criterion, settings.pop("criterion"))
     check_criterion(criterion, per_example, loss_fn)
-    per_example = bool(per_example)  # numpy's too
-    check_selection(budget, criterion=criterion, **settings)
-    seed = check_seed(seed)
-    if batch_size is not None:
-        check_batch_size(batch_size)
-    options: dict[str, Any] = {"per_example": per_example, "loss_fn": loss_fn, "seed": seed}
+    check_selection(unboxed(budget), criterion=criterion, **settings)
+    check_seed(unboxed(seed))
+    check_batch_size(unboxed(batch_size))
+    if stop_when_stable is not None:
+        check_stop(unboxed(stop_when_stable), criterion)
+    return criterion, settings
+
+
+@renamed(forget_loader="forget")
+def localize(
+    model: nn.Module,
+    forget: Iterable[Any] | Dataset[Any] | None,
+    budget: float = BUDGET,
+    *,
+    strategy: str = "del",
+    preset: Preset | None = None,
+    criterion: Criterion | None = None,
+    granularity: Granularity | None = None,
+    aggregate: Aggregate | None = None,
+    top_h: int | float | Literal["published"] | None = None,
+    policy: Policy | None = None,
+    per_example: bool = False,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    stop_when_stable: float | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Mask:
+    """Find the most critical parameters of a model for a forget set: ``score`` and ``Scores.select`` in one call.
+
+    An argument that is given replaces the strategy's. The strategy's criterion and granularity replace the preset's.
+    The model runs in eval mode and is left as it was; see ``score``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model.
+    forget : iterable of batches, Dataset or None
+        The forget set: a DataLoader or another re-iterable of batches, as in ``score``. With ``stop_when_stable`` a
+        map-style data set (anything with a length and items 0 to length - 1), or a DataLoader of one. None is accepted
+        for the criteria that read no example: "weight", "random", "shallowest", "deepest". The strategy
+        "weighted-grad-all" expects the loader of the whole training set.
+    budget : float, default 0.3
+        The fraction of all trainable parameters to select, in (0, 1]. The default is the DEL paper's.
+    strategy : str, default "del"
+        The name of a criterion and a granularity, a key of ``STRATEGIES``.
+    preset : {"paper", "published-code"} or None, default None
+        How scores become a mask. "paper", which None means: the mean of the highest tenth of each channel's scores, and
+        whole channels within the budget (DEL paper, section 3). "published-code": what the authors' code computes from
+        the same gradient; see Notes.
+    criterion : str or None, default None
+        The element score; see ``score``.
+    granularity : {"param", "channel"} or None, default None
+        What competes; see ``Scores.select``.
+    aggregate : {"topk_mean", "mean", "sum", "max"} or None, default None
+        How a channel's score is computed from its elements' scores; see ``Scores.select``.
+    top_h : int, float, "published" or None, default None
+        The number of elements for "topk_mean"; see ``Scores.select``.
+    policy : {"whole", "exact"} or None, default None
+        Whether the last channel may be cut; see ``Scores.select``.
+    per_example : bool, default False
+        Score each example by its own gradient; see ``score``.
+    loss_fn : callable or None, default None
+        ``loss_fn(model, batch)`` returns per-example losses of shape (N,). None means cross-entropy.
+    seed : int, default 0
+        The seed, in [0, 2**64), of the criterion "random" and of the order of the examples with ``stop_when_stable``.
+    stop_when_stable : float or None, default None
+        Stop at the first n for which the masks after n and after 2n examples overlap by this Jaccard index
+        |A ∩ B| / |A ∪ B|, in (0, 1]. n starts at ``batch_size``. Examples are read in a seeded order, each at most
+        once. None uses all examples.
+    batch_size : int, default 128
+        The number of examples in a batch with ``stop_when_stable``. A DataLoader keeps its own batch size unless a
+        value other than 128 is passed here. Without ``stop_when_stable`` it has no effect.
+
+    Returns
+    -------
+    Mask
+        The selected parameters. The metadata store every setting, and ``strategy`` unless ``criterion`` or
+        ``granularity`` was given. With ``stop_when_stable`` they also store the number of ``examples`` that were used,
+        ``examples_available`` and the last ``overlap``.
+
+    Raises
+    ------
+    InputError
+        As ``score`` and ``Scores.select``, and for an unknown strategy or preset. Arguments are checked before anything
+        is computed.
+
+    Warns
+    -----
+    UserWarning
+        If some of the selected parameters score 0.
+    DeprecationWarning
+        If the forget set is passed under its former name ``forget_loader``.
+
+    Notes
+    -----
+    The preset "published-code" takes h = int(0.1 C_out) and selects int(budget × P) elements, so the last channel may
+    be cut. For transformers that code uses ``aggregate="mean"``, which the caller passes. Differences from that code:
+    sorting is stable; G is the mean over every example, where that code shuffles the forget set, drops the last batch
+    and sums batch means; h is at least 1, where that code scores a head of fewer than 10 outputs NaN and never selects
+    it; h is clipped to the row, where that code fails on depthwise convolutions; and frozen parameters and forget sets
+    smaller than a batch are accepted.
+
+    ``score(...).select(budget)`` accepts the arguments that only ``score`` has (``max_channels``).
+
+    References
+    ----------
+    .. [1] Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",
+       TMLR 2025, arXiv 2412.02432.
+
+    Examples
+    --------
+    >>> import torch, delfast
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    >>> forget = [(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))]
+    >>> mask = delfast.localize(model, forget, budget=0.3)
+    >>> mask.fraction <= 0.3, mask.metadata["strategy"]
+    (True, 'del')
+    >>> delfast.localize(model, forget, strategy="salloc").metadata["criterion"]
+    'grad'
+    """
+    criterion_name, settings = check_localize(
+        budget,
+        strategy=strategy,
+        preset=preset,
+        criterion=criterion,
+        granularity=granularity,
+        aggregate=aggregate,
+        top_h=top_h,
+        policy=policy,
+        per_example=per_example,
+        loss_fn=loss_fn,
+        seed=seed,
+        stop_when_stable=stop_when_stable,
+        batch_size=batch_size,
+    )
+    budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
+    options: dict[str, Any] = {"per_example": bool(per_example), "loss_fn": loss_fn, "seed": check_seed(seed)}
     if stop_when_stable is not None:
         selection = localize_until_stable(
-            model, forget_loader, criterion, budget, settings, stop_when_stable, batch_size, **options
+            model, forget, criterion_name, budget, settings, stop_when_stable, batch_size, **options
         )
     else:
-        selection = score(model, cast(Any, forget_loader), criterion, **options).choose(budget, **settings)
-    selection.check()
-    return Mask(selection.mask.parameters, {**selection.mask.metadata, "preset": preset})
+        selection = score(model, cast(Any, forget), criterion_name, **options).choose(budget, **settings)
+    selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
+    metadata = {**selection.mask.metadata, "preset": preset or "paper"}
+    if criterion is None and granularity is None:
+        metadata["strategy"] = strategy
+    return Mask(selection.mask.parameters, metadata)

@@ -131,10 +131,14 @@ def test_localize_keeps_to_its_budget_and_options(workspace, tmp_path):
     assert mask.metadata["digests"] == {
         name: read(workspace / "run" / "summary.json")["digests"][name] for name in ("model", "data", "forget")
     }
-    options = ["--budget", 0.1, "--granularity", "param", "--criterion", "weighted_grad_all"]
+    options = ["--budget", 0.1, "--granularity", "param", "--criterion", "weighted_grad"]
     run("localize", workspace / "run", *options, "--output-dir", tmp_path)
     narrow = Mask.load(tmp_path / "mask.safetensors")
-    assert narrow.selected == int(0.1 * narrow.total) and narrow.metadata["examples"] == 1437
+    assert narrow.selected == int(0.1 * narrow.total) and narrow.metadata["examples"] == 144
+    options = ["--strategy", "weighted-grad-all", "--output-dir", tmp_path / "all"]
+    run("localize", workspace / "run", *options)
+    metadata = Mask.load(tmp_path / "all" / "mask.safetensors").metadata
+    assert (metadata["strategy"], metadata["examples"]) == ("weighted-grad-all", 1437)
     run("localize", workspace / "run", "--budget", 0.1, "--criterion", "critmem", "--output-dir", tmp_path / "critmem")
     critical = Mask.load(tmp_path / "critmem" / "mask.safetensors")
     assert critical.metadata["criterion"] == "critmem" and 0 < critical.fraction <= 0.1

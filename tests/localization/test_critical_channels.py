@@ -330,7 +330,7 @@ def test_layers_that_are_refused() -> None:
         (Tied(), torch.randint(0, 9, (4, 3)), "'embedding.weight' is used by layers of more than one kind"),
         (Checkpointed(True), images, "is computed where gradients are switched off"),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)), torch.randn(4, 4), "statistics"),
-        (nn.ReLU(), torch.randn(4, 4), "expected a convolution or linear layer that trains besides the head, got none"),
+        (nn.ReLU(), torch.randn(4, 4), "expected a trainable convolution or linear layer besides the head, got none"),
     ):
         batches = [(x, torch.zeros(4, dtype=torch.long))]
         with pytest.raises(InputError, match=message) as caught:
@@ -397,7 +397,7 @@ def test_bad_arguments() -> None:
         critmem(model, [(batches[0][0], torch.full((4,), 12))])
     with pytest.raises(InputError, match="expected a loader for criterion 'critmem'"):
         delfast.score(model, criterion="critmem")
-    with pytest.raises(InputError, match="asks for predictions, not losses"):
+    with pytest.raises(InputError, match="expected no loss_fn for criterion"):
         delfast.score(model, batches, "critmem", loss_fn=never)
     with pytest.raises(InputError, match="expected a criterion with a gradient for per_example=True, got 'critmem'"):
         delfast.score(model, batches, "critmem", per_example=True)

@@ -15,7 +15,8 @@ import delfast
 from delfast import InputError, Mask
 from delfast.experiments.networks import build
 from delfast.localization import STRATEGIES, preset_settings
-from delfast.localization.scores import Scores, resolve_top_h
+from delfast.localization.criteria import resolve_top_h
+from delfast.localization.scores import Scores
 from delfast.ops import BACKEND
 from tests import cases
 from tests.localization.published import published_mask

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import delfast
-from delfast.localization.scores import WITHOUT_SET
+from delfast.localization.criteria import WITHOUT_SET
 from delfast.ops import OPS
 from delfast.optim import MaskedAdamW, MaskedSGD
 from delfast.unlearning import METHODS

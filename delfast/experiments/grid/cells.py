@@ -55,7 +55,7 @@ from delfast.experiments.run import (
 )
 from delfast.experiments.schema import Each, check_record, shown
 from delfast.files import one_line, read_json, write_json
-from delfast.localization import localize
+from delfast.localization import WHOLE_TRAINING_SET, localize
 from delfast.provenance import provenance
 from delfast.unlearning import UnlearnResult, unlearn
 from delfast.unlearning.loop import Diverged, Precision
@@ -300,7 +300,7 @@ def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[Unlea
     mask = None
     if cell.localize is not None and cell.budget is not None:
         started = time.perf_counter()
-        everything = cell.localize.get("criterion") == "weighted_grad_all"
+        everything = cell.strategy in WHOLE_TRAINING_SET
         indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
         batches = run.batches(indices, cell.batch_size)
         mask = localize(model, batches, cell.budget, seed=own, **cell.localize)

@@ -17,8 +17,8 @@ from delfast.experiments.recipes import method_recipe, recipe
 from delfast.experiments.run import Config, check_batch_size
 from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
 from delfast.files import one_line, read_text, reason
-from delfast.localization import STRATEGIES, check_selection, preset_settings
-from delfast.localization.scores import check_criterion
+from delfast.localization import STRATEGIES, WHOLE_TRAINING_SET, check_selection, preset_settings
+from delfast.localization.criteria import check_criterion
 from delfast.unlearning import METHODS, Method, make_method
 
 if sys.version_info >= (3, 11):
@@ -81,10 +81,13 @@ class Cell:
     @property
     def key(self) -> str:
         """Names its file; other settings, another key."""
+        localize = None if self.localize is None else dict(self.localize)
+        if localize is not None and self.strategy in WHOLE_TRAINING_SET:
+            localize["criterion"] = "weighted_grad_all"  # the criterion's name in the cells of version 0.1
         determined = {
             "config": asdict(self.config),
             "method": {"name": self.method.name, **asdict(self.method)},
-            "localize": None if self.localize is None else dict(self.localize),
+            "localize": localize,
             "budget": self.budget,
             "batch_size": self.batch_size,
         } | ({"shadows": self.shadows} if self.shadows else {})

@@ -1,4 +1,4 @@
-"""Signed channel sums: which examples lean on which channels, without any weight gradient."""
+"""Signed channel sums: how much each example depends on each channel, without any weight gradient."""
 
 from __future__ import annotations
 
@@ -24,15 +24,29 @@ from delfast.localization.per_example.passes import ExampleCapture, ExamplePasse
 from delfast.localization.per_example.trial import Trial
 from delfast.naming import trainable_parameters, unwrap
 
-MATRIX, EXAMPLES, LAYERS = "matrix.npy", "examples.npy", "layers.json"
+MATRIX_FILE, EXAMPLES_FILE, LAYERS_FILE = "matrix.npy", "examples.npy", "layers.json"
 
 
 class SignedChannels:
-    """``result["conv1.weight"]``: float32 (N, C), Σ_j θ_ij g_ij(x) of every example x and channel i of that weight, a
-    numpy array, like ``matrix`` and ``examples``. KeyError for a weight that has none.
+    """Signed channel sums: Σ_j θ_ij g_ij(x) of every example x and channel i.
 
-    ``layers``: weight name -> C, in the model's order. ``matrix``: (N, ΣC), all of them side by side; memory-mapped
-    if it is on disk. ``examples``: int64 (N,), which example each row is.
+    ``result["conv1.weight"]`` is the float32 numpy array (N, C) of that weight; KeyError for a weight without sums.
+
+    Parameters
+    ----------
+    matrix : numpy.ndarray
+        Float32 (N, ΣC): the arrays of all weights side by side. Memory-mapped if it is on disk.
+    examples : numpy.ndarray
+        Int64 (N,): the number of the example in each row; see ``signed_channels``.
+    layers : mapping of str to int
+        Weight name -> C, in the model's order.
+
+    Examples
+    --------
+    >>> import torch, delfast
+    >>> sums = delfast.signed_channels(torch.nn.Linear(4, 3), [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))])
+    >>> sums.layers, sums["weight"].shape, sums.examples.tolist()
+    ({'weight': 3}, (5, 3), [0, 1, 2, 3, 4])
     """
 
     def __init__(self, matrix: Any, examples: Any, layers: Mapping[str, int]) -> None:
@@ -47,29 +61,83 @@ class SignedChannels:
 
     @staticmethod
     def load(path: str | Path) -> SignedChannels:
-        """Open what ``signed_channels(..., path=path)`` wrote. InputError if it is not there or damaged."""
+        """Open the directory that ``signed_channels(..., path=path)`` wrote.
+
+        Parameters
+        ----------
+        path : str or pathlib.Path
+            The directory.
+
+        Returns
+        -------
+        SignedChannels
+            The sums, memory-mapped.
+
+        Raises
+        ------
+        InputError
+            If the directory does not exist or is damaged.
+
+        Examples
+        --------
+        >>> import tempfile, torch, delfast
+        >>> batches = [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))]
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _ = delfast.signed_channels(torch.nn.Linear(4, 3), batches, path=directory + "/sums")
+        ...     delfast.SignedChannels.load(directory + "/sums").matrix.shape
+        (5, 3)
+        """
         path = Path(check_path("path", path))
-        layers = read_json(path / LAYERS)
+        layers = read_json(path / LAYERS_FILE)
         try:
-            matrix: Any = npy.open_memmap(path / MATRIX, mode="r")
-            return SignedChannels(matrix, numpy.load(path / EXAMPLES, allow_pickle=False), layers)
+            matrix: Any = npy.open_memmap(path / MATRIX_FILE, mode="r")
+            return SignedChannels(matrix, numpy.load(path / EXAMPLES_FILE, allow_pickle=False), layers)
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot read '{path}' as signed channels: {error}; write it anew") from None
+            raise InputError(f"cannot read '{path}' as signed channels: {error}; write it again") from None
 
 
 def signed_channels(
     model: nn.Module, loader: Iterable[Any], *, loss_fn: LossFn | None = None, path: str | Path | None = None
 ) -> SignedChannels:
-    """Σ_j θ_ij g_ij(x) for every example x of ``loader`` and every channel i of the convolutions and linear layers.
+    """Compute Σ_j θ_ij g_ij(x) for every example x and every channel i of the convolutions and linear layers.
 
-    Zeroing channel i's weights changes the loss of x by about minus this, to first order (CritMem: Maini et al., ICML
-    2023). It is Σ_t δ_it z_it, with z the layer's output before its bias: see docs/per_example.md. A transposed
-    convolution's channels are its input channels. It is zero, or rounding, before anything that undoes the scale of a
-    channel: InstanceNorm, or GroupNorm of one channel a group. Do not rank such layers by it.
+    Setting channel i's weights to zero changes the loss of x by about minus this sum, to first order [1]_. It equals
+    Σ_t δ_it z_it, with δ the output gradient and z the layer's output before its bias; see docs/per_example.md. The
+    channels of a transposed convolution are its input channels. The sum is zero, except for rounding, in front of a
+    layer that removes the scale of a channel (InstanceNorm, or GroupNorm with one channel per group). Do not rank
+    the channels in front of such a layer.
 
-    path: a directory to be made; batches are streamed to disk there, and the result is memory-mapped.
-    Rows are in the loader's order. Their identifiers are the index of (index, input, target) batches, else 0 to N-1.
-    The model is left as it was. Raises InputError as ``score(per_example=True)``, and if ``path`` is there already.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model. It runs in eval mode and is left as it was.
+    loader : iterable of batches
+        Batches (input, target), (index, input, target), or anything that ``loss_fn`` accepts.
+    loss_fn : callable or None, default None
+        ``loss_fn(model, batch)`` returns per-example losses of shape (N,). None means cross-entropy.
+    path : str, pathlib.Path or None, default None
+        A directory to create. Batches are written to it one after another, and the result is memory-mapped.
+
+    Returns
+    -------
+    SignedChannels
+        Rows in the loader's order. Their numbers are the index of (index, input, target) batches, else 0 to N-1.
+
+    Raises
+    ------
+    InputError
+        As ``score(per_example=True)``, and if ``path`` exists already.
+
+    References
+    ----------
+    .. [1] Maini et al., "Can Neural Network Memorization Be Localized?", ICML 2023.
+
+    Examples
+    --------
+    >>> import torch, delfast
+    >>> sums = delfast.signed_channels(torch.nn.Linear(4, 3), [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))])
+    >>> sums["weight"].shape
+    (5, 3)
     """
     check_function("loss_fn", loss_fn)
     check_loader(loader, "loader")
@@ -89,9 +157,9 @@ def signed_channels(
     with directory_for(directory) as (work, _):
         partial = work / "partial"
         partial.mkdir()
-        layers, examples = _fill(_Rows(partial / MATRIX, []), passes, network, loader, loss_fn)
-        numpy.save(partial / EXAMPLES, examples)
-        write_json(partial / LAYERS, layers)
+        layers, examples = _fill(_Rows(partial / MATRIX_FILE, []), passes, network, loader, loss_fn)
+        numpy.save(partial / EXAMPLES_FILE, examples)
+        write_json(partial / LAYERS_FILE, layers)
         os.replace(partial, directory)
     return SignedChannels.load(directory)
 
@@ -99,7 +167,7 @@ def signed_channels(
 def _fill(
     rows: _Rows, passes: ChannelPasses, network: nn.Module, loader: Iterable[Any], loss_fn: LossFn | None
 ) -> tuple[dict[str, int], Any]:
-    """Write every batch's rows; the layers, and which examples the rows are."""
+    """Write every batch's rows. Return weight name -> C, and the numbers of the examples in the rows."""
     examples: list[Any] = []
     counted = 0
     try:
@@ -118,64 +186,66 @@ def _fill(
 
 
 class ChannelPasses(ExamplePasses):
-    """After ``add``: ``rows``, weight name -> (N, C) of that batch, for convolutions and linear layers."""
+    """Passes that compute signed channel sums. After ``add``, ``rows`` is weight name -> (N, C) of that batch."""
 
     def __init__(self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None) -> None:
         super().__init__(network, parameters, loss_fn)
         self.rows: dict[str, Tensor] = {}
         self.rewritten: set[str] = set()
-        self.channelwise: set[str] = set()  # those that are known to be wanted
+        self.channelwise: set[str] = set()  # weights of convolutions and linear layers in the trials so far
         self.dims = output_dims(network)
 
     @property
     def channel_counts(self) -> dict[str, int]:
-        """Weight name -> C, in the model's order."""
+        """Return weight name -> C, in the model's order."""
         return {name: int(p.shape[self.dims.get(name, 0)]) for name, p in self.parameters.items()}
 
     def by_row(self, name: str, values: Tensor) -> Tensor:
-        """(C, elements of a row) of values in the shape of this weight."""
+        """Reshape values in the shape of this weight to (C, elements of a row)."""
         return values.movedim(self.dims.get(name, 0), 0).flatten(1)
 
     def _channelwise(self, trial: Trial) -> set[str]:
-        """Weights whose rows, along the dimension where a mask has them, are outputs of a layer."""
+        """Return the weights whose rows, along the dimension of a mask's rows, are outputs of a layer."""
         return {name for name in trial.channelwise if trial.output_dims[name] == self.dims.get(name, 0)}
 
     def wanted(self, trial: Trial) -> dict[str, Tensor]:
         self.channelwise |= self._channelwise(trial)
-        names = self.channelwise.union(trial.repeats)  # reentrant checkpoints show theirs in the backward pass only
+        names = self.channelwise.union(
+            trial.repeats
+        )  # weights in reentrant checkpoints are seen in the backward pass only
         return {name: p for name, p in self.parameters.items() if name in names}
 
-    def learned(self, trial: Trial) -> None:
+    def after_trial(self, trial: Trial) -> None:
         self.channelwise |= self._channelwise(trial)
         self.parameters = {name: p for name, p in self.parameters.items() if name in self.channelwise}
         for name in trial.channelwise & trial.otherwise:
             trial.unknown.setdefault(name, "is used by layers of more than one kind")
         self.rewritten |= trial.rewritten
-        super().learned(trial)
+        super().after_trial(trial)
 
-    def remember(self, unknown: Mapping[str, str]) -> None:
+    def mark_unknown(self, unknown: Mapping[str, str]) -> None:
         self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in self.channelwise}
-        super().remember({name: reason for name, reason in unknown.items() if name in self.channelwise})
+        super().mark_unknown({name: reason for name, reason in unknown.items() if name in self.channelwise})
 
     def capture(self, batch: Any) -> ExampleCapture:
         return ChannelCapture(self, batch)
 
-    def take(self, name: str, example: int, gradient: Tensor) -> None:
+    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
         products = self.parameters[name].detach() * widened(gradient)
         self.rows[name][example] = self.by_row(name, products).sum(dim=1)
 
     def matrix(self) -> Any:
-        """(N, ΣC) of the batch, float32."""
+        """Return the batch's rows side by side: a float32 numpy array (N, ΣC)."""
         if not self.rows:
             raise InputError(
-                "expected losses of a model with a convolution or linear layer that trains, got none; only these have "
-                "channels"
+                "expected losses of a model with a convolution or linear layer that trains, got none; unfreeze one, "
+                "since only these have channels"
             )
         return torch.cat([rows.float().cpu() for rows in self.rows.values()], dim=1).numpy()
 
 
 class ChannelCapture(ExampleCapture):
-    """Receives δ beside z, the layer's output before its bias; a transposed convolution's input is its z."""
+    """A capture that receives δ and z, the layer's output before its bias (a transposed convolution's input)."""
 
     passes: ChannelPasses
 
@@ -185,31 +255,31 @@ class ChannelCapture(ExampleCapture):
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
         call: dict[str, Any] = {**use.call, "input": inputs}
-        if use.weight is None or not use.layer.is_channelwise:
-            return function(call, use.layer)
-        if isinstance(use.layer, TransposedConv):  # rows are input channels: δ of the input, through this layer alone
+        if use.weight is None or not use.rule.is_channelwise:
+            return function(call, use.rule)
+        if isinstance(use.rule, TransposedConv):  # rows are input channels: tap the input
             inputs = self.kept(use, inputs)
-            return function({**call, "input": self.tap(use, inputs.clone(), inputs)}, use.layer)
-        output, bias = self.kept(use, function({**call, "bias": None}, use.layer)), call["bias"]
+            return function({**call, "input": self.tap(use, inputs.clone(), inputs)}, use.rule)
+        output, bias = self.kept(use, function({**call, "bias": None}, use.rule)), call["bias"]
         if bias is None:
             return self.tap(use, output, output.clone() if use.weight in self.passes.rewritten else output)
         bias = bias.to(output.dtype).reshape([-1 if d == channel_dim(use, output) else 1 for d in range(output.ndim)])
         return self.tap(use, output + bias, output)
 
     def kept(self, use: Use, values: Tensor) -> Tensor:
-        """What is kept of z: here all of it."""
+        """Return z with the removed channels set to zero: here none."""
         return values
 
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        place = None if use.weight is None else self.place(use.weight, deltas, use.leading)
-        if use.weight is None or saved is None or place is None:
+        axis = None if use.weight is None else self.axis(use.weight, deltas, use.leading)
+        if use.weight is None or saved is None or axis is None:
             return
-        split = [use.layer.channel_deltas(use.call, t, place) for t in (deltas, saved)]
+        split = [use.rule.channel_deltas(use.call, t, axis) for t in (deltas, saved)]
         sums = channel_dot(*split)
         self._sums[use.weight] = self._sums[use.weight] + sums if use.weight in self._sums else sums
 
     def finish(self) -> None:
-        """Parameters that are missing or have no gradient: zeros."""
+        """Set the batch's rows. Parameters that are missing or have no gradient get zeros."""
         missing = self.missing
         self.passes.rows = {}
         counts = self.passes.channel_counts
@@ -219,12 +289,12 @@ class ChannelCapture(ExampleCapture):
 
 
 def channel_dim(use: Use, values: Tensor) -> int:
-    """Which dim of z has the rows of the weight."""
-    return values.ndim - 1 if isinstance(use.layer, Linear) else 1
+    """Return the dim of z along which the rows of the weight lie."""
+    return values.ndim - 1 if isinstance(use.rule, Linear) else 1
 
 
 class _Rows:
-    """Appends (n, C) arrays to a .npy file whose length is not known before its end, or to a list."""
+    """A writer that appends (n, C) arrays to a list, or to a .npy file whose length is known only at the end."""
 
     def __init__(self, path: Path | None, kept: list[Any]) -> None:
         self.path, self.kept = path, kept
@@ -245,7 +315,7 @@ class _Rows:
     def close(self) -> None:
         if self.stream is not None:
             self.stream.seek(0)
-            self._header()  # numpy leaves room for the first dim to grow
+            self._header()  # numpy pads the header so that the first dim can grow
             self.stream.flush()
             os.fsync(self.stream.fileno())
             self.stream.close()
@@ -256,7 +326,7 @@ class _Rows:
 
 
 def identifiers(batch: Any, loss_fn: object, counted: int, count: int) -> Any:
-    """int64 (count,): the index of (index, input, target) batches, else from ``counted`` on."""
+    """Return int64 (count,): the index of an (index, input, target) batch, else ``counted``, ``counted`` + 1, …"""
     index = split_batch(batch)[0] if loss_fn is None else None
     if index is not None:
         return torch.as_tensor(index, dtype=torch.int64).cpu().numpy()

@@ -1,7 +1,8 @@
-"""Checks that δ is where it is taken to be, by backward passes in which every example's loss has its own weight.
+"""Check that each entry of δ belongs to the example it is assigned to, by backward passes of weighted losses.
 
-δ is linear in the losses. With weights ω, an entry of example n's δ is multiplied by ω_n; an entry that belongs to
-another example, or to several, is multiplied by something else. The weights are powers of 2, which round nothing.
+δ is linear in the losses. If example n's loss has the weight ω_n, an entry of its δ is multiplied by ω_n. An entry that
+belongs to another example, or to several examples, is multiplied by another factor. The weights are powers of 2, which
+cause no rounding.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from collections.abc import Hashable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from delfast.localization.per_example.layers import Place
+from delfast.localization.per_example.layers import BatchAxis
 
-EXPONENTS = 128  # the weights are 2^-64 to 2^64, and 2^-4 to 2^4 where float16, of small range, is computed with
+EXPONENTS = 128  # weights of 2^-64 to 2^64; 2^-4 to 2^4 for float16, whose range is small
 EXPONENTS_FLOAT16 = 8
-MOST_STEP = 8  # exponents between two weights, where there is room
+MAX_STEP = 8  # exponents between two weights, with few examples
 
 
 class Comparison:
-    """``keep`` what arrives in the pass of Σ ω_n ℓ_n, for each of ``weights``; then ``compare`` what arrives at the
-    same taps in that of Σ ℓ_n.
+    """The comparison of δ in weighted passes with δ in the pass of Σ ℓ_n.
 
-    ``weights``: one vector (N,), or more if there are more examples than powers of 2: no two examples have the same in
-    all of them. It keeps Σ |δ| along the longest dim that has no examples: a small part of the activations' memory.
-    dtypes: those that the layers compute in; they decide how much rounding may do. number: of the batch, which the
-    order of the weights depends on.
+    Run the pass of Σ ω_n ℓ_n for each of ``weights`` and ``keep`` the δ of every tap. Then run the pass of Σ ℓ_n and
+    ``compare`` the δ of the same taps. ``weights`` are vectors (N,), several if there are more examples than powers of
+    2, so that no two examples have equal weights in all of them. To save memory, Σ |δ| along the longest dim without
+    examples is kept.
+
+    dtypes: those that the layers compute in; the tolerance depends on them. number: the number of the batch, which
+    decides the order of the weights.
     """
 
     def __init__(self, losses: Tensor, dtypes: Iterable[torch.dtype], number: int) -> None:
@@ -33,46 +36,48 @@ class Comparison:
         exponents = EXPONENTS_FLOAT16 if torch.float16 in dtypes else EXPONENTS
         self.weights = [w.to(losses.device) for w in spread(losses.numel(), exponents, number)]
         self.tolerance = tolerance(dtypes, losses.device)
-        # below the least exponent rounding is not relative; layers in front may enlarge what it does
-        self._least = max(_least(dtype) for dtype in dtypes) * 2**16
-        self._kept: dict[Hashable, tuple[int | None, list[Tensor]]] = {}  # by tap: the dim of the sums, and they
+        # rounding below the minimum exponent is not relative; layers in front may amplify it
+        self._smallest = max(_smallest(dtype) for dtype in dtypes) * 2**16
+        self._kept: dict[
+            Hashable, tuple[int | None, list[Tensor]]
+        ] = {}  # tap -> the summed dim, and the sums of each pass
         self._wrong: dict[str, Tensor] = {}
 
-    def keep(self, key: Hashable, deltas: Tensor, places: Mapping[str, Place]) -> None:
-        """A weighted pass has come by the tap ``key``. ``places``: of each parameter whose δ this is."""
-        if not places:
+    def keep(self, key: Hashable, deltas: Tensor, axes: Mapping[str, BatchAxis]) -> None:
+        """Keep the δ of the tap ``key`` in a weighted pass. ``axes``: the example axis of each of its parameters."""
+        if not axes:
             return
         if key not in self._kept:
-            taken = {place.order.dim for place in places.values()}
+            taken = {axis.along.dim for axis in axes.values()}
             free = (dim for dim in range(deltas.ndim) if dim not in taken)
             self._kept[key] = (max(free, key=lambda dim: deltas.shape[dim], default=None), [])
         dim, kept = self._kept[key]
         kept.append(_sums(deltas, dim))
 
-    def compare(self, key: Hashable, deltas: Tensor, places: Mapping[str, Place]) -> None:
-        """The last pass has come by the tap ``key``."""
-        if not places:
+    def compare(self, key: Hashable, deltas: Tensor, axes: Mapping[str, BatchAxis]) -> None:
+        """Compare the δ of the tap ``key`` in the last pass with those kept."""
+        if not axes:
             return
         dim, kept = self._kept.pop(key)
         sums = _sums(deltas, dim)
-        least = self._least * deltas.numel() / sums.numel()
-        found: dict[Place, Tensor] = {}
-        for name, place in places.items():
-            if place not in found:
-                found[place] = torch.stack(
-                    [self._differs(sums, *pair, place, least) for pair in self._pairs(kept)]
+        minimum = self._smallest * deltas.numel() / sums.numel()
+        found: dict[BatchAxis, Tensor] = {}
+        for name, axis in axes.items():
+            if axis not in found:
+                found[axis] = torch.stack(
+                    [self._differs(sums, *pair, axis, minimum) for pair in self._pairs(kept)]
                 ).any()
             wrong = self._wrong.get(name)
-            self._wrong[name] = found[place] if wrong is None else wrong | found[place].to(wrong.device)
+            self._wrong[name] = found[axis] if wrong is None else wrong | found[axis].to(wrong.device)
 
     def _pairs(self, kept: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
         return zip(self.weights, kept, strict=True)
 
-    def _differs(self, sums: Tensor, weights: Tensor, weighted: Tensor, place: Place, least: float) -> Tensor:
-        own = place.split(sums).flatten(1)
+    def _differs(self, sums: Tensor, weights: Tensor, weighted: Tensor, axis: BatchAxis, minimum: float) -> Tensor:
+        own = axis.split(sums).flatten(1)
         expected = own * weights.to(own.device, own.dtype).unsqueeze(1)
-        most = self.tolerance * expected.amax(dim=1, keepdim=True) + least
-        return ~((place.split(weighted).flatten(1) - expected).abs() <= most).all()  # NaN is nowhere right
+        limit = self.tolerance * expected.amax(dim=1, keepdim=True) + minimum
+        return ~((axis.split(weighted).flatten(1) - expected).abs() <= limit).all()  # NaN counts as different
 
     def wrong(self) -> list[str]:
         """Return the parameters with some δ that was assigned to the wrong example."""
@@ -84,41 +89,43 @@ class Comparison:
 
 
 def spread(count: int, exponents: int, seed: int) -> list[Tensor]:
-    """Vectors (count,) of weights, float64: the digits of 0 to count - 1, in an order that depends on the seed, as
-    exponents of 2, within 2^±exponents/2."""
+    """Return float64 vectors (count,) of weights, within 2^±exponents/2.
+
+    The exponents of 2 are the digits of 0 to count - 1, in an order that depends on the seed.
+    """
     digits = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     base, vectors = exponents + 1, []
     while True:
         digit = digits % base
-        most = max(1, min(count, base) - 1)
-        step = min(MOST_STEP, exponents // most)
-        vectors.append(torch.exp2((digit * step - most * step // 2).double()))
+        max_digit = max(1, min(count, base) - 1)
+        step = min(MAX_STEP, exponents // max_digit)
+        vectors.append(torch.exp2((digit * step - max_digit * step // 2).double()))
         digits = digits // base
         if not bool(digits.any()):
             return vectors
 
 
 def tolerance(dtypes: Iterable[torch.dtype], device: torch.device) -> float:
-    """By how much of the largest of an example's entries may differ: for kernels that add in any order."""
+    """Return the tolerance relative to the largest entry of an example, for kernels that add in any order."""
     epsilon = max(_epsilon(dtype, device) for dtype in dtypes)
     return epsilon * (16 if epsilon > 2**-12 else 1024)
 
 
 def _epsilon(dtype: torch.dtype, device: torch.device) -> float:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
-        return 2**-7  # multiplies in bfloat16
+        return 2**-7  # multiplication in bfloat16
     if dtype == torch.float32 and (device.type != "cpu" or torch.get_float32_matmul_precision() == "high"):
-        return 2**-10  # in TF32, which cuDNN does unasked
+        return 2**-10  # TF32, which is cuDNN's default
     return torch.finfo(dtype).eps
 
 
-def _least(dtype: torch.dtype) -> float:
+def _smallest(dtype: torch.dtype) -> float:
     info = torch.finfo(dtype)
     return info.tiny * info.eps if dtype == torch.float16 else info.tiny
 
 
 def _sums(deltas: Tensor, dim: int | None) -> Tensor:
-    """Σ |δ| along ``dim``, which stays as one of size 1; |δ| itself without."""
+    """Return Σ |δ| along ``dim``, which keeps size 1, or |δ| if ``dim`` is None."""
     wide = torch.promote_types(deltas.dtype, torch.float32)
-    # many times faster than torch.linalg.vector_norm on a CPU
+    # not torch.linalg.vector_norm, which is many times slower on a CPU
     return deltas.abs().to(wide) if dim is None else deltas.abs().sum(dim=dim, keepdim=True, dtype=wide)

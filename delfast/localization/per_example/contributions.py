@@ -1,7 +1,7 @@
-"""What one use of a parameter contributes to each example's gradient, without the gradients themselves.
+"""The contribution of one use of a parameter to each example's gradient, without storing the gradients.
 
-A contribution can do two things: ``add`` the sum over its examples of ε(g) to ``sums``, and give ``of(x)``, example
-x's own g, for parameters whose uses must be added up before ε: tied ones, modules called twice.
+A contribution has two methods. ``add`` adds the sum over its examples of ε(g) to ``sums``. ``of(x)`` returns example
+x's gradient g, for parameters whose uses must be added before ε: tied parameters, and modules that are called twice.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ Epilogue = Literal["abs", "square"]  # ε(g): |g| or g²
 
 
 class Contribution(Protocol):
-    """One use of one parameter: see the module's docstring."""
+    """The contribution of one use of one parameter."""
 
     def add(self, sums: Tensor, epilogue: Epilogue) -> None:
-        """``sums += Σ_x ε(g_x)``; sums in the parameter's shape, float32 (float64 for float64 parameters)."""
+        """Add Σ_x ε(g_x) to ``sums``, in the parameter's shape, float32 (float64 for float64 parameters)."""
 
     def of(self, example: int) -> Tensor:
-        """g of one example, in the parameter's shape, float32 at least."""
+        """Return the gradient g of one example, in the parameter's shape, in float32 or wider."""
 
 
 def epsilon(gradient: Tensor, epilogue: Epilogue) -> Tensor:
-    """ε(g): |g| or g²."""
+    """Return ε(g): |g| or g²."""
     return gradient.abs() if epilogue == "abs" else gradient * gradient
 
 
 def widened(t: Tensor) -> Tensor:
-    """In float32, or float64 if it is that."""
+    """Convert to float32, or leave float64 as it is."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def channel_dot(deltas: Tensor, values: Tensor | None = None) -> Tensor:
-    """(N, C): Σ over positions of ``deltas * values``, by the op."""
+    """Return (N, C): the sum over positions of ``deltas * values``, or of ``deltas``."""
     result: Tensor = torch.ops.delfast.channel_dot(deltas, values)
     return result
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """The weight of a convolution of 1 to 3 dimensions: inputs (N, C, *in), deltas (N, M, *out).
+    """The contribution to the weight of a convolution of 1 to 3 dimensions: inputs (N, C, *in), deltas (N, M, *out).
 
-    ``kernel``: shape of the weight as the op sees it, (M, C / groups, *kernel); ``shape``: as the parameter has it.
+    ``kernel``: the weight's shape for the op, (M, C / groups, *kernel). ``shape``: the parameter's shape.
     """
 
     inputs: Tensor
@@ -74,7 +74,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Gradients:
-    """A small parameter, whose per-example gradients are there in full: (N, *shape of the parameter)."""
+    """The contribution to a small parameter by its per-example gradients in full: (N, *shape of the parameter)."""
 
     gradients: Tensor
 
@@ -87,7 +87,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Lookup:
-    """The table of an embedding: indices (N, T), deltas (N, T, D). Memory for the rows that are used, not the table."""
+    """The contribution to an embedding's table: indices (N, T), deltas (N, T, D). Memory grows with the rows used."""
 
     indices: Tensor
     deltas: Tensor
@@ -104,7 +104,7 @@ class Lookup:
         return gradients.new_zeros(self.shape).index_add_(0, rows, gradients)
 
     def _rows(self, indices: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """Row of the table and gradient (U, D) of every (example, row) pair that occurs."""
+        """Return the table's row, and the gradient (U, D), of every (example, row) pair that occurs."""
         table = self.shape[0]
         example = torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
         pairs, position, counts = torch.unique(
@@ -112,7 +112,7 @@ class Lookup:
         )
         deltas = widened(deltas).flatten(0, 1)
         gradients = deltas.new_zeros(len(pairs), deltas.shape[1]).index_add_(0, position, deltas)
-        if self.by_frequency:  # an example alone is a batch of its own
+        if self.by_frequency:  # as for a batch of this example alone
             gradients /= counts.unsqueeze(1)
         rows = pairs % table
         if self.padding_idx is not None:

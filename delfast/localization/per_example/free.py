@@ -1,9 +1,9 @@
-"""Parameters that no layer function uses: class tokens, position embeddings, temperatures, layer scales.
+"""Free parameters, which no layer function uses: class tokens, position embeddings, temperatures, layer scales.
 
-Where such a parameter meets the data, in an operation that broadcasts it over the examples (dim 0), each example gets
-a copy of its own: the same values and, in the backward pass, a gradient of its own. The copies share their memory.
-What is computed from parameters alone before that (``temperature.exp()``, ``position[:, :n]``) is remembered as a
-function, and repeated per copy by ``vmap`` when it meets the data.
+Where an operation broadcasts such a parameter over the examples (dim 0), each example gets its own copy: the same
+values and, in the backward pass, its own gradient. The copies share their memory. What is computed from parameters
+alone before that (``temperature.exp()``, ``position[:, :n]``) is stored as a function, which ``vmap`` repeats per copy
+where the result meets the data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from delfast.files import one_line
 
-MOST_COPIES = 2**26  # elements of the per-example gradients of one parameter
+MAX_COPY_ELEMENTS = 2**26  # in the per-example gradients of one parameter
 
 ELEMENTWISE = {
     *("add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "pow", "where"),
@@ -27,16 +27,16 @@ ELEMENTWISE = {
     *("iadd", "isub", "imul", "itruediv"),
 }
 EXPAND = {"expand", "expand_as", "broadcast_to"}
-# the gradient ends there
+# functions that stop the gradient
 STOPS = {torch.Tensor.detach, vars(torch._C.TensorBase)["data"].__get__, vars(torch._C.TensorBase)["grad"].__get__}
 SAME_SHAPE = {"to", "contiguous", "clone", "float", "double", "half", "bfloat16", "type", "type_as", "dropout"}
 
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor computed from parameters alone: ``compute`` gives it anew from their values, by name.
+    """A tensor computed from parameters alone. ``compute`` returns it from the parameters' values, by name.
 
-    ``row``: what every slice along dim 0 of the tensor repeats, (1, ...), if they are known to be the same.
+    ``row``: the slice (1, ...) that the tensor repeats along dim 0, if its slices are known to be equal.
     """
 
     tensor: Tensor
@@ -46,9 +46,9 @@ class Derived:
 
 
 class FreeParameters:
-    """Remembers what is computed from parameters alone, and gives each example its copy where it meets the data.
+    """The free parameters of one pass, what is computed from them alone, and their copies.
 
-    ``copies``: (name, rows) -> leaf (rows, *shape); its gradient's slices along dim 0 are the rows' own.
+    ``copies``: (name, rows) -> leaf (rows, *shape). The slices of its gradient along dim 0 belong to one row each.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], unknown: dict[str, str]) -> None:
@@ -59,13 +59,13 @@ class FreeParameters:
         self._versions = {id(p): p._version for p in parameters.values()}
 
     def names_in(self, value: Any) -> list[str]:
-        """The parameters that tensors in ``value`` are, or are computed from."""
+        """Return the parameters that the tensors in ``value`` are or are computed from."""
         names: list[str] = []
         self._find(value, names)
         return list(dict.fromkeys(names))
 
     def _find(self, value: Any, names: list[str]) -> None:
-        derived = self._derived.get(id(value))  # no generators: this runs for each operation of the network
+        derived = self._derived.get(id(value))  # no generators: this runs for every operation of the network
         if derived is not None:
             names += derived.names
         elif isinstance(value, (tuple, list)):
@@ -76,11 +76,11 @@ class FreeParameters:
                 self._find(item, names)
 
     def use(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
-        """(True, result) if this operation is understood; else (False, None), and nothing was computed."""
+        """Return (True, result) for an operation with a rule; else (False, None), and nothing is computed."""
         name = str(getattr(func, "__name__", "")).strip("_")
         own = [self._derived[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self._derived]
         others = [t for t in tensors_in((args, kwargs)) if id(t) not in self._derived]
-        # changed in place, here or before: what was remembered holds no longer
+        # after an in-place change, now or before, the stored functions no longer compute these tensors
         changed = [d for d in own if d.tensor._version != self._versions[id(d.tensor)]]
         if "out" in kwargs or changed or (_in_place(func) and id(args[0]) in self._derived):
             return False, None
@@ -123,7 +123,7 @@ class FreeParameters:
         return replace(args, swap), replace(kwargs, swap)
 
     def _aligned(self, derived: Derived, shape: torch.Size) -> Tensor | None:
-        """(rows, ...) copies that broadcast where ``derived`` did, over an operation whose result has ``shape``."""
+        """Return copies (rows, ...) that broadcast as ``derived`` does in an operation with a result of ``shape``."""
         if not shape:
             return None
         rows, ndim = shape[0], derived.tensor.ndim
@@ -151,7 +151,7 @@ class FreeParameters:
         return replace(args, swap), replace(kwargs, swap)
 
     def _matmul(self, name: str, args: Any, kwargs: Any, own: list[Derived], others: list[Tensor]) -> Tensor | None:
-        """data (rows, *, F) @ parameter (F, M)."""
+        """Compute data (rows, *, F) @ parameter (F, M) with one copy of the parameter per row."""
         if len(own) != 1 or len(others) != 1 or kwargs or len(args) != 2 or args[0] is not others[0]:
             return None
         data, weight = others[0], own[0].tensor
@@ -165,14 +165,14 @@ class FreeParameters:
         return torch.matmul(data, copies.reshape(data.shape[0], *[1] * (data.ndim - 3), *weight.shape))
 
     def _copy(self, derived: Derived, rows: int) -> Tensor | None:
-        """(rows, *shape): one copy of ``derived`` per row; None if their gradients would take too much memory."""
+        """Return one copy of ``derived`` per row, (rows, *shape); None if the gradients would need too much memory."""
         sizes = [derived.tensor.numel(), *(self.parameters[name].numel() for name in derived.names)]
-        if max(sizes) * rows > MOST_COPIES:
+        if max(sizes) * rows > MAX_COPY_ELEMENTS:
             return None
         leaves = {name: self._leaf(name, rows) for name in derived.names}
         try:
             result: Tensor = torch.func.vmap(derived.compute)(leaves)
-        except RuntimeError as error:  # an operation that vmap does not have
+        except RuntimeError as error:  # an operation that vmap does not support
             for name in derived.names:
                 self.unknown.setdefault(name, f"is used where vmap fails ({one_line(error)})")
             return None
@@ -213,15 +213,15 @@ class FreeParameters:
             self._versions[id(derived.tensor)] = derived.tensor._version
 
     def _row(self, func: Any, name: str, output: Tensor, args: Any, kwargs: Any, source: Derived) -> Derived | None:
-        """What every slice along dim 0 of ``output`` repeats, where this operation makes or keeps it so."""
-        start, again = source, func
+        """Return the slice that ``output`` repeats along dim 0, if this operation repeats it or keeps it repeated."""
+        start, repeated = source, func
         if name in SAME_SHAPE and source.row is not None:
             start = source.row
         elif output.ndim == 0 or (source.tensor.ndim == output.ndim and source.tensor.shape[0] != 1):
             return None
         elif name in EXPAND:
 
-            def again(*args: Any, **kwargs: Any) -> Any:
+            def repeated(*args: Any, **kwargs: Any) -> Any:
                 return func(*args, **kwargs)[:1]
 
         elif name == "repeat" and len(args) > 1:
@@ -232,10 +232,10 @@ class FreeParameters:
 
         def compute(values: Mapping[str, Tensor]) -> Any:
             swap = {id(source.tensor): start.compute(values)}
-            return again(*replace(args, swap), **replace(kwargs, swap))
+            return repeated(*replace(args, swap), **replace(kwargs, swap))
 
         swap = {id(source.tensor): start.tensor}
-        return Derived(again(*replace(args, swap), **replace(kwargs, swap)), source.names, compute)
+        return Derived(repeated(*replace(args, swap), **replace(kwargs, swap)), source.names, compute)
 
 
 def _part(index: int, compute: Callable[..., Any], values: Mapping[str, Tensor]) -> Any:
@@ -258,7 +258,7 @@ def _broadcast(tensors: Iterable[Tensor]) -> torch.Size:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested tuples, lists and dicts."""
+    """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -270,7 +270,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def replace(value: Any, swap: Mapping[int, Tensor]) -> Any:
-    """``value`` with the tensors whose id is in ``swap`` exchanged."""
+    """Return ``value`` with every tensor whose id is in ``swap`` replaced."""
     if isinstance(value, Tensor):
         return swap.get(id(value), value)
     if isinstance(value, (tuple, list)):

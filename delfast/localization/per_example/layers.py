@@ -1,7 +1,7 @@
-"""One small rule per layer function: which input it needs, and what inputs and deltas contribute to its parameters.
+"""The rules of layer functions: one per function, for what its inputs and output gradients contribute.
 
-A layer is known by the function that computes it (``torch.conv2d``, ``functional.layer_norm``), not by its module: so
-functional calls, subclasses and the projections inside ``MultiheadAttention`` are known too.
+A layer is identified by the function that computes it (``torch.conv2d``, ``functional.layer_norm``), not by its module.
+So functional calls, subclasses and the projections inside ``MultiheadAttention`` have a rule too.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ Call = dict[str, Any]  # the arguments of one call, by name
 
 
 @dataclass(frozen=True, order=True)
-class Order:
-    """Where a layer's output has the examples: along ``dim``, k entries of each.
+class ExampleAxis:
+    """The axis of a layer's output along which the examples lie, ``dim``, with k entries of each example.
 
-    They follow one another, x₀ x₀ x₁ x₁ (windows, frames), or ``interleaved``, x₀ x₁ x₀ x₁ (torch's own attention).
+    The entries of an example are adjacent, x₀ x₀ x₁ x₁ (windows, frames), or ``interleaved``, x₀ x₁ x₀ x₁ (torch's
+    attention).
     """
 
     dim: int = 0
     interleaved: bool = False
 
     def split(self, t: Tensor, examples: int) -> Tensor:
-        """(examples, k, the other dims); a view where the strides allow it."""
+        """Reshape to (examples, k, *the other dims): a view where the strides allow it."""
         t = t.movedim(self.dim, 0)
         each = t.shape[0] // examples
         if self.interleaved:
@@ -50,33 +51,33 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Place:
-    """``examples`` examples in an order."""
+class BatchAxis:
+    """The example axis of a batch: ``examples`` examples ``along`` an axis."""
 
-    order: Order
+    along: ExampleAxis
     examples: int
 
     def split(self, t: Tensor) -> Tensor:
-        return self.order.split(t, self.examples)
+        return self.along.split(t, self.examples)
 
     def by_channel(self, t: Tensor, trailing: int | None = None) -> Tensor:
-        """(examples, C, *positions). C is what follows ``dim``, or the last ``trailing`` dims as one."""
+        """Reshape to (examples, C, *positions). C is the dim after the axis, or the last ``trailing`` dims as one."""
         t = self.split(t)
         if trailing is not None:
             return t.flatten(-trailing).flatten(1, -2).transpose(1, 2)
         return t.squeeze(1) if t.shape[1] == 1 else t.transpose(1, 2)
 
 
-class Layer(ABC):
-    """A layer function with a ``weight``, and maybe a ``bias``. Its examples lie along one of ``leading`` dims."""
+class LayerRule(ABC):
+    """The rule of a layer function with a ``weight`` and optionally a ``bias``."""
 
     arguments: tuple[str, ...] = ("input", "weight", "bias")
     defaults: Mapping[str, Any] = MappingProxyType({"bias": None})
-    is_channelwise = False  # a convolution or a linear layer: its rows have signed channel sums
-    output_dim = 0  # of the weight, for a channelwise layer: its slices there are the rows
+    is_channelwise = False  # true for convolutions and linear layers, whose rows have signed channel sums
+    output_dim = 0  # the dim of a channelwise layer's weight whose slices are the rows
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """The arguments by name, with defaults."""
+        """Return the arguments by name, with defaults."""
         return {**self.defaults, **dict(zip(self.arguments, args, strict=False)), **kwargs}
 
     def compute(self, function: Callable[..., Tensor], call: Call) -> Tensor:
@@ -84,64 +85,64 @@ class Layer(ABC):
         return function(**{name: value for name, value in call.items() if name in self.arguments})
 
     def mismatch(self, call: Call, inputs: Tensor, output: Tensor) -> str | None:
-        """Describe what ``output`` had to be, for a registered function that computes something else; else None."""
+        """Return the expected output if a registered function computes another one; else None."""
         return None
 
     def refusal(self, call: Call) -> str | None:
-        """Why there is no per-example gradient of this call, or of anything before it; None if there is."""
+        """Return why this call and everything before it have no per-example gradients; None if they have."""
         return None
 
     @abstractmethod
     def leading(self, call: Call) -> int:
-        """Along how many of the output's first dims the examples may lie; 0 if the rule does not know this call."""
+        """Return the number of leading dims along which the output's examples may lie; 0 for a call without a rule."""
 
     @abstractmethod
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
-        """The weight's, from the input as the layer saw it; None if the rule cannot have examples there."""
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
+        """Return the weight's contribution; None if the rule does not support examples along ``axis``."""
 
-    def channel_deltas(self, call: Call, deltas: Tensor, place: Place) -> Tensor:
-        """deltas as (N, C, *positions), C the elements of the bias."""
-        return place.by_channel(deltas)
+    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
+        """Reshape ``deltas`` to (N, C, *positions), with C the elements of the bias."""
+        return axis.by_channel(deltas)
 
-    def bias(self, call: Call, deltas: Tensor, place: Place) -> Contribution:
-        sums = channel_dot(self.channel_deltas(call, deltas, place))
-        return Gradients(sums.reshape(place.examples, *call["bias"].shape))
+    def bias(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Contribution:
+        sums = channel_dot(self.channel_deltas(call, deltas, axis))
+        return Gradients(sums.reshape(axis.examples, *call["bias"].shape))
 
 
-class Linear(Layer):
-    """On (*, features): a convolution of kernel 1 over every position of an example."""
+class Linear(LayerRule):
+    """The rule of a linear layer on (*, features): a convolution of kernel size 1 over an example's positions."""
 
     is_channelwise = True
 
     def leading(self, call: Call) -> int:
         return int(call["input"].ndim) - 1
 
-    def channel_deltas(self, call: Call, deltas: Tensor, place: Place) -> Tensor:
-        return place.by_channel(deltas, trailing=1)
+    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
+        return axis.by_channel(deltas, trailing=1)
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         shape = tuple(call["weight"].shape)
         return Convolution(
-            place.by_channel(inputs, trailing=1), place.by_channel(deltas, trailing=1), (*shape, 1), shape,
+            axis.by_channel(inputs, trailing=1), axis.by_channel(deltas, trailing=1), (*shape, 1), shape,
             (1,), (0,), (1,), 1,
         )  # fmt: skip
 
 
 class TransposedLinear(Linear):
-    """A linear layer with its weight as (in, out): inputs and deltas swap their parts."""
+    """The rule of a linear layer with a weight (in, out): inputs and deltas are exchanged."""
 
     output_dim = 1
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         shape = tuple(call["weight"].shape)
         return Convolution(
-            place.by_channel(deltas, trailing=1), place.by_channel(inputs, trailing=1), (*shape, 1), shape,
+            axis.by_channel(deltas, trailing=1), axis.by_channel(inputs, trailing=1), (*shape, 1), shape,
             (1,), (0,), (1,), 1,
         )  # fmt: skip
 
 
 class Addmm(TransposedLinear):
-    """``torch.addmm(bias, input, weight)``, with input (N, in), weight (in, out) and bias (out,)."""
+    """The rule of ``torch.addmm(bias, input, weight)`` with input (N, in), weight (in, out) and bias (out,)."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         names = ("input", "mat1", "mat2")
@@ -149,20 +150,20 @@ class Addmm(TransposedLinear):
         tensors = [others.pop(name, None) for name in names]
         is_plain = len(args) <= len(names) and others.keys() <= {"beta", "alpha"} and {*others.values()} <= {1}
         if not is_plain or not all(isinstance(t, Tensor) for t in tensors):
-            tensors = [None] * len(names)  # no call that the rule knows: scaled, or (beta, input, alpha, mat1, mat2)
+            tensors = [None] * len(names)  # scaled, or the form (beta, input, alpha, mat1, mat2): no rule
         return dict(zip(("bias", "input", "weight"), tensors, strict=True))
 
     def leading(self, call: Call) -> int:
         return int(call["weight"] is not None and call["bias"].shape == call["weight"].shape[1:])
 
     def compute(self, function: Callable[..., Tensor], call: Call) -> Tensor:
-        if call["bias"] is None:  # asked for the output before the bias
+        if call["bias"] is None:  # the output before the bias
             return torch.mm(call["input"], call["weight"])
         return function(call["bias"], call["input"], call["weight"])
 
 
 class _Registered(Linear):
-    """A user's function(input, weight, bias): see ``delfast.register_layer``."""
+    """The rule of a user's function(input, weight, bias); see ``delfast.register_layer``."""
 
     def leading(self, call: Call) -> int:
         known = isinstance(call.get("input"), Tensor) and isinstance(call.get("weight"), Tensor)
@@ -175,8 +176,8 @@ class _Registered(Linear):
     def mismatch(self, call: Call, inputs: Tensor, output: Tensor) -> str | None:
         with torch.no_grad():
             expected = functional.linear(inputs, as_linear(call["weight"], self.output_dim), call["bias"])
-        # a hundredth: far above the rounding of 16 bits
-        output = output.detach().to(expected.dtype)  # autocast may have made one of them another
+        # a tolerance of 1 %: far above the rounding of 16-bit floats
+        output = output.detach().to(expected.dtype)  # autocast may convert one of the two
         if output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-2, atol=1e-2):
             return None
         return (
@@ -186,11 +187,11 @@ class _Registered(Linear):
 
 
 class _RegisteredTransposed(_Registered, TransposedLinear):
-    """The same for a weight (in, out)."""
+    """The rule of a user's function with a weight (in, out)."""
 
 
-class Conv(Layer):
-    """Convolution of ``dims`` dimensions. k > 1 images per example become one more dimension, of kernel 1."""
+class Conv(LayerRule):
+    """The rule of a convolution of ``dims`` dimensions. k > 1 images per example become one more, of kernel size 1."""
 
     arguments: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults = MappingProxyType({"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
@@ -202,21 +203,21 @@ class Conv(Layer):
     def leading(self, call: Call) -> int:
         return 1 if call["input"].ndim == self.dims + 2 else 0
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
         dilation = self._per_dim(call["dilation"])
         padding, extra = self._padding(call["padding"], dilation, call["weight"].shape[2:])
-        if any(extra):  # 'same' with an even kernel: one more at the end
+        if any(extra):  # padding 'same' with an even kernel adds one more at the end
             inputs = functional.pad(inputs, [side for more in reversed(extra) for side in (0, more)])
-        return self._convolution(call, inputs, deltas, place, padding, dilation)
+        return self._convolution(call, inputs, deltas, axis, padding, dilation)
 
     def _convolution(
-        self, call: Call, inputs: Tensor, deltas: Tensor, place: Place, padding: tuple[int, ...], dilation: Any
+        self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis, padding: tuple[int, ...], dilation: Any
     ) -> Contribution | None:
         shape, stride = tuple(call["weight"].shape), self._per_dim(call["stride"])
-        inputs, deltas, kernel = place.by_channel(inputs), place.by_channel(deltas), shape
+        inputs, deltas, kernel = axis.by_channel(inputs), axis.by_channel(deltas), shape
         if inputs.ndim > self.dims + 2:
             if self.dims == 3:
-                return None  # there is no convolution of four dimensions
+                return None  # the op has no convolution of four dimensions
             kernel = (*shape[:2], 1, *shape[2:])
             stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
         return Convolution(inputs, deltas, kernel, shape, stride, padding, dilation, call["groups"])
@@ -229,7 +230,7 @@ class Conv(Layer):
     def _padding(
         self, padding: Any, dilation: tuple[int, ...], kernel: Sequence[int]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Padding on both sides, and how much more at the end."""
+        """Return the padding of both sides, and the additional padding at the end."""
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             return tuple(t // 2 for t in total), tuple(t % 2 for t in total)
@@ -237,22 +238,22 @@ class Conv(Layer):
 
 
 class TransposedConv(Conv):
-    """The gradient of a convolution: inputs and deltas swap their parts, and rows are input channels."""
+    """The rule of a transposed convolution: inputs and deltas are exchanged, and rows are input channels."""
 
     arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     defaults = MappingProxyType({**Conv.defaults, "output_padding": 0})
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
         stride = self._per_dim(call["stride"])
         extra = [op // s for op, s in zip(self._per_dim(call["output_padding"]), stride, strict=True)]
-        if any(extra):  # the convolution of these deltas would have more outputs than there were inputs
+        if any(extra):  # the convolution of these deltas has more outputs than there are inputs
             inputs = functional.pad(inputs, [side for more in reversed(extra) for side in (0, more)])
         padding, dilation = self._per_dim(call["padding"]), self._per_dim(call["dilation"])
-        return self._convolution(call, deltas, inputs, place, padding, dilation)
+        return self._convolution(call, deltas, inputs, axis, padding, dilation)
 
 
-class Norm(Layer):
-    """Normalization per channel (dim 1): g of the weight is Σ over positions of δ times the normalized input."""
+class Norm(LayerRule):
+    """The rule of a normalization per channel (dim 1): the weight gradient is Σ over positions of δ × its output."""
 
     def __init__(self, function: Callable[..., Tensor], *arguments: str, **defaults: Any) -> None:
         self.function = function
@@ -270,22 +271,22 @@ class Norm(Layer):
     def trailing(self, call: Call) -> int | None:
         return None
 
-    def channel_deltas(self, call: Call, deltas: Tensor, place: Place) -> Tensor:
-        return place.by_channel(deltas, self.trailing(call))
+    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
+        return axis.by_channel(deltas, self.trailing(call))
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         plain = {name: widened(v) if isinstance(v, Tensor) else v for name, v in call.items()}
         plain |= {"input": widened(inputs), "weight": None, "bias": None}
         with torch.autocast(inputs.device.type, enabled=False):
             normalized = self.function(**{name: plain[name] for name in self.arguments if name in plain})
         sums = channel_dot(
-            self.channel_deltas(call, widened(deltas), place), place.by_channel(normalized, self.trailing(call))
+            self.channel_deltas(call, widened(deltas), axis), axis.by_channel(normalized, self.trailing(call))
         )
-        return Gradients(sums.reshape(place.examples, *call["weight"].shape))
+        return Gradients(sums.reshape(axis.examples, *call["weight"].shape))
 
 
 class TrailingNorm(Norm):
-    """Normalization over the last dims (LayerNorm, RMSNorm): what precedes them are positions."""
+    """The rule of a normalization over the last dims (LayerNorm, RMSNorm). The dims before them are positions."""
 
     def leading(self, call: Call) -> int:
         return int(call["input"].ndim) - self.trailing(call)
@@ -294,8 +295,8 @@ class TrailingNorm(Norm):
         return len(call["normalized_shape"])
 
 
-class Embedding(Layer):
-    """A row of the table per index."""
+class Embedding(LayerRule):
+    """The rule of an embedding, which reads a row of the table per index."""
 
     arguments = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     defaults = MappingProxyType({"bias": None, "padding_idx": None, "max_norm": None, "scale_grad_by_freq": False})
@@ -306,15 +307,15 @@ class Embedding(Layer):
     def leading(self, call: Call) -> int:
         return int(call["input"].ndim)
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, place: Place) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
         shape, padding_idx = tuple(call["weight"].shape), call["padding_idx"]
         if padding_idx is not None and padding_idx < 0:
             padding_idx += shape[0]
-        indices, deltas = place.split(inputs).flatten(1), place.split(deltas).flatten(1, -2)
+        indices, deltas = axis.split(inputs).flatten(1), axis.split(deltas).flatten(1, -2)
         return Lookup(indices, deltas, shape, padding_idx, bool(call["scale_grad_by_freq"]))
 
 
-LAYERS: dict[Any, Layer] = {
+RULES: dict[Any, LayerRule] = {
     functional.linear: Linear(),
     torch.addmm: Addmm(),
     torch.Tensor.addmm: Addmm(),
@@ -340,14 +341,14 @@ LAYERS: dict[Any, Layer] = {
 }
 
 
-def layer_functions() -> dict[Any, Layer]:
-    """LAYERS and the functions that ``delfast.register_layer`` was given."""
-    rules = (_Registered(), _RegisteredTransposed())
-    return {function: rules[dim] for function, dim in registered_functions().items()} | LAYERS
+def layer_rules() -> dict[Any, LayerRule]:
+    """Return ``RULES`` and the rules of the functions registered by ``delfast.register_layer``."""
+    registered = (_Registered(), _RegisteredTransposed())
+    return {function: registered[dim] for function, dim in registered_functions().items()} | RULES
 
 
 def refuse_batch_statistics(named_modules: Any) -> None:
-    """InputError for a BatchNorm that has no running statistics: in eval mode too it mixes the examples."""
+    """Raise InputError for a BatchNorm without running statistics, which mixes the examples in eval mode too."""
     for name, module in named_modules:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise InputError(

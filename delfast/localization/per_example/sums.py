@@ -1,4 +1,4 @@
-"""Σ over examples of |g| or g² for every parameter."""
+"""Sums over the examples of |g| or g² for every parameter."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from delfast.localization.per_example.passes import ExampleCapture, ExamplePasse
 
 
 class PerExampleGradients(ExamplePasses):
-    """``add`` batches, then ``mean()``: (1/|S|) Σ_x ε(g_x), g_x the gradient of example x alone, ε |g| or g²."""
+    """Passes that accumulate Σ_x ε(g_x), with g_x the gradient of example x alone and ε(g) = |g| or g²."""
 
     def __init__(
         self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, epilogue: Epilogue
     ) -> None:
         super().__init__(network, parameters, loss_fn)
         self.epilogue = epilogue
-        with torch.inference_mode(False):  # they are added to outside it
+        with torch.inference_mode(False):  # the sums are changed outside inference mode
             self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
 
     def capture(self, batch: Any) -> ExampleCapture:
         return _SumCapture(self, batch)
 
-    def take(self, name: str, example: int, gradient: Tensor) -> None:
+    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
         self.sums[name] += epsilon(widened(gradient), self.epilogue)
 
     def mean(self, examples: int) -> dict[str, Tensor]:
-        """Plain name -> mean, in the parameter's shape and strides; float32 (float64 for float64 parameters)."""
+        """Return plain name -> mean, in the parameter's shape and strides; float32 (float64 for float64 parameters)."""
         return {
             name: torch.empty_like(parameter, dtype=self.sums[name].dtype, requires_grad=False).copy_(
                 self.sums[name] / examples
@@ -43,7 +43,7 @@ class PerExampleGradients(ExamplePasses):
 
 
 def _zeros(parameter: Tensor) -> Tensor:
-    """Sums in the memory that the kernel adds to: dim 1 innermost, whatever the parameter's own strides."""
+    """Return zeros with dim 1 innermost in memory, as the kernel expects, for any strides of the parameter."""
     wide = torch.promote_types(parameter.dtype, torch.float32)
     moved = torch.zeros_like(
         parameter.movedim(1, -1) if parameter.ndim > 2 else parameter,
@@ -55,29 +55,32 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 class _SumCapture(ExampleCapture):
-    """Adds a contribution as soon as it arrives, so that memory does not grow; parameters with several uses wait."""
+    """A capture that adds each contribution as it is received, so that memory does not grow.
+
+    The contributions of a parameter with several uses are kept until all of them are received.
+    """
 
     def __init__(self, passes: PerExampleGradients, batch: Any) -> None:
         super().__init__(passes, batch)
         self.sums, self.epilogue = passes.sums, passes.epilogue
-        self._apart: dict[str, Tensor] = {}  # sums of a batch that may turn out not to be right
+        self._apart: dict[str, Tensor] = {}  # sums of a batch whose comparison is not finished
         self._added: set[str] = set()
         self._waiting: dict[str, list[Contribution]] = {}
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        output = function({**use.call, "input": inputs}, use.layer)
+        output = function({**use.call, "input": inputs}, use.rule)
         return self.tap(use, output, inputs if use.weight is not None else None)
 
     def arrived(self, use: Use, saved: Any, deltas: Tensor) -> None:
         for name, is_weight in ((use.weight, True), (use.bias, False)):
-            place = None if name is None else self.place(name, deltas, use.leading)
-            if name is None or place is None:
+            axis = None if name is None else self.axis(name, deltas, use.leading)
+            if name is None or axis is None:
                 continue
             contribution: Contribution | None
             if is_weight:
-                contribution = use.layer.weight(use.call, saved, deltas, place)
+                contribution = use.rule.weight(use.call, saved, deltas, axis)
             else:
-                contribution = use.layer.bias(use.call, deltas, place)
+                contribution = use.rule.bias(use.call, deltas, axis)
             if contribution is None:
                 self.unknown[name] = f"has several images of {deltas.ndim - 2} dimensions per example"
             else:
@@ -96,9 +99,9 @@ class _SumCapture(ExampleCapture):
 
     def finish(self) -> None:
         for (name, _), copies in self.free.copies.items():
-            place = None if copies.grad is None else self.place(name, copies.grad, 1)
-            if copies.grad is not None and place is not None:
-                self._receive(name, Gradients(place.split(copies.grad).sum(dim=1)))
+            axis = None if copies.grad is None else self.axis(name, copies.grad, 1)
+            if copies.grad is not None and axis is not None:
+                self._receive(name, Gradients(axis.split(copies.grad).sum(dim=1)))
         missing = self.missing
         if missing & self._added - set(self._apart):
             raise self._changed(min(missing & self._added))
@@ -106,12 +109,12 @@ class _SumCapture(ExampleCapture):
             self.sums[name] += self._apart[name]
         for name in set(self._waiting) - missing:
             uses = self._waiting[name]
-            for example in range(self.examples):  # one example's uses add up before ε
+            for example in range(self.examples):  # an example's uses are added before ε
                 gradient = sum((use.of(example) for use in uses[1:]), start=uses[0].of(example))
                 self.sums[name] += epsilon(gradient, self.epilogue)
 
     def _changed(self, name: str) -> InputError:
         return InputError(
-            f"expected '{name}' to be used alike for every batch, but this batch uses it more often or in another way "
-            "than the first; use per_example=False"
+            f"expected '{name}' to be used alike for every batch, got a batch that uses it more often or in another "
+            "way than the first; use per_example=False"
         )

@@ -1,8 +1,8 @@
-"""A record of the calls of a forward pass, by which a batch is known to be laid out as its trial was.
+"""A record of the calls of a forward pass, which decides whether a batch has its examples along the trial's axes.
 
-Where the examples lie in a tensor follows from the shapes and the calls alone, unless a call routes by data: indexes
-with tensors, sorts, scatters. If a batch makes the trial's calls (sizes may grow with N) and moves nothing along the
-examples, its examples lie where the trial's did.
+The example axis of a tensor follows from shapes and calls alone, unless a call routes by data: indexing with tensors,
+sorting, scattering. If a batch makes the trial's calls (sizes may grow with N) and moves nothing along the examples,
+its examples lie along the trial's axes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from delfast.layer_types import registered_functions
 from delfast.localization.per_example.free import tensors_in
 
-# Names are without the underscores around them: "add" is torch.add, Tensor.add_ and Tensor.__add__.
+# Function names without leading and trailing underscores: "add" is torch.add, Tensor.add_ and Tensor.__add__.
 
-# Move values to places that depend on values, or hand out memory.
+# Functions that move values to positions which depend on values, or that give access to memory.
 ROUTES = {
     *("masked_select", "masked_scatter", "nonzero", "nonzero_static", "argwhere", "unique", "unique2", "unique_dim"),
     *("unique_consecutive", "bincount", "histc", "take", "put", "index_put", "map", "map2", "apply", "combinations"),
@@ -30,9 +30,9 @@ ROUTES = {
     *("to_sparse", "sparse_mask", "coalesce", "spmm", "sspaddmm", "smm", "hsmm", "hspmm", "dsmm", "saddmm"),
     *("fliplr", "flipud", "rot90", "msort", "renorm", "frombuffer"),
 }
-# Give the memory of a tensor away, or exchange it: what follows cannot be seen.
-HANDS_OUT = {"set", "numpy", "array", "dlpack", "untyped_storage", "storage", "data_ptr"}
-# Move or combine values along a dim: the position of that argument and its default. Harmless along other dims.
+# Functions that expose or replace a tensor's memory: later changes of it cannot be recorded.
+EXPORTS_MEMORY = {"set", "numpy", "array", "dlpack", "untyped_storage", "storage", "data_ptr"}
+# Functions that move or combine values along a dim -> the position of that argument, and its default.
 ALONG = {
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce", "index_select", "index_add"), (1, None)),
     **dict.fromkeys(("index_copy", "index_fill", "index_reduce", "cumsum", "cumprod", "cummax", "cummin"), (1, None)),
@@ -41,14 +41,14 @@ ALONG = {
     **dict.fromkeys(("topk", "kthvalue", "diff"), (2, -1)),
     **dict.fromkeys(("roll", "take_along_dim"), (2, None)),
 }
-# Take a part along a dim. With the parts of a batch in another order, the trial's few examples may be where they were.
+# Functions that select a part along a dim. The trial's few examples may not show that parts are reordered.
 PARTS = {
     **dict.fromkeys(("select", "narrow"), (1, None)),
     "unbind": (1, 0),
     **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"), (2, 0)),
 }
-LOOKUPS = {"index_select", "gather", "take_along_dim"}  # of a constant: the examples lie as in the index
-# Return their argument, or the same values: which of the two depends on strides, dtype and device.
+LOOKUPS = {"index_select", "gather", "take_along_dim"}  # in a constant, the result has the index's example axis
+# Functions that return their argument or a copy, depending on strides, dtype and device.
 SAME = {
     *("to", "contiguous", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"),
     *("int", "long", "bool"),
@@ -58,12 +58,12 @@ RANDOM = {"multinomial", "bernoulli", "normal", "uniform", "exponential", "poiss
 
 
 class Trace:
-    """The calls of one forward pass. ``note`` every call; with a ``reference`` each is compared as it comes.
+    """The calls of one forward pass. ``record`` stores a call, or compares it with that of a ``reference``.
 
-    Tensors are numbered in the order of their appearance, so that an argument is known by the call that made it.
+    Tensors are numbered in the order of their appearance, which identifies an argument by the call that made it.
     examples: N. inputs: the batch's tensors. owned: id -> the network's parameters and buffers.
-    ``difference``: why the examples may lie elsewhere than in the reference; None if they do not.
-    ``is_other``: whether that is because other calls were made.
+    ``difference``: why the examples may lie along other axes than in the reference; None if they do not.
+    ``is_other``: whether the reason is that other calls were made.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Trace:
         self.reference = reference
         self.difference: str | None = None
         if reference is not None and reference.examples == examples:
-            self.difference = "has as many examples as its trial, so that no dim can be seen to grow with them"
+            self.difference = "has as many examples as its trial, so that no dim grows with their number"
         self.is_other = False
         self.calls: list[tuple[Any, list[Any], list[int]]] = []  # function, arguments, arguments that may grow with N
         self.shapes: list[torch.Size] = []  # by number
@@ -81,14 +81,14 @@ class Trace:
         self._count = 0
         self._inputs = {id(t): index for index, t in enumerate(inputs)}
         self._owned = owned
-        self._held = list(inputs)  # what is known by its id has to stay alive
+        self._held = list(inputs)  # keeps tensors alive that are identified by their id
         self._numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._constant: set[int] = set()  # numbers of tensors that do not depend on the batch's values
         self._differentiable: set[int] = set()
         self._ranges: set[int] = set()  # torch.arange(n), along some dim
 
     def matches(self, losses: int) -> bool:
-        """Return whether the forward pass, which is over, was the reference's; ``losses`` is how many it gave."""
+        """Return whether the finished forward pass equals the reference's; ``losses`` is its number of losses."""
         reference = self.reference
         if self.difference is None and (reference is None or self._count != len(reference.calls)):
             self._differ("makes fewer calls than its trial")
@@ -96,18 +96,18 @@ class Trace:
             self._differ("has another number of losses than of examples", is_other=False)
         return self.difference is None
 
-    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Record a call that was just made, or compare it."""
+    def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Record a call and its output, or compare them with the reference's."""
         if self.difference is not None:
             return
         name = str(getattr(func, "__name__", "")).strip("_")
-        if name in HANDS_OUT:
-            self._differ(f"hands out or exchanges its memory ({name})", is_other=False)
+        if name in EXPORTS_MEMORY:
+            self._differ(f"exposes or replaces a tensor's memory ({name})", is_other=False)
             return
         if name == "setitem":
             output = args[0]
         elif not isinstance(output, Tensor) and next(tensors_in(output), None) is None:
-            return  # shapes and numbers: what Python makes of them shows in later calls
+            return  # shapes and numbers: later calls have them as arguments
         arguments: list[Any] = []
         sizes: list[int] = []
         numbers: list[int] = []
@@ -125,7 +125,7 @@ class Trace:
             self.difference, self.is_other = reason, is_other
 
     def _describe(self, value: Any, arguments: list[Any], sizes: list[int], numbers: list[int]) -> None:
-        """Append what ``value`` is: integers, which may be N times something, to ``sizes``."""
+        """Append a description of ``value``: integers, which may be multiples of N, to ``sizes``."""
         if isinstance(value, Tensor):
             number = self._number(value)
             numbers.append(number)
@@ -148,7 +148,7 @@ class Trace:
         elif hasattr(value, "__array__"):
             number = value.item() if isinstance(value, numpy.generic) else value
             if hasattr(number, "__array__"):
-                self._differ("takes NumPy's arrays", is_other=False)
+                self._differ("has NumPy arrays as arguments", is_other=False)
             else:
                 self._describe(number, arguments, sizes, numbers)
         else:
@@ -164,8 +164,8 @@ class Trace:
             origin = ("input", self._inputs[id(t)])
         elif t.requires_grad:
             origin = None
-            self._differ("is computed by an operation that cannot be seen", is_other=False)
-        else:  # from elsewhere: one of floating point has to be the trial's
+            self._differ("is computed by an operation that cannot be captured", is_other=False)
+        else:  # neither the network's nor the batch's: a floating-point tensor has to be the trial's
             origin = ("other", id(t) if t.is_floating_point() else 0)
             if self.reference is None:
                 self._held.append(t)
@@ -240,12 +240,12 @@ class Trace:
         return name in ("unsqueeze", "view", "reshape") or (name == "getitem" and plain)
 
     def _written(self, number: int, t: Tensor) -> None:
-        """Data were written into a constant: what shares its memory is none any more."""
+        """Remove from the constants a tensor that data were written into, and all that may share its memory."""
         is_shared = t._is_view() or self.origins[number][0] == "owned"
         self._constant = set() if is_shared else {n for n in self._constant if self.origins[n][0] == "owned"}
 
     def _loses_examples(self, output: int, numbers: list[int]) -> bool:
-        """Return whether examples went in that have a gradient, and what came out has no dim for them."""
+        """Return whether arguments with a gradient have an example axis and the output has none."""
         if self.reference is None or self.difference is not None:
             return False
         return (
@@ -255,17 +255,17 @@ class Trace:
         )
 
     def _dims(self, number: int) -> list[int]:
-        """The dims that grew with N: the examples lie along them."""
+        """Return the dims that grow with N: the examples lie along them."""
         assert self.reference is not None
         mine, theirs = self.shapes[number], self.reference.shapes[number]
         return [dim for dim, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
 
     def _routes(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], numbers: list[int]) -> bool:
-        """Return whether a call may move examples to places that depend on values."""
+        """Return whether a call may move examples to positions that depend on values."""
         if name in ROUTES or "nested" in name or "sparse" in name or "packed" in name:
             return True
         if not _is_torchs(func):
-            return func not in registered_functions()  # the trial has checked that these are linear layers
+            return func not in registered_functions()  # the trial checks that registered functions are linear layers
         if name in ("getitem", "setitem"):
             return self._indexes(name, numbers[0], args[1])
         if name == "where":
@@ -287,7 +287,7 @@ class Trace:
         """Return whether the examples may lie along one of ``dims``; None means all dims."""
         if dims is None:
             return True
-        ndim = len(self.shapes[numbers[0]])  # an index of one dim has the examples nowhere
+        ndim = len(self.shapes[numbers[0]])  # a one-dimensional index has no example axis
         alike = [n for n in numbers if len(self.shapes[n]) == ndim > 0]
         return any(dim % ndim in self._dims(n) for n in alike for dim in dims)
 
@@ -295,13 +295,15 @@ class Trace:
         """Return whether ``t[index]`` moves examples, t the tensor ``number``."""
         parts = index if isinstance(index, tuple) else (index,)
         if name == "getitem" and number in self._constant and any(isinstance(part, Tensor) for part in parts):
-            return False  # a lookup: the examples lie as in the index
+            return False  # a lookup: the result has the index's example axis
         shape, grown = self.shapes[number], self._dims(number)
         for part, dims in _indexed(parts, len(shape)):
             if dims.isdisjoint(grown) or (isinstance(part, slice) and part == slice(None)):
                 continue
             is_own = isinstance(part, Tensor) and part.numel() == shape[min(dims)]
-            if not is_own or self._number(part) not in self._ranges:  # else t[arange(N), position]: one for each
+            if (
+                not is_own or self._number(part) not in self._ranges
+            ):  # t[arange(N), position] selects one entry per example
                 return True
         return False
 
@@ -309,7 +311,7 @@ class Trace:
 def _dims_of(
     name: str, position: int, default: int | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Sequence[int] | None:
-    """Along which dims a function of ALONG or PARTS works; None for all elements."""
+    """Return the dims along which a function of ALONG or PARTS works; None for all elements."""
     value: Any = next((kwargs[key] for key in ("dim", "dims", "axis") if key in kwargs), default)
     if len(args) > position:
         value = args[position:] if name == "flip" and isinstance(args[position], int) else args[position]
@@ -318,7 +320,7 @@ def _dims_of(
 
 
 def _indexed(parts: Sequence[Any], ndim: int) -> Iterator[tuple[Any, set[int]]]:
-    """The parts of an index, and which dims each is for."""
+    """Yield the parts of an index, each with the dims that it indexes."""
     widths = [
         0 if part is None or part is ... or isinstance(part, bool)
         else part.ndim if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
@@ -339,7 +341,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_torchs(func: Any) -> bool:
-    """Return whether this is one of torch's own functions, so that its name says what it does."""
+    """Return whether this is one of torch's own functions, so that its name identifies what it computes."""
     module = getattr(func, "__module__", None)
     if module is None:
         return not isinstance(func, types.FunctionType)

@@ -1,4 +1,4 @@
-"""The trial: where a network's layers keep the examples, found out by a backward pass for one example's loss alone."""
+"""The trial: find the example axis of every layer's output by a backward pass for one example's loss alone."""
 
 from __future__ import annotations
 
@@ -10,61 +10,64 @@ from torch import Tensor
 
 from delfast.errors import InputError
 from delfast.localization.per_example.capture import Capture, Use
-from delfast.localization.per_example.layers import Order
+from delfast.localization.per_example.layers import ExampleAxis
 from delfast.localization.per_example.trace import Trace
 
-ENOUGH = 4  # examples
+MIN_TRIAL_EXAMPLES = 4  # with fewer examples a trial is not conclusive
 
 
 class Trial(Capture):
-    """Taps every use. Where δ of one example's loss is exactly zero outside a block, that block is the example's.
+    """A capture that taps every use. If δ of one example's loss is zero outside a block, the block is that example's.
 
-    After ``run``: ``orders``: parameter -> where its outputs have the examples; missing if that could not be seen,
-    because the δ of an example was zero everywhere. ``each``: how many entries of an example lie there.
-    ``ambiguous``: whether δ was zero in so much of a layer that its examples may lie in another order as well.
-    ``unknown``: those that mix the examples too.
-    ``uses``: how many uses reach the loss. ``channelwise``: weights of convolutions and linear layers, ``output_dims``:
-    along which dimension of a weight the outputs of its last use lie.
-    ``rewritten``: parameters whose output is changed in place by what follows.
+    After ``run``:
+
+    - ``axes``: parameter -> the example axis of its outputs; missing if the δ of an example was zero everywhere.
+    - ``each``: parameter -> the numbers of entries of an example along that axis.
+    - ``ambiguous``: whether δ was zero in so much of a layer that several axes are possible.
+    - ``unknown``: parameters with a use that no rule covers, and those that mix the examples.
+    - ``uses``: how many uses reach the loss.
+    - ``channelwise``: weights of convolutions and linear layers.
+    - ``output_dims``: weight -> the dim along which the outputs of its last use lie.
+    - ``rewritten``: parameters whose output is changed in place by a later operation.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
         super().__init__(parameters, unknown, trace)
-        self.orders: dict[str, Order] = {}
+        self.axes: dict[str, ExampleAxis] = {}
         self.each: dict[str, set[int]] = {}
         self.ambiguous = False
         self.channelwise: set[str] = set()
         self.output_dims: dict[str, int] = {}
-        self.otherwise: set[str] = set()  # used by anything but a convolution or a linear layer
+        self.otherwise: set[str] = set()  # used by something other than a convolution or a linear layer
         self.rewritten: set[str] = set()
         self.examples = 0
         self._example = 0
-        self._possible: dict[str, set[Order]] = {}
+        self._possible: dict[str, set[ExampleAxis]] = {}
         self._shapes: dict[str, set[torch.Size]] = {}
         self._reached: Counter[str] = Counter()  # in one backward pass
         self._evidence: dict[str, set[int]] = {}  # examples whose δ was not zero
         self._written: list[tuple[Use, Tensor, int]] = []
-        self._arrived: list[tuple[tuple[str, ...], list[Tensor]]] = []  # names, and by dim: where δ is not zero
+        self._arrived: list[tuple[tuple[str, ...], list[Tensor]]] = []  # names, and per dim where δ is not zero
 
     def run(self, losses: Tensor) -> None:
         """Run the backward pass of one of the losses (N,).
 
-        Of the second: an order that is no order of the examples (time first, the batch reversed) seldom has an entry
-        of its own just there. Of fewer than four, one example says too little: the first and the last. The others
-        follow only if more than one order is left.
+        With four or more examples, use the second: on a wrong axis (time first, a reversed batch) its own entry is
+        seldom at that position. With fewer, one example is not enough: use the first and the last. The others follow
+        only if more than one axis remains possible.
         """
         self.examples = losses.numel()
         if not self.examples or not losses.requires_grad:
             return
-        tried = [1] if self.examples >= ENOUGH else sorted({0, self.examples - 1})
-        others = [example for example in range(self.examples) if example not in tried][:ENOUGH]
+        tried = [1] if self.examples >= MIN_TRIAL_EXAMPLES else sorted({0, self.examples - 1})
+        others = [example for example in range(self.examples) if example not in tried][:MIN_TRIAL_EXAMPLES]
         for example in (*tried, *others):
             if example in others and not any(len(possible) > 1 for possible in self._possible.values()):
                 break
             self._example, self._reached = example, Counter()
             self.backward(losses[example], retain_graph=True)
-            self._look_at_copies()
-            self._look_at_deltas()
+            self._read_copies()
+            self._read_deltas()
             self.uses |= self._reached
         for use, output, version in self._written:
             if output._version != version:
@@ -72,46 +75,48 @@ class Trial(Capture):
         self._written = []
         for name, possible in self._possible.items():
             if not possible:
-                self.unknown.setdefault(name, "mixes the examples, or has them in no order that is known")
+                self.unknown.setdefault(name, "mixes the examples, or has them along no axis that is known")
             elif self.examples > 1 and self._evidence[name].issuperset(tried):
-                order = self.orders[name] = min(possible)
-                self.each[name] = {shape[order.dim] // self.examples for shape in self._shapes[name]}
+                axis = self.axes[name] = min(possible)
+                self.each[name] = {shape[axis.dim] // self.examples for shape in self._shapes[name]}
                 self.ambiguous = self.ambiguous or len(possible) > 1
 
     def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        output = function({**use.call, "input": inputs}, use.layer)
-        mismatch = use.layer.mismatch(use.call, inputs, output)
+        output = function({**use.call, "input": inputs}, use.rule)
+        mismatch = use.rule.mismatch(use.call, inputs, output)
         if mismatch is not None:
             raise InputError(f"expected the function registered for '{use.names[0]}' to compute {mismatch}")
         output = self.tap(use, output, None)
         self._written.append((use, output.detach(), output._version))
         if use.weight is not None:
-            (self.channelwise if use.layer.is_channelwise else self.otherwise).add(use.weight)
-            self.output_dims[use.weight] = use.layer.output_dim
+            (self.channelwise if use.rule.is_channelwise else self.otherwise).add(use.weight)
+            self.output_dims[use.weight] = use.rule.output_dim
         if use.bias is not None:
             self.otherwise.add(use.bias)
         return output
 
     def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        self._note(use.names, deltas, use.leading)
+        self._record(use.names, deltas, use.leading)
 
-    def _look_at_copies(self) -> None:
+    def _read_copies(self) -> None:
         for (name, _), copies in self.free.copies.items():
             self.otherwise.add(name)
             if copies.grad is not None:
-                self._note((name,), copies.grad, 1)
+                self._record((name,), copies.grad, 1)
                 copies.grad = None
 
-    def _note(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
-        """Keep which entries along each of the first ``leading`` dims are not zero. Looked at when the pass is over:
-        a look in between would have a GPU's queue run empty."""
+    def _record(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
+        """Keep which entries along each of the first ``leading`` dims are not zero.
+
+        They are read after the pass: reading them earlier would make the host wait for the device.
+        """
         self._reached.update(names)
         for name in names:
             self._shapes.setdefault(name, set()).add(deltas.shape)
         others = [[other for other in range(deltas.ndim) if other != dim] for dim in range(leading)]
         self._arrived.append((names, [deltas.any(dim=dims) if dims else deltas != 0 for dims in others]))
 
-    def _look_at_deltas(self) -> None:
+    def _read_deltas(self) -> None:
         marks = [mark for _, by_dim in self._arrived for mark in by_dim]
         if not marks:
             return
@@ -120,10 +125,10 @@ class Trial(Capture):
         for names, by_dim in self._arrived:
             found = [next(seen) for _ in by_dim]
             possible = {
-                Order(dim, interleaved)
+                ExampleAxis(dim, interleaved)
                 for dim, mark in enumerate(found)
                 for interleaved in ((False, True) if len(mark) > self.examples else (False,))
-                if self._is_alone(mark, Order(0, interleaved))
+                if self._is_alone(mark, ExampleAxis(0, interleaved))
             }
             for name in names:
                 self._possible[name] = self._possible.get(name, possible) & possible
@@ -132,9 +137,9 @@ class Trial(Capture):
                     evidence.add(self._example)
         self._arrived = []
 
-    def _is_alone(self, mark: Tensor, order: Order) -> bool:
-        """Return whether δ, not zero where ``mark`` is, is zero outside the entries that would be the example's."""
+    def _is_alone(self, mark: Tensor, axis: ExampleAxis) -> bool:
+        """Return whether ``mark``, which is where δ is not zero, lies within the example's entries along ``axis``."""
         if len(mark) % self.examples:
             return False
-        by_example = order.split(mark, self.examples)
+        by_example = axis.split(mark, self.examples)
         return not (bool(by_example[: self._example].any()) or bool(by_example[self._example + 1 :].any()))

@@ -17,7 +17,7 @@ import delfast
 from delfast.experiments.networks import build
 from delfast.localization.critical_channels import critmem
 from delfast.localization.per_example import PerExampleGradients, passes
-from delfast.localization.per_example.layers import Order, Place
+from delfast.localization.per_example.layers import BatchAxis, ExampleAxis
 from delfast.naming import trainable_parameters
 from tests import cases
 from tests.localization.critmem_loop import loop
@@ -268,7 +268,7 @@ def test_any_two_examples_that_change_places_are_found(count: int, dtype: torch.
     swapped = torch.randperm(count, generator=generator)[:2]
     whose[swapped] = whose[swapped.flip(0)]
     mixed = int(swapped[0])
-    places = {name: Place(Order(), count) for name in ("right", "moved", "mixed")}
+    places = {name: BatchAxis(ExampleAxis(), count) for name in ("right", "moved", "mixed")}
     for weights in comparison.weights:
         w = weights.to(dtype).view(-1, 1, 1)
         added = deltas * w
@@ -286,8 +286,8 @@ def test_what_is_not_finite_is_nowhere_right() -> None:
     comparison = passes.Comparison(torch.zeros(3), [torch.float32], 0)
     deltas = torch.ones(3, 2)
     deltas[1, 0] = float("nan")
-    comparison.keep("tap", deltas, {"layer": Place(Order(), 3)})
-    comparison.compare("tap", deltas, {"layer": Place(Order(), 3)})
+    comparison.keep("tap", deltas, {"layer": BatchAxis(ExampleAxis(), 3)})
+    comparison.compare("tap", deltas, {"layer": BatchAxis(ExampleAxis(), 3)})
     assert comparison.wrong() == ["layer"]
 
 

@@ -232,7 +232,7 @@ def test_examples_need_not_lie_alone_along_the_first_dim(n: int, t: int) -> None
     model, batches = in_double(Windows(), [(torch.randn(n, t, 2, 4, 4), torch.randint(0, 5, (n,)))])
     sums = assert_parity(model, batches)
     if n > 1:
-        assert sums.layout.orders["sequence.weight"].dim == 1 and sums.layout.orders["windows.weight"].dim == 0
+        assert sums.findings.axes["sequence.weight"].dim == 1 and sums.findings.axes["windows.weight"].dim == 0
 
 
 class Attention(nn.Module):

@@ -1,0 +1,227 @@
+"""The greedy search of CritMem over one batch: every example is evaluated with its own channels set to zero."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from delfast.batches import (
+    check_targets,
+    cut,
+    detached,
+    device_of,
+    examples_in,
+    inputs_and_targets,
+    per_example_losses,
+)
+from delfast.errors import InputError
+from delfast.localization.per_example.capture import Use
+from delfast.localization.per_example.channels import ChannelCapture, ChannelPasses, channel_dim
+from delfast.localization.per_example.layers import BatchAxis
+from delfast.naming import unique_parameters
+
+log = logging.getLogger("delfast")
+
+LogitsFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+"""``logits_fn(model, batch) -> logits (N, classes), labels int64 (N,)``."""
+
+
+class Search(ChannelPasses):
+    """The search over one batch. Columns are the channels of ``parameters``, side by side."""
+
+    def __init__(
+        self, network: nn.Module, parameters: Mapping[str, Tensor], logits_fn: LogitsFn | None, include_head: bool
+    ) -> None:
+        super().__init__(network, parameters, self._losses)
+        self.logits_fn = logits_fn
+        self.include_head = include_head
+        self._searches_alone = False  # whether a batch was searched one example at a time
+
+    def search(
+        self, batch: Any, max_channels: int, preserve: float
+    ) -> tuple[list[tuple[list[tuple[str, int]], bool]], Tensor | float]:
+        """Return each example's channels and whether it flipped, and Σ over examples of the first positive scores."""
+        if self.logits_fn is None:
+            batch = inputs_and_targets(batch, device_of(self.network))
+        batch, count = detached(batch), examples_in(batch, self.loss_fn)
+        if count is None:
+            raise InputError(
+                "expected batches of tensors that all have the examples along dim 0, so that finished examples can be "
+                "removed, got other batches; pass a loader of batches with the examples along dim 0"
+            )
+        found: list[list[int]] = [[] for _ in range(count)]
+        flipped = [False] * count
+        first: Tensor | float = 0.0
+        remaining = list(range(count))
+        zeroed = others = None
+        for step in range(max_channels + 1):
+            if not remaining:
+                break
+            active = batch if len(remaining) == count else cut(batch, remaining, self.loss_fn)
+            wrong, scores = self._evaluate(active, zeroed, step < max_channels, every=bool(preserve) and zeroed is None)
+            if zeroed is None:
+                zeroed = torch.zeros_like(scores, dtype=torch.bool)
+                first = scores.masked_fill(wrong.unsqueeze(1), 0).clamp(min=0).sum(dim=0, dtype=torch.float64)
+                others = preserve / count * (scores.sum(dim=0) - scores) if preserve else None
+            if others is not None:
+                scores = (scores - others).masked_fill(zeroed, 0)
+            best, column = scores.max(dim=1)  # the first of equal scores
+            continues = ~wrong & (best > 0)
+            for example, is_wrong, is_searched, channel in zip(
+                remaining, wrong.tolist(), continues.tolist(), column.tolist(), strict=True
+            ):
+                flipped[example] = is_wrong
+                if is_searched:
+                    found[example].append(channel)
+            remaining = [
+                example for example, is_searched in zip(remaining, continues.tolist(), strict=True) if is_searched
+            ]
+            zeroed, column = zeroed[continues], column[continues]
+            zeroed[torch.arange(len(remaining), device=zeroed.device), column] = True
+            others = None if others is None else others[continues]
+        channels = [(name, row) for name, count in self.channel_counts.items() for row in range(count)]
+        return [([channels[c] for c in own], flip) for own, flip in zip(found, flipped, strict=True)], first
+
+    def mark_unknown(self, unknown: Mapping[str, str]) -> None:
+        for name in unknown:
+            if name in self.channelwise:
+                raise InputError(
+                    f"'{name}' {unknown[name]}, so its channels cannot be zeroed for one example alone; freeze it "
+                    "(requires_grad_(False)) to leave it out"
+                )
+        super().mark_unknown(unknown)
+
+    def _evaluate(self, batch: Any, zeroed: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
+        """Return which examples are wrong, bool (n,), and their scores s, (n, columns).
+
+        s is zero for wrong examples unless ``every``, and for all examples without ``backward``. ``zeroed`` is bool
+        (n, columns): the channels zeroed for each example. Examples are evaluated one at a time where a pass does not
+        have them along the axis that its trial found.
+        """
+        found = self._evaluate_together(batch, zeroed, backward, every)
+        if isinstance(found, tuple):
+            return found
+        parts = [
+            self._evaluate(cut(batch, part, self.loss_fn), None if zeroed is None else zeroed[part], backward, every)
+            for part in found
+        ]
+        return torch.cat([wrong for wrong, _ in parts]), torch.cat([scores for _, scores in parts])
+
+    def _evaluate_together(
+        self, batch: Any, zeroed: Tensor | None, backward: bool, every: bool
+    ) -> tuple[Tensor, Tensor] | list[list[int]]:
+        """Evaluate all examples in one pass; where this cannot be, return the parts to evaluate one by one."""
+        while True:
+            with self.ready(batch):
+                count = examples_in(batch, self.loss_fn) or 0
+                if self.findings.has_count(count):
+                    return [[*range(count - 1)], [count - 1]]
+                keep = {} if zeroed is None else self._keep(zeroed)
+                capture = _SearchCapture(self, batch, keep)
+                with capture:
+                    losses = per_example_losses(self.network, batch, self.loss_fn)
+                self.mark_unknown(dict.fromkeys(capture.repeats, "is computed where gradients are switched off"))
+                is_together = capture.matches_trial(losses.numel()) and not capture.elsewhere
+                head, wrong = capture.last, self._wrong
+                used = losses if every else losses[~wrong]
+                if is_together and backward and used.numel() and used.requires_grad:
+                    capture.backward(used.sum())
+                capture.finish()
+                self.mark_unknown(capture.unknown)
+            self.end_batch(capture)
+            if not is_together or capture.elsewhere:
+                if not self._searches_alone:
+                    self._searches_alone = True
+                    log.warning(
+                        "CritMem searches one example at a time, which is slow, in batches whose examples may lie "
+                        "along another axis than in the trial"
+                    )
+                return [[x] for x in range(count)]
+            if not capture.undecided:
+                return wrong, self._scores(head)
+
+    def _losses(self, model: nn.Module, batch: Any) -> Tensor:
+        pair = (model(batch[0]), batch[1]) if self.logits_fn is None else self.logits_fn(model, batch)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            raise InputError(
+                f"expected logits_fn to return (logits, labels), two tensors, got {type(pair).__name__}; return both"
+            )
+        logits, targets = pair
+        targets = check_targets(targets, logits)
+        if len(logits) != examples_in(batch, self.loss_fn):
+            raise InputError(
+                f"expected logits for {examples_in(batch, self.loss_fn)} examples, got {len(logits)}; return a row each"
+            )
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        if not bool(losses.isfinite().all()):
+            raise self._nonfinite_error()
+        self._wrong = logits.detach().argmax(dim=1) != targets
+        self._classes = logits.shape[1]
+        return losses
+
+    def _nonfinite_error(self) -> InputError:
+        """Return the error for losses that are not finite. It names the first parameter that is not finite, if any."""
+        for name, parameter in unique_parameters(self.network.named_parameters()):
+            if not bool(parameter.isfinite().all()):
+                return InputError(f"expected finite weights, got NaN or infinity in '{name}'; load or train it again")
+        return InputError("expected finite losses, got NaN or infinity; check the inputs and the network's precision")
+
+    def _keep(self, zeroed: Tensor) -> dict[str, Tensor]:
+        """Return weight name -> bool (n, C) of channels to keep, for weights with a zeroed channel of some example."""
+        sizes = list(self.channel_counts.values())
+        removed = zip(
+            self.parameters, torch.split(zeroed, sizes, dim=1), torch.split(zeroed.any(dim=0), sizes), strict=True
+        )
+        return {name: ~part for name, part, columns in removed if bool(columns.any())}
+
+    def _scores(self, head: str | None) -> Tensor:
+        rows = self.rows
+        left_out = [head] if not self.include_head and head in rows and rows[head].shape[1] == self._classes else []
+        if len(rows) == len(left_out):
+            raise InputError(
+                "expected a trainable convolution or linear layer besides the head, got none; unfreeze one, or pass "
+                "include_head=True"
+            )
+        scores = -torch.cat([0 * part if name in left_out else part for name, part in rows.items()], dim=1)
+        if not bool(scores.isfinite().all()):
+            name = next(name for name, part in self.rows.items() if not bool(part.isfinite().all()))
+            raise InputError(
+                f"expected finite scores, got NaN or infinity for '{name}'; check the loss and the network's precision"
+            )
+        return scores
+
+
+class _SearchCapture(ChannelCapture):
+    """A capture that zeroes each example's own channels. ``last`` is the last convolution or linear layer to run."""
+
+    def __init__(self, passes: Search, batch: Any, keep: Mapping[str, Tensor]) -> None:
+        super().__init__(passes, batch)
+        self.examples = examples_in(batch, passes.loss_fn) or 0
+        self.keep = keep
+        self.last: str | None = None
+
+    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        if use.weight is not None and use.rule.is_channelwise:
+            self.last = use.weight
+        return super().compute(use, function, inputs)
+
+    def kept(self, use: Use, values: Tensor) -> Tensor:
+        keep = self.keep.get(use.weight or "")
+        axis = None if keep is None else self.axis(use.weight or "", values, use.leading)
+        if keep is None or axis is None:  # an unknown axis is refused after the pass
+            return values
+        return values * _spread(keep.to(values.dtype), axis, values, channel_dim(use, values))
+
+
+def _spread(keep: Tensor, axis: BatchAxis, values: Tensor, channel_dim: int) -> Tensor:
+    """Reshape ``keep`` (n, C) so that it broadcasts over ``values``, with k entries of each example along a dim."""
+    each = values.shape[axis.along.dim] // axis.examples
+    rows = keep.repeat(each, 1) if axis.along.interleaved else keep.repeat_interleave(each, dim=0)
+    shape = [1] * values.ndim
+    shape[axis.along.dim], shape[channel_dim] = rows.shape
+    return rows.reshape(shape)

@@ -1,0 +1,149 @@
+"""score: compute the gradients that a criterion needs over a set, or the scores of a criterion without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delfast.arguments import check_count, check_loader, check_seed
+from delfast.batches import LossFn, warn_about_loader
+from delfast.errors import InputError
+from delfast.layer_types import output_dims
+from delfast.localization.criteria import (
+    BY_DEPTH,
+    WITHOUT_SET,
+    Criterion,
+    check_criterion,
+)
+from delfast.localization.critical_channels import MAX_CHANNELS, critmem
+from delfast.localization.gradient import GradientSums, MeanGradient, add_all
+from delfast.localization.per_example import PerExampleGradients
+from delfast.localization.scores import Scores
+from delfast.naming import trainable_parameters, unwrap
+from delfast.ops.layout import unit_count
+
+
+def score(
+    model: nn.Module,
+    loader: Iterable[Any] | None = None,
+    criterion: Criterion = "weighted_grad",
+    *,
+    per_example: bool = False,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    max_channels: int = MAX_CHANNELS,
+) -> Scores:
+    """Score every trainable parameter of a model.
+
+    The model runs in eval mode, without its DDP and compile wrappers, and is left as it was. Batches are summed and
+    divided once, so a short last batch has its right weight. Under DDP nothing is exchanged: pass every process the
+    whole set, and all processes compute the same G.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model.
+    loader : iterable of batches or None, default None
+        The forget set, re-iterable: batches (input, target), (index, input, target), or anything that ``loss_fn``
+        accepts. None for the criteria "weight", "random", "shallowest" and "deepest", which read no example.
+    criterion : str, default "weighted_grad"
+        The score c_j of an element, with G the mean gradient of the loss over ``loader``:
+
+        - "weighted_grad": |θ_j G_j|, the criterion of DEL [1]_.
+        - "grad": |G_j|, SalLoc, the localization of SalUn [2]_.
+        - "squared_grad": the mean of g_j(x)², with ``per_example`` only. It is the diagonal of the Fisher information
+          that SSD divides by [3]_.
+        - "weight": |θ_j|.
+        - "random": a uniform number per competing unit, keyed by (seed, parameter name, index).
+        - "shallowest", "deepest": the position of the parameter in the model, the first or the last highest. Channels
+          only.
+        - "critmem": the number of examples that need the channel; see ``critmem``. Equal counts are ordered by the mean
+          positive first-order score. Channels only, never aggregated. Everything except the channels of convolutions
+          and linear layers scores 0, and so does the head.
+    per_example : bool, default False
+        Score each example by its own gradient g(x): c_j is the mean over ``loader`` of |θ_j g_j(x)|, |g_j(x)| or
+        g_j(x)². Exact, in one backward pass per batch. ``docs/per_example.md`` lists what it requires of a model.
+    loss_fn : callable or None, default None
+        ``loss_fn(model, batch)`` returns per-example losses of shape (N,). None means cross-entropy.
+    seed : int, default 0
+        The seed of the criterion "random", in [0, 2**64).
+    max_channels : int, default 50
+        The maximum number of channels per example for the criterion "critmem".
+
+    Returns
+    -------
+    Scores
+        The parameters and their gradients. ``Scores.select`` makes masks of any budget from them.
+
+    Raises
+    ------
+    InputError
+        For an unknown criterion, a missing or empty set, labels out of range, a DTensor; with ``per_example`` also for
+        layers that mix the examples (BatchNorm without running statistics).
+
+    References
+    ----------
+    .. [1] Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",
+       TMLR 2025, arXiv 2412.02432, section 3 and table 4.
+    .. [2] Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency", ICLR 2024.
+    .. [3] Foster et al., "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening", AAAI 2024.
+
+    Examples
+    --------
+    >>> import torch, delfast
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(8, 3)
+    >>> forget = [(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))]
+    >>> scores = delfast.score(model, forget)
+    >>> scores.examples, scores.total
+    (4, 27)
+    >>> [scores.select(budget).selected for budget in (0.4, 0.8)]
+    [8, 16]
+    """
+    check_criterion(criterion, per_example, loss_fn)
+    per_example = bool(per_example)  # numpy's too
+    max_channels = check_count("max_channels", max_channels)
+    seed = check_seed(seed)
+    if loader is not None:
+        check_loader(loader, "loader")
+    parameters = trainable_parameters(unwrap(model))
+    if not parameters:
+        raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
+    dims = output_dims(unwrap(model))
+    if criterion in WITHOUT_SET:
+        units = _by_depth(parameters, dims, criterion == "deepest") if criterion in BY_DEPTH else None
+        return Scores(parameters, None, criterion, 0, seed, units=units, dims=dims)
+    if loader is None:
+        raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
+    if criterion == "critmem":
+        found = critmem(model, loader, max_channels=max_channels)
+        return Scores(parameters, None, criterion, len(found.examples), seed, units=found.unit_scores(), dims=dims)
+    warn_about_loader(loader, "forget set")
+    sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn)
+    examples = add_all(sums, unwrap(model), loader, "forget set")
+    return Scores(parameters, sums.mean(examples), criterion, examples, seed, per_example, dims=dims)
+
+
+def _by_depth(parameters: Mapping[str, Tensor], dims: Mapping[str, int], deepest: bool) -> dict[str, Tensor]:
+    """Score every unit by its parameter's position in the model, from 1 up; the end to select first has the highest."""
+    positions = range(1, len(parameters) + 1) if deepest else range(len(parameters), 0, -1)
+    return {
+        name: torch.full((unit_count(parameter.shape, dims.get(name, 0)),), float(position), dtype=torch.float32)
+        for (name, parameter), position in zip(parameters.items(), positions, strict=True)
+    }
+
+
+def gradient_sums(
+    network: nn.Module,
+    parameters: Mapping[str, Tensor],
+    criterion: Criterion,
+    per_example: bool,
+    loss_fn: LossFn | None,
+) -> GradientSums:
+    """Return the accumulator of a criterion that has a gradient."""
+    if not per_example:
+        return MeanGradient(network, parameters, loss_fn)
+    return PerExampleGradients(network, parameters, loss_fn, "square" if criterion == "squared_grad" else "abs")
