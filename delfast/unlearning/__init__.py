@@ -14,6 +14,7 @@ from delfast.unlearning.methods import (
     Scrub,
 )
 from delfast.unlearning.one_shot import Dampening, Influence
+from delfast.unlearning.options import TrainingOptions
 from delfast.unlearning.registry import METHODS, make_method
 from delfast.unlearning.stopping import EarlyStop
 
@@ -32,6 +33,7 @@ __all__ = [
     "Relabel",
     "Retrain",
     "Scrub",
+    "TrainingOptions",
     "UnlearnResult",
     "make_method",
     "train",

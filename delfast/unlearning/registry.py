@@ -35,19 +35,55 @@ METHODS: dict[str, type[Method]] = {
 }  # fmt: skip
 
 
-def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
-    """A method by name, or as it is, with hyperparameters changed. InputError for one that does not exist."""
+def find_method(method: str | Method) -> Method:
+    """Return the method of this name, or ``method`` itself. InputError for an unknown name or another type."""
     if isinstance(method, str):
         if method not in METHODS:
             raise InputError(f"expected method to be one of {', '.join(METHODS)}; got '{method}'")
-        method = METHODS[method]()
+        return METHODS[method]()
     check_type("method", method, Method, f"an unlearning method or one of {', '.join(METHODS)}")
-    known = {field.name: field for field in fields(method) if field.init}
+    return method
+
+
+def hyperparameter_names(method: Method) -> list[str]:
+    """Return the names of the method's hyperparameters, sorted."""
+    return sorted(field.name for field in fields(method) if field.init)
+
+
+def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
+    """Return a method with hyperparameters changed, all of them checked.
+
+    Parameters
+    ----------
+    method : str or Method
+        A name in ``METHODS``, which stands for the published hyperparameters, or a method.
+    changes : mapping of str to Any
+        Hyperparameters to change, by name. Python's and numpy's numbers and tensors of one element are accepted.
+
+    Returns
+    -------
+    Method
+        A new method; its hyperparameters are Python's own numbers.
+
+    Raises
+    ------
+    InputError
+        For an unknown method or hyperparameter, or a value of another type or out of range.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import make_method
+    >>> make_method("neggrad+", {"alpha": 0.95})
+    NegGradPlus(epochs=10, lr=0.01, momentum=0.9, weight_decay=0.0, schedule='cosine', alpha=0.95)
+    """
+    method = find_method(method)
+    known = hyperparameter_names(method)
     for name in changes:
         if name not in known:
-            raise InputError(f"'{method.name}' has no hyperparameter '{name}'; it has {', '.join(sorted(known))}")
+            raise InputError(f"'{method.name}' has no hyperparameter '{name}'; it has {', '.join(known)}")
     method = replace(method, **changes)
-    method = replace(method, **{name: _hyperparameter(method, field) for name, field in known.items()})
+    checked = {field.name: _hyperparameter(method, field) for field in fields(method) if field.init}
+    method = replace(method, **checked)
     method.check()
     for name, value in asdict(method).items():
         require(method, name, not isinstance(value, float) or math.isfinite(value), "finite")

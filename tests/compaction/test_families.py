@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import delfast
+from delfast import TrainingOptions
 from tests.compaction.test_compaction import row_mask
 from tests.compaction.test_reads import assert_close, compact_gradients, dense_then_masked
 
@@ -61,8 +62,9 @@ def test_gradients_and_unlearning(name):
     del exact
     before = {parameter: value.detach().clone() for parameter, value in model.named_parameters()}
     delfast.unlearn(
-        model, retain=[(x, targets)], mask=mask, method="finetune", epochs=1, lr=1.0, momentum=0.0, batchnorm="frozen"
-    )
+        model, retain=[(x, targets)], mask=mask, method="finetune", epochs=1, lr=1.0, momentum=0.0,
+        training=TrainingOptions(batchnorm="frozen"),
+    )  # fmt: skip
     moving = total = 0
     for parameter, value in model.named_parameters():
         part = mask.parameters[parameter]

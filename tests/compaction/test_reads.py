@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import delfast
-from delfast.errors import InputError
+from delfast import InputError, TrainingOptions
 from delfast.mask import Mask
 from tests.compaction.test_compaction import LAYERS, row_mask
 from tests.compaction.weight_readers import READERS, ReadLinear
@@ -102,7 +102,8 @@ def assert_unlearn_moves_every_selected_row(net, batches):
     reference, names = copy.deepcopy(net), [name for name, part in mask.parameters.items() if part.selected]
     for model, dense in ((net, []), (reference, names)):
         torch.manual_seed(1)
-        delfast.unlearn(model, retain=batches, mask=mask, method="finetune", epochs=3, lr=0.05, dense=dense)
+        training = TrainingOptions(dense=dense)
+        delfast.unlearn(model, retain=batches, mask=mask, method="finetune", epochs=3, lr=0.05, training=training)
     learns = moved_rows(before, reference, mask)
     for name, moved in moved_rows(before, net, mask).items():
         assert torch.equal(moved, learns[name]), name
@@ -389,14 +390,16 @@ def test_a_held_weight_is_reported_and_dense_trains_it():
         before = copy.deepcopy(net.state_dict())
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            delfast.unlearn(net, retain=batches, mask=mask, method="finetune", epochs=2, lr=0.1, dense=dense)
+            training = TrainingOptions(dense=dense)
+            delfast.unlearn(net, retain=batches, mask=mask, method="finetune", epochs=2, lr=0.1, training=training)
         found = [str(each.message) for each in seen if "no gradient reached" in str(each.message)]
         assert bool(found) == (not moves) and all("'qkv.weight': the selected" in text for text in found)
         assert moved_rows(before, net, mask)["qkv.weight"].all() == moves
     with pytest.raises(InputError, match=r"'qkv\.wait', which is no trainable parameter"):
-        delfast.unlearn(net, retain=batches, mask=mask, method="finetune", dense=["qkv.wait"])
+        delfast.unlearn(net, retain=batches, mask=mask, method="finetune", training=TrainingOptions(dense=["qkv.wait"]))
     with pytest.raises(InputError, match=r"expected no dense= for 'ssd', which trains nothing"):
-        delfast.unlearn(net, retain=batches, forget=batches, mask=mask, method="ssd", dense=["qkv.weight"])
+        training = TrainingOptions(dense=["qkv.weight"])
+        delfast.unlearn(net, retain=batches, forget=batches, mask=mask, method="ssd", training=training)
 
 
 def test_no_warning_where_every_row_has_had_a_gradient_or_nothing_was_trained():

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import delfast
-from delfast import InputError, Mask
+from delfast import InputError, Mask, TrainingOptions
 from delfast.files import load_archive, load_state, save_archive, save_state, write_json
 from delfast.optim import MaskedAdamW, MaskedSGD
 from delfast.unlearning import train
@@ -64,12 +64,16 @@ PYTHON: dict[str, Any] = {
 def test_numpys_numbers_and_a_str_path_resume_to_the_same_weights(method: str, tmp_path: Path) -> None:
     """Saved by one process with numpy's settings, resumed with Python's: the weights of an uninterrupted run."""
 
-    def run(settings: dict[str, Any], **options: Any) -> torch.Tensor:
+    def run(settings: dict[str, Any], progress: Any = None, **options: Any) -> torch.Tensor:
         torch.manual_seed(0)
         model = cases.SmallNet()
         needs: dict[str, Any] = {"init": cases.SmallNet} if method == "del" else {}
-        patience = {"validation": RETAIN, "patience": type(settings["seed"])(2)}
-        delfast.unlearn(model, forget=FORGET, retain=RETAIN, method=method, **needs, **settings, **patience, **options)
+        patience = type(settings["seed"])(2)
+        config = settings["config"]
+        training = TrainingOptions(validation=RETAIN, patience=patience, config=config, progress=progress)
+        settings = {name: value for name, value in settings.items() if name != "config"}
+        sets = {"forget": FORGET, "retain": RETAIN}
+        delfast.unlearn(model, **sets, method=method, training=training, **needs, **settings, **options)
         return weights(model)
 
     expected = run(PYTHON)
@@ -342,7 +346,7 @@ def test_a_config_that_is_no_json_is_refused_before_training(tmp_path: Path) -> 
     for value in (Path("x"), {1, 2}, torch.ones(2), numpy.ones(2)):
         with pytest.raises(InputError, match="plain JSON values in the config of a checkpoint"):
             delfast.unlearn(
-                model, forget=FORGET, retain=RETAIN, init=cases.SmallNet, epochs=1, config={"value": value},
-                checkpoint=tmp_path / "c.pt",
+                model, forget=FORGET, retain=RETAIN, init=cases.SmallNet, epochs=1, checkpoint=tmp_path / "c.pt",
+                training=TrainingOptions(config={"value": value}),
             )  # fmt: skip
     assert torch.equal(weights(model), before) and not list(tmp_path.iterdir())

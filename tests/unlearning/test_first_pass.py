@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.batches import per_example_losses
 from delfast.evaluation.metrics import accuracy_and_loss
 from delfast.mask import Mask
@@ -187,7 +187,7 @@ def test_what_the_first_batch_shows_changes_nothing(case: str, method: str) -> N
 def test_the_forget_set_and_the_validation_set_are_looked_at_too(method: str, which: str) -> None:
     model, changes = make_model(), {which: soft(4)}
     if which == "validation":
-        changes["patience"] = 1
+        changes = {"training": TrainingOptions(validation=soft(4), patience=1)}
     before = everything(model)
     with pytest.raises(InputError, match=r"got \(4, 3\) and torch.float32 \(4, 3\); pass loss_fn"):
         run(model, method, **changes)
@@ -309,6 +309,7 @@ def dataset(count: int) -> TensorDataset:
     return TensorDataset(*batches(count)[0])
 
 
+FROZEN = TrainingOptions(batchnorm="frozen")
 ONE = (
     r"more than one value a channel for the BatchNorm '3' to train on, got one from a batch of 1 example of the {} set"
 )
@@ -335,7 +336,7 @@ def test_a_batch_of_one_under_batchnorm_is_refused_before_anything_changes(case:
             run(model.train(mode), method, init=normed, head="5", **{name: make() for name, make in sets.items()})
     assert same(before, everything(model.train()))
     options = {"init": normed, "head": "5", **{name: make() for name, make in sets.items()}}
-    run(model, method, **options, batchnorm="frozen")  # the way out that is named
+    run(model, method, **options, training=FROZEN)  # the way out that is named
     model[3].eval()
     run(model, method, **options)  # frozen by hand
     run(normed(2), method, **{**options, "init": lambda: normed(2)})  # two pixels of one example are two values
@@ -364,13 +365,13 @@ def test_where_the_size_is_not_known_the_error_names_the_same_way_out() -> None:
         run(model, "finetune", retain=Unknowable())
     with pytest.raises(InputError, match='batchnorm="frozen"'):
         train(model, Unknowable(), torch.optim.SGD(model.parameters(), lr=0.1), epochs=1)  # type: ignore[arg-type]
-    run(model, "finetune", retain=Unknowable(), batchnorm="frozen")
+    run(model, "finetune", retain=Unknowable(), training=FROZEN)
 
 
 def test_batch_norm_without_statistics_needs_the_batch_even_where_it_is_frozen() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3))
     with pytest.raises(InputError, match="the BatchNorm '1' to train on, got one"):
-        run(model, "finetune", retain=batches(4, 1), batchnorm="frozen")
+        run(model, "finetune", retain=batches(4, 1), training=FROZEN)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.unlearning import EarlyStop, train
 from tests import cases
 
@@ -37,13 +37,13 @@ def test_frozen_batchnorm_keeps_every_buffer_to_the_bit() -> None:
     model = fresh()
     before, modes = buffers(model), [module.training for module in model.modules()]
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    run(model, batchnorm="frozen")
+    run(model, training=TrainingOptions(batchnorm="frozen"))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert [module.training for module in model.modules()] == modes
     run(model)
     assert any(not torch.equal(value, before[name]) for name, value in model.named_buffers())
     with pytest.raises(InputError, match="expected batchnorm to be one of train, frozen; got 'off'"):
-        run(model, batchnorm="off")
+        run(model, training=TrainingOptions(batchnorm="off"))  # type: ignore[arg-type]
 
 
 class Scripted(EarlyStop):
@@ -122,10 +122,11 @@ def test_unlearn_stops_early_and_keeps_to_its_mask() -> None:
     model = fresh()
     mask = delfast.localize(model, FORGET)
     before = copy.deepcopy(model.state_dict())
-    result = run(model, mask=mask, epochs=6, lr=0.5, validation=HELD_OUT, patience=1)
+    training = TrainingOptions(validation=HELD_OUT, patience=1)
+    result = run(model, mask=mask, epochs=6, lr=0.5, training=training)
     assert len(result.validation) == len(result.losses) <= 6
     dense = result.mask.to_dense()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter[~dense[name]], before[name][~dense[name]]), name
     with pytest.raises(InputError, match="validation= and patience= together"):
-        run(model, patience=2)
+        run(model, training=TrainingOptions(patience=2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import delfast
-from delfast.errors import InputError
+from delfast import InputError, TrainingOptions
 from delfast.mask import Mask
 from delfast.unlearning import METHODS, make_method, one_shot
 from delfast.unlearning.api import full_mask
@@ -316,7 +316,8 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
 
     first = copy.deepcopy(other)
     with pytest.raises(KeyboardInterrupt):
-        delfast.unlearn(first, **options, checkpoint=tmp_path / "c.pt", progress=stop_after_two)
+        training = TrainingOptions(progress=stop_after_two)
+        delfast.unlearn(first, **options, checkpoint=tmp_path / "c.pt", training=training)
     resumed = delfast.unlearn(other, **options, checkpoint=tmp_path / "c.pt", resume=True)
     assert resumed.resumed_from == 2 and resumed.losses == whole.losses
     for p, q in zip(network.parameters(), other.parameters(), strict=True):
@@ -324,6 +325,8 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
 
 
 # ---- what is refused
+
+EARLY = TrainingOptions(patience=1, validation=SETS["retain"])
 
 
 @pytest.mark.parametrize(
@@ -335,10 +338,19 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
         ({"method": "retrain", "init": {"0.weight": torch.zeros(6, 4)}}, "a whole network, got dict"),
         ({"method": "relabel", "loss_fn": lambda m, b: m(b[0]).sum(1)}, "needs logits"),
         ({"method": "ssd", "epochs": 3}, "expected epochs = 0 for 'ssd', got 3"),
-        ({"method": "ssd", "patience": 1, "validation": SETS["retain"]}, "expected no patience for 'ssd'"),
+        (
+            {"method": "ssd", "training": EARLY},
+            "expected no patience for 'ssd'",
+        ),
         ({"method": "ssd", "lr": 0.1}, "'ssd' trains nothing, got lr=0.1; leave it out"),
-        ({"patience": 1, "validation": []}, "expected a validation set of at least one example, got none"),
-        ({"method": "ssd", "precision": "fp8"}, "expected precision"),
+        (
+            {"training": TrainingOptions(patience=1, validation=[])},
+            "expected a validation set of at least one example, got none",
+        ),
+        ({"method": "ssd", "training": TrainingOptions(precision="fp8")}, "expected precision"),  # type: ignore[arg-type]
+        ({"method": "ssd", "training": TrainingOptions(dense=["0.weight"])}, "expected no dense= for 'ssd'"),
+        ({"method": "ssd", "schedule": "constant"}, "'ssd' trains nothing, got schedule=constant; leave it out"),
+        ({"training": {"precision": "bf16"}}, "expected training to be a delfast.TrainingOptions, got dict"),
         ({"method": "finetune", "epochs": 0}, "expected epochs >= 1 for 'finetune', got 0"),
         ({"method": "finetune", "lr": -1.0}, "expected lr > 0 for 'finetune', got -1.0"),
         ({"method": "gradient-ascent", "forget": []}, "a forget set of at least one batch"),

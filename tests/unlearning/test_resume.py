@@ -29,7 +29,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.experiments.datasets import Batches
 from delfast.unlearning import EarlyStop, make_method, train
 from delfast.unlearning.loaders import generators, preserved, set_epoch
@@ -165,9 +165,11 @@ def check_resumed(method: str, make: Callable[[], dict[str, Any]], stop: int, ep
     """A run that is stopped before epoch ``stop``, in a process whose generators then are elsewhere, ends the same."""
     chosen = make_method(method, {"epochs": epochs, "lr": 0.05})
 
-    def run(**options: Any) -> nn.Module:
-        model = network()
-        delfast.unlearn(model, **make(), method=chosen, init=partial(network, 5), head=None, **options)
+    def run(progress: Any = None, **options: Any) -> nn.Module:
+        model, sets = network(), make()
+        early = {name: sets.pop(name) for name in ("validation", "patience") if name in sets}
+        training = TrainingOptions(progress=progress, **early)
+        delfast.unlearn(model, **sets, method=chosen, init=partial(network, 5), training=training, **options)
         return model
 
     with TemporaryDirectory() as folder:
@@ -243,7 +245,7 @@ def test_persistent_workers_are_refused_where_a_checkpoint_is_written(tmp_path: 
     for resume in (False, True):
         for sets, name in (
             ({"retain": kept}, "retain"),
-            ({"retain": plain, "validation": kept, "patience": 1}, "validation"),
+            ({"retain": plain, "training": TrainingOptions(validation=kept, patience=1)}, "validation"),
         ):
             with pytest.raises(InputError, match=f"a {name} set without persistent_workers"):
                 delfast.unlearn(
@@ -303,14 +305,16 @@ class Wrapped:
     ],
 )
 def test_a_distributed_sampler_is_given_the_epoch(where: str, method: str, tmp_path: Path) -> None:
-    def run(**options: Any) -> tuple[list[list[int]], nn.Module]:
+    def run(progress: Any = None, **options: Any) -> tuple[list[list[int]], nn.Module]:
         torch.manual_seed(0)
         model = Recorded()
         if method == "train":
-            train(model, numbered(where), torch.optim.SGD(model.parameters(), lr=0.1), epochs=12, **options)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            train(model, numbered(where), optimizer, epochs=12, progress=progress, **options)
         else:
-            chosen = make_method(method, {"epochs": 12, "lr": 0.01})
-            delfast.unlearn(model, retain=numbered(where), forget=numbered(where), method=chosen, **options)
+            options |= {"method": make_method(method, {"epochs": 12, "lr": 0.01})}
+            training = TrainingOptions(progress=progress)
+            delfast.unlearn(model, retain=numbered(where), forget=numbered(where), training=training, **options)
         per_epoch = 20 if method == "neggrad+" else 10
         return [sorted(model.seen[i : i + per_epoch]) for i in range(0, len(model.seen), per_epoch)], model
 
