@@ -18,7 +18,7 @@ convolution_backward = torch.ops.aten.convolution_backward.default
 # oneDNN's weight gradient; channels of the tensor that is not the rows': the input, of a transposed convolution the
 # output. Measured on two cores with AMX: 512 channels on maps of 4x4, 1.1 to 1.2 times in float32 and 4 times in
 # bfloat16; 256 on 8x8, 0.6 and 1.5 times; 128 on 4x4, 2.5 times in bfloat16; 64 on 8x8, 0.75 times.
-LEAST_CHANNELS_PER_POSITION = {torch.float32: 16, torch.bfloat16: 4}
+MIN_CHANNELS_PER_POSITION = {torch.float32: 16, torch.bfloat16: 4}
 
 
 def linear_rows_gradient(x: Tensor, delta: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -68,10 +68,10 @@ def by_offsets(of_rows: Tensor, others: Tensor, kernel: torch.Size, geometry: tu
 
 
 def _is_small_map(of_rows: Tensor, others: Tensor) -> bool:
-    least = LEAST_CHANNELS_PER_POSITION.get(of_rows.dtype, math.inf)
+    minimum = MIN_CHANNELS_PER_POSITION.get(of_rows.dtype, math.inf)
     for count in of_rows.shape[2:]:
-        least = least * count
-    return of_rows.device.type == "cpu" and others.shape[1] >= least
+        minimum = minimum * count
+    return of_rows.device.type == "cpu" and others.shape[1] >= minimum
 
 
 def gather(values: Tensor, channels: Tensor | None) -> Tensor:

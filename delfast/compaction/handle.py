@@ -177,21 +177,21 @@ class Compact:
         self.undo()
 
     def __repr__(self) -> str:
-        counts = {way: len(self._names(way)) for way in ("rows", "dense", "guarded", "frozen")}
-        return f"Compact({', '.join(f'{way}: {count}' for way, count in counts.items())})"
+        counts = {mode: len(self._names(mode)) for mode in ("rows", "dense", "guarded", "frozen")}
+        return f"Compact({', '.join(f'{mode}: {count}' for mode, count in counts.items())})"
 
-    def _names(self, way: Mode) -> list[str]:
-        return [name for name, chosen in self.modes.items() if chosen == way]
+    def _names(self, mode: Mode) -> list[str]:
+        return [name for name, chosen in self.modes.items() if chosen == mode]
 
     def _mask(self) -> Mask:
         parts = {}
-        for name, way in self.modes.items():
-            if way == "rows":
+        for name, mode in self.modes.items():
+            if mode == "rows":
                 part = self._chosen[name]
                 shape = (*part.shape[: part.dim], int(part.flags.sum()), *part.shape[part.dim + 1 :])
                 name = rows_name(name)
                 parts[name] = ParameterMask(shape, "row", pack(part.flags.new_ones(shape[0])))
-            elif way != "frozen":
+            elif mode != "frozen":
                 parts[name] = self._chosen[name]
         return Mask(parts, {**self.original_mask.metadata, "compact_of": self.original_mask.digest})
 

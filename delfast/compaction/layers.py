@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.compaction.functions import RowsOfConvolution, RowsOfLinear, RowsOfView
-from delfast.compaction.gradients import LEAST_CHANNELS_PER_POSITION
+from delfast.compaction.gradients import MIN_CHANNELS_PER_POSITION
 from delfast.compaction.plan import RowPlan, plan_rows
 from delfast.errors import InputError
 from delfast.layer_types import layer_type_of
@@ -158,7 +158,7 @@ class CompactLayer(nn.Module):
 def may_have_small_maps(layer: nn.Module) -> bool:
     """Return whether there is a faster way to this layer's weight gradient, should it be given small feature maps."""
     weight = cast(Tensor, layer.weight)
-    known = weight.device.type == "cpu" and weight.dtype in LEAST_CHANNELS_PER_POSITION
+    known = weight.device.type == "cpu" and weight.dtype in MIN_CHANNELS_PER_POSITION
     return known and getattr(layer, "groups", None) == 1
 
 

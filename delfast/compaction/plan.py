@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 16  # channels that a vector holds (AVX-512, float32): libraries pad channel counts to multiples of it
-WORTH_GATHERING = 0.9  # of the blocks: with more of them, gathering saves nothing (benchmarks/test_steps.py)
+MAX_GATHERED_FRACTION = 0.9  # of the blocks: with more of them, gathering saves nothing (benchmarks/test_steps.py)
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ def plan_rows(rows: Tensor, channels: int, opposite_channels: int, groups: int) 
     group exactly the rows are gathered; within several the groups are whole, since they must be of one size.
     """
     if groups == 1:
-        if _blocks(len(rows)) > WORTH_GATHERING * _blocks(channels):
+        if _blocks(len(rows)) > MAX_GATHERED_FRACTION * _blocks(channels):
             return RowPlan(None, None, rows, 1)
         return RowPlan(rows, None, None, 1)
     size, opposite_size = channels // groups, opposite_channels // groups
     used = torch.unique(rows // size)
-    if len(used) > WORTH_GATHERING * groups:
+    if len(used) > MAX_GATHERED_FRACTION * groups:
         return RowPlan(None, None, rows, groups)
     position = torch.searchsorted(used, rows // size) * size + rows % size
     kept = None if len(rows) == len(used) * size else position

@@ -22,13 +22,13 @@ from delfast.naming import is_parallel, trainable_parameters, unique_parameters,
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
 from delfast.sole_use import used_alone
-from delfast.unlearning.first import first_pass
+from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, train
-from delfast.unlearning.methods import Job, Method, required
+from delfast.unlearning.methods import Method, UnlearningTask, required
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
 from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
-from delfast.unlearning.steps import Turn, Turns
+from delfast.unlearning.steps import Step, Steps
 from delfast.unlearning.stopping import EarlyStop
 
 OF_TRAINING = {each.name for each in fields(Method)} - {"epochs"}  # without effect on a method that trains nothing
@@ -185,19 +185,20 @@ def unlearn(
     check_options(training, chosen)
 
     network, retain = unwrap(model), () if retain is None else retain
-    turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs) if chosen.epochs else None
+    steps = Steps(chosen.step_plan, retain, forget, chosen.forget_epochs) if chosen.epochs else None
     early_stop = None
     if training.validation is not None and training.patience is not None:
         early_stop = EarlyStop(training.validation, training.patience, loss_fn)
     teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
     selected = full_mask(network) if mask is None else mask
-    job = Job(network, network, retain, () if forget is None else forget, selected, init, seed, loss_fn, teacher)
-    first = first_pass(
+    forget_set = () if forget is None else forget
+    task = UnlearningTask(network, network, retain, forget_set, selected, init, seed, loss_fn, teacher)
+    first = check_first_batches(
         chosen,
-        job,
-        {"retain": retain, "forget": job.forget} if turns is None else turns.sets,
+        task,
+        {"retain": retain, "forget": forget_set} if steps is None else steps.sets,
         validation=training.validation,
-        bf16=training.precision == "bf16" and turns is not None,
+        bf16=training.precision == "bf16" and steps is not None,
         frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
     )
@@ -208,16 +209,16 @@ def unlearn(
     widened = selected
     if chosen.trains_head:
         widened = selected.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
-    job = replace(job, model=model, mask=selected)
+    task = replace(task, model=model, mask=selected)
 
-    if turns is None:
+    if steps is None:
         list(selected.match(trainable_parameters(network)))  # raises if the mask is of another architecture
-        return UnlearnResult(chosen, widened, head, {"prepare": _prepare(chosen, job), "finetune": 0.0}, [], 0)
+        return UnlearnResult(chosen, widened, head, {"prepare": _prepare(chosen, task), "finetune": 0.0}, [], 0)
     first.refuse_sparse(network, widened)
     result, prepare_seconds = _finetune(
         chosen,
-        job,
-        turns,
+        task,
+        steps,
         widened,
         everything_may_change=mask is None and not chosen.localizes,
         training=training,
@@ -278,7 +279,7 @@ def _check_needs(
     loss_fn: object,
 ) -> None:
     """InputError where the method needs an argument that is not there, or cannot use one that is."""
-    if retain is not None or not method.epochs or method.layout != "forget":
+    if retain is not None or not method.epochs or method.step_plan != "forget":
         check_loader(retain, "retain set")
     needed = {"forget": forget, "init": init}
     if method.localizes and mask is None and forget is None:
@@ -299,17 +300,17 @@ def _settings(method: Method, mask: Mask, head: str | None, seed: int, training:
     return settings | ({"dense": sorted(training.dense)} if training.dense else {})
 
 
-def _prepare(method: Method, job: Job) -> float:
+def _prepare(method: Method, task: UnlearningTask) -> float:
     """Run the method's ``prepare``; return the seconds."""
     started = time.perf_counter()
-    method.prepare(job)
+    method.prepare(task)
     return time.perf_counter() - started
 
 
 def _finetune(
     method: Method,
-    job: Job,
-    turns: Turns,
+    task: UnlearningTask,
+    steps: Steps,
     mask: Mask,
     *,
     everything_may_change: bool,
@@ -320,29 +321,29 @@ def _finetune(
     config: dict[str, object],
 ) -> tuple[TrainResult, float]:
     """Train compact within ``mask``, after the method's ``prepare`` on the plain network; also return its seconds."""
-    model, network = job.model, job.network
+    model, network = task.model, task.network
     prepare_seconds = 0.0
     with nullcontext() if is_parallel(model) else compact(network, mask, dense=training.dense) as handle:
         trained = mask if handle is None else handle.mask
-        trained_job = job if handle is None else replace(job, mask=trained)
+        trained_task = task if handle is None else replace(task, mask=trained)
         outside = {} if everything_may_change else _outside(network, trained)
         versions: list[Versions] = []  # from the first step on, after the checkpoint or the reset
 
         def prepare() -> None:
             nonlocal prepare_seconds
             with nullcontext() if handle is None else handle.undone():
-                prepare_seconds = _prepare(method, job)
+                prepare_seconds = _prepare(method, task)
 
-        def loss(_: nn.Module, turn: Turn) -> Tensor:
+        def loss(_: nn.Module, step: Step) -> Tensor:
             if not versions:
                 versions.append(Versions(outside, network))
-            loss = method.loss(trained_job, turn).reshape(1)
+            loss = method.loss(trained_task, step).reshape(1)
             versions[0].check()
             return loss
 
         result = train(
             model,  # not the network inside: DDP's own forward is what exchanges gradients
-            turns,
+            steps,
             MaskedSGD(
                 network.named_parameters(),
                 trained,

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from delfast.errors import InputError
 from delfast.unlearning.loaders import batch_sizes
 
-WAY_OUT = 'choose another batch size or drop_last=True, or keep the running statistics: batchnorm="frozen"'
+REMEDY = 'choose another batch size or drop_last=True, or keep the running statistics: batchnorm="frozen"'
 
 
-class SmallestMaps:
+class BatchNormInputs:
     """Record, inside the context, which BatchNorms that would train on a batch get one value a channel and example.
 
     Inputs (N, C, L) are left out: L may be the length of the sequences, which may vary from batch to batch.
@@ -34,15 +34,15 @@ class SmallestMaps:
         }
         self.single: dict[tuple[str, int], None] = {}  # names and numbers of examples
 
-    def __enter__(self) -> SmallestMaps:
-        self._handles = [layer.register_forward_pre_hook(self._look(name)) for name, layer in self.layers.items()]
+    def __enter__(self) -> BatchNormInputs:
+        self._handles = [layer.register_forward_pre_hook(self._record(name)) for name, layer in self.layers.items()]
         return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _look(self, name: str) -> Any:
+    def _record(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if not (args and isinstance(args[0], Tensor) and args[0].ndim in (2, 4, 5)):
                 return
@@ -63,7 +63,7 @@ class SmallestMaps:
             if smallest == 1 and examples == first:
                 raise InputError(
                     f"expected more than one value a channel for the BatchNorm '{name}' to train on, got one from a "
-                    f"batch of 1 example of the {what} set; {WAY_OUT}"
+                    f"batch of 1 example of the {what} set; {REMEDY}"
                 )
 
 
@@ -75,7 +75,7 @@ def batchnorm_explained() -> Iterator[None]:
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):
             raise
-        raise InputError(f"a batch is too small for BatchNorm to train on ({_torchs(error)}); {WAY_OUT}") from error
+        raise InputError(f"a batch is too small for BatchNorm to train on ({_torchs(error)}); {REMEDY}") from error
 
 
 def _torchs(error: ValueError) -> str:

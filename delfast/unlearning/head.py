@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.errors import InputError
 from delfast.naming import unique_parameters, unwrap
+from delfast.unlearning.dispatch import ObservingMode
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)
 _FRESH = (torch.ops.aten.lift_fresh,)  # the tensors of ``torch.tensor(...)``, which no operation has made
@@ -65,7 +65,7 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
             module._modules[name] = child
 
 
-class HeadSearch(TorchDispatchMode):
+class HeadSearch(ObservingMode):
     """Record, inside the context, which layers' tensors ``network`` returns: its output, or the output's ``.logits``.
 
     The head is the layer whose output is the network's output, up to views, casts and copies. A layer is a module that
@@ -73,15 +73,8 @@ class HeadSearch(TorchDispatchMode):
     used again is never taken for what it held before.
     """
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """``flex_attention`` compiles itself, and fails under any other mode."""
-        return True
-
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         if isinstance(network, torch.jit.ScriptModule):
             raise InputError("expected the head's name for a ScriptModule, whose layers take no hooks; pass head='...'")
         self.network = network

@@ -13,11 +13,11 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader
 
 from delfast.batches import LossFn, examples_in
 from delfast.errors import InputError
+from delfast.unlearning.dispatch import ObservingMode
 
 MAX_ITEMS = 10_000  # a longer list, tuple or dict holds data, not transforms: it is not searched for generators
 MAX_SEARCHED = 100_000  # objects that one search for generators reads
@@ -65,7 +65,24 @@ def first_batch(loader: Any, what: str) -> Any:
         )
     for batch in loader:
         return batch
-    raise InputError(f"expected a {what} set of at least one batch, got none; check its loader")
+    raise _empty(what)
+
+
+def batch_count(loader: Any, what: str) -> int:
+    """Return the loader's length. InputError if the loader has none, or no batch."""
+    try:
+        count = len(loader)
+    except TypeError:
+        raise InputError(
+            f"expected a {what} set with a length, for the schedule; pass a DataLoader or a list of batches"
+        ) from None
+    if not count:
+        raise _empty(what)
+    return count
+
+
+def _empty(what: str) -> InputError:
+    return InputError(f"expected a {what} set of at least one batch, got none; check its loader")
 
 
 def batch_sizes(loader: Any) -> tuple[int, int] | None:
@@ -186,18 +203,11 @@ def preserved(loaders: Iterable[Any], loss_fn: LossFn | None = None) -> Iterator
         randomness.restore(moved)
 
 
-class Draws(TorchDispatchMode):
+class Draws(ObservingMode):  # type: ignore[no-untyped-call]
     """Find whether this thread draws from a generator of torch's own inside the context."""
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """``flex_attention`` compiles itself, and fails under any other mode."""
-        return True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.any = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

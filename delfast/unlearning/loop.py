@@ -22,8 +22,8 @@ from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.plain import as_json, unboxed
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
-from delfast.unlearning.loaders import Randomness, refuse_persistent_workers, set_epoch
-from delfast.unlearning.steps import Turns
+from delfast.unlearning.loaders import Randomness, batch_count, refuse_persistent_workers, set_epoch
+from delfast.unlearning.steps import Steps
 from delfast.unlearning.stopping import EarlyStop
 
 Schedule = Literal["cosine", "constant"]
@@ -102,10 +102,10 @@ def train(
     max_norm = None if max_norm is None else check_number("max_norm", max_norm)
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
-    steps = _length(loader)
+    step_count = batch_count(loader, "training")
     for group in optimizer.param_groups:  # numpy's numbers: no checkpoint could be read, and float32 ones round
         group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
-    scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
+    scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * step_count))
     parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
     parts["model"] = model  # the last to be put back: what another part refuses leaves it as it is
     record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
@@ -128,13 +128,13 @@ def train(
             if early_stop is not None and early_stop.finished:
                 break
             set_epoch(loader, epoch)
-            batches = progress(loader, f"epoch {epoch + 1}/{epochs}", steps) if progress else loader
+            batches = progress(loader, f"epoch {epoch + 1}/{epochs}", step_count) if progress else loader
             with torch.inference_mode(False), torch.enable_grad(), batchnorm_explained():
                 losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm, precision))
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
             if early_stop is not None:
-                early_stop.look(model)
+                early_stop.update(model)
             record.save(losses)
         if early_stop is not None:
             early_stop.restore(model)
@@ -173,18 +173,6 @@ def _run_epoch(
     return float(total) / max(1, examples)
 
 
-def _length(loader: Iterable[Any]) -> int:
-    try:
-        steps = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise InputError(
-            "expected a loader with a length, for the schedule; pass a DataLoader or a list of batches"
-        ) from None
-    if steps == 0:
-        raise InputError("expected a loader with at least one batch, got none; check the retain set")
-    return steps
-
-
 def _factor(schedule: Schedule, final_lr: float, steps: int) -> Callable[[int], float]:
     """Rate at a step, as a fraction of the optimizer's."""
     if schedule == "constant":
@@ -211,7 +199,7 @@ class _Checkpoint:
         self.parts = parts
         if path is None:
             return
-        loaders = loader.sets if isinstance(loader, Turns) else {"training": loader}
+        loaders = loader.sets if isinstance(loader, Steps) else {"training": loader}
         if "early_stop" in parts:
             loaders = {**loaders, "validation": parts["early_stop"].validation}
         for what, each in loaders.items():

@@ -20,11 +20,11 @@ from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.reset import Init, fresh_state, reset_
 from delfast.unlearning.loop import Schedule
-from delfast.unlearning.steps import Layout, Turn
+from delfast.unlearning.steps import Step, StepPlan
 
 
 @dataclass
-class Job:
+class UnlearningTask:
     """What a method works on: ``model``, and the ``network`` inside its wrappers. ``mask``: what may change.
 
     ``teacher``: the network as it was, in eval mode, for methods that need it.
@@ -61,7 +61,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    layout: ClassVar[Layout] = "retain"  # of an epoch's steps
+    step_plan: ClassVar[StepPlan] = "retain"  # of an epoch's steps
     needs: ClassVar[frozenset[str]] = frozenset()
     trains_head: ClassVar[bool] = False
     localizes: ClassVar[bool] = False
@@ -81,18 +81,18 @@ class Method:
 
     @property
     def forget_epochs(self) -> int | None:
-        """In how many epochs, the first, the forget set has its turn; None: in all."""
+        """In how many epochs, the first, the forget set has its step; None: in all."""
         return None
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, task: UnlearningTask) -> None:
         """Change the network before it is trained. Not called where a run is resumed."""
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
         """The loss of one step, a scalar: by default that of the retain set's batch.
 
         Also called before ``prepare``, in eval mode, for each set's first batch: an error there changes nothing.
         """
-        return job.loss(turn["retain"])
+        return task.loss(step["retain"])
 
 
 def require(method: Method, name: str, good: bool, range_: str) -> None:
@@ -126,8 +126,8 @@ class Del(Method):
     epochs: int = 30
     lr: float = 0.015
 
-    def prepare(self, job: Job) -> None:
-        reset_(job.network, job.mask, required(job.init), job.seed)
+    def prepare(self, task: UnlearningTask) -> None:
+        reset_(task.network, task.mask, required(task.init), task.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +141,8 @@ class Retrain(Method):
     epochs: int = 30
     lr: float = 0.1
 
-    def prepare(self, job: Job) -> None:
-        job.network.load_state_dict(fresh_state(required(job.init), job.seed))
+    def prepare(self, task: UnlearningTask) -> None:
+        task.network.load_state_dict(fresh_state(required(task.init), task.seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,13 @@ class GradientAscent(Method):
     """
 
     name: ClassVar[str] = "gradient-ascent"
-    layout: ClassVar[Layout] = "forget"
+    step_plan: ClassVar[StepPlan] = "forget"
     needs: ClassVar[frozenset[str]] = frozenset({"forget"})
     epochs: int = 5
     lr: float = 1e-4
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        return -job.loss(turn["forget"])
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        return -task.loss(step["forget"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ class NegGradPlus(Method):
     """
 
     name: ClassVar[str] = "neggrad+"
-    layout: ClassVar[Layout] = "pairs"
+    step_plan: ClassVar[StepPlan] = "pairs"
     needs: ClassVar[frozenset[str]] = frozenset({"forget"})
     alpha: float = 0.99
 
@@ -176,8 +176,8 @@ class NegGradPlus(Method):
         super().check()
         require(self, "alpha", 0 <= self.alpha <= 1, "in [0, 1]")
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        return self.alpha * job.loss(turn["retain"]) - (1 - self.alpha) * job.loss(turn["forget"])
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        return self.alpha * task.loss(step["retain"]) - (1 - self.alpha) * task.loss(step["forget"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,22 +188,22 @@ class Relabel(Method):
     """
 
     name: ClassVar[str] = "relabel"
-    layout: ClassVar[Layout] = "mixed"
+    step_plan: ClassVar[StepPlan] = "mixed"
     needs: ClassVar[frozenset[str]] = frozenset({"forget", "logits"})
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        if "retain" in turn:
-            return job.loss(turn["retain"])
-        _, logits, targets = job.logits(turn["forget"])
-        return functional.cross_entropy(logits, self.labels(job, turn, targets, logits.shape[1]))
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        if "retain" in step:
+            return task.loss(step["retain"])
+        _, logits, targets = task.logits(step["forget"])
+        return functional.cross_entropy(logits, self.labels(task, step, targets, logits.shape[1]))
 
-    def labels(self, job: Job, turn: Turn, targets: Tensor, classes: int) -> Tensor:
+    def labels(self, task: UnlearningTask, step: Step, targets: Tensor, classes: int) -> Tensor:
         """(N,): any class but the target, a function of the seed, the epoch and the step."""
         if classes < 2:
             raise InputError(
                 f"'{self.name}' needs at least 2 classes to draw wrong labels from, the model has {classes}"
             )
-        mixed = (job.seed * 1_000_003 + turn["epoch"]) * 1_000_003 + turn["step"]
+        mixed = (task.seed * 1_000_003 + step["epoch"]) * 1_000_003 + step["step"]
         generator = torch.Generator().manual_seed(mixed % 2**63)
         return (targets + torch.randint(1, classes, targets.shape, generator=generator).to(targets.device)) % classes
 
@@ -222,11 +222,11 @@ class L1Sparse(Method):
         super().check()
         require(self, "gamma", 0 <= self.gamma < float("inf"), ">= 0")
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        gamma = self.gamma * (1 - turn["epoch"] / self.epochs)
-        masked = job.mask.match(trainable_parameters(job.network))
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        gamma = self.gamma * (1 - step["epoch"] / self.epochs)
+        masked = task.mask.match(trainable_parameters(task.network))
         norm = torch.stack([parameter.abs().sum() for _, parameter, _ in masked]).sum()
-        loss: Tensor = job.loss(turn["retain"]) + gamma * norm
+        loss: Tensor = task.loss(step["retain"]) + gamma * norm
         return loss
 
 
@@ -242,7 +242,7 @@ class Scrub(Method):
     """
 
     name: ClassVar[str] = "scrub"
-    layout: ClassVar[Layout] = "forget first"
+    step_plan: ClassVar[StepPlan] = "forget first"
     needs: ClassVar[frozenset[str]] = frozenset({"forget", "teacher", "logits"})
     lr: float = 5e-4
     schedule: Schedule = "constant"
@@ -262,17 +262,17 @@ class Scrub(Method):
     def forget_epochs(self) -> int:
         return self.max_epochs
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        logits, targets, divergence = self._divergence(job, turn["forget" if "forget" in turn else "retain"])
-        if "forget" in turn:
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        logits, targets, divergence = self._divergence(task, step["forget" if "forget" in step else "retain"])
+        if "forget" in step:
             return -divergence
         loss: Tensor = self.alpha * divergence + self.gamma * functional.cross_entropy(logits, targets)
         return loss
 
-    def _divergence(self, job: Job, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, logits, targets = job.logits(batch)
+    def _divergence(self, task: UnlearningTask, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, logits, targets = task.logits(batch)
         with torch.no_grad():
-            taught = functional.log_softmax(required(job.teacher)(inputs) / self.temperature, dim=1)
+            taught = functional.log_softmax(required(task.teacher)(inputs) / self.temperature, dim=1)
         learnt = functional.log_softmax(logits / self.temperature, dim=1)
         divergence = functional.kl_div(learnt, taught, reduction="batchmean", log_target=True)
         return logits, targets, divergence * self.temperature**2

@@ -14,14 +14,14 @@ from delfast.errors import InputError
 from delfast.localization.gradient import MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
 from delfast.naming import trainable_parameters
-from delfast.unlearning.methods import Job, Method, require
-from delfast.unlearning.steps import Turn
+from delfast.unlearning.methods import Method, UnlearningTask, require
+from delfast.unlearning.steps import Step
 
-MOST_BYTES = 8 * 2**30  # of per-example gradients that influence holds at once
+MAX_BYTES = 8 * 2**30  # of per-example gradients that influence holds at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stroke(Method):
+class OneShotMethod(Method):
     """A method without epochs: ``prepare`` is all of it."""
 
     epochs: int = 0
@@ -29,13 +29,13 @@ class Stroke(Method):
     def check(self) -> None:
         require(self, "epochs", self.epochs == 0, "= 0")
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
         """The loss of a batch of either set, which is tried before anything changes."""
-        return job.loss(turn["retain"] if "retain" in turn else turn["forget"])
+        return task.loss(step["retain"] if "retain" in step else step["forget"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dampening(Stroke):
+class Dampening(OneShotMethod):
     """SSD, selective synaptic dampening (Foster et al., AAAI 2024, equations 4 to 6). With I the mean over examples of
     g_j(x)², on the forget set S and on all training data D: where I_S > alpha I_D, θ_j is multiplied by
     min(dampening I_D / I_S, 1). Defaults: alpha 10, dampening 1 (their lambda), as there for ResNet-18.
@@ -56,13 +56,13 @@ class Dampening(Stroke):
         require(self, "alpha", self.alpha > 0, "> 0")
         require(self, "dampening", self.dampening > 0, "> 0")
 
-    def prepare(self, job: Job) -> None:
-        parameters = {name: parameter for name, parameter, _ in _masked(job)}
+    def prepare(self, task: UnlearningTask) -> None:
+        parameters = {name: parameter for name, parameter, _ in _masked(task)}
         sums, counts = {}, {}
-        for what, loader in (("forget set", job.forget), ("retain set", job.retain)):
+        for what, loader in (("forget set", task.forget), ("retain set", task.retain)):
             warn_about_loader(loader, what)
-            squares = PerExampleGradients(job.network, parameters, job.loss_fn, "square")
-            counts[what] = add_all(squares, job.network, loader, what)
+            squares = PerExampleGradients(task.network, parameters, task.loss_fn, "square")
+            counts[what] = add_all(squares, task.network, loader, what)
             sums[what] = squares.mean(1)
         forgotten, everything = counts["forget set"], sum(counts.values())
         if self.alpha * forgotten >= everything:
@@ -70,7 +70,7 @@ class Dampening(Stroke):
                 f"expected alpha below {everything / forgotten:g} for '{self.name}', where {forgotten} of {everything} "
                 f"examples are to be forgotten, got {self.alpha:g}, with which nothing can be dampened; lower alpha"
             )
-        for name, parameter, chosen in _masked(job):
+        for name, parameter, chosen in _masked(task):
             of_forget = sums["forget set"][name] / forgotten
             of_all = (sums["forget set"][name] + sums["retain set"][name]) / everything
             dampened = chosen & (of_forget > self.alpha * of_all)
@@ -80,7 +80,7 @@ class Dampening(Stroke):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Influence(Stroke):
+class Influence(OneShotMethod):
     """The influence of leaving S out, as one Newton step (Koh & Liang, ICML 2017; for unlearning Jia et al., NeurIPS
     2023, equation 3): θ + alpha F⁻¹ v, v = ∇L(1/N - w), where L(w) = Σ w_i ℓ_i over all N examples and w is 1/|R| on R
     and 0 on S: v = |S|/N (mean of ∇ℓ over S - mean of ∇ℓ over R). F is the WoodFisher estimate (Singh & Alistarh,
@@ -104,8 +104,8 @@ class Influence(Stroke):
         require(self, "damping", self.damping > 0, "> 0")
         require(self, "samples", self.samples >= 1, ">= 1")
 
-    def prepare(self, job: Job) -> None:
-        masked = list(_masked(job))
+    def prepare(self, task: UnlearningTask) -> None:
+        masked = list(_masked(task))
         parameters = {name: parameter for name, parameter, _ in masked}
         chosen = torch.cat([flags.flatten() for _, _, flags in masked])
         size = int(chosen.sum())
@@ -114,32 +114,32 @@ class Influence(Stroke):
             return torch.cat([gradient.flatten() for gradient in gradients])[chosen]
 
         means, counts = [], []
-        for loader, what in ((job.forget, "forget set"), (job.retain, "retain set")):
+        for loader, what in ((task.forget, "forget set"), (task.retain, "retain set")):
             warn_about_loader(loader, what)
-            sums = MeanGradient(job.network, parameters, job.loss_fn)
-            counts.append(add_all(sums, job.network, loader, what))
+            sums = MeanGradient(task.network, parameters, task.loss_fn)
+            counts.append(add_all(sums, task.network, loader, what))
             means.append(flat(sums.mean(counts[-1]).values()))
         v = counts[0] / sum(counts) * (means[0] - means[1])
-        samples, most = min(self.samples, counts[1]), MOST_BYTES // (size * v.element_size())
-        if samples > most:
+        samples, max_samples = min(self.samples, counts[1]), MAX_BYTES // (size * v.element_size())
+        if samples > max_samples:
             raise InputError(
                 f"'{self.name}' would hold {samples} gradients of {size} parameters, more than "
-                f"{MOST_BYTES / 2**30:g} GiB; set samples to {most} at most, or lower the mask's budget"
+                f"{MAX_BYTES / 2**30:g} GiB; set samples to {max_samples} at most, or lower the mask's budget"
             )
         gradients = v.new_empty(samples, size)
-        taken = 0
-        with evaluating(job.network, gradients=True):
-            for batch in job.retain:
-                for loss in self._losses(job, batch, len(gradients) - taken):
+        used = 0
+        with evaluating(task.network, gradients=True):
+            for batch in task.retain:
+                for loss in self._losses(task, batch, len(gradients) - used):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                     present = zip(found, parameters.values(), strict=True)
-                    gradients[taken] = flat(torch.zeros_like(p) if g is None else g for g, p in present)
-                    taken += 1
-                if taken == len(gradients):
+                    gradients[used] = flat(torch.zeros_like(p) if g is None else g for g, p in present)
+                    used += 1
+                if used == len(gradients):
                     break
-        if taken < len(gradients):
+        if used < len(gradients):
             raise InputError(
-                f"expected the retain set's loader to give its {counts[1]} examples a second time, got {taken}; pass "
+                f"expected the retain set's loader to give its {counts[1]} examples a second time, got {used}; pass "
                 "one that can be iterated over again"
             )
         moved = self.alpha * self.inverse_product(gradients, v)
@@ -160,16 +160,16 @@ class Influence(Stroke):
         result: Tensor = (v - gradients.T @ solved.to(gradients.dtype)) / self.damping
         return result
 
-    def _losses(self, job: Job, batch: Any, most: int) -> Iterator[Tensor]:
+    def _losses(self, task: UnlearningTask, batch: Any, limit: int) -> Iterator[Tensor]:
         """The losses of the batch's examples, one by one, ``most`` of them."""
-        count = examples_in(batch, job.loss_fn)
+        count = examples_in(batch, task.loss_fn)
         if count is None:
             raise InputError(f"'{self.name}' expects batches of tensors with the examples along dim 0, to take one out")
-        for example in range(min(count, most)):
-            yield per_example_losses(job.network, cut(batch, [example], job.loss_fn), job.loss_fn).sum()
+        for example in range(min(count, limit)):
+            yield per_example_losses(task.network, cut(batch, [example], task.loss_fn), task.loss_fn).sum()
 
 
-def _masked(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _masked(task: UnlearningTask) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Plain name, parameter, and which of its entries may change, of those with any."""
-    for name, parameter, part in job.mask.match(trainable_parameters(job.network)):
+    for name, parameter, part in task.mask.match(trainable_parameters(task.network)):
         yield name, parameter, part.dense().to(parameter.device)

@@ -18,10 +18,10 @@ from delfast.unlearning.loaders import preserved
 EMPTY = "expected a validation set of at least one example, got none; hold more out"
 
 
-def _batch_count(loader: Any) -> int:
-    """The loader's length; where it has none, whether it yields anything."""
+def _yields_a_batch(loader: Any) -> bool:
+    """Return whether the loader has a batch: by its length, or else by iterating, with generators restored."""
     try:
-        return len(loader)
+        return len(loader) > 0
     except TypeError:
         with preserved([loader]):
             return any(True for _ in loader)
@@ -36,7 +36,7 @@ class EarlyStop:
         patience = check_int("patience", patience)
         if patience < 1:
             raise InputError(f"expected patience of at least 1 epoch, got {patience}; leave it out for no early stop")
-        if not _batch_count(validation):
+        if not _yields_a_batch(validation):
             raise InputError(EMPTY)
         self.validation, self.patience, self.loss_fn = validation, patience, loss_fn
         self.losses: list[float] = []
@@ -55,7 +55,7 @@ class EarlyStop:
     def finished(self) -> bool:
         return bool(self.losses) and len(self.losses) - 1 - self.best_epoch >= self.patience
 
-    def look(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module) -> None:
         """Measure the model after an epoch, and keep its state if it is the best so far."""
         self.losses.append(self._loss(model))
         if self.best_epoch == len(self.losses) - 1:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delfast
 from delfast.compaction import gradients, guard
-from delfast.compaction.gradients import LEAST_CHANNELS_PER_POSITION, by_offsets
+from delfast.compaction.gradients import MIN_CHANNELS_PER_POSITION, by_offsets
 from delfast.compaction.layers import COMPACT, CompactLayer
 from delfast.errors import InputError
 from delfast.mask import Mask
@@ -84,11 +84,11 @@ def gradients_of(handle):
     return {name: parameter.grad for name, parameter in handle.named_parameters()}
 
 
-@pytest.mark.parametrize("least", [float("inf"), 0], ids=["at once", "by offsets"])
+@pytest.mark.parametrize("minimum", [float("inf"), 0], ids=["at once", "by offsets"])
 @pytest.mark.parametrize("fraction", ROWS_OF)
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch):
-    monkeypatch.setitem(LEAST_CHANNELS_PER_POSITION, torch.float64, least)
+def test_gradients_are_the_dense_ones_masked(name, fraction, minimum, monkeypatch):
+    monkeypatch.setitem(MIN_CHANNELS_PER_POSITION, torch.float64, minimum)
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = make().double()
@@ -113,12 +113,12 @@ def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch)
         layer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", LEAST_CHANNELS_PER_POSITION)
+@pytest.mark.parametrize("dtype", MIN_CHANNELS_PER_POSITION)
 def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
-    """And others do not, nor layers with groups; which is faster says benchmarks/test_steps.py."""
+    """And others do not, nor layers with groups; benchmarks/test_steps.py measures which is faster."""
     calls = []
     monkeypatch.setattr(gradients, "by_offsets", lambda *given: calls.append(given) or by_offsets(*given))
-    channels = 9 * LEAST_CHANNELS_PER_POSITION[dtype]
+    channels = 9 * MIN_CHANNELS_PER_POSITION[dtype]
     for side, small in ((3, True), (4, False)):
         for groups in (1, 2):
             torch.manual_seed(0)
@@ -141,7 +141,7 @@ def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_products_for_each_offset_compile(dynamic, monkeypatch):
     """Of some rows, and of all."""
-    monkeypatch.setitem(LEAST_CHANNELS_PER_POSITION, torch.float32, 0)
+    monkeypatch.setitem(MIN_CHANNELS_PER_POSITION, torch.float32, 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1))
     mask = Mask.from_dense(
@@ -248,7 +248,7 @@ def test_compile_in_float32_is_within_the_error_budget(net, data):
 
 @pytest.mark.parametrize("kind", ["foreach", "fused"])
 def test_a_compiled_model_goes_on_learning(net, data, kind):
-    """A fused kernel changes a parameter without telling autograd, a compiled forward pass tells it of the weight."""
+    """A fused kernel changes a parameter without a new version; a compiled forward pass gives the weight one."""
     states = []
     for compiled in (False, True):
         model = copy.deepcopy(net).double()

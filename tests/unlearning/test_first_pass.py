@@ -184,7 +184,7 @@ def test_what_the_first_batch_shows_changes_nothing(case: str, method: str) -> N
         *((method, "validation") for method in ("finetune", "gradient-ascent", "scrub")),
     ],
 )
-def test_the_forget_set_and_the_validation_set_are_looked_at_too(method: str, which: str) -> None:
+def test_the_forget_set_and_the_validation_set_are_checked_too(method: str, which: str) -> None:
     model, changes = make_model(), {which: soft(4)}
     if which == "validation":
         changes = {"training": TrainingOptions(validation=soft(4), patience=1)}
@@ -194,11 +194,11 @@ def test_the_forget_set_and_the_validation_set_are_looked_at_too(method: str, wh
     assert same(before, everything(model))
 
 
-def test_a_forget_set_that_is_not_used_is_not_looked_at() -> None:
+def test_a_forget_set_that_is_not_used_is_not_checked() -> None:
     run(make_model(), "finetune", forget=soft(4))
 
 
-def test_one_stroke_methods_refuse_an_iterator_whose_first_batch_would_be_lost() -> None:
+def test_one_shot_methods_refuse_an_iterator_whose_first_batch_would_be_lost() -> None:
     with pytest.raises(InputError, match="a forget set that can be iterated over again, got generator"):
         run(make_model(), "ssd", forget=(batch for batch in batches(4)))
 
@@ -225,7 +225,7 @@ def test_compact_refuses_a_sparse_embedding_before_it_changes_the_model() -> Non
 
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind().epochs])
 @pytest.mark.parametrize("own", [True, False])
-def test_the_look_moves_no_generator(method: str, own: bool) -> None:
+def test_the_first_pass_moves_no_generator(method: str, own: bool) -> None:
     """Training starts with the batch that an untouched loader gives first."""
     inputs, targets = batches(12)[0]
     seen: list[list[int]] = []
@@ -244,7 +244,7 @@ def test_the_look_moves_no_generator(method: str, own: bool) -> None:
         return DataLoader(TensorDataset(inputs, targets), 5, shuffle=True, generator=generator)
 
     expected = [[int((inputs == row).all(1).nonzero()) for row in x] for x, _ in loader()]
-    which = "forget" if METHODS[method].layout == "forget" else "retain"
+    which = "forget" if METHODS[method].step_plan == "forget" else "retain"
     other = [(inputs[:1].expand(2, 4), targets[:2])]
     state = random.getstate()
     model = Seen(*make_model())
@@ -253,7 +253,7 @@ def test_the_look_moves_no_generator(method: str, own: bool) -> None:
     assert random.getstate() == state
 
 
-def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
+def test_the_first_pass_leaves_the_generators_of_other_threads_alone() -> None:
     """Lists of batches draw nothing: what moves torch's generator meanwhile is another thread, as here the hook."""
     torch.manual_seed(5)
     numbers = [torch.rand(1) for _ in range(2)]
@@ -270,7 +270,7 @@ def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
     torch.manual_seed(5)
     handle = model.register_forward_hook(in_another_thread)
     run(model, "finetune", retain=batches(4))
-    assert drawn == numbers  # one in the look, one in training
+    assert drawn == numbers  # one in the first pass, one in training
     torch.manual_seed(5)
     run(model, "relabel", retain=batches(4), forget=batches(4))  # which draws labels from a generator of its own
     handle.remove()
@@ -282,7 +282,7 @@ def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
     assert drawn[-2:] == [numbers[0], numbers[0]]  # this thread's own draw is put back
 
 
-def test_a_refused_look_moves_no_generator() -> None:
+def test_a_refused_first_pass_moves_no_generator() -> None:
     inputs, targets = batches(12)[0]
     own = torch.Generator().manual_seed(3)
     state, model = own.get_state(), make_model()

@@ -368,11 +368,11 @@ def test_every_generator_is_found_once_and_in_the_order_of_construction() -> Non
 
 
 @pytest.mark.parametrize("augmentation", TRANSFORMS)
-def test_a_look_moves_no_generator(augmentation: str) -> None:
-    def draws(look: bool) -> list[Tensor]:
+def test_reading_first_batches_moves_no_generator(augmentation: str) -> None:
+    def draws(read_first: bool) -> list[Tensor]:
         seed_everything(0)
         loaders = [loader("shuffle", augmentation, "subset", 0), loader("batch sampler", augmentation, "", 0)]
-        if look:
+        if read_first:
             with preserved(loaders):
                 for each in loaders:
                     next(iter(each))
@@ -410,7 +410,7 @@ def test_a_loader_with_an_attribute_sets_is_served(tmp_path: Path) -> None:
     assert (tmp_path / "c").exists()
 
 
-def test_the_look_at_batches_of_ours_leaves_the_processs_generators_alone() -> None:
+def test_reading_a_batch_of_ours_leaves_the_processs_generators_alone() -> None:
     images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
     ours = Batches(images, torch.arange(4), torch.zeros(1), torch.ones(1), batch_size=2, shuffle=True)
     for loaders, moves in (([ours, [1, 2]], True), ([DataLoader([1, 2])], False)):  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ def test_train_refuses_bad_arguments_and_stops_at_nan() -> None:
     for loader, settings, message in (
         (RETAIN, {"epochs": 0}, "epochs >= 1, got 0"),
         ([], {"epochs": 1}, "at least one batch"),
-        (iter(RETAIN), {"epochs": 1}, "a loader with a length"),
+        (iter(RETAIN), {"epochs": 1}, "a training set with a length"),
         (RETAIN, {"epochs": 1, "schedule": "step"}, "schedule 'cosine' or 'constant', got 'step'"),
     ):
         with pytest.raises(InputError, match=message):
