@@ -1,4 +1,4 @@
-"""Unlearning: a method, within a mask, on the forget and retain sets."""
+"""Unlearning: methods that run within a mask, on the forget and retain sets."""
 
 from delfast.unlearning.api import UnlearnResult, unlearn
 from delfast.unlearning.loop import Diverged, train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -184,31 +184,28 @@ def unlearn(
     _check_needs(chosen, retain, forget, mask, init, loss_fn)
     check_options(training, chosen)
 
-    network, retain = unwrap(model), () if retain is None else retain
-    steps = Steps(chosen.step_plan, retain, forget, chosen.forget_epochs) if chosen.epochs else None
-    early_stop = None
-    if training.validation is not None and training.patience is not None:
-        early_stop = EarlyStop(training.validation, training.patience, loss_fn)
+    network = unwrap(model)
+    everything_may_change = mask is None and not chosen.localizes
+    sets = {"retain": () if retain is None else retain, "forget": () if forget is None else forget}
+    steps = Steps(chosen.step_plan, **sets, forget_epochs=chosen.forget_epochs) if chosen.epochs else None
+    early_stop = _early_stop(training, loss_fn)
     teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
-    selected = full_mask(network) if mask is None else mask
-    forget_set = () if forget is None else forget
-    task = UnlearningTask(network, network, retain, forget_set, selected, init, seed, loss_fn, teacher)
+    widest = full_mask(network) if mask is None else mask
+    task = UnlearningTask(network, network, **sets, mask=widest, init=init, seed=seed, loss_fn=loss_fn, teacher=teacher)
+
     first = check_first_batches(
         chosen,
         task,
-        {"retain": retain, "forget": forget_set} if steps is None else steps.sets,
+        sets if steps is None else steps.sets,
         validation=training.validation,
         bf16=training.precision == "bf16" and steps is not None,
         frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
     )
     head = (first.head if head is None else head) if chosen.trains_head else None
-    heads = {} if head is None else head_parameters(network, head)
-    if mask is None and chosen.localizes:
-        selected = localize(network, required(forget), loss_fn=loss_fn)
-    widened = selected
-    if chosen.trains_head:
-        widened = selected.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
+    heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
+    selected = localize(network, required(forget), loss_fn=loss_fn) if mask is None and chosen.localizes else widest
+    widened = _widened(selected, heads) if chosen.trains_head else selected
     task = replace(task, model=model, mask=selected)
 
     if steps is None:
@@ -220,7 +217,7 @@ def unlearn(
         task,
         steps,
         widened,
-        everything_may_change=mask is None and not chosen.localizes,
+        everything_may_change=everything_may_change,
         training=training,
         early_stop=early_stop,
         checkpoint=checkpoint,
@@ -240,7 +237,7 @@ def _check_types(
     checkpoint: object,
     resume: object,
 ) -> None:
-    """InputError for arguments of ``unlearn`` of another type."""
+    """Raise InputError for arguments of ``unlearn`` of another type."""
     for what, loader in (("retain set", retain), ("forget set", forget)):
         if loader is not None:
             check_loader(loader, what)
@@ -278,7 +275,7 @@ def _check_needs(
     init: object,
     loss_fn: object,
 ) -> None:
-    """InputError where the method needs an argument that is not there, or cannot use one that is."""
+    """Raise InputError for a missing argument that the method needs, and for one that it cannot use."""
     if retain is not None or not method.epochs or method.step_plan != "forget":
         check_loader(retain, "retain set")
     needed = {"forget": forget, "init": init}
@@ -291,6 +288,18 @@ def _check_needs(
         raise InputError(f"'{method.name}' changes everything, got a mask; leave mask out")
     if "logits" in method.needs and loss_fn is not None:
         raise InputError(f"'{method.name}' needs logits and labels, not losses; leave loss_fn out, or choose another")
+
+
+def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:
+    """Return the early stop that the options ask for."""
+    if training.validation is None or training.patience is None:
+        return None
+    return EarlyStop(training.validation, training.patience, loss_fn)
+
+
+def _widened(mask: Mask, parameters: Mapping[str, Tensor]) -> Mask:
+    """Return the mask widened by all of these parameters."""
+    return mask.widen(list(parameters), {name: tuple(parameter.shape) for name, parameter in parameters.items()})
 
 
 def _settings(method: Method, mask: Mask, head: str | None, seed: int, training: TrainingOptions) -> dict[str, object]:
@@ -375,5 +384,4 @@ def _outside(network: nn.Module, mask: Mask) -> dict[str, Tensor]:
 
 def full_mask(network: nn.Module) -> Mask:
     """Return the mask that selects every trainable parameter in full."""
-    parameters = trainable_parameters(network)
-    return Mask({}).widen(list(parameters), {name: tuple(p.shape) for name, p in parameters.items()})
+    return _widened(Mask({}), trainable_parameters(network))

@@ -1,4 +1,4 @@
-"""One pass over the first batch of every set, before anything changes: what can be refused is refused by then."""
+"""One pass over the first batch of every set, to refuse bad input before anything changes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from delfast.unlearning.methods import Method, UnlearningTask
 
 @dataclass(frozen=True)
 class FirstPass:
-    """``head``: the classifier head's name, if it was searched for. ``sparse``: parameters with sparse gradients."""
+    """Facts about the network: the name of the ``head``, if it was searched for, and the names of the parameters with
+    ``sparse`` gradients.
+    """
 
     head: str | None
     sparse: frozenset[str]
 
     def refuse_sparse(self, network: nn.Module, mask: Mask) -> None:
-        """InputError if the mask selects entries of a parameter with sparse gradients: masked optimizers take none."""
+        """Raise InputError if the mask selects a parameter with sparse gradients, which no masked optimizer accepts."""
         for name, _, _ in mask.match(trainable_parameters(network)):
             if name in self.sparse:
                 raise sparse_gradient(name)
@@ -45,23 +47,23 @@ def check_first_batches(
     frozen_batchnorm: bool,
     find_head: bool,
 ) -> FirstPass:
-    """The method's loss of each set's first batch, once, in eval mode and in the precision of the training.
+    """Compute the method's loss of each set's first batch, once, in eval mode and in the training's precision.
 
-    task: its model is the network inside any wrapper. sets: "retain" and "forget", as far as they are used.
+    task: its model is the network inside any wrapper. sets: "retain" and "forget", if they are used.
 
-    Two cases are left to the training. A set that is an iterator with a length is not looked at: that would take its
-    first batch away. And where a loss_fn is given, an error other than InputError on a set that is trained on: that
-    loss_fn may need training mode, as for auxiliary outputs.
+    Two cases are left to the training. An iterator with a length is not read, since its first batch would be lost. With
+    a ``loss_fn``, an error other than InputError on a set that is trained on is ignored, since the ``loss_fn`` may need
+    training mode: for auxiliary outputs, for example.
 
-    Afterwards everything is as it was, generators included, global ones and those of the loaders. Raises InputError for
-    batches, outputs and labels of a form that the loss cannot take, a loss without a gradient, a head that cannot be
-    found, and batches that are too small for BatchNorm; and whatever else the model raises.
+    The network and all generators, global and of the loaders, are restored. Raises InputError for batches, outputs and
+    labels of a form that the loss does not accept, a loss without a gradient, a head that cannot be found, and batches
+    that are too small for BatchNorm; passes on other errors of the model.
     """
     network = task.network
     task = replace(task, loss_fn=uncompiled_function(task.loss_fn))
     if find_head and _is_consumed(sets["retain"]):
         raise InputError(
-            "expected the head's name, since looking for the head would take a batch from the retain set, an iterator; "
+            "expected the head's name, since the search would use up a batch of the retain set, an iterator; "
             "pass head='...', or a DataLoader or a list of batches"
         )
     sets = {name: loader for name, loader in sets.items() if not _is_consumed(loader)}
@@ -102,13 +104,13 @@ def check_first_batches(
 
 
 def _is_consumed(loader: Any) -> bool:
-    """Whether the loader is an iterator with a length. It may restart at its end only."""
+    """Return whether the loader is an iterator with a length, which may restart at its end only."""
     return isinstance(loader, Sized) and not restarts(loader)
 
 
 @dataclass
 class _WatchedTask(UnlearningTask):
-    """A task that records, for each batch by its id, what BatchNorm gets of it, and wants a gradient of each."""
+    """A task that records the inputs of BatchNorm for each batch, by its id, and refuses a loss without a gradient."""
 
     maps: Mapping[int, BatchNormInputs] = field(default_factory=dict)
 
@@ -126,7 +128,7 @@ class _WatchedTask(UnlearningTask):
 
 
 def _sparse(loss: Tensor, network: nn.Module) -> Iterator[str]:
-    """The names of parameters that an embedding in the loss's graph will give a sparse gradient."""
+    """Yield the names of parameters that get a sparse gradient from an embedding in the loss's graph."""
     names = {id(parameter): name for name, parameter in trainable_parameters(network).items()}
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]

@@ -61,7 +61,7 @@ DEFAULT_OPTIONS = TrainingOptions()
 
 
 def check_options(training: TrainingOptions, method: Method) -> None:
-    """InputError for options of another type, or without effect on this method."""
+    """Raise InputError for options of another type, or without effect on this method."""
     if training.validation is not None:
         check_loader(training.validation, "validation set")
     check_type("config", training.config, (Mapping, type(None)), "a mapping or None")

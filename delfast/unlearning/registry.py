@@ -1,4 +1,4 @@
-"""The methods by name, with hyperparameters replaced and checked."""
+"""The methods by name, and methods with hyperparameters changed and checked."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
         Del, Finetune, GradientAscent, NegGradPlus, Relabel, L1Sparse, Influence, Dampening, Scrub, Retrain,
     )
 }  # fmt: skip
+"""The methods by name, in the order of the documentation."""
 
 
 def find_method(method: str | Method) -> Method:
@@ -91,7 +92,7 @@ def make_method(method: str | Method, changes: Mapping[str, Any]) -> Method:
 
 
 def _hyperparameter(method: Method, field: Field[Any]) -> Any:
-    """The field's value: a plain number where the default is a number, else unchanged. InputError for another type."""
+    """Return the field's value: a plain number if the default is one, else unchanged. InputError for another type."""
     value = getattr(method, field.name)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
@@ -99,7 +100,7 @@ def _hyperparameter(method: Method, field: Field[Any]) -> Any:
         return check_int(field.name, value)
     if type(field.default) is float:
         number = check_number(field.name, value)
-        # an int that a float holds stays an int: `compare` names its cells by these values as JSON
+        # an int that a float holds stays an int: the grid names its cells by these values as JSON
         return unboxed(value) if abs(number) < 2**53 else number
     if field.name == "schedule":
         check_choice("schedule", value, Schedule)

@@ -24,7 +24,7 @@ class Steps:
     """Re-iterable steps for ``train``. Every epoch has as many, as the schedule needs, except with "forget first"."""
 
     def __init__(
-        self, plan: StepPlan, retain: Iterable[Any], forget: Iterable[Any] | None, forget_epochs: int | None = None
+        self, plan: StepPlan, retain: Iterable[Any], forget: Iterable[Any], forget_epochs: int | None = None
     ) -> None:
         self.plan, self.forget_epochs, self.epoch = plan, forget_epochs, 0
         self.sets: dict[str, Any] = {"forget": forget, "retain": retain}

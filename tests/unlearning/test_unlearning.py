@@ -184,7 +184,7 @@ def test_refusals_that_only_training_can_make_come_before_the_reset(tmp_path: Pa
     model = cases.SmallNet()
     before = copy.deepcopy(model.state_dict())
     for changes, message in (
-        ({"checkpoint": done, "resume": True, "epochs": 1}, "2 epochs behind it, more than 1"),
+        ({"checkpoint": done, "resume": True, "epochs": 1}, "has 2 epochs, more than 1"),
         ({"checkpoint": plain, "resume": True}, "no checkpoint of this loop"),
         ({"checkpoint": tmp_path / "absent" / "c.pt"}, "the directory of checkpoint"),
         ({"retain": (batch for batch in RETAIN)}, "a retain set with a length"),
