@@ -62,7 +62,7 @@ PYTHON: dict[str, Any] = {
 
 @pytest.mark.parametrize("method", ["del", "relabel", "scrub"])
 def test_numpys_numbers_and_a_str_path_resume_to_the_same_weights(method: str, tmp_path: Path) -> None:
-    """Saved by one process with numpy's settings, resumed with Python's: the weights of an uninterrupted run."""
+    """A run saved with numpy's settings and resumed with Python's ends with the weights of an uninterrupted run."""
 
     def run(settings: dict[str, Any], progress: Any = None, **options: Any) -> torch.Tensor:
         torch.manual_seed(0)
@@ -153,7 +153,7 @@ def flip(data: bytes, generator: random.Random) -> bytes:
 
 
 def flips_are_noticed(tmp_path: Path, count: int) -> int:
-    """Resume from ``count`` checkpoints with one bit flipped: refused, or the weights of the whole one."""
+    """Resume from ``count`` checkpoints with one bit flipped; check the weights, or count the refusal."""
     path = tmp_path / "checkpoint.pt"
 
     def run(**options: Any) -> nn.Module:
@@ -195,7 +195,7 @@ def test_1000_flipped_bits_are_refused_or_change_nothing(tmp_path: Path) -> None
 
 
 def test_flipped_bits_of_a_state_file_are_noticed(tmp_path: Path) -> None:
-    """By the checksums of torch's archives; a .safetensors file has none, but is never anything else than tensors."""
+    """torch's archives have checksums; a .safetensors file has none, but always loads as tensors."""
     state = {"weight": torch.randn(40, 30), "steps": torch.tensor([3])}
     torch.save(state, tmp_path / "whole.pt")
     save_state(tmp_path / "whole.safetensors", state)
@@ -204,7 +204,7 @@ def test_flipped_bits_of_a_state_file_are_noticed(tmp_path: Path) -> None:
         whole = (tmp_path / name).read_bytes()
         for number in range(150):
             path = tmp_path / f"damaged{Path(name).suffix}"
-            header = whole[:300] if number % 2 else whole  # half of them where the structure is
+            header = whole[:300] if number % 2 else whole  # half of the flips in the header
             path.write_bytes(flip(header, generator) + whole[len(header) :])
             try:
                 loaded = load_state(path)
@@ -233,7 +233,7 @@ from delfast.experiments.datasets.pictures import Pictures, _decode
 from delfast.files import save_archive, save_state, write_json
 from PIL import Image
 directory = Path(sys.argv[1])
-if sys.argv[2] == "limit":  # a limit on a file's size stands for the disk's: the write fails half-way
+if sys.argv[2] == "limit":  # a limit on a file's size stands for the disk's: the write fails in the middle
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 big = {"w": torch.rand(400, 400)}

@@ -1,4 +1,4 @@
-"""What the training loop offers beside training: frozen BatchNorm, early stopping."""
+"""Frozen BatchNorm and early stopping in the training loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_frozen_batchnorm_keeps_every_buffer_to_the_bit() -> None:
 
 
 class Scripted(EarlyStop):
-    """Losses as written, whatever the network does."""
+    """An early stop with given losses, independent of the network."""
 
     def __init__(self, losses: list[float], patience: int) -> None:
         super().__init__(HELD_OUT, patience, None)
@@ -67,7 +67,7 @@ def trained(epochs: int, stop: EarlyStop | None = None, **options: Any) -> tuple
     ("script", "patience", "ran", "best"),
     [
         ([3, 2, 2.5, 2.2, 1], 2, 4, 2),  # two epochs in a row are no better than the second
-        ([3, 2, 2.5, 1, 1, 1], 2, 6, 4),  # no better is not better
+        ([3, 2, 2.5, 1, 1, 1], 2, 6, 4),  # an equal loss is not lower
         ([3, 2, 1], 1, 3, 3),  # to the end
         ([1, float("inf")], 1, 2, 1),
     ],
@@ -104,7 +104,7 @@ def test_a_resumed_run_stops_where_it_would_have(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
         trained(5, Scripted(script, 2), checkpoint=path, progress=interrupt)
-    for _ in range(2):  # the second time it has stopped already
+    for _ in range(2):  # at the second resumption the run has stopped already
         model, result = trained(5, Scripted(script, 2), checkpoint=path, resume=True)
         assert len(result.losses) == 4
         for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):

@@ -1,4 +1,4 @@
-"""Every unlearning method against a transcription of its formula, in float64; and what all of them keep to."""
+"""Every unlearning method against a transcription of its formula, in float64, and rules that hold for all methods."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def by_hand(task: UnlearningTask, loss: Tensor) -> Tensor:
 
 
 def ce(task: UnlearningTask, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy, spelt out."""
+    """Return the mean cross-entropy, written out."""
     logits = task.model(batch[0])
     return (logits.exp().sum(1).log() - logits[torch.arange(len(logits)), batch[1]]).mean()
 
@@ -100,7 +100,7 @@ def test_relabel_trains_on_labels_that_are_wrong_and_a_function_of_seed_and_step
         wrong = method.labels(work, step, targets, 3)  # type: ignore[attr-defined]
         assert torch.equal(wrong, method.labels(work, step, targets, 3))  # type: ignore[attr-defined]
         counts = torch.bincount((wrong - targets) % 3, minlength=3)
-        assert counts[0] == 0 and 200 < counts[1] < 400  # each other class as often
+        assert counts[0] == 0 and 200 < counts[1] < 400  # every other class equally often
         near(gradient(method, work, step), by_hand(work, ce(work, (inputs, wrong))))
         seen.add(tuple(wrong.tolist()))
     other = method.labels(task(seed=1), {"epoch": 0, "step": 0}, targets, 3)  # type: ignore[attr-defined]
@@ -138,7 +138,7 @@ def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() 
 
 
 def example_gradients(work: UnlearningTask, loader: Any) -> Tensor:
-    """(N, P)."""
+    """Return the gradients (N, P) of the examples' losses."""
     examples = [(x[i : i + 1], y[i : i + 1]) for x, y in loader for i in range(len(x))]
     return torch.stack([by_hand(work, ce(work, example)) for example in examples])
 
@@ -189,7 +189,7 @@ def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> No
     samples = retained[:6, chosen]
     fisher = 0.5 * torch.eye(int(chosen.sum()), dtype=torch.float64) + samples.T @ samples / 6
     forgotten = example_gradients(work, work.forget)
-    count = len(forgotten) + len(retained)  # weights 1 / count on all, less those of the retain set's own mean
+    count = len(forgotten) + len(retained)  # weight 1 / count on all examples, minus 1 / |R| on the retain set
     v = forgotten.sum(dim=0) / count + retained.sum(dim=0) * (1 / count - 1 / len(retained))
     v = v[chosen]
     expected = before.clone()
@@ -199,7 +199,7 @@ def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> No
 
 
 def dense(work: UnlearningTask) -> Tensor:
-    """bool (P,): what may change."""
+    """Return the flags (P,) of the entries that may change."""
     flags = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in work.network.named_parameters()}
     return torch.cat([{**flags, **work.mask.to_dense()}[name].flatten() for name in flags])
 
@@ -324,7 +324,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
         assert torch.equal(p, q)
 
 
-# ---- what is refused
+# ---- bad input
 
 EARLY = TrainingOptions(patience=1, validation=SETS["retain"])
 

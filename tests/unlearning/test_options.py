@@ -59,12 +59,12 @@ def test_former_keywords_train_the_same_under_one_warning(tmp_path: Path) -> Non
     assert torch.equal(weights, same) and (result.losses, result.validation) == (expected.losses, expected.validation)
     configs = [load_archive(tmp_path / name)["config"] for name in ("new.pt", "old.pt")]
     assert configs[0] == configs[1] and list(configs[0]) == list(configs[1])
-    with pytest.warns(DeprecationWarning):  # a checkpoint of the one is a checkpoint of the other
+    with pytest.warns(DeprecationWarning):  # the checkpoint of the new keywords is accepted
         assert run(**FORMER, checkpoint=tmp_path / "new.pt", resume=True)[0].resumed_from == 1
 
 
 def test_the_settings_of_a_checkpoint_keep_their_names(tmp_path: Path) -> None:
-    """A checkpoint that an earlier version wrote is compared by these."""
+    """A checkpoint of an earlier version is compared by these settings."""
     run(checkpoint=tmp_path / "c.pt", training=TrainingOptions(config={"batch_size": 8}))
     config = load_archive(tmp_path / "c.pt")["config"]
     assert config == {
@@ -86,7 +86,7 @@ def test_a_former_keyword_beside_training_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_hyperparameter_is_a_keyword(name: str) -> None:
-    """Each field of the method, with another value than its own: as ``make_method`` would set it."""
+    """Pass every hyperparameter with another value than the default; the result equals ``make_method``'s."""
     changes: dict[str, Any] = {}
     for field in fields(METHODS[name]):
         if field.name == "schedule":

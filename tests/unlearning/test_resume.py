@@ -1,4 +1,4 @@
-"""Epochs and interruptions: what a loader draws is the same whether a run was stopped and resumed or not."""
+"""Epochs and interruptions: a run that is stopped and resumed draws the same as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def from_global(x: Tensor) -> Tensor:
 
 
 def augmenting(kind: str) -> Any:
-    """A random transform that draws from a generator of this kind."""
+    """Return a random transform that draws from a generator of this kind."""
     generator = torchs(1)
     legacy, rng, bits = numpy.random.RandomState(2), numpy.random.default_rng(3), numpy.random.Philox(4)
     return {
@@ -122,7 +122,7 @@ class Points(Dataset[Any]):
 
 
 def loader(sampling: str, augmentation: str, nested: str, seed: int, workers: int = 0) -> Any:
-    """A loader as a new process would build it."""
+    """Return a loader as a new process builds it."""
     data: Any = Points(seed, augmenting(augmentation))
     if nested == "subset":
         data = Subset(Subset(data, range(20)), range(18))
@@ -162,7 +162,7 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def check_resumed(method: str, make: Callable[[], dict[str, Any]], stop: int, epochs: int = 3) -> None:
-    """A run that is stopped before epoch ``stop``, in a process whose generators then are elsewhere, ends the same."""
+    """Check that a run that stops before epoch ``stop`` and resumes in another process ends with equal weights."""
     chosen = make_method(method, {"epochs": epochs, "lr": 0.05})
 
     def run(progress: Any = None, **options: Any) -> nn.Module:
@@ -231,7 +231,7 @@ def test_resumed_with_workers(augmentation: str) -> None:
 
 
 def test_two_cases_that_resumed_to_other_weights() -> None:
-    """A generator in ``batch_sampler.sampler``; and one that a transform in a nested Subset holds."""
+    """A generator in ``batch_sampler.sampler``, and a generator that a transform in a nested Subset holds."""
     check_resumed("finetune", lambda: {"retain": loader("batch sampler", "none", "", 1)}, 2)
     check_resumed("finetune", lambda: {"retain": loader("in order", "numpy", "subset", 1)}, 3)
 
@@ -262,7 +262,7 @@ def test_persistent_workers_are_refused_where_a_checkpoint_is_written(tmp_path: 
 
 
 class Recorded(nn.Module):
-    """A network that records which examples it trains on: their number is their first feature."""
+    """A network that records the examples that it trains on, by their first feature, which is their number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class Recorded(nn.Module):
 
 
 def numbered(where: str, count: int = 20) -> Any:
-    """A loader of one of two processes, whose DistributedSampler is at another depth."""
+    """Return a loader for one of two processes, with its DistributedSampler at this depth."""
     data = [(torch.tensor([float(i)]), i % 2) for i in range(count)]
     sampler = DistributedSampler(data, num_replicas=2, rank=0)  # type: ignore[arg-type]
     if where == "sampler":
@@ -338,7 +338,7 @@ def test_set_epoch_reaches_the_data_set_too() -> None:
     data = Epochs(0, None)
     set_epoch(DataLoader(Subset(data, range(3))), 7)
     assert data.epoch == 7
-    set_epoch([1, 2], 3)  # a list has nothing to set
+    set_epoch([1, 2], 3)  # a list has no epoch
 
 
 # ---- generators
@@ -417,7 +417,7 @@ def test_reading_a_batch_of_ours_leaves_the_processs_generators_alone() -> None:
         before = torch.get_rng_state()
         with preserved(loaders):
             next(iter(loaders[0]))
-            torch.rand(1)  # as another thread would: outside Draws
+            torch.rand(1)  # outside Draws, as in another thread
         assert torch.equal(torch.get_rng_state(), before) is not moves
 
 

@@ -1,4 +1,4 @@
-"""The training loop, the head, and unlearn: what changes, what resumes, what is refused."""
+"""The training loop, the head, and unlearn: changes within the mask, resumption, bad input."""
 
 from __future__ import annotations
 
