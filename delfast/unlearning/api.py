@@ -263,7 +263,9 @@ def _choose(method: str | Method, hyperparameters: dict[str, Any]) -> Method:
     chosen = make_method(method, given)
     for name, value in given.items():
         if name in OF_TRAINING and not chosen.epochs:
-            raise InputError(f"'{chosen.name}' trains nothing, got {name}={value}; leave it out")
+            raise InputError(
+                f"expected no {name}= for '{chosen.name}', which trains nothing, got {value}; leave it out"
+            )
     return chosen
 
 
@@ -285,9 +287,12 @@ def _check_needs(
         if needed[name] is None:
             raise InputError(f"expected {name}= for '{method.name}', got none; pass it")
     if "everything" in method.needs and mask is not None:
-        raise InputError(f"'{method.name}' changes everything, got a mask; leave mask out")
+        raise InputError(f"expected no mask for '{method.name}', which changes everything, got one; leave mask out")
     if "logits" in method.needs and loss_fn is not None:
-        raise InputError(f"'{method.name}' needs logits and labels, not losses; leave loss_fn out, or choose another")
+        raise InputError(
+            f"expected no loss_fn for '{method.name}', which needs logits and labels, got one; leave loss_fn out, or "
+            "choose another method"
+        )
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:

@@ -397,7 +397,8 @@ class Relabel(Method):
         """Return (N,) classes other than the targets (N,): a function of the seed, the epoch and the step."""
         if classes < 2:
             raise InputError(
-                f"'{self.name}' needs at least 2 classes to draw wrong labels from, the model has {classes}"
+                f"expected at least 2 classes for '{self.name}', which draws wrong labels, got {classes}; choose "
+                "another method"
             )
         mixed = (task.seed * 1_000_003 + step["epoch"]) * 1_000_003 + step["step"]
         generator = torch.Generator().manual_seed(mixed % 2**63)

@@ -187,8 +187,8 @@ class Influence(OneShotMethod):
         samples, max_samples = min(self.samples, counts[1]), MAX_BYTES // (size * v.element_size())
         if samples > max_samples:
             raise InputError(
-                f"'{self.name}' would hold {samples} gradients of {size} parameters, more than "
-                f"{MAX_BYTES / 2**30:g} GiB; set samples to {max_samples} at most, or lower the mask's budget"
+                f"expected gradients of at most {MAX_BYTES / 2**30:g} GiB for '{self.name}', got {samples} of {size} "
+                f"parameters; set samples to {max_samples} at most, or lower the mask's budget"
             )
         gradients = v.new_empty(samples, size)
         used = 0
@@ -228,7 +228,10 @@ class Influence(OneShotMethod):
         """Yield the losses of the batch's first examples, one by one, ``limit`` at most."""
         count = examples_in(batch, task.loss_fn)
         if count is None:
-            raise InputError(f"'{self.name}' expects batches of tensors with the examples along dim 0, to take one out")
+            raise InputError(
+                f"expected batches of tensors with the examples along dim 0 for '{self.name}', which separates the "
+                "examples, got another form; choose another method"
+            )
         for example in range(min(count, limit)):
             yield per_example_losses(task.network, cut(batch, [example], task.loss_fn), task.loss_fn).sum()
 
