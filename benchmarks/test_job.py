@@ -35,6 +35,7 @@ from benchmarks.job import (
     precision_of,
     retain_set,
 )
+from delfast import TrainingOptions
 from delfast.compaction import Compact
 from delfast.evaluation import accuracy_and_loss
 from delfast.experiments.networks import factory
@@ -65,7 +66,7 @@ def our_job(name: str, seed: int, precision: str) -> dict[str, float]:
         mask = delfast.localize(model, forget_set(), BUDGET)
     delfast.unlearn(
         model, retain=retain, mask=mask, init=factory(name, 10, 3, 32), epochs=EPOCHS, lr=LR, seed=seed + 100,
-        precision=precision,  # type: ignore[arg-type]
+        training=TrainingOptions(precision=precision),  # type: ignore[arg-type]
     )  # fmt: skip
     with precision_of(precision):
         accuracy = accuracy_and_loss(model, batches(test_set, 512)).accuracy

@@ -28,7 +28,7 @@ from delfast.localization import (
 )
 from delfast.mask import Mask
 from delfast.reset import reset_
-from delfast.unlearning import unlearn
+from delfast.unlearning import TrainingOptions, unlearn
 
 __all__ = [
     "STRATEGIES",
@@ -37,6 +37,7 @@ __all__ = [
     "Mask",
     "Scores",
     "SignedChannels",
+    "TrainingOptions",
     "__version__",
     "compact",
     "critmem",

@@ -70,13 +70,31 @@ WRONG: dict[str, Any] = {
 Case = tuple[Callable[..., Any], dict[str, Any]]  # a function of the model and keyword arguments, and good ones
 
 UNLEARN: dict[str, Any] = {
-    "forget": FORGET, "retain": RETAIN, "mask": MASK, "method": "del", "init": cases.SmallNet, "epochs": 1, "lr": 0.1,
-    "momentum": 0.9, "weight_decay": 0.0, "seed": 1, "head": None, "loss_fn": None, "precision": "fp32",
-    "batchnorm": "train", "validation": FORGET, "patience": 1, "checkpoint": None, "resume": False, "config": None,
+    "forget": FORGET,
+    "retain": RETAIN,
+    "mask": MASK,
+    "method": "del",
+    "init": cases.SmallNet,
+    "epochs": 1,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "seed": 1,
+    "head": None,
+    "loss_fn": None,
+    "checkpoint": None,
+    "resume": False,
+}
+OPTIONS: dict[str, Any] = {
+    "precision": "fp32", "batchnorm": "train", "dense": [], "validation": FORGET, "patience": 1, "config": None,
     "progress": None,
 }  # fmt: skip
 SELECT: dict[str, Any] = {"granularity": "channel", "aggregate": "mean", "top_h": 0.1, "policy": "whole"}
 SCORE: dict[str, Any] = {"criterion": "grad", "per_example": False, "loss_fn": None, "seed": 1}
+
+
+def with_options(model: nn.Module, **options: Any) -> object:
+    return delfast.unlearn(model, **UNLEARN, training=delfast.TrainingOptions(**options))
 
 
 def scrub(model: nn.Module, **hyperparameters: Any) -> object:
@@ -125,7 +143,8 @@ CASES: dict[str, Case] = {
     ),
     "reset_": (given_model(delfast.reset_), {"model": ..., "mask": MASK, "init": cases.SmallNet, "seed": 1}),
     "compact": (given_model(delfast.compact), {"model": ..., "mask": MASK, "dense": []}),
-    "unlearn": (given_model(delfast.unlearn), {"model": ..., **UNLEARN}),
+    "unlearn": (given_model(delfast.unlearn), {"model": ..., "training": delfast.TrainingOptions(), **UNLEARN}),
+    "unlearn, options": (with_options, OPTIONS),
     "unlearn in one shot": (
         given_model(delfast.unlearn), {"forget": FORGET, "retain": RETAIN * 8, "method": "ssd", "mask": MASK, "seed": 1}
     ),

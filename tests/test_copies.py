@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.copies import copy_of
 from tests import cases
 
@@ -61,7 +61,8 @@ def test_reset_parameters_that_would_not_reset_them_is_refused(norm: Callable[..
         if entry == "reset_":
             delfast.reset_(model, mask, "reset_parameters")
         else:
-            delfast.unlearn(model, retain=batches, mask=mask, init="reset_parameters", epochs=1, batchnorm="frozen")
+            frozen = TrainingOptions(batchnorm="frozen")
+            delfast.unlearn(model, retain=batches, mask=mask, init="reset_parameters", training=frozen)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -1,4 +1,4 @@
-"""Compact training: a masked model that computes, stores and steps only what its mask lets change."""
+"""Compact training: compute, store and step only the entries that a mask selects."""
 
 from delfast.compaction.handle import Compact, Mode, compact
 

@@ -1,4 +1,4 @@
-"""Autograd functions whose backward pass computes the gradient of a weight's selected rows alone."""
+"""Autograd functions whose backward pass computes the gradient of the selected rows of a weight alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from delfast.compaction.plan import RowPlan
 
 
 class RowsOfLinear(torch.autograd.Function):
-    """x Wᵀ + b, x (N, in), and the gradient of W's selected rows."""
+    """x Wᵀ + b for x (N, in), with the gradient of the selected rows of W."""
 
     @staticmethod
     def forward(
@@ -32,20 +32,20 @@ class RowsOfLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (delta,) = gradients
+        (output_gradient,) = gradients
         x, rows, weight, gathered, kept = ctx.saved_tensors
-        of_x = of_rows = of_bias = None
+        input_gradient = rows_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            of_x = delta @ weight
+            input_gradient = output_gradient @ weight
         if ctx.needs_input_grad[1]:
-            of_rows = linear_rows_gradient(x, delta, gathered, kept).to(rows.dtype)
+            rows_gradient = linear_rows_gradient(x, output_gradient, gathered, kept).to(rows.dtype)
         if ctx.needs_input_grad[3]:
-            of_bias = delta.sum(0)
-        return of_x, of_rows, None, of_bias, None, None
+            bias_gradient = output_gradient.sum(0)
+        return input_gradient, rows_gradient, None, bias_gradient, None, None
 
 
 class RowsOfConvolution(torch.autograd.Function):
-    """A convolution of any dimension, transposed or not, and the gradient of its weight's selected rows."""
+    """A convolution of any dimension, transposed or not, with the gradient of the selected rows of its weight."""
 
     @staticmethod
     def forward(
@@ -68,27 +68,29 @@ class RowsOfConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (delta,) = gradients
+        (output_gradient,) = gradients
         x, rows, weight, gathered, opposite, kept = ctx.saved_tensors
-        of_x = of_rows = of_bias = None
+        input_gradient = rows_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            of_x = convolution_backward(delta, x, weight, None, *ctx.geometry, ctx.groups, [True, False, False])[0]
+            input_gradient = convolution_backward(
+                output_gradient, x, weight, None, *ctx.geometry, ctx.groups, [True, False, False]
+            )[0]
         if ctx.needs_input_grad[1]:
             plan = RowPlan(gathered, opposite, kept, ctx.small_groups)
-            of_rows = convolution_rows_gradient(x, delta, weight, plan, ctx.geometry).to(rows.dtype)
+            rows_gradient = convolution_rows_gradient(x, output_gradient, weight, plan, ctx.geometry).to(rows.dtype)
         if ctx.needs_input_grad[3]:
-            of_bias = delta.sum([0, *range(2, delta.dim())])
-        return of_x, of_rows, None, of_bias, None, None, None, None, None, None
+            bias_gradient = output_gradient.sum([0, *range(2, output_gradient.dim())])
+        return input_gradient, rows_gradient, None, bias_gradient, None, None, None, None, None, None
 
 
 class RowsOfView(torch.autograd.Function):
-    """A weight as it is, and the gradient of its selected rows."""
+    """A view of a weight, with the gradient of its selected rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, index: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(index)
         ctx.dim = dim
-        return weight.view_as(weight)  # of a view autograd refuses changes in place, as it does of a Parameter
+        return weight.view_as(weight)  # autograd refuses in-place changes of a view, as of a Parameter
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -1,9 +1,9 @@
 """Protection of a compact model around every step of an optimizer.
 
-Torch's only hooks for optimizers that are not made yet are process-wide. Two of them are registered, once. They return
-at once for an optimizer that holds no Parameter of a compact model, so optimizers of other threads never meet them;
-registering more of them later would break the loop over the hooks of a step that runs meanwhile. A Parameter is found
-by its id in ``_registry``, which holds no Parameter and no model alive.
+The only hooks of torch that reach optimizers made later are process-wide. Two of them are registered, once, at import:
+registering one later breaks the loop over the hooks of a step that runs meanwhile. The hooks return at once for an
+optimizer that holds no Parameter of a compact model: optimizers of other threads are not affected. ``_registry`` finds
+a Parameter by its id, and keeps no Parameter and no model alive.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from delfast.optim import MaskedOptimizer, check_dense
 
 
 class Guard:
-    """The protection of one compact model in the steps of any optimizer, in any thread, until ``remove``.
+    """Protect one compact model in the steps of any optimizer, in any thread, until ``remove``.
 
-    guarded: name -> (Parameter, bool flags of its shape: the entries that may change). Gradients of the other entries
-        are zero from the moment they arrive, so that clipping does not see them. A step leaves the other entries with
-        the values they had before it, to the bit, whatever weight decay or stale momentum did. An optimizer of ours
-        with the mask of this ``digest`` needs no such repair.
+    guarded: name -> (Parameter, bool flags of its shape: the entries that may change). The gradient of every other
+        entry is set to zero when it is computed, so that gradient clipping does not count it. After a step, every other
+        entry has its earlier value, to the bit: weight decay and old momentum are undone. A ``MaskedOptimizer`` with
+        the mask of this ``digest`` does not move these entries, and nothing is restored.
     rows: name of the weight -> (the weight, the layer that is trained through its ``weight_rows``). A step writes the
-        rows into the weight; it is refused for an optimizer that holds the weight and no rows.
-    frozen: name -> Parameter. A step is refused where one has a gradient.
-    idle: names in ``rows`` without a gradient so far; a step removes those that have one. ``has_stepped``: whether any
-        step of the rows has begun.
+        rows into the weight. It is refused for an optimizer that holds the weight and not the rows.
+    frozen: name -> Parameter. A step is refused if one of these has a gradient.
+    idle: names in ``rows`` without a gradient so far; a step removes the names whose rows have one.
+
+    ``has_stepped``: whether a step of the rows has begun.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Guard:
         self._references: list[weakref.ref[Tensor]] = []
         try:
             for name, (parameter, _) in guarded.items():
-                hook = _mask_of(name, self._flags[id(parameter)])
+                hook = _masking_hook(name, self._flags[id(parameter)])
                 self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
             watched = [parameter for parameter, _ in guarded.values()]
             watched += [tensor for weight, layer in rows.values() for tensor in (weight, layer.weight_rows)]
@@ -68,7 +69,7 @@ class Guard:
             raise
 
     def remove(self) -> None:
-        """Undo the hooks; the Parameters stay as they are."""
+        """Remove the hooks; the Parameters do not change."""
         for handle in self._handles:
             handle.remove()
         for key in (*self._flags, *self._weights, *self._layers, *self._frozen):
@@ -76,10 +77,10 @@ class Guard:
         self._references.clear()
 
     def before(self, optimizer: Optimizer, held: Iterable[Tensor]) -> list[Restore]:
-        """Return what to restore after the optimizer's step. InputError for a step that would leave out rows, or move
-        what is not selected.
+        """Return what to restore after the optimizer's step.
 
-        held: the Parameters of this guard that the optimizer holds.
+        held: the Parameters of this guard that the optimizer holds. InputError for a step that leaves out rows, or
+        moves what is not selected.
         """
         rows = [p for p in held if id(p) in self._layers]
         of_weights = [self._weights[id(p)] for p in held if id(p) in self._weights]
@@ -102,14 +103,14 @@ class Guard:
         return [(p, self._flags[id(p)], p.detach().clone()) for p in held if id(p) in self._flags]
 
     def after(self, held: Iterable[Tensor]) -> None:
-        """Write the rows that were stepped into the weights, for code that reads a layer's weight without calling the
-        layer: the fast path of nn.TransformerEncoderLayer does.
+        """Write the rows that were stepped into the weights.
 
-        Fused kernels change a parameter without a new version of it, and a compiled forward pass gives the weight a new
-        version: without the increment here the rows would count as the older of the two.
+        Code may read a layer's weight without calling the layer: the fast path of nn.TransformerEncoderLayer does.
+        Increment the rows' version: fused kernels change a parameter without that, and a compiled forward pass
+        increments the weight's version, so that the rows would count as the older of the two.
         """
         stepped = [p for p in held if id(p) in self._layers]
-        self._note_gradients(stepped)  # of a closure, which the step has called
+        self._note_gradients(stepped)  # gradients of a closure, which the step has called
         torch.autograd.graph.increment_version(stepped)
         for rows in stepped:
             layer = self._layers[id(rows)]()
@@ -122,12 +123,13 @@ class Guard:
 
 
 class _Flags:
-    """The entries that may change, on the device where they were last needed: the model may move."""
+    """The entries that may change, on the device that last needed them: the model may move."""
 
     def __init__(self, flags: Tensor) -> None:
         self._flags = flags
 
     def on(self, device: torch.device) -> Tensor:
+        """Return the flags on this device."""
         if self._flags.device != device:
             self._flags = self._flags.to(device)
         return self._flags
@@ -138,11 +140,13 @@ Restore = tuple[Tensor, _Flags, Tensor]
 
 
 def rows_name(weight: str) -> str:
-    """The name of the Parameter that holds the selected rows of this weight."""
+    """Return the name of the Parameter that holds the selected rows of this weight."""
     return weight.removesuffix("weight") + ROWS
 
 
-def _mask_of(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
+def _masking_hook(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
+    """Return a hook that sets the gradient of the entries that may not change to zero."""
+
     def mask(gradient: Tensor) -> Tensor:
         check_dense(name, gradient)
         return torch.where(flags.on(gradient.device), gradient, 0)  # a product would keep NaN
@@ -151,21 +155,21 @@ def _mask_of(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
 
 
 class _Registry:
-    """The guards of each Parameter, by its id. Uses no global names: they are gone when the interpreter ends."""
+    """The guards of each Parameter, by id. No method uses a global name: these are gone when the interpreter ends."""
 
     def __init__(self) -> None:
         self.guards: dict[int, tuple[Guard, ...]] = {}
-        self._lock = threading.RLock()  # a collection of garbage inside may call remove
+        self._lock = threading.RLock()  # garbage collection inside may call remove
 
     def add(self, parameter: Tensor, guard: Guard) -> weakref.ref[Tensor]:
-        """Enter a guard, until ``remove`` or for as long as the Parameter lives and the result is kept."""
+        """Add a guard until ``remove``, or until the Parameter or the returned reference is deleted."""
         key = id(parameter)
         with self._lock:
             self.guards[key] = (*self.guards.get(key, ()), guard)
         return weakref.ref(parameter, functools.partial(self.remove, key, guard))
 
     def remove(self, key: int, guard: Guard, _: object = None) -> None:
-        """The Parameter is gone, or its guard no longer wanted."""
+        """Remove a guard of a Parameter; also the callback for a Parameter that is deleted."""
         with self._lock:
             others = tuple(other for other in self.guards.get(key, ()) if other is not guard)
             if others:
@@ -174,7 +178,7 @@ class _Registry:
                 self.guards.pop(key, None)
 
     def of(self, optimizer: Optimizer) -> dict[Guard, list[Tensor]]:
-        """The guards of an optimizer's Parameters, each with those that it guards."""
+        """Return the guards of an optimizer's Parameters, each with the Parameters that it guards."""
         found: dict[Guard, list[Tensor]] = {}
         guards = self.guards
         for group in optimizer.param_groups:
@@ -187,27 +191,29 @@ class _Registry:
 _registry = _Registry()
 
 
-# Steps under way
+# Steps that run now
 
 
 class _Steps(threading.local):
-    """Values to restore after each step that runs in this thread, outermost first.
+    """The values to restore after each step that runs in this thread, outermost step first.
 
-    A step may call another optimizer's, or its parent class's of the same optimizer. A step that raises has no end. Its
-    entry is recognized by the depth of Python's stack, since a step that runs inside another is deeper, and is dropped
-    at the next step of that depth or less.
+    A step may call the step of another optimizer, or of its parent class. A step that raises an error never reaches
+    ``end``. A step inside another is deeper on Python's stack: the entry of a failed step is dropped at the next step
+    of the same depth or less.
     """
 
     def __init__(self) -> None:
         self.running: list[tuple[int, int, list[Restore]]] = []  # depth, id of the optimizer, what to restore
 
     def begin(self, optimizer: Optimizer, restore: list[Restore]) -> None:
+        """Record a step, and what to restore after it."""
         if restore or self.running:
             depth = _depth()
             self._drop(depth)
             self.running.append((depth, id(optimizer), restore))
 
     def end(self, optimizer: Optimizer) -> list[Restore]:
+        """Return what to restore after the optimizer's innermost step."""
         if self.running:
             self._drop(_depth() + 1)
             if self.running and self.running[-1][1] == id(optimizer):
@@ -215,7 +221,7 @@ class _Steps(threading.local):
         return []
 
     def _drop(self, depth: int) -> None:
-        """Forget the steps of this depth or deeper, which have raised."""
+        """Drop the steps of this depth or deeper, which have failed."""
         while depth > 0 and self.running and self.running[-1][0] >= depth:
             self.running.pop()
 
@@ -224,7 +230,7 @@ _steps = _Steps()
 
 
 def _depth() -> int:
-    """Frames on this thread's stack; below 0 where torch.compile traces, which has none of its own."""
+    """Return the number of frames on this thread's stack; -1 while torch.compile traces, which has no stack."""
     if torch.compiler.is_compiling():
         return -1
     frame, depth = sys._getframe(), 0

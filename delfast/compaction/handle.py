@@ -1,4 +1,4 @@
-"""Compact training: a masked model that computes, stores and steps only what its mask lets change."""
+"""``compact`` and its handle: change a model to train only the entries that a mask selects, and undo that."""
 
 from __future__ import annotations
 
@@ -24,16 +24,51 @@ from delfast.parameter_mask import ParameterMask
 from delfast.sole_use import used_alone
 
 Mode = Literal["rows", "dense", "guarded", "frozen"]
-"""How a parameter is trained. rows: through a Parameter of its selected rows. dense: as a whole, all of it is selected.
-guarded: with a dense gradient, of which the mask's part is used. frozen: not at all.
+"""How a parameter is trained.
+
+rows: through a Parameter of its selected rows. dense: in full, since all of it is selected. guarded: with a dense
+gradient that is zero outside the mask. frozen: not at all.
 """
 
 
 class Compact:
-    """The handle of ``compact``, and a context manager that undoes it.
+    """Handle of a compact model, and a context manager that undoes it; made by ``compact``.
 
-    modes: name -> Mode, of every parameter that was trainable. mask: what may change of the model as it is now, by the
-    names its parameters have now: for ``MaskedSGD(model.named_parameters(), handle.mask)``.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model to change.
+    mask : Mask
+        The entries that may change.
+    dense : collection of str
+        Names of parameters to train with a dense gradient.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The model inside wrappers.
+    original_mask : Mask
+        The mask that was passed.
+    modes : dict of str to {"rows", "dense", "guarded", "frozen"}
+        How each parameter that was trainable is trained: "rows" through a Parameter of its selected rows, "dense" in
+        full, "guarded" with a dense gradient that is zero outside the mask, "frozen" not at all.
+    mask : Mask
+        The entries that may change, by the names and shapes that the compact model's parameters have, for
+        ``MaskedSGD(model.named_parameters(), handle.mask)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> rows = torch.zeros(8, 4, dtype=torch.bool)
+    >>> rows[:2] = True
+    >>> handle = delfast.compact(model, delfast.Mask.from_dense({"0.weight": rows}))
+    >>> handle
+    Compact(rows: 1, dense: 0, guarded: 0, frozen: 3)
+    >>> [(name, tuple(parameter.shape)) for name, parameter in handle.named_parameters()]
+    [('0.weight_rows', (2, 4))]
+    >>> handle.undo()
     """
 
     def __init__(self, model: nn.Module, mask: Mask, dense: Collection[str]) -> None:
@@ -50,7 +85,7 @@ class Compact:
                 raise InputError(f"dense names '{name}', which is no trainable parameter of the model; check the name")
         owners = _owners(self.model)
         self.modes: dict[str, Mode] = {}
-        self._layers: dict[str, tuple[nn.Module, Tensor | None]] = {}  # and the flags of the selected rows
+        self._layers: dict[str, tuple[nn.Module, Tensor | None]] = {}  # layer, flags of the selected rows
         for name, parameter in parameters.items():
             part, owner = chosen.get(name), owners.get(id(parameter))
             if part is None:
@@ -58,7 +93,7 @@ class Compact:
             elif part.selected == part.numel:
                 self.modes[name] = "dense"
                 if owner is not None and may_have_small_maps(owner) and name not in dense:
-                    self._layers[name] = (owner, None)  # for the way its gradient is computed
+                    self._layers[name] = (owner, None)  # its gradient may be computed faster
             elif part.by_row and owner is not None and part.dim == rows_dim(owner) and name not in dense:
                 self.modes[name] = "rows"
                 self._layers[name] = (owner, part.flags)
@@ -72,23 +107,25 @@ class Compact:
 
     @property
     def ways(self) -> dict[str, Mode]:
-        """``modes`` under the name it had before version 0.2."""
+        """Former name of ``modes``, before version 0.2."""
         warnings.warn("Compact.ways is deprecated; use Compact.modes", DeprecationWarning, stacklevel=2)
         return self.modes
 
     def redo(self) -> None:
-        """Make the model compact again after ``undo``: the same Parameters, so an optimizer of theirs goes on. Values
-        are taken from the model as it is; gradients, which may be of entries that are not to move, are dropped.
+        """Make the model compact again after ``undo``.
+
+        The Parameters are the same, so that an optimizer made before stays valid. Their values are copied from the
+        model. Gradients are dropped: they may belong to entries that must not change.
         """
         if self._active:
             return
         self._active = True
         self._guard: Guard | None = None
-        with torch.inference_mode(False):  # what is made there cannot be trained outside it
+        with torch.inference_mode(False):  # Parameters made in inference mode cannot be trained
             self._change()
 
     def _change(self) -> None:
-        """Make the model compact, or leave it as it was if an error is raised."""
+        """Make the model compact; restore it if an error is raised."""
         parameters = trainable_parameters(self.model)
         try:
             for name, (layer, flags) in self._layers.items():
@@ -113,9 +150,13 @@ class Compact:
             raise
 
     def undo(self) -> None:
-        """Write the rows back and make every module what it was; nothing happens the second time.
+        """Write the rows back and restore every module; a second call does nothing.
 
-        Warn of rows that an optimizer held in its steps and that never had a gradient.
+        Warns
+        -----
+        RuntimeWarning
+            If an optimizer stepped rows that never had a gradient: the network reads that weight through a reference
+            from before ``compact``.
         """
         self._restore()
         if self._has_stepped and self._idle:
@@ -130,6 +171,7 @@ class Compact:
             self._idle.clear()
 
     def _restore(self) -> None:
+        """Undo without warnings."""
         if not self._active:
             return
         self._active = False
@@ -146,7 +188,13 @@ class Compact:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Inside, the model is what it was, to be looked at or changed; afterwards it is compact again."""
+        """Restore the plain model inside the context, to read or change it; afterwards make it compact again.
+
+        Yields
+        ------
+        None
+            The plain model is ``handle.model``.
+        """
         self._restore()
         try:
             yield
@@ -154,19 +202,32 @@ class Compact:
             self.redo()
 
     def write(self) -> None:
-        """Put the rows into the weights, for code that reads those. Forward passes, ``state_dict`` and the steps of
-        optimizers do so anyway.
+        """Write the rows into the weights, for code that reads the weights' memory directly.
+
+        Forward passes, ``state_dict`` and the steps of optimizers do this themselves.
         """
         for layer, _ in self._layers.values():
             if isinstance(layer, CompactLayer):
                 layer.write_rows()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The Parameters to train."""
+        """Yield the Parameters to train.
+
+        Returns
+        -------
+        iterator of torch.nn.Parameter
+            In the order of the model.
+        """
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The Parameters to train, by the names that they have now."""
+        """Yield names and Parameters to train.
+
+        Returns
+        -------
+        iterator of (str, torch.nn.Parameter)
+            By the names that they have in the compact model.
+        """
         return (pair for pair in self.model.named_parameters() if pair[1].requires_grad)
 
     def __enter__(self) -> Compact:
@@ -178,49 +239,78 @@ class Compact:
         self.undo()
 
     def __repr__(self) -> str:
-        counts = {way: len(self._names(way)) for way in ("rows", "dense", "guarded", "frozen")}
-        return f"Compact({', '.join(f'{way}: {count}' for way, count in counts.items())})"
+        counts = {mode: len(self._names(mode)) for mode in ("rows", "dense", "guarded", "frozen")}
+        return f"Compact({', '.join(f'{mode}: {count}' for mode, count in counts.items())})"
 
-    def _names(self, way: Mode) -> list[str]:
-        return [name for name, chosen in self.modes.items() if chosen == way]
+    def _names(self, mode: Mode) -> list[str]:
+        """Return the names of the parameters in this mode."""
+        return [name for name, chosen in self.modes.items() if chosen == mode]
 
     def _mask(self) -> Mask:
+        """Return the mask by the names and shapes of the compact model."""
         parts = {}
-        for name, way in self.modes.items():
-            if way == "rows":
+        for name, mode in self.modes.items():
+            if mode == "rows":
                 part = self._chosen[name]
                 shape = (*part.shape[: part.dim], int(part.flags.sum()), *part.shape[part.dim + 1 :])
                 name = rows_name(name)
                 parts[name] = ParameterMask(shape, "row", pack(part.flags.new_ones(shape[0])))
-            elif way != "frozen":
+            elif mode != "frozen":
                 parts[name] = self._chosen[name]
         return Mask(parts, {**self.original_mask.metadata, "compact_of": self.original_mask.digest})
 
 
 @used_alone
 def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Compact:
-    """Change ``model`` to train what ``mask`` selects and nothing else, until ``undo()``, or as a context::
-
-        with delfast.compact(model, mask) as handle:
-            optimizer = torch.optim.AdamW(handle.parameters(), fused=True)
-            ...
+    """Change ``model`` to train only what ``mask`` selects, until ``undo()`` or the end of the context.
 
     A Linear or convolution of which whole rows (output channels) are selected is trained through a Parameter of those
-    rows: its backward pass computes their gradient alone, optimizers keep state for them alone, and the other rows
-    cannot move. Layers of which nothing is selected compute no gradient, and the backward pass ends at the lowest layer
-    that has one. What cannot be split so (biases and norms, masks of single elements, tied parameters, subclasses and
-    other modules) keeps its dense gradient behind a guard; ``handle.modes`` says which parameter goes which way.
+    rows. Its backward pass computes the gradient of the rows alone, optimizers keep state for the rows alone, and the
+    other rows cannot change. Layers of which nothing is selected compute no weight gradient, and the backward pass ends
+    at the lowest layer that has one. Other parameters keep a dense gradient behind a guard: biases and norms, masks of
+    single elements, tied parameters, subclasses of the layers and other modules. ``handle.modes`` lists the mode of
+    each parameter.
 
-    ``state_dict()`` has the names and shapes it had, and ``load_state_dict`` takes them. Wrap with DDP or
-    ``torch.compile``, and make the optimizer, afterwards. The model is protected while it lives, whether or not the
-    handle is kept; nothing here keeps the model alive.
+    ``state_dict()`` and ``load_state_dict()`` keep the plain names and shapes. Wrap the model with
+    DistributedDataParallel or ``torch.compile``, and make the optimizer, after this call. The model is protected for
+    as long as it lives, also without a reference to the handle, and nothing here keeps the model alive.
 
-    A network may read ``layer.weight`` itself: with gradients on, that is a view of the weight, and its gradient goes
-    to the rows. dense: names of parameters to keep out, which then have a dense gradient behind the guard: weights that
-    the network uses through a reference from before ``compact()``.
+    A network may read ``layer.weight`` itself. While autograd records, that is a view of the weight whose gradient goes
+    to the rows.
 
-    Raises InputError for a mask of another architecture, a model that DDP has wrapped already, or an unknown name; and
-    in an optimizer's step, for one that was made before, or a gradient of what is not selected.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, changed in place; not within DistributedDataParallel or DataParallel.
+    mask : Mask
+        The entries that may change.
+    dense : collection of str, default ()
+        Names of parameters that keep a dense gradient behind the guard: weights that the network uses through a
+        reference from before this call.
+
+    Returns
+    -------
+    Compact
+        The handle; as a context manager it calls ``undo()`` at the end.
+
+    Raises
+    ------
+    InputError
+        For a mask of another architecture, a model within DistributedDataParallel, or an unknown name. In an
+        optimizer's step: for an optimizer that was made before this call, or a gradient of what is not selected.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    >>> mask = delfast.localize(model, batches, 0.3)
+    >>> with delfast.compact(model, mask) as handle:
+    ...     optimizer = torch.optim.SGD(handle.parameters(), lr=0.1, momentum=0.9)
+    ...     for inputs, targets in batches:
+    ...         torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+    ...         optimizer.step()
     """
     if isinstance(dense, str):
         raise InputError(f"expected dense to be a list of names, got '{dense}'; write [{dense!r}]")
@@ -232,7 +322,7 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
 
 
 def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
-    """id of a parameter -> the layer that can be trained by rows of it; None where it is tied or the layer cannot."""
+    """Map the id of each parameter to the layer that can be trained by its rows; to None if tied, or no such layer."""
     found: dict[int, nn.Module | None] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -243,7 +333,7 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
 
 
 def _refuse_sparse(model: nn.Module, guarded: Collection[str]) -> None:
-    """InputError for an embedding with sparse gradients if the mask selects a part of it: a guard takes dense ones."""
+    """Raise InputError for an embedding with sparse gradients in part of the mask: a guard needs dense gradients."""
     for module in model.modules():
         if getattr(module, "sparse", False) is True:
             for name, parameter in unique_parameters(model.named_parameters()):
@@ -252,6 +342,6 @@ def _refuse_sparse(model: nn.Module, guarded: Collection[str]) -> None:
 
 
 def _has_hooks(parameter: Tensor) -> bool:
-    """The user's, which must go on seeing the whole gradient."""
+    """Return whether the user has put hooks on the parameter, which must still get the whole gradient."""
     hooks = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
     return any(hooks)

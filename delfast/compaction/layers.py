@@ -1,9 +1,9 @@
 """Layers whose weight is trained through a Parameter that holds only its selected rows.
 
-A layer is changed by giving it another class: it stays the same object, with the same hooks, buffers and name. Its
-weight stays where it is, whole and frozen; ``weight_rows`` is what an optimizer sees. Code outside the layer that reads
+A layer becomes compact by a change of its class: it stays the same object, with the same hooks, buffers and name. Its
+weight stays in place, complete and frozen; an optimizer gets ``weight_rows``. Code outside the layer that reads
 ``layer.weight`` gets a view of the weight whose gradient goes to ``weight_rows``. A layer that is trained in full keeps
-its weight as the Parameter, and has no rows: only the way its gradient is computed changes.
+its weight as the Parameter and has no rows: only the computation of its gradient changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.compaction.functions import RowsOfConvolution, RowsOfLinear, RowsOfView
-from delfast.compaction.gradients import LEAST_CHANNELS_PER_POSITION
+from delfast.compaction.gradients import MIN_CHANNELS_PER_POSITION
 from delfast.compaction.plan import RowPlan, plan_rows
 from delfast.errors import InputError
 from delfast.layer_types import layer_type_of
@@ -26,9 +26,9 @@ INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
 
 
 class CompactLayer(nn.Module):
-    """Base of the layers: the rows, how they get into the weight, and a ``state_dict`` that contains neither."""
+    """Base of the compact layers: rows, which are written into the weight, and a ``state_dict`` with plain names."""
 
-    plain_type: ClassVar[type[nn.Module]]  # what the layer was, and is again after ``restore``
+    plain_type: ClassVar[type[nn.Module]]  # the layer's class before, and after ``restore``
     bias: Any
     weight_rows: nn.Parameter  # absent where the layer is trained in full
     row_index: Tensor | None  # None where the layer is trained in full
@@ -37,25 +37,25 @@ class CompactLayer(nn.Module):
     row_kept: Tensor | None
     row_dim: int  # the dimension of the weight along which its rows lie
     row_groups: int
-    row_home: tuple[Tensor]  # the weight that the rows are of; in a tuple, or the module would register it again
-    row_versions: tuple[int, int]  # of the weight and of the rows, when they last agreed; absent where trained in full
+    row_home: tuple[Tensor]  # the weight of the rows; in a tuple, since the module would register a Parameter again
+    row_versions: tuple[int, int]  # of the weight and the rows when last equal; absent if trained in full
 
     @property
     def plan(self) -> RowPlan:
-        """How the gradient of the rows is computed."""
+        """The plan of the rows' gradient."""
         return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
 
     @property
     def whole(self) -> Tensor:
-        """The tensor that holds the weight, as the module has it registered: for the layer's own use."""
+        """The tensor that holds the weight, as registered in the module: for the layer's own use."""
         return cast(Tensor, self._parameters[WEIGHT])
 
     @property
     def weight(self) -> Tensor:
-        """The weight, with the rows in it, for code that reads it instead of calling the layer.
+        """The weight, with the rows written into it, for code that reads the weight and does not call the layer.
 
-        While gradients are recorded: a view of ``whole`` whose backward pass hands ``weight_rows`` the gradient of the
-        selected rows. Otherwise, and where the layer is trained in full: ``whole``.
+        While autograd records: a view of ``whole`` whose backward pass gives ``weight_rows`` the gradient of the
+        selected rows. Otherwise, and if the layer is trained in full: ``whole``.
         """
         if self.row_index is None:
             return self.whole
@@ -66,11 +66,11 @@ class CompactLayer(nn.Module):
         if not records:
             return self.whole
         view: Tensor = RowsOfView.apply(self.weight_rows, self.whole, self.row_index, self.row_dim)
-        view._is_param = True  # isinstance(layer.weight, nn.Parameter) holds, as it did
+        view._is_param = True  # isinstance(layer.weight, nn.Parameter) stays true
         return view
 
     @weight.setter
-    def weight(self, value: Any) -> None:  # a Parameter does not come here: nn.Module registers it
+    def weight(self, value: Any) -> None:  # not called for a Parameter, which nn.Module registers
         raise InputError(_not_replaced("a tensor in its place"))
 
     def __delattr__(self, name: str) -> None:
@@ -79,7 +79,7 @@ class CompactLayer(nn.Module):
         super().__delattr__(name)
 
     def parameter_and_weight(self) -> tuple[Tensor, Tensor]:
-        """The Parameter whose gradient is to be found, and the weight, with the rows in it, to multiply by."""
+        """Return the Parameter that gets the gradient, and the weight to multiply by, with the rows written into it."""
         weight = self.whole
         if self.row_index is None:
             return weight, weight.detach()
@@ -87,15 +87,15 @@ class CompactLayer(nn.Module):
         return self.weight_rows, weight
 
     def write_rows(self) -> None:
-        """Put the rows into the weight; no other entry of it is touched.
+        """Write the rows into the weight; no other entry changes.
 
-        Through ``.data``, so that what autograd saved of the weight stays valid: the same rows, written again by
-        another call of this layer, are the same weight. Rows that have changed make another weight: its version is
-        incremented, so that a step between a forward pass and its backward pass is an error.
+        Write through ``.data``: the weight that autograd has saved stays valid when another call of this layer writes
+        the same rows. If the rows have changed, increment the weight's version, so that a step between a forward pass
+        and its backward pass is an error.
         """
         if self.row_index is None:
             return
-        if torch.compiler.is_compiling():  # where mutations are functions, and .data is not understood
+        if torch.compiler.is_compiling():  # the compiler traces no .data
             with torch.no_grad():
                 self.whole.index_copy_(self.row_dim, self.row_index, self.weight_rows.detach())
             return
@@ -105,18 +105,18 @@ class CompactLayer(nn.Module):
         if known[1] != rows._version:
             torch.autograd.graph.increment_version(weight)
         elif known[0] != weight._version:
-            self.read_rows()  # others have written into the weight, through its state_dict() or as it is
+            self.read_rows()  # other code has written into the weight, directly or through state_dict()
         weight.data.index_copy_(self.row_dim, self.row_index, rows.data)
         self.row_versions = (weight._version, rows._version)
 
-    def agree(self) -> None:
-        """Note that the weight, as it is now, has the rows in it."""
+    def record_versions(self) -> None:
+        """Record that the weight now contains the rows."""
         self.row_home = (self.whole,)
         if self.row_index is not None:
             self.row_versions = (self.whole._version, self.weight_rows._version)
 
     def read_rows(self) -> None:
-        """Take the rows from the weight again."""
+        """Copy the rows from the weight."""
         if self.row_index is None:
             return
         with torch.no_grad():
@@ -128,17 +128,17 @@ class CompactLayer(nn.Module):
         for name in INDICES:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(self.whole.device))
-        self.agree()  # on some devices with another tensor
+        self.record_versions()  # some devices need another tensor
         return self
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        self.write_rows()  # a copied tensor counts its versions from the start
+        self.write_rows()  # a copied tensor has version 0
         reduced = cast(tuple[Any, ...], super().__reduce_ex__(max(2, int(protocol))))
         return _new, (self.plain_type, *reduced[1][1:]), *reduced[2:]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.agree()
+        self.record_versions()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.write_rows()
@@ -147,41 +147,43 @@ class CompactLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         *_, missing, _, _ = arguments
-        self.write_rows()  # what is not loaded stays as it is
+        self.write_rows()  # entries that are not loaded keep their values
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if prefix + ROWS in missing:
             missing.remove(prefix + ROWS)
         self.read_rows()
-        self.agree()  # with assign=True with another tensor
+        self.record_versions()  # assign=True puts another tensor in place
 
 
 def may_have_small_maps(layer: nn.Module) -> bool:
-    """Return whether there is a faster way to this layer's weight gradient, should it be given small feature maps."""
+    """Return whether ``by_offsets`` may be faster for this layer's weight gradient, if its feature maps are small."""
     weight = cast(Tensor, layer.weight)
-    known = weight.device.type == "cpu" and weight.dtype in LEAST_CHANNELS_PER_POSITION
+    known = weight.device.type == "cpu" and weight.dtype in MIN_CHANNELS_PER_POSITION
     return known and getattr(layer, "groups", None) == 1
 
 
 def compact_type(layer_type: type[nn.Module]) -> type[CompactLayer] | None:
-    """The class that a layer of this type gets; None for a layer that cannot be trained by rows."""
+    """Return the compact class for a layer of this type; None for a layer that cannot be trained by rows."""
     known = layer_type_of(layer_type)
     if layer_type not in COMPACT and known is not None and not issubclass(layer_type, CompactLayer):
-        # a registered layer runs its own forward pass, which reads ``weight``, unless that is known to be the product
+        # a registered layer runs its own forward pass, which reads ``weight``, unless it is known to be x W
         base = _TransposedLinear if layer_type.forward is known.linear_forward else CompactLayer
         made = type(f"Compact{layer_type.__name__}", (base, layer_type), {"plain_type": layer_type})
-        COMPACT.setdefault(layer_type, made)  # the one that another thread has made meanwhile stays
+        COMPACT.setdefault(layer_type, made)  # a class that another thread has made meanwhile stays
     return COMPACT.get(layer_type)
 
 
 def rows_dim(layer: nn.Module) -> int:
-    """The dimension of the layer's weight along which its rows, the output channels, lie."""
+    """Return the dimension of the layer's weight that holds its rows, the output channels."""
     known = layer_type_of(type(layer))
     return 0 if known is None else known.output_dim
 
 
 def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
-    """Change ``layer``, of a type with a ``compact_type``, to train only these rows (int64, ascending) of its weight;
-    None: all."""
+    """Make ``layer`` compact, to train only these rows (int64, ascending) of its weight; None: all rows.
+
+    Its type must have a ``compact_type``.
+    """
     weight, groups = cast(Tensor, layer.weight), cast(int, getattr(layer, "groups", 1))
     dim = rows_dim(layer)
     if rows is None:
@@ -196,25 +198,25 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
         selected.copy_(weight.detach().index_select(dim, rows.to(weight.device)))
     changed = compact_type(type(layer))
     assert changed is not None
-    compact = cast(CompactLayer, layer)  # from here on nothing is allocated: a layer is changed whole or not at all
+    compact = cast(CompactLayer, layer)  # no allocation below this line: a layer is changed completely or not at all
     compact.__class__ = changed
     for name, tensor in zip(INDICES, indices, strict=True):
-        # no buffers: averages of models would average them, and DDP send them with every pass
+        # no buffers: weight averaging would average them, and DDP would broadcast them in every pass
         setattr(compact, name, tensor)
     compact.row_dim, compact.row_groups = dim, plan.groups
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
         weight.requires_grad_(False)
-    compact.agree()
+    compact.record_versions()
     return compact
 
 
 def restore(layer: CompactLayer) -> nn.Module:
-    """Undo ``make_compact``: the rows are written back, the weight can be trained again.
+    """Undo ``make_compact``: write the rows back, and make the weight trainable again.
 
-    A weight that has been put in the place of the layer's own stays as it is.
+    A weight that replaced the layer's own does not change.
     """
-    weight = layer._parameters.get(WEIGHT)  # None where old weight_norm, refused half-way, has removed it
+    weight = layer._parameters.get(WEIGHT)  # None if old weight_norm has removed it before it was refused
     if weight is layer.row_home[0]:
         layer.write_rows()
     if layer.row_index is not None:
@@ -230,7 +232,7 @@ def restore(layer: CompactLayer) -> nn.Module:
 
 
 def _new(plain_type: type[nn.Module], *arguments: Any) -> CompactLayer:
-    """A compact layer without its state, for ``pickle`` and ``copy``."""
+    """Return a compact layer without its state, for ``pickle`` and ``copy``."""
     made = compact_type(plain_type)
     if made is None:
         raise InputError(
@@ -248,7 +250,7 @@ def _not_replaced(what: str) -> str:
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a layer multiplies, as autocast would have it."""
+    """Return the operands of a layer in the dtypes that autocast chooses."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -257,12 +259,12 @@ def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 
 class _Product(CompactLayer):
-    """A linear layer."""
+    """Linear layers."""
 
     def _multiply(self, input: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-        """rows (n, in) and weight (out, in): as ``nn.Linear`` has them."""
+        """Return input Wᵀ + b, for rows (n, in) and weight (out, in) as ``nn.Linear`` has them."""
         x, weight, bias = _as_autocast(input, weight, self.bias)
-        # of other than two dimensions linear gives a view, and a Function's views cannot be changed in place afterwards
+        # flatten: for other than two dimensions linear returns a view, and a Function's views refuse in-place changes
         flat = torch.atleast_2d(x).flatten(0, -2)  # type: ignore[no-untyped-call]
         result: Tensor = RowsOfLinear.apply(flat, rows, weight, bias, self.row_gathered, self.row_kept)
         return result if flat is x else result.reshape(*x.shape[:-1], weight.shape[0])
@@ -278,7 +280,7 @@ class CompactLinear(_Product, nn.Linear):
 
 
 class _TransposedLinear(_Product):
-    """A registered linear layer with its weight as (in, out)."""
+    """A registered linear layer with a weight (in, out)."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows, weight = self.parameter_and_weight()
@@ -286,7 +288,7 @@ class _TransposedLinear(_Product):
 
 
 class _Convolutional(CompactLayer):
-    """The convolutions without their padding."""
+    """Convolutions, except their padding."""
 
     stride: Any
     padding: Any

@@ -29,7 +29,7 @@ from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
 from delfast.seeding import seeded
-from delfast.unlearning import Method
+from delfast.unlearning import Method, TrainingOptions
 from delfast.unlearning import train as train_network
 from delfast.unlearning import unlearn as unlearn_network
 from delfast.unlearning.head import head_parameters
@@ -195,21 +195,23 @@ def unlearn(
         mask=mask,
         method=method,
         init=run.factory,
-        precision=cast(Precision, run.config.precision),
         seed=seed,
         head=head,
-        batchnorm=cast(BatchNormMode, batchnorm),
-        validation=validation,
-        patience=patience,
+        training=TrainingOptions(
+            precision=cast(Precision, run.config.precision),
+            batchnorm=cast(BatchNormMode, batchnorm),
+            validation=validation,
+            patience=patience,
+            config={
+                "batch_size": batch_size,
+                "held_out": held_out if patience is not None else None,
+                "original": original,
+                **run.digests(),
+            },
+            progress=progress,
+        ),
         checkpoint=checkpoint,
         resume=resume,
-        config={
-            "batch_size": batch_size,
-            "held_out": held_out if patience is not None else None,
-            "original": original,
-            **run.digests(),
-        },
-        progress=progress,
     )
     result.mask.save(output_dir / MASK)
     trained = Trained(model, run.measure(model), dict(result.seconds))

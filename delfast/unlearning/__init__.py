@@ -1,4 +1,4 @@
-"""Unlearning: a method, within a mask, on the forget and retain sets."""
+"""Unlearning: methods that run within a mask, on the forget and retain sets."""
 
 from delfast.unlearning.api import UnlearnResult, unlearn
 from delfast.unlearning.loop import Diverged, train
@@ -14,6 +14,7 @@ from delfast.unlearning.methods import (
     Scrub,
 )
 from delfast.unlearning.one_shot import Dampening, Influence
+from delfast.unlearning.options import TrainingOptions
 from delfast.unlearning.registry import METHODS, make_method
 from delfast.unlearning.stopping import EarlyStop
 
@@ -32,6 +33,7 @@ __all__ = [
     "Relabel",
     "Retrain",
     "Scrub",
+    "TrainingOptions",
     "UnlearnResult",
     "make_method",
     "train",

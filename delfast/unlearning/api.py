@@ -1,17 +1,17 @@
-"""Unlearning: a method, within a mask, on the forget and retain sets."""
+"""Unlearning in one call: check the arguments, prepare, train."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from delfast.arguments import check_choice, check_flag, check_function, check_loader, check_path, check_seed, check_type
+from delfast.arguments import check_flag, check_function, check_loader, check_path, check_seed, check_type
 from delfast.batches import LossFn, Versions, refuse_writing_layers
 from delfast.compaction import compact
 from delfast.copies import copy_of
@@ -22,25 +22,48 @@ from delfast.naming import is_parallel, trainable_parameters, unique_parameters,
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
 from delfast.sole_use import used_alone
-from delfast.unlearning.first import first_pass
+from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
-from delfast.unlearning.loop import BatchNormMode, Precision, Progress, train
-from delfast.unlearning.methods import (
-    Job,
-    Method,
-    required,
-)
-from delfast.unlearning.registry import make_method
-from delfast.unlearning.steps import Turn, Turns
+from delfast.unlearning.loop import TrainResult, train
+from delfast.unlearning.methods import Method, UnlearningTask, required
+from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
+from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
+from delfast.unlearning.steps import Step, Steps
 from delfast.unlearning.stopping import EarlyStop
+
+OF_TRAINING = {each.name for each in fields(Method)} - {"epochs"}  # without effect on a method that trains nothing
 
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """``method``: with the hyperparameters that were used. ``mask``: what was allowed to change, with the head if the
-    method trains it. ``seconds``: by stage, "prepare" and "finetune". ``losses``: by epoch; ``validation``: those on
-    the examples held out. ``head``: None where the method gives it no part of its own. ``resumed_from``: how many
-    epochs the checkpoint had.
+    """Result of ``unlearn``.
+
+    Parameters
+    ----------
+    method : Method
+        The method with the hyperparameters that were used.
+    mask : Mask
+        The entries that were allowed to change, with the head if the method trains the head.
+    head : str or None
+        Name of the classifier head; None if the method does not treat the head differently.
+    seconds : dict of str to float
+        Wall-clock seconds of each stage, "prepare" and "finetune".
+    losses : list of float
+        Mean training loss of each epoch; empty for a one-shot method.
+    resumed_from : int
+        Number of epochs that the checkpoint had; 0 without one.
+    validation : list of float, default []
+        Mean loss of each epoch on the validation set, with early stopping.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> model = torch.nn.Linear(4, 3)
+    >>> batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    >>> result = delfast.unlearn(model, retain=batches, method="finetune", epochs=2)
+    >>> result.method.name, len(result.losses), result.mask.selected
+    ('finetune', 2, 15)
     """
 
     method: Method
@@ -59,201 +82,311 @@ def unlearn(
     retain: Iterable[Any] | None,
     forget: Iterable[Any] | None = None,
     mask: Mask | None = None,
-    method: str | Method = "del",
     init: Init | None = None,
-    epochs: int | None = None,
-    lr: float | None = None,
-    momentum: float | None = None,
-    weight_decay: float | None = None,
-    seed: int = 0,
+    method: str | Method = "del",
     head: str | None = None,
     loss_fn: LossFn | None = None,
-    precision: Precision = "fp32",
-    batchnorm: BatchNormMode = "train",
-    dense: Collection[str] = (),
-    validation: Iterable[Any] | None = None,
-    patience: int | None = None,
+    seed: int = 0,
+    training: TrainingOptions = DEFAULT_OPTIONS,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    config: Mapping[str, object] | None = None,
-    progress: Progress | None = None,
+    **hyperparameters: Any,
 ) -> UnlearnResult:
-    """Make ``model`` unlearn the forget set, in place. Outside the mask and the head, every entry stays bit-identical.
+    """Make ``model`` unlearn the forget set, in place.
 
-    method: a name, with its published hyperparameters, or an instance, ``Scrub(alpha=0.1)``: "del", "finetune",
-        "gradient-ascent", "neggrad+", "relabel", "l1-sparse", "influence", "ssd", "scrub", "retrain". ``epochs``,
-        ``lr``, ``momentum`` and ``weight_decay`` replace its own, if it trains.
-    forget, retain: batches, re-iterable, with a length. "del" needs the forget set to localize, if mask is None.
-        ``retain`` may be None for "gradient-ascent", which does not use it.
-    mask: what may change. None: "del" localizes it, ``localize(model, forget)``; any other method changes everything.
-    init, seed: as for ``reset_``, so not the seed that training began from; for "del" and "retrain". The seed draws
-        "relabel"'s labels too.
-    head: name of the classifier head, which "del" trains in full. None: the layer whose output is the network's output
-        (a tensor, or its ``.logits``), up to views and casts; refused where there is none or more than one.
-    loss_fn: ``loss_fn(model, batch)`` -> (B,) losses, for batches that are not (input, target) or (index, input,
-        target); not for methods that need logits.
-    dense: names of parameters to train with a dense gradient, as for ``compact``; the masks stay as they are.
-    validation, patience: batches held out of the retain set; training ends after ``patience`` epochs without a lower
-        loss on them, and the network is that of the lowest.
-    precision, batchnorm, checkpoint, resume, progress: as for ``train``; ``config`` adds to what must be the same when
-        resumed.
-        They have no effect on "influence" and "ssd", one-shot methods in float32.
+    Outside the mask and the head, every parameter entry stays bit-identical. BatchNorm's running statistics are
+    buffers: they change as in any training, unless ``TrainingOptions(batchnorm="frozen")`` is passed.
 
-    BatchNorm's running statistics are buffers: they move, as in any training.
-    The network is trained compact (``delfast.compact``); within DDP or DataParallel, which have taken its parameters as
-    they are, gradients are dense. Under DDP every process needs the same mask: localize the whole forget set in each.
-    Raises InputError for bad arguments, before anything is changed. The loss of the first batch of each set that is
-    used is computed for that, once, in eval mode, and random generators are put back. Errors that show in a later batch
-    or in training mode only, and errors of the loss_fn's own, are raised when they occur: the network is then changed
-    in part. One of them is an InputError for a forward pass that writes a parameter outside the mask. Raises Diverged,
-    a RuntimeError, if the loss is no longer finite: the network is then of no use.
+    The network is trained compact (``delfast.compact``). Within DistributedDataParallel or DataParallel, which hold its
+    parameters, gradients are dense. Under DistributedDataParallel every process needs the same mask: localize the whole
+    forget set in each.
+
+    Before anything is changed, the loss of the first batch of each set that is used is computed once, in eval mode, and
+    random generators are restored. Errors that occur only in a later batch or only in training mode, and errors that
+    ``loss_fn`` itself raises, come when they occur: the network is then changed in part. One of them is an InputError
+    for a forward pass that writes a parameter outside the mask.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, plain or within DistributedDataParallel, DataParallel or ``torch.compile``.
+    retain : iterable of batches or None
+        The examples to keep: batches ``(input, target)`` or ``(index, input, target)`` with inputs (N, ...) and integer
+        targets (N,), re-iterable and with a length. None only for "gradient-ascent", which does not use the retain set.
+    forget : iterable of batches, optional
+        The examples to forget, in the same form. "del" needs them to localize if ``mask`` is None; "gradient-ascent",
+        "neggrad+", "relabel", "influence", "ssd" and "scrub" always need them.
+    mask : Mask, optional
+        The entries that may change. Default: "del" uses ``localize(model, forget)``; with any other method everything
+        may change.
+    init : callable, dict of str to tensor, torch.nn.Module or "reset_parameters", optional
+        Source of newly initialized values, as for ``delfast.reset_``; needed by "del" and "retrain".
+    method : str or Method, default "del"
+        A name, which stands for the published hyperparameters ("del", "finetune", "gradient-ascent", "neggrad+",
+        "relabel", "l1-sparse", "influence", "ssd", "scrub", "retrain"), or an instance such as ``Scrub(alpha=0.1)``.
+    head : str, optional
+        Name of the classifier head, which "del" trains in full. Default: the layer whose output is the network's output
+        (a tensor, or its ``.logits``), up to views and casts; refused if there is none, or more than one.
+    loss_fn : callable, optional
+        ``loss_fn(model, batch)``, which returns losses (N,), for batches of another form. Not for methods that need
+        logits ("relabel" and "scrub").
+    seed : int, default 0
+        Seed of the newly initialized values and of the labels that "relabel" draws. Pass another seed than the one that
+        the training of ``model`` began from, or "del" restores the values that the training began with.
+    training : TrainingOptions, optional
+        Options of the training loop: precision, BatchNorm, early stopping, progress.
+    checkpoint : str or pathlib.Path, optional
+        File that is written after every epoch, completely or not at all; see ``train``.
+    resume : bool, default False
+        Continue from ``checkpoint`` if the file exists. The run ends with the weights of an uninterrupted run.
+    **hyperparameters : Any
+        Hyperparameters of the method, which replace its own: ``epochs``, ``lr``, ``momentum``, ``weight_decay``,
+        ``schedule``, and those of the method alone, such as ``alpha``. None keeps the method's value.
+
+    Returns
+    -------
+    UnlearnResult
+        The method, mask, head, losses and seconds of the run.
+
+    Raises
+    ------
+    InputError
+        For bad arguments, before anything is changed.
+    Diverged
+        If the loss is no longer finite. The network is then of no use.
+
+    References
+    ----------
+    Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization", TMLR 2025,
+    arXiv 2412.02432.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> def make_model():
+    ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> model = make_model()
+    >>> retain = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(2)]
+    >>> forget = [(torch.randn(4, 4), torch.arange(4) % 3)]
+    >>> result = delfast.unlearn(model, retain=retain, forget=forget, init=make_model, seed=1, epochs=2)
+    >>> result.head, len(result.losses)
+    ('2', 2)
+    >>> result = delfast.unlearn(model, retain=retain, forget=forget, method="scrub", epochs=1, alpha=0.01)
+    >>> result.method.alpha
+    0.01
     """
-    given = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    _check_arguments(retain, forget, validation, mask, head, loss_fn, checkpoint, resume, config, progress)
+    training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
+    _check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
     refuse_writing_layers(model)
     seed = check_seed(seed)
-    chosen = make_method(method, {name: value for name, value in given.items() if value is not None})
-    if retain is not None or not chosen.epochs or chosen.layout != "forget":
-        check_loader(retain, "retain set")
+    chosen = _choose(method, hyperparameters)
+    _check_needs(chosen, retain, forget, mask, init, loss_fn)
+    check_options(training, chosen)
+
     network = unwrap(model)
-    needed = {"forget": forget, "init": init}
-    if chosen.localizes and mask is None and forget is None:
-        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
-    for name in sorted(chosen.needs & needed.keys()):
-        if needed[name] is None:
-            raise InputError(f"expected {name}= for '{chosen.name}', got none; pass it")
-    if "everything" in chosen.needs and mask is not None:
-        raise InputError(f"'{chosen.name}' changes everything, got a mask; leave mask out")
-    if "logits" in chosen.needs and loss_fn is not None:
-        raise InputError(f"'{chosen.name}' needs logits and labels, not losses; leave loss_fn out, or choose another")
-    if (validation is None) != (patience is None):
-        raise InputError("expected validation= and patience= together, got one; pass both, or neither")
-    unused = [name for name in ("lr", "momentum", "weight_decay") if given[name] is not None and not chosen.epochs]
-    if unused:
-        raise InputError(f"'{chosen.name}' trains nothing, got {unused[0]}={given[unused[0]]}; leave it out")
-    if dense and not chosen.epochs:
-        raise InputError(f"expected no dense= for '{chosen.name}', which trains nothing, got {dense!r}; leave it out")
-    if patience is not None and not chosen.epochs:
-        raise InputError(f"expected no patience for '{chosen.name}', which has no epochs, got {patience}; leave it out")
-    check_choice("precision", precision, Precision)
-    check_choice("batchnorm", batchnorm, BatchNormMode)
-    retain = () if retain is None else retain
-    turns = Turns(chosen.layout, retain, forget, chosen.forget_epochs) if chosen.epochs else None
-    early_stop = None if validation is None or patience is None else EarlyStop(validation, patience, loss_fn)
+    everything_may_change = mask is None and not chosen.localizes
+    sets = {"retain": () if retain is None else retain, "forget": () if forget is None else forget}
+    steps = Steps(chosen.step_plan, **sets, forget_epochs=chosen.forget_epochs) if chosen.epochs else None
+    early_stop = _early_stop(training, loss_fn)
     teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
-    whole = full_mask(network) if mask is None else mask
-    job = Job(network, network, retain, () if forget is None else forget, whole, init, seed, loss_fn, teacher)
-    first = first_pass(
+    widest = full_mask(network) if mask is None else mask
+    task = UnlearningTask(network, network, **sets, mask=widest, init=init, seed=seed, loss_fn=loss_fn, teacher=teacher)
+
+    first = check_first_batches(
         chosen,
-        job,
-        {"retain": retain, "forget": job.forget} if turns is None else turns.sets,
-        validation=validation,
-        bf16=precision == "bf16" and turns is not None,
-        frozen_batchnorm=batchnorm == "frozen",
+        task,
+        sets if steps is None else steps.sets,
+        validation=training.validation,
+        bf16=training.precision == "bf16" and steps is not None,
+        frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
     )
     head = (first.head if head is None else head) if chosen.trains_head else None
-    heads = {} if head is None else head_parameters(network, head)
-    everything_may_change = mask is None and not chosen.localizes
-    if mask is None:
-        mask = localize(network, required(forget), loss_fn=loss_fn) if chosen.localizes else whole
-    widened = mask
-    if chosen.trains_head:
-        widened = mask.widen(list(heads), {name: tuple(parameter.shape) for name, parameter in heads.items()})
-    job = replace(job, model=model, mask=mask)
-    settings = {**asdict(chosen), "method": chosen.name, "mask": mask.digest, "head": head, "seed": seed}
-    settings |= {"precision": precision, "batchnorm": batchnorm, "patience": patience}
-    settings |= {"dense": sorted(dense)} if dense else {}
-    seconds = {"prepare": 0.0, "finetune": 0.0}
+    heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
+    selected = localize(network, required(forget), loss_fn=loss_fn) if mask is None and chosen.localizes else widest
+    widened = _widened(selected, heads) if chosen.trains_head else selected
+    task = replace(task, model=model, mask=selected)
 
-    def prepare() -> None:
-        started = time.perf_counter()
-        chosen.prepare(job)
-        seconds["prepare"] = time.perf_counter() - started
-
-    if turns is None:
-        list(mask.match(trainable_parameters(network)))  # raises if the mask is of another architecture
-        prepare()
-        return UnlearnResult(chosen, widened, head, seconds, [], 0)
+    if steps is None:
+        list(selected.match(trainable_parameters(network)))  # raises if the mask is of another architecture
+        return UnlearnResult(chosen, widened, head, {"prepare": _prepare(chosen, task), "finetune": 0.0}, [], 0)
     first.refuse_sparse(network, widened)
-    with nullcontext() if is_parallel(model) else compact(network, widened, dense=dense) as handle:
-        training = job if handle is None else replace(job, mask=handle.mask)
-
-        def prepare_whole() -> None:
-            with nullcontext() if handle is None else handle.undone():
-                prepare()
-
-        trained = widened if handle is None else handle.mask
-        outside = {} if everything_may_change else _outside(network, trained)
-        versions: list[Versions] = []  # from the first step on, after the checkpoint or the reset
-
-        def losses(_: nn.Module, turn: Turn) -> Any:
-            if not versions:
-                versions.append(Versions(outside, network))
-            loss = chosen.loss(training, turn).reshape(1)
-            versions[0].check()
-            return loss
-
-        result = train(
-            model,  # not the network inside: DDP's own forward is what exchanges gradients
-            turns,
-            MaskedSGD(
-                network.named_parameters(),
-                trained,
-                lr=chosen.lr,
-                momentum=chosen.momentum,
-                weight_decay=chosen.weight_decay,
-            ),
-            epochs=chosen.epochs,
-            schedule=chosen.schedule,
-            loss_fn=losses,
-            precision=precision,
-            batchnorm=batchnorm,
-            early_stop=early_stop,
-            checkpoint=checkpoint,
-            resume=resume,
-            config={**settings, **(config or {})},
-            progress=progress,
-            before=prepare_whole,
-        )
-    seconds["finetune"] = result.seconds
+    result, prepare_seconds = _finetune(
+        chosen,
+        task,
+        steps,
+        widened,
+        everything_may_change=everything_may_change,
+        training=training,
+        early_stop=early_stop,
+        checkpoint=checkpoint,
+        resume=resume,
+        config={**_settings(chosen, selected, head, seed, training), **(training.config or {})},
+    )
+    seconds = {"prepare": prepare_seconds, "finetune": result.seconds}
     return UnlearnResult(chosen, widened, head, seconds, result.losses, result.resumed_from, result.validation)
 
 
-def _check_arguments(
+def _check_types(
     retain: object,
     forget: object,
-    validation: object,
     mask: object,
     head: object,
     loss_fn: object,
     checkpoint: object,
     resume: object,
-    config: object,
-    progress: object,
 ) -> None:
-    """InputError for arguments of ``unlearn`` of another type."""
-    for what, loader in (("retain set", retain), ("forget set", forget), ("validation set", validation)):
+    """Raise InputError for arguments of ``unlearn`` of another type."""
+    for what, loader in (("retain set", retain), ("forget set", forget)):
         if loader is not None:
             check_loader(loader, what)
     check_type("mask", mask, (Mask, type(None)), "a delfast.Mask or None")
     check_type("head", head, (str, type(None)), "the name of a module or None")
-    check_type("config", config, (Mapping, type(None)), "a mapping or None")
     check_function("loss_fn", loss_fn)
-    check_function("progress", progress)
     check_flag("resume", resume)
     if checkpoint is not None and Path(check_path("checkpoint", checkpoint)).is_dir():
         raise InputError(f"expected checkpoint to be a file, got the directory '{checkpoint}'; name a file in it")
 
 
+def _choose(method: str | Method, hyperparameters: dict[str, Any]) -> Method:
+    """Return the method with these hyperparameters. InputError for an unknown keyword, or one without effect."""
+    method = find_method(method)
+    known = hyperparameter_names(method)
+    for name in hyperparameters:
+        if name not in known:
+            raise InputError(
+                f"unlearn has no parameter '{name}', and '{method.name}' no such hyperparameter: it has "
+                f"{', '.join(known)}; options of the training loop are fields of TrainingOptions"
+            )
+    given = {name: value for name, value in hyperparameters.items() if value is not None}
+    chosen = make_method(method, given)
+    for name, value in given.items():
+        if name in OF_TRAINING and not chosen.epochs:
+            raise InputError(
+                f"expected no {name}= for '{chosen.name}', which trains nothing, got {value}; leave it out"
+            )
+    return chosen
+
+
+def _check_needs(
+    method: Method,
+    retain: object,
+    forget: object,
+    mask: object,
+    init: object,
+    loss_fn: object,
+) -> None:
+    """Raise InputError for a missing argument that the method needs, and for one that it cannot use."""
+    if retain is not None or not method.epochs or method.step_plan != "forget":
+        check_loader(retain, "retain set")
+    needed = {"forget": forget, "init": init}
+    if method.localizes and mask is None and forget is None:
+        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
+    for name in sorted(method.needs & needed.keys()):
+        if needed[name] is None:
+            raise InputError(f"expected {name}= for '{method.name}', got none; pass it")
+    if "everything" in method.needs and mask is not None:
+        raise InputError(f"expected no mask for '{method.name}', which changes everything, got one; leave mask out")
+    if "logits" in method.needs and loss_fn is not None:
+        raise InputError(
+            f"expected no loss_fn for '{method.name}', which needs logits and labels, got one; leave loss_fn out, or "
+            "choose another method"
+        )
+
+
+def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:
+    """Return the early stop that the options ask for."""
+    if training.validation is None or training.patience is None:
+        return None
+    return EarlyStop(training.validation, training.patience, loss_fn)
+
+
+def _widened(mask: Mask, parameters: Mapping[str, Tensor]) -> Mask:
+    """Return the mask widened by all of these parameters."""
+    return mask.widen(list(parameters), {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+
+
+def _settings(method: Method, mask: Mask, head: str | None, seed: int, training: TrainingOptions) -> dict[str, object]:
+    """Return what must be equal when a checkpoint is resumed."""
+    settings = {**asdict(method), "method": method.name, "mask": mask.digest, "head": head, "seed": seed}
+    settings |= {"precision": training.precision, "batchnorm": training.batchnorm, "patience": training.patience}
+    return settings | ({"dense": sorted(training.dense)} if training.dense else {})
+
+
+def _prepare(method: Method, task: UnlearningTask) -> float:
+    """Run the method's ``prepare``; return the seconds."""
+    started = time.perf_counter()
+    method.prepare(task)
+    return time.perf_counter() - started
+
+
+def _finetune(
+    method: Method,
+    task: UnlearningTask,
+    steps: Steps,
+    mask: Mask,
+    *,
+    everything_may_change: bool,
+    training: TrainingOptions,
+    early_stop: EarlyStop | None,
+    checkpoint: str | Path | None,
+    resume: bool,
+    config: dict[str, object],
+) -> tuple[TrainResult, float]:
+    """Train compact within ``mask``, after the method's ``prepare`` on the plain network; also return its seconds."""
+    model, network = task.model, task.network
+    prepare_seconds = 0.0
+    with nullcontext() if is_parallel(model) else compact(network, mask, dense=training.dense) as handle:
+        trained = mask if handle is None else handle.mask
+        trained_task = task if handle is None else replace(task, mask=trained)
+        outside = {} if everything_may_change else _outside(network, trained)
+        versions: list[Versions] = []  # from the first step on, after the checkpoint or the reset
+
+        def prepare() -> None:
+            nonlocal prepare_seconds
+            with nullcontext() if handle is None else handle.undone():
+                prepare_seconds = _prepare(method, task)
+
+        def loss(_: nn.Module, step: Step) -> Tensor:
+            if not versions:
+                versions.append(Versions(outside, network))
+            loss = method.loss(trained_task, step).reshape(1)
+            versions[0].check()
+            return loss
+
+        result = train(
+            model,  # not the network inside: DDP's own forward is what exchanges gradients
+            steps,
+            MaskedSGD(
+                network.named_parameters(),
+                trained,
+                lr=method.lr,
+                momentum=method.momentum,
+                weight_decay=method.weight_decay,
+            ),
+            epochs=method.epochs,
+            schedule=method.schedule,
+            loss_fn=loss,
+            precision=training.precision,
+            batchnorm=training.batchnorm,
+            early_stop=early_stop,
+            checkpoint=checkpoint,
+            resume=resume,
+            config=config,
+            progress=training.progress,
+            before=prepare,
+        )
+    return result, prepare_seconds
+
+
 def _outside(network: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """The parameters in which the mask selects nothing."""
+    """Return the parameters in which the mask selects nothing."""
     parameters = dict(unique_parameters(network.named_parameters()))
     inside = {name for name, _, _ in mask.match(parameters)}
     return {name: parameter for name, parameter in parameters.items() if name not in inside}
 
 
 def full_mask(network: nn.Module) -> Mask:
-    """Every trainable parameter in full."""
-    parameters = trainable_parameters(network)
-    return Mask({}).widen(list(parameters), {name: tuple(p.shape) for name, p in parameters.items()})
+    """Return the mask that selects every trainable parameter in full."""
+    return _widened(Mask({}), trainable_parameters(network))

@@ -1,4 +1,4 @@
-"""Which layer is the classifier head."""
+"""The search for the classifier head."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.errors import InputError
 from delfast.naming import unique_parameters, unwrap
+from delfast.unlearning.dispatch import ObservingMode
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)
 _FRESH = (torch.ops.aten.lift_fresh,)  # the tensors of ``torch.tensor(...)``, which no operation has made
@@ -24,7 +24,7 @@ MAX_NAMED = 5  # candidates in an error message
 
 
 def find_head(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> str:
-    """The name of the layer that makes the logits, found by a forward pass on ``batch``: see ``HeadSearch``."""
+    """Return the name of the layer that computes the logits, by a forward pass on ``batch``: see ``HeadSearch``."""
     network = unwrap(model)
     search = HeadSearch(network)
     with uncompiled(network), evaluating(network), torch.inference_mode(False), torch.no_grad(), search:
@@ -33,23 +33,23 @@ def find_head(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> st
 
 
 def uncompiled_function(function: F) -> F:
-    """The function that ``torch.compile`` has compiled, or ``function`` itself: operations in a graph are not seen."""
+    """Return the function inside ``torch.compile``, or ``function``: a mode does not see operations in a graph."""
     original: F = getattr(function, "_torchdynamo_orig_callable", function)
     return original
 
 
 @contextmanager
 def uncompiled(network: nn.Module) -> Iterator[None]:
-    """Run the network's compiled modules as they are written: no graph is compiled for one pass, or with hooks in it.
+    """Run the network's compiled modules in eager mode inside the context, so that one pass compiles no graph.
 
-    Only this network is changed, and put back. torch's own switch, ``set_stance``, is one for all threads.
+    Only this network is changed, and restored. torch's own switch, ``set_stance``, holds for all threads.
     """
     calls, children = [], []
     for module in network.modules():
         if module._compiled_call_impl is not None:
             calls.append((module, module._compiled_call_impl))
         for name, child in module._modules.items():
-            # by name: importing torch._dynamo takes a second
+            # by name: the import of torch._dynamo takes a second
             if child is not None and type(child).__name__ == "OptimizedModule":
                 children.append((module, name, child))
     try:
@@ -65,31 +65,24 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
             module._modules[name] = child
 
 
-class HeadSearch(TorchDispatchMode):
-    """Record, inside the context, which layers' tensors ``network`` returns: its output, or the output's ``.logits``.
+class HeadSearch(ObservingMode):
+    """Record, inside the context, the layers that compute what ``network`` returns: its output, or ``.logits`` of it.
 
-    The head is the layer whose output is the network's output, up to views, casts and copies. A layer is a module that
-    holds parameters of its own, and none in its children. Every operation is seen, so that memory which is freed and
-    used again is never taken for what it held before.
+    The head is the layer whose output is the network's output, up to views, casts and copies. A layer is a module with
+    parameters of its own and none in its children. The mode observes every operation, so that memory which is freed and
+    used again is not mistaken for the tensor that it held before.
     """
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """``flex_attention`` compiles itself, and fails under any other mode."""
-        return True
-
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         if isinstance(network, torch.jit.ScriptModule):
             raise InputError("expected the head's name for a ScriptModule, whose layers take no hooks; pass head='...'")
         self.network = network
-        self._modules = dict(network.named_modules())  # the names they have outside ``uncompiled``
+        self._modules = dict(network.named_modules())  # names outside ``uncompiled``
         self._handles: list[Any] = []
-        # storage -> the layers nearest to its values, and whether these are that one layer's output as it is
+        # storage -> names of the layers nearest to its values, and whether the values are one layer's output, unchanged
         self._origins: dict[int, tuple[frozenset[str], bool]] = {}
-        self._returned: list[tuple[frozenset[str], bool]] = []  # one a call of the network
+        self._returned: list[tuple[frozenset[str], bool]] = []  # one for each call of the network
 
     def __enter__(self) -> Any:
         for name, module in self._modules.items():
@@ -106,9 +99,9 @@ class HeadSearch(TorchDispatchMode):
             handle.remove()
 
     def head(self) -> str:
-        """The head's name. InputError if no layer is the head, or more than one."""
+        """Return the head's name. InputError if no layer is the head, or more than one is."""
         names = frozenset[str]().union(*(names for names, _ in self._returned))
-        names = names - {""} or names  # the whole network is no answer where there is another
+        names = names - {""} or names  # the whole network only if there is no other
         if len(names) == 1 and all(exact for _, exact in self._returned):
             return next(iter(names))
         if not self._returned:
@@ -135,7 +128,7 @@ class HeadSearch(TorchDispatchMode):
         for tensor in _tensors(result):
             if packet in _FRESH:
                 self._set(tensor, _NONE)
-            elif _storage(tensor) not in inputs:  # otherwise a view, or one of the arguments
+            elif _storage(tensor) not in inputs:  # else a view, or one of the arguments
                 self._set(tensor, next(iter(inputs.values()), _NONE) if packet in _COPIES else mixed)
         return result
 
@@ -148,7 +141,7 @@ class HeadSearch(TorchDispatchMode):
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             for tensor in _tensors(output):
                 names, exact = self._get(tensor)
-                if not exact:  # otherwise an inner layer's output, handed on
+                if not exact:  # else an inner layer's output, returned unchanged
                     self._set(tensor, (frozenset([name]), True) if is_layer else (names | {name}, False))
 
         return hook
@@ -165,7 +158,7 @@ class HeadSearch(TorchDispatchMode):
 
 
 def head_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
-    """The head's trainable parameters by plain name. InputError if the model has no module of this name."""
+    """Return the head's trainable parameters by plain name. InputError if the model has no module of this name."""
     network = unwrap(model)
     modules = dict(network.named_modules())
     if head not in modules:
@@ -183,7 +176,7 @@ def _owns_parameters(module: nn.Module) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The arguments that an operation writes into, by its schema."""
+    """Return the arguments that an operation writes to, by its schema."""
     schema = getattr(func, "_schema", None)  # operators of higher order have none
     if schema is None or not schema.is_mutable:
         return []
@@ -193,7 +186,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts that have memory of their own to be known by."""
+    """Yield the tensors in nested tuples, lists and dicts that have a storage, by which they are identified."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             yield leaf

@@ -1,4 +1,4 @@
-"""The parts of a loader: what chooses its order, the generators that it draws from, the sizes of its batches."""
+"""The parts of a loader: samplers and data sets, random generators, the sizes of batches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader
 
 from delfast.batches import LossFn, examples_in
 from delfast.errors import InputError
+from delfast.unlearning.dispatch import ObservingMode
 
 MAX_ITEMS = 10_000  # a longer list, tuple or dict holds data, not transforms: it is not searched for generators
 MAX_SEARCHED = 100_000  # objects that one search for generators reads
@@ -35,7 +35,7 @@ _WITHOUT_GENERATORS = (str, bytes, int, float, Tensor, numpy.ndarray, type, Modu
 def set_epoch(loader: Any, epoch: int) -> None:
     """Call ``set_epoch(epoch)`` of the loader and of every part that has it: samplers, batch samplers, data sets.
 
-    A DistributedSampler that is never given the epoch repeats one order, and one share of the examples, in every epoch.
+    Without the epoch, a DistributedSampler repeats one order, and one share of the examples, in every epoch.
     """
     for part in _parts(loader):
         if callable(getattr(part, "set_epoch", None)):
@@ -43,7 +43,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def refuse_persistent_workers(loader: Any, what: str) -> None:
-    """InputError for persistent workers, whose generators go on from epoch to epoch and cannot be read from here."""
+    """Raise InputError for persistent workers: their generators live from epoch to epoch in other processes."""
     if any(getattr(part, "persistent_workers", False) is True for part in _parts(loader)):
         raise InputError(
             f"expected a {what} set without persistent_workers where a checkpoint is written, since the state of the "
@@ -52,12 +52,12 @@ def refuse_persistent_workers(loader: Any, what: str) -> None:
 
 
 def restarts(loader: Any) -> bool:
-    """Whether each pass over the loader starts at its beginning; an iterator may restart at its end only."""
+    """Return whether each pass over the loader starts at its beginning; an iterator may restart at its end only."""
     return not isinstance(loader, Iterator)
 
 
 def first_batch(loader: Any, what: str) -> Any:
-    """The loader's first batch. InputError for an empty loader, and for an iterator, which would lose the batch."""
+    """Return the loader's first batch. InputError for an empty loader, and for an iterator, which would lose it."""
     if not restarts(loader):
         raise InputError(
             f"expected a {what} set that can be iterated over again, got {type(loader).__name__}; pass a DataLoader or "
@@ -65,11 +65,28 @@ def first_batch(loader: Any, what: str) -> Any:
         )
     for batch in loader:
         return batch
-    raise InputError(f"expected a {what} set of at least one batch, got none; check its loader")
+    raise _empty(what)
+
+
+def batch_count(loader: Any, what: str) -> int:
+    """Return the loader's length. InputError if the loader has none, or no batch."""
+    try:
+        count = len(loader)
+    except TypeError:
+        raise InputError(
+            f"expected a {what} set with a length, for the schedule; pass a DataLoader or a list of batches"
+        ) from None
+    if not count:
+        raise _empty(what)
+    return count
+
+
+def _empty(what: str) -> InputError:
+    return InputError(f"expected a {what} set of at least one batch, got none; check its loader")
 
 
 def batch_sizes(loader: Any) -> tuple[int, int] | None:
-    """The number of examples of the first batch and of the smallest one. None where only iterating would show them."""
+    """Return the number of examples in the first and in the smallest batch; None if only iterating shows them."""
     if isinstance(loader, (list, tuple)):
         counts = [examples_in(batch, _any_form) for batch in loader]
         known = [count for count in counts if count is not None]
@@ -89,12 +106,12 @@ def batch_sizes(loader: Any) -> tuple[int, int] | None:
 
 
 def _any_form(*_: Any) -> Tensor:
-    """Stand for a loss_fn: every part of the batch counts."""
+    """Stand for a ``loss_fn``, with which every part of a batch counts."""
     raise NotImplementedError
 
 
 def _parts(loader: Any) -> Iterator[Any]:
-    """The loader, its sampler, batch sampler and data set, theirs, and so on; each once."""
+    """Yield the loader, its sampler, batch sampler and data set, theirs, and so on; each once."""
     seen: dict[int, Any] = {}
     waiting = [loader]
     while waiting:
@@ -107,7 +124,7 @@ def _parts(loader: Any) -> Iterator[Any]:
 
 
 class Randomness:
-    """The generators that training draws from: those of torch, numpy and Python, and every one that a loader holds."""
+    """The generators that training draws from: those of torch, numpy and Python, and all that the loaders hold."""
 
     def __init__(self, loaders: Iterable[Any]) -> None:
         self.loaders = list(loaders)
@@ -115,12 +132,14 @@ class Randomness:
 
     @property
     def kinds(self) -> list[str]:
-        """The types of the generators that the loaders hold."""
+        """Types of the generators that the loaders hold."""
         return [type(generator).__name__ for generator in self.generators]
 
     def search_again(self) -> None:
-        """Take the generators that the loaders hold now. InputError if these are of other kinds or of another number:
-        a new process would not have them where it resumes, so that their state could not be put back.
+        """Search the loaders for generators again.
+
+        InputError if their number or kinds have changed: a new process that resumes does not have them, and their state
+        could not be restored.
         """
         before, self.generators = self.kinds, generators(self.loaders)
         if self.kinds != before:
@@ -130,7 +149,7 @@ class Randomness:
             )
 
     def state(self) -> dict[str, Any]:
-        """Everything to go on from, in plain values and tensors."""
+        """Return the states of all generators, as plain values and tensors."""
         state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
             "numpy": _plain(numpy.random.get_state(legacy=False)),
@@ -143,7 +162,7 @@ class Randomness:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put a ``state``, or some of its entries, back."""
+        """Set the generators to a ``state``, or to some of its entries."""
         setters: dict[str, Callable[[Any], None]] = {
             "torch": torch.set_rng_state,
             "numpy": numpy.random.set_state,
@@ -162,12 +181,12 @@ class Randomness:
 
 @contextmanager
 def preserved(loaders: Iterable[Any], loss_fn: LossFn | None = None) -> Iterator[Draws]:
-    """Put every generator back, global or in a loader, so that looking at a batch changes no later order.
+    """Restore every generator, global or in a loader, so that reading a batch changes no later order.
 
-    What is computed from the batches, with this ``loss_fn``, belongs into the ``Draws`` that this yields. Torch, numpy
-    and Python each have one generator for all threads. They are put back only where this thread may have drawn from
-    them: lists, tuples and loaders with ``draws_globally = False`` draw nothing, others may; ``Draws`` shows the draws
-    from torch's, and a ``loss_fn`` may draw from numpy's and Python's.
+    Compute on the batches, with this ``loss_fn``, inside the ``Draws`` that the context yields. Torch, numpy and Python
+    have one generator each for all threads. These are restored only if this thread may have drawn from them. Lists,
+    tuples and loaders with ``draws_globally = False`` draw nothing; other loaders may. ``Draws`` records draws from
+    torch's generator. A ``loss_fn`` may draw from numpy's and Python's.
     """
     loaders = [
         loader
@@ -181,23 +200,16 @@ def preserved(loaders: Iterable[Any], loss_fn: LossFn | None = None) -> Iterator
     finally:
         after = randomness.state()
         moved = {name: state for name, state in before.items() if not _same(state, after[name])}
-        if not loaders and not draws.any:  # the rest was moved by other threads
+        if not loaders and not draws.any:  # other threads drew the rest
             moved = {name: moved[name] for name in ("numpy", "python") if loss_fn is not None and name in moved}
         randomness.restore(moved)
 
 
-class Draws(TorchDispatchMode):
-    """Find whether this thread draws from a generator of torch's own inside the context."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """``flex_attention`` compiles itself, and fails under any other mode."""
-        return True
+class Draws(ObservingMode):  # type: ignore[no-untyped-call]
+    """Record whether this thread draws from one of torch's default generators inside the context."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.any = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,7 +221,7 @@ class Draws(TorchDispatchMode):
 
 
 def _is_default(generator: torch.Generator) -> bool:
-    """Whether the generator is its device's default one. An operation gets another object of it: compare states."""
+    """Return whether the generator is its device's default. By state: an operation gets another Python object of it."""
     cuda = generator.device.type == "cuda"
     state = torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state()
     return generator.device.type in ("cpu", "cuda") and torch.equal(generator.get_state(), state)
@@ -224,12 +236,12 @@ def _same(state: Any, other: Any) -> bool:
 
 
 def generators(loaders: Iterable[Any]) -> list[Any]:
-    """Every generator of torch, numpy or Python that the loaders hold, each once, in an order that depends on how the
-    loaders are built and on nothing else.
+    """Return every generator of torch, numpy or Python that the loaders hold, each once.
 
-    Searched: attributes of instances and of their classes, lists, tuples and dicts of at most ``MAX_ITEMS`` items,
-    closures, defaults and globals of functions, bound methods and partials. So it reaches samplers, data sets,
-    nested transforms and ``collate_fn``. Outer objects come first, and after ``MAX_SEARCHED`` of them the search ends.
+    Their order depends on the construction of the loaders alone. The search reads attributes of instances and of their
+    classes, lists, tuples and dicts of at most ``MAX_ITEMS`` items, closures, defaults and globals of functions, bound
+    methods and partials: it reaches samplers, data sets, nested transforms and ``collate_fn``. Outer objects come
+    first. The search ends after ``MAX_SEARCHED`` objects.
     """
     found, seen = [], dict[int, Any]()
     waiting = deque(loaders)
@@ -237,7 +249,7 @@ def generators(loaders: Iterable[Any]) -> list[Any]:
         value = waiting.popleft()
         if id(value) in seen or isinstance(value, _WITHOUT_GENERATORS):
             continue
-        seen[id(value)] = value  # kept, or another could get its id
+        seen[id(value)] = value  # keep the value, or another could get its id
         if isinstance(value, _GENERATORS):
             found.append(value)
         else:
@@ -246,7 +258,7 @@ def generators(loaders: Iterable[Any]) -> list[Any]:
 
 
 def _held(value: Any) -> Iterator[Any]:
-    """The values that a value holds, one level down."""
+    """Yield the values that a value holds directly."""
     if isinstance(value, (list, tuple, dict)):
         if len(value) <= MAX_ITEMS:
             yield from value.values() if isinstance(value, dict) else value
@@ -270,12 +282,12 @@ def _held(value: Any) -> Iterator[Any]:
 
 
 def _held_by_function(function: FunctionType) -> Iterator[Any]:
-    """Its defaults, what it closes over, and of its globals the generators and the functions of the same module."""
+    """Yield a function's defaults and closure, and of its globals the generators and the functions of its module."""
     yield from (function.__defaults__, function.__kwdefaults__)
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # a name that is not bound yet
+        except ValueError:  # the name is not bound yet
             continue
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
@@ -306,7 +318,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's states as Python's own values, which ``torch.load(weights_only=True)`` reads."""
+    """Return numpy's states as Python's own values, which ``torch.load(weights_only=True)`` reads."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value.tolist() if isinstance(value, (numpy.ndarray, numpy.generic)) else value

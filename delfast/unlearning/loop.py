@@ -1,4 +1,4 @@
-"""The one training loop: pretraining, the oracle and every finetune run through it."""
+"""The training loop that pretraining, the oracle and every unlearning method share."""
 
 from __future__ import annotations
 
@@ -22,26 +22,35 @@ from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.plain import as_json, unboxed
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
-from delfast.unlearning.loaders import Randomness, refuse_persistent_workers, set_epoch
-from delfast.unlearning.steps import Turns
+from delfast.unlearning.loaders import Randomness, batch_count, refuse_persistent_workers, set_epoch
+from delfast.unlearning.steps import Steps
 from delfast.unlearning.stopping import EarlyStop
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 BatchNormMode = Literal["train", "frozen"]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""``progress(iterable, description, total)`` -> the same items, shown as they pass."""
+"""``progress(iterable, description, total)``: returns the same items and displays them as they pass."""
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss is no longer finite; the network is of no use.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Diverged
+    >>> issubclass(Diverged, RuntimeError)
+    True
+    """
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``losses``: mean training loss of each epoch. ``seconds``: of this call. ``resumed_from``: epochs done before.
-    ``validation``: with early stopping, the mean loss of each epoch on the examples held out; the network is that of
-    the lowest.
+    """Result of ``train``.
+
+    ``losses``: mean training loss of each epoch. ``seconds``: wall-clock time of this call. ``epochs``: the number
+    asked for. ``resumed_from``: number of epochs that the checkpoint had. ``validation``: with early stopping, the mean
+    validation loss of each epoch; the network has the weights of the lowest.
     """
 
     losses: list[float]
@@ -73,28 +82,81 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place for ``epochs`` passes over ``loader``.
 
-    loader: re-iterable of batches, with a length; ``set_epoch(e)`` of it, its samplers and its data set is called where
-        it exists.
-    schedule: "cosine" from the optimizer's rate to ``final_lr`` times it, step by step (DEL paper, appendix: to 1 %).
-    before: called once everything is checked, and only where training starts at its first epoch.
-    max_norm: clip the gradient's L2 norm to this.
-    precision: "bf16" runs the forward pass under ``torch.autocast``; parameters, their gradients and the optimizer stay
-        as they are.
-    batchnorm: "frozen" leaves running statistics as they are, to the bit, and normalizes by them, as in eval mode.
-    early_stop: looks at the network after every epoch, may end the training, and puts the best epoch's state back.
-    checkpoint: a file written after every epoch, whole or not at all. ``resume``: continue from it if it is there;
-        the run then ends with the weights it would have had without the interruption. ``config``: plain JSON values
-        that must be the same when it is resumed. A checkpoint has the generators of torch, numpy and Python, and every
-        one that a loader, its samplers, its data set or their transforms hold. Persistent workers, whose generators
-        cannot be saved, are refused. Under DDP these are each process's own: give each a file of its own. A state that
-        could not be read again (a class of its own in a module's extra state) is refused before the first epoch.
-        Generators that a loader makes later are refused when the first checkpoint would be written.
+    A model in training mode keeps the modes of its modules: a BatchNorm set to eval stays frozen. A model in eval mode
+    is trained in training mode. Afterwards every module has the mode that it had before.
 
-    A model in training mode keeps the modes of its modules (a BatchNorm set to eval stays frozen); one in eval mode is
-    put into training mode. Afterwards all modes are as they were.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    loader : iterable of batches
+        Batches ``(input, target)`` or ``(index, input, target)`` with inputs (N, ...) and integer targets (N,),
+        re-iterable and with a length. ``set_epoch(e)`` of the loader, its samplers and its data set is called where it
+        exists.
+    optimizer : torch.optim.Optimizer
+        Optimizer of the parameters to train; its learning rate is that of the first step.
+    epochs : int
+        Number of passes, at least 1.
+    schedule : {"cosine", "constant"}, default "cosine"
+        "cosine" lowers the learning rate from step to step, to ``final_lr`` times the first.
+    final_lr : float, default 0.01
+        Last learning rate as a part of the first; DEL paper, appendix.
+    loss_fn : callable, optional
+        ``loss_fn(model, batch)``, which returns losses (N,). Default: cross-entropy of class indices.
+    max_norm : float, optional
+        Maximum of the gradient's L2 norm; larger gradients are clipped. Default: no clipping.
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward pass under ``torch.autocast``. Parameters, gradients and the optimizer's state keep
+        their dtype.
+    batchnorm : {"train", "frozen"}, default "train"
+        "frozen" normalizes by BatchNorm's running statistics, as in eval mode, and leaves them unchanged, to the bit.
+    early_stop : EarlyStop, optional
+        Measures the network after every epoch, may end training, and restores the best epoch's state.
+    checkpoint : str or pathlib.Path, optional
+        File that is written after every epoch, completely or not at all. It holds the generators of torch, numpy and
+        Python, and every generator that a loader, its samplers, its data set or their transforms hold. Under
+        DistributedDataParallel these belong to one process: use a file for each.
+    resume : bool, default False
+        Continue from ``checkpoint`` if the file exists. The run ends with the weights of an uninterrupted run.
+    config : mapping of str to plain JSON values, optional
+        Values that must be equal when the checkpoint is resumed.
+    progress : callable, optional
+        ``progress(iterable, description, total)``, which returns the same items and displays them as they pass.
+    before : callable, optional
+        Called after the checks, if training starts at its first epoch.
 
-    Raises InputError for bad arguments or a checkpoint of another run, Diverged, a RuntimeError, if the loss is no
-    longer finite, and OSError, with the file's name, if the checkpoint cannot be written.
+    Returns
+    -------
+    TrainResult
+        ``losses`` (mean training loss of each epoch), ``seconds``, ``epochs``, ``resumed_from`` and ``validation``.
+
+    Raises
+    ------
+    InputError
+        For bad arguments, or a checkpoint of another run. With ``checkpoint``, before the first epoch: for persistent
+        workers, whose generators cannot be saved, and for a state that could not be read again (an object of another
+        class in a module's extra state). When the first checkpoint is written: for generators that a loader makes
+        later.
+    Diverged
+        If the loss is no longer finite.
+    OSError
+        If the checkpoint cannot be written; with the name of the file.
+
+    References
+    ----------
+    Cosine schedule: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017,
+    equation 5, without restarts.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.unlearning import train
+    >>> model = torch.nn.Linear(4, 3)
+    >>> batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> result = train(model, batches, optimizer, epochs=2)
+    >>> len(result.losses), round(optimizer.param_groups[0]["lr"], 6)
+    (2, 0.001)
     """
     epochs, final_lr = check_int("epochs", epochs), check_number("final_lr", final_lr)
     if epochs < 1:
@@ -102,12 +164,12 @@ def train(
     max_norm = None if max_norm is None else check_number("max_norm", max_norm)
     check_choice("precision", precision, Precision)
     check_choice("batchnorm", batchnorm, BatchNormMode)
-    steps = _length(loader)
-    for group in optimizer.param_groups:  # numpy's numbers: no checkpoint could be read, and float32 ones round
+    step_count = batch_count(loader, "training")
+    for group in optimizer.param_groups:  # numpy's numbers: a checkpoint with them cannot be read, and float32 rounds
         group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
-    scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * steps))
+    scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * step_count))
     parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
-    parts["model"] = model  # the last to be put back: what another part refuses leaves it as it is
+    parts["model"] = model  # loaded last: an error of another part leaves the model unchanged
     record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
     if early_stop is not None:
         early_stop.reset()
@@ -128,13 +190,13 @@ def train(
             if early_stop is not None and early_stop.finished:
                 break
             set_epoch(loader, epoch)
-            batches = progress(loader, f"epoch {epoch + 1}/{epochs}", steps) if progress else loader
+            batches = progress(loader, f"epoch {epoch + 1}/{epochs}", step_count) if progress else loader
             with torch.inference_mode(False), torch.enable_grad(), batchnorm_explained():
                 losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm, precision))
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
             if early_stop is not None:
-                early_stop.look(model)
+                early_stop.update(model)
             record.save(losses)
         if early_stop is not None:
             early_stop.restore(model)
@@ -155,7 +217,7 @@ def _run_epoch(
     max_norm: float | None,
     precision: Precision,
 ) -> float:
-    """One pass; the mean loss over its examples."""
+    """Train for one pass; return the mean loss over its examples."""
     kind = device_of(model).type
     total, examples = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     for batch in batches:
@@ -173,29 +235,17 @@ def _run_epoch(
     return float(total) / max(1, examples)
 
 
-def _length(loader: Iterable[Any]) -> int:
-    try:
-        steps = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise InputError(
-            "expected a loader with a length, for the schedule; pass a DataLoader or a list of batches"
-        ) from None
-    if steps == 0:
-        raise InputError("expected a loader with at least one batch, got none; check the retain set")
-    return steps
-
-
 def _factor(schedule: Schedule, final_lr: float, steps: int) -> Callable[[int], float]:
-    """Rate at a step, as a fraction of the optimizer's."""
+    """Return the function of the step that gives the learning rate as a part of the optimizer's."""
     if schedule == "constant":
         return lambda step: 1.0
-    if schedule == "cosine":  # Loshchilov & Hutter, SGDR, ICLR 2017, equation 5, without restarts
+    if schedule == "cosine":
         return lambda step: final_lr + (1 - final_lr) * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
     raise InputError(f"expected schedule 'cosine' or 'constant', got '{schedule}'; pass one of these")
 
 
 class _Checkpoint:
-    """Everything that the next epoch depends on: weights, optimizer, schedule, every generator."""
+    """The file that holds what the next epoch depends on: weights, optimizer, schedule, every generator."""
 
     def __init__(
         self,
@@ -211,7 +261,7 @@ class _Checkpoint:
         self.parts = parts
         if path is None:
             return
-        loaders = loader.sets if isinstance(loader, Turns) else {"training": loader}
+        loaders = loader.sets if isinstance(loader, Steps) else {"training": loader}
         if "early_stop" in parts:
             loaders = {**loaders, "validation": parts["early_stop"].validation}
         for what, each in loaders.items():
@@ -220,6 +270,7 @@ class _Checkpoint:
         self._check_readable()
 
     def save(self, losses: list[float]) -> None:
+        """Write the file, if there is a path."""
         if self.path is None:
             return
         self.randomness.search_again()
@@ -228,7 +279,7 @@ class _Checkpoint:
         save_archive(self.path, state)
 
     def load(self, epochs: int) -> list[float]:
-        """Put everything back; the losses so far. Without a checkpoint there is nothing to continue: []."""
+        """Load the state into the parts; return the losses of the epochs before, [] without a file."""
         if self.path is None or not self.path.is_file():
             return []
         try:
@@ -243,8 +294,8 @@ class _Checkpoint:
             raise InputError(f"'{self.path}' is no checkpoint of this loop; start without --resume")
         if len(state["losses"]) > epochs:
             raise InputError(
-                f"checkpoint '{self.path}' has {len(state['losses'])} epochs behind it, more than {epochs}; "
-                "ask for more epochs, or start without --resume"
+                f"checkpoint '{self.path}' has {len(state['losses'])} epochs, more than {epochs}; "
+                "pass more epochs, or start without --resume"
             )
         if state["config"] != self.config:
             different = sorted(
@@ -262,7 +313,7 @@ class _Checkpoint:
         return losses
 
     def _check_readable(self) -> None:
-        """InputError if some part's state could be saved to a checkpoint and not be read from it."""
+        """Raise InputError for a part whose state could be saved to a checkpoint but not read from it."""
         for name, part in self.parts.items():
             types = unreadable_types(part.state_dict())
             if types:
@@ -272,7 +323,7 @@ class _Checkpoint:
                 )
 
     def _check(self, state: dict[str, Any]) -> None:
-        """InputError for what could not be put back whole."""
+        """Raise InputError for a state that does not fit the parts."""
         randomness = state["randomness"]
         gpus = torch.cuda.device_count() if "cuda" in randomness and torch.cuda.is_available() else 0
         for what, had, has in (

@@ -1,7 +1,7 @@
-"""The unlearning methods that train: on what, and by which loss. All go through one loop, within any mask.
+"""The unlearning methods that train: their steps, and their loss. All run in one loop, within any mask.
 
 A method is a frozen dataclass. Its fields are its hyperparameters, with the published values as defaults. Methods that
-change the network in one step are in ``one_shot``.
+change the network once and train nothing are in ``one_shot``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.reset import Init, fresh_state, reset_
 from delfast.unlearning.loop import Schedule
-from delfast.unlearning.steps import Layout, Turn
+from delfast.unlearning.steps import Step, StepPlan
 
 
 @dataclass
-class Job:
-    """What a method works on: ``model``, and the ``network`` inside its wrappers. ``mask``: what may change.
+class UnlearningTask:
+    """The network and the data that a method works on.
 
-    ``teacher``: the network as it was, in eval mode, for methods that need it.
+    ``model``: as the caller passed it; ``network``: the module inside its wrappers. ``mask``: what may change.
+    ``teacher``: a copy of the network before unlearning, in eval mode, for methods that need it.
     """
 
     model: nn.Module
@@ -41,11 +42,11 @@ class Job:
     teacher: nn.Module | None = None
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean loss of a batch."""
+        """Return the mean loss of a batch."""
         return per_example_losses(self.model, batch, self.loss_fn).mean()
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, logits (N, classes) and int64 targets (N,) of a batch."""
+        """Return inputs, logits (N, classes) and int64 targets (N,) of a batch."""
         inputs, targets = inputs_and_targets(batch, device_of(self.network))
         logits = self.model(inputs)
         return inputs, logits, check_targets(targets, logits)
@@ -53,15 +54,43 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """``prepare`` once, then SGD on ``loss`` where there are epochs: ``lr`` falls by ``schedule``.
+    """Base of the unlearning methods: ``prepare`` once, then SGD on ``loss`` for ``epochs``.
 
-    ``needs``: of "forget", "init", "teacher" (the network as it was), "logits" (no ``loss_fn``), "everything" (no
-    mask). ``trains_head``: the head is trained in full, whatever the mask. ``localizes``: where no mask is given,
-    ``localize`` makes one; elsewhere that means that everything may change.
+    A subclass sets the class attributes. ``name``: its name in ``METHODS``. ``step_plan``: the batches of each step.
+    ``needs``: a subset of {"forget", "init", "teacher", "logits", "everything"}; "teacher" is a copy of the network
+    before unlearning, "logits" excludes a ``loss_fn``, "everything" excludes a mask. ``trains_head``: the head is
+    trained in full, whatever the mask. ``localizes``: without a mask, ``localize`` makes one; otherwise everything may
+    change without a mask.
+
+    Parameters
+    ----------
+    epochs : int, default 10
+        Number of passes over the retain set, or over the sets that the method uses.
+    lr : float, default 0.01
+        Learning rate of the first step.
+    momentum : float, default 0.9
+        Momentum of SGD, in [0, 1).
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        "cosine" lowers the learning rate step by step to 1 % of ``lr``.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> from typing import ClassVar
+    >>> from delfast.unlearning import Method
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Halved(Method):
+    ...     name: ClassVar[str] = "halved"
+    ...     def loss(self, task, step):
+    ...         return 0.5 * task.loss(step["retain"])
+    >>> Halved(epochs=3)
+    Halved(epochs=3, lr=0.01, momentum=0.9, weight_decay=0.0, schedule='cosine')
     """
 
     name: ClassVar[str]
-    layout: ClassVar[Layout] = "retain"  # of an epoch's steps
+    step_plan: ClassVar[StepPlan] = "retain"
     needs: ClassVar[frozenset[str]] = frozenset()
     trains_head: ClassVar[bool] = False
     localizes: ClassVar[bool] = False
@@ -73,7 +102,7 @@ class Method:
     schedule: Schedule = "cosine"
 
     def check(self) -> None:
-        """InputError for hyperparameters out of range."""
+        """Raise InputError for hyperparameters out of range."""
         require(self, "epochs", self.epochs >= 1, ">= 1")
         require(self, "lr", 0 < self.lr < float("inf"), "> 0")
         require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
@@ -81,22 +110,40 @@ class Method:
 
     @property
     def forget_epochs(self) -> int | None:
-        """In how many epochs, the first, the forget set has its turn; None: in all."""
+        """Number of leading epochs that use the forget set; None for all."""
         return None
 
-    def prepare(self, job: Job) -> None:
-        """Change the network before it is trained. Not called where a run is resumed."""
+    def prepare(self, task: UnlearningTask) -> None:
+        """Change the network before training; not called when a run is resumed.
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        """The loss of one step, a scalar: by default that of the retain set's batch.
-
-        Also called before ``prepare``, in eval mode, for each set's first batch: an error there changes nothing.
+        Parameters
+        ----------
+        task : UnlearningTask
+            The network, changed in place; the data and the mask.
         """
-        return job.loss(turn["retain"])
+
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        """Return the loss of one step: by default the loss of the retain set's batch.
+
+        Also called before ``prepare``, in eval mode, for the first batch of each set: an error there changes nothing.
+
+        Parameters
+        ----------
+        task : UnlearningTask
+            The network, the data and the mask.
+        step : dict of str to Any
+            The batches under "retain" and "forget", as the step plan has them; the numbers "epoch" and "step".
+
+        Returns
+        -------
+        Tensor
+            The loss, a scalar.
+        """
+        return task.loss(step["retain"])
 
 
 def require(method: Method, name: str, good: bool, range_: str) -> None:
-    """InputError unless the value of this hyperparameter is in its range."""
+    """Raise InputError unless the value of this hyperparameter is in its range."""
     if not good:
         raise InputError(
             f"expected {name} {range_} for '{method.name}', got {getattr(method, name)}; pass such a value, or leave "
@@ -106,8 +153,30 @@ def require(method: Method, name: str, good: bool, range_: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Method):
-    """Train on the retain set and nothing else. Defaults: SalUn (Fan et al., ICLR 2024, appendix C), 10 epochs, a rate
-    in [1e-3, 1e-1].
+    """Finetuning on the retain set alone: the loss of a step is L(R).
+
+    Parameters
+    ----------
+    epochs : int, default 10
+        Number of passes over the retain set; SalUn, appendix C.
+    lr : float, default 0.01
+        Learning rate of the first step, in SalUn's range [1e-3, 1e-1].
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Learning rate over the steps.
+
+    References
+    ----------
+    Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency", ICLR 2024, appendix C.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Finetune
+    >>> Finetune(lr=0.05).lr
+    0.05
     """
 
     name: ClassVar[str] = "finetune"
@@ -115,8 +184,33 @@ class Finetune(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Del(Method):
-    """DEL (Torkzadehmahani et al., TMLR 2025, section 3): reset the masked entries, finetune them and the head on the
-    retain set. Defaults: CIFAR-10 / ResNet-18 there, 30 epochs at 0.015 falling to 1 %.
+    """DEL: reset the masked entries, then finetune the mask and the head on the retain set.
+
+    The masked entries get newly initialized values; the loss of a step is L(R).
+
+    Parameters
+    ----------
+    epochs : int, default 30
+        Number of passes over the retain set; the paper's for CIFAR-10 / ResNet-18.
+    lr : float, default 0.015
+        Learning rate of the first step; the paper's for CIFAR-10 / ResNet-18, falling to 1 %.
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Learning rate over the steps.
+
+    References
+    ----------
+    Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization", TMLR 2025,
+    section 3.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Del
+    >>> Del.trains_head, Del.localizes, Del().epochs
+    (True, True, 30)
     """
 
     name: ClassVar[str] = "del"
@@ -126,14 +220,37 @@ class Del(Method):
     epochs: int = 30
     lr: float = 0.015
 
-    def prepare(self, job: Job) -> None:
-        reset_(job.network, job.mask, required(job.init), job.seed)
+    def prepare(self, task: UnlearningTask) -> None:
+        """Reset the masked entries to newly initialized values."""
+        reset_(task.network, task.mask, required(task.init), task.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain(Method):
-    """The oracle: a fresh network, buffers included, trained on the retain set. Defaults: CIFAR-10 / ResNet-18 in the
-    DEL paper, 30 epochs at 0.1.
+    """The oracle: a newly initialized network, buffers included, trained on the retain set.
+
+    Parameters
+    ----------
+    epochs : int, default 30
+        Number of passes over the retain set; the DEL paper's for CIFAR-10 / ResNet-18.
+    lr : float, default 0.1
+        Learning rate of the first step; the DEL paper's for CIFAR-10 / ResNet-18.
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Learning rate over the steps.
+
+    References
+    ----------
+    Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization", TMLR 2025.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Retrain
+    >>> sorted(Retrain.needs)
+    ['everything', 'init']
     """
 
     name: ClassVar[str] = "retrain"
@@ -141,108 +258,246 @@ class Retrain(Method):
     epochs: int = 30
     lr: float = 0.1
 
-    def prepare(self, job: Job) -> None:
-        job.network.load_state_dict(fresh_state(required(job.init), job.seed))
+    def prepare(self, task: UnlearningTask) -> None:
+        """Load the state of a newly initialized network."""
+        task.network.load_state_dict(fresh_state(required(task.init), task.seed))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientAscent(Method):
-    """Raise the loss of the forget set: -L(S) (Graves et al., AAAI 2021; Thudi et al., EuroS&P 2022). Defaults: SalUn,
-    appendix C, 5 epochs, a rate in [1e-5, 1e-3].
+    """Gradient ascent on the forget set: the loss of a step is -L(S).
+
+    Parameters
+    ----------
+    epochs : int, default 5
+        Number of passes over the forget set; SalUn, appendix C.
+    lr : float, default 1e-4
+        Learning rate of the first step, in SalUn's range [1e-5, 1e-3].
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Learning rate over the steps.
+
+    References
+    ----------
+    Graves et al., "Amnesiac Machine Learning", AAAI 2021. Thudi et al., "Unrolling SGD: Understanding Factors
+    Influencing Machine Unlearning", EuroS&P 2022. Defaults: Fan et al., SalUn, ICLR 2024, appendix C.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import GradientAscent
+    >>> GradientAscent().lr
+    0.0001
     """
 
     name: ClassVar[str] = "gradient-ascent"
-    layout: ClassVar[Layout] = "forget"
+    step_plan: ClassVar[StepPlan] = "forget"
     needs: ClassVar[frozenset[str]] = frozenset({"forget"})
     epochs: int = 5
     lr: float = 1e-4
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        return -job.loss(turn["forget"])
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        """Return the negative loss of the forget set's batch."""
+        return -task.loss(step["forget"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class NegGradPlus(Method):
-    """alpha L(R) - (1 - alpha) L(S), a batch of each in every step (NegGrad+ of Kurmanji et al., NeurIPS 2023, section
-    5). Default: alpha 0.99.
+    """NegGrad+: descent on the retain set and ascent on the forget set, a batch of each in every step.
+
+    The loss of a step is alpha L(R) - (1 - alpha) L(S).
+
+    Parameters
+    ----------
+    epochs : int, default 10
+        Number of passes over the retain set; the forget set is repeated.
+    lr : float, default 0.01
+        Learning rate of the first step.
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Learning rate over the steps.
+    alpha : float, default 0.99
+        Weight of the retain set, in [0, 1].
+
+    References
+    ----------
+    Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023, section 5.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import NegGradPlus
+    >>> NegGradPlus(alpha=0.95).alpha
+    0.95
     """
 
     name: ClassVar[str] = "neggrad+"
-    layout: ClassVar[Layout] = "pairs"
+    step_plan: ClassVar[StepPlan] = "pairs"
     needs: ClassVar[frozenset[str]] = frozenset({"forget"})
     alpha: float = 0.99
 
     def check(self) -> None:
+        """Raise InputError for hyperparameters out of range."""
         super().check()
         require(self, "alpha", 0 <= self.alpha <= 1, "in [0, 1]")
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        return self.alpha * job.loss(turn["retain"]) - (1 - self.alpha) * job.loss(turn["forget"])
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        """Return alpha L(R) - (1 - alpha) L(S)."""
+        return self.alpha * task.loss(step["retain"]) - (1 - self.alpha) * task.loss(step["forget"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Relabel(Method):
-    """Train the forget set on wrong labels, drawn uniformly anew at each step, and the retain set on its own, in steps
-    of either (random labels: Golatkar et al., CVPR 2020; within a SalLoc mask of half of the parameters this is SalUn,
-    Fan et al., ICLR 2024, equation 5). Defaults: SalUn, appendix C, 10 epochs, a rate in [5e-4, 5e-2].
+    """Random labels: train the forget set on wrong labels, and the retain set on its own.
+
+    Each step uses a batch of one of the sets. The wrong labels are drawn uniformly from the other classes, again in
+    every step. Within a SalLoc mask of half of the parameters this is SalUn, equation 5.
+
+    Parameters
+    ----------
+    epochs : int, default 10
+        Number of passes over both sets; SalUn, appendix C.
+    lr : float, default 0.01
+        Learning rate of the first step, in SalUn's range [5e-4, 5e-2].
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Learning rate over the steps.
+
+    References
+    ----------
+    Golatkar et al., "Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks", CVPR 2020.
+    Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency", ICLR 2024.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Relabel
+    >>> Relabel().epochs
+    10
     """
 
     name: ClassVar[str] = "relabel"
-    layout: ClassVar[Layout] = "mixed"
+    step_plan: ClassVar[StepPlan] = "mixed"
     needs: ClassVar[frozenset[str]] = frozenset({"forget", "logits"})
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        if "retain" in turn:
-            return job.loss(turn["retain"])
-        _, logits, targets = job.logits(turn["forget"])
-        return functional.cross_entropy(logits, self.labels(job, turn, targets, logits.shape[1]))
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        """Return the loss of a retain batch, or the cross-entropy of a forget batch on wrong labels."""
+        if "retain" in step:
+            return task.loss(step["retain"])
+        _, logits, targets = task.logits(step["forget"])
+        return functional.cross_entropy(logits, self.labels(task, step, targets, logits.shape[1]))
 
-    def labels(self, job: Job, turn: Turn, targets: Tensor, classes: int) -> Tensor:
-        """(N,): any class but the target, a function of the seed, the epoch and the step."""
+    def labels(self, task: UnlearningTask, step: Step, targets: Tensor, classes: int) -> Tensor:
+        """Return (N,) classes other than the targets (N,): a function of the seed, the epoch and the step."""
         if classes < 2:
             raise InputError(
-                f"'{self.name}' needs at least 2 classes to draw wrong labels from, the model has {classes}"
+                f"expected at least 2 classes for '{self.name}', which draws wrong labels, got {classes}; choose "
+                "another method"
             )
-        mixed = (job.seed * 1_000_003 + turn["epoch"]) * 1_000_003 + turn["step"]
+        mixed = (task.seed * 1_000_003 + step["epoch"]) * 1_000_003 + step["step"]
         generator = torch.Generator().manual_seed(mixed % 2**63)
         return (targets + torch.randint(1, classes, targets.shape, generator=generator).to(targets.device)) % classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class L1Sparse(Method):
-    """L(R) + gamma_e |θ|₁ over the parameters that may change (Jia et al., NeurIPS 2023, equation 5); gamma_e falls
-    linearly, epoch by epoch, from ``gamma`` to gamma / epochs. Defaults: 10 epochs; gamma 7e-5, in their range
-    [1e-6, 1e-4].
+    """Finetuning with an L1 penalty on the parameters that may change.
+
+    The loss of a step in epoch e is L(R) + gamma_e |θ|₁. gamma_e falls linearly, epoch by epoch, from ``gamma`` to
+    ``gamma / epochs``.
+
+    Parameters
+    ----------
+    epochs : int, default 10
+        Number of passes over the retain set.
+    lr : float, default 0.01
+        Learning rate of the first step.
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Learning rate over the steps.
+    gamma : float, default 7e-5
+        Weight of the penalty in the first epoch, in the paper's range [1e-6, 1e-4].
+
+    References
+    ----------
+    Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023, equation 5.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import L1Sparse
+    >>> L1Sparse(gamma=1e-5).gamma
+    1e-05
     """
 
     name: ClassVar[str] = "l1-sparse"
     gamma: float = 7e-5
 
     def check(self) -> None:
+        """Raise InputError for hyperparameters out of range."""
         super().check()
         require(self, "gamma", 0 <= self.gamma < float("inf"), ">= 0")
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        gamma = self.gamma * (1 - turn["epoch"] / self.epochs)
-        masked = job.mask.match(trainable_parameters(job.network))
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        """Return L(R) + gamma_e |θ|₁ over the entries that may change."""
+        gamma = self.gamma * (1 - step["epoch"] / self.epochs)
+        masked = task.mask.match(trainable_parameters(task.network))
         norm = torch.stack([parameter.abs().sum() for _, parameter, _ in masked]).sum()
-        loss: Tensor = job.loss(turn["retain"]) + gamma * norm
+        loss: Tensor = task.loss(step["retain"]) + gamma * norm
         return loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scrub(Method):
-    """SCRUB (Kurmanji et al., NeurIPS 2023, equation 4): away from the teacher, the network as it was, on the forget
-    set; near it, and to the labels, on the retain set. Divergences KL(teacher ‖ student) are of logits divided by
-    ``temperature``, times its square.
+    """SCRUB: move away from the teacher on the forget set, and stay near it on the retain set.
 
-    Steps on the forget set, -KL, come first in each of the first ``max_epochs`` epochs; steps on the retain set,
-    alpha KL + gamma L, in all. Defaults: the authors' notebooks, alpha 0.001, gamma 0.99, temperature 4, a rate of
-    5e-4, 2 max-epochs of 10; there by Adam and in steps of the rate, here by SGD as the other methods.
+    The teacher is the network before unlearning. Steps on the forget set come first in each of the first ``max_epochs``
+    epochs; their loss is -KL. Steps on the retain set, in every epoch, have the loss alpha KL + gamma L(R). KL is
+    temperature² KL(teacher ‖ student) of logits divided by ``temperature``. The authors' notebooks use Adam, and lower
+    the learning rate in steps; here it is SGD, as for the other methods.
+
+    Parameters
+    ----------
+    epochs : int, default 10
+        Number of passes over the retain set; the authors' notebooks.
+    lr : float, default 5e-4
+        Learning rate; the authors' notebooks.
+    momentum : float, default 0.9
+        Momentum of SGD.
+    weight_decay : float, default 0.0
+        L2 penalty of SGD.
+    schedule : {"cosine", "constant"}, default "constant"
+        Learning rate over the steps.
+    alpha : float, default 0.001
+        Weight of the divergence on the retain set; the authors' notebooks.
+    gamma : float, default 0.99
+        Weight of the cross-entropy on the retain set; the authors' notebooks.
+    temperature : float, default 4.0
+        Divisor of the logits; the authors' notebooks.
+    max_epochs : int, default 2
+        Number of leading epochs that use the forget set; the authors' notebooks.
+
+    References
+    ----------
+    Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023, equation 4.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Scrub
+    >>> Scrub(max_epochs=3).forget_epochs
+    3
     """
 
     name: ClassVar[str] = "scrub"
-    layout: ClassVar[Layout] = "forget first"
+    step_plan: ClassVar[StepPlan] = "forget first"
     needs: ClassVar[frozenset[str]] = frozenset({"forget", "teacher", "logits"})
     lr: float = 5e-4
     schedule: Schedule = "constant"
@@ -252,6 +507,7 @@ class Scrub(Method):
     max_epochs: int = 2
 
     def check(self) -> None:
+        """Raise InputError for hyperparameters out of range."""
         super().check()
         require(self, "alpha", self.alpha >= 0, ">= 0")
         require(self, "gamma", self.gamma >= 0, ">= 0")
@@ -260,25 +516,28 @@ class Scrub(Method):
 
     @property
     def forget_epochs(self) -> int:
+        """Number of leading epochs that use the forget set."""
         return self.max_epochs
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        logits, targets, divergence = self._divergence(job, turn["forget" if "forget" in turn else "retain"])
-        if "forget" in turn:
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        """Return -KL of a forget batch, or alpha KL + gamma L of a retain batch."""
+        logits, targets, divergence = self._divergence(task, step["forget" if "forget" in step else "retain"])
+        if "forget" in step:
             return -divergence
         loss: Tensor = self.alpha * divergence + self.gamma * functional.cross_entropy(logits, targets)
         return loss
 
-    def _divergence(self, job: Job, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, logits, targets = job.logits(batch)
+    def _divergence(self, task: UnlearningTask, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (N, classes), targets (N,) and temperature² KL(teacher ‖ student)."""
+        inputs, logits, targets = task.logits(batch)
         with torch.no_grad():
-            taught = functional.log_softmax(required(job.teacher)(inputs) / self.temperature, dim=1)
-        learnt = functional.log_softmax(logits / self.temperature, dim=1)
-        divergence = functional.kl_div(learnt, taught, reduction="batchmean", log_target=True)
+            teacher = functional.log_softmax(required(task.teacher)(inputs) / self.temperature, dim=1)
+        student = functional.log_softmax(logits / self.temperature, dim=1)
+        divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
         return logits, targets, divergence * self.temperature**2
 
 
 def required(value: Any) -> Any:
-    """One of a method's ``needs``, which ``unlearn`` has checked."""
+    """Return a value that the method needs, and that ``unlearn`` has checked to be there."""
     assert value is not None
     return value

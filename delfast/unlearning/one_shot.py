@@ -1,4 +1,4 @@
-"""The unlearning methods that change the network in one stroke, and train nothing."""
+"""One-shot unlearning methods: they change the network once and train nothing."""
 
 from __future__ import annotations
 
@@ -14,36 +14,65 @@ from delfast.errors import InputError
 from delfast.localization.gradient import MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
 from delfast.naming import trainable_parameters
-from delfast.unlearning.methods import Job, Method, require
-from delfast.unlearning.steps import Turn
+from delfast.unlearning.methods import Method, UnlearningTask, require
+from delfast.unlearning.steps import Step
 
-MOST_BYTES = 8 * 2**30  # of per-example gradients that influence holds at once
+MAX_BYTES = 8 * 2**30  # of the per-example gradients that "influence" holds at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stroke(Method):
-    """A method without epochs: ``prepare`` is all of it."""
+class OneShotMethod(Method):
+    """Base of the methods without epochs: ``prepare`` is the whole method."""
 
     epochs: int = 0
 
     def check(self) -> None:
+        """Raise InputError for hyperparameters out of range."""
         require(self, "epochs", self.epochs == 0, "= 0")
 
-    def loss(self, job: Job, turn: Turn) -> Tensor:
-        """The loss of a batch of either set, which is tried before anything changes."""
-        return job.loss(turn["retain"] if "retain" in turn else turn["forget"])
+    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
+        """Return the loss of a batch of either set: ``unlearn`` computes it before anything changes."""
+        return task.loss(step["retain"] if "retain" in step else step["forget"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dampening(Stroke):
-    """SSD, selective synaptic dampening (Foster et al., AAAI 2024, equations 4 to 6). With I the mean over examples of
-    g_j(x)², on the forget set S and on all training data D: where I_S > alpha I_D, θ_j is multiplied by
-    min(dampening I_D / I_S, 1). Defaults: alpha 10, dampening 1 (their lambda), as there for ResNet-18.
+class Dampening(OneShotMethod):
+    """SSD, selective synaptic dampening: shrink the parameters that matter more to the forget set than to all data.
 
-    D contains S, hence I_D >= I_S |S| / |D|: from alpha = |D| / |S| on nothing can be dampened, which is refused. So
-    the default serves forget sets below a tenth of the data; for larger ones alpha must be lower.
+    I_S and I_D are the means of g_j(x)² over the examples of the forget set S and of all training data D, with g the
+    gradient of each example's own loss, in eval mode: the result does not depend on batches. Where
+    I_S > alpha I_D, θ_j is multiplied by min(dampening I_D / I_S, 1).
 
-    I here is of each example's own gradient, in eval mode, so that it does not depend on batches.
+    D contains S, hence I_D >= I_S |S| / |D|. With alpha >= |D| / |S| nothing can be dampened, which is refused: the
+    default fits forget sets of less than a tenth of the data.
+
+    Parameters
+    ----------
+    epochs : int, default 0
+        Always 0: the method trains nothing.
+    lr : float, default 0.01
+        Not used, as ``momentum``, ``weight_decay`` and ``schedule``.
+    momentum : float, default 0.9
+        Not used.
+    weight_decay : float, default 0.0
+        Not used.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Not used.
+    alpha : float, default 10.0
+        Threshold of the ratio I_S / I_D; the paper's for ResNet-18.
+    dampening : float, default 1.0
+        Factor of the multiplier, lambda in the paper; the paper's for ResNet-18.
+
+    References
+    ----------
+    Foster et al., "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening", AAAI 2024,
+    equations 4 to 6.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Dampening
+    >>> Dampening(alpha=5.0).alpha
+    5.0
     """
 
     name: ClassVar[str] = "ssd"
@@ -52,17 +81,19 @@ class Dampening(Stroke):
     dampening: float = 1.0
 
     def check(self) -> None:
+        """Raise InputError for hyperparameters out of range."""
         super().check()
         require(self, "alpha", self.alpha > 0, "> 0")
         require(self, "dampening", self.dampening > 0, "> 0")
 
-    def prepare(self, job: Job) -> None:
-        parameters = {name: parameter for name, parameter, _ in _masked(job)}
+    def prepare(self, task: UnlearningTask) -> None:
+        """Dampen the masked entries. InputError, before anything changes, for an alpha with which none can be."""
+        parameters = {name: parameter for name, parameter, _ in _masked(task)}
         sums, counts = {}, {}
-        for what, loader in (("forget set", job.forget), ("retain set", job.retain)):
+        for what, loader in (("forget set", task.forget), ("retain set", task.retain)):
             warn_about_loader(loader, what)
-            squares = PerExampleGradients(job.network, parameters, job.loss_fn, "square")
-            counts[what] = add_all(squares, job.network, loader, what)
+            squares = PerExampleGradients(task.network, parameters, task.loss_fn, "square")
+            counts[what] = add_all(squares, task.network, loader, what)
             sums[what] = squares.mean(1)
         forgotten, everything = counts["forget set"], sum(counts.values())
         if self.alpha * forgotten >= everything:
@@ -70,7 +101,7 @@ class Dampening(Stroke):
                 f"expected alpha below {everything / forgotten:g} for '{self.name}', where {forgotten} of {everything} "
                 f"examples are to be forgotten, got {self.alpha:g}, with which nothing can be dampened; lower alpha"
             )
-        for name, parameter, chosen in _masked(job):
+        for name, parameter, chosen in _masked(task):
             of_forget = sums["forget set"][name] / forgotten
             of_all = (sums["forget set"][name] + sums["retain set"][name]) / everything
             dampened = chosen & (of_forget > self.alpha * of_all)
@@ -80,17 +111,48 @@ class Dampening(Stroke):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Influence(Stroke):
-    """The influence of leaving S out, as one Newton step (Koh & Liang, ICML 2017; for unlearning Jia et al., NeurIPS
-    2023, equation 3): θ + alpha F⁻¹ v, v = ∇L(1/N - w), where L(w) = Σ w_i ℓ_i over all N examples and w is 1/|R| on R
-    and 0 on S: v = |S|/N (mean of ∇ℓ over S - mean of ∇ℓ over R). F is the WoodFisher estimate (Singh & Alistarh,
-    NeurIPS 2020, equation 4), damping I + (1/n) Σ g(x) g(x)ᵀ over n = ``samples`` examples of R, the first ones that
-    its loader gives.
+class Influence(OneShotMethod):
+    """Influence: estimate the effect of leaving the forget set out, as one Newton step θ + alpha F⁻¹ v.
 
-    F⁻¹ v is solved for exactly, by Woodbury's identity with the n gradients at hand; Jia et al.'s code keeps one vector
-    of the recursion instead. Within a mask F is that of the masked entries. Defaults: 1,000 samples, as in that code,
-    whose recursion begins with damping 1; alpha 1, in their range [1, 20]. 8 GiB hold 1,000 gradients of 2 million
-    parameters; InputError, with the most that fit, above that.
+    v = ∇L(1/N - w), where L(w) = Σ w_i ℓ_i over all N examples, and w is 1/|R| on the retain set R and 0 on the forget
+    set S: v = |S|/N (mean of ∇ℓ over S - mean of ∇ℓ over R). F is the WoodFisher estimate
+    damping I + (1/n) Σ g(x) g(x)ᵀ over n = ``samples`` examples of R, the first that its loader yields. Within a mask,
+    F is the Fisher matrix of the masked entries.
+
+    F⁻¹ v is exact, by Woodbury's identity with the n gradients in memory; the code of Jia et al. keeps one vector of a
+    recursion instead. 8 GiB hold 1,000 gradients of 2 million float32 parameters. A larger number is refused, with the
+    largest number of samples that fits.
+
+    Parameters
+    ----------
+    epochs : int, default 0
+        Always 0: the method trains nothing.
+    lr : float, default 0.01
+        Not used, as ``momentum``, ``weight_decay`` and ``schedule``.
+    momentum : float, default 0.9
+        Not used.
+    weight_decay : float, default 0.0
+        Not used.
+    schedule : {"cosine", "constant"}, default "cosine"
+        Not used.
+    alpha : float, default 1.0
+        Length of the step, in the range [1, 20] of Jia et al.
+    damping : float, default 1.0
+        Multiple of the identity in F; the recursion in the code of Jia et al. begins with 1.
+    samples : int, default 1000
+        Number n of examples in F, at most all of R; the code of Jia et al.
+
+    References
+    ----------
+    Koh and Liang, "Understanding Black-box Predictions via Influence Functions", ICML 2017. Jia et al., "Model Sparsity
+    Can Simplify Machine Unlearning", NeurIPS 2023, equation 3. Singh and Alistarh, "WoodFisher: Efficient Second-Order
+    Approximation for Neural Network Compression", NeurIPS 2020, equation 4.
+
+    Examples
+    --------
+    >>> from delfast.unlearning import Influence
+    >>> Influence(samples=200).samples
+    200
     """
 
     name: ClassVar[str] = "influence"
@@ -100,12 +162,14 @@ class Influence(Stroke):
     samples: int = 1000
 
     def check(self) -> None:
+        """Raise InputError for hyperparameters out of range."""
         super().check()
         require(self, "damping", self.damping > 0, "> 0")
         require(self, "samples", self.samples >= 1, ">= 1")
 
-    def prepare(self, job: Job) -> None:
-        masked = list(_masked(job))
+    def prepare(self, task: UnlearningTask) -> None:
+        """Add alpha F⁻¹ v to the masked entries. InputError, before anything changes, for gradients that do not fit."""
+        masked = list(_masked(task))
         parameters = {name: parameter for name, parameter, _ in masked}
         chosen = torch.cat([flags.flatten() for _, _, flags in masked])
         size = int(chosen.sum())
@@ -114,32 +178,32 @@ class Influence(Stroke):
             return torch.cat([gradient.flatten() for gradient in gradients])[chosen]
 
         means, counts = [], []
-        for loader, what in ((job.forget, "forget set"), (job.retain, "retain set")):
+        for loader, what in ((task.forget, "forget set"), (task.retain, "retain set")):
             warn_about_loader(loader, what)
-            sums = MeanGradient(job.network, parameters, job.loss_fn)
-            counts.append(add_all(sums, job.network, loader, what))
+            sums = MeanGradient(task.network, parameters, task.loss_fn)
+            counts.append(add_all(sums, task.network, loader, what))
             means.append(flat(sums.mean(counts[-1]).values()))
         v = counts[0] / sum(counts) * (means[0] - means[1])
-        samples, most = min(self.samples, counts[1]), MOST_BYTES // (size * v.element_size())
-        if samples > most:
+        samples, max_samples = min(self.samples, counts[1]), MAX_BYTES // (size * v.element_size())
+        if samples > max_samples:
             raise InputError(
-                f"'{self.name}' would hold {samples} gradients of {size} parameters, more than "
-                f"{MOST_BYTES / 2**30:g} GiB; set samples to {most} at most, or lower the mask's budget"
+                f"expected gradients of at most {MAX_BYTES / 2**30:g} GiB for '{self.name}', got {samples} of {size} "
+                f"parameters; set samples to {max_samples} at most, or lower the mask's budget"
             )
         gradients = v.new_empty(samples, size)
-        taken = 0
-        with evaluating(job.network, gradients=True):
-            for batch in job.retain:
-                for loss in self._losses(job, batch, len(gradients) - taken):
+        used = 0
+        with evaluating(task.network, gradients=True):
+            for batch in task.retain:
+                for loss in self._losses(task, batch, len(gradients) - used):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                     present = zip(found, parameters.values(), strict=True)
-                    gradients[taken] = flat(torch.zeros_like(p) if g is None else g for g, p in present)
-                    taken += 1
-                if taken == len(gradients):
+                    gradients[used] = flat(torch.zeros_like(p) if g is None else g for g, p in present)
+                    used += 1
+                if used == len(gradients):
                     break
-        if taken < len(gradients):
+        if used < len(gradients):
             raise InputError(
-                f"expected the retain set's loader to give its {counts[1]} examples a second time, got {taken}; pass "
+                f"expected the retain set's loader to give its {counts[1]} examples a second time, got {used}; pass "
                 "one that can be iterated over again"
             )
         moved = self.alpha * self.inverse_product(gradients, v)
@@ -152,7 +216,7 @@ class Influence(Stroke):
                 parameter.copy_(torch.where(flags, shifted, parameter))
 
     def inverse_product(self, gradients: Tensor, v: Tensor) -> Tensor:
-        """F⁻¹ v, (P,), of gradients (N, P): (v - Gᵀ (N damping I + G Gᵀ)⁻¹ G v) / damping, solved in float64."""
+        """Return F⁻¹ v (P,) for gradients G (N, P): (v - Gᵀ (N damping I + G Gᵀ)⁻¹ G v) / damping, solved in double."""
         count = len(gradients)
         gram = (gradients @ gradients.T).double()
         gram.diagonal().add_(count * self.damping)
@@ -160,16 +224,19 @@ class Influence(Stroke):
         result: Tensor = (v - gradients.T @ solved.to(gradients.dtype)) / self.damping
         return result
 
-    def _losses(self, job: Job, batch: Any, most: int) -> Iterator[Tensor]:
-        """The losses of the batch's examples, one by one, ``most`` of them."""
-        count = examples_in(batch, job.loss_fn)
+    def _losses(self, task: UnlearningTask, batch: Any, limit: int) -> Iterator[Tensor]:
+        """Yield the losses of the batch's first examples, one by one, ``limit`` at most."""
+        count = examples_in(batch, task.loss_fn)
         if count is None:
-            raise InputError(f"'{self.name}' expects batches of tensors with the examples along dim 0, to take one out")
-        for example in range(min(count, most)):
-            yield per_example_losses(job.network, cut(batch, [example], job.loss_fn), job.loss_fn).sum()
+            raise InputError(
+                f"expected batches of tensors with the examples along dim 0 for '{self.name}', which separates the "
+                "examples, got another form; choose another method"
+            )
+        for example in range(min(count, limit)):
+            yield per_example_losses(task.network, cut(batch, [example], task.loss_fn), task.loss_fn).sum()
 
 
-def _masked(job: Job) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Plain name, parameter, and which of its entries may change, of those with any."""
-    for name, parameter, part in job.mask.match(trainable_parameters(job.network)):
+def _masked(task: UnlearningTask) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, parameter and bool flags of the entries that may change, for parameters that have any."""
+    for name, parameter, part in task.mask.match(trainable_parameters(task.network)):
         yield name, parameter, part.dense().to(parameter.device)

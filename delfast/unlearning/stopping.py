@@ -1,4 +1,4 @@
-"""Early stopping: when the loss on examples held out no longer falls, back to where it was lowest."""
+"""Early stopping: end training when the loss on examples held out no longer falls, with the best epoch's state."""
 
 from __future__ import annotations
 
@@ -18,55 +18,95 @@ from delfast.unlearning.loaders import preserved
 EMPTY = "expected a validation set of at least one example, got none; hold more out"
 
 
-def _batch_count(loader: Any) -> int:
-    """The loader's length; where it has none, whether it yields anything."""
-    try:
-        return len(loader)
-    except TypeError:
-        with preserved([loader]):
-            return any(True for _ in loader)
-
-
 class EarlyStop:
-    """Stops after ``patience`` epochs in a row without a lower mean loss on ``validation``, and keeps the best epoch's
-    state. Its own state is part of a checkpoint, so a resumed run stops where an uninterrupted one would.
+    """Stop after ``patience`` epochs in a row without a lower validation loss; restore the best epoch's state.
+
+    The state of this object is part of a checkpoint: a resumed run stops where an uninterrupted run stops.
+
+    Parameters
+    ----------
+    validation : iterable of batches
+        The examples held out, re-iterable; of the form that ``train`` uses.
+    patience : int
+        Number of epochs in a row without a lower mean loss, at least 1.
+    loss_fn : callable or None
+        ``loss_fn(model, batch)``, which returns losses (N,). None: cross-entropy of class indices.
+
+    Attributes
+    ----------
+    losses : list of float
+        Mean validation loss of each epoch; inf for a loss that is not finite.
+    best : dict of str to tensor
+        ``state_dict`` of the epoch with the lowest loss.
+
+    Raises
+    ------
+    InputError
+        For an empty validation set, or a patience below 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.unlearning import EarlyStop, train
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(4, 3)
+    >>> batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    >>> stop = EarlyStop(batches, patience=2, loss_fn=None)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> result = train(model, batches, optimizer, epochs=3, early_stop=stop)
+    >>> len(stop.losses), stop.best_epoch, stop.finished
+    (3, 2, False)
     """
 
     def __init__(self, validation: Iterable[Any], patience: int, loss_fn: LossFn | None) -> None:
         patience = check_int("patience", patience)
         if patience < 1:
             raise InputError(f"expected patience of at least 1 epoch, got {patience}; leave it out for no early stop")
-        if not _batch_count(validation):
+        if not _has_a_batch(validation):
             raise InputError(EMPTY)
         self.validation, self.patience, self.loss_fn = validation, patience, loss_fn
         self.losses: list[float] = []
         self.best: dict[str, Any] = {}
 
     def reset(self) -> None:
-        """Forget what was seen, for another training."""
+        """Discard the losses and the best state, before another training."""
         self.losses, self.best = [], {}
 
     @property
     def best_epoch(self) -> int:
-        """Of those with the lowest loss the first, from 0."""
+        """Number of the first epoch with the lowest loss, from 0."""
         return self.losses.index(min(self.losses))
 
     @property
     def finished(self) -> bool:
+        """Whether the last ``patience`` epochs had no lower loss than an epoch before them."""
         return bool(self.losses) and len(self.losses) - 1 - self.best_epoch >= self.patience
 
-    def look(self, model: nn.Module) -> None:
-        """Measure the model after an epoch, and keep its state if it is the best so far."""
+    def update(self, model: nn.Module) -> None:
+        """Measure the validation loss after an epoch, and keep the state of the best epoch.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The network after the epoch; unchanged.
+        """
         self.losses.append(self._loss(model))
         if self.best_epoch == len(self.losses) - 1:
             self.best = copy.deepcopy(model.state_dict())
 
     def restore(self, model: nn.Module) -> None:
-        """The best epoch's state, if any was measured."""
+        """Load the best epoch's state into the model, if any epoch was measured.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The network, changed in place.
+        """
         if self.best:
             model.load_state_dict(self.best)
 
     def _loss(self, model: nn.Module) -> float:
+        """Return the mean loss over the validation set, in eval mode; inf if the loss is not finite."""
         total, count = 0.0, 0
         with evaluating(model), torch.no_grad():
             for batch in self.validation:
@@ -77,7 +117,30 @@ class EarlyStop:
         return total / count if math.isfinite(total) else math.inf
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint saves.
+
+        Returns
+        -------
+        dict of str to Any
+            ``losses`` and ``best``.
+        """
         return {"losses": self.losses, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state from a checkpoint.
+
+        Parameters
+        ----------
+        state : dict of str to Any
+            Result of ``state_dict``.
+        """
         self.losses, self.best = state["losses"], state["best"]
+
+
+def _has_a_batch(loader: Any) -> bool:
+    """Return whether the loader has a batch: by its length, or else by iterating, with generators restored."""
+    try:
+        return len(loader) > 0
+    except TypeError:
+        with preserved([loader]):
+            return any(True for _ in loader)

@@ -1,4 +1,4 @@
-"""Compact training: the gradients of dense-then-masked training, in an ordinary Parameter, and nothing else moves."""
+"""Compact training: gradients equal to dense training with a mask, and nothing else changes."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delfast
 from delfast.compaction import gradients, guard
-from delfast.compaction.gradients import LEAST_CHANNELS_PER_POSITION, by_offsets
+from delfast.compaction.gradients import MIN_CHANNELS_PER_POSITION, by_offsets
 from delfast.compaction.layers import COMPACT, CompactLayer
 from delfast.errors import InputError
 from delfast.mask import Mask
@@ -47,7 +47,7 @@ ROWS_OF = {"some": 0.3, "many": 0.75, "nearly all": 0.97, "all": 1.0}
 
 
 def row_mask(model, fraction, seed=0):
-    """Some rows of every weight, some elements of what has one dimension."""
+    """Return a mask of some rows of every weight, and some elements of every vector."""
     generator = torch.Generator().manual_seed(seed)
     dense = {}
     for name, parameter in model.named_parameters():
@@ -59,7 +59,7 @@ def row_mask(model, fraction, seed=0):
 
 
 def expected_gradients(model, mask, loss):
-    """Dense, then masked; by the names of the compact model."""
+    """Return dense gradients, masked, by the names of the compact model."""
     reference = copy.deepcopy(model)
     loss(reference).backward()
     found = {}
@@ -67,7 +67,7 @@ def expected_gradients(model, mask, loss):
         part = mask.parameters.get(name)
         if parameter.grad is None or part is None or not part.selected:
             continue
-        if part.by_row and part.selected < part.numel and name != "head.weight":  # that one is tied
+        if part.by_row and part.selected < part.numel and name != "head.weight":  # the head's weight is tied
             found[name.replace("weight", "weight_rows")] = parameter.grad[part.flags]
         else:
             found[name] = torch.where(part.dense(), parameter.grad, 0)
@@ -84,11 +84,11 @@ def gradients_of(handle):
     return {name: parameter.grad for name, parameter in handle.named_parameters()}
 
 
-@pytest.mark.parametrize("least", [float("inf"), 0], ids=["at once", "by offsets"])
+@pytest.mark.parametrize("minimum", [float("inf"), 0], ids=["at once", "by offsets"])
 @pytest.mark.parametrize("fraction", ROWS_OF)
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch):
-    monkeypatch.setitem(LEAST_CHANNELS_PER_POSITION, torch.float64, least)
+def test_gradients_are_the_dense_ones_masked(name, fraction, minimum, monkeypatch):
+    monkeypatch.setitem(MIN_CHANNELS_PER_POSITION, torch.float64, minimum)
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = make().double()
@@ -113,12 +113,12 @@ def test_gradients_are_the_dense_ones_masked(name, fraction, least, monkeypatch)
         layer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", LEAST_CHANNELS_PER_POSITION)
+@pytest.mark.parametrize("dtype", MIN_CHANNELS_PER_POSITION)
 def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
-    """And others do not, nor layers with groups; which is faster says benchmarks/test_steps.py."""
+    """Other maps and layers with groups do not; benchmarks/test_steps.py measures which is faster."""
     calls = []
     monkeypatch.setattr(gradients, "by_offsets", lambda *given: calls.append(given) or by_offsets(*given))
-    channels = 9 * LEAST_CHANNELS_PER_POSITION[dtype]
+    channels = 9 * MIN_CHANNELS_PER_POSITION[dtype]
     for side, small in ((3, True), (4, False)):
         for groups in (1, 2):
             torch.manual_seed(0)
@@ -140,8 +140,8 @@ def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_products_for_each_offset_compile(dynamic, monkeypatch):
-    """Of some rows, and of all."""
-    monkeypatch.setitem(LEAST_CHANNELS_PER_POSITION, torch.float32, 0)
+    """Some rows are selected, or all."""
+    monkeypatch.setitem(MIN_CHANNELS_PER_POSITION, torch.float32, 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1))
     mask = Mask.from_dense(
@@ -248,7 +248,7 @@ def test_compile_in_float32_is_within_the_error_budget(net, data):
 
 @pytest.mark.parametrize("kind", ["foreach", "fused"])
 def test_a_compiled_model_goes_on_learning(net, data, kind):
-    """A fused kernel changes a parameter without telling autograd, a compiled forward pass tells it of the weight."""
+    """A fused kernel changes a parameter without a new version; a compiled forward pass gives the weight one."""
     states = []
     for compiled in (False, True):
         model = copy.deepcopy(net).double()
@@ -332,7 +332,7 @@ def test_autocast_gives_what_it_gives_the_dense_network(net, data, dtype):
 
 
 def all_but(mask, before, model):
-    """Bits of ``model``'s state that changed outside the mask, and whether any did inside."""
+    """Return the number of state entries that changed outside the mask, and whether any changed inside."""
     outside, inside, state = 0, False, model.state_dict()
     for name, value in before.items():
         changed = state[name].view(torch.int32) != value.view(torch.int32)
@@ -469,7 +469,7 @@ def step(net, data, optimizer):
 
 
 def test_what_is_loaded_stays_loaded_after_a_step(net, data):
-    """Build, compact, load a checkpoint, train: a job that is resumed."""
+    """Build, make compact, load a checkpoint, train: as a resumed job does."""
     mask = row_mask(net, 0.4)
     other = {name: value + 1 if value.is_floating_point() else value for name, value in net.state_dict().items()}
     with delfast.compact(net, mask) as handle:
@@ -507,7 +507,7 @@ def test_double_backward_is_refused(net, data):
 
 
 def test_writes_into_the_weights_are_seen(net, data):
-    """As homemade averages write them, through the tensors of ``state_dict()``."""
+    """Weight averages that user code writes through the tensors of ``state_dict()``."""
     other = copy.deepcopy(net)
     with torch.no_grad():
         for parameter in other.parameters():

@@ -1,4 +1,4 @@
-"""torchvision's classification networks, compact: the gradients of dense training, masked, and every row learns."""
+"""torchvision's classification networks, compact: gradients of dense training with a mask, and every row learns."""
 
 import copy
 
@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import delfast
+from delfast import TrainingOptions
 from tests.compaction.test_compaction import row_mask
 from tests.compaction.test_reads import assert_close, compact_gradients, dense_then_masked
 
@@ -18,7 +19,7 @@ FAMILIES = {
     "mobilenet_v3_small": 64, "regnet_x_400mf": 64, "regnet_y_400mf": 64, "resnet18": 64, "resnext50_32x4d": 64,
     "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64, "swin_t": 64, "swin_v2_t": 64, "vgg11_bn": 64, "vit_b_32": 224,
 }  # fmt: skip
-"""name -> image size in pixels: the smallest network of each family, at its own size where it takes no other."""
+"""name -> image size in pixels: the smallest network of each family, at its own image size if it accepts no other."""
 CLASSES = 5
 # the share of selected rows that must have a gradient, 0.7 elsewhere: half of the units in wide linear layers before a
 # ReLU are inactive on noise (0.57 and 0.70 of the rows have one)
@@ -26,7 +27,7 @@ ACTIVE = {"alexnet": 0.5, "vgg11_bn": 0.6}
 
 
 def network(name, images):
-    """In eval mode, with the batch statistics of these images, nothing random, and no weight that ends gradients."""
+    """Return a network in eval mode, with the batch statistics of these images and no weight that stops gradients."""
     torch.manual_seed(0)
     settings = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **settings)
@@ -61,8 +62,9 @@ def test_gradients_and_unlearning(name):
     del exact
     before = {parameter: value.detach().clone() for parameter, value in model.named_parameters()}
     delfast.unlearn(
-        model, retain=[(x, targets)], mask=mask, method="finetune", epochs=1, lr=1.0, momentum=0.0, batchnorm="frozen"
-    )
+        model, retain=[(x, targets)], mask=mask, method="finetune", epochs=1, lr=1.0, momentum=0.0,
+        training=TrainingOptions(batchnorm="frozen"),
+    )  # fmt: skip
     moving = total = 0
     for parameter, value in model.named_parameters():
         part = mask.parameters[parameter]
@@ -71,7 +73,7 @@ def test_gradients_and_unlearning(name):
         rows = part.flags
         assert torch.equal(value[~rows], before[parameter][~rows]), parameter
         was, step = (t.abs().flatten(1).amax(1) for t in (before[parameter][rows], expected[parameter]))
-        moves = step > 1e-4 * was  # others have no gradient: what stands above them is dead, or scaled to nothing
+        moves = step > 1e-4 * was  # other rows have no gradient: the layers above are inactive, or scaled to 0
         moved = (value.detach()[rows] != before[parameter][rows]).flatten(1).any(1)
         assert moved[moves].all(), parameter
         moving, total = moving + int(moves.sum()), total + len(moves)

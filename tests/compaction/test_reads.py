@@ -1,4 +1,4 @@
-"""Compact layers whose weight is read by other code: the gradient comes to the rows all the same."""
+"""Compact layers whose weight other code reads: the rows still get their gradient."""
 
 import copy
 import gc
@@ -18,14 +18,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import delfast
-from delfast.errors import InputError
+from delfast import InputError, TrainingOptions
 from delfast.mask import Mask
 from tests.compaction.test_compaction import LAYERS, row_mask
 from tests.compaction.weight_readers import READERS, ReadLinear
 
 
 def dense_then_masked(model, mask, loss):
-    """name -> gradient of the selected rows, or of the selected elements; of a model that is not compact."""
+    """Return name -> gradient of the selected rows or elements, from a plain model."""
     reference = copy.deepcopy(model)
     loss(reference).backward()
     return {
@@ -86,7 +86,7 @@ def batches_of(name, count=3):
 
 
 def moved_rows(before, model, mask):
-    """name -> bool, for each selected row or element: has any entry of it moved?"""
+    """Return name -> flags of the selected rows or elements that have changed."""
     found = {}
     for name, parameter in model.named_parameters():
         part = mask.parameters[name]
@@ -102,7 +102,8 @@ def assert_unlearn_moves_every_selected_row(net, batches):
     reference, names = copy.deepcopy(net), [name for name, part in mask.parameters.items() if part.selected]
     for model, dense in ((net, []), (reference, names)):
         torch.manual_seed(1)
-        delfast.unlearn(model, retain=batches, mask=mask, method="finetune", epochs=3, lr=0.05, dense=dense)
+        training = TrainingOptions(dense=dense)
+        delfast.unlearn(model, retain=batches, mask=mask, method="finetune", epochs=3, lr=0.05, training=training)
     learns = moved_rows(before, reference, mask)
     for name, moved in moved_rows(before, net, mask).items():
         assert torch.equal(moved, learns[name]), name
@@ -144,7 +145,7 @@ USES = {
     st.integers(0, 100),
 )
 def test_any_use_of_a_weight_has_its_gradient(name, batches, fraction, seed):
-    """Uses of one layer, batch by batch: those of a later batch need not be those of the first."""
+    """Uses of one layer that may differ from batch to batch."""
     torch.manual_seed(seed)
     make, shape = LAYERS[name]
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -169,7 +170,7 @@ def test_any_use_of_a_weight_has_its_gradient(name, batches, fraction, seed):
 
 
 def test_what_a_read_weight_is():
-    """With gradients on, a Parameter to those who ask, in the weight's memory; without, the tensor itself."""
+    """With gradients on, it is an instance of Parameter in the weight's memory; without, the tensor itself."""
     net, _ = reader("linear")
     whole = net.qkv.weight
     with delfast.compact(net, row_mask(net, 0.4)) as handle:
@@ -235,7 +236,7 @@ def test_what_cannot_be_done_to_a_read_weight_is_an_error():
 
 
 def test_another_tensor_in_the_place_of_a_weight_is_an_error_and_stays_as_it_is():
-    """As functional_call puts one there for a moment (averages are evaluated so), and an assignment for good."""
+    """functional_call replaces a weight during a call, as for weight averages; an assignment replaces it for good."""
     net, x = reader("read and called")
     averages = {name: torch.ones_like(value) for name, value in net.state_dict().items()}
     with delfast.compact(net, row_mask(net, 0.4)) as handle:
@@ -306,7 +307,7 @@ def test_compiled_by_inductor():
 
 
 def test_a_step_between_a_read_and_its_backward_pass_is_an_error():
-    """Every gradient that needs the weight is refused, also the input's alone."""
+    """Every gradient that needs the weight is refused, even the input gradient alone."""
     net, x = reader("linear")
     x.requires_grad_()
     for wanted in ("all", "input"):
@@ -342,7 +343,7 @@ def test_autocast_gives_what_it_gives_the_dense_network(dtype):
 
 
 def test_the_fast_path_of_an_encoder_layer_is_left_where_rows_need_a_gradient():
-    """In eval mode, with nothing that requires a gradient except rows of a layer that the fast path only reads."""
+    """The network is in eval mode; only the rows of a layer that the fast path reads require a gradient."""
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).double().eval()
     mask = row_mask(net, 0.4)
@@ -357,7 +358,7 @@ def test_the_fast_path_of_an_encoder_layer_is_left_where_rows_need_a_gradient():
 
 
 class LateReader(ReadLinear):
-    """Uses a weight in some batches only: where the first number of the batch is positive."""
+    """A network that uses a weight only in batches whose first number is positive."""
 
     def forward(self, x):
         return super().forward(x) if x[0, 0] > 0 else self.out(x.repeat(1, 2))
@@ -371,7 +372,7 @@ def test_a_weight_that_only_later_batches_read_is_trained():
 
 
 class HeldReader(ReadLinear):
-    """Holds the Parameter itself, from before compact()."""
+    """A network that holds a Parameter from before compact()."""
 
     def __init__(self):
         super().__init__()
@@ -389,14 +390,16 @@ def test_a_held_weight_is_reported_and_dense_trains_it():
         before = copy.deepcopy(net.state_dict())
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            delfast.unlearn(net, retain=batches, mask=mask, method="finetune", epochs=2, lr=0.1, dense=dense)
+            training = TrainingOptions(dense=dense)
+            delfast.unlearn(net, retain=batches, mask=mask, method="finetune", epochs=2, lr=0.1, training=training)
         found = [str(each.message) for each in seen if "no gradient reached" in str(each.message)]
         assert bool(found) == (not moves) and all("'qkv.weight': the selected" in text for text in found)
         assert moved_rows(before, net, mask)["qkv.weight"].all() == moves
     with pytest.raises(InputError, match=r"'qkv\.wait', which is no trainable parameter"):
-        delfast.unlearn(net, retain=batches, mask=mask, method="finetune", dense=["qkv.wait"])
+        delfast.unlearn(net, retain=batches, mask=mask, method="finetune", training=TrainingOptions(dense=["qkv.wait"]))
     with pytest.raises(InputError, match=r"expected no dense= for 'ssd', which trains nothing"):
-        delfast.unlearn(net, retain=batches, forget=batches, mask=mask, method="ssd", dense=["qkv.weight"])
+        training = TrainingOptions(dense=["qkv.weight"])
+        delfast.unlearn(net, retain=batches, forget=batches, mask=mask, method="ssd", training=training)
 
 
 def test_no_warning_where_every_row_has_had_a_gradient_or_nothing_was_trained():
@@ -479,7 +482,7 @@ def test_two_processes_share_the_gradient_of_a_read_weight(tmp_path):
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 @pytest.mark.parametrize("is_written", [True, False])
 def test_writes_into_the_weight_of_a_copy_reach_its_rows(make, is_written):
-    """Before and after the copy, whatever the copied tensors' versions are."""
+    """The rows are equal before and after the copy, for any versions of the copied tensors."""
     net, x = reader("linear")
     with delfast.compact(net, row_mask(net, 0.4)):
         net(x)

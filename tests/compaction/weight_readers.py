@@ -1,4 +1,4 @@
-"""Networks that read ``layer.weight`` themselves instead of calling the layer, as published networks do."""
+"""Networks that read ``layer.weight`` and do not call the layer, as published networks do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class ReadLinear(nn.Module):
-    """The smallest: one linear layer that is never called."""
+    """One linear layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class ReadLinear(nn.Module):
 
 
 class ReadAndCalled(nn.Module):
-    """One layer called, read whole, in part and transposed; a convolution's weight; a penalty on a weight."""
+    """A layer that is called, and read in full, in part, transposed; a convolution's weight; a penalty on a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ReadAndCalled(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """CLIP's way to pool a feature map: four linear layers, whose weights go to ``multi_head_attention_forward``."""
+    """CLIP's pooling of a feature map: four linear layers whose weights go to ``multi_head_attention_forward``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class AttentionPool(nn.Module):
 
 
 class StateSpace(nn.Module):
-    """Mamba's way with weights: a depthwise convolution's taps and the projections are read for a fused scan."""
+    """Mamba's use of weights: a fused scan reads the taps of a depthwise convolution, and the projections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class StateSpace(nn.Module):
 
 
 class TiedAutoencoder(nn.Module):
-    """The decoder computes its weights from the encoder's."""
+    """A decoder that computes its weights from the encoder's."""
 
     def __init__(self) -> None:
         super().__init__()

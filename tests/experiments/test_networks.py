@@ -6,7 +6,8 @@ from torch import nn
 
 from delfast.errors import InputError
 from delfast.experiments.networks import NAMES, build, factory
-from delfast.experiments.recipes import recipe
+from delfast.experiments.recipes import method_recipe, recipe
+from delfast.unlearning import Del
 
 
 def parameters(model):
@@ -76,5 +77,6 @@ def test_unknown_and_unfit_models_are_refused():
 
 def test_recipes_are_the_published_ones():
     assert (recipe("svhn", "vit").lr, recipe("svhn", "vit").epochs) == (0.05, 30)
-    assert (recipe("cifar10", "resnet18").finetune_lr, recipe("cifar10", "resnet18").lr) == (0.015, 0.1)
+    assert (Del.lr, Del.epochs, recipe("cifar10", "resnet18").lr) == (0.015, 30, 0.1)
+    assert method_recipe("svhn", "vit", "retrain") == {"epochs": 30, "lr": 0.05}
     assert recipe("digits", "resnet18-thin") == recipe("cifar10", "resnet18")

@@ -161,7 +161,7 @@ def calls() -> dict[str, dict[str, Call]]:
             **methods(),
             "METHODS": works(lambda: None),
             "Diverged": works(lambda: UNLEARN.Diverged("x")),
-            "EarlyStop": works(lambda: early.look(MODEL)),
+            "EarlyStop": works(lambda: early.update(MODEL)),
             "Method": works(lambda: UNLEARN.Method().check()),
             "UnlearnResult": works(lambda: trained("del").losses),
             "make_method": works(lambda: UNLEARN.make_method("del", {})),

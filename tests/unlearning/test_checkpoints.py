@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import delfast
-from delfast import InputError, Mask
+from delfast import InputError, Mask, TrainingOptions
 from delfast.files import load_archive, load_state, save_archive, save_state, write_json
 from delfast.optim import MaskedAdamW, MaskedSGD
 from delfast.unlearning import train
@@ -62,14 +62,18 @@ PYTHON: dict[str, Any] = {
 
 @pytest.mark.parametrize("method", ["del", "relabel", "scrub"])
 def test_numpys_numbers_and_a_str_path_resume_to_the_same_weights(method: str, tmp_path: Path) -> None:
-    """Saved by one process with numpy's settings, resumed with Python's: the weights of an uninterrupted run."""
+    """A run saved with numpy's settings and resumed with Python's ends with the weights of an uninterrupted run."""
 
-    def run(settings: dict[str, Any], **options: Any) -> torch.Tensor:
+    def run(settings: dict[str, Any], progress: Any = None, **options: Any) -> torch.Tensor:
         torch.manual_seed(0)
         model = cases.SmallNet()
         needs: dict[str, Any] = {"init": cases.SmallNet} if method == "del" else {}
-        patience = {"validation": RETAIN, "patience": type(settings["seed"])(2)}
-        delfast.unlearn(model, forget=FORGET, retain=RETAIN, method=method, **needs, **settings, **patience, **options)
+        patience = type(settings["seed"])(2)
+        config = settings["config"]
+        training = TrainingOptions(validation=RETAIN, patience=patience, config=config, progress=progress)
+        settings = {name: value for name, value in settings.items() if name != "config"}
+        sets = {"forget": FORGET, "retain": RETAIN}
+        delfast.unlearn(model, **sets, method=method, training=training, **needs, **settings, **options)
         return weights(model)
 
     expected = run(PYTHON)
@@ -149,7 +153,7 @@ def flip(data: bytes, generator: random.Random) -> bytes:
 
 
 def flips_are_noticed(tmp_path: Path, count: int) -> int:
-    """Resume from ``count`` checkpoints with one bit flipped: refused, or the weights of the whole one."""
+    """Resume from ``count`` checkpoints with one bit flipped; check the weights, or count the refusal."""
     path = tmp_path / "checkpoint.pt"
 
     def run(**options: Any) -> nn.Module:
@@ -191,7 +195,7 @@ def test_1000_flipped_bits_are_refused_or_change_nothing(tmp_path: Path) -> None
 
 
 def test_flipped_bits_of_a_state_file_are_noticed(tmp_path: Path) -> None:
-    """By the checksums of torch's archives; a .safetensors file has none, but is never anything else than tensors."""
+    """torch's archives have checksums; a .safetensors file has none, but always loads as tensors."""
     state = {"weight": torch.randn(40, 30), "steps": torch.tensor([3])}
     torch.save(state, tmp_path / "whole.pt")
     save_state(tmp_path / "whole.safetensors", state)
@@ -200,7 +204,7 @@ def test_flipped_bits_of_a_state_file_are_noticed(tmp_path: Path) -> None:
         whole = (tmp_path / name).read_bytes()
         for number in range(150):
             path = tmp_path / f"damaged{Path(name).suffix}"
-            header = whole[:300] if number % 2 else whole  # half of them where the structure is
+            header = whole[:300] if number % 2 else whole  # half of the flips in the header
             path.write_bytes(flip(header, generator) + whole[len(header) :])
             try:
                 loaded = load_state(path)
@@ -229,7 +233,7 @@ from delfast.experiments.datasets.pictures import Pictures, _decode
 from delfast.files import save_archive, save_state, write_json
 from PIL import Image
 directory = Path(sys.argv[1])
-if sys.argv[2] == "limit":  # a limit on a file's size stands for the disk's: the write fails half-way
+if sys.argv[2] == "limit":  # a limit on a file's size stands for the disk's: the write fails in the middle
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 big = {"w": torch.rand(400, 400)}
@@ -342,7 +346,7 @@ def test_a_config_that_is_no_json_is_refused_before_training(tmp_path: Path) -> 
     for value in (Path("x"), {1, 2}, torch.ones(2), numpy.ones(2)):
         with pytest.raises(InputError, match="plain JSON values in the config of a checkpoint"):
             delfast.unlearn(
-                model, forget=FORGET, retain=RETAIN, init=cases.SmallNet, epochs=1, config={"value": value},
-                checkpoint=tmp_path / "c.pt",
+                model, forget=FORGET, retain=RETAIN, init=cases.SmallNet, epochs=1, checkpoint=tmp_path / "c.pt",
+                training=TrainingOptions(config={"value": value}),
             )  # fmt: skip
     assert torch.equal(weights(model), before) and not list(tmp_path.iterdir())

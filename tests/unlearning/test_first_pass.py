@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.batches import per_example_losses
 from delfast.evaluation.metrics import accuracy_and_loss
 from delfast.mask import Mask
@@ -44,7 +44,7 @@ def batches(*sizes: int, seed: int = 0, labels: torch.dtype = torch.int64) -> li
 
 
 def run(model: nn.Module, method: str, **changes: Any) -> Any:
-    """One epoch; within a mask of everything, so that nothing fails while it is localized."""
+    """Unlearn for one epoch, within a mask of everything, so that no localization can fail."""
     small = {"ssd": {"alpha": 1.0}, "influence": {}}.get(method, {"epochs": 1})
     options: dict[str, Any] = {"retain": batches(5, 4), "forget": batches(4, 3, seed=1), "init": make_model}
     if method != "retrain":
@@ -53,7 +53,7 @@ def run(model: nn.Module, method: str, **changes: Any) -> Any:
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """State, modes and gradients of a model, and the global generators."""
+    """Return the state, modes and gradients of a model, and the states of the global generators."""
     return {
         "state": copy.deepcopy(model.state_dict()),
         "modes": [module.training for module in model.modules()],
@@ -66,7 +66,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 
 def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether two of ``everything`` are equal to the bit."""
+    """Return whether two results of ``everything`` are equal to the bit."""
     states = zip(before["state"].values(), after["state"].values(), strict=True)
     rest = [name for name in before if name not in ("state", "torch")]
     return (
@@ -99,7 +99,7 @@ def test_labels_of_any_integer_type_are_those_of_int64(dtype: torch.dtype) -> No
     assert masks[0].digest == masks[1].digest
 
 
-# ---- what the first batch shows
+# ---- faults that the first batch shows
 
 
 class Returns(nn.Module):
@@ -114,7 +114,7 @@ class Returns(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A classifier of tokens whose embedding's gradient is sparse; by a module or by the function."""
+    """A classifier of tokens with a sparse gradient of its embedding, a module or a function."""
 
     def __init__(self, sparse: bool, functional: bool = False) -> None:
         super().__init__()
@@ -184,21 +184,21 @@ def test_what_the_first_batch_shows_changes_nothing(case: str, method: str) -> N
         *((method, "validation") for method in ("finetune", "gradient-ascent", "scrub")),
     ],
 )
-def test_the_forget_set_and_the_validation_set_are_looked_at_too(method: str, which: str) -> None:
+def test_the_forget_set_and_the_validation_set_are_checked_too(method: str, which: str) -> None:
     model, changes = make_model(), {which: soft(4)}
     if which == "validation":
-        changes["patience"] = 1
+        changes = {"training": TrainingOptions(validation=soft(4), patience=1)}
     before = everything(model)
     with pytest.raises(InputError, match=r"got \(4, 3\) and torch.float32 \(4, 3\); pass loss_fn"):
         run(model, method, **changes)
     assert same(before, everything(model))
 
 
-def test_a_forget_set_that_is_not_used_is_not_looked_at() -> None:
+def test_a_forget_set_that_is_not_used_is_not_checked() -> None:
     run(make_model(), "finetune", forget=soft(4))
 
 
-def test_one_stroke_methods_refuse_an_iterator_whose_first_batch_would_be_lost() -> None:
+def test_one_shot_methods_refuse_an_iterator_whose_first_batch_would_be_lost() -> None:
     with pytest.raises(InputError, match="a forget set that can be iterated over again, got generator"):
         run(make_model(), "ssd", forget=(batch for batch in batches(4)))
 
@@ -218,15 +218,15 @@ def test_compact_refuses_a_sparse_embedding_before_it_changes_the_model() -> Non
         delfast.compact(model, Mask.from_dense(some))
     assert [type(module) for module in model.modules()] == classes
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with delfast.compact(model, full_mask(model)):  # in full no guard is needed: torch's SGD takes sparse gradients
+    with delfast.compact(model, full_mask(model)):  # selected in full, no guard: torch's SGD accepts sparse gradients
         per_example_losses(model, batches(4)[0], None).mean().backward()  # type: ignore[no-untyped-call]
         assert model.embedding.weight.grad.is_sparse
 
 
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind().epochs])
 @pytest.mark.parametrize("own", [True, False])
-def test_the_look_moves_no_generator(method: str, own: bool) -> None:
-    """Training starts with the batch that an untouched loader gives first."""
+def test_the_first_pass_moves_no_generator(method: str, own: bool) -> None:
+    """Training starts with the first batch of a loader that nothing has read."""
     inputs, targets = batches(12)[0]
     seen: list[list[int]] = []
 
@@ -234,7 +234,7 @@ def test_the_look_moves_no_generator(method: str, own: bool) -> None:
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
                 seen.append([int((inputs == row).all(1).nonzero()) for row in x])
-            elif not seen:  # scrub's teacher comes later
+            elif not seen:  # scrub's teacher runs later
                 numpy.random.rand(), random.random(), torch.rand(1)
             return super().forward(x)
 
@@ -244,7 +244,7 @@ def test_the_look_moves_no_generator(method: str, own: bool) -> None:
         return DataLoader(TensorDataset(inputs, targets), 5, shuffle=True, generator=generator)
 
     expected = [[int((inputs == row).all(1).nonzero()) for row in x] for x, _ in loader()]
-    which = "forget" if METHODS[method].layout == "forget" else "retain"
+    which = "forget" if METHODS[method].step_plan == "forget" else "retain"
     other = [(inputs[:1].expand(2, 4), targets[:2])]
     state = random.getstate()
     model = Seen(*make_model())
@@ -253,8 +253,8 @@ def test_the_look_moves_no_generator(method: str, own: bool) -> None:
     assert random.getstate() == state
 
 
-def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
-    """Lists of batches draw nothing: what moves torch's generator meanwhile is another thread, as here the hook."""
+def test_the_first_pass_leaves_the_generators_of_other_threads_alone() -> None:
+    """Lists of batches draw nothing: only another thread, here started by the hook, draws from torch's generator."""
     torch.manual_seed(5)
     numbers = [torch.rand(1) for _ in range(2)]
     model, drawn = make_model(), []
@@ -270,7 +270,7 @@ def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
     torch.manual_seed(5)
     handle = model.register_forward_hook(in_another_thread)
     run(model, "finetune", retain=batches(4))
-    assert drawn == numbers  # one in the look, one in training
+    assert drawn == numbers  # one in the first pass, one in training
     torch.manual_seed(5)
     run(model, "relabel", retain=batches(4), forget=batches(4))  # which draws labels from a generator of its own
     handle.remove()
@@ -279,10 +279,10 @@ def test_the_look_leaves_the_generators_of_other_threads_alone() -> None:
     torch.manual_seed(5)
     model.register_forward_hook(lambda *_: draw())
     run(model, "finetune", retain=batches(4))
-    assert drawn[-2:] == [numbers[0], numbers[0]]  # this thread's own draw is put back
+    assert drawn[-2:] == [numbers[0], numbers[0]]  # the draw of this thread is restored
 
 
-def test_a_refused_look_moves_no_generator() -> None:
+def test_a_refused_first_pass_moves_no_generator() -> None:
     inputs, targets = batches(12)[0]
     own = torch.Generator().manual_seed(3)
     state, model = own.get_state(), make_model()
@@ -298,7 +298,7 @@ def test_a_refused_look_moves_no_generator() -> None:
 
 
 def normed(pixels: int = 1) -> nn.Module:
-    """(N, 4): a BatchNorm whose channels get ``pixels`` values from each example."""
+    """Return a network of (N, 4) with a BatchNorm whose channels get ``pixels`` values from each example."""
     return nn.Sequential(
         nn.Unflatten(1, (4, 1, 1)), nn.Upsample(size=(1, pixels)), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.Flatten(),
         nn.Linear(5 * pixels, 3),
@@ -309,6 +309,7 @@ def dataset(count: int) -> TensorDataset:
     return TensorDataset(*batches(count)[0])
 
 
+FROZEN = TrainingOptions(batchnorm="frozen")
 ONE = (
     r"more than one value a channel for the BatchNorm '3' to train on, got one from a batch of 1 example of the {} set"
 )
@@ -335,7 +336,7 @@ def test_a_batch_of_one_under_batchnorm_is_refused_before_anything_changes(case:
             run(model.train(mode), method, init=normed, head="5", **{name: make() for name, make in sets.items()})
     assert same(before, everything(model.train()))
     options = {"init": normed, "head": "5", **{name: make() for name, make in sets.items()}}
-    run(model, method, **options, batchnorm="frozen")  # the way out that is named
+    run(model, method, **options, training=FROZEN)  # the advice in the error
     model[3].eval()
     run(model, method, **options)  # frozen by hand
     run(normed(2), method, **{**options, "init": lambda: normed(2)})  # two pixels of one example are two values
@@ -349,7 +350,7 @@ def test_batches_that_are_large_enough_are_served() -> None:
 
 
 class Unknowable:
-    """Batches whose sizes only iterating shows."""
+    """A loader whose batch sizes only iterating shows."""
 
     def __len__(self) -> int:
         return 2
@@ -358,19 +359,19 @@ class Unknowable:
         return iter(batches(4, 1))
 
 
-def test_where_the_size_is_not_known_the_error_names_the_same_way_out() -> None:
+def test_where_the_size_is_not_known_the_error_gives_the_same_advice() -> None:
     model = normed()
     with pytest.raises(InputError, match=r'too small for BatchNorm .*Expected more than 1.*batchnorm="frozen"'):
         run(model, "finetune", retain=Unknowable())
     with pytest.raises(InputError, match='batchnorm="frozen"'):
         train(model, Unknowable(), torch.optim.SGD(model.parameters(), lr=0.1), epochs=1)  # type: ignore[arg-type]
-    run(model, "finetune", retain=Unknowable(), batchnorm="frozen")
+    run(model, "finetune", retain=Unknowable(), training=FROZEN)
 
 
 def test_batch_norm_without_statistics_needs_the_batch_even_where_it_is_frozen() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3))
     with pytest.raises(InputError, match="the BatchNorm '1' to train on, got one"):
-        run(model, "finetune", retain=batches(4, 1), batchnorm="frozen")
+        run(model, "finetune", retain=batches(4, 1), training=FROZEN)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,7 @@ def test_the_network_of_every_layer_is_served() -> None:
     assert delfast.unlearn(cases.Everything(), **sets, init=cases.Everything, epochs=1).head == "head"
 
 
-# ---- what the first pass leaves to the training
+# ---- cases that the first pass leaves to the training
 
 
 class Auxiliary(nn.Module):

@@ -1,4 +1,4 @@
-"""Which layer the head is: networks with other heads, other layers that run last, and none at all."""
+"""The search for the head: networks with several heads, with other layers that run last, and without a head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training loop offers beside training: frozen BatchNorm, early stopping."""
+"""Frozen BatchNorm and early stopping in the training loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.unlearning import EarlyStop, train
 from tests import cases
 
@@ -37,17 +37,17 @@ def test_frozen_batchnorm_keeps_every_buffer_to_the_bit() -> None:
     model = fresh()
     before, modes = buffers(model), [module.training for module in model.modules()]
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    run(model, batchnorm="frozen")
+    run(model, training=TrainingOptions(batchnorm="frozen"))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert [module.training for module in model.modules()] == modes
     run(model)
     assert any(not torch.equal(value, before[name]) for name, value in model.named_buffers())
     with pytest.raises(InputError, match="expected batchnorm to be one of train, frozen; got 'off'"):
-        run(model, batchnorm="off")
+        run(model, training=TrainingOptions(batchnorm="off"))  # type: ignore[arg-type]
 
 
 class Scripted(EarlyStop):
-    """Losses as written, whatever the network does."""
+    """An early stop with given losses, independent of the network."""
 
     def __init__(self, losses: list[float], patience: int) -> None:
         super().__init__(HELD_OUT, patience, None)
@@ -67,7 +67,7 @@ def trained(epochs: int, stop: EarlyStop | None = None, **options: Any) -> tuple
     ("script", "patience", "ran", "best"),
     [
         ([3, 2, 2.5, 2.2, 1], 2, 4, 2),  # two epochs in a row are no better than the second
-        ([3, 2, 2.5, 1, 1, 1], 2, 6, 4),  # no better is not better
+        ([3, 2, 2.5, 1, 1, 1], 2, 6, 4),  # an equal loss is not lower
         ([3, 2, 1], 1, 3, 3),  # to the end
         ([1, float("inf")], 1, 2, 1),
     ],
@@ -104,7 +104,7 @@ def test_a_resumed_run_stops_where_it_would_have(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
         trained(5, Scripted(script, 2), checkpoint=path, progress=interrupt)
-    for _ in range(2):  # the second time it has stopped already
+    for _ in range(2):  # at the second resumption the run has stopped already
         model, result = trained(5, Scripted(script, 2), checkpoint=path, resume=True)
         assert len(result.losses) == 4
         for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
@@ -122,10 +122,11 @@ def test_unlearn_stops_early_and_keeps_to_its_mask() -> None:
     model = fresh()
     mask = delfast.localize(model, FORGET)
     before = copy.deepcopy(model.state_dict())
-    result = run(model, mask=mask, epochs=6, lr=0.5, validation=HELD_OUT, patience=1)
+    training = TrainingOptions(validation=HELD_OUT, patience=1)
+    result = run(model, mask=mask, epochs=6, lr=0.5, training=training)
     assert len(result.validation) == len(result.losses) <= 6
     dense = result.mask.to_dense()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter[~dense[name]], before[name][~dense[name]]), name
     with pytest.raises(InputError, match="validation= and patience= together"):
-        run(model, patience=2)
+        run(model, training=TrainingOptions(patience=2))

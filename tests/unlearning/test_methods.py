@@ -1,4 +1,4 @@
-"""Every unlearning method against a transcription of its formula, in float64; and what all of them keep to."""
+"""Every unlearning method against a transcription of its formula, in float64, and rules that hold for all methods."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import delfast
-from delfast.errors import InputError
+from delfast import InputError, TrainingOptions
 from delfast.mask import Mask
 from delfast.unlearning import METHODS, make_method, one_shot
 from delfast.unlearning.api import full_mask
-from delfast.unlearning.methods import Job, Method
-from delfast.unlearning.steps import Turns
+from delfast.unlearning.methods import Method, UnlearningTask
+from delfast.unlearning.steps import Steps
 
 BOUND = 1e-10
 TRAINING = [name for name, kind in METHODS.items() if kind().epochs]
@@ -34,11 +34,11 @@ def batches(seed: int, *sizes: int, dtype: torch.dtype = torch.float64) -> list[
     ]
 
 
-def job(seed: int = 0, mask: Mask | None = None) -> Job:
+def task(seed: int = 0, mask: Mask | None = None) -> UnlearningTask:
     torch.manual_seed(1)
     model, teacher = make_model().double(), make_model().double()  # a teacher that differs: KL's gradient is not 0
     retain, forget = batches(2, 5, 3), batches(3, 4)
-    return Job(
+    return UnlearningTask(
         model, model, retain, forget, full_mask(model) if mask is None else mask, make_model, seed, None, teacher
     )
 
@@ -52,18 +52,18 @@ def near(result: Tensor, expected: Tensor) -> None:
     assert float((result - expected).norm() / expected.norm()) <= BOUND
 
 
-def gradient(method: Method, job: Job, turn: dict[str, Any]) -> Tensor:
-    parameters = list(job.network.parameters())
-    return flat(torch.autograd.grad(method.loss(job, {"epoch": 0, "step": 0, **turn}), parameters))
+def gradient(method: Method, task: UnlearningTask, step: dict[str, Any]) -> Tensor:
+    parameters = list(task.network.parameters())
+    return flat(torch.autograd.grad(method.loss(task, {"epoch": 0, "step": 0, **step}), parameters))
 
 
-def by_hand(job: Job, loss: Tensor) -> Tensor:
-    return flat(torch.autograd.grad(loss, list(job.network.parameters())))
+def by_hand(task: UnlearningTask, loss: Tensor) -> Tensor:
+    return flat(torch.autograd.grad(loss, list(task.network.parameters())))
 
 
-def ce(job: Job, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy, spelt out."""
-    logits = job.model(batch[0])
+def ce(task: UnlearningTask, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the mean cross-entropy, written out."""
+    logits = task.model(batch[0])
     return (logits.exp().sum(1).log() - logits[torch.arange(len(logits)), batch[1]]).mean()
 
 
@@ -72,12 +72,12 @@ def ce(job: Job, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["finetune", "del", "retrain"])
 def test_finetuning_descends_on_the_retain_set(name: str) -> None:
-    work = job()
+    work = task()
     near(gradient(METHODS[name](), work, {"retain": work.retain[0]}), by_hand(work, ce(work, work.retain[0])))
 
 
 def test_gradient_ascent() -> None:
-    work = job()
+    work = task()
     near(
         gradient(METHODS["gradient-ascent"](), work, {"forget": work.forget[0]}),
         -by_hand(work, ce(work, work.forget[0])),
@@ -85,25 +85,25 @@ def test_gradient_ascent() -> None:
 
 
 def test_neggrad_plus() -> None:
-    work = job()
+    work = task()
     expected = 0.99 * by_hand(work, ce(work, work.retain[0])) - 0.01 * by_hand(work, ce(work, work.forget[0]))
     near(gradient(METHODS["neggrad+"](), work, {"retain": work.retain[0], "forget": work.forget[0]}), expected)
 
 
 def test_relabel_trains_on_labels_that_are_wrong_and_a_function_of_seed_and_step() -> None:
-    work, method = job(), METHODS["relabel"]()
+    work, method = task(), METHODS["relabel"]()
     near(gradient(method, work, {"retain": work.retain[0]}), by_hand(work, ce(work, work.retain[0])))
     inputs, targets = batches(4, 600)[0]
     seen = set()
-    for epoch, step in ((0, 0), (0, 1), (1, 0)):
-        turn = {"forget": (inputs, targets), "epoch": epoch, "step": step}
-        wrong = method.labels(work, turn, targets, 3)  # type: ignore[attr-defined]
-        assert torch.equal(wrong, method.labels(work, turn, targets, 3))  # type: ignore[attr-defined]
+    for epoch, number in ((0, 0), (0, 1), (1, 0)):
+        step = {"forget": (inputs, targets), "epoch": epoch, "step": number}
+        wrong = method.labels(work, step, targets, 3)  # type: ignore[attr-defined]
+        assert torch.equal(wrong, method.labels(work, step, targets, 3))  # type: ignore[attr-defined]
         counts = torch.bincount((wrong - targets) % 3, minlength=3)
-        assert counts[0] == 0 and 200 < counts[1] < 400  # each other class as often
-        near(gradient(method, work, turn), by_hand(work, ce(work, (inputs, wrong))))
+        assert counts[0] == 0 and 200 < counts[1] < 400  # every other class equally often
+        near(gradient(method, work, step), by_hand(work, ce(work, (inputs, wrong))))
         seen.add(tuple(wrong.tolist()))
-    other = method.labels(job(seed=1), {"epoch": 0, "step": 0}, targets, 3)  # type: ignore[attr-defined]
+    other = method.labels(task(seed=1), {"epoch": 0, "step": 0}, targets, 3)  # type: ignore[attr-defined]
     assert len(seen | {tuple(other.tolist())}) == 4
     with pytest.raises(InputError, match="at least 2 classes"):
         method.labels(work, {"epoch": 0, "step": 0}, targets, 1)  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def test_relabel_trains_on_labels_that_are_wrong_and_a_function_of_seed_and_step
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_l1_sparse_falls_linearly_and_covers_what_may_change(epoch: int) -> None:
-    work = job()
+    work = task()
     work.mask = Mask({"0.weight": full_mask(work.network)["0.weight"]})
     parameters = dict(work.network.named_parameters())
     penalty = 7e-5 * (1 - epoch / 10) * parameters["0.weight"].abs().sum()
@@ -120,7 +120,7 @@ def test_l1_sparse_falls_linearly_and_covers_what_may_change(epoch: int) -> None
 
 
 def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() -> None:
-    work = job()
+    work = task()
     assert work.teacher is not None
 
     def divergence(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -137,8 +137,8 @@ def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() 
 # ---- one-shot methods
 
 
-def example_gradients(work: Job, loader: Any) -> Tensor:
-    """(N, P)."""
+def example_gradients(work: UnlearningTask, loader: Any) -> Tensor:
+    """Return the gradients (N, P) of the examples' losses."""
     examples = [(x[i : i + 1], y[i : i + 1]) for x, y in loader for i in range(len(x))]
     return torch.stack([by_hand(work, ce(work, example)) for example in examples])
 
@@ -153,7 +153,7 @@ def some_mask(model: nn.Module) -> Mask:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_ssd_dampens_what_matters_more_to_the_forget_set(masked: bool) -> None:
-    work = job()
+    work = task()
     if masked:
         work.mask = some_mask(work.network)
     before = flat(work.network.parameters())
@@ -170,7 +170,7 @@ def test_ssd_dampens_what_matters_more_to_the_forget_set(masked: bool) -> None:
 
 
 def test_ssd_refuses_an_alpha_that_nothing_can_reach() -> None:
-    work = job()
+    work = task()
     before = flat(work.network.parameters())
     forgotten, retained = (sum(len(targets) for _, targets in loader) for loader in (work.forget, work.retain))
     most = (forgotten + retained) / forgotten
@@ -181,7 +181,7 @@ def test_ssd_refuses_an_alpha_that_nothing_can_reach() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> None:
-    work = job()
+    work = task()
     if masked:
         work.mask = some_mask(work.network)
     before, chosen = flat(work.network.parameters()), dense(work)
@@ -189,7 +189,7 @@ def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> No
     samples = retained[:6, chosen]
     fisher = 0.5 * torch.eye(int(chosen.sum()), dtype=torch.float64) + samples.T @ samples / 6
     forgotten = example_gradients(work, work.forget)
-    count = len(forgotten) + len(retained)  # weights 1 / count on all, less those of the retain set's own mean
+    count = len(forgotten) + len(retained)  # weight 1 / count on all examples, minus 1 / |R| on the retain set
     v = forgotten.sum(dim=0) / count + retained.sum(dim=0) * (1 / count - 1 / len(retained))
     v = v[chosen]
     expected = before.clone()
@@ -198,23 +198,23 @@ def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> No
     near(flat(work.network.parameters()) - before, expected - before)
 
 
-def dense(work: Job) -> Tensor:
-    """bool (P,): what may change."""
+def dense(work: UnlearningTask) -> Tensor:
+    """Return the flags (P,) of the entries that may change."""
     flags = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in work.network.named_parameters()}
     return torch.cat([{**flags, **work.mask.to_dense()}[name].flatten() for name in flags])
 
 
 def test_influence_refuses_what_it_cannot_hold_or_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = job()
+    work = task()
     work.retain = [{"image": torch.zeros(2, 4, dtype=torch.float64)}]
     work.loss_fn = lambda model, batch: model(batch[0] if isinstance(batch, tuple) else batch["image"]).sum(dim=1)
     monkeypatch.setattr(one_shot, "examples_in", lambda *_: None)
-    with pytest.raises(InputError, match="expects batches of tensors"):
+    with pytest.raises(InputError, match="expected batches of tensors with the examples along dim 0 for 'influence'"):
         METHODS["influence"]().prepare(work)
-    monkeypatch.setattr(one_shot, "MOST_BYTES", 100)
-    with pytest.raises(InputError, match=r"would hold 2 gradients of 51 parameters.* samples to 0 at most"):
+    monkeypatch.setattr(one_shot, "MAX_BYTES", 100)
+    with pytest.raises(InputError, match=r"got 2 of 51 parameters; set samples to 0 at most"):
         METHODS["influence"]().prepare(work)
-    work = job()
+    work = task()
     before = flat(work.network.parameters())
     monkeypatch.undo()
     work.retain = iter(work.retain)
@@ -226,12 +226,12 @@ def test_influence_refuses_what_it_cannot_hold_or_cut(monkeypatch: pytest.Monkey
 # ---- through the loop
 
 
-@pytest.mark.parametrize("layout", ["retain", "forget", "pairs", "mixed", "forget first"])
-def test_turns_lay_out_the_batches(layout: Any) -> None:
-    turns = Turns(layout, ["r0", "r1", "r2", "r3"], ["f0", "f1"], forget_epochs=1)
-    names = [[turn.get("retain", "") + turn.get("forget", "") for turn in turns]]
-    turns.set_epoch(1)
-    names.append([turn.get("retain", "") + turn.get("forget", "") for turn in turns])
+@pytest.mark.parametrize("plan", ["retain", "forget", "pairs", "mixed", "forget first"])
+def test_steps_follow_their_plan(plan: Any) -> None:
+    steps = Steps(plan, ["r0", "r1", "r2", "r3"], ["f0", "f1"], forget_epochs=1)
+    names = [[step.get("retain", "") + step.get("forget", "") for step in steps]]
+    steps.set_epoch(1)
+    names.append([step.get("retain", "") + step.get("forget", "") for step in steps])
     retain, forget = ["r0", "r1", "r2", "r3"], ["f0", "f1"]
     expected = {
         "retain": [retain] * 2,
@@ -239,9 +239,9 @@ def test_turns_lay_out_the_batches(layout: Any) -> None:
         "pairs": [["r0f0", "r1f1", "r2f0", "r3f1"]] * 2,
         "mixed": [["r0", "f0", "r1", "r2", "f1", "r3"]] * 2,
         "forget first": [forget + retain, retain],
-    }[layout]
-    assert names == expected and len(turns) == len(expected[0])
-    assert [(turn["epoch"], turn["step"]) for turn in turns] == [(1, step) for step in range(len(expected[1]))]
+    }[plan]
+    assert names == expected and len(steps) == len(expected[0])
+    assert [(step["epoch"], step["step"]) for step in steps] == [(1, step) for step in range(len(expected[1]))]
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def test_entries_outside_the_mask_stay_as_they_are(name: str, network: nn.Module
     mask = some_mask(network)
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
     if name == "retrain":
-        with pytest.raises(InputError, match="changes everything, got a mask"):
+        with pytest.raises(InputError, match="expected no mask for 'retrain', which changes everything"):
             delfast.unlearn(network, **SETS, mask=mask, method=name)
         return
     changes: dict[str, Any] = {"lr": 0.1, "epochs": 2}
@@ -283,19 +283,19 @@ def test_one_step_is_sgds(name: str, network: nn.Module) -> None:
     changes: dict[str, Any] = {"lr": 0.1, "epochs": 1, "momentum": 0.0, "schedule": "constant"}
     method = make_method(name, changes)
     teacher = copy.deepcopy(network)
-    work = Job(network, network, sets["retain"], sets["forget"], full_mask(network), make_model, 5, None, teacher)
+    mask = full_mask(network)
+    work = UnlearningTask(network, network, sets["retain"], sets["forget"], mask, make_model, 5, None, teacher)
     expected = copy.deepcopy(network)
     if name in ("del", "retrain"):
         torch.manual_seed(5)
         expected = make_model()
     work.model = work.network = expected
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
-    for turn in Turns(method.layout, sets["retain"], sets["forget"], method.forget_epochs):
+    for step in Steps(method.step_plan, sets["retain"], sets["forget"], method.forget_epochs):
         optimizer.zero_grad()
-        method.loss(work, turn).backward()
+        method.loss(work, step).backward()
         optimizer.step()
-    mask = full_mask(network) if name == "del" else None
-    result = delfast.unlearn(network, **sets, method=method, mask=mask, seed=5)
+    result = delfast.unlearn(network, **sets, method=method, mask=mask if name == "del" else None, seed=5)
     assert len(result.losses) == 1
     for p, q in zip(network.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
@@ -316,14 +316,17 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
 
     first = copy.deepcopy(other)
     with pytest.raises(KeyboardInterrupt):
-        delfast.unlearn(first, **options, checkpoint=tmp_path / "c.pt", progress=stop_after_two)
+        training = TrainingOptions(progress=stop_after_two)
+        delfast.unlearn(first, **options, checkpoint=tmp_path / "c.pt", training=training)
     resumed = delfast.unlearn(other, **options, checkpoint=tmp_path / "c.pt", resume=True)
     assert resumed.resumed_from == 2 and resumed.losses == whole.losses
     for p, q in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-# ---- what is refused
+# ---- bad input
+
+EARLY = TrainingOptions(patience=1, validation=SETS["retain"])
 
 
 @pytest.mark.parametrize(
@@ -335,10 +338,22 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
         ({"method": "retrain", "init": {"0.weight": torch.zeros(6, 4)}}, "a whole network, got dict"),
         ({"method": "relabel", "loss_fn": lambda m, b: m(b[0]).sum(1)}, "needs logits"),
         ({"method": "ssd", "epochs": 3}, "expected epochs = 0 for 'ssd', got 3"),
-        ({"method": "ssd", "patience": 1, "validation": SETS["retain"]}, "expected no patience for 'ssd'"),
-        ({"method": "ssd", "lr": 0.1}, "'ssd' trains nothing, got lr=0.1; leave it out"),
-        ({"patience": 1, "validation": []}, "expected a validation set of at least one example, got none"),
-        ({"method": "ssd", "precision": "fp8"}, "expected precision"),
+        (
+            {"method": "ssd", "training": EARLY},
+            "expected no patience for 'ssd'",
+        ),
+        ({"method": "ssd", "lr": 0.1}, "expected no lr= for 'ssd', which trains nothing, got 0.1; leave it out"),
+        (
+            {"training": TrainingOptions(patience=1, validation=[])},
+            "expected a validation set of at least one example, got none",
+        ),
+        ({"method": "ssd", "training": TrainingOptions(precision="fp8")}, "expected precision"),  # type: ignore[arg-type]
+        ({"method": "ssd", "training": TrainingOptions(dense=["0.weight"])}, "expected no dense= for 'ssd'"),
+        (
+            {"method": "ssd", "schedule": "constant"},
+            "expected no schedule= for 'ssd', which trains nothing, got constant",
+        ),
+        ({"training": {"precision": "bf16"}}, "expected training to be a delfast.TrainingOptions, got dict"),
         ({"method": "finetune", "epochs": 0}, "expected epochs >= 1 for 'finetune', got 0"),
         ({"method": "finetune", "lr": -1.0}, "expected lr > 0 for 'finetune', got -1.0"),
         ({"method": "gradient-ascent", "forget": []}, "a forget set of at least one batch"),

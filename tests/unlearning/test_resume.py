@@ -1,4 +1,4 @@
-"""Epochs and interruptions: what a loader draws is the same whether a run was stopped and resumed or not."""
+"""Epochs and interruptions: a run that is stopped and resumed draws the same as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.experiments.datasets import Batches
 from delfast.unlearning import EarlyStop, make_method, train
 from delfast.unlearning.loaders import generators, preserved, set_epoch
@@ -84,7 +84,7 @@ def from_global(x: Tensor) -> Tensor:
 
 
 def augmenting(kind: str) -> Any:
-    """A random transform that draws from a generator of this kind."""
+    """Return a random transform that draws from a generator of this kind."""
     generator = torchs(1)
     legacy, rng, bits = numpy.random.RandomState(2), numpy.random.default_rng(3), numpy.random.Philox(4)
     return {
@@ -122,7 +122,7 @@ class Points(Dataset[Any]):
 
 
 def loader(sampling: str, augmentation: str, nested: str, seed: int, workers: int = 0) -> Any:
-    """A loader as a new process would build it."""
+    """Return a loader as a new process builds it."""
     data: Any = Points(seed, augmenting(augmentation))
     if nested == "subset":
         data = Subset(Subset(data, range(20)), range(18))
@@ -162,12 +162,14 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def check_resumed(method: str, make: Callable[[], dict[str, Any]], stop: int, epochs: int = 3) -> None:
-    """A run that is stopped before epoch ``stop``, in a process whose generators then are elsewhere, ends the same."""
+    """Check that a run that stops before epoch ``stop`` and resumes in another process ends with equal weights."""
     chosen = make_method(method, {"epochs": epochs, "lr": 0.05})
 
-    def run(**options: Any) -> nn.Module:
-        model = network()
-        delfast.unlearn(model, **make(), method=chosen, init=partial(network, 5), head=None, **options)
+    def run(progress: Any = None, **options: Any) -> nn.Module:
+        model, sets = network(), make()
+        early = {name: sets.pop(name) for name in ("validation", "patience") if name in sets}
+        training = TrainingOptions(progress=progress, **early)
+        delfast.unlearn(model, **sets, method=chosen, init=partial(network, 5), training=training, **options)
         return model
 
     with TemporaryDirectory() as folder:
@@ -229,7 +231,7 @@ def test_resumed_with_workers(augmentation: str) -> None:
 
 
 def test_two_cases_that_resumed_to_other_weights() -> None:
-    """A generator in ``batch_sampler.sampler``; and one that a transform in a nested Subset holds."""
+    """A generator in ``batch_sampler.sampler``, and a generator that a transform in a nested Subset holds."""
     check_resumed("finetune", lambda: {"retain": loader("batch sampler", "none", "", 1)}, 2)
     check_resumed("finetune", lambda: {"retain": loader("in order", "numpy", "subset", 1)}, 3)
 
@@ -243,7 +245,7 @@ def test_persistent_workers_are_refused_where_a_checkpoint_is_written(tmp_path: 
     for resume in (False, True):
         for sets, name in (
             ({"retain": kept}, "retain"),
-            ({"retain": plain, "validation": kept, "patience": 1}, "validation"),
+            ({"retain": plain, "training": TrainingOptions(validation=kept, patience=1)}, "validation"),
         ):
             with pytest.raises(InputError, match=f"a {name} set without persistent_workers"):
                 delfast.unlearn(
@@ -260,7 +262,7 @@ def test_persistent_workers_are_refused_where_a_checkpoint_is_written(tmp_path: 
 
 
 class Recorded(nn.Module):
-    """A network that records which examples it trains on: their number is their first feature."""
+    """A network that records the examples that it trains on, by their first feature, which is their number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +275,7 @@ class Recorded(nn.Module):
 
 
 def numbered(where: str, count: int = 20) -> Any:
-    """A loader of one of two processes, whose DistributedSampler is at another depth."""
+    """Return a loader for one of two processes, with its DistributedSampler at this depth."""
     data = [(torch.tensor([float(i)]), i % 2) for i in range(count)]
     sampler = DistributedSampler(data, num_replicas=2, rank=0)  # type: ignore[arg-type]
     if where == "sampler":
@@ -303,14 +305,16 @@ class Wrapped:
     ],
 )
 def test_a_distributed_sampler_is_given_the_epoch(where: str, method: str, tmp_path: Path) -> None:
-    def run(**options: Any) -> tuple[list[list[int]], nn.Module]:
+    def run(progress: Any = None, **options: Any) -> tuple[list[list[int]], nn.Module]:
         torch.manual_seed(0)
         model = Recorded()
         if method == "train":
-            train(model, numbered(where), torch.optim.SGD(model.parameters(), lr=0.1), epochs=12, **options)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            train(model, numbered(where), optimizer, epochs=12, progress=progress, **options)
         else:
-            chosen = make_method(method, {"epochs": 12, "lr": 0.01})
-            delfast.unlearn(model, retain=numbered(where), forget=numbered(where), method=chosen, **options)
+            options |= {"method": make_method(method, {"epochs": 12, "lr": 0.01})}
+            training = TrainingOptions(progress=progress)
+            delfast.unlearn(model, retain=numbered(where), forget=numbered(where), training=training, **options)
         per_epoch = 20 if method == "neggrad+" else 10
         return [sorted(model.seen[i : i + per_epoch]) for i in range(0, len(model.seen), per_epoch)], model
 
@@ -334,7 +338,7 @@ def test_set_epoch_reaches_the_data_set_too() -> None:
     data = Epochs(0, None)
     set_epoch(DataLoader(Subset(data, range(3))), 7)
     assert data.epoch == 7
-    set_epoch([1, 2], 3)  # a list has nothing to set
+    set_epoch([1, 2], 3)  # a list has no epoch
 
 
 # ---- generators
@@ -364,11 +368,11 @@ def test_every_generator_is_found_once_and_in_the_order_of_construction() -> Non
 
 
 @pytest.mark.parametrize("augmentation", TRANSFORMS)
-def test_a_look_moves_no_generator(augmentation: str) -> None:
-    def draws(look: bool) -> list[Tensor]:
+def test_reading_first_batches_moves_no_generator(augmentation: str) -> None:
+    def draws(read_first: bool) -> list[Tensor]:
         seed_everything(0)
         loaders = [loader("shuffle", augmentation, "subset", 0), loader("batch sampler", augmentation, "", 0)]
-        if look:
+        if read_first:
             with preserved(loaders):
                 for each in loaders:
                     next(iter(each))
@@ -406,14 +410,14 @@ def test_a_loader_with_an_attribute_sets_is_served(tmp_path: Path) -> None:
     assert (tmp_path / "c").exists()
 
 
-def test_the_look_at_batches_of_ours_leaves_the_processs_generators_alone() -> None:
+def test_reading_a_batch_of_ours_leaves_the_processs_generators_alone() -> None:
     images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
     ours = Batches(images, torch.arange(4), torch.zeros(1), torch.ones(1), batch_size=2, shuffle=True)
     for loaders, moves in (([ours, [1, 2]], True), ([DataLoader([1, 2])], False)):  # type: ignore[arg-type]
         before = torch.get_rng_state()
         with preserved(loaders):
             next(iter(loaders[0]))
-            torch.rand(1)  # as another thread would: outside Draws
+            torch.rand(1)  # outside Draws, as in another thread
         assert torch.equal(torch.get_rng_state(), before) is not moves
 
 

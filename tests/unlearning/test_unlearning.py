@@ -1,4 +1,4 @@
-"""The training loop, the head, and unlearn: what changes, what resumes, what is refused."""
+"""The training loop, the head, and unlearn: changes within the mask, resumption, bad input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import delfast
-from delfast import InputError
+from delfast import InputError, TrainingOptions
 from delfast.experiments.networks import build
 from delfast.unlearning import train
 from delfast.unlearning.head import find_head
@@ -93,7 +93,7 @@ def test_resume_ends_with_the_same_weights(tmp_path: Path, stop_after: int) -> N
 
     model, path = fresh(), tmp_path / "checkpoint.pt"
     with pytest.raises(Interrupted):
-        run(model, mask=mask, epochs=3, checkpoint=path, progress=stop)
+        run(model, mask=mask, epochs=3, checkpoint=path, training=TrainingOptions(progress=stop))
     assert path.is_file() == (stop_after > 0)
     again = fresh()
     result = run(again, mask=mask, epochs=3, checkpoint=path, resume=True)
@@ -137,7 +137,7 @@ def test_train_refuses_bad_arguments_and_stops_at_nan() -> None:
     for loader, settings, message in (
         (RETAIN, {"epochs": 0}, "epochs >= 1, got 0"),
         ([], {"epochs": 1}, "at least one batch"),
-        (iter(RETAIN), {"epochs": 1}, "a loader with a length"),
+        (iter(RETAIN), {"epochs": 1}, "a training set with a length"),
         (RETAIN, {"epochs": 1, "schedule": "step"}, "schedule 'cosine' or 'constant', got 'step'"),
     ):
         with pytest.raises(InputError, match=message):
@@ -184,7 +184,7 @@ def test_refusals_that_only_training_can_make_come_before_the_reset(tmp_path: Pa
     model = cases.SmallNet()
     before = copy.deepcopy(model.state_dict())
     for changes, message in (
-        ({"checkpoint": done, "resume": True, "epochs": 1}, "2 epochs behind it, more than 1"),
+        ({"checkpoint": done, "resume": True, "epochs": 1}, "has 2 epochs, more than 1"),
         ({"checkpoint": plain, "resume": True}, "no checkpoint of this loop"),
         ({"checkpoint": tmp_path / "absent" / "c.pt"}, "the directory of checkpoint"),
         ({"retain": (batch for batch in RETAIN)}, "a retain set with a length"),
@@ -214,7 +214,8 @@ def test_a_loaders_own_generator_resumes_too(tmp_path: Path) -> None:
         model, path = cases.SmallNet(), tmp_path / f"{interrupted}.pt"
         if interrupted:
             with pytest.raises(Interrupted):
-                run(copy.deepcopy(model), retain=loader(), epochs=4, head="head", checkpoint=path, progress=stop)
+                training = TrainingOptions(progress=stop)
+                run(copy.deepcopy(model), retain=loader(), epochs=4, head="head", checkpoint=path, training=training)
         run(model, retain=loader(), epochs=4, head="head", checkpoint=path, resume=True)
         states.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
     assert torch.equal(states[0], states[1])
@@ -245,11 +246,11 @@ def test_bfloat16_trains_float32_parameters_to_nearly_the_same(channels_last: bo
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         seen: set[torch.dtype] = set()
         model.head.register_forward_hook(lambda _, inputs, output, seen=seen: seen.add(output.dtype))
-        result = run(model, precision=precision)
+        result = run(model, training=TrainingOptions(precision=precision))  # type: ignore[arg-type]
         trained[precision] = torch.cat([p.detach().flatten() for p in model.parameters()])
         assert torch.bfloat16 in seen or precision == "fp32"
         assert all(p.dtype == torch.float32 for p in model.parameters()) and result.losses
     difference = (trained["bf16"] - trained["fp32"]).norm() / trained["fp32"].norm()
     assert 0 < difference < 0.05
     with pytest.raises(InputError, match="expected precision to be one of fp32, bf16"):
-        run(cases.SmallNet(), precision="fp8")
+        run(cases.SmallNet(), training=TrainingOptions(precision="fp8"))  # type: ignore[arg-type]

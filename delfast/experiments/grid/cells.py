@@ -57,7 +57,7 @@ from delfast.experiments.schema import Each, check_record, shown
 from delfast.files import one_line, read_json, write_json
 from delfast.localization import WHOLE_TRAINING_SET, localize
 from delfast.provenance import provenance
-from delfast.unlearning import UnlearnResult, unlearn
+from delfast.unlearning import TrainingOptions, UnlearnResult, unlearn
 from delfast.unlearning.loop import Diverged, Precision
 
 ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob")  # of SalUn
@@ -312,8 +312,8 @@ def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[Unlea
         mask=mask,
         method=cell.method,
         init=run.factory,
-        precision=cast(Precision, cell.config.precision),
         seed=seed,
+        training=TrainingOptions(precision=cast(Precision, cell.config.precision)),
     )
     return result, {**seconds, **result.seconds}
 

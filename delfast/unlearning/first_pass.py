@@ -1,4 +1,4 @@
-"""One pass over the first batch of every set, before anything changes: what can be refused is refused by then."""
+"""One pass over the first batch of every set, to refuse bad input before anything changes."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters
 from delfast.optim import sparse_gradient
-from delfast.unlearning.batchnorm import SmallestMaps
+from delfast.unlearning.batchnorm import BatchNormInputs
 from delfast.unlearning.head import HeadSearch, uncompiled, uncompiled_function
 from delfast.unlearning.loaders import first_batch, preserved, restarts
-from delfast.unlearning.methods import Job, Method
+from delfast.unlearning.methods import Method, UnlearningTask
 
 
 @dataclass(frozen=True)
 class FirstPass:
-    """``head``: the classifier head's name, if it was searched for. ``sparse``: parameters with sparse gradients."""
+    """Facts about the network: the name of the ``head``, if it was searched for, and the names of the parameters with
+    ``sparse`` gradients.
+    """
 
     head: str | None
     sparse: frozenset[str]
 
     def refuse_sparse(self, network: nn.Module, mask: Mask) -> None:
-        """InputError if the mask selects entries of a parameter with sparse gradients: masked optimizers take none."""
+        """Raise InputError if the mask selects a parameter with sparse gradients, which no masked optimizer accepts."""
         for name, _, _ in mask.match(trainable_parameters(network)):
             if name in self.sparse:
                 raise sparse_gradient(name)
 
 
-def first_pass(
+def check_first_batches(
     method: Method,
-    job: Job,
+    task: UnlearningTask,
     sets: Mapping[str, Iterable[Any]],
     *,
     validation: Iterable[Any] | None,
@@ -45,49 +47,49 @@ def first_pass(
     frozen_batchnorm: bool,
     find_head: bool,
 ) -> FirstPass:
-    """The method's loss of each set's first batch, once, in eval mode and in the precision of the training.
+    """Compute the method's loss of each set's first batch, once, in eval mode and in the training's precision.
 
-    job: its model is the network inside any wrapper. sets: "retain" and "forget", as far as they are used.
+    task: its model is the network inside any wrapper. sets: "retain" and "forget", if they are used.
 
-    Two cases are left to the training. A set that is an iterator with a length is not looked at: that would take its
-    first batch away. And where a loss_fn is given, an error other than InputError on a set that is trained on: that
-    loss_fn may need training mode, as for auxiliary outputs.
+    Two cases are left to the training. An iterator with a length is not read, since its first batch would be lost. With
+    a ``loss_fn``, an error other than InputError on a set that is trained on is ignored, since the ``loss_fn`` may need
+    training mode: for auxiliary outputs, for example.
 
-    Afterwards everything is as it was, generators included, global ones and those of the loaders. Raises InputError for
-    batches, outputs and labels of a form that the loss cannot take, a loss without a gradient, a head that cannot be
-    found, and batches that are too small for BatchNorm; and whatever else the model raises.
+    The network and all generators, global and of the loaders, are restored. Raises InputError for batches, outputs and
+    labels of a form that the loss does not accept, a loss without a gradient, a head that cannot be found, and batches
+    that are too small for BatchNorm; passes on other errors of the model.
     """
-    network = job.network
-    job = replace(job, loss_fn=uncompiled_function(job.loss_fn))
+    network = task.network
+    task = replace(task, loss_fn=uncompiled_function(task.loss_fn))
     if find_head and _is_consumed(sets["retain"]):
         raise InputError(
-            "expected the head's name, since looking for the head would take a batch from the retain set, an iterator; "
+            "expected the head's name, since the search would use up a batch of the retain set, an iterator; "
             "pass head='...', or a DataLoader or a list of batches"
         )
     sets = {name: loader for name, loader in sets.items() if not _is_consumed(loader)}
     validation = None if _is_consumed(validation) else validation
-    pairs = method.layout == "pairs" and len(sets) == 2
+    pairs = method.step_plan == "pairs" and len(sets) == 2
     loaders = [*sets.values(), *([] if validation is None else [validation])]
     search = HeadSearch(network) if find_head else None
-    maps = {name: SmallestMaps(network, frozen_batchnorm) for name in sets if method.epochs}
+    maps = {name: BatchNormInputs(network, frozen_batchnorm) for name in sets if method.epochs}
     sparse: set[str] = set()
     with (
-        preserved(loaders, job.loss_fn) as draws,
+        preserved(loaders, task.loss_fn) as draws,
         uncompiled(network),
         evaluating(network, gradients=True),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
         batches = {name: first_batch(loader, name) for name, loader in sets.items()}
-        watched = _WatchedJob(**vars(job), maps={id(batches[name]): each for name, each in maps.items()})
-        alone = [{name: batch} for name, batch in batches.items()] if method.layout != "pairs" else []
-        for turn in [batches] if pairs else alone:
-            searching = search if search is not None and "retain" in turn else nullcontext()
+        watched = _WatchedTask(**vars(task), maps={id(batches[name]): each for name, each in maps.items()})
+        alone = [{name: batch} for name, batch in batches.items()] if method.step_plan != "pairs" else []
+        for step in [batches] if pairs else alone:
+            searching = search if search is not None and "retain" in step else nullcontext()
             try:
                 with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), draws, searching:
-                    loss = method.loss(watched, {**turn, "epoch": 0, "step": 0})
+                    loss = method.loss(watched, {**step, "epoch": 0, "step": 0})
             except Exception as error:
-                if isinstance(error, InputError) or job.loss_fn is None or not method.epochs:
+                if isinstance(error, InputError) or task.loss_fn is None or not method.epochs:
                     raise
                 continue
             check_differentiable(loss)
@@ -95,22 +97,22 @@ def first_pass(
         if validation is not None:
             batch = first_batch(validation, "validation")
             with torch.no_grad(), draws:
-                per_example_losses(network, batch, job.loss_fn)
+                per_example_losses(network, batch, task.loss_fn)
     for name, each in maps.items():
         each.check(sets[name], name)
     return FirstPass(None if search is None else search.head(), frozenset(sparse))
 
 
 def _is_consumed(loader: Any) -> bool:
-    """Whether the loader is an iterator with a length. It may restart at its end only."""
+    """Return whether the loader is an iterator with a length, which may restart at its end only."""
     return isinstance(loader, Sized) and not restarts(loader)
 
 
 @dataclass
-class _WatchedJob(Job):
-    """A job that records, for each batch by its id, what BatchNorm gets of it, and wants a gradient of each."""
+class _WatchedTask(UnlearningTask):
+    """A task that records the inputs of BatchNorm for each batch, by its id, and refuses a loss without a gradient."""
 
-    maps: Mapping[int, SmallestMaps] = field(default_factory=dict)
+    maps: Mapping[int, BatchNormInputs] = field(default_factory=dict)
 
     def loss(self, batch: Any) -> Tensor:
         with self.maps.get(id(batch), nullcontext()):
@@ -126,7 +128,7 @@ class _WatchedJob(Job):
 
 
 def _sparse(loss: Tensor, network: nn.Module) -> Iterator[str]:
-    """The names of parameters that an embedding in the loss's graph will give a sparse gradient."""
+    """Yield the names of parameters that get a sparse gradient from an embedding in the loss's graph."""
     names = {id(parameter): name for name, parameter in trainable_parameters(network).items()}
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
