@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import delfast
-from tests.compaction.test_compaction import row_mask
-from tests.compaction.test_reads import assert_close, compact_gradients, dense_then_masked
+from tests.compaction.references import assert_close, compact_gradients, dense_then_masked, row_mask
 
 FAMILIES = {
     "alexnet": 64, "convnext_tiny": 64, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,
