@@ -1,5 +1,6 @@
 # make demo   train, forget, and compare with retraining, on real data, in three minutes
-# make test   lint, types, C++ and Python tests
+# make check  lint, types and the fast tests, for the inner loop
+# make test   lint, types, C++ and Python tests; make test-all adds the wide sweeps, make coverage says what no test runs
 # make bench  every kernel, training step and whole job against its baseline, hours; make results also renews the README's tables
 # Both make .venv and build the extension first; a second call does no work twice.
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py setup_cuda.py
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all demo test test-all lint bench results clean
+.PHONY: all demo check test test-all coverage lint bench results clean
 
 all: $(VENV)/.built
 
@@ -32,13 +33,24 @@ lint: all
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-# a process for each CPU, of one thread: most tests are of small networks, whose threads would wait for one another; files
-# in their order, or the C++ builds, a few long tests, would come last
+# a process for each CPU, of one thread: most tests are of small networks, whose threads would wait for one another;
+# a file is run by one process, since its tests share fixtures, in the order that tests/conftest.py gives
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(PYTEST) -m "not slow and not long"
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --durations 10
 
 test-all: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# prints the total, and each file of which the tests run less than 90 %
+coverage: all
+	$(PYTEST) --cov --cov-report=
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report | awk 'NR == 1 || /^TOTAL/ || $$NF + 0 < 90 && /%$$/'
 
 # both sides take turns on the same threads; the results are kept as JSON: of kernels, and of what takes longer
 LONGER := steps job memory
@@ -55,4 +67,4 @@ results: bench demo
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) build *.egg-info delfast/_C*.so delfast/_build_info.json
+	rm -rf $(VENV) build *.egg-info delfast/_C*.so delfast/_build_info.json .coverage htmlcov

@@ -22,9 +22,8 @@ from delfast.localization.scores import Scores
 from delfast.ops import OPS
 from delfast.ops.layout import row_length, unit_count, unpack
 from delfast.optim import MaskedSGD
-from tests import cases
 from tests.localization.published import published_mask
-from tests.ops.test_ops import HYPER, masked_arguments
+from tests.ops.calls import OF_ONE_LAYER, calls_on
 
 REFERENCE = {op.name: op.reference for op in OPS}
 NATIVE = torch.ops.delfast
@@ -138,31 +137,6 @@ def test_masked_sgd_against_masked_gradients(versus: Versus, scored: Scores) -> 
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     ratio = 1 / versus(optimizer.step, masked_then_sgd, rounds=31)
     versus.report(f"{ratio:.2f} x the time of mask, then SGD(foreach)", "<= 0.4 x")
-
-
-def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
-    """A call of every op that takes lists, on these shapes, with nothing left to do in Python but the call."""
-    theta, grad = ([torch.randn(shape) for shape in shapes] for _ in range(2))
-    sgd, adamw = masked_arguments(theta, "masked_sgd_"), masked_arguments(theta, "masked_adamw_")
-    h, amp = cases.top_h(theta), {"grad_scale": None, "found_inf": None}
-    counts, lengths = [t.shape[0] for t in theta], [t.shape[1] for t in theta]
-    names = ("state", "steps", "bits", "by_row")
-    return {
-        "criticality": partial(NATIVE.criticality, theta, grad, "weighted_grad", "topk_mean", h),
-        "select_elements": partial(NATIVE.select_elements, theta, grad, "weighted_grad", 100),
-        "select_units": partial(NATIVE.select_units, torch.rand(sum(counts)), counts, lengths, 50, True),
-        "masked_reset_": partial(NATIVE.masked_reset_, theta, grad, sgd["bits"], sgd["by_row"]),
-        "masked_sgd_": partial(
-            NATIVE.masked_sgd_, theta, grad, *(sgd[n] for n in names), **HYPER["masked_sgd_"][0], **amp
-        ),
-        "masked_adamw_": partial(
-            NATIVE.masked_adamw_, theta, grad, *(adamw[n] for n in names), **HYPER["masked_adamw_"][0], **amp
-        ),
-    }
-
-
-# of one layer's tensors each: see test_per_example.py and test_steps.py
-OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "gather_columns")
 
 
 @pytest.mark.parametrize("op", [op.name for op in OPS if op.name not in OF_ONE_LAYER])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from delfast.ops.layout import row_length
 
@@ -202,3 +205,46 @@ def resnet18(num_classes: int = 10) -> nn.Module:
     from delfast.experiments.networks import build
 
     return build("resnet18", num_classes, 3, 32)
+
+
+Pair = namedtuple("Pair", "image label")
+
+
+def losses_of(image: Callable[[Any], Any], label: Callable[[Any], Any]) -> Any:
+    return lambda model, batch: functional.cross_entropy(model(image(batch)), label(batch), reduction="none")
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """As transformers' BatchEncoding: a mapping that is no dict, with attributes of its own."""
+
+    def __init__(self, data: Any, tokens: Any) -> None:
+        super().__init__(data)
+        self.tokens = tokens
+
+
+class ReadOnly(Mapping):  # type: ignore[type-arg]
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+EIGHT = Pair(*image_batches(8, 8)[0])
+VALUES = EIGHT._asdict()
+by_key = losses_of(lambda b: b["image"], lambda b: b["label"])
+FORMS: dict[str, tuple[Any, Any]] = {
+    "namedtuple": (EIGHT, losses_of(lambda b: b.image, lambda b: b.label)),
+    "nested": ({"both": [EIGHT, "text"]}, losses_of(lambda b: b["both"][0].image, lambda b: b["both"][0].label)),
+    "dict": (VALUES, by_key),
+    "OrderedDict": (OrderedDict(VALUES), by_key),
+    "UserDict with attributes": (Encoding(VALUES, ["a"]), by_key),
+    "mapping": (ReadOnly(VALUES), by_key),
+    "MappingProxyType": (MappingProxyType(VALUES), by_key),
+}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict, UserDict, namedtuple
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import numpy
@@ -39,9 +38,10 @@ from delfast.localization import signed_channels
 from delfast.unlearning import METHODS
 from delfast.unlearning.head import find_head
 from tests import cases
+from tests.cases import FORMS, Encoding, Pair, ReadOnly, by_key, losses_of
+from tests.networks import Recurrent
 
 X, Y = cases.image_batches(8, 8)[0]
-Pair = namedtuple("Pair", "image label")
 Triple = namedtuple("Triple", "ids mask labels")
 
 
@@ -147,45 +147,6 @@ def test_an_index_as_a_list_is_left_out_where_examples_are_taken_alone() -> None
 
 
 # Other forms, with a loss_fn
-
-
-def losses_of(image: Callable[[Any], Any], label: Callable[[Any], Any]) -> Any:
-    return lambda model, batch: functional.cross_entropy(model(image(batch)), label(batch), reduction="none")
-
-
-class Encoding(UserDict):  # type: ignore[type-arg]
-    """As transformers' BatchEncoding: a mapping that is no dict, with attributes of its own."""
-
-    def __init__(self, data: Any, tokens: Any) -> None:
-        super().__init__(data)
-        self.tokens = tokens
-
-
-class ReadOnly(Mapping):  # type: ignore[type-arg]
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def __iter__(self) -> Any:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-VALUES = {"image": X, "label": Y}
-by_key = losses_of(lambda b: b["image"], lambda b: b["label"])
-FORMS: dict[str, tuple[Any, Any]] = {
-    "namedtuple": (Pair(X, Y), losses_of(lambda b: b.image, lambda b: b.label)),
-    "nested": ({"both": [Pair(X, Y), "text"]}, losses_of(lambda b: b["both"][0].image, lambda b: b["both"][0].label)),
-    "dict": (VALUES, by_key),
-    "OrderedDict": (OrderedDict(VALUES), by_key),
-    "UserDict with attributes": (Encoding(VALUES, ["a"]), by_key),
-    "mapping": (ReadOnly(VALUES), by_key),
-    "MappingProxyType": (MappingProxyType(VALUES), by_key),
-}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -373,20 +334,6 @@ def test_a_compact_model_can_be_evaluated_between_steps() -> None:
 
 
 # RNNs: on a GPU their gradients need training mode
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.rnn = kind(6, 5, num_layers=2, dropout=0.5, bidirectional=True, batch_first=True)  # type: ignore[arg-type]
-        self.dropout = nn.Dropout(0.5)
-        self.hidden = nn.Linear(10, 10)
-        self.head = nn.Linear(10, 3)
-        self.modes: list[tuple[bool, bool, float]] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.modes.append((self.rnn.training, self.dropout.training, self.rnn.dropout))
-        return self.head(self.hidden(self.dropout(self.rnn(x)[0][:, -1])).relu())
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])

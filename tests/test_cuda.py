@@ -18,8 +18,9 @@ from delfast.localization.scores import Scores
 from delfast.ops import BACKEND, OPS
 from delfast.optim import MaskedAdamW, MaskedSGD
 from tests import cases
-from tests.ops.test_ops import AGGREGATES, CRITERIA, HYPER, NATIVE, masked_arguments, run_update, sample_calls
-from tests.test_batches import FORMS, Recurrent
+from tests.cases import FORMS
+from tests.networks import Recurrent
+from tests.ops.calls import AGGREGATES, CRITERIA, HYPER, NATIVE, masked_arguments, run_update, sample_calls
 
 pytestmark = [
     pytest.mark.cuda,

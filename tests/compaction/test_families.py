@@ -10,8 +10,7 @@ from torch.nn import functional
 
 import delfast
 from delfast import TrainingOptions
-from tests.compaction.test_compaction import row_mask
-from tests.compaction.test_reads import assert_close, compact_gradients, dense_then_masked
+from tests.compaction.references import assert_close, compact_gradients, dense_then_masked, row_mask
 
 FAMILIES = {
     "alexnet": 64, "convnext_tiny": 64, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,

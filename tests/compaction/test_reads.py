@@ -20,40 +20,15 @@ from torch.utils.checkpoint import checkpoint
 import delfast
 from delfast import InputError, TrainingOptions
 from delfast.mask import Mask
-from tests.compaction.test_compaction import LAYERS, row_mask
+from tests.compaction.references import (
+    LAYERS,
+    assert_close,
+    compact_gradients,
+    dense_then_masked,
+    row_mask,
+    selected_part,
+)
 from tests.compaction.weight_readers import READERS, ReadLinear
-
-
-def dense_then_masked(model, mask, loss):
-    """Return name -> gradient of the selected rows or elements, from a plain model."""
-    reference = copy.deepcopy(model)
-    loss(reference).backward()
-    return {
-        name: _selected(parameter.grad, mask.parameters[name])
-        for name, parameter in reference.named_parameters()
-        if parameter.grad is not None and mask.parameters[name].selected
-    }
-
-
-def compact_gradients(handle):
-    """Return the same gradients from a compact model."""
-    parameters = dict(handle.model.named_parameters())
-    found = {}
-    for name, mode in handle.modes.items():
-        gradient = parameters[name.replace("weight", "weight_rows") if mode == "rows" else name].grad
-        if gradient is not None and mode != "frozen":
-            found[name] = gradient if mode == "rows" else _selected(gradient, handle.original_mask.parameters[name])
-    return {name: gradient.clone() for name, gradient in found.items()}
-
-
-def _selected(gradient, part):
-    return gradient[part.flags] if part.by_row else gradient[part.dense()]
-
-
-def assert_close(found, expected, tolerance=1e-10):
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
 
 def squares(x):
@@ -91,7 +66,7 @@ def moved_rows(before, model, mask):
     for name, parameter in model.named_parameters():
         part = mask.parameters[name]
         if part.selected:
-            changed = _selected(parameter.detach() != before[name], part)
+            changed = selected_part(parameter.detach() != before[name], part)
             found[name] = changed.flatten(1).any(1) if part.by_row else changed
     return found
 
@@ -353,7 +328,7 @@ def test_the_fast_path_of_an_encoder_layer_is_left_where_rows_need_a_gradient():
     reference(x).square().sin().sum().backward()
     with delfast.compact(net, mask) as handle:
         net(x).square().sin().sum().backward()
-        expected = {"linear1.weight": _selected(reference.linear1.weight.grad, mask.parameters["linear1.weight"])}
+        expected = {"linear1.weight": selected_part(reference.linear1.weight.grad, mask.parameters["linear1.weight"])}
         assert_close(compact_gradients(handle), expected)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from delfast.localization.critical_channels import CriticalChannels
+
 Found = tuple[list[tuple[str, int]], bool]  # channels in order, whether the prediction flipped
 
 
@@ -59,3 +61,7 @@ def loop(
         for images, labels in batches
         for x in (only or range(len(images)))
     ]
+
+
+def as_found(result: CriticalChannels) -> list[Found]:
+    return [(list(example.channels), example.flipped) for example in result.examples]

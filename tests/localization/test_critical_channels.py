@@ -18,10 +18,9 @@ from delfast import InputError
 from delfast.experiments.networks import build
 from delfast.localization.critical_channels import CriticalChannels, critmem
 from tests import cases
-from tests.localization.critmem_loop import Found, loop
+from tests.localization.critmem_loop import Found, as_found, loop
 from tests.localization.per_example.loop import in_double
-from tests.localization.per_example.test_passes import Checkpointed, DeadAtFirst, Interleaved, Odd
-from tests.localization.per_example.test_scores import Attention, InPlace, Windows
+from tests.networks import Attention, Checkpointed, DeadAtFirst, InPlace, Interleaved, Odd, Windows
 
 
 class Convolutions(nn.Module):
@@ -59,10 +58,6 @@ def predicted(model: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Tens
     """Batches whose labels are what the network says: nothing is wrong at the outset."""
     with torch.no_grad():
         return [(x, model(x).argmax(dim=1)) for x in inputs]
-
-
-def as_found(result: CriticalChannels) -> list[Found]:
-    return [(list(example.channels), example.flipped) for example in result.examples]
 
 
 def assert_same(

@@ -17,8 +17,7 @@ from delfast import InputError
 from delfast.experiments.networks import build
 from tests import cases
 from tests.localization.per_example.loop import cross_entropy, example_gradients, in_double
-from tests.localization.per_example.test_passes import Checkpointed, Odd
-from tests.localization.per_example.test_scores import Attention, InPlace, Shared, Windows
+from tests.networks import Attention, Checkpointed, InPlace, Odd, Shared, Windows
 
 
 def loop(model: nn.Module, batches: list[Any], name: str) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from delfast.ops import OPS
 from tests import cases
-from tests.ops.test_ops import sample_calls
+from tests.ops.calls import sample_calls
 
 INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 64, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1]
 NAMES = ["", "abs", "square", "grad", "weight", "weighted_grad", "mean", "max", "sum", "topk_mean"]

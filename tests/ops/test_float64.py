@@ -19,7 +19,7 @@ from delfast.unlearning import METHODS
 from delfast.unlearning.one_shot import Dampening
 from tests import cases
 from tests.localization.per_example.loop import cross_entropy, example_gradients, in_double, summed
-from tests.ops.test_ops import sample_calls
+from tests.ops.calls import sample_calls
 
 FORGET, RETAIN = cases.image_batches(12, seed=1), cases.image_batches(20, seed=2)
 REFERENCE = {op.name: op.reference for op in OPS}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from delfast.ops import BACKEND, OPS
 from tests import ROOT
-from tests.ops.test_ops import NATIVE, sample_calls
+from tests.ops.calls import NATIVE, sample_calls
 
 CHECKS = {op.name: op.check for op in OPS}
 NUMBERS = range(len(OPS))

@@ -20,10 +20,9 @@ from delfast.localization.per_example import PerExampleGradients, passes
 from delfast.localization.per_example.layers import BatchAxis, ExampleAxis
 from delfast.naming import trainable_parameters
 from tests import cases
-from tests.localization.critmem_loop import loop
+from tests.localization.critmem_loop import as_found, loop
 from tests.localization.per_example.loop import assert_parity, example_gradients, in_double, summed
 from tests.localization.per_example.routing import ROUTED, experts, losses_of, pooled, routed
-from tests.localization.test_critical_channels import as_found
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import delfast
 from delfast import InputError
@@ -21,6 +20,7 @@ from delfast.localization.per_example.contributions import Convolution
 from delfast.naming import trainable_parameters
 from tests import cases
 from tests.localization.per_example.loop import assert_parity, cross_entropy, example_gradients, in_double, summed
+from tests.networks import Checkpointed, DeadAtFirst, Interleaved, Odd
 
 
 @pytest.fixture
@@ -154,30 +154,6 @@ def test_batches_may_have_any_form_and_size() -> None:
 # Passes
 
 
-class Checkpointed(nn.Module):
-    """Blocks recomputed in the backward pass: a shared layer, one in place, a free parameter, one nested."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
-        self.shared = nn.Linear(6, 6)
-        self.scale = nn.Parameter(torch.tensor(0.7))
-        self.head = nn.Linear(6, 4)
-
-    def inner(self, x: Tensor) -> Tensor:
-        return self.shared(x).tanh() * self.scale.exp()
-
-    def tail(self, x: Tensor) -> Tensor:
-        return self.shared(checkpoint(self.inner, x, use_reentrant=self.reentrant)).relu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.block, self.stem(x), use_reentrant=self.reentrant)
-        x = checkpoint(self.tail, x.mean(dim=(2, 3)), use_reentrant=self.reentrant)
-        return self.head(x)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant: bool, logged: pytest.LogCaptureFixture) -> None:
     model, batches = in_double(
@@ -258,33 +234,6 @@ def test_the_model_is_left_as_it_was(logged: pytest.LogCaptureFixture) -> None:
 # Fallback
 
 
-class Odd(nn.Module):
-    """Uses that no rule covers: an LSTM, a weight that is computed, a parameter inside an autograd.Function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(4, 5, batch_first=True)
-        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
-        self.inside = nn.Parameter(torch.randn(5))
-        self.unused = nn.Parameter(torch.randn(3))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(Scale.apply(self.normed(self.rnn(x)[0][:, -1]).tanh(), self.inside))
-
-
-class Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, w = ctx.saved_tensors
-        return grads[0] * w, (grads[0] * x).sum(0) if ctx.needs_input_grad[1] else None
-
-
 def test_what_no_rule_covers_goes_example_by_example_and_is_logged_once(logged: pytest.LogCaptureFixture) -> None:
     model, batches = in_double(Odd(), [(torch.randn(n, 6, 4), torch.arange(n) % 3) for n in (4, 3, 1)])
     odd = {n for n, _ in model.named_parameters() if n.startswith(("rnn", "normed", "inside"))}
@@ -292,19 +241,6 @@ def test_what_no_rule_covers_goes_example_by_example_and_is_logged_once(logged: 
     assert len(logged.records) == 2  # one a pass over the set: assert_parity makes two
     assert "'rnn.weight_ih_l0'" in logged.text and "(each is used by lstm, for which there is no rule)" in logged.text
     assert "'inside' (each is used by an operation that cannot be captured)" in logged.text
-
-
-class Interleaved(nn.Module):
-    """Examples in an order that no trial can make out: a permutation of all rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mixed, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, T, 4)
-        order = torch.arange(len(x) * x.shape[1]).view(2, -1).t().flatten()
-        y = self.mixed(x.flatten(0, 1)[order])
-        return self.head(y[order.argsort()].view(x.shape).tanh().mean(dim=1))
 
 
 def test_rows_in_unknown_order_go_example_by_example(logged: pytest.LogCaptureFixture) -> None:
@@ -330,17 +266,6 @@ def test_losses_that_depend_on_other_examples_are_taken_within_their_batch() -> 
     sums = PerExampleGradients(model, trainable_parameters(model), losses, "abs")
     sums.add((x,))
     torch.testing.assert_close(sums.sums["head.weight"], expected)
-
-
-class DeadAtFirst(nn.Module):
-    """A layer whose δ is zero for the examples of the trial, and not for later ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x) + self.layer(x)[:, :3] * (x[:, :1] > 0)
 
 
 def test_layers_that_a_trial_could_not_see() -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional
 
 from delfast.experiments.networks import build
 from tests import cases
 from tests.localization.per_example.loop import assert_parity, in_double
+from tests.networks import Attention, InPlace, Shared, Windows
 
 
 class On(nn.Module):
@@ -154,49 +154,9 @@ def test_no_example_adds_nothing() -> None:
 # Uses
 
 
-class InPlace(nn.Module):
-    """In-place operations on what layers wrote, the first layer's included, views among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
-        self.norm, self.tokens, self.head = nn.BatchNorm2d(4), nn.Linear(4, 4), nn.Linear(4, 3)
-        self.shift = nn.Parameter(torch.randn(4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.first(x), inplace=True)
-        out = self.norm(self.second(x))
-        out += x
-        out += self.shift
-        out = functional.relu(out, inplace=True)
-        out = self.tokens(out.flatten(2).transpose(1, 2))  # what Linear returns here is a view
-        out[:, ::2].mul_(2.0)
-        out = out.view(len(out), -1, 2, 4).add_(1).relu_()
-        return self.head(out.flatten(1, 2)).mean(dim=1)
-
-
 def test_in_place_operations_on_outputs() -> None:
     model, batches = in_double(InPlace(), [(torch.randn(5, 3, 4, 4), torch.randint(0, 3, (5,)))])
     assert_parity(model, batches)
-
-
-class Shared(nn.Module):
-    """A layer called twice, a layer on different shapes, weights tied across kinds of layers and to a free use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(9, 6)
-        self.twice = nn.Linear(6, 6)
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 9, bias=False)
-        self.head.weight = self.embedding.weight
-        self.scale = nn.Parameter(torch.ones(6))
-        self.bias = nn.Parameter(torch.randn(6))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.norm(self.twice(self.embedding(tokens))).tanh() * self.scale
-        x = self.norm(self.twice(x.mean(dim=1)) + x[:, 0]) * self.scale.exp() + self.bias
-        return self.head(functional.linear(x, self.twice.weight.detach(), self.bias))
 
 
 def test_uses_of_one_example_add_before_the_absolute_value() -> None:
@@ -206,45 +166,12 @@ def test_uses_of_one_example_add_before_the_absolute_value() -> None:
     assert {name: sums.uses[name] for name in several} == dict.fromkeys(several, 2)
 
 
-class Windows(nn.Module):
-    """k rows per example, as windowed attention and video have them; and a sequence-first part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames = nn.Conv2d(2, 4, 3)
-        self.norm = nn.GroupNorm(2, 4)
-        self.windows = nn.Linear(4, 4)
-        self.bias = nn.Parameter(torch.randn(3, 4))
-        self.sequence = nn.Linear(4, 5)
-        self.sequence_norm = nn.LayerNorm(5)
-
-    def forward(self, video: Tensor) -> Tensor:  # (N, T, 2, 4, 4)
-        n, t = video.shape[:2]
-        x = self.norm(self.frames(video.flatten(0, 1)))  # (N * T, 4, 2, 2)
-        x = self.windows(x.flatten(2).transpose(1, 2).flatten(0, 1)).view(n * t, 4, 4)
-        x = x + self.bias.sum(dim=0)
-        x = x.view(n, t, 4, 4).mean(dim=2).transpose(0, 1)  # (T, N, 4)
-        return self.sequence_norm(self.sequence(x).tanh()).mean(dim=0)
-
-
 @pytest.mark.parametrize(("n", "t"), [(4, 3), (4, 4), (2, 2), (1, 3)])
 def test_examples_need_not_lie_alone_along_the_first_dim(n: int, t: int) -> None:
     model, batches = in_double(Windows(), [(torch.randn(n, t, 2, 4, 4), torch.randint(0, 5, (n,)))])
     sums = assert_parity(model, batches)
     if n > 1:
         assert sums.findings.axes["sequence.weight"].dim == 1 and sums.findings.axes["windows.weight"].dim == 0
-
-
-class Attention(nn.Module):
-    """``nn.TransformerEncoder``, first in the network and in eval mode, where torch would take a fused path."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x)[:, 0])
 
 
 def test_torchs_own_transformer() -> None:

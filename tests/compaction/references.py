@@ -1,0 +1,76 @@
+"""Layers, masks, and the gradients of dense-then-masked training that compact training must have."""
+
+import copy
+
+import torch
+from torch import nn
+
+from delfast.mask import Mask
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 40), (5, 6)),
+    "linear, tokens": (lambda: nn.Linear(6, 40), (5, 3, 6)),
+    "linear, tokens, no bias": (lambda: nn.Linear(6, 40, bias=False), (5, 3, 2, 6)),
+    "linear, one example": (lambda: nn.Linear(6, 40), (6,)),
+    "conv1d": (lambda: nn.Conv1d(4, 40, 3, padding=1), (3, 4, 9)),
+    "conv1d, same": (lambda: nn.Conv1d(4, 40, 4, padding="same", dilation=2), (3, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 40, 3, padding=1), (4, 3, 8, 8)),
+    "conv2d, unbatched": (lambda: nn.Conv2d(3, 40, 3), (3, 8, 8)),
+    "conv2d, strided": (lambda: nn.Conv2d(3, 40, (3, 5), stride=(2, 3), padding=(1, 2), dilation=2), (4, 3, 12, 15)),
+    "conv2d, reflect": (lambda: nn.Conv2d(3, 40, 3, padding=2, padding_mode="reflect"), (4, 3, 8, 8)),
+    "conv2d, circular": (lambda: nn.Conv2d(3, 40, 3, padding=1, padding_mode="circular", bias=False), (4, 3, 8, 8)),
+    "conv2d, valid": (lambda: nn.Conv2d(3, 40, 3, padding="valid"), (4, 3, 8, 8)),
+    "grouped": (lambda: nn.Conv2d(12, 24, 3, groups=4), (4, 12, 6, 6)),
+    "grouped, strided": (lambda: nn.Conv2d(12, 24, 3, groups=3, stride=2, padding=1), (4, 12, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(24, 24, 3, groups=24, padding=1), (4, 24, 6, 6)),
+    "depthwise, multiplied": (lambda: nn.Conv2d(12, 24, 3, groups=12, stride=2), (4, 12, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d(2, 40, (2, 3, 3), stride=(1, 2, 1)), (2, 2, 4, 6, 6)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(40, 3, 4, stride=2), (3, 40, 5)),
+    "transposed2d": (lambda: nn.ConvTranspose2d(40, 6, 3, stride=2, padding=1, output_padding=1), (2, 40, 5, 5)),
+    "transposed2d, grouped": (lambda: nn.ConvTranspose2d(24, 12, 3, stride=2, groups=4, dilation=2), (2, 24, 5, 5)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(40, 2, 2, stride=(1, 2, 1)), (2, 40, 3, 3, 3)),
+}
+
+
+def row_mask(model, fraction, seed=0):
+    """Some rows of every weight, some elements of what has one dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = {}
+    for name, parameter in model.named_parameters():
+        units = parameter.shape[0]
+        chosen = torch.randperm(units, generator=generator)[: max(1, int(fraction * units))]
+        flags = torch.zeros(units, dtype=torch.bool).index_fill_(0, chosen, True)
+        dense[name] = flags.reshape(-1, *[1] * (parameter.ndim - 1)).expand(parameter.shape)
+    return Mask.from_dense(dense)
+
+
+def dense_then_masked(model, mask, loss):
+    """name -> gradient of the selected rows, or of the selected elements; of a model that is not compact."""
+    reference = copy.deepcopy(model)
+    loss(reference).backward()
+    return {
+        name: selected_part(parameter.grad, mask.parameters[name])
+        for name, parameter in reference.named_parameters()
+        if parameter.grad is not None and mask.parameters[name].selected
+    }
+
+
+def compact_gradients(handle):
+    """Return the same gradients from a compact model."""
+    parameters = dict(handle.model.named_parameters())
+    found = {}
+    for name, mode in handle.modes.items():
+        gradient = parameters[name.replace("weight", "weight_rows") if mode == "rows" else name].grad
+        if gradient is not None and mode != "frozen":
+            found[name] = gradient if mode == "rows" else selected_part(gradient, handle.original_mask.parameters[name])
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
+def selected_part(gradient, part):
+    return gradient[part.flags] if part.by_row else gradient[part.dense()]
+
+
+def assert_close(found, expected, tolerance=1e-10):
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm(), name
