@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """Epochs and rates: ``lr`` of the pretraining and the oracle, ``finetune_lr`` of DEL's finetuning."""
+    """Epochs and rates: ``epochs``, ``lr`` of pretraining and oracle, ``finetune_epochs``, ``finetune_lr`` of DEL."""
 
     epochs: int
     lr: float
@@ -15,7 +15,7 @@ class Recipe:
     finetune_lr: float
 
 
-# (data, model); the paper states DEL's finetuning for CIFAR-10 alone and the others take it over
+# (data, model); the paper states DEL's finetuning only for CIFAR-10, and the others use the same
 PUBLISHED = {
     ("cifar10", "resnet18"): Recipe(epochs=30, lr=0.1, finetune_epochs=30, finetune_lr=0.015),
     ("svhn", "vit"): Recipe(epochs=30, lr=0.05, finetune_epochs=30, finetune_lr=0.015),
@@ -24,7 +24,7 @@ PUBLISHED = {
 
 
 def method_recipe(data: str, model: str, method: str) -> dict[str, float]:
-    """Epochs and rate that the DEL paper states for its own method, and for retraining, on these; else nothing."""
+    """Epochs and rate that the DEL paper states for DEL and for retraining; empty for other methods."""
     of = recipe(data, model)
     if method == "retrain":
         return {"epochs": of.epochs, "lr": of.lr}
@@ -32,7 +32,5 @@ def method_recipe(data: str, model: str, method: str) -> dict[str, float]:
 
 
 def recipe(data: str, model: str) -> Recipe:
-    """The published recipe of a pair of data and model, or that of CIFAR-10 / ResNet-18 where none was
-    published.
-    """
+    """The published recipe of a pair of data and model, or the recipe of CIFAR-10 with ResNet-18 if there is none."""
     return PUBLISHED.get((data, model), PUBLISHED["cifar10", "resnet18"])
