@@ -7,28 +7,16 @@
 
 The method is DEL: Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",
 TMLR 2025, arXiv 2412.02432.
+
+The names below, and torch with them, are imported when they are first used (PEP 562), so that the command line answers
+at once. ``import delfast.ops`` registers ``torch.ops.delfast`` without using a name.
 """
 
-from delfast import optim
+import importlib
+from typing import TYPE_CHECKING
+
 from delfast._version import __version__
-from delfast.backend import status
-from delfast.compaction import compact
 from delfast.errors import InputError
-from delfast.evaluation import evaluate
-from delfast.layer_types import register_layer
-from delfast.localization import (
-    STRATEGIES,
-    CriticalChannels,
-    Scores,
-    SignedChannels,
-    critmem,
-    localize,
-    score,
-    signed_channels,
-)
-from delfast.mask import Mask
-from delfast.reset import reset_
-from delfast.unlearning import TrainingOptions, unlearn
 
 __all__ = [
     "STRATEGIES",
@@ -51,3 +39,51 @@ __all__ = [
     "status",
     "unlearn",
 ]
+
+if TYPE_CHECKING:
+    from delfast import optim
+    from delfast.backend import status
+    from delfast.compaction import compact
+    from delfast.evaluation import evaluate
+    from delfast.layer_types import register_layer
+    from delfast.localization import (
+        STRATEGIES,
+        CriticalChannels,
+        Scores,
+        SignedChannels,
+        critmem,
+        localize,
+        score,
+        signed_channels,
+    )
+    from delfast.mask import Mask
+    from delfast.reset import reset_
+    from delfast.unlearning import TrainingOptions, unlearn
+else:
+    _NAMES = {
+        "delfast.backend": ["status"],
+        "delfast.compaction": ["compact"],
+        "delfast.evaluation": ["evaluate"],
+        "delfast.layer_types": ["register_layer"],
+        "delfast.localization": [
+            *("STRATEGIES", "CriticalChannels", "Scores", "SignedChannels"),
+            *("critmem", "localize", "score", "signed_channels"),
+        ],
+        "delfast.mask": ["Mask"],
+        "delfast.reset": ["reset_"],
+        "delfast.unlearning": ["TrainingOptions", "unlearn"],
+    }
+    _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+    _MODULES = ("compaction", "evaluation", "localization", "ops", "optim", "unlearning")
+
+    def __getattr__(name):
+        """Import a public name or module when it is first used, and keep it for the next use."""
+        if name in _MODULES:
+            return importlib.import_module(f"delfast.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'delfast' has no attribute '{name}'")
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__, *_MODULES})

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from delfast.errors import InputError
+from delfast.errors import one_line as one_line
 from delfast.plain import number
 
 if sys.platform != "win32":
@@ -190,12 +191,28 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; InputError if it is missing or no JSON."""
+    with _json_errors(path):
+        return _json_value(read_text(path))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file of one JSON value a line; InputError if it is missing or a line is no JSON."""
+    with _json_errors(path):
+        return [_json_value(line) for line in read_text(path).split("\n") if line.strip()]
+
+
+def _json_value(text: str) -> Any:
+    value = json.loads(text)
+    if "\\ud" in text.lower():  # half of a surrogate pair is no text: no file could keep it
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+@contextmanager
+def _json_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading JSON into InputError."""
     try:
-        text = read_text(path)
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # half of a surrogate pair is no text: no file could keep it
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
+        yield
     except FileNotFoundError:
         raise InputError(f"expected a JSON file at '{path}', there is none; check the path") from None
     except RecursionError:
@@ -309,9 +326,3 @@ def make_output_dir(path: Path) -> Path:
 def reason(error: Exception) -> str:
     """Why a file could not be read: an OSError's text without its number and path, any other error's first line."""
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

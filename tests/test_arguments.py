@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from delfast.optim import MaskedAdamW, MaskedSGD
 from delfast.unlearning import Diverged, Finetune, Scrub, make_method, train
 from tests import cases
 
-EVALUATE: Any = sys.modules["delfast.evaluation"]
+EVALUATE: Any = delfast.evaluation
 BATCHES = cases.image_batches(12, 4)
 FORGET, RETAIN = BATCHES[:1], BATCHES[1:]
 STATE = cases.SmallNet().state_dict()

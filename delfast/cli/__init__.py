@@ -1,4 +1,7 @@
-"""The command line: ``demo | train | oracle | localize | unlearn | evaluate | verify | compare | bench | doctor``."""
+"""The command line: ``demo | train | oracle | localize | unlearn | evaluate | verify | compare | bench | doctor``.
+
+torch and every other large package are imported by the command that needs them, so that ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from delfast.errors import InputError, printable
+from delfast.errors import InputError, one_line, printable
 from delfast.experiments.interrupts import Stopped, stopping
-from delfast.files import one_line
 
 BAD_INPUT, FAILURE = 2, 1
-NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # of what was given, whatever the disk holds
+INVALID_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # the path itself is at fault, not the disk
 EXTRA = ("typer", "rich", "tomli", "torchvision", "sklearn", "matplotlib", "vit_pytorch", "PIL", "scipy", "einops")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; ``arguments`` default to the process's own. Returns the exit code.
+    """Run one command and return the exit code. ``arguments`` default to those of the process.
 
-    0: done. 1: it failed, or ``verify`` found a change outside the mask. 2: bad input. 130: interrupted (Ctrl-C).
-    143: terminated (SIGTERM). An error is one line on standard error; with DELFAST_DEBUG=1 the traceback comes too.
+    0: success. 1: a failure, or ``verify`` found a change outside the mask. 2: bad input. 130: interrupted (Ctrl-C).
+    143: terminated (SIGTERM). An error is one line on standard error; with DELFAST_DEBUG=1 it is raised instead.
     """
     try:
         with stopping():
@@ -34,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, one_line(error), FAILURE)
         hint = f"'{error.name}' is not installed; the command line needs: pip install 'delfast[experiments]'"
         return _fail(error, hint, FAILURE)
-    except KeyboardInterrupt as error:  # where this is not the main thread, whose signals ``stopping`` takes
+    except KeyboardInterrupt as error:  # outside the main thread, whose signals alone ``stopping`` handles
         return _fail(error, "interrupted", Stopped.INTERRUPTED)
     except Stopped as error:
         return _fail(error, str(error), error.exit_code)
     except OSError as error:
         where = f" ('{error.filename}')" if error.filename else ""
-        code = BAD_INPUT if error.errno in NO_PATH else FAILURE
+        code = BAD_INPUT if error.errno in INVALID_PATH else FAILURE
         return _fail(error, f"{error.strerror or one_line(error)}{where}", code)
     except Exception as error:
         return _fail(error, f"{type(error).__name__}: {one_line(error)}", FAILURE)

@@ -1,21 +1,21 @@
-"""What a person sees: progress bars on a terminal, quiet log lines elsewhere, tables on standard output."""
+"""What a person sees: progress bars on a terminal, log lines elsewhere, tables on standard output."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
 from delfast.errors import printable
-from delfast.experiments.progress import log
-from delfast.experiments.reports import METHOD_COLUMNS, method_rows, terminal_table, terminal_text
-from delfast.mask import Mask
+
+if TYPE_CHECKING:
+    from delfast.mask import Mask
+
+log = logging.getLogger("delfast")
 
 
 def start_log() -> None:
@@ -37,38 +37,53 @@ class _Lines(logging.Formatter):
 
 @contextmanager
 def watching() -> Iterator[Callable[[str, int, int], None]]:
-    """A function ``(what, done, of)`` that shows a bar with the time left on a terminal; elsewhere a line each time."""
+    """A function ``(what, done, of)`` that draws a bar with the time left on a terminal, and logs a line elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
         tasks: dict[str, TaskID] = {}
-        told: dict[str, int] = {}
+        logged: dict[str, int] = {}
 
         def watch(what: str, done: int, of: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=of)
             bars.update(tasks[what], completed=done)
-            if bars.disable and of and told.get(what) != done:
-                told[what] = done
+            if bars.disable and of and logged.get(what) != done:
+                logged[what] = done
                 log.info(f"{what}: {done} of {of}")
 
         yield watch
 
 
 def output() -> Console:
-    """Where tables go: standard output, at least wide enough for them when it is no terminal."""
+    """The console of standard output, at least wide enough for tables where it is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def print_line(message: str) -> None:
-    """One line on standard output: names in it are text, whatever they hold."""
+    """Print one line; names in it are shown as text, whatever they hold."""
+    from delfast.experiments.reports import terminal_text
+
     output().print(terminal_text(message), soft_wrap=True)
 
 
-def print_methods(title: str, methods: dict[str, Any]) -> None:
-    output().print(terminal_table(title, METHOD_COLUMNS, method_rows(methods)))
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; names in it are shown as text, whatever they hold."""
+    from delfast.experiments.reports import terminal_table
+
+    output().print(terminal_table(title, columns, rows))
+
+
+def print_methods(title: str, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a row of metrics for each method."""
+    from delfast.experiments.reports import METHOD_COLUMNS, method_rows
+
+    print_table(title, METHOD_COLUMNS, method_rows(methods))
 
 
 def print_mask(mask: Mask) -> None:
+    """Print what the mask selects of each parameter, and in all."""
     rows = [
         [
             row.name,
@@ -78,5 +93,5 @@ def print_mask(mask: Mask) -> None:
         ]
         for row in mask.table()
     ]
-    output().print(terminal_table("mask", ("parameter", "shape", "entries selected", "channels selected"), rows))
+    print_table("mask", ("parameter", "shape", "entries selected", "channels selected"), rows)
     print_line(f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels")

@@ -1,4 +1,4 @@
-"""What this installation runs on, and how to mend what is missing."""
+"""What this installation runs on, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "amx_tile
 
 
 def examine() -> dict[str, Any]:
-    """``{"facts": ..., "advice": [...]}``: plain values, ready for JSON; a line of advice for each thing to mend."""
+    """Return ``{"facts": ..., "advice": [...]}``, ready for JSON, with one line of advice for each problem."""
     facts: dict[str, Any] = {
         **status(),
         "python": platform.python_version(),
@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
 
 
 def flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``(name, value)`` pairs for a table; names of nested facts are joined by a dot."""
+    """Yield ``(name, value)`` pairs for a table; names of nested facts are joined by a dot."""
     for name, value in facts.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -63,7 +63,7 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _cpu_flags() -> list[str]:
-    """The instruction sets of this CPU that matter to delfast; empty where Linux does not tell."""
+    """The instruction sets of this CPU that the kernels can use; empty where /proc/cpuinfo does not list them."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             flags = next((line.split() for line in lines if line.startswith("flags")), [])
@@ -73,14 +73,14 @@ def _cpu_flags() -> list[str]:
 
 
 def _first_line(tool: str) -> str | None:
-    """What a tool says of its version; None if it is not on PATH."""
+    """The line of a tool's ``--version`` that names its version; None if the tool is not on PATH."""
     path = shutil.which(tool)
     if path is None:
         return None
-    told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
-    text = (told.stdout or told.stderr).strip()
+    printed = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    text = (printed.stdout or printed.stderr).strip()
     lines = text.splitlines()
-    # nvcc names itself first and its release in the line that says "release"
+    # nvcc prints its release in a later line, which holds the word "release"
     return next((line for line in lines if "release" in line), lines[0] if lines else path)
 
 

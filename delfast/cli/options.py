@@ -1,4 +1,4 @@
-"""What the commands' options are, and how their text becomes values."""
+"""The options that several commands have, and how an option's text becomes a value."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from delfast.cli.names import STRATEGIES
 from delfast.errors import InputError
-from delfast.unlearning import make_method
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, as `delfast train` writes it")]
-OutputDir = Annotated[Path, typer.Option(help="where the results are written")]
-OptionalOutputDir = Annotated[Path | None, typer.Option(help="where to write summary.json; printed only, if not given")]
-DataDir = Annotated[
-    Path | None, typer.Option(help="where downloaded data and decoded images lie (default: ~/.cache/delfast)")
+OutputDir = Annotated[Path, typer.Option(help="directory that the results are written to")]
+OptionalOutputDir = Annotated[
+    Path | None, typer.Option(help="directory to write summary.json to (default: results are only printed)")
 ]
+DataDir = Annotated[Path | None, typer.Option(help="directory of downloaded data (default: ~/.cache/delfast)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of everything random")]
 StepSeed = Annotated[
@@ -26,20 +26,22 @@ StepSeed = Annotated[
 
 
 def resolved(source: str) -> str:
-    """The data or the forget set, with an absolute path: later commands may be run from elsewhere."""
+    """The data or the forget set, with an absolute path: later commands may run in another working directory."""
     kind, colon, path = source.partition(":")
     return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and kind in ("folder", "file") else source
 
 
 def channels_last_for(choice: str, model: str) -> bool:
-    """ "auto": for the networks that are mostly convolutions."""
+    """Whether the network uses the channels-last memory format; "auto" is on for networks of convolutions."""
     if choice not in ("auto", "on", "off"):
         raise InputError(f"expected --channels-last to be auto, on or off, got '{choice}'")
     return choice == "on" or (choice == "auto" and model.startswith("resnet"))
 
 
 def hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` as the type that the method's field has."""
+    """Parse each ``NAME=VALUE`` to the type of the method's field of that name."""
+    from delfast.unlearning import make_method
+
     types: dict[str, Any] = {name: type(value) for name, value in asdict(make_method(method, {})).items()}
     found: dict[str, Any] = {}
     for setting in settings:
@@ -53,7 +55,22 @@ def hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:
     return found
 
 
-def parse_top_h(text: str | None) -> int | float | None:
+def localization(strategy: str | None, top_h: str | None, **chosen: str | None) -> dict[str, Any]:
+    """Return the given options of ``localize``.
+
+    InputError for an unknown strategy, and for a strategy together with a criterion or granularity of its own.
+    """
+    options: dict[str, Any] = {**chosen, "top_h": _parse_top_h(top_h)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if strategy is not None and (strategy not in STRATEGIES or options.keys() & {"criterion", "granularity"}):
+        raise InputError(
+            f"expected --strategy to be one of {', '.join(STRATEGIES)}, without --criterion and --granularity, "
+            f"got '{strategy}'"
+        )
+    return options
+
+
+def _parse_top_h(text: str | None) -> int | float | None:
     if text is None:
         return None
     try:

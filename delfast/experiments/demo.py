@@ -1,6 +1,4 @@
-"""The demo: two forget sets of scikit-learn's digits, unlearned and compared with networks retrained without
-them.
-"""
+"""The demo: unlearn two forget sets of scikit-learn's digits and compare with networks retrained without them."""
 
 from __future__ import annotations
 
@@ -15,20 +13,21 @@ import torch
 from delfast.evaluation import gaps
 from delfast.experiments import pipeline
 from delfast.experiments.progress import log
-from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows, plot_accuracies, plot_selection
-from delfast.experiments.run import MASK, SUMMARY, Config, start
-from delfast.files import make_output_dir, write_json, write_text
+from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
+from delfast.experiments.reports.plots import plot_accuracies, plot_selection
+from delfast.experiments.run import MASK, SUMMARY, Config, output_directory, start
+from delfast.files import write_json, write_text
+from delfast.localization import BUDGET
 from delfast.provenance import provenance
 from delfast.unlearning import Del
 
 REPORT = "report.md"
-BUDGET = 0.3  # DEL paper
 FORGET_RATIO = 0.1  # DEL paper
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Training, for original and oracle alike, and DEL's finetuning, by SGD."""
+    """SGD settings: the training of original and oracle, and DEL's finetuning."""
 
     epochs: int
     lr: float
@@ -37,9 +36,10 @@ class Settings:
     batch_size: int
 
 
-# The paper's settings are made for 50,000 images; the digits are 1,437 of 8x8 pixels. Batches of 64 give them enough
-# steps. The paper's rate, 0.1, does not memorise the flipped labels in 25 epochs (and where nothing is memorised there
-# is nothing to unlearn); 0.02 does, all of them. Finetuning keeps the paper's 0.015; half its 30 epochs suffice.
+# The paper's settings are for 50,000 images; the digits are 1,437 images of 8x8 pixels. Batches of 64 give enough
+# steps. At the paper's rate, 0.1, the network does not memorise the flipped labels in 25 epochs, and without
+# memorisation there is nothing to unlearn; at 0.02 it memorises all. Finetuning keeps the paper's 0.015; half of the
+# paper's 30 epochs suffice.
 FULL = Settings(epochs=25, lr=0.02, finetune_epochs=15, finetune_lr=0.015, batch_size=64)
 QUICK = Settings(epochs=3, lr=0.02, finetune_epochs=2, finetune_lr=0.015, batch_size=64)
 
@@ -53,30 +53,28 @@ _MEANING = {
 def run(output_dir: Path, device: torch.device, seed: int, *, quick: bool = False) -> dict[str, Any]:
     """Run both scenarios; write a run directory for each network, ``summary.json``, ``report.md`` and plots.
 
-    Returns what ``summary.json`` holds: percentages 0-100, Δ = oracle - method, seconds of each step.
+    Returns the content of ``summary.json``: percentages 0-100, Δ = oracle - method, seconds of each step.
     """
     settings = QUICK if quick else FULL
     configs = {name: _config(spec, settings, seed) for name, spec in SCENARIOS.items()}
-    for config in configs.values():
-        config.check()
-    make_output_dir(output_dir)
     origin = provenance(device=str(device), seed=seed)
-    with _one_thread():
-        scenarios = {
-            name: _scenario(name, config, settings, output_dir / name, device) for name, config in configs.items()
-        }
-    summary = {"scenarios": scenarios, "backend": origin["backend"], "quick": quick, "provenance": origin}
-    write_text(output_dir / REPORT, _report(summary))
-    write_json(output_dir / SUMMARY, summary)
+    with output_directory(output_dir):
+        with _one_thread():
+            scenarios = {
+                name: _scenario(name, config, settings, output_dir / name, device) for name, config in configs.items()
+            }
+        summary = {"scenarios": scenarios, "backend": origin["backend"], "quick": quick, "provenance": origin}
+        write_text(output_dir / REPORT, _report(summary))
+        write_json(output_dir / SUMMARY, summary)
     return summary
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One CPU thread inside: the figures are then the same on any number of cores.
+    """Use one CPU thread inside the context, so that the figures are the same on any number of cores.
 
-    A second thread would gain this small network a third of the time, and lose it manifold wherever another process
-    wants the same core (OpenMP's threads wait for one another by spinning).
+    A second thread would save this small network a third of the time. It would cost a multiple where another process
+    needs the same core, because OpenMP's threads wait for each other by spinning.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -111,7 +109,7 @@ def _scenario(name: str, config: Config, settings: Settings, output_dir: Path, d
     original = pipeline.train(run, output_dir / "original")
     oracle = pipeline.oracle(run, output_dir / "oracle")
     found = pipeline.localize(run, original.model, output_dir / "mask", budget=BUDGET, preset="paper")
-    unlearned = pipeline.unlearn(  # in place: the original's metrics are taken, its network is on the disk
+    unlearned = pipeline.unlearn(  # in place: the original is measured and on the disk
         run,
         original.model,
         found.mask,
@@ -141,10 +139,10 @@ def _report(summary: dict[str, Any]) -> str:
 
 A thin ResNet-18 on scikit-learn's handwritten digits is trained (*original*), retrained from
 scratch without the forget set (*oracle*), and made to unlearn it (*del*: localize, reset, finetune on the
-retain set). The nearer *del* comes to *oracle*, the better.
+retain set). The nearer *del* is to *oracle*, the better.
 
-Percentages; Δ = oracle - method. MIA is the part of the forget set that membership inference calls
-non-member. Seconds are of training, or of localizing, resetting and finetuning.
+Percentages; Δ = oracle - method. MIA is the percentage of the forget set that membership inference calls
+non-member. Seconds are those of training, or of localizing, resetting and finetuning.
 
 {scenarios}
 ## How

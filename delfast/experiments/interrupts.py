@@ -1,4 +1,4 @@
-"""How a command is stopped: by a signal, which cleans up as an error does, or by the end of the parent process."""
+"""Stop a command: by a signal, which cleans up as an error does, or by the end of the parent process."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Stopped(BaseException):
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Raise ``Stopped`` at Ctrl-C and SIGTERM inside the context, so that temporary files and worker processes go too.
+    """Raise ``Stopped`` at Ctrl-C and SIGTERM, so that temporary files and worker processes are removed.
 
-    A signal that the caller ignores or handles itself stays the caller's. Signals belong to the main thread: in any
-    other nothing changes.
+    A signal that the caller ignores or handles is left to the caller. Outside the main thread, which alone can handle
+    signals, the context has no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     ordinary: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    taken = [number for number, handler in ordinary.items() if signal.getsignal(number) == handler]
-    for number in taken:
+    handled = [number for number, handler in ordinary.items() if signal.getsignal(number) == handler]
+    for number in handled:
         signal.signal(number, _stop)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, ordinary[number])
 
 
@@ -50,11 +50,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C until the context ends. Processes started inside ignore it from their first instruction on."""
+    """Hold back Ctrl-C until the context ends. Processes started inside ignore it from their first instruction."""
     if sys.platform == "win32":
         yield
         return
-    resource_tracker.ensure_running()  # multiprocessing's own process, whose start would let signals through again
+    resource_tracker.ensure_running()  # multiprocessing's own process; starting it later would unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -65,8 +65,8 @@ def interrupts_held() -> Iterator[None]:
 def exit_after(wait: Callable[[], object]) -> None:
     """End this process as soon as ``wait`` returns, whatever the process is doing.
 
-    ``wait`` reads a pipe that nobody writes to. It returns when the other end closes: the parent has closed it, or is
-    dead, by whatever signal.
+    ``wait`` reads a pipe that nobody writes to. It returns when the other end closes, because the parent closed it or
+    died, by any signal.
     """
 
     def watch() -> None:

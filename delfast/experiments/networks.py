@@ -1,4 +1,4 @@
-"""Networks by name: torchvision's ResNets with the stem that small images need, vit-pytorch's ViT."""
+"""Networks by name: torchvision's ResNets, with a stem for small images, and vit-pytorch's ViT."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from delfast.extras import extra
 with extra("delfast.experiments.networks"):
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-SMALL_IMAGE = 64  # pixels; up to here a ResNet takes the CIFAR stem: 3x3 convolution of stride 1, no pooling
+MAX_SMALL_IMAGE = 64  # pixels; up to this size a ResNet has the CIFAR stem: 3x3 convolution of stride 1, no pooling
 TORCHVISION_WIDTH = 64  # channels of torchvision's first stage
 
 
-class ImageResNet(ResNet):  # type: ignore[misc]  # torchvision carries no types
+class ImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
     """torchvision's ResNet for any number of input channels, any width of the first stage, and small images.
 
-    Initialized as torchvision's: every convolution by Kaiming's normal with ``fan_out`` (He et al., ICCV
-    2015, equation 14), the linear layer by torch's default.
+    The initialization is torchvision's: Kaiming's normal with ``fan_out`` for every convolution (He et al., ICCV 2015,
+    equation 14), torch's default for the linear layer.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ImageResNet(ResNet):  # type: ignore[misc]  # torchvision carries no types
     ) -> None:
         self.width = width  # before super(), which calls _make_layer
         super().__init__(block, layers)
-        if image_size <= SMALL_IMAGE:
+        if image_size <= MAX_SMALL_IMAGE:
             self.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:
@@ -60,7 +60,7 @@ def _vit_class() -> type[nn.Module]:
 
 
 def _vit(*, num_classes: int, channels: int, image_size: int) -> nn.Module:
-    """The DEL paper's ViT: patch 8 for images of 32 pixels, so a quarter of the side for others."""
+    """The DEL paper's ViT. Its patch is 8 for images of 32 pixels, and a quarter of the side for others."""
     return _vit_class()(
         image_size=image_size,
         patch_size=image_size // 4,
@@ -83,7 +83,7 @@ NAMES = tuple(_BUILDERS)
 
 
 def check_model(name: str, image_size: int | None = None) -> None:
-    """Raise InputError for an unknown network or an image size that it cannot take, ImportError without its package."""
+    """Raise InputError for an unknown network or an unfit image size, ImportError if its package is missing."""
     if name not in _BUILDERS:
         raise InputError(f"expected a model {', '.join(NAMES)}, got '{name}'")
     if name == "vit":
@@ -93,19 +93,16 @@ def check_model(name: str, image_size: int | None = None) -> None:
 
 
 def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
-    """A freshly initialized network for (B, channels, image_size, image_size) float32, giving (B,
-    num_classes) logits.
+    """Return a newly initialized network: (B, channels, image_size, image_size) float32 -> (B, num_classes) logits.
 
     Names: ``resnet18``, ``resnet18-thin`` (a quarter of the width: 16, 32, 64, 128), ``resnet50``, ``vit``.
-    Raises InputError for another name or an image size that the network cannot take.
+    Raises InputError for another name or an unfit image size.
     """
     check_model(name, image_size)
     return _BUILDERS[name](num_classes=num_classes, channels=channels, image_size=image_size)
 
 
 def factory(name: str, num_classes: int, channels: int, image_size: int) -> Callable[[], nn.Module]:
-    """A function without arguments that builds the network anew each time: ``init`` of ``reset_`` and
-    ``unlearn``.
-    """
+    """Return a function that builds a newly initialized network: ``init`` of ``reset_`` and ``unlearn``."""
     check_model(name, image_size)
     return partial(build, name, num_classes, channels, image_size)

@@ -1,14 +1,18 @@
-"""The steps of an unlearning run, each from files to files: train, oracle, localize, unlearn.
+"""The steps of an unlearning run: train, oracle, localize, unlearn.
 
-Seeds, from the one ``--seed``: forget set = seed; initialization = seed; order of the batches = seed, in
-unlearning seed + 2; initialization of the oracle = seed + 1; fresh values for the reset = seed + 2 (with the run's own
-initialization the reset would restore the very values training began from).
+``train``, ``oracle``, ``localize`` and ``unlearn`` read files and write files. ``find_mask`` and ``run_method`` do the
+work of the last two without files, for them and for the cells of a grid.
+
+Seeds derive from ``--seed``. Forget set, initialization and order of the batches: seed. Order of the batches of
+unlearning: seed + 2. Initialization of the oracle: seed + 1. Values that a reset writes: seed + 2, because the run's
+own initialization would restore the values that training began from.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,33 +20,41 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from delfast.arguments import check_choice
 from delfast.errors import InputError
 from delfast.evaluation import Metrics
 from delfast.experiments.datasets import Batches, Examples
-from delfast.experiments.progress import log, progress
-from delfast.experiments.run import CHECKPOINT, EVALUATION_BATCH, FORGET, MASK, MODEL, SUMMARY, Run, check_batch_size
-from delfast.files import make_output_dir, save_state, write_json
-from delfast.localization import WHOLE_TRAINING_SET, check_localize
-from delfast.localization import localize as find_mask
+from delfast.experiments.progress import Progress
+from delfast.experiments.run import (
+    CHECKPOINT,
+    EVALUATION_BATCH,
+    FORGET,
+    MASK,
+    MODEL,
+    SUMMARY,
+    Run,
+    commit,
+    output_directory,
+)
+from delfast.files import save_state, write_json
+from delfast.localization import STRATEGIES, WHOLE_TRAINING_SET
+from delfast.localization import localize as localize_model
 from delfast.mask import Mask
-from delfast.naming import trainable_parameters
 from delfast.provenance import digest_state, provenance
 from delfast.seeding import seeded
-from delfast.unlearning import Method, TrainingOptions
-from delfast.unlearning import train as train_network
-from delfast.unlearning import unlearn as unlearn_network
+from delfast.unlearning import Method, TrainingOptions, UnlearnResult
+from delfast.unlearning import train as train_model
+from delfast.unlearning import unlearn as unlearn_model
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import BatchNormMode, Precision
 
 MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
 ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed
-SHADOW_SEED = 1000  # and this for each shadow, a network like another but for its seeds
+SHADOW_SEED = 1000  # added for each shadow, a network that differs from another only in its seeds
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that a step wrote, its metrics (percentages), and the seconds of each of the step's parts."""
+    """A network that a step wrote, its metrics (percentages), and the seconds of each part of the step."""
 
     model: nn.Module
     metrics: Metrics
@@ -59,13 +71,16 @@ class Localized:
 
 
 def train(run: Run, output_dir: Path, shadow: int = 0) -> Trained:
-    """Train on the whole training set and write the run directory. ``shadow``: above 0, another such network."""
+    """Train on the whole training set and write the run directory. ``shadow`` > 0 trains with the shadow's seeds."""
     everything = torch.arange(len(run.data.train_targets))
     return _train(run, output_dir, "train", everything, run.config.seed, shadow)
 
 
 def oracle(run: Run, output_dir: Path, seed: int | None = None, shadow: int = 0) -> Trained:
-    """Train a fresh network on the retain set alone, by the same configuration; ``seed`` defaults to the run's + 1."""
+    """Train a newly initialized network on the retain set only, by the same configuration.
+
+    ``seed`` defaults to the run's + 1.
+    """
     seed = _or_default(seed, run.config.seed + ORACLE_SEED)
     return _train(run, output_dir, "oracle", run.forget.retain, seed, shadow)
 
@@ -74,16 +89,51 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int,
     config, seed = run.config, seed + SHADOW_SEED * shadow
     batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed + SHADOW_SEED * shadow)
     _check_last_batch(run, batches)
-    make_output_dir(output_dir)
-    with seeded(seed):
-        model = run.placed(run.factory())
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
-    log.info(f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs")
-    precision = cast(Precision, config.precision)
-    result = train_network(model, batches, optimizer, epochs=config.epochs, precision=precision, progress=progress)
-    trained = Trained(model, run.measure(model), {"train": result.seconds})
-    _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
+    title = f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs"
+    with output_directory(output_dir):
+        with seeded(seed):
+            model = run.placed(run.factory())
+        result = train_model(
+            model,
+            batches,
+            torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay),
+            epochs=config.epochs,
+            precision=cast(Precision, config.precision),
+            progress=Progress(title),
+        )
+        trained = Trained(model, run.measure(model), {"train": result.seconds})
+        _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
     return trained
+
+
+def find_mask(
+    run: Run,
+    model: nn.Module,
+    *,
+    budget: float,
+    batch_size: int,
+    seed: int,
+    strategy: str | None = None,
+    stop_when_stable: float | None = None,
+    **options: Any,
+) -> tuple[Mask, float]:
+    """Localize the run's forget set in ``model``; return the mask and the seconds it took.
+
+    strategy: a name. Of ``WHOLE_TRAINING_SET`` the gradient is over the whole training set; the names of
+    ``delfast.STRATEGIES`` stand for ``options`` too. options: those of ``delfast.localize``.
+    """
+    if strategy in STRATEGIES:
+        own = STRATEGIES[strategy].items()
+        options = {name: value for name, value in options.items() if (name, value) not in own} | {"strategy": strategy}
+    indices = torch.arange(len(run.forget.targets)) if strategy in WHOLE_TRAINING_SET else run.forget.indices
+    started = time.perf_counter()
+    batches = run.batches(indices, batch_size)
+    if stop_when_stable is None:
+        mask = localize_model(model, batches, budget, seed=seed, **options)
+    else:
+        options |= {"stop_when_stable": stop_when_stable, "batch_size": batch_size}
+        mask = localize_model(model, Examples(batches), budget, seed=seed, **options)
+    return mask, time.perf_counter() - started
 
 
 def localize(
@@ -91,42 +141,50 @@ def localize(
     model: nn.Module,
     output_dir: Path,
     *,
+    budget: float,
+    preset: str,
+    strategy: str | None = None,
     seed: int | None = None,
     stop_when_stable: float | None = None,
     **options: Any,
 ) -> Localized:
     """Localize the run's forget set in ``model`` and write ``mask.safetensors`` and ``summary.json``.
 
-    options: those of ``delfast.localize``. Strategies in ``WHOLE_TRAINING_SET`` take the whole training set.
+    Arguments are those of ``find_mask``; ``seed`` defaults to the run's.
     """
-    check_localize(**options, stop_when_stable=stop_when_stable)
-    make_output_dir(output_dir)
-    seed = _or_default(seed, run.config.seed)
-    everything = options.get("strategy", "del") in WHOLE_TRAINING_SET
-    indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
-    started = time.perf_counter()
-    batches = run.batches(indices, run.config.batch_size)
-    if stop_when_stable is None:
-        mask = find_mask(model, batches, seed=seed, **options)
-    else:
-        options |= {"stop_when_stable": stop_when_stable, "batch_size": run.config.batch_size}
-        mask = find_mask(model, Examples(batches), seed=seed, **options)
-    seconds = {"localize": time.perf_counter() - started}
-    digests = {"model": digest_state(model.state_dict()), **run.digests()}
-    mask = Mask(mask.parameters, {**mask.metadata, "digests": digests})
-    mask.save(output_dir / MASK)
-    description = describe_mask(mask, output_dir / MASK)
-    summary = {
-        "command": "localize",
-        "config": asdict(run.config),
-        "options": {**options, "seed": seed},
-        "forget": run.describe_forget(),
-        "mask": description,
-        "seconds": seconds,
-        "digests": {**digests, "mask": mask.digest},
-        "provenance": provenance(device=str(run.device)),
-    }
-    write_json(output_dir / SUMMARY, summary)
+    seed, batch_size = _or_default(seed, run.config.seed), run.config.batch_size
+    options = {"preset": preset, **STRATEGIES.get(strategy or "", {}), **options}
+    with output_directory(output_dir):
+        mask, duration = find_mask(
+            run,
+            model,
+            budget=budget,
+            batch_size=batch_size,
+            seed=seed,
+            strategy=strategy,
+            stop_when_stable=stop_when_stable,
+            **options,
+        )
+        seconds = {"localize": duration}
+        digests = {"model": digest_state(model.state_dict()), **run.digests()}
+        mask = Mask(mask.parameters, {**mask.metadata, "digests": digests})
+        mask.save(output_dir / MASK)
+        description = describe_mask(mask, output_dir / MASK)
+        if strategy is not None:
+            options["strategy"] = strategy
+        if stop_when_stable is not None:
+            options |= {"stop_when_stable": stop_when_stable, "batch_size": batch_size}
+        summary = {
+            "command": "localize",
+            "config": asdict(run.config),
+            "options": {"budget": budget, **options, "seed": seed},
+            "forget": run.describe_forget(),
+            "mask": description,
+            "seconds": seconds,
+            "digests": {**digests, "mask": mask.digest},
+            "provenance": provenance(device=str(run.device)),
+        }
+        write_json(output_dir / SUMMARY, summary)
     return Localized(mask, description, seconds)
 
 
@@ -143,38 +201,28 @@ def describe_mask(mask: Mask, path: Path) -> dict[str, Any]:
     }
 
 
-def unlearn(
+def run_method(
     run: Run,
     model: nn.Module,
     mask: Mask | None,
-    output_dir: Path,
     *,
     method: Method,
     batch_size: int,
+    seed: int,
     head: str | None = None,
-    seed: int | None = None,
     batchnorm: str = "train",
     patience: int | None = None,
     held_out: float = 0.1,
     compile_model: bool = False,
+    checkpoint: Path | None = None,
     resume: bool = False,
-) -> Trained:
-    """Have ``model`` unlearn the run's forget set, in place; write a run directory, and the mask that was trained.
+    config: Mapping[str, Any] | None = None,
+) -> UnlearnResult:
+    """Make ``model`` unlearn the run's forget set, in place, within ``mask`` (None: everything may change).
 
-    mask: None where everything may change. While it runs ``output_dir`` holds a checkpoint of the last whole epoch,
-    from which ``resume`` goes on to the same weights. ``seed`` (default: the run's + 2) initializes the values reset
-    to, draws labels and orders the batches, and with ``patience`` chooses the ``held_out`` part of the retain set.
+    ``seed`` initializes the values that a reset writes, draws labels and orders the batches. With ``patience`` it
+    chooses the fraction ``held_out`` of the retain set. ``checkpoint``, ``resume``, ``config``: as for ``unlearn``.
     """
-    seed = _or_default(seed, run.config.seed + RESET_SEED)
-    method.check()
-    check_choice("batchnorm", batchnorm, BatchNormMode)
-    check_batch_size(batch_size)
-    if method.localizes and mask is None:
-        raise InputError(f"'{method.name}' works within a mask, got none; make one with `delfast localize`: --mask")
-    if mask is not None:
-        mask.match(trainable_parameters(model))  # raises if the mask is for another architecture
-    if head is not None:
-        head_parameters(model, head)  # raises if there is none
     trained_on, validation = run.forget.retain, None
     if patience is not None:
         trained_on, aside = _hold_out(run.forget.retain, held_out, seed)
@@ -184,11 +232,8 @@ def unlearn(
     if method.epochs and batchnorm != "frozen":
         for batches in (retain, forget) if "forget" in method.needs else (retain,):
             _check_last_batch(run, batches, ", or --batchnorm frozen")
-    make_output_dir(output_dir)
-    log.info(f"unlearn: {method.name} on {len(trained_on)} examples to retain, {method.epochs} epochs")
-    checkpoint = output_dir / CHECKPOINT
-    original = digest_state(model.state_dict())
-    result = unlearn_network(
+    title = f"unlearn: {method.name} on {len(trained_on)} examples to retain, {method.epochs} epochs"
+    return unlearn_model(
         cast(nn.Module, torch.compile(model)) if compile_model else model,
         retain=retain,
         forget=forget,
@@ -202,40 +247,81 @@ def unlearn(
             batchnorm=cast(BatchNormMode, batchnorm),
             validation=validation,
             patience=patience,
-            config={
-                "batch_size": batch_size,
-                "held_out": held_out if patience is not None else None,
-                "original": original,
-                **run.digests(),
-            },
-            progress=progress,
+            config=config,
+            progress=Progress(title),
         ),
         checkpoint=checkpoint,
         resume=resume,
     )
-    result.mask.save(output_dir / MASK)
-    trained = Trained(model, run.measure(model), dict(result.seconds))
-    options = {
-        "method": method.name,
-        **asdict(method),
-        "batch_size": batch_size,
-        "head": result.head,
-        "seed": seed,
-        "precision": run.config.precision,
-        "batchnorm": batchnorm,
-        "patience": patience,
-        "held_out": held_out if patience is not None else None,
-    }
-    inputs = {"original": original, "mask": "everything" if mask is None else mask.digest}
-    inputs["mask_with_head"] = result.mask.digest
-    course = {"losses": result.losses, "validation": result.validation, "resumed_from": result.resumed_from}
-    _write_run(run, output_dir, "unlearn", trained, options, inputs, course)
-    checkpoint.unlink(missing_ok=True)
+
+
+def unlearn(
+    run: Run,
+    model: nn.Module,
+    mask: Mask | None,
+    output_dir: Path,
+    *,
+    method: Method,
+    batch_size: int,
+    seed: int | None = None,
+    head: str | None = None,
+    batchnorm: str = "train",
+    patience: int | None = None,
+    held_out: float = 0.1,
+    compile_model: bool = False,
+    resume: bool = False,
+) -> Trained:
+    """Run a method and write a run directory and the mask that was trained.
+
+    Arguments are those of ``run_method``; ``seed`` defaults to the run's + 2. Until the step ends ``output_dir`` holds
+    a checkpoint of the last whole epoch. With ``resume`` training continues from it to the same weights.
+    """
+    seed = _or_default(seed, run.config.seed + RESET_SEED)
+    if method.localizes and mask is None:
+        raise InputError(f"'{method.name}' works within a mask, got none; make one with `delfast localize`: --mask")
+    if head is not None:  # methods that do not train the head ignore its name, a wrong one too
+        head_parameters(model, head)
+    original = digest_state(model.state_dict())
+    choices = {"batch_size": batch_size, "held_out": held_out if patience is not None else None}
+    with output_directory(output_dir):
+        result = run_method(
+            run,
+            model,
+            mask,
+            method=method,
+            batch_size=batch_size,
+            seed=seed,
+            head=head,
+            batchnorm=batchnorm,
+            patience=patience,
+            held_out=held_out,
+            compile_model=compile_model,
+            checkpoint=output_dir / CHECKPOINT,
+            resume=resume,
+            config={**choices, "original": original, **run.digests()},
+        )
+        result.mask.save(output_dir / MASK)
+        trained = Trained(model, run.measure(model), dict(result.seconds))
+        options = {
+            "method": method.name,
+            **asdict(method),
+            **choices,
+            "head": result.head,
+            "seed": seed,
+            "precision": run.config.precision,
+            "batchnorm": batchnorm,
+            "patience": patience,
+        }
+        inputs = {"original": original, "mask": "everything" if mask is None else mask.digest}
+        inputs["mask_with_head"] = result.mask.digest
+        course = {"losses": result.losses, "validation": result.validation, "resumed_from": result.resumed_from}
+        _write_run(run, output_dir, "unlearn", trained, options, inputs, course)
+        (output_dir / CHECKPOINT).unlink(missing_ok=True)
     return trained
 
 
 def _hold_out(retain: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The examples to train on and those held out, drawn by the seed; both in the order they had."""
+    """The examples to train on and the examples held out, drawn by the seed; both in their former order."""
     count = round(part * len(retain))
     if not 0 < count < len(retain):
         raise InputError(f"expected held_out to leave examples on both sides, got {part} of {len(retain)}")
@@ -248,7 +334,10 @@ def _or_default(seed: int | None, default: int) -> int:
 
 
 def _check_last_batch(run: Run, batches: Batches, way_out: str = "") -> None:
-    """InputError where a ResNet would meet a batch of one example whose last feature map is one pixel."""
+    """Refuse a batch of one example whose last feature map in a ResNet would be one pixel.
+
+    ``delfast.unlearn`` reads batch sizes from torch's loaders only, and so cannot refuse it for ``Batches``.
+    """
     alone = len(batches.indices) % batches.batch_size == 1 or batches.batch_size == 1
     if alone and run.config.model.startswith("resnet") and run.data.image_size <= 8:
         raise InputError(
@@ -266,7 +355,10 @@ def _write_run(
     inputs: dict[str, str],
     course: dict[str, Any],
 ) -> None:
-    """Write a run directory. ``inputs``: digests of what the step began from; ``course``: how the training went."""
+    """Write a run directory.
+
+    ``inputs``: digests of the network and mask that the step began from. ``course``: the training's losses.
+    """
     state = trained.model.state_dict()
     origin = {
         "command": command,
@@ -274,9 +366,22 @@ def _write_run(
         "options": options,
         "forget": run.describe_forget(),
         "digests": {"model": digest_state(state), **run.digests(), **inputs},
-        "provenance": provenance(device=str(run.device)),
+        "provenance": provenance(device=str(run.device), commit=commit()),
     }
     save_state(output_dir / MODEL, state, {"delfast": json.dumps(origin)})
     run.forget.save(output_dir / FORGET)
     results = {"metrics": trained.metrics.as_dict(), "seconds": trained.seconds, **course}
     write_json(output_dir / SUMMARY, {**origin, **results})
+
+
+def write_evaluation(run: Run, output_dir: Path, seed: int | None, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the ``summary.json`` of `delfast evaluate`: the metrics of each network by name."""
+    summary = {
+        "command": "evaluate",
+        "options": {"seed": _or_default(seed, run.config.seed)},
+        "config": asdict(run.config),
+        "forget": run.describe_forget(),
+        "methods": methods,
+        "provenance": provenance(device=str(run.device)),
+    }
+    write_json(output_dir / SUMMARY, summary)

@@ -1,4 +1,4 @@
-"""``delfast bench``: where the time of an unlearning job goes, by stage, for each backend and precision."""
+"""``delfast bench``: the time of each stage of an unlearning job, for each backend and precision."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from delfast.ops import BACKEND
 from delfast.provenance import provenance
 
 SUMMARY, PLOT = "summary.json", "stages.png"
-STEP = ("load", "forward", "backward", "compact weight gradient", "step")  # of the finetune, within the mask
+STEP = ("load", "forward", "backward", "compact weight gradient", "step")  # of finetuning, within the mask
 STAGES = ("load", "forward", "backward", "weight gradient", "compact weight gradient", "step", "score", "select",
           "reset", "evaluate")  # fmt: skip
-COLOURS = ("#CC79A7", "#56B4E9", "#0072B2", "#E69F00", "#009E73")  # Okabe & Ito's, told apart with any colour vision
+COLOURS = ("#CC79A7", "#56B4E9", "#0072B2", "#E69F00", "#009E73")  # Okabe & Ito's, distinct with any colour vision
 
 
 def profile(request: Request, output_dir: Path) -> dict[str, dict[str, float]]:
-    """Time every variant by turns, write summary.json and stages.png; variant -> stage -> median seconds a batch.
+    """Time every variant, one after the other, and write summary.json and stages.png.
 
-    Raises RuntimeError with the last line of what a variant's process said, if it fails.
+    Returns variant -> stage -> median seconds of a batch. Raises RuntimeError with the last line of standard error of a
+    variant's process that fails.
     """
     make_output_dir(output_dir)
     backends = ["native", "torch"] if BACKEND.name == "native" else ["torch"]
@@ -46,7 +47,7 @@ def profile(request: Request, output_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def rows(found: dict[str, dict[str, float]]) -> list[list[str]]:
-    """A row for each stage, in milliseconds, and one for the step of a finetune."""
+    """A row for each stage, in milliseconds, and one for a whole step of finetuning."""
     table = [[stage, *(f"{1e3 * seconds[stage]:.2f}" for seconds in found.values())] for stage in STAGES]
     whole = ["a step within the mask", *(f"{1e3 * sum(s[stage] for stage in STEP):.2f}" for s in found.values())]
     return [*table, whole]
@@ -55,7 +56,7 @@ def rows(found: dict[str, dict[str, float]]) -> list[list[str]]:
 def _in_its_own_process(request: Request, backend: str) -> dict[str, float]:
     environment = {**os.environ, "DELFAST_BACKEND": backend, "OMP_NUM_THREADS": str(request.threads)}
     command = [sys.executable, *as_arguments(request)]
-    theirs, ours = os.pipe()  # nothing is sent: that our end closes ends the process
+    theirs, ours = os.pipe()  # nothing is sent: the closing of our end ends the process
     try:
         result = subprocess.run(command, stdin=theirs, capture_output=True, text=True, env=environment)
     finally:
@@ -69,7 +70,7 @@ def _in_its_own_process(request: Request, backend: str) -> dict[str, float]:
 
 
 def _plot(found: dict[str, dict[str, float]], path: Path, title: str) -> None:
-    """A stacked bar for each variant: the parts of a step."""
+    """Draw a stacked bar for each variant, of the parts of a step."""
     figure = Figure(figsize=(9, 1.2 + 0.6 * len(found)), layout="constrained")
     axes = figure.add_subplot()
     begun = [0.0] * len(found)

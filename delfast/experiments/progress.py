@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, log lines elsewhere."""
+"""Progress of a training: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ log = logging.getLogger("delfast")
 
 
 class Progress:
-    """``progress(iterable, description, total)``: a bar on a terminal; elsewhere a line where ``EVERY`` has passed."""
+    """``progress(iterable, description, total)`` passes the items on and shows how far the training is.
+
+    On a terminal it draws a bar. Elsewhere it logs the description, at most once in ``EVERY`` seconds. ``title`` is
+    logged before the first item: a step that is refused logs nothing.
+    """
 
     EVERY = 10.0  # seconds between two log lines
 
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
+    def __init__(self, title: str = "") -> None:
+        self._title, self._last = title, time.perf_counter()
 
     def __call__(self, iterable: Iterable[T], description: str, total: int) -> Iterable[T]:
+        if self._title:
+            log.info(self._title)
+            self._title = ""
         if sys.stderr.isatty():
             yield from track(iterable, description, total=total, console=Console(stderr=True), transient=True)
             return
@@ -31,6 +38,3 @@ class Progress:
             self._last = time.perf_counter()
             log.info(description)
         yield from iterable
-
-
-progress = Progress()

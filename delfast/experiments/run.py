@@ -1,15 +1,18 @@
 """A run: its configuration, data and forget set, and the directory that keeps them with the network.
 
-A *run directory* holds ``model.safetensors``, ``forget.json`` and ``summary.json`` (written last), and is all
-that a later step needs, the data set apart. ``train``, ``oracle`` and ``unlearn`` each write one.
+A *run directory* holds ``model.safetensors``, ``forget.json`` and ``summary.json`` (written last). A later step needs
+this directory and the data set. ``train``, ``oracle`` and ``unlearn`` each write a run directory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,12 @@ from delfast.experiments.datasets.forget import check_ratio
 from delfast.experiments.datasets.pictures import IN_MEMORY
 from delfast.experiments.networks import check_model, factory
 from delfast.experiments.schema import Each, Number, check_record, check_table, kinds_of
-from delfast.files import load_state, read_json
+from delfast.files import load_state, make_output_dir, read_json
 from delfast.provenance import digest_state
 from delfast.unlearning.loop import Precision
 
 EVALUATION_BATCH = 512
-MAX_RUN_SEED = 2**31 - 1  # what is added to it for other steps still fits into 64 bits
+MAX_RUN_SEED = 2**31 - 1  # a step's seed is this plus a constant, and must fit into 64 bits
 MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
     "model.safetensors",
     "forget.json",
@@ -55,8 +58,9 @@ SECONDS = Each(Number(0))
 ORIGIN: dict[str, Any] = {
     **dict.fromkeys(("delfast", "torch", "platform", "device"), str),
     "backend": {"isa": (str, None), "cuda": str, "threads": int},
+    "commit?": (str, None),
 }
-NETWORK: dict[str, Any] = {  # what others read of a network's summary
+NETWORK: dict[str, Any] = {  # the part of a network's summary that is read
     "config": dict,
     "digests": dict.fromkeys(("model", "data", "forget"), str),
     "forget": {"spec": str, "examples": Number(0), "of": Number(1)},
@@ -68,9 +72,9 @@ NETWORK: dict[str, Any] = {  # what others read of a network's summary
 
 @dataclass(frozen=True)
 class Config:
-    """What a run is trained on and how: SGD with momentum 0.9, the rate falling by a cosine to 1 %.
+    """The data and settings of a run's training: SGD with momentum 0.9, the rate falling by a cosine to 1 %.
 
-    ``precision``, ``channels_last``: of training and unlearning; what is measured is measured in float32.
+    ``precision`` and ``channels_last`` apply to training and unlearning; metrics are measured in float32.
     """
 
     data: str
@@ -90,7 +94,7 @@ class Config:
     channels_last: bool = False
 
     def check(self) -> None:
-        """InputError for a value that no run can have; nothing is loaded or computed."""
+        """Raise InputError for a value that no run can have; nothing is loaded or computed."""
         if not 0 <= self.seed <= MAX_RUN_SEED:
             raise InputError(f"expected a seed from 0 to {MAX_RUN_SEED}, got {self.seed}")
         check_source(self.data, self.image_size)
@@ -106,7 +110,7 @@ class Config:
 
 
 def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float) -> None:
-    """InputError for a value with which nothing can be trained."""
+    """Raise InputError for a value with which nothing can be trained."""
     if epochs < 1:
         raise InputError(f"expected at least 1 epoch, got {epochs}")
     if not 0 < lr < float("inf"):
@@ -117,14 +121,14 @@ def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float)
 
 
 def check_batch_size(batch_size: int) -> None:
-    """InputError unless there are examples in a batch."""
+    """Raise InputError unless a batch holds examples."""
     if batch_size < 1:
         raise InputError(f"expected a batch size of at least 1, got {batch_size}")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration with its data and forget set at hand, and the device to compute on."""
+    """A configuration with its loaded data and forget set, and the device to compute on."""
 
     config: Config
     data: ImageData
@@ -133,11 +137,11 @@ class Run:
 
     @property
     def factory(self) -> Callable[[], nn.Module]:
-        """Builds the run's network anew, on the CPU."""
+        """A function that returns a newly initialized network on the CPU."""
         return factory(self.config.model, self.data.num_classes, self.data.channels, self.data.image_size)
 
     def with_config(self, **changes: Any) -> Run:
-        """The run with a changed configuration, on the same data. InputError for values that no run can have."""
+        """The run with a changed configuration and the same data. InputError for values that no run can have."""
         config = replace(self.config, **changes)
         config.check()
         return replace(self, config=config)
@@ -148,7 +152,7 @@ class Run:
         return model.to(self.device).to(memory_format=layout)
 
     def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
-        """Batches of training examples, with the labels the run trains with."""
+        """Batches of training examples, with the labels that the run trains with."""
         options: dict[str, Any] = {"batch_size": batch_size, "indices": indices, "shuffle": shuffle, "seed": seed}
         return self._batches(self._train_images, self.forget.targets, **options)
 
@@ -161,7 +165,7 @@ class Run:
         return resident(self.data.test_images, self.device)
 
     def _batches(self, images: Tensor, targets: Tensor, **options: Any) -> Batches:
-        """Batches of images, taken one ahead where they come from a file or are not on the device."""
+        """Batches of images, read one ahead where the images are in a file or not on the device."""
         ahead = images.device.type != self.device.type or images.nbytes > IN_MEMORY
         return Batches(images, targets, self.data.mean, self.data.std, ahead=ahead, **options)
 
@@ -172,7 +176,7 @@ class Run:
         return evaluate(model, sets["forget"], sets["retain"], sets["test"], seed=chosen)
 
     def sets(self) -> dict[str, Batches]:
-        """The batches of the forget, retain and test sets, in order, to be measured on."""
+        """The batches of the forget, retain and test sets, in order, for measurements."""
         return {
             "forget": self.batches(self.forget.indices, EVALUATION_BATCH),
             "retain": self.batches(self.forget.retain, EVALUATION_BATCH),
@@ -196,30 +200,58 @@ class Run:
         }
 
 
+@contextmanager
+def output_directory(path: Path) -> Iterator[None]:
+    """Make the directory before the work inside the context, and remove it if the work is refused (InputError).
+
+    So a directory that cannot be written is refused before hours of work, and a step leaves its own checks to the
+    library. A directory that was there before, or is not empty, stays.
+    """
+    missing = [each for each in (path, *path.parents) if not os.path.exists(each)]
+    make_output_dir(path)
+    try:
+        yield
+    except InputError:
+        for made in missing:  # the innermost first
+            if not any(made.iterdir()):
+                made.rmdir()
+        raise
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the clone that delfast runs from, with "-dirty" if files differ from it; None outside a clone."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 LoadData = Callable[[str, str | None, int | None, int | None, int | None], ImageData]
 
 
 def check_own_directory(output_dir: Path, *inputs: Path) -> None:
-    """InputError if writing to ``output_dir`` would overwrite one of the inputs."""
+    """Raise InputError if writing to ``output_dir`` would overwrite one of the inputs."""
     if os.path.realpath(output_dir) in map(os.path.realpath, inputs):
         raise InputError(f"the output directory '{output_dir}' holds the input itself; choose another --output-dir")
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` (CUDA if there is one, else the CPU), or a device by name. InputError if it cannot be used."""
+    """Return the device ``auto`` (CUDA if available, else the CPU) or one by name. InputError if it cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).item()  # "meta" holds no values
+        torch.zeros(1, device=device).item()  # fails on "meta", which holds no values
     except (RuntimeError, AssertionError):  # torch without CUDA asserts
         raise InputError(f"expected a device auto, cpu or cuda that this machine has, got '{name}'") from None
-    torch.backends.cudnn.deterministic = True  # the same seed is to give the same weights on CUDA too
+    torch.backends.cudnn.deterministic = True  # so that a seed gives the same weights on CUDA too
     return device
 
 
 def load_data(
     source: str, data_dir: str | None, image_size: int | None, train: int | None, test: int | None
 ) -> ImageData:
-    """The images of ``--data source``, no more of them than ``train`` and ``test``."""
+    """Load the images of ``--data source``, at most ``train`` and ``test`` of them."""
     return load(source, Path(data_dir) if data_dir else None, image_size, train, test)
 
 
@@ -228,7 +260,7 @@ def _data(config: Config, load_data: LoadData = load_data) -> ImageData:
 
 
 def start(config: Config, device: torch.device, load_data: LoadData = load_data) -> Run:
-    """Check a configuration, load its data and choose its forget set. Nothing is written."""
+    """Check a configuration, load its data and choose its forget set; write nothing."""
     config.check()
     data = _data(config, load_data)
     check_model(config.model, data.image_size)
@@ -237,7 +269,7 @@ def start(config: Config, device: torch.device, load_data: LoadData = load_data)
 
 
 def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
-    """Open a run directory: its configuration, data and forget set, checked against the digests of its summary."""
+    """Read a run directory and load its data; check both against the digests of its summary."""
     summary = read_summary(path)
     kinds = kinds_of(Config)
     stored = {name: value for name, value in summary["config"].items() if name in kinds}
@@ -254,20 +286,20 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
         raise InputError(f"the data '{config.data}' are not those that '{path}' was made with; restore them")
     forget = ForgetSet.load(path / FORGET, data.train_targets)
     if forget.digest != summary["digests"]["forget"]:
-        raise InputError(f"'{path / FORGET}' is not the forget set that '{SUMMARY}' beside it tells of; restore it")
+        raise InputError(f"'{path / FORGET}' is not the forget set of the '{SUMMARY}' beside it; restore it")
     if not 0 <= forget.targets.min() <= forget.targets.max() < data.num_classes:
         raise InputError(f"'{path / FORGET}' has labels of classes that '{config.data}' does not have; train again")
     return Run(config, data, forget, device)
 
 
 def load_model(run: Run, path: Path) -> nn.Module:
-    """The network that ``path`` keeps, on the run's device.
+    """Load the network of the run directory ``path`` to the run's device.
 
     InputError if it is damaged, of another architecture, or of other data or another forget set than the run's.
     """
     state, digests = load_state(path / MODEL), read_summary(path)["digests"]
     if digest_state(state) != digests["model"]:
-        raise InputError(f"'{path / MODEL}' is not the network that '{SUMMARY}' beside it tells of; make it anew")
+        raise InputError(f"'{path / MODEL}' is not the network of the '{SUMMARY}' beside it; make it again")
     model = run.factory()
     try:
         model.load_state_dict(state)
@@ -281,13 +313,17 @@ def load_model(run: Run, path: Path) -> nn.Module:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The summary of a run directory; InputError if ``path`` is none."""
+    """Read the summary of a run directory; InputError if ``path`` is no run directory."""
     if not (path / SUMMARY).is_file():
         raise InputError(f"expected a run directory at '{path}', it holds no {SUMMARY}; make one with `delfast train`")
-    summary = read_json(path / SUMMARY)
+    return check_summary(read_json(path / SUMMARY), path)
+
+
+def check_summary(summary: Any, path: Path) -> dict[str, Any]:
+    """Return the summary of the run directory ``path``; InputError if it is not of a network, or damaged."""
     if not isinstance(summary, dict) or not {"config", "digests", "metrics"} <= summary.keys():
         raise InputError(
-            f"'{path}' is no run directory: its {SUMMARY} tells of no network; give one of `delfast train`"
+            f"'{path}' is no run directory: its {SUMMARY} describes no network; pass one of `delfast train`"
         )
     check_record(summary, NETWORK, f"'{path / SUMMARY}'", "; restore the file, or train again")
     return summary

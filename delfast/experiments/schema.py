@@ -1,4 +1,4 @@
-"""Whether values that were read from files have the form they are used in: tables of a grid, records of results."""
+"""Check the form of values that were read from files: the tables of a grid and the records of results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from delfast.errors import InputError
 
 Kind = Any
-"""A type (str, int, float, bool, dict), ``Number``, ``Each``, [kind]: a list of such, (kind, None): one or null."""
+"""A type (str, int, float, bool, dict), ``Number``, ``Each``, [kind] for a list, or (kind, None) for a kind or null."""
 
 NAMES: dict[Any, str] = {
     str: "a text", float: "a number", int: "a whole number", bool: "true or false", dict: "a table"
@@ -30,13 +30,13 @@ class Number:
 
 @dataclass(frozen=True)
 class Each:
-    """A table with any names, every value of this kind."""
+    """A table with any names, whose values are all of one kind."""
 
     kind: Kind
 
 
 def check_table(table: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
-    """InputError for an unknown key, and for a value of another kind; a whole number will do for a float."""
+    """Raise InputError for an unknown key and for a value of another kind; a whole number counts as a float."""
     unknown = sorted(table.keys() - kinds.keys())
     if unknown:
         raise InputError(f"{where} has the unknown key {shown(unknown[0])}; expected {', '.join(kinds)}")
@@ -45,8 +45,9 @@ def check_table(table: Mapping[str, Any], kinds: Mapping[str, Kind], where: str)
 
 
 def check_record(record: Any, kinds: Mapping[str, Kind], where: str, advice: str) -> None:
-    """InputError for a key that is missing (except those that end with "?") and for a value of another kind. Other keys
-    may be there. ``advice``: what to do, the end of the message.
+    """Raise InputError for a missing key and for a value of another kind.
+
+    A key that ends with "?" may be missing, and other keys are ignored. ``advice`` ends the message.
     """
     _check(record, dict, where, advice)
     for name, kind in kinds.items():
@@ -61,7 +62,7 @@ def check_record(record: Any, kinds: Mapping[str, Kind], where: str, advice: str
 
 
 def kinds_of(*classes: Any) -> dict[str, Kind]:
-    """Kinds of the fields of dataclasses."""
+    """Return the kind of each field of the dataclasses."""
     return {field.name: _kind(field.type) for each in classes for field in fields(each)}
 
 
@@ -71,7 +72,7 @@ def _kind(annotation: Any) -> Kind:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, however long or deep it is."""
+    """The value for a message, shortened if it is long or deep."""
     return _SHORT.repr(value)
 
 

@@ -1,8 +1,7 @@
 """Time the stages of an unlearning job on one batch, in this process.
 
-``python -m delfast.experiments.stages``, for ``delfast bench``.
-
-A process of its own for each variant, since the backend is chosen when delfast is imported.
+``delfast bench`` runs ``python -m delfast.experiments.stages`` in a process for each variant, because a process chooses
+its backend once.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CLASSES, CHANNELS, IMAGE_SIZE = 10, 3, 32  # of a preset's random images
 
 @dataclass(frozen=True)
 class Request:
-    """What to time. ``run_dir``: the user's network and data; None: the preset ``model`` on random images."""
+    """The settings of a measurement. Without ``run_dir``, the network ``model`` on random images is timed."""
 
     run_dir: str | None
     data_dir: str | None
@@ -49,8 +48,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A network, the batches that it is trained on, and how to initialize it."""
+class Workload:
+    """A network, the batches of its training set, and a function that initializes it."""
 
     model: nn.Module
     batches: Batches
@@ -60,15 +59,15 @@ class Job:
 def measure(request: Request) -> dict[str, float]:
     """Median seconds of each stage on one batch:
 
-    load: take a batch. forward, backward: of the loss, in training mode; the backward pass without the weights'
-    gradients. weight gradient: what those add to it, and "compact weight gradient", what they add within the mask.
-    step: MaskedSGD, compact. score: the forget set's gradient and every channel's score; select, reset. evaluate: the
-    forward pass in eval mode.
+    load: read a batch. forward, backward: of the loss, in training mode; the backward pass without weight gradients.
+    weight gradient: the time that weight gradients add to the backward pass; "compact weight gradient": the same within
+    the mask. step: MaskedSGD, compact. score: the forget set's gradient and every channel's score. select, reset.
+    evaluate: the forward pass in eval mode.
     """
     torch.set_num_threads(request.threads)
     device = choose_device(request.device)
-    job = _job(request, device)
-    model, batch = job.model, next(iter(job.batches))
+    work = _workload(request, device)
+    model, batch = work.model, next(iter(work.batches))
     inputs = batch[1].to(device, memory_format=_layout(request)).requires_grad_()
     targets = batch[2].to(device)
     timed = _Timer(device, request.repeats)
@@ -94,7 +93,7 @@ def measure(request: Request) -> dict[str, float]:
         with torch.inference_mode():
             forward()
 
-    found = {"load": timed(lambda: next(iter(job.batches)))}
+    found = {"load": timed(lambda: next(iter(work.batches)))}
     found["score"], scores = timed(score), score()
     mask = scores.select(request.budget)
     found["select"] = timed(lambda: scores.select(request.budget))
@@ -118,7 +117,7 @@ def measure(request: Request) -> dict[str, float]:
 
 
 class _Timer:
-    """Median seconds of calls, each to its end on the device; the first is not counted."""
+    """Median seconds of calls, each until the device has finished; the first call is not counted."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -134,7 +133,7 @@ class _Timer:
         return self.all(lambda: self.once(call))
 
     def all(self, timed_call: Callable[[], float]) -> float:
-        """Of a call that times itself."""
+        """Median seconds of a call that returns its own time."""
         timed_call()
         return statistics.median(timed_call() for _ in range(self.repeats))
 
@@ -147,12 +146,12 @@ def _layout(request: Request) -> torch.memory_format:
     return torch.channels_last if request.channels_last else torch.contiguous_format
 
 
-def _job(request: Request, device: torch.device) -> Job:
+def _workload(request: Request, device: torch.device) -> Workload:
     if request.run_dir is not None:
         run = open_run(Path(request.run_dir), device, None if request.data_dir is None else Path(request.data_dir))
         run = run.with_config(precision=request.precision, channels_last=request.channels_last)
         model = load_model(run, Path(request.run_dir))
-        return Job(model, run.batches(run.forget.retain, request.batch_size), run.factory)
+        return Workload(model, run.batches(run.forget.retain, request.batch_size), run.factory)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (request.batch_size, CHANNELS, IMAGE_SIZE, IMAGE_SIZE), generator=generator)
     targets = torch.randint(0, CLASSES, (request.batch_size,), generator=generator)
@@ -160,11 +159,11 @@ def _job(request: Request, device: torch.device) -> Job:
     with seeded(0):
         model = init().to(device).to(memory_format=_layout(request))
     half = torch.full((CHANNELS,), 0.5)
-    return Job(model, Batches(images.to(torch.uint8), targets, half, half, batch_size=request.batch_size), init)
+    return Workload(model, Batches(images.to(torch.uint8), targets, half, half, batch_size=request.batch_size), init)
 
 
 def as_arguments(request: Request) -> list[str]:
-    """The command, after the interpreter's name, that measures it and prints JSON."""
+    """The arguments of the Python interpreter that measure ``request`` and print JSON."""
     return ["-m", "delfast.experiments.stages", json.dumps(asdict(request))]
 
 

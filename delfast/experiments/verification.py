@@ -1,4 +1,4 @@
-"""Which entries of a network changed, bit by bit, and which of them lie outside a mask."""
+"""Compare two states of a network bit by bit, and count the changes outside a mask."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from delfast.mask import Mask
 from delfast.naming import plain_name
 
 COLUMNS = ("name", "entries", "in the mask", "changed", "changed outside")
-# A state file does not tell buffers from parameters; these are the ones that training moves, of every torch
-# norm layer
+# A state file does not distinguish buffers from parameters; these buffers of torch's norm layers change in training
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One tensor: its entries, those that may change, those that changed, those that changed though they may not."""
+    """One tensor: the numbers of its entries, of those in the mask, that changed, and that changed outside the mask."""
 
     name: str
     entries: int
@@ -43,19 +42,19 @@ class ComparedRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Parameters and, apart, buffers, in the order of the state file."""
+    """Rows of parameters and rows of buffers, each in the order of the state file."""
 
     parameters: list[ComparedRow]
     buffers: list[ComparedRow]
 
     @property
     def changed(self) -> int:
-        """Entries of parameters that changed."""
+        """Number of entries of parameters that changed."""
         return sum(row.changed for row in self.parameters)
 
     @property
     def outside(self) -> int:
-        """Entries of parameters that changed outside the mask."""
+        """Number of entries of parameters that changed outside the mask."""
         return sum(row.outside for row in self.parameters)
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,12 +63,12 @@ class Comparison:
 
 
 def load_network(path: Path) -> dict[str, Tensor]:
-    """The state of a run directory or of a state file."""
+    """Load the state of a run directory or of a state file."""
     return load_state(path / MODEL if path.is_dir() else path)
 
 
 def load_mask(path: Path) -> Mask:
-    """A saved mask or, in any file but .safetensors, a dense one (name -> 0/1 tensor) as SalUn writes."""
+    """Load a .safetensors mask, or a dense mask (name -> 0/1 tensor), as SalUn writes it, from any other file."""
     if path.suffix == ".safetensors":
         return Mask.load(path)
     return Mask.from_dense(load_state(path))
@@ -83,12 +82,12 @@ def compare(
     heads: Sequence[str] = (),
     buffers: Sequence[str] = (),
 ) -> Comparison:
-    """Compare two states bit by bit (so that NaN equals itself, and 0 is not -0).
+    """Compare two states bit by bit, so that NaN equals itself and 0 differs from -0.
 
-    ``heads``: modules or parameters that may change in full; ``buffers``: entries not to be counted, besides
-    BatchNorm's statistics. A tied parameter is stored under several names and masked under one: an entry that
-    equals a masked one in both states is judged by that one's mask. Raises InputError where the states, or
-    the mask and the states, are of different networks, and for a head or buffer that is not there.
+    ``heads``: modules or parameters that may change in full. ``buffers``: entries that are not counted, besides
+    BatchNorm's statistics. A tied parameter is stored under several names and masked under one name; a tensor that
+    equals a masked tensor in both states has the same mask. Raises InputError if the states, or the mask and the
+    states, are of different networks, and for a head or buffer that does not exist.
     """
     before, after = _plain_names(before), _plain_names(after)
     allowed = {plain_name(name): dense.cpu() for name, dense in mask.to_dense().items()}
@@ -102,7 +101,7 @@ def compare(
         changed = bits(old) != bits(after[name])
         may = allowed.get(name)
         if may is None:
-            may = _mask_of_twin(name, before, after, allowed)
+            may = _mask_of_tied(name, before, after, allowed)
         if any(_within(name, head) for head in heads):
             may = torch.ones_like(may)
         row = ComparedRow(name, old.numel(), int(may.sum()), int(changed.sum()), int((changed & ~may).sum()))
@@ -121,12 +120,12 @@ def _within(name: str, wanted: str) -> bool:
     return name == wanted or name.startswith(f"{wanted}.")
 
 
-def _mask_of_twin(
+def _mask_of_tied(
     name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], allowed: Mapping[str, Tensor]
 ) -> Tensor:
-    for twin, may in allowed.items():
-        same = before[twin].shape == before[name].shape and before[twin].dtype == before[name].dtype
-        if same and all(torch.equal(bits(state[twin]), bits(state[name])) for state in (before, after)):
+    for masked, may in allowed.items():
+        same = before[masked].shape == before[name].shape and before[masked].dtype == before[name].dtype
+        if same and all(torch.equal(bits(state[masked]), bits(state[name])) for state in (before, after)):
             return may
     return torch.zeros(before[name].shape, dtype=torch.bool)
 

@@ -131,14 +131,14 @@ def test_localize_keeps_to_its_budget_and_options(workspace, tmp_path):
     assert mask.metadata["digests"] == {
         name: read(workspace / "run" / "summary.json")["digests"][name] for name in ("model", "data", "forget")
     }
-    options = ["--budget", 0.1, "--granularity", "param", "--criterion", "weighted_grad"]
-    run("localize", workspace / "run", *options, "--output-dir", tmp_path)
-    narrow = Mask.load(tmp_path / "mask.safetensors")
+    run("localize", workspace / "run", "--budget", 0.1, "--granularity", "param", "--output-dir", tmp_path / "param")
+    narrow = Mask.load(tmp_path / "param" / "mask.safetensors")
     assert narrow.selected == int(0.1 * narrow.total) and narrow.metadata["examples"] == 144
-    options = ["--strategy", "weighted-grad-all", "--output-dir", tmp_path / "all"]
-    run("localize", workspace / "run", *options)
+    options = ["--budget", 0.1, "--strategy", "weighted-grad-all"]
+    run("localize", workspace / "run", *options, "--output-dir", tmp_path / "all")
     metadata = Mask.load(tmp_path / "all" / "mask.safetensors").metadata
     assert (metadata["strategy"], metadata["examples"]) == ("weighted-grad-all", 1437)
+    assert read(tmp_path / "all" / "summary.json")["options"]["strategy"] == "weighted-grad-all"
     run("localize", workspace / "run", "--budget", 0.1, "--criterion", "critmem", "--output-dir", tmp_path / "critmem")
     critical = Mask.load(tmp_path / "critmem" / "mask.safetensors")
     assert critical.metadata["criterion"] == "critmem" and 0 < critical.fraction <= 0.1
@@ -236,14 +236,6 @@ def test_doctor_says_what_runs(capsys):
     assert f"{found['facts']['reason']}"[:20] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "command", ["", "train", "oracle", "localize", "unlearn", "evaluate", "verify", "doctor", "demo"]
-)
-def test_every_command_has_help(command, capsys):
-    run(*command.split(), "--help")
-    assert "Usage" in capsys.readouterr().out
-
-
 # --- bad input: exit code 2, one line, nothing written --------------------------------------------
 
 
@@ -337,7 +329,7 @@ def test_unlearn_refuses(workspace, tmp_path, capsys):
 def test_missing_and_damaged_runs_are_refused(workspace, tmp_path, capsys):
     out = ["--output-dir", tmp_path / "out"]
     assert "expected a run directory" in refused(capsys, "oracle", tmp_path / "nowhere", *out)
-    assert "tells of no network" in refused(capsys, "localize", workspace / "mask", *out)
+    assert "describes no network" in refused(capsys, "localize", workspace / "mask", *out)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for name in ("summary.json", "forget.json"):

@@ -166,7 +166,7 @@ COMMANDS: dict[str, list[str]] = {
     "demo": ["demo"],
 }
 FIRST = {  # what each calls of its own
-    **dict.fromkeys(("train", "demo"), "delfast.experiments.pipeline.make_output_dir"),
+    **dict.fromkeys(("train", "demo"), "delfast.experiments.pipeline.output_directory"),
     **dict.fromkeys(("oracle", "localize", "unlearn", "evaluate", "bench"), "delfast.experiments.run.read_summary"),
     "verify": "delfast.experiments.verification.load_network",
     "compare": "delfast.experiments.grid.read_grid",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from delfast.experiments.grid.definition import read_grid
 from delfast.experiments.grid.figures import STYLES, _bars
 from delfast.experiments.grid.summary import _times, mean
 from delfast.experiments.reports import markdown_table
-from delfast.experiments.run import load_model, read_summary
+from delfast.experiments.run import commit, load_model, read_summary
 from delfast.localization import STRATEGIES
 from delfast.unlearning import METHODS
 from tests import ROOT, cases
@@ -127,7 +128,7 @@ def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
         (HEAD + "[[compare]]\nbudgets = [0.0]", "budget in (0, 1]"),
         (HEAD + "[[compare]]\nsettings = ['other']", "names the setting 'other', there is non-iid"),
         (HEAD + "[[compare]]\nmethod = ['del']", "unknown key 'method'"),
-        (HEAD + "[[compare]]\nstrategies = ['everything']", "asks for 'del' without a mask"),
+        (HEAD + "[[compare]]\nstrategies = ['everything']", "lists 'del' without a mask"),
         (HEAD + "[[compare]]\nmethods = ['retrain']", "pairs 'retrain' with 'del'"),
         (HEAD + "[methods.magic]\nlr = 1.0\n[[compare]]", "expected [methods.NAME] to name one of"),
         (
@@ -158,7 +159,7 @@ def test_a_variant_of_a_method_stands_beside_it(tmp_path: Path) -> None:
         (HEAD.replace("[0, 1]", "[]") + "[[compare]]", "to be a list, each a whole number, got []"),
         (HEAD + "[methods.del]\nlr = 'low'\n[[compare]]", "expected lr of [methods.del] to be a number, got 'low'"),
         (HEAD.replace("forget =", "forgets =") + "[[compare]]", "unknown key 'forgets'"),
-        (HEAD.replace('forget = "non-iid:2,5"', "epochs = 2") + "[[compare]]", "to say forget ="),
+        (HEAD.replace('forget = "non-iid:2,5"', "epochs = 2") + "[[compare]]", "to have forget ="),
         (HEAD.replace("epochs = 1\nlr", "epochs = 0\nlr") + "[[compare]]", "at least 1 epoch"),
     ],
 )
@@ -271,7 +272,7 @@ def test_what_is_not_the_cells_fault_ends_the_run(finished: Path, tmp_path: Path
     (network,) = (out / "networks").glob("non-iid-1-original-*")
     state = (network / "model.safetensors").read_bytes()
     (network / "model.safetensors").write_bytes(state[:-4] + b"\0\0\0\1")
-    assert main(arguments) == 2 and "is not the network that" in capsys.readouterr().err.splitlines()[-1]
+    assert main(arguments) == 2 and "is not the network of" in capsys.readouterr().err.splitlines()[-1]
     assert not missing.exists()  # it is no cell that failed
 
 
@@ -282,7 +283,7 @@ def test_a_cell_measured_with_another_oracle_is_refused(finished: Path, tmp_path
     shutil.copyfile(oracles[0] / "summary.json", oracles[1] / "summary.json")
     assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(out), "--report-only"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "was not measured with the oracle that is there; delete it to run it anew" in error
+    assert "was not measured with the oracle that is there; delete it to run it again" in error
 
 
 def replaced_everywhere(directory: Path, old: str, new: str) -> None:
@@ -302,7 +303,7 @@ def test_a_network_that_comes_out_another_does_not_replace_the_old_one(
     (network / "model.safetensors").unlink()
     kept = {path.name: path.read_bytes() for path in network.iterdir()}
     assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(out), "--workers", "1"]) == 2
-    assert "trained anew, to be the network it was, it is not" in capsys.readouterr().err.splitlines()[-1]
+    assert "trained again, to be the network it was, it is not" in capsys.readouterr().err.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in network.iterdir()} == kept and not missing.exists()
 
 
@@ -373,9 +374,72 @@ def test_the_kept_results_give_the_report_that_is_kept(tmp_path: Path, monkeypat
         assert (tmp_path / "out" / name).read_text(encoding="utf-8") == (kept / name).read_text(encoding="utf-8")
 
 
+def packed(finished: Path, target: Path) -> Path:
+    """The results of the finished grid, packed by a report."""
+    command = ["compare", str(finished / "grid.toml"), "--output-dir", str(finished / "out"), "--report-only"]
+    assert main([*command, "--pack", str(target)]) == 0
+    return target
+
+
+def test_packed_results_give_the_same_report(finished: Path, tmp_path: Path) -> None:
+    kept = packed(finished, tmp_path / "kept")
+    expected = {name: (kept / name).read_bytes() for name in (RESULTS, MARKDOWN)}
+    assert expected == {name: (finished / "out" / name).read_bytes() for name in expected}
+    names = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
+    figures = {f"figures/{path.name}" for path in (finished / "out" / "figures").iterdir()}
+    assert names == {*expected, *figures, "cells.jsonl", "networks.jsonl"}
+    for name in expected:
+        (kept / name).unlink()
+    assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(kept), "--report-only"]) == 0
+    assert expected == {name: (kept / name).read_bytes() for name in expected}
+    assert not (kept / "cells").exists() and not (kept / "networks").exists()
+
+
+def test_a_run_continues_from_packed_results(finished: Path, tmp_path: Path) -> None:
+    kept = packed(finished, tmp_path / "kept")
+    run(finished / "grid.toml", kept)
+    assert measured(kept) == measured(finished / "out")
+    files = [path.relative_to(kept) for path in [*kept.glob("cells/*"), *kept.glob("networks/*/*")]]
+    assert len(files) == 22 + 2 * 4  # nothing was trained: no network has model.safetensors
+    assert all((kept / path).read_bytes() == (finished / "out" / path).read_bytes() for path in files)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[1]", "expected line 1 of .* to be a table with a 'key'; restore the file"),
+        ('{"cell": {}}', "to be a table with a 'key'"),
+        ('{"key": "../x", "cell": {}}', "to be a table with a 'key'"),
+        ("{", "cells.jsonl' as JSON"),
+    ],
+)
+def test_damaged_packed_results_are_refused(
+    line: str, message: str, finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "cells.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    assert main(["compare", str(finished / "grid.toml"), "--output-dir", str(tmp_path), "--report-only"]) == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
+
+
+def test_rows_have_the_versions_and_the_machine_that_computed_them(finished: Path) -> None:
+    summary = read_summary(next((finished / "out" / "networks").glob("*-oracle-*")))
+    backend = summary["provenance"]["backend"]
+    expected = {"delfast": backend["delfast"], "torch": torch.__version__, "commit": commit() or ""}
+    expected |= {"platform": summary["provenance"]["platform"], "kernels": backend["isa"] or ""}
+    for row in measured(finished / "out"):
+        assert expected.items() <= row.items() and int(row["threads"]) >= 1
+
+
+def test_the_keys_of_cells_are_those_of_files_that_exist(tmp_path: Path) -> None:
+    text = HEAD + '[[compare]]\nstrategies = ["del", "weighted-grad-all"]\nbudgets = [0.1]\n'
+    keys = [cell.key for cell in read_grid(write(tmp_path, text)).cells if cell.config.seed == 0]
+    assert keys == ["non-iid-0-del-del-0.1-9251bec2eb", "non-iid-0-del-weighted-grad-all-0.1-ce4d677465"]
+
+
 def test_times_are_compared_where_the_machine_is_the_same() -> None:
     backend = {"threads": 1, "isa": "avx2", "cuda": "not built"}
-    origin = {"device": "cpu", "platform": "P", "torch": "2", "backend": backend}
+    origin = {"device": "cpu", "platform": "P", "torch": "2", "delfast": "0", "backend": backend}
     oracle = {"seconds": {"train": 4.0}, "provenance": origin}
 
     def row(**changes: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_every_convolution_is_initialized_as_torchvisions(name):
             assert abs(module.weight.std().item() - expected) < spread
 
 
-def test_factory_builds_anew_from_the_global_seed():
+def test_factory_builds_a_new_network_from_the_global_seed():
     make = factory("resnet18-thin", 10, 1, 8)
     first, second = (make(), make())
     assert not torch.equal(first.conv1.weight, second.conv1.weight)

@@ -28,8 +28,9 @@ from delfast.evaluation import Metrics
 from delfast.experiments import run as runs
 from delfast.experiments.datasets import load
 from delfast.experiments.grid import HTML, MARKDOWN, RESULTS
-from delfast.experiments.grid.cells import ATTACKS, MEMBERSHIP, _described, cell_path, network_path
+from delfast.experiments.grid.cells import ATTACKS, _described
 from delfast.experiments.grid.definition import MAX_CELLS, read_grid
+from delfast.experiments.grid.records import MEMBERSHIP, cell_path, network_path
 from delfast.experiments.pipeline import Trained, _write_run
 from delfast.experiments.progress import log
 from delfast.experiments.reports import markdown_table, markdown_text, terminal_table
@@ -348,11 +349,11 @@ def everything_below(root: Path) -> set[Path]:
     return {path for path in root.rglob("*") if path.is_file()}
 
 
-def report_is_made_or_refused(finished: Finished, path: Path, content: Any) -> None:
+def report_is_made_or_refused(finished: Finished, path: Path, text: str) -> None:
     root = finished.path.parents[2]
     before, there = path.read_text(encoding="utf-8"), everything_below(root)
     try:
-        path.write_text(json.dumps(content), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         errors = io.StringIO()
         with redirect_stderr(errors), redirect_stdout(io.StringIO()):
             code = finished.report()
@@ -375,7 +376,7 @@ def report_is_made_or_refused(finished: Finished, path: Path, content: Any) -> N
 def test_every_mutation_of_results_is_reported_or_refused(finished: Finished, data: Any) -> None:
     path = data.draw(st.sampled_from(finished.records()))
     content = data.draw(mutated(json.loads(path.read_text(encoding="utf-8"))))
-    report_is_made_or_refused(finished, path, content)
+    report_is_made_or_refused(finished, path, json.dumps(content))
 
 
 @pytest.mark.slow
@@ -384,7 +385,23 @@ def test_every_mutation_of_results_is_reported_or_refused(finished: Finished, da
 def test_every_mutation_of_results_is_reported_or_refused_long(finished: Finished, data: Any) -> None:
     path = data.draw(st.sampled_from(finished.records()))
     content = data.draw(mutated(json.loads(path.read_text(encoding="utf-8"))))
-    report_is_made_or_refused(finished, path, content)
+    report_is_made_or_refused(finished, path, json.dumps(content))
+
+
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_every_mutation_of_packed_results_is_reported_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    own = Finished(tmp_path_factory.mktemp("packed") / "a" / "b", NO_FIGURES)
+    kept = own.out.with_name("kept")
+    assert main(["compare", str(own.path), "--output-dir", str(own.out), "--report-only", "--pack", str(kept)]) == 0
+    own.out = kept
+    path = kept / data.draw(st.sampled_from(["cells.jsonl", "networks.jsonl"]))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    position = data.draw(st.integers(0, len(lines) - 1))
+    lines[position] = json.dumps(data.draw(mutated(json.loads(lines[position]))))
+    report_is_made_or_refused(own, path, "\n".join(lines))
 
 
 @pytest.mark.parametrize(

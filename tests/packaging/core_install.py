@@ -52,8 +52,8 @@ SHADOWS = torch.randn(4, 6)
 STATE = MODEL.state_dict()
 HOME = Path(mkdtemp())
 SETS: Any = {"forget": BATCHES[:1], "retain": BATCHES[1:] * 6}
-EVALUATE: Any = sys.modules["delfast.evaluation"]
-UNLEARN: Any = sys.modules["delfast.unlearning"]
+EVALUATE: Any = importlib.import_module("delfast.evaluation")
+UNLEARN: Any = importlib.import_module("delfast.unlearning")
 METRICS = delfast.evaluate(MODEL, **SETS, test=BATCHES, mia=False)
 
 
@@ -202,10 +202,7 @@ MORE: dict[str, Call] = {
         lambda: importlib.import_module("delfast.experiments.networks"),
         "torchvision",
     ),
-    "import delfast.experiments.reports": (
-        lambda: importlib.import_module("delfast.experiments.reports"),
-        "matplotlib",
-    ),
+    "import delfast.experiments.reports": (lambda: importlib.import_module("delfast.experiments.reports"), "rich"),
 }
 
 

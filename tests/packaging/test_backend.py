@@ -137,6 +137,7 @@ class Block:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 import delfast, torch
+from delfast import *
 delfast.localize(torch.nn.Linear(8, 4), [(torch.randn(3, 8), torch.tensor([0, 1, 2]))], budget=0.6)
 """
     result = python(code)

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on the seed and the epoch alone."""
+"""Batches in an order that depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ T = TypeVar("T")
 
 
 class Batches:
-    """Re-iterable batches ``(index, input, target)`` of images held in memory. Every example once, none
-    dropped.
+    """Re-iterable batches ``(index, input, target)`` of images in memory. Every example occurs once; none is dropped.
 
-    ``index`` (B,) int64 are positions in ``images``, ``input`` (B, C, H, W) float32 is (image / 255 - mean) /
-    std, ``target`` (B,) int64. With ``shuffle`` the order is a function of (seed, epoch) and of nothing else,
-    so a job that resumes at epoch e by ``set_epoch(e)`` sees the batches it would have seen.
+    ``index`` (B,) int64 are positions in ``images``, ``input`` (B, C, H, W) float32 is (image / 255 - mean) / std,
+    ``target`` (B,) int64. With ``shuffle`` the order is a function of (seed, epoch) only, so a job that resumes at
+    epoch e by ``set_epoch(e)`` reads the same batches.
 
     images: (N, C, H, W) uint8; targets: (N,) int64; mean, std: (C,) float32, of the images divided by 255;
-    indices: the positions to run over (all of them by default). Batches are on the images' device, but for their index:
-    see ``resident``. ahead: take the next batch, in a thread, while the last is computed with.
+    indices: the positions to iterate over (default: all). ``input`` and ``target`` are on the device of ``images`` (see
+    ``resident``), ``index`` is on the CPU. ahead: read the next batch in a thread while the current batch is in use.
     """
 
-    draws_globally = False  # no pass moves a generator of the process
+    draws_globally = False  # iterating draws from no generator of the process
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class Batches:
         self._mean, self._std = (values.view(-1, 1, 1).to(images.device) for values in (mean, std))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next pass takes; without ``shuffle`` it changes nothing."""
+        """Choose the epoch whose order the next pass has; without ``shuffle`` this has no effect."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -62,25 +61,25 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = self._order()
-        batches = (self.take(order[begin : begin + self.batch_size]) for begin in range(0, len(order), self.batch_size))
+        batches = (self.read(order[begin : begin + self.batch_size]) for begin in range(0, len(order), self.batch_size))
         return one_ahead(batches) if self.ahead else batches
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One batch, of these positions in ``images``."""
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read one batch, of these positions in ``images``."""
         where = index.to(self.images.device)
         return index, (self.images[where].to(torch.float32) / 255 - self._mean) / self._std, self.targets[where]
 
     def _order(self) -> Tensor:
         if not self.shuffle:
             return self.indices
-        # SeedSequence mixes the pair, so that (seed, epoch + 1) and (seed + 1, epoch) have nothing in common
+        # SeedSequence mixes the pair, so that (seed, epoch + 1) and (seed + 1, epoch) give unrelated orders
         mixed = int(numpy.random.SeedSequence((self.seed, self.epoch)).generate_state(1, numpy.uint64)[0])
         generator = torch.Generator().manual_seed(mixed)
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each taken in a thread while the one before it is in use."""
+    """Yield the items; read each in a thread while the item before it is in use."""
     end: Any = object()
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, end)
@@ -90,8 +89,9 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def resident(images: Tensor, device: torch.device) -> Tensor:
-    """The images on ``device`` if they take at most a quarter of its free memory, as bytes that are made floats there
-    batch by batch; else where they are.
+    """Move the images to ``device`` if they need at most a quarter of its free memory; else return them as they are.
+
+    They stay bytes; ``Batches`` converts each batch to floats on the device.
     """
     if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
         return images
@@ -108,5 +108,5 @@ class Examples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.batches.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        index, inputs, targets = self.batches.take(self.batches.indices[position : position + 1])
+        index, inputs, targets = self.batches.read(self.batches.indices[position : position + 1])
         return index[0], inputs[0], targets[0]

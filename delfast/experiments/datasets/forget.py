@@ -1,4 +1,4 @@
-"""Forget sets: which training examples are to be forgotten, and what labels the training set has."""
+"""Forget sets: the training examples to forget, and the labels of the training set."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from delfast.provenance import digest_indices
 
 log = logging.getLogger(__name__)
 
-MAX_DIGITS = 18  # of an index or a class: what is longer does not fit into 64 bits
+MAX_DIGITS = 18  # of an index or a class; a longer number may not fit into 64 bits
 
 
 @dataclass(frozen=True)
 class ForgetSet:
     """The examples to forget.
 
-    ``indices``: (n,) int64, sorted positions in the training set. ``targets``: (N,) int64, the labels the
-    whole training set is trained with: the given ones, except that ``mislabelled`` flips those at
-    ``indices``.
+    ``indices``: (n,) int64, sorted positions in the training set. ``targets``: (N,) int64, the labels that the network
+    is trained with: the given labels, except that ``mislabelled`` changes the labels at ``indices``.
     """
 
     spec: str
@@ -36,7 +35,7 @@ class ForgetSet:
 
     @property
     def retain(self) -> Tensor:
-        """(N - n,) int64: the sorted positions of the retain set."""
+        """The sorted positions of the retain set, (N - n,) int64."""
         keep = torch.ones(len(self.targets), dtype=torch.bool)
         keep[self.indices] = False
         return keep.nonzero().flatten()
@@ -63,7 +62,7 @@ class ForgetSet:
 
     @classmethod
     def load(cls, path: Path, targets: Tensor) -> ForgetSet:
-        """Read what ``save`` wrote; ``targets``: (N,) int64, the data set's own training labels."""
+        """Read the file of ``save``; ``targets``: (N,) int64, the data set's own training labels."""
         content = read_json(path)
         expected = {"spec": str, "ratio": float, "seed": int, "examples": int, "digest": str}
         try:
@@ -84,7 +83,7 @@ class ForgetSet:
         trained[indices] = labels
         loaded = cls(spec, ratio, seed, indices, trained)
         if loaded.digest != digest:
-            raise InputError(f"'{path}' was changed after it was written (its digest differs); train anew")
+            raise InputError(f"'{path}' was changed after it was written (its digest differs); train again")
         return loaded
 
 
@@ -96,7 +95,7 @@ def _positions(values: object) -> Tensor:
 
 
 def parse_forget(spec: str) -> tuple[str, tuple[int, ...]]:
-    """Split a forget spec into its kind and, for ``non-iid:2,5``, its classes. InputError if it is none."""
+    """Split a forget spec into its kind and, for ``non-iid:2,5``, its classes. InputError for any other text."""
     if spec in ("iid", "mislabelled") or spec.startswith("file:"):
         return spec.partition(":")[0], ()
     kind, _, classes = spec.partition(":")
@@ -115,10 +114,10 @@ def _is_class(text: str) -> bool:
 def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int) -> ForgetSet:
     """Choose the forget set: ``ratio`` of the training examples, by a generator of its own.
 
-    ``iid``: at random. ``non-iid:2,5``: at random among those classes, all of them (said in the log) if
-    ``ratio`` asks for more than they hold. ``mislabelled``: at random, and each label replaced by another
-    class, uniformly. ``file:PATH``: the indices listed in a text file (UTF-8, with or without a byte order mark),
-    separated by white space; no ``ratio``.
+    ``iid``: at random. ``non-iid:2,5``: at random among these classes; all their examples, with a line in the log, if
+    ``ratio`` exceeds their number. ``mislabelled``: at random, with each label replaced by another class, uniformly.
+    ``file:PATH``: the indices in a text file (UTF-8, with or without a byte order mark), separated by white space;
+    ``ratio`` has no effect.
 
     targets: (N,) int64 in [0, num_classes). Raises InputError for a ratio outside (0, 1], a class that does
     not exist, an empty forget set, and one that leaves no retain set.
@@ -155,7 +154,7 @@ def choose(spec: str, ratio: float, targets: Tensor, num_classes: int, seed: int
 
 
 def _listed(path: Path, examples: int) -> Tensor:
-    """The indices that a text file lists, sorted. InputError for what is none, out of range, or there twice."""
+    """The sorted indices of a text file. InputError for a word that is no index, out of range, or repeated."""
     try:
         words = read_text(path).split()
     except (OSError, ValueError) as error:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from delfast.errors import InputError
-from delfast.experiments.grid.cells import cell_path, check_networks, run_grid
+from delfast.experiments.grid.cells import check_networks, finished, run_grid
 from delfast.experiments.grid.definition import Grid, read_grid
-from delfast.experiments.grid.report import make_report
+from delfast.experiments.grid.records import cell_path, has_record, pack
+from delfast.experiments.grid.report import FIGURES, make_report
 from delfast.experiments.grid.summary import origins, rows_of, to_csv
-from delfast.experiments.run import choose_device
+from delfast.experiments.run import check_own_directory, choose_device
 from delfast.files import make_output_dir, write_json, write_text
 from delfast.provenance import provenance
 
@@ -28,26 +30,31 @@ def compare(
     watch: Callable[[str, int, int], None],
     data: str | None = None,
     report_only: bool = False,
+    pack_dir: Path | None = None,
 ) -> Grid:
-    """Run the grid of ``path``, or what of it ``output_dir`` does not hold yet, and write results and report there.
-    ``report_only``: run nothing, and report what is there; the grid returned has only those cells.
+    """Run the cells of a grid that ``output_dir`` does not hold, and write results and report to ``output_dir``.
 
-    workers: processes (default: CPUs / threads); ``threads`` of each. With one thread the results are bit-identical
-    from run to run. ``device``: "auto" (CUDA if there is one, else the CPU), or one by name. ``data``: where the data
-    come from, if not from where the grid says.
+    path: the grid, a TOML file. workers: number of processes (default: CPUs / threads), each of ``threads`` threads;
+    with one thread the results are bit-identical from run to run. device: "auto" (CUDA if there is one, else the CPU)
+    or a device's name. data: replaces the grid's data. report_only: run nothing and report the finished cells; the
+    grid that is returned has only these. pack_dir: a directory for a copy to keep in git: results.csv, report.md, the
+    figures, and the records packed into cells.jsonl and networks.jsonl.
 
     Raises InputError for a bad grid or device, or nothing to report, before anything is written.
     """
     choose_device(device)  # raises before anything is written
     whole = grid = read_grid(path, data)
     if report_only:
-        grid = replace(whole, cells=[cell for cell in whole.cells if cell_path(output_dir, cell).is_file()])
+        grid = replace(whole, cells=[cell for cell in whole.cells if has_record(cell_path(output_dir, cell))])
         if not grid.cells:
             raise InputError(f"expected '{output_dir}' to hold finished cells of '{path}', there is none; run it first")
         check_networks(output_dir, grid)
+    if pack_dir is not None:
+        check_own_directory(pack_dir, output_dir)
+        make_output_dir(pack_dir)
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
-    results = run_grid(grid, output_dir, count, threads, device, watch)
+    results = finished(output_dir, grid) if report_only else run_grid(grid, output_dir, count, threads, device, watch)
     rows = rows_of(grid, results, output_dir)
     some = "" if len(grid.cells) == len(whole.cells) else f" of {len(whole.cells)}"
     footer = f"{len(grid.cells)}{some} cells of {path.name}, by {origins(results)}."
@@ -58,6 +65,11 @@ def compare(
     write_text(output_dir / HTML, page)
     content = {"command": "compare", "title": grid.title, "rows": rows, "failed": failed, "provenance": provenance()}
     write_json(output_dir / SUMMARY, content)
+    if pack_dir is not None:
+        pack(grid, output_dir, pack_dir)
+        for name in (RESULTS, MARKDOWN):
+            shutil.copyfile(output_dir / name, pack_dir / name)
+        shutil.copytree(output_dir / FIGURES, pack_dir / FIGURES, dirs_exist_ok=True)
     return grid
 
 

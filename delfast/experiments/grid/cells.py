@@ -1,14 +1,13 @@
-"""Runs a grid: first the networks, then the cells, each in a worker process, each kept in a file of its own.
+"""Run a grid: first the networks, then the cells, each in a worker process and with a file of its own.
 
-What is in a file is never computed again, and is refused where the networks it was measured with are others now. A file
-is written whole or not at all, so that a run that is killed loses what was in progress and no more.
+A result that has a file is not computed again. It is refused where its networks have changed since. A file is written
+whole or not at all, so a run that is killed loses only what was in progress.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from delfast.errors import InputError
+from delfast.errors import InputError, one_line
 from delfast.evaluation import (
     Metrics,
     changed_fraction,
@@ -33,7 +32,18 @@ from delfast.evaluation import (
     u_lira_leave_one_out,
 )
 from delfast.experiments import pipeline
-from delfast.experiments.grid.definition import ORIGINAL, Cell, Grid, Trained
+from delfast.experiments.grid.definition import ORIGINAL, Cell, Grid, NetworkSpec
+from delfast.experiments.grid.records import (
+    CELLS,
+    MEMBERSHIP,
+    NETWORKS,
+    cell_path,
+    has_record,
+    network_path,
+    read_network,
+    read_record,
+    unpack,
+)
 from delfast.experiments.interrupts import exit_after, interrupts_held
 from delfast.experiments.run import (
     ACCURACIES,
@@ -47,21 +57,19 @@ from delfast.experiments.run import (
     SUMMARY,
     Config,
     Run,
+    check_summary,
     choose_device,
+    commit,
     load_data,
     load_model,
-    read_summary,
     start,
 )
 from delfast.experiments.schema import Each, check_record, shown
-from delfast.files import one_line, read_json, write_json
-from delfast.localization import WHOLE_TRAINING_SET, localize
+from delfast.files import write_json
 from delfast.provenance import provenance
-from delfast.unlearning import TrainingOptions, UnlearnResult, unlearn
-from delfast.unlearning.loop import Diverged, Precision
+from delfast.unlearning import Diverged, UnlearnResult
 
 ATTACKS = ("correctness", "confidence", "entropy", "m_entropy", "prob")  # of SalUn
-MEMBERSHIP = "membership.json"  # beside a network's summary: the membership inference on it
 CELL: dict[str, Any] = {
     "cell": {"setting": str, "seed": int, "strategy": str, "budget": (float, None)},
     "networks": Each(str),
@@ -76,51 +84,55 @@ RESULT: dict[str, Any] = {
     "provenance": {**ORIGIN, "threads": int},
     "u_lira?": PERCENT,
 }
-FEW_SHADOWS = 64  # below that LiRA takes one variance for all examples (Carlini et al., IEEE S&P 2022, section VI-A)
+MIN_SHADOWS = 64  # for a variance of each example in LiRA; below it all share one (Carlini et al., IEEE S&P 2022, VI-A)
 Watch = Callable[[str, int, int], None]
-"""``watch(what, done, of)``: called after every network and every cell."""
+"""``watch(what, done, of)`` is called after every network and every cell."""
 
 
 def run_grid(
     grid: Grid, directory: Path, workers: int, threads: int, device: str, watch: Watch
 ) -> list[dict[str, Any]]:
-    """Run what is not there yet; the results of all cells, in the grid's order: see ``measure_cell``.
-    ``device``: as for ``choose_device``, which each worker calls for itself.
+    """Run the cells that have no result yet; return the results of all, in the grid's order: see ``measure_cell``.
+
+    ``device``: as for ``choose_device``, which each worker calls.
     """
-    (directory / "networks").mkdir(exist_ok=True)
-    (directory / "cells").mkdir(exist_ok=True)
-    _finished(directory, grid)  # raises before anything is trained, and again before hours of cells
-    cells = [cell for cell in grid.cells if not cell_path(directory, cell).is_file()]
+    unpack(directory)
+    (directory / NETWORKS).mkdir(exist_ok=True)
+    (directory / CELLS).mkdir(exist_ok=True)
+    finished(directory, grid)  # raises before anything is trained, and again before hours of cells
+    cells = [cell for cell in grid.cells if not has_record(cell_path(directory, cell))]
     in_use = {network.key for cell in cells for network in cell.networks()}
     networks = [n for n in grid.trained if not _is_trained(directory, n, whole=n.key in in_use)]
     tasks = max(len(networks), len(cells), 1)
     with _workers(min(workers, tasks), threads) as pool:
         _all(pool, _train, [(directory, network, device) for network in networks], "networks", watch)
-        _finished(directory, grid)
+        finished(directory, grid)
         _all(pool, run_cell, [(directory, cell, device) for cell in cells], "cells", watch)
-    return _finished(directory, grid)
+    return finished(directory, grid)
 
 
-def _finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
-    """The results that are there, in the grid's order. InputError for one measured with other networks than are there:
-    its gaps are to another oracle, trained elsewhere or on other data.
+def finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
+    """The results of the finished cells, in the grid's order.
+
+    InputError for a result that was measured with other networks than ``directory`` holds: its gaps are to another
+    oracle.
     """
     results = []
     for cell in grid.cells:
         path = cell_path(directory, cell)
-        if path.is_file():
+        if has_record(path):
             results.append(_read_cell(path, cell))
             for which, digest in _digests(directory, cell).items():
                 if results[-1]["networks"].get(which) != digest:
                     raise InputError(
-                        f"'{path}' was not measured with the {which} that is there; delete it to run it anew"
+                        f"'{path}' was not measured with the {which} that is there; delete it to run it again"
                     )
     return results
 
 
 def _read_cell(path: Path, cell: Cell) -> dict[str, Any]:
-    """A cell's file. InputError if it is damaged, or of another cell than its name says."""
-    content, advice = read_json(path), "; delete the file to run the cell again"
+    """Read a cell's result. InputError if it is damaged, or of another cell."""
+    content, advice = read_record(path), "; delete the file to run the cell again"
     check_record(content, CELL, f"'{path}'", advice)
     check_record(content, FAILED if "failed" in content else RESULT, f"'{path}'", advice)
     for name, value in _described(cell).items():
@@ -128,28 +140,32 @@ def _read_cell(path: Path, cell: Cell) -> dict[str, Any]:
             raise InputError(
                 f"expected '{path}' to be of {name} {shown(value)}, got {shown(content['cell'][name])}{advice}"
             )
-    content["cell"]["method"] = cell.label  # a grid that has changed since may call it otherwise
-    return cast(dict[str, Any], content)
+    # the grid may have renamed the method since
+    return cast(dict[str, Any], {**content, "cell": {**content["cell"], "method": cell.label}})
 
 
 def _digests(directory: Path, cell: Cell) -> dict[str, str]:
-    """Of those networks that a cell needs that are there."""
+    """Digests of the cell's networks that have a summary."""
     found = {network: _digest(network_path(directory, network)) for network in cell.networks()}
     return {f"{network.which}{network.shadow or ''}": digest for network, digest in found.items() if digest}
 
 
 def _digest(path: Path) -> str | None:
-    """Of the network that the summary there tells of; None if there is none."""
-    return str(read_summary(path)["digests"]["model"]) if (path / SUMMARY).is_file() else None
+    """The digest of the network of this run directory; None without a summary."""
+    if not has_record(path / SUMMARY):
+        return None
+    return str(check_summary(read_record(path / SUMMARY), path)["digests"]["model"])
 
 
 @contextmanager
 def _workers(count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes of so many threads each. They end with this process, however it ends, and at once if it is
-    stopped. After an error they finish what they have begun, and it is kept.
+    """A pool of ``count`` worker processes of ``threads`` threads each.
+
+    They end with this process, however it ends, and at once if it is stopped. After an error they finish their current
+    tasks, whose results are kept.
     """
     context = multiprocessing.get_context("spawn")  # forked processes would share OpenMP's threads
-    theirs, ours = context.Pipe(duplex=False)  # nothing is sent; that our end closes is the message
+    theirs, ours = context.Pipe(duplex=False)  # nothing is sent: the closing of our end is the signal
     with ours, ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(threads, theirs)) as pool:
         try:
             yield pool
@@ -167,7 +183,7 @@ def _start_worker(threads: int, parent: Connection) -> None:
 
 def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: str, watch: Watch) -> None:
     """Run the task for all arguments; the first failure stops the rest and is raised."""
-    with interrupts_held():  # a terminal sends Ctrl-C to the workers too, which have nothing to say to it
+    with interrupts_held():  # a terminal sends Ctrl-C to the workers too, which must leave it to this process
         waiting: set[Future[Any]] = {pool.submit(task, *each) for each in arguments}
     watch(what, 0, len(arguments))
     done = 0
@@ -179,37 +195,29 @@ def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: s
         watch(what, done, len(arguments))
 
 
-def cell_path(directory: Path, cell: Cell) -> Path:
-    return directory / "cells" / f"{cell.key}.json"
-
-
-def network_path(directory: Path, network: Trained) -> Path:
-    return directory / "networks" / network.key
-
-
-def _is_trained(directory: Path, network: Trained, whole: bool) -> bool:
-    """Are its results there and, if it is still to be used, the network itself? Nobody asks for attacks on shadows."""
-    names = [SUMMARY, *([] if network.shadow else [MEMBERSHIP]), *([MODEL] if whole else [])]
-    return all((network_path(directory, network) / name).is_file() for name in names)
+def _is_trained(directory: Path, network: NetworkSpec, whole: bool) -> bool:
+    """Whether the network's results exist and, if ``whole``, its weights. Shadows are not attacked."""
+    path, names = network_path(directory, network), [SUMMARY, *([] if network.shadow else [MEMBERSHIP])]
+    return all(has_record(path / name) for name in names) and (not whole or (path / MODEL).is_file())
 
 
 def check_networks(directory: Path, grid: Grid) -> None:
-    """InputError unless the results of all the grid's networks are there, which a report needs."""
+    """InputError unless ``directory`` holds the results of all the grid's networks, which a report needs."""
     for network in grid.trained:
         if not _is_trained(directory, network, whole=False):
             path = network_path(directory, network)
             raise InputError(f"expected '{path}' to hold {SUMMARY} and {MEMBERSHIP}, it does not; run the grid first")
 
 
-def _train(directory: Path, network: Trained, device: str) -> None:
-    """Train a network into a run directory, whole or not at all, and attack it as cells are.
+def _train(directory: Path, network: NetworkSpec, device: str) -> None:
+    """Train a network into a run directory, whole or not at all, and run the attacks on it.
 
-    InputError if it was there before, without ``model.safetensors``, and is another now: cells that are finished were
-    measured with the old one, and it stays.
+    InputError if the directory held the network's results without ``model.safetensors``, and the new network differs:
+    finished cells were measured with the old network, so its results stay.
     """
     path = network_path(directory, network)
     partial = path.with_name(f".{path.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run has left
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     run = _run(network.config, device)
     train = pipeline.train if network.which == ORIGINAL else pipeline.oracle
     model = train(run, partial, shadow=network.shadow).model
@@ -218,7 +226,7 @@ def _train(directory: Path, network: Trained, device: str) -> None:
         write_json(partial / MEMBERSHIP, _attacks(run, found))
     if _digest(path) not in (None, _digest(partial)):
         raise InputError(
-            f"expected '{path}', trained anew, to be the network it was, it is not (other threads, torch or machine); "
+            f"expected '{path}', trained again, to be the network it was, it is not (other threads, torch or machine); "
             f"restore its {MODEL}, or delete it and the cells measured with it"
         )
     shutil.rmtree(path, ignore_errors=True)
@@ -226,9 +234,10 @@ def _train(directory: Path, network: Trained, device: str) -> None:
 
 
 def run_cell(directory: Path, cell: Cell, device: str) -> None:
-    """Measure a cell and write it down. One that diverges, or that its method refuses, is written down as ``failed``,
-    with the reason: the others go on, and the report names it. Errors of the data, the networks and the device are not
-    the cell's, and end the run.
+    """Measure a cell and write its result.
+
+    A cell that diverges, or that its method refuses, is written as ``failed`` with the reason, and the report lists it.
+    Errors of the data, the networks and the device end the run.
     """
     run = _run(cell.config, device)
     for network in cell.networks():
@@ -242,10 +251,12 @@ def run_cell(directory: Path, cell: Cell, device: str) -> None:
 
 
 def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
-    """Unlearn and measure: ``metrics`` (percentages, with the gaps to the oracle; nats for losses and for the
-    divergences from the oracle on the forget and test sets), ``attacks`` (SalUn's five, percent of the forget set
-    called non-member), ``mask`` and ``changed`` (fractions of the parameters that might change, and did), ``seconds``
-    by stage; with shadows ``u_lira``, its accuracy (percent).
+    """Unlearn and measure.
+
+    ``metrics``: percentages, the gaps to the oracle, and, in nats, losses and divergences from the oracle on the forget
+    and test sets. ``attacks``: SalUn's five, percent of the forget set called non-member. ``mask``: the fraction of
+    the parameters that may change; ``changed``: the fraction that did. ``seconds``: by stage. ``u_lira``: with shadows,
+    its accuracy in percent.
     """
     run = _run(cell.config, device)
     model = load_model(run, network_path(directory, cell.original()))
@@ -263,7 +274,7 @@ def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
         "changed": changed_fraction(before, dict(model.named_parameters()), list(before)),
         "losses": result.losses,
         "seconds": seconds,
-        "provenance": provenance(device=str(run.device), threads=torch.get_num_threads()),
+        "provenance": provenance(device=str(run.device), threads=torch.get_num_threads(), commit=commit()),
     }
     if cell.shadows:
         content["u_lira"] = _u_lira(directory, cell, device, logit_confidences(*found["forget"]))
@@ -293,33 +304,27 @@ def _described(cell: Cell) -> dict[str, Any]:
 
 
 def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[UnlearnResult, dict[str, float]]:
-    """The cell's localization and method on ``model``, in place; the seconds of each stage."""
-    own = cell.config.seed + pipeline.SHADOW_SEED * shadow
-    seed = own + pipeline.RESET_SEED
-    seconds: dict[str, float] = {}
-    mask = None
+    """Run the cell's localization and method on ``model``, in place; return the seconds of each stage too."""
+    seed = cell.config.seed + pipeline.SHADOW_SEED * shadow
+    mask, seconds = None, {}
     if cell.localize is not None and cell.budget is not None:
-        started = time.perf_counter()
-        everything = cell.strategy in WHOLE_TRAINING_SET
-        indices = torch.arange(len(run.forget.targets)) if everything else run.forget.indices
-        batches = run.batches(indices, cell.batch_size)
-        mask = localize(model, batches, cell.budget, seed=own, **cell.localize)
-        seconds["localize"] = time.perf_counter() - started
-    result = unlearn(
-        model,
-        retain=run.batches(run.forget.retain, cell.batch_size, shuffle=True, seed=seed),
-        forget=run.batches(run.forget.indices, cell.batch_size, shuffle=True, seed=seed),
-        mask=mask,
-        method=cell.method,
-        init=run.factory,
-        seed=seed,
-        training=TrainingOptions(precision=cast(Precision, cell.config.precision)),
+        mask, seconds["localize"] = pipeline.find_mask(
+            run,
+            model,
+            budget=cell.budget,
+            batch_size=cell.batch_size,
+            seed=seed,
+            strategy=cell.strategy,
+            **cell.localize,
+        )
+    result = pipeline.run_method(
+        run, model, mask, method=cell.method, batch_size=cell.batch_size, seed=seed + pipeline.RESET_SEED
     )
     return result, {**seconds, **result.seconds}
 
 
 def _u_lira(directory: Path, cell: Cell, device: str, own: Tensor) -> float:
-    """Accuracy of telling unlearned networks from retrained ones by the forget set, each left out of its own shadows.
+    """Accuracy of U-LiRA in telling unlearned networks from retrained ones, each left out of its own shadows.
 
     ``own``: (examples,) logit-scaled confidences of the cell's network.
     """
@@ -331,26 +336,26 @@ def _u_lira(directory: Path, cell: Cell, device: str, own: Tensor) -> float:
             _unlearn(run, cell, model, shadow)
             unlearned.append(logit_confidences(*predictions(model, run.sets()["forget"])))
         retrained.append(logit_confidences(*_oracle_predictions(directory, cell.oracle(shadow), device)["forget"]))
-    few = cell.shadows < FEW_SHADOWS
+    few = cell.shadows < MIN_SHADOWS
     return u_lira_leave_one_out(torch.stack(unlearned), torch.stack(retrained), fixed_variance=few).accuracy
 
 
-def metrics_of(directory: Path, network: Trained) -> Metrics:
-    """The metrics of a network that was trained, on its own run's sets."""
-    metrics = read_summary(network_path(directory, network))["metrics"]
+def metrics_of(directory: Path, network: NetworkSpec) -> Metrics:
+    """The metrics of a trained network on its own run's sets."""
+    metrics = read_network(directory, network)["metrics"]
     return Metrics(**{name: metrics[name] for name in (*ACCURACIES, *LOSSES)})
 
 
-def attacks_on(directory: Path, network: Trained) -> dict[str, float]:
-    """Percent of its forget set called non-member, by attack, of a network that was trained."""
+def attacks_on(directory: Path, network: NetworkSpec) -> dict[str, float]:
+    """Percent of its forget set called non-member, by attack, of a trained network."""
     path = network_path(directory, network) / MEMBERSHIP
-    found = read_json(path)
+    found = read_record(path)
     check_record(found, dict.fromkeys(ATTACKS, PERCENT), f"'{path}'", "; restore the file, or train again")
     return {name: found[name] for name in ATTACKS}
 
 
 @lru_cache(maxsize=32)
-def _oracle_predictions(directory: Path, network: Trained, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _oracle_predictions(directory: Path, network: NetworkSpec, device: str) -> dict[str, tuple[Tensor, Tensor]]:
     """The oracle's predictions on the forget and test sets: cells of one setting and seed share them."""
     run = _run(network.config, device)
     oracle = load_model(run, network_path(directory, network))
@@ -358,7 +363,7 @@ def _oracle_predictions(directory: Path, network: Trained, device: str) -> dict[
     return {name: predictions(oracle, sets[name]) for name in ("forget", "test")}
 
 
-# all settings and seeds share the data, and decoding a folder of images anew takes longer than some cells
+# all settings and seeds share the data, and decoding a folder of images again is slower than some cells
 _load_data = lru_cache(maxsize=1)(load_data)
 
 

@@ -1,4 +1,4 @@
-"""What is compared: settings x seeds x methods x strategies x budgets, read from a TOML file."""
+"""A grid: settings x seeds x methods x strategies x budgets, read from a TOML file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from delfast.experiments.recipes import method_recipe, recipe
 from delfast.experiments.run import Config, check_batch_size
 from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
 from delfast.files import one_line, read_text, reason
-from delfast.localization import STRATEGIES, WHOLE_TRAINING_SET, check_selection, preset_settings
+from delfast.localization import BUDGET, STRATEGIES, check_selection, preset_settings
 from delfast.localization.criteria import check_criterion
 from delfast.unlearning import METHODS, Method, make_method
 
@@ -26,27 +26,29 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-BUDGET = 0.3  # DEL paper
 EVERYTHING = "everything"  # the strategy of a method without a mask
 ORIGINAL, ORACLE = "original", "oracle"
-# what a grid may hold, and its [[compare]]: of which kind; in brackets, a list of such
+# the keys of a grid and of its [[compare]], with the kind of each; brackets mean a list
 GRID = {"title": str, "seeds": [int], "budget": float, "shadows": int, "compare": [dict]} | dict.fromkeys(
     ("train", "settings", "unlearn", "methods", "strategies"), dict
 )
 BLOCK = {"methods": [str], "strategies": [str], "budgets": [float], "settings": [str]}
-STRATEGY = {  # and top_h, which is more than one kind
+STRATEGY = {  # top_h, an int or a float, is checked by itself
     **dict.fromkeys(("criterion", "granularity", "aggregate", "policy", "preset"), str),
     "per_example": bool,
 }
-MAX_CELLS = 10_000  # with their shadows; at a minute each, a week
-MAX_NAME = 64  # bytes; a file is named by two of them and a digest, in at most 255
+MAX_CELLS = 10_000  # including shadows; at a minute each they take a week
+MAX_NAME = 64  # bytes; a file's name, of at most 255, holds two names and a digest
+# The names of files hold a digest of these arguments: "weighted-grad-all" once had a criterion of its own, and files of
+# that time must be found again.
+KEY_ARGUMENTS = {"weighted-grad-all": {"criterion": "weighted_grad_all"}}
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A network to be trained before any cell: the original of a setting and a seed, or its oracle.
+class NetworkSpec:
+    """A network to train before any cell: the original of a setting and a seed, or its oracle.
 
-    ``shadow``: above 0, one like it but for its seeds, for U-LiRA.
+    ``shadow`` > 0: a network that differs from it only in its seeds, for U-LiRA.
     """
 
     setting: str
@@ -56,7 +58,7 @@ class Trained:
 
     @property
     def key(self) -> str:
-        """Names its directory; other settings, another key."""
+        """The name of the network's directory, which differs for every configuration."""
         shadow = f"-shadow{self.shadow}" if self.shadow else ""
         return f"{self.setting}-{self.config.seed}-{self.which}{shadow}-{_digest(asdict(self.config))}"
 
@@ -65,7 +67,7 @@ class Trained:
 class Cell:
     """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything".
 
-    ``label``: the method's name in the report. ``shadows``: how many more like it are run, for U-LiRA.
+    ``label``: the method's name in the report. ``shadows``: the number of repetitions with other seeds, for U-LiRA.
     """
 
     setting: str
@@ -80,14 +82,11 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Names its file; other settings, another key."""
-        localize = None if self.localize is None else dict(self.localize)
-        if localize is not None and self.strategy in WHOLE_TRAINING_SET:
-            localize["criterion"] = "weighted_grad_all"  # the criterion's name in the cells of version 0.1
+        """The name of the cell's file, which differs for every configuration."""
         determined = {
             "config": asdict(self.config),
             "method": {"name": self.method.name, **asdict(self.method)},
-            "localize": localize,
+            "localize": None if self.localize is None else {**self.localize, **KEY_ARGUMENTS.get(self.strategy, {})},
             "budget": self.budget,
             "batch_size": self.batch_size,
         } | ({"shadows": self.shadows} if self.shadows else {})
@@ -95,28 +94,30 @@ class Cell:
         parts += [] if self.budget is None else [f"{self.budget:g}"]
         return "-".join([*parts, _digest(determined)])
 
-    def original(self, shadow: int = 0) -> Trained:
-        return Trained(self.setting, ORIGINAL, self.config, shadow)
+    def original(self, shadow: int = 0) -> NetworkSpec:
+        """The network that the cell, or its shadow, starts from."""
+        return NetworkSpec(self.setting, ORIGINAL, self.config, shadow)
 
-    def oracle(self, shadow: int = 0) -> Trained:
-        return Trained(self.setting, ORACLE, self.config, shadow)
+    def oracle(self, shadow: int = 0) -> NetworkSpec:
+        """The network that the cell, or its shadow, is compared with."""
+        return NetworkSpec(self.setting, ORACLE, self.config, shadow)
 
-    def networks(self) -> list[Trained]:
-        """All that it needs."""
+    def networks(self) -> list[NetworkSpec]:
+        """All networks that the cell needs."""
         return [of(shadow) for shadow in range(self.shadows + 1) for of in (self.original, self.oracle)]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``cells`` in the order of the file, each once. ``budget``: the one that tables of a single budget are of."""
+    """``cells`` in the order of the file, each once. ``budget``: the budget of tables that show only one."""
 
     title: str
     cells: list[Cell]
     budget: float
 
     @property
-    def trained(self) -> list[Trained]:
-        """The networks that the cells begin from and are compared with, each once."""
+    def trained(self) -> list[NetworkSpec]:
+        """The networks that the cells start from or are compared with, each once."""
         found = {}
         for cell in self.cells:
             for network in cell.networks():
@@ -125,17 +126,17 @@ class Grid:
 
 
 def read_grid(path: Path, data: str | None = None) -> Grid:
-    """Read a grid; ``data`` replaces that of [train].
+    """Read a grid; ``data`` replaces the data of [train].
 
     InputError for a missing file, an unknown table, key or name, and values out of range.
 
-    ``title``; ``seeds``, a list; ``budget``, for tables of one budget, and of a block that names none (0.3);
-    ``shadows``, for U-LiRA, none or at least 2: as many more of every network and every cell. ``[train]``: a run's
-    configuration, as the options of ``delfast train``; ``[settings.NAME]``: what a setting has other than that.
-    ``[unlearn]``: epochs, batch_size and other hyperparameters of every method that has them; ``[methods.NAME]``: of
-    one. With ``of = "del"`` NAME is a variant of that method, beside it. ``[strategies.NAME]``: arguments of
-    ``localize``, beside the strategies that have names. ``[[compare]]``: lists ``methods``, ``strategies``
-    ("everything": no mask) and ``budgets``, every combination a cell, for ``settings`` or all of them.
+    ``title``. ``seeds``: a list. ``budget``: of tables that show one, and of blocks without budgets (default 0.3).
+    ``shadows``: 0 or at least 2; the number of repetitions of every network and every cell, for U-LiRA. ``[train]``: a
+    run's configuration, as the options of ``delfast train``. ``[settings.NAME]``: a setting's changes to it.
+    ``[unlearn]``: epochs, batch_size and other hyperparameters, for every method that has them. ``[methods.NAME]``:
+    those of one method; with ``of = "del"`` NAME is a variant of "del". ``[strategies.NAME]``: arguments of
+    ``localize``, under a new name. ``[[compare]]``: lists of ``methods``, ``strategies`` ("everything": no mask) and
+    ``budgets``; every combination is a cell, in the listed ``settings`` or in all.
     """
     content = _read(path)
     check_table(content, GRID, f"'{path}'")
@@ -181,7 +182,7 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
 
 
 def _size(block: Mapping[str, Any]) -> int:
-    """The most cells that a block has for one seed."""
+    """The maximum number of cells of a block for one seed."""
     return math.prod(len(block.get(name, [0])) for name in BLOCK)
 
 
@@ -194,13 +195,13 @@ def _block(
         for strategy in block.get("strategies", ["del"]):
             if strategy == EVERYTHING:
                 if method.localizes:
-                    raise InputError(f"[[compare]] asks for '{name}' without a mask, which it needs; name strategies")
+                    raise InputError(f"[[compare]] lists '{name}' without a mask, which it needs; name strategies")
                 cells.append(Cell(setting, config, name, method, strategy, None, None, batch_size, shadows))
                 continue
             if strategy not in strategies:
                 raise InputError(f"expected strategies among {', '.join(strategies)}, {EVERYTHING}; got '{strategy}'")
             if "everything" in method.needs:
-                raise InputError(f"[[compare]] pairs '{name}' with '{strategy}', it takes '{EVERYTHING}' alone")
+                raise InputError(f"[[compare]] pairs '{name}' with '{strategy}', which works with '{EVERYTHING}' only")
             arguments = strategies[strategy]
             for budget in block.get("budgets", [content.get("budget", BUDGET)]):
                 _check_strategy(strategy, budget, arguments)
@@ -212,7 +213,10 @@ def _block(
 def _method(
     name: str, config: Config, shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Method, int]:
-    """A method or variant, and its batch size. Hyperparameters: published, then those of all methods, then its own."""
+    """A method or variant, and its batch size.
+
+    Its own hyperparameters replace those of all methods, which replace the published ones.
+    """
     for table, values in own.items():
         base = values.get("of", table)
         if not isinstance(base, str) or base not in METHODS:
@@ -237,7 +241,7 @@ def _method(
 
 
 def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
-    """Refuse now what ``localize`` would refuse in a cell."""
+    """Refuse arguments that ``localize`` would refuse, before hours of cells."""
     check_table({key: value for key, value in arguments.items() if key in STRATEGY}, STRATEGY, f"strategy '{name}'")
     for key, value in arguments.items():
         if not isinstance(value, str | float | int) or (isinstance(value, int) and value not in OF_64_BITS):
@@ -259,7 +263,7 @@ def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
     values = {**defaults, **values}
     if "forget" not in values:
         raise InputError(
-            "expected [settings.NAME] to say forget = 'iid', 'mislabelled', 'non-iid:2,5' or 'file:PATH'; add it"
+            "expected [settings.NAME] to have forget = 'iid', 'mislabelled', 'non-iid:2,5' or 'file:PATH'; add it"
         )
     published = recipe(values["data"], values["model"])
     values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}

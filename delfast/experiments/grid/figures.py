@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from delfast.experiments.grid.summary import Mean, Row
 from delfast.experiments.reports.plots import INK, save_figure
 
-# Okabe & Ito's palette (https://jfly.uni-koeln.de/color); for greyscale a marker, dash and filling each, bars a hatch
+# Okabe & Ito's palette (https://jfly.uni-koeln.de/color); lines differ in marker, dash and fill too, bars in hatch
 STYLES = [
     (colour, marker, dash, fill, hatch)
     for dash, fill, hatch in (("-", "full", None), ("--", "none", "//"), ("-.", "left", ".."))
@@ -31,7 +31,7 @@ GAPS = {
 
 
 def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Gaps to the oracle by budget, a line for each strategy, with 95 % intervals; the oracle is the line at 0."""
+    """Draw the gaps to the oracle by budget: a line for each strategy, with 95 % intervals. The oracle is at 0."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     budgets = sorted({100 * row["budget"] for row in rows})
     apart = min((more - less for less, more in itertools.pairwise(budgets)), default=1)
@@ -40,7 +40,7 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
         for position, strategy in enumerate(strategies):
             colour, marker, dash, fill, _ = STYLES[position % len(STYLES)]
             found = sorted((row for row in rows if row["strategy"] == strategy), key=lambda row: row["budget"])
-            aside = 0.03 * apart * (position - (len(strategies) - 1) / 2)  # bars side by side
+            aside = 0.03 * apart * (position - (len(strategies) - 1) / 2)  # so that the error bars do not overlap
             axes.errorbar(
                 [100 * row["budget"] + aside for row in found],
                 [row[field].value for row in found],
@@ -61,7 +61,7 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Sizes of the gaps to the oracle, a group of bars for each method, in it a bar for each strategy it has."""
+    """Draw the sizes of the gaps to the oracle: a group of bars for each method, a bar for each of its strategies."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     rows = sorted(rows, key=lambda row: (methods.index(row["method"]), strategies.index(row["strategy"])))
@@ -87,7 +87,7 @@ def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
         groups = [[place for place, row in zip(places, rows, strict=True) if row["method"] == name] for name in methods]
         middles = [sum(group) / len(group) for group in groups]
         axes.set_title(f"|{label}|", fontsize=11)
-        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # the oracle's line above the axis
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # keeps the oracle's line above the axis
         axes.set_xticks(middles, methods, rotation=30, ha="right", fontsize=8)
         axes.set_xlabel("method")
     panels[0].set_ylabel("size of oracle - method (points)")
@@ -95,7 +95,7 @@ def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def _panels(title: str) -> tuple[Figure, Any]:
-    """A figure, and its axes: one for each gap, with the oracle's line at 0."""
+    """A figure with axes for each gap, and the oracle's line at 0."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(GAPS))
@@ -106,15 +106,16 @@ def _panels(title: str) -> tuple[Figure, Any]:
 
 
 def _save(figure: Figure, panels: Any, path: Path) -> None:
-    """With the legend that all panels share."""
+    """Write the figure with one legend for all panels."""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
 def _bars(means: Sequence[Mean], least: float) -> list[list[float]]:
-    """Lengths of the intervals below and above the means, cut where no gap can lie: under ``least``, over 100. NaN, of
-    one seed, is not drawn.
+    """Lengths of the intervals below and above the means, cut at ``least`` and at 100, beyond which no gap can lie.
+
+    The NaN of a single seed is not drawn.
     """
     below = [np.minimum(mean.half, mean.value - least) for mean in means]
     return [below, [np.minimum(mean.half, 100 - mean.value) for mean in means]]

@@ -1,4 +1,4 @@
-"""The report of a grid: the paper's tables and figures, as Markdown and as one HTML file that needs no other."""
+"""The report of a grid: the paper's tables and figures, as Markdown and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -14,29 +14,17 @@ from delfast.errors import printable
 from delfast.experiments.grid.definition import EVERYTHING, ORACLE, ORIGINAL, Grid
 from delfast.experiments.grid.figures import plot_budgets, plot_methods
 from delfast.experiments.grid.summary import MEMBERSHIP, STAGES, Row, means
-from delfast.experiments.reports import markdown_table, markdown_text
+from delfast.experiments.reports import FIELDS, markdown_table, markdown_text
 from delfast.files import make_output_dir
 
-FIELDS = {
-    "forget_acc": "forget acc",
-    "retain_acc": "retain acc",
-    "test_acc": "test acc",
-    "mia": "MIA",
-    "delta_forget": "Δ forget",
-    "delta_mia": "Δ MIA",
-    "delta_test": "Δ test",
-    "kl_forget": "KL forget",
-    "changed": "changed %",
-    "seconds": "seconds",
-    "relative_time": "RTE",
-}
-MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t), of which each row has its own
-number. Δ = oracle - method: the nearer to 0, the better. MIA: the part of the forget set that membership inference
-calls non-member. KL: divergence of the method's predictions from the oracle's, in nats. Changed: the share of the
-parameters that differ from the original's. RTE: run time relative to retraining, localization included; empty where for
-one of the seeds another device, other threads or another torch did that. Seconds are as they came, with whatever else
-ran on the machine."""
-BARS = "error bars are 95 % intervals, and one seed has none"
+FIGURES = "figures"  # the folder of the plots
+MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student's t). The number of seeds differs from
+row to row. Δ = oracle - method: the nearer to 0, the better. MIA: percent of the forget set that membership inference
+calls non-member. KL: divergence of the method's predictions from the oracle's, in nats. Changed: percent of the
+parameters that differ from the original's. RTE: run time relative to retraining, localization included. RTE is empty
+where, for one of the seeds, the oracle was trained with another device, torch or number of threads. Seconds are
+wall-clock times and include the effect of other work on the machine."""
+BARS = "error bars are 95 % intervals; one seed has no interval"
 
 
 @dataclass(frozen=True)
@@ -53,13 +41,13 @@ class Section:
 def make_report(
     grid: Grid, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], directory: Path, footer: str
 ) -> tuple[str, str]:
-    """(Markdown, HTML) of all that the rows allow; figures are written to ``directory``/figures.
+    """Return (Markdown, HTML) with every table and figure that the rows allow; write figures to ``directory``/figures.
 
-    Names are shown as they are, whatever they hold.
+    Names are shown as text, whatever they hold.
     """
     grid, footer = replace(grid, title=printable(grid.title)), printable(footer)
     sections: list[Section] = []
-    make_output_dir(directory / "figures")
+    make_output_dir(directory / FIGURES)
     averaged = means(rows)
     for setting in dict.fromkeys(row["setting"] for row in averaged):
         sections += _of_setting(setting, [row for row in averaged if row["setting"] == setting], grid, directory)
@@ -90,7 +78,7 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
     def named(*strategies: str) -> list[Row]:
         return [row for name in strategies for row in at_budget if row["strategy"] == name]
 
-    tables: list[tuple[str, str, list[Row], Callable[[Row], str]]] = [  # a row alone compares nothing but in table 2
+    tables: list[tuple[str, str, list[Row], Callable[[Row], str]]] = [  # only table 2 is of use with one row
         (
             "Table 1: granularity x criterion",
             f"Reset and finetune, budget {budget:g}. Channels or single parameters, ranked by |θ G| or |G|.",
@@ -99,20 +87,20 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
         ),
         (
             "Table 2: methods",
-            f"Each method as it is, and within masks, of budget {budget:g} where nothing else is said.",
+            f"Each method without a mask and within masks, of budget {budget:g} unless the name has another.",
             [row for row in rows if row not in ends and (row["method"] != "del" or row["budget"] == budget)],
             lambda row: _within(row, budget),
         ),
         ("Table 3: random control", "Reset and finetune.", named("del", "random", "random-param"), _strategy),
         (
-            "Table 4: criteria that do not look at the forget set",
+            "Table 4: criteria that do not use the forget set",
             "Reset and finetune.",
             named("del", "weight", "weighted-grad-all", "shallowest", "deepest"),
             _strategy,
         ),
         (
             "Ablation of h",
-            "How many of a channel's scores count: reset and finetune.",
+            "Number of a channel's scores that are averaged: reset and finetune.",
             [row for row in at_budget if row["strategy"] == "del" or row["strategy"].startswith("del-h")],
             _strategy,
         ),
@@ -121,7 +109,7 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
         if len(found) > (not title.startswith("Table 2")):
             sections.append(_table(f"{setting} - {title}", text, ends, found, label))
     if {row["budget"] for row in resets} - {budget}:
-        path = directory / "figures" / f"{setting}-budgets.png"
+        path = directory / FIGURES / f"{setting}-budgets.png"
         plot_budgets(resets, path, f"{setting}: strategies by budget, reset and finetune")
         text = f"Reset and finetune; {BARS}; the dotted line is the oracle."
         order = [row["strategy"] for row in resets]
@@ -133,7 +121,7 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
     counts = Counter(row["method"] for row in masked)
     paired = [row for row in masked if counts[row["method"]] > 1]
     if len({row["method"] for row in paired}) > 1:
-        path = directory / "figures" / f"{setting}-methods.png"
+        path = directory / FIGURES / f"{setting}-methods.png"
         plot_methods(paired, path, f"{setting}: strategies by method, budget {budget:g}")
         text = f"Sizes of the gaps at budget {budget:g}, of methods run with several masks; {BARS}; 0 is the oracle."
         sections.append(Section(f"{setting} - Figure 3: strategies by method", text, figure=path))
@@ -142,7 +130,7 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
 
 
 def _within(row: Row, budget: float) -> str:
-    """The method, and the mask it was held to."""
+    """The method's name and the strategy of its mask."""
     mask = "" if row["strategy"] == EVERYTHING else f", {row['strategy']} mask"
     return f"{row['method']}{mask}" + ("" if row["budget"] in (None, budget) else f" of {row['budget']:g}")
 
@@ -159,9 +147,9 @@ def _table(title: str, text: str, ends: list[Row], found: list[Row], label: Call
 
 def _attacks(setting: str, rows: list[Row]) -> Section:
     text = (
-        "SalUn's five attacks, each a classifier of one feature: percent of the forget set called non-member; the "
-        "oracle's is the aim, not 100. U-LiRA, "
-        "where there are shadows: accuracy of telling unlearned from retrained networks; 50 is perfect unlearning."
+        "SalUn's five attacks, each a classifier of one feature: percent of the forget set called non-member. The aim "
+        "is the oracle's percentage, not 100. U-LiRA, where there are shadows: accuracy of telling unlearned from "
+        "retrained networks; 50 is perfect unlearning."
     )
     found = [row for row in rows if MEMBERSHIP[0] in row]
     cells = [[*_name(row), *(str(row.get(attack, "")) for attack in MEMBERSHIP)] for row in found]
@@ -183,7 +171,7 @@ def _times(setting: str, rows: list[Row]) -> Section:
 
 
 def _sizes(rows: list[Row], budget: float) -> list[Section]:
-    """Where settings differ in how much is forgotten."""
+    """A table for each kind of forget set that the settings have in more than one size."""
     found = [row for row in rows if (row["method"], row["strategy"], row["budget"]) == ("del", "del", budget)]
     kinds = [kind for kind in dict.fromkeys(row["forget"] for row in found)]
     sections = []
@@ -199,13 +187,13 @@ def _sizes(rows: list[Row], budget: float) -> list[Section]:
 
 
 def _hyperparameters(grid: Grid) -> Section:
-    """What was run under each method's name."""
+    """The hyperparameters of each method and variant."""
     rows = []
     for cell in grid.cells:
         values = {**asdict(cell.method), "batch_size": cell.batch_size}
         shown = ", ".join(f"{name} = {value}" for name, value in values.items() if value is not None)
         rows.append((cell.label, cell.method.name, shown))
-    text = "Of every method, and of its variants, which have names of their own."
+    text = "Of every method and of its variants."
     return Section("Hyperparameters", text, ("name", "method", "hyperparameters"), list(dict.fromkeys(rows)))
 
 
@@ -216,7 +204,7 @@ def _markdown(sections: list[Section], footer: str) -> str:
         text = "\n".join(map(markdown_text, section.text.splitlines()))
         parts.append(f"{'#' if not number else '##'} {title}\n\n{text}\n")
         if section.figure is not None:
-            parts.append(f"![{title}](figures/{section.figure.name})\n")
+            parts.append(f"![{title}]({FIGURES}/{section.figure.name})\n")
         if section.rows:
             parts.append(markdown_table(section.columns, [list(map(markdown_text, row)) for row in section.rows]))
     return "\n".join([*parts, markdown_text(footer) + "\n"])

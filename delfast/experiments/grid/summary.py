@@ -1,4 +1,4 @@
-"""What cells have measured: a row for each, and means over seeds with their 95 % intervals."""
+"""The results of a grid as rows, one for each network and cell, and means over seeds with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from delfast.evaluation import gaps, relative_time
-from delfast.experiments.grid.cells import ATTACKS, RESULT, attacks_on, metrics_of, network_path
+from delfast.experiments.grid.cells import ATTACKS, RESULT, attacks_on, metrics_of
 from delfast.experiments.grid.definition import EVERYTHING, ORACLE, ORIGINAL, Grid
-from delfast.experiments.run import read_summary
+from delfast.experiments.grid.records import read_network
 
 Row = dict[str, Any]
 KEYS = ("setting", "method", "strategy", "budget")
@@ -26,7 +26,12 @@ MEASURES = (
 MEMBERSHIP = (*ATTACKS, "u_lira")
 STAGES = ("localize", "prepare", "finetune", "train")
 SETTINGS = ("of", "epochs", "lr", "batch_size", "device", "forget", "forget_ratio")
-COLUMNS = (*KEYS, "seed", *SETTINGS, *MEASURES, *MEMBERSHIP, *(f"seconds_{stage}" for stage in STAGES))
+PROVENANCE = ("delfast", "torch", "commit", "platform", "kernels", "threads")
+COLUMNS = (
+    *(*KEYS, "seed", *SETTINGS, *MEASURES, *MEMBERSHIP),
+    *(f"seconds_{stage}" for stage in STAGES),
+    *PROVENANCE,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Mean:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Student 1908: t of n - 1 degrees of freedom, times the standard error."""
+    """The mean, with Student's t of n - 1 degrees of freedom times the standard error (Student 1908)."""
     from scipy.stats import t
 
     count = len(values)
@@ -56,17 +61,19 @@ def mean(values: Sequence[float]) -> Mean:
 def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -> list[Row]:
     """A row for every network (method "original" or "oracle") and every cell that did not fail: ``COLUMNS``.
 
-    ``of``: the method that a variant is of; ``budget``: a part of the parameters; ``forget_ratio``: the part of the
-    training set that is to be forgotten. Measures are percentages, losses and divergences nats; Δ = oracle - method;
-    ``changeable``, ``changed``: shares of the parameters that might change, and did; the attacks of SalUn by name;
-    ``relative_time``: to retraining, where the same device, threads and torch did both.
+    ``of``: the method of a variant. ``budget``: a fraction of the parameters. ``forget_ratio``: the fraction of the
+    training set to forget. Measures are percentages, losses and divergences nats; Δ = oracle - method. ``changeable``,
+    ``changed``: percent of the parameters that may change, and that did. SalUn's attacks have a column each.
+    ``relative_time``: relative to retraining, where the same device, threads and torch did both. ``PROVENANCE``: what
+    computed the row; ``commit`` is empty where delfast did not run from a clone, ``kernels`` is the instruction set of
+    the CPU or the build for CUDA and its card.
     """
     rows = []
     for network in grid.trained:
         if network.shadow:
             continue
-        path, other = network_path(directory, network), replace(network, which=ORACLE)
-        summary, retraining = read_summary(path), read_summary(network_path(directory, other))
+        other = replace(network, which=ORACLE)
+        summary, retraining = read_network(directory, network), read_network(directory, other)
         metrics = metrics_of(directory, network)
         rows.append(
             {
@@ -84,12 +91,13 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
                 **gaps(metrics, metrics_of(directory, other)),
                 **attacks_on(directory, network),
                 **_times(summary, retraining),
+                **_provenance(summary),
             }
         )
     for cell, result in zip(grid.cells, results, strict=True):
         if "failed" in result:
             continue
-        retraining = read_summary(network_path(directory, cell.oracle()))
+        retraining = read_network(directory, cell.oracle())
         rows.append(
             {
                 "setting": cell.setting,
@@ -108,13 +116,14 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
                 "changed": 100 * result["changed"],
                 "changeable": 100 * result["mask"]["fraction"],
                 **_times(result, retraining),
+                **_provenance(result),
             }
         )
     return rows
 
 
 def _forget(summary: Mapping[str, Any]) -> Row:
-    """What is to be forgotten, by the summary of a network."""
+    """The columns of the forget set, from the summary of a network."""
     forget = summary["forget"]
     return {"forget": forget["spec"], "forget_ratio": forget["examples"] / forget["of"]}
 
@@ -127,15 +136,22 @@ def _times(result: Mapping[str, Any], retraining: Mapping[str, Any]) -> Row:
     return row
 
 
-def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What took the time, as far as is known."""
+def _provenance(result: Mapping[str, Any]) -> Row:
+    """The columns of ``PROVENANCE``."""
     origin, backend = result["provenance"], result["provenance"]["backend"]
     kernels = backend["isa"] if origin["device"] == "cpu" else backend["cuda"]
-    return origin["device"], origin["platform"], origin["torch"], backend["threads"], kernels
+    row = {name: origin.get(name) for name in ("delfast", "torch", "commit", "platform")}
+    return {**row, "kernels": kernels, "threads": backend["threads"]}
+
+
+def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What determines the time that a result took."""
+    row = _provenance(result)
+    return result["provenance"]["device"], *(row[name] for name in ("platform", "torch", "threads", "kernels"))
 
 
 def origins(results: Iterable[Mapping[str, Any]]) -> str:
-    """With what the cells were computed, and how many of them with each."""
+    """The versions and machines that computed the cells, with the number of cells of each."""
     counts = Counter(
         "delfast {delfast}, torch {torch}, {platform}, {device}, threads: {threads}".format(**result["provenance"])
         for result in results
@@ -145,7 +161,7 @@ def origins(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def to_csv(rows: Iterable[Row]) -> str:
-    """The rows as CSV; what a row does not have is empty."""
+    """The rows as CSV; a column that a row lacks is empty."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -154,7 +170,7 @@ def to_csv(rows: Iterable[Row]) -> str:
 
 
 def means(rows: Iterable[Row]) -> list[Row]:
-    """One row for all seeds of a (setting, method, strategy, budget): its measures as ``Mean``."""
+    """One row for all seeds of a (setting, method, strategy, budget), with measures as ``Mean``."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in KEYS), []).append(row)

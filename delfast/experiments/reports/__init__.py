@@ -1,10 +1,10 @@
-"""Tables and plots of an unlearning run."""
+"""Tables of an unlearning run; plots are in ``reports.plots``, which needs matplotlib."""
 
 from delfast.extras import extra
 
 with extra("delfast.experiments.reports"):
-    from delfast.experiments.reports.plots import plot_accuracies, plot_selection
     from delfast.experiments.reports.tables import (
+        FIELDS,
         METHOD_COLUMNS,
         markdown_table,
         markdown_text,
@@ -14,12 +14,11 @@ with extra("delfast.experiments.reports"):
     )
 
 __all__ = [
+    "FIELDS",
     "METHOD_COLUMNS",
     "markdown_table",
     "markdown_text",
     "method_rows",
-    "plot_accuracies",
-    "plot_selection",
     "terminal_table",
     "terminal_text",
 ]

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from delfast.extras import extra
 from delfast.files import write_atomically
 from delfast.mask import LayerRow
 
-# Okabe & Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color)
+with extra("delfast.experiments.reports.plots"):
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, distinct with any colour vision (https://jfly.uni-koeln.de/color)
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7")
 INK = "#444444"
 _MEASURES = {
@@ -23,8 +25,7 @@ _MEASURES = {
 
 
 def plot_accuracies(methods: Mapping[str, Mapping[str, Any]], path: Path, title: str) -> None:
-    """Bars of forget, retain and test accuracy and MIA per method, with the oracle's level drawn across each
-    group.
+    """Draw bars of accuracies and MIA for each method, and the oracle's level across each group.
 
     methods: name -> percentages ``forget_acc, retain_acc, test_acc, mia``; one of the names is "oracle".
     """
@@ -40,7 +41,7 @@ def plot_accuracies(methods: Mapping[str, Mapping[str, Any]], path: Path, title:
             label=name,
             color=COLOURS[position % len(COLOURS)],
         )
-        # on white, so that the oracle's line does not strike the numbers through
+        # on white, so that the oracle's line does not cross the numbers
         axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=3, bbox={"color": "white", "pad": 0.5})
     for group, field in enumerate(_MEASURES):
         label = "_" if group else "oracle's level"  # matplotlib leaves labels that begin with "_" out of the legend
@@ -56,7 +57,7 @@ def plot_accuracies(methods: Mapping[str, Mapping[str, Any]], path: Path, title:
 
 
 def plot_selection(rows: Sequence[LayerRow], path: Path, title: str) -> None:
-    """Fraction of channels selected in each parameter that has channels (ndim > 1), in the model's order."""
+    """Draw the fraction of selected channels of each parameter that has channels (ndim > 1), in the model's order."""
     layers = [row for row in rows if row.of_channels]
     figure = Figure(figsize=(9, max(3.0, 1.2 + 0.24 * len(layers))), layout="constrained")
     axes = figure.add_subplot()
@@ -74,4 +75,5 @@ def plot_selection(rows: Sequence[LayerRow], path: Path, title: str) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG, atomically."""
     write_atomically(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))

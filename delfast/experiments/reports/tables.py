@@ -1,4 +1,4 @@
-"""The same table for a terminal and for Markdown."""
+"""Tables for a terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from rich.text import Text
 
 from delfast.errors import printable
 
-METHOD_COLUMNS = (
-    "method",
-    "forget acc",
-    "retain acc",
-    "test acc",
-    "MIA",
-    "Δ forget",
-    "Δ MIA",
-    "Δ test",
-    "seconds",
-)
+FIELDS = {
+    "forget_acc": "forget acc",
+    "retain_acc": "retain acc",
+    "test_acc": "test acc",
+    "mia": "MIA",
+    "delta_forget": "Δ forget",
+    "delta_mia": "Δ MIA",
+    "delta_test": "Δ test",
+    "kl_forget": "KL forget",
+    "changed": "changed %",
+    "seconds": "seconds",
+    "relative_time": "RTE",
+}
+"""The heading of each measure."""
 _METHOD_FIELDS = ("forget_acc", "retain_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test")
+METHOD_COLUMNS = ("method", *(FIELDS[name] for name in _METHOD_FIELDS), FIELDS["seconds"])
 
 
 def method_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """One row a method: percentages to two decimals (Δ = oracle - method) and seconds in all."""
+    """A row for each method: percentages to two decimals (Δ = oracle - method) and the sum of the seconds."""
     return [
         [name]
         + [f"{values[field]:.2f}" if field in values else "" for field in _METHOD_FIELDS]
@@ -37,27 +41,27 @@ def method_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of Markdown cells: the first column to the left, the others to the right."""
+    """A Markdown table of Markdown cells: the first column aligned to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(columns) - 1)
     lines = ([cell.replace("|", "\\|") for cell in cells] for cells in (columns, rule, *rows))
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def markdown_text(text: str) -> str:
-    """Markdown that shows ``text`` as it is, on one line: no markup, no HTML, no links."""
-    # an underscore inside a word is no markup
+    """Markdown that shows ``text`` literally, on one line: no markup, no HTML, no links."""
+    # an underscore inside a word needs no escape
     plain = re.sub(r"[\\`*\[\]~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return plain.replace("://", ":\\//").replace("www.", "www\\.")  # GitHub makes links of bare addresses
+    return plain.replace("://", ":\\//").replace("www.", "www\\.")  # GitHub turns bare addresses into links
 
 
 def terminal_text(text: str) -> Text:
-    """``text`` as it is: no rich markup, no escape sequences."""
+    """``text``, shown literally: no rich markup, no escape sequences."""
     return Text(printable(text))
 
 
 def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The table for a terminal, to be printed by a rich console: names in it are text, whatever they hold."""
+    """A table for a rich console; names in it are shown as text, whatever they hold."""
     # without vertical rules the nine columns of methods fit into 80 characters
     table = Table(
         title=terminal_text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True

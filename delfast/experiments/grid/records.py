@@ -1,0 +1,112 @@
+"""What a grid has measured, as JSON: a record for each cell, and two for each network.
+
+A run writes each record to a file of its own as soon as it is measured: ``cells/KEY.json``,
+``networks/KEY/summary.json`` and ``networks/KEY/membership.json``. Results that are kept in git are packed into one
+line for each cell (``cells.jsonl``) and for each network (``networks.jsonl``). The packed form of a folder is read
+where the folder is absent.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from delfast.errors import InputError
+from delfast.experiments.grid.definition import Cell, Grid, NetworkSpec
+from delfast.experiments.run import SUMMARY, check_summary
+from delfast.files import make_output_dir, read_json, read_json_lines, write_json, write_text
+
+CELLS, NETWORKS = "cells", "networks"  # folders; with the suffix .jsonl, the packed form of each
+MEMBERSHIP = "membership.json"  # the membership inference on a network
+
+
+def cell_path(directory: Path, cell: Cell) -> Path:
+    """The file of a cell's result."""
+    return directory / CELLS / f"{cell.key}.json"
+
+
+def network_path(directory: Path, network: NetworkSpec) -> Path:
+    """The run directory of a network."""
+    return directory / NETWORKS / network.key
+
+
+def has_record(path: Path) -> bool:
+    """Whether the record of this path exists, as a file or packed."""
+    return path.is_file() or _packed(path) is not None
+
+
+def read_record(path: Path) -> Any:
+    """Read the record of this path, from its file or its packed form. InputError if there is none, or no JSON."""
+    packed = None if path.is_file() else _packed(path)
+    return read_json(path) if packed is None else packed
+
+
+def read_network(directory: Path, network: NetworkSpec) -> dict[str, Any]:
+    """Read a network's summary. InputError if it is missing or damaged."""
+    path = network_path(directory, network)
+    return check_summary(read_record(path / SUMMARY), path)
+
+
+def pack(grid: Grid, directory: Path, target: Path) -> None:
+    """Write the records of the grid that ``directory`` holds to ``target``, packed."""
+    cells = {cell.key: read_record(cell_path(directory, cell)) for cell in grid.cells}
+    networks = {}
+    for network in grid.trained:
+        path = network_path(directory, network)
+        files = [SUMMARY] if network.shadow else [SUMMARY, MEMBERSHIP]
+        networks[network.key] = {name.removesuffix(".json"): read_record(path / name) for name in files}
+    make_output_dir(target)
+    for name, records in ((CELLS, cells), (NETWORKS, networks)):
+        lines = (json.dumps({"key": key, **record}) + "\n" for key, record in records.items())
+        write_text(target / f"{name}.jsonl", "".join(lines))
+
+
+def unpack(directory: Path) -> None:
+    """Write the packed records of ``directory`` to files of their own, where a run continues from them."""
+    for folder in (directory / CELLS, directory / NETWORKS):
+        packed, partial = _of_folder(folder), folder.with_name(f".{folder.name}")
+        if not packed:
+            continue
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        for name, record in packed.items():
+            write_json(make_output_dir((partial / name).parent) / Path(name).name, record)
+        partial.rename(folder)
+
+
+def _packed(path: Path) -> Any | None:
+    """The packed record of this path; None if there is none, or its folder exists."""
+    folder = next(each for each in path.parents if each.name in (CELLS, NETWORKS))
+    return _of_folder(folder).get(path.relative_to(folder).as_posix())
+
+
+def _of_folder(folder: Path) -> Mapping[str, Any]:
+    file = folder.with_suffix(".jsonl")
+    if folder.exists() or not file.is_file():
+        return {}
+    status = file.stat()
+    return _records(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=2)
+def _records(file: Path, *_: int) -> Mapping[str, Any]:
+    """Records of a packed file by the path of their own file in the folder."""
+    found: dict[str, Any] = {}
+    for number, line in enumerate(read_json_lines(file), 1):
+        if not isinstance(line, dict) or not isinstance(line.get("key"), str) or not _is_name(line["key"]):
+            raise InputError(f"expected line {number} of '{file}' to be a table with a 'key'; restore the file")
+        key = line.pop("key")
+        found.update(_files(key, line) if file.stem == NETWORKS else {f"{key}.json": line})
+    return found
+
+
+def _files(key: str, line: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    return [(f"{key}/{name}.json", record) for name, record in line.items() if _is_name(name)]
+
+
+def _is_name(text: str) -> bool:
+    """Whether a key can be a file's name, which is then inside the folder."""
+    return text == Path(text).name and "\0" not in text

@@ -1,0 +1,48 @@
+"""``--help`` of every command: it imports no large package, and lists the names that the registries hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from delfast.cli import main, names
+from delfast.cli.commands import app
+from delfast.experiments.networks import NAMES
+from delfast.localization import BUDGET, STRATEGIES, Criterion
+from delfast.unlearning import METHODS
+
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+LARGE = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "torchvision", "safetensors", "PIL"}
+ALL_HELP = f"""
+import json, sys
+from delfast.cli import main
+for command in ([], *([name] for name in {COMMANDS})):
+    assert main([*command, "--help"]) == 0
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_help_imports_no_large_package() -> None:
+    done = subprocess.run([sys.executable, "-c", ALL_HELP], capture_output=True, text=True, check=True)
+    modules = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "delfast.cli.tools" in modules and not modules & LARGE
+    own = {name for name in modules if name.startswith("delfast.") and not name.startswith("delfast.cli")}
+    assert own == {"delfast._version", "delfast.errors", "delfast.experiments", "delfast.experiments.interrupts"}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_the_listed_names_are_those_of_the_registries() -> None:
+    assert names.NETWORKS == NAMES
+    assert tuple(METHODS) == names.METHODS
+    assert tuple(STRATEGIES) == names.STRATEGIES
+    assert get_args(Criterion) == names.CRITERIA
+    assert names.BUDGET == BUDGET

@@ -1,0 +1,48 @@
+"""The names of the package ``delfast``, which are imported when they are first used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+import delfast
+from tests import ROOT
+
+
+def names_for_type_checkers() -> set[str]:
+    """The names that ``delfast/__init__.py`` imports, at once or for type checkers."""
+    tree = ast.parse((ROOT / "delfast" / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
+    return {alias.name for node in imports for alias in node.names}
+
+
+def test_every_public_name_can_be_used_and_is_known_to_type_checkers() -> None:
+    assert names_for_type_checkers() == set(delfast.__all__)
+    for name in delfast.__all__:
+        assert getattr(delfast, name) is getattr(delfast, name)
+        assert name in dir(delfast)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'delfast' has no attribute 'forget'"):
+        delfast.forget  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'forget'"):
+        from delfast import forget  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import delfast; assert not {'torch', 'numpy'} & set(sys.modules); delfast.localize",
+        "from delfast import Mask, InputError, optim; assert Mask.load and optim.MaskedSGD",
+        "import delfast; assert issubclass(delfast.unlearning.Diverged, RuntimeError)",
+        "from delfast import *; assert callable(localize) and callable(unlearn)",
+        "import torch, delfast.ops; torch.ops.delfast.criticality",
+    ],
+)
+def test_names_are_imported_when_they_are_first_used(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
