@@ -52,7 +52,7 @@ bench: all
 # what the README's tables are made of, made anew
 results: bench demo
 	cp demo-output/summary.json benchmarks/results/demo.json
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) build *.egg-info delfast/_C*.so delfast/_build_info.json
