@@ -49,7 +49,7 @@ ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and
 def speed(results: dict[str, dict[str, Any]]) -> str:
     """Return the README's five rows; ``results``: the JSON of ``CPU``, ``JOB`` and ``GPU``, by these names."""
     cpu, card = results["CPU"]["machine_info"]["cpu"], results["GPU"]
-    here = f"{cpu['brand_raw'].removesuffix(' Processor')}, {cpu['count']} CPUs"
+    here = f"{cpu['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {cpu['count']} CPUs"
     job = _figure(results["JOB"], "test_whole_job[resnet18]")
     precisions = re.match(r"fp32 ([\d.]+), .*; bf16 ([\d.]+),", job)
     if precisions is None:
@@ -67,7 +67,10 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
         ("**slower:** a compact training step", "the dense step",
          _of_card(card, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_card}"),
     ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (("what", "beside", "result", "on"), ["---"] * 4, *rows)) + "\n"
+    return (
+        "\n".join(f"| {' | '.join(cells)} |" for cells in (("what", "beside", "result", "on"), ["---"] * 4, *rows))
+        + "\n"
+    )
 
 
 def _figure(results: dict[str, Any], name: str) -> str:
