@@ -31,6 +31,8 @@ lint: all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/typos
+	$(BIN)/lint-imports
 
 # a process for each CPU, of one thread: most tests are of small networks, whose threads would wait for one another; files
 # in their order, or the C++ builds, a few long tests, would come last
