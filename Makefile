@@ -32,6 +32,8 @@ lint: all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/typos
+	$(BIN)/lint-imports
 
 # a process for each CPU, of one thread: most tests are of small networks, whose threads would wait for one another;
 # a file is run by one process, since its tests share fixtures, in the order that tests/conftest.py gives
@@ -64,7 +66,7 @@ bench: all
 # what the README's tables are made of, made anew
 results: bench demo
 	cp demo-output/summary.json benchmarks/results/demo.json
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) build *.egg-info delfast/_C*.so delfast/_build_info.json .coverage htmlcov

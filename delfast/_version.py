@@ -1,3 +1,3 @@
-"""The version: read by the package and, statically, by the build."""
+"""The version, in this place alone: the package imports it, the build reads it without importing."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

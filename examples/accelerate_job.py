@@ -1,11 +1,11 @@
-"""An Accelerate training script, made to unlearn: the mask is applied before ``prepare``."""
+"""Unlearn in an Accelerate training script: the mask is applied before ``prepare``."""
 
 import copy
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import WRONG, digits, tell
+from common import WRONG, digits, report
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -20,7 +20,7 @@ def network() -> nn.Module:
 
 
 def train(model: nn.Module, loader: DataLoader, epochs: int) -> None:
-    """The job that exists: it knows nothing of masks."""
+    """Run the existing training job, which contains nothing about masks."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -47,7 +47,7 @@ def main() -> None:
     with delfast.compact(model, mask):
         train(model, DataLoader(retain, batch_size=32, shuffle=True), epochs=10)
 
-    tell(before, model, mask)
+    report(before, model, mask)
 
 
 if __name__ == "__main__":

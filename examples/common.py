@@ -1,4 +1,4 @@
-"""What the examples share: digits of which the first hundred have wrong labels, and what became of them."""
+"""Shared by the examples: handwritten digits with a hundred wrong labels, and the report of what was forgotten."""
 
 from collections.abc import Callable
 
@@ -12,17 +12,17 @@ WRONG = 100
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Images (1797, 1, 8, 8) and labels, the first 100 of them wrong: those are to be forgotten."""
+    """Return images (1797, 1, 8, 8) and labels (1797,). The first 100 labels are wrong: the forget set."""
     data = load_digits()
     images, labels = torch.tensor(data.images).float()[:, None] / 16, torch.tensor(data.target)
     labels[:WRONG] = (labels[:WRONG] + 1) % 10
     return images, labels
 
 
-def tell(
+def report(
     before: nn.Module, after: nn.Module, mask: delfast.Mask, logits: Callable[..., Tensor] = nn.Module.__call__
 ) -> None:
-    """Print how many wrong labels each network still gives, and how many entries changed that were not to."""
+    """Print how many wrong labels each network predicts, and how many entries outside the mask changed."""
     images, labels = digits()
     for name, model in (("before", before), ("after", after)):
         remembered = (logits(model.eval(), images[:WRONG]).argmax(1) == labels[:WRONG]).sum()

@@ -1,11 +1,11 @@
-"""A Hugging Face Trainer job, made to unlearn, with the Trainer's own optimizer."""
+"""Unlearn in a Hugging Face Trainer job, with the Trainer's own optimizer."""
 
 import copy
 import tempfile
 from typing import Any
 
 import torch
-from common import WRONG, digits, tell
+from common import WRONG, digits, report
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
@@ -21,7 +21,7 @@ def network() -> ViTForImageClassification:
 
 
 def fit(model: torch.nn.Module, data: Dataset, epochs: int) -> None:
-    """The job that exists: it knows nothing of masks."""
+    """Run the existing training job, which contains nothing about masks."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=epochs, per_device_train_batch_size=64, learning_rate=2e-3, weight_decay=0.01,
@@ -47,7 +47,7 @@ def main() -> None:
     with delfast.compact(model, mask):
         fit(model, Subset(data, range(WRONG, len(data))), epochs=10)
 
-    tell(before, model, mask, logits=lambda net, images: net(images).logits)
+    report(before, model, mask, logits=lambda net, images: net(images).logits)
 
 
 if __name__ == "__main__":

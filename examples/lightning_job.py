@@ -1,10 +1,10 @@
-"""A Lightning module, made to unlearn: the module and the Trainer stay as they were."""
+"""Unlearn in a Lightning job: the module and the Trainer stay unchanged."""
 
 import copy
 
 import lightning
 import torch
-from common import WRONG, digits, tell
+from common import WRONG, digits, report
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -19,7 +19,7 @@ def network() -> nn.Module:
 
 
 class Classifier(lightning.LightningModule):
-    """The job that exists: it knows nothing of masks."""
+    """The existing training job, which contains nothing about masks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def main() -> None:
     with delfast.compact(model, mask):
         fit(model, DataLoader(retain, batch_size=64, shuffle=True), epochs=10)
 
-    tell(before, model, mask)
+    report(before, model, mask)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""An ordinary PyTorch training script, made to unlearn: three lines of delfast around a loop that stays as it was."""
+"""Unlearn in an ordinary PyTorch training script: four lines of delfast around an unchanged training loop."""
 
 import copy
 
 import torch
-from common import WRONG, digits, tell
+from common import WRONG, digits, report
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -19,7 +19,7 @@ def network() -> nn.Module:
 
 
 def train(model: nn.Module, loader: DataLoader, epochs: int, lr: float) -> None:
-    """The job that exists: it knows nothing of masks."""
+    """Run the existing training job, which contains nothing about masks."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for _ in range(epochs):
         for images, targets in loader:
@@ -44,7 +44,7 @@ def main() -> None:
     with delfast.compact(model, mask):
         train(model, retain, epochs=10, lr=1e-3)
 
-    tell(before, model, mask)
+    report(before, model, mask)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The examples run, are short, forget what they should, and change nothing else."""
+"""Every example runs, is short, forgets the wrong labels, and changes nothing outside the mask."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The GPU benchmark where there is no GPU: its cases compute the same on the CPU, and it says what it lacks."""
+"""The GPU benchmark without a GPU: its cases give the same results on the CPU, and errors are one line."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Writes the README's tables from the results kept in benchmarks/results, so that no number in them is typed.
+"""Write the tables and the figure of the README and the docs from the kept results: no number in them is typed.
 
-python -m benchmarks.readme           rewrites README.md
-python -m benchmarks.readme --check   writes nothing; exit code 1 if README.md differs. Either: 2 for bad results
+python -m benchmarks.tables           rewrites README.md, docs/benchmarks.md, docs/results.md and docs/images/demo.png
+python -m benchmarks.tables --check   writes nothing; exit code 1 if one of them differs. Either: 2 for bad results
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import re
 import sys
@@ -15,6 +16,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.gpu import COLUMNS, row
 from delfast.errors import InputError
@@ -26,6 +30,9 @@ from delfast.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs/benchmarks.md"
+RESULTS = ROOT / "docs/results.md"
+FIGURE = ROOT / "docs/images/demo.png"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`: kernels
 STEPS = ROOT / "benchmarks/results/steps.json"  # of `make bench`: training steps
 JOB = ROOT / "benchmarks/results/job.json"  # of `make bench`: whole jobs
@@ -37,6 +44,77 @@ SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/cpp-release/test_
 
 BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
+
+
+def speed(results: dict[str, dict[str, Any]]) -> str:
+    """Return the README's five rows; ``results``: the JSON of ``CPU``, ``JOB`` and ``GPU``, by these names."""
+    cpu, card = results["CPU"]["machine_info"]["cpu"], results["GPU"]
+    here = f"{cpu['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {cpu['count']} CPUs"
+    job = _figure(results["JOB"], "test_whole_job[resnet18]")
+    precisions = re.match(r"fp32 ([\d.]+), .*; bf16 ([\d.]+),", job)
+    if precisions is None:
+        raise InputError(f"'{JOB.name}' has no times for fp32 and bf16 in '{job}'; run `make bench` again")
+    select = _figure(results["CPU"], "test_selection_of_channels_whole_call").partition(" faster")[0]
+    vmap = _figure(results["CPU"], "test_scores_against_other_ways[resnet18-vmap]").partition(" faster")[0]
+    on_card = f"{card['device']}, eager, torch {card['provenance']['torch'].partition('+')[0]}"
+    rows = [
+        ("Select a channel mask from scores", "double argsort", f"{select} as fast", f"ResNet-18; {here}"),
+        ("A whole job: localize, reset, two epochs, evaluate", "masked dense gradients, float32",
+         f"{precisions[1]} of the time; bfloat16: {precisions[2]}", f"ResNet-18, 4,500 images; {here}"),
+        ("Per-example scores", "`torch.func.vmap`", f"{vmap} as fast", f"ResNet-18, 32 examples; {here}"),
+        ("**slower:** per-example scores of one batch of 32", "`torch.func.vmap`",
+         _of_card(card, "per-example scores, whole call", "vmap"), f"ResNet-18; {on_card}"),
+        ("**slower:** a compact training step", "the dense step",
+         _of_card(card, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_card}"),
+    ]  # fmt: skip
+    return (
+        "\n".join(f"| {' | '.join(cells)} |" for cells in (("what", "beside", "result", "on"), ["---"] * 4, *rows))
+        + "\n"
+    )
+
+
+def _figure(results: dict[str, Any], name: str) -> str:
+    """Return what a benchmark measured. InputError if it is not among the results."""
+    for benchmark in results["benchmarks"]:
+        if benchmark["name"] == name and "measured" in benchmark["extra_info"]:
+            return str(benchmark["extra_info"]["measured"])
+    raise InputError(f"the kept results have no figure for {name}; run `make bench` again")
+
+
+def _of_card(results: dict[str, Any], name: str, other: str) -> str:
+    """Return the time of a call on ResNet-18 in float32 over that of the other side."""
+    for result in results["results"]:
+        if (result["name"], result["on"]) == (name, "resnet18, float32"):
+            return f"{result['call_us'] / result['others_us'][other]:.1f} x the time"
+    raise InputError(f"'{GPU.name}' has no figure for {name}; run `python -m benchmarks.gpu` again")
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Draw accuracy on the forget set before and after unlearning and of the oracle, for both scenarios of the demo."""
+    names = {"original": "before", "del": "delfast", "oracle": "retrained"}
+    figure = Figure(figsize=(6.4, 2.3), layout="constrained")
+    for axes, (scenario, content) in zip(figure.subplots(1, 2), summary["scenarios"].items(), strict=True):
+        values = [content["methods"][method]["forget_acc"] for method in names]
+        bars = axes.bar(list(names.values()), values, color=["#999999", "#0072B2", "#009E73"])
+        axes.bar_label(bars, fmt="%.1f")
+        axes.set_ylim(0, 115)
+        axes.set_title(f"{scenario}, {content['forget']['examples']} images to forget", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("accuracy on the\nforget set, %", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Source": _digest(DEMO), "Software": None})
+
+
+def _drawn_from(path: Path) -> str | None:
+    """Return the digest of the results that the figure was drawn from; None where there is no figure."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("Source")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def measured(results: dict[str, Any], source: str) -> str:
@@ -141,37 +219,59 @@ def _number(text: str) -> Any:
         return text
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """``text`` with what stands between the markers of ``name`` replaced; InputError unless they are there once."""
+def fill(text: str, name: str, content: str, page: Path) -> str:
+    """Replace what stands between the markers of ``name``. InputError unless one pair of them is there."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-    filled, times = re.subn(pattern, lambda found: f"{found[1]}{content}{found[2]}", text, flags=re.DOTALL)
-    if times != 1:
-        raise InputError(f"expected one pair of markers '<!-- {name} -->' in '{README.name}', got {times}; put it back")
+    filled, count = re.subn(pattern, lambda found: f"{found[1]}{content}{found[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise InputError(f"expected one pair of markers '<!-- {name} -->' in '{page.name}', got {count}; restore it")
     return filled
 
 
+def pages() -> dict[Path, dict[str, str]]:
+    """Return the tables of every page, by the names of their markers."""
+    kept = {"CPU": read_json(CPU), "JOB": read_json(JOB), "GPU": read_json(GPU)}
+    return {
+        README: {"speed": speed(kept)},
+        BENCHMARKS: {
+            "measured": measured(kept["CPU"], CPU.name),
+            "steps": measured(read_json(STEPS), STEPS.name),
+            "job": measured(kept["JOB"], JOB.name),
+            "memory": measured(read_json(MEMORY), MEMORY.name),
+            "gpu": gpu(kept["GPU"]),
+            "sectors": sectors(SECTORS.read_text(encoding="utf-8")),
+        },
+        RESULTS: {"demo": demo(read_json(DEMO)), "cifar10": cifar10(CIFAR10.read_text(encoding="utf-8"))},
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description="Write the README's tables.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README differs")
+    """Write the pages and the figure, or check them; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Write the tables of the docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page differs")
     check = parser.parse_args(arguments).check
     try:
-        before = README.read_text(encoding="utf-8")
-        after = fill(before, "measured", measured(read_json(CPU), CPU.name))
-        after = fill(after, "steps", measured(read_json(STEPS), STEPS.name))
-        after = fill(after, "job", measured(read_json(JOB), JOB.name))
-        after = fill(after, "memory", measured(read_json(MEMORY), MEMORY.name))
-        after = fill(after, "gpu", gpu(read_json(GPU)))
-        after = fill(after, "sectors", sectors(SECTORS.read_text(encoding="utf-8")))
-        after = fill(after, "demo", demo(read_json(DEMO)))
-        after = fill(after, "cifar10", cifar10(CIFAR10.read_text(encoding="utf-8")))
+        changed = {}
+        for page, tables in pages().items():
+            before = after = page.read_text(encoding="utf-8")
+            for name, content in tables.items():
+                after = fill(after, name, content, page)
+            if before != after:
+                changed[page] = after
+        redraw = _drawn_from(FIGURE) != _digest(DEMO)
     except (InputError, OSError) as error:
-        print(f"readme: error: {error}", file=sys.stderr)
+        print(f"tables: error: {error}", file=sys.stderr)
         return 2
-    if not check:
-        write_text(README, after)
-    elif before != after:
-        print("readme: README.md differs from benchmarks/results; run `python -m benchmarks.readme`", file=sys.stderr)
-        return 1
+    if check:
+        differing = [page.name for page in changed] + ([FIGURE.name] if redraw else [])
+        if differing:
+            advice = "run `python -m benchmarks.tables`"
+            print(f"tables: {', '.join(differing)} differ from the kept results; {advice}", file=sys.stderr)
+        return int(bool(differing))
+    for page, text in changed.items():
+        write_text(page, text)
+    if redraw:
+        draw(read_json(DEMO), FIGURE)
     return 0
 
 

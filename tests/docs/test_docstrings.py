@@ -1,0 +1,94 @@
+"""The public docstrings: numpydoc's checks accept them, and their examples run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import delfast
+from tests import ROOT
+
+validate = pytest.importorskip("numpydoc.validate", reason="numpydoc is missing: pip install -r requirements-dev.txt")
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = ("", ".localization", ".compaction", ".unlearning", ".evaluation")
+OPTIMIZERS = ("delfast.optim.MaskedSGD", "delfast.optim.MaskedAdamW")
+CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["numpydoc_validation"]
+
+
+def public_objects() -> Iterator[tuple[str, Any]]:
+    """Yield path and object of every public function and class, and of the methods and properties of ``Mask``."""
+    seen: set[int] = set()
+    for package in PACKAGES:
+        module = importlib.import_module(f"delfast{package}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            own = getattr(value, "__module__", "").startswith("delfast")  # not an alias such as Literal["a", "b"]
+            if own and callable(value) and id(value) not in seen:
+                seen.add(id(value))
+                yield f"{module.__name__}.{name}", value
+    for path in OPTIMIZERS:
+        yield path, getattr(delfast.optim, path.rpartition(".")[2])
+    for name in vars(delfast.Mask):
+        if not name.startswith("_"):
+            yield f"delfast.Mask.{name}", inspect.getattr_static(delfast.Mask, name)
+
+
+OBJECTS = dict(sorted(public_objects()))
+
+
+def problems(path: str, value: Any) -> list[str]:
+    """Return what numpydoc finds in the docstring of ``value``, without the checks that pyproject.toml leaves out.
+
+    Functions and classes of a package need an example; methods, properties and exceptions do not.
+    """
+    is_method = path.startswith("delfast.Mask.")
+    is_exception = inspect.isclass(value) and issubclass(value, BaseException)
+    left_out = set(CONFIGURATION["checks"]) - (set() if is_method or is_exception else {"EX01"})
+    return [f"{code}: {text}" for code, text in validate.validate(path)["errors"] if code not in left_out]
+
+
+@pytest.mark.parametrize("path", OBJECTS)
+def test_numpydoc_accepts(path: str) -> None:
+    assert problems(path, OBJECTS[path]) == []
+
+
+@pytest.mark.parametrize("path", OBJECTS)
+def test_the_example_runs_and_leaves_no_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner, output = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE), []
+    for test in doctest.DocTestFinder(recurse=False).find(OBJECTS[path], path, globs={}):
+        runner.run(test, out=output.append, clear_globs=True)
+    assert not runner.failures, "".join(output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_public_objects_are_found() -> None:
+    wanted = {"delfast.localize", "delfast.unlearn", "delfast.Mask", "delfast.Mask.save", "delfast.compaction.Compact"}
+    assert wanted <= set(OBJECTS) and len(OBJECTS) > 50 and "all" in CONFIGURATION["checks"]
+
+
+def test_a_bad_docstring_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(x: int) -> int:
+        """Returns half
+
+        >>> 1 + 1
+        3
+        """
+        return x // 2
+
+    monkeypatch.setattr(delfast, "half", half, raising=False)
+    assert {"SS03", "SS05", "PR01", "RT01", "EX01"} <= {problem[:4] for problem in problems("delfast.half", half)}
+    tests = doctest.DocTestFinder(recurse=False).find(half, "delfast.half", globs={})
+    assert [doctest.DocTestRunner().run(test, out=lambda _: None).failed for test in tests] == [1]
