@@ -78,8 +78,7 @@ inline Params many_params(Criterion criterion, Random& random) {
   Params params;
   for (int i = 0; i < 300; i++) {
     const Layout layout{random.below(6), i % 3 ? 1 + random.below(70) : 1, 1};
-    params.push_back(std::make_unique<Scores>(layout, criterion, kDtypes[random.below(3)], kDtypes[random.below(3)],
-                                              random.below(8)));
+    params.push_back(std::make_unique<Scores>(layout, criterion, random.dtype(), random.dtype(), random.below(8)));
     params.back()->fill(kKinds[i % int64_t(std::size(kKinds))], random);
   }
   return params;
