@@ -85,7 +85,7 @@ def _failure(log: str) -> str:
     failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+).*?\n(.*)", log, re.MULTILINE | re.DOTALL)
     if not failed:
         return (log.strip().splitlines() or ["no message"])[-1]
-    lines = failed[2].splitlines()
+    lines = failed[2].splitlines()[1:]  # the first is the command
     message = next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1] if lines else "")
     return f"could not build {Path(failed[1]).name.removesuffix('.o')}: {message.strip()}"
 

@@ -15,7 +15,7 @@ import torch
 
 import delfast
 from build_support import kernels
-from build_support.toolkit import CudaUnavailable, architectures, find_toolkit, generate_flags
+from build_support.toolkit import CudaUnavailable, Toolkit, architectures, find_toolkit, generate_flags
 from delfast.ops import BACKEND, OPS
 from delfast.status import _runs_on
 
@@ -182,6 +182,27 @@ def test_without_cmake_it_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
     expected = f"expected cmake beside {tmp_path}/python or on PATH, found none; pip install cmake ninja"
     with pytest.raises(kernels.BuildError, match=f"^{re.escape(expected)}$"):
         kernels.find_tool("cmake")
+
+
+def test_what_nvcc_cannot_compile_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "message.txt").write_text("In file included from bad.cu:1:\nbad.cu(3): error: no such kernel\n")
+    (tmp_path / "CMakeLists.txt").write_text("""
+        cmake_minimum_required(VERSION 3.25)
+        project(kernels LANGUAGES NONE)
+        add_custom_target(delfast_cpu)
+        add_custom_command(OUTPUT bad.cu.o COMMAND cat ${CMAKE_SOURCE_DIR}/message.txt COMMAND false)
+        add_custom_target(delfast_cuda DEPENDS bad.cu.o)
+    """)
+    monkeypatch.setattr(kernels, "ROOT", tmp_path)
+    monkeypatch.setattr(kernels, "FOLDER", tmp_path / "build")
+    expected = "nvcc could not build bad.cu: bad.cu(3): error: no such kernel"
+    with pytest.raises(CudaUnavailable, match=f"^{re.escape(expected)}$"):
+        kernels.build_archives(Toolkit(tmp_path, "13.0"))
+    (tmp_path / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 99.0)")
+    with pytest.raises(
+        kernels.BuildError, match=r"^cmake could not configure the kernels: CMake 99.0 or higher is required"
+    ):
+        kernels.build_archives(None)
 
 
 @pytest.mark.slow
