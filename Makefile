@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) setup.py setup_cuda.py
+SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: all demo check test test-all coverage lint bench results clean

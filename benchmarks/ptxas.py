@@ -7,20 +7,25 @@ tests/packaging/test_nvcc.py checks the same.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from setup_cuda import FLAGS, SOURCES, find_toolkit
+from build_support.toolkit import find_toolkit
 
 ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+FLAGS = ("--options-file", ROOT / "csrc" / "cuda" / "nvcc_options.txt", f"-I{ROOT / 'csrc'}")  # as the build
 TABLE = ROOT / "benchmarks" / "results" / "ptxas.md"
+KEPT = ROOT / "build" / "ptxas"
 ARCHITECTURES = ("80", "90", "100", "120")
 
 # Kernels that read parameters or gradients: threads and bytes of dynamic shared memory of a block, at the most.
@@ -81,10 +86,35 @@ class Compiled:
 
 
 def compile_all(nvcc: str) -> list[Compiled]:
-    """Every source for every architecture, two at a time."""
+    """Compile every source for every architecture, two at a time; results of unchanged sources are kept in KEPT."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    version = nvcc_version(nvcc)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
-        return list(pool.map(lambda job: _compile(nvcc, *job, Path(folder)), jobs))
+        return list(pool.map(lambda job: _kept(nvcc, version, *job, Path(folder)), jobs))
+
+
+def _kept(nvcc: str, version: str, source: Path, architecture: str, folder: Path) -> Compiled:
+    """Return the kept result if what it was made of is unchanged, else a new one."""
+    path = KEPT / f"{source.stem}-{architecture}.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        fields = kept["compiled"]
+        if kept["made_of"] == _made_of(version, fields["dependencies"]):
+            return Compiled(**fields | {"kernels": tuple(Kernel(**kernel) for kernel in fields["kernels"])})
+    compiled = _compile(nvcc, source, architecture, folder)
+    made_of = _made_of(version, compiled.dependencies)
+    path.write_text(json.dumps({"made_of": made_of, "compiled": asdict(compiled)}), encoding="utf-8")
+    return compiled
+
+
+def _made_of(version: str, dependencies: str) -> dict[str, str]:
+    """Return the tools' versions and the digest of each file of this repository that a result was made of."""
+    own = [Path(name) for name in dependencies.split() if name.startswith(str(ROOT))]
+    files = {*own, Path(__file__), ROOT / "csrc" / "cuda" / "nvcc_options.txt"}
+    digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()}
+    disassembler = _nvdisasm()
+    return {"nvcc": version, str(disassembler): str(disassembler.stat().st_size)} | digests
 
 
 def _compile(nvcc: str, source: Path, architecture: str, folder: Path) -> Compiled:

@@ -40,7 +40,7 @@ MEMORY = ROOT / "benchmarks/results/memory.json"  # of `make bench`: memory of t
 GPU = ROOT / "benchmarks/results/gpu.json"  # of `python -m benchmarks.gpu`
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
-SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/cpp-release/test_cuda_sectors prints
+SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
 BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory

@@ -6,6 +6,6 @@
 #include "delfast/cpu_dispatch.h"
 
 namespace delfast::cpu::avx2 {
-constexpr int kTileRows = 6, kTileVecs = 1;
+constexpr int kTileRows = kFewInstances ? 3 : 6, kTileVecs = 1;
 #include "cpu/per_example.inl"
 }  // namespace delfast::cpu::avx2

@@ -6,6 +6,6 @@
 #include "delfast/cpu_dispatch.h"
 
 namespace delfast::cpu::avx512 {
-constexpr int kTileRows = 14, kTileVecs = 2;
+constexpr int kTileRows = kFewInstances ? 3 : 14, kTileVecs = 2;
 #include "cpu/per_example.inl"
 }  // namespace delfast::cpu::avx512

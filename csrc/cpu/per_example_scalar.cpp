@@ -6,6 +6,6 @@
 #include "delfast/cpu_dispatch.h"
 
 namespace delfast::cpu::scalar {
-constexpr int kTileRows = 4, kTileVecs = 1;
+constexpr int kTileRows = kFewInstances ? 3 : 4, kTileVecs = 1;
 #include "cpu/per_example.inl"
 }  // namespace delfast::cpu::scalar

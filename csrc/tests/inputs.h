@@ -60,7 +60,12 @@ class Guarded {
   T* data_;
 };
 
+#ifdef DELFAST_FEW_INSTANCES
+inline constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::bfloat16};
+#else
 inline constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+#endif
+inline constexpr Dtype kSecondHalf = kFewInstances ? Dtype::bfloat16 : Dtype::float16;
 inline const char* name(Dtype dtype) {
   return dtype == Dtype::float32 ? "float32" : dtype == Dtype::bfloat16 ? "bfloat16" : "float16";
 }
@@ -116,6 +121,7 @@ class Random {
  public:
   explicit Random(uint32_t seed) : engine_(seed) {}
   uint32_t bits() { return uint32_t(engine_()); }
+  Dtype dtype() { return kDtypes[below(int64_t(std::size(kDtypes)))]; }
   int64_t below(int64_t limit) { return int64_t((uint64_t(bits()) << 32 | bits()) % uint64_t(limit)); }
   float unit() { return float(bits() >> 8) * 0x1p-24f; }  // [0, 1)
   // Of either sign, over several powers of two, like a trained network's weights and gradients.

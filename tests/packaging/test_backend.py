@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import delfast
-import setup_cuda
+from build_support import kernels
+from build_support.toolkit import CudaUnavailable, Toolkit, architectures, find_toolkit, generate_flags
 from delfast.backend import _runs_on
 from delfast.ops import BACKEND, OPS
 from tests import ROOT
@@ -154,7 +155,8 @@ def test_kernels_know_no_torch() -> None:
 def install(tmp_path: Path, **environment: str) -> tuple[str, subprocess.CompletedProcess[str]]:
     """Build the wheel from a copy of the sources, install it alone into a directory, and ask it for its status."""
     source, target = tmp_path / "source", tmp_path / "site"
-    names = ["delfast", "csrc", "setup.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+    folders = ["delfast", "csrc", "build_support"]
+    names = [*folders, "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
     for name in names:
         if (ROOT / name).is_dir():
             unwanted = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
@@ -173,6 +175,35 @@ def test_without_a_compiler_it_installs_and_says_so(tmp_path: Path) -> None:
     _, result = install(tmp_path, CXX="no-such-compiler")
     assert json.loads(result.stdout)["backend"] == "torch"
     assert "no C++ compiler: 'no-such-compiler' is not there" in result.stderr
+
+
+def test_without_cmake_it_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    expected = f"expected cmake beside {tmp_path}/python or on PATH, found none; pip install cmake ninja"
+    with pytest.raises(kernels.BuildError, match=f"^{re.escape(expected)}$"):
+        kernels.find_tool("cmake")
+
+
+def test_what_nvcc_cannot_compile_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "message.txt").write_text("In file included from bad.cu:1:\nbad.cu(3): error: no such kernel\n")
+    (tmp_path / "CMakeLists.txt").write_text("""
+        cmake_minimum_required(VERSION 3.25)
+        project(kernels LANGUAGES NONE)
+        add_custom_target(delfast_cpu)
+        add_custom_command(OUTPUT bad.cu.o COMMAND cat ${CMAKE_SOURCE_DIR}/message.txt COMMAND false)
+        add_custom_target(delfast_cuda DEPENDS bad.cu.o)
+    """)
+    monkeypatch.setattr(kernels, "ROOT", tmp_path)
+    monkeypatch.setattr(kernels, "FOLDER", tmp_path / "build")
+    expected = "nvcc could not build bad.cu: bad.cu(3): error: no such kernel"
+    with pytest.raises(CudaUnavailable, match=f"^{re.escape(expected)}$"):
+        kernels.build_archives(Toolkit(tmp_path, "13.0"))
+    (tmp_path / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 99.0)")
+    with pytest.raises(
+        kernels.BuildError, match=r"^cmake could not configure the kernels: CMake 99.0 or higher is required"
+    ):
+        kernels.build_archives(None)
 
 
 @pytest.mark.slow
@@ -224,7 +255,7 @@ def test_a_toolkit_is_found_behind_a_wrapper_script(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("PATH", str(wrapper.parent))
-    found = setup_cuda.find_toolkit("13")
+    found = find_toolkit("13")
     assert (found.root, found.version) == (toolkit.resolve(), "13.2")
     assert found.nvcc.is_file() and found.libraries == toolkit.resolve() / "lib64"
 
@@ -233,20 +264,20 @@ def test_a_toolkit_of_another_major_version_is_named_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path, 12090)))
-    with pytest.raises(setup_cuda.CudaUnavailable, match=r"expected a toolkit of CUDA 13, .*\(CUDA 12\.9\)"):
-        setup_cuda.find_toolkit("13")
+    with pytest.raises(CudaUnavailable, match=r"expected a toolkit of CUDA 13, .*\(CUDA 12\.9\)"):
+        find_toolkit("13")
 
 
 def test_architectures_are_torchs_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert setup_cuda.architectures() == ["8.0", "9.0", "10.0", "12.0+PTX"]
+    assert architectures() == ["8.0", "9.0", "10.0", "12.0+PTX"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
     flags = ["arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"]
-    assert setup_cuda.generate_flags(setup_cuda.architectures())[1::2] == flags
+    assert generate_flags(architectures())[1::2] == flags
     for bad in ("7.5", "8.0 Hopper"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", bad)
-        with pytest.raises(setup_cuda.CudaUnavailable, match="expected TORCH_CUDA_ARCH_LIST like"):
-            setup_cuda.architectures()
+        with pytest.raises(CudaUnavailable, match="expected TORCH_CUDA_ARCH_LIST like"):
+            architectures()
 
 
 @needs_native

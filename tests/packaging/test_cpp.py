@@ -1,26 +1,29 @@
-"""The C++ tests of the kernels (csrc/tests), with sanitizers and optimized like the wheel, and the objects' symbols.
+"""The C++ tests of the kernels (csrc/tests), as the extension has them and under sanitizers, and the objects' symbols.
 
 The CUDA kernels are among them: they are compiled by the C++ compiler and run on the CPU."""
 
 import fcntl
 import os
 import platform
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from build_support import kernels
 
-SANITIZERS = {"release": "", "address": "address", "thread": "thread"}  # by kind of build
-KINDS = list(SANITIZERS)
-COMPILERS = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+ROOT = kernels.ROOT
+VARIANTS = ["release", "address", "thread"]  # csrc/tests/CMakeLists.txt defines them
+FULL = [pytest.param(f"{sanitizer}_full", marks=pytest.mark.slow) for sanitizer in ("address", "thread")]
+ISAS = re.findall(
+    r'"(\w+)"', re.search(r"kIsaNames\[\] = {(.*?)}", (ROOT / "csrc/delfast/cpu_dispatch.h").read_text())[1]
+)
 
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, COMPILERS)),
-    reason=f"no C++ compiler: none of {', '.join(COMPILERS)} found; install g++ or clang++, or set CXX",
+    not shutil.which(os.environ.get("CXX", "c++")),
+    reason="no C++ compiler: install g++ or clang++, or set CXX",
 )
 x86_only = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the fibers that run CUDA kernels on the CPU are for x86-64"
@@ -28,15 +31,12 @@ x86_only = pytest.mark.skipif(
 
 
 def run(tool: str, *arguments: str) -> str:
-    """Output of a tool of this Python environment, or else of PATH; if it fails, that is the test's failure."""
-    beside_python = Path(sys.executable).parent
-    path = f"{beside_python}{os.pathsep}{os.environ['PATH']}"
-    executable = shutil.which(tool, path=path)
-    assert executable, f"expected {tool} beside {sys.executable} or on PATH; pip install -r requirements-dev.txt"
-    # cmake finds ninja by PATH; of leaks see CMakeLists.txt
+    """Return a program's output; if it fails, that is the test's failure."""
+    executable = shutil.which(tool, path=kernels.tools_path())
+    assert executable, f"expected {tool} in this Python environment or on PATH; pip install -r requirements-dev.txt"
     result = subprocess.run(
         [executable, *arguments],
-        env=os.environ | {"PATH": path, "ASAN_OPTIONS": "detect_leaks=0"},
+        env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},  # as in csrc/tests/CMakeLists.txt
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -46,27 +46,29 @@ def run(tool: str, *arguments: str) -> str:
     return result.stdout
 
 
-def build(kind: str) -> Path:
-    """build/cpp-KIND, which stays: a second run compiles only what has changed."""
-    folder = ROOT / "build" / f"cpp-{kind}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+def build(variant: str) -> Path:
+    """Build a variant's tests beside the extension's kernels; return the folder of its programs."""
+    kernels.FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(kernels.FOLDER / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of pytest may build here too
-        run("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DDELFAST_SANITIZE={SANITIZERS[kind]}")
-        run("cmake", "--build", str(folder))
-    return folder
+        try:
+            kernels.configure()
+            kernels.build(f"tests_{variant}")
+        except kernels.BuildError as error:
+            pytest.fail(str(error), pytrace=False)
+    return kernels.FOLDER / "tests" / variant
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernels_without_torch(kind: str) -> None:
-    folder = build(kind)
-    jobs = str(os.cpu_count())
-    output = run("ctest", "--test-dir", str(folder), "--parallel", jobs, "--output-on-failure", "--no-tests=error")
+@pytest.mark.parametrize("variant", [*VARIANTS, *FULL])
+def test_kernels_without_torch(variant: str) -> None:
+    build(variant)
+    chosen = ["--test-dir", str(kernels.FOLDER), "--label-regex", f"^{variant}$", "--no-tests=error"]
+    output = run("ctest", *chosen, "--parallel", str(os.cpu_count()), "--output-on-failure")
     print(output)  # names the instruction sets that this CPU made it skip
     assert "100% tests passed" in output
 
 
-# which build must notice a bug that is planted in a small CUDA kernel, whatever the schedule, and what it then says
+# which variant must notice a bug that is planted in a small CUDA kernel, whatever the schedule, and its message
 CAUGHT = [
     ("missing-syncthreads", "thread", "data race"),
     ("missing-syncwarp", "thread", "data race"),
@@ -77,27 +79,29 @@ CAUGHT = [
 ]
 
 
-def run_planted(kind: str, bug: str, seed: int) -> subprocess.CompletedProcess[str]:
-    program = build(kind) / "planted_bugs"
+def run_planted(folder: Path, bug: str, seed: int) -> subprocess.CompletedProcess[str]:
+    program = folder / "cuda" / "planted_bugs"
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run([program, bug, str(seed)], capture_output=True, text=True, env=environment)
 
 
 @x86_only
-@pytest.mark.parametrize(("bug", "kind", "said"), CAUGHT)
-def test_bugs_planted_in_cuda_kernels_are_caught(bug: str, kind: str, said: str) -> None:
+@pytest.mark.parametrize(("bug", "variant", "message"), CAUGHT)
+def test_bugs_planted_in_cuda_kernels_are_caught(bug: str, variant: str, message: str) -> None:
+    folder = build(variant)
     for seed in range(6):
-        result = run_planted(kind, bug, seed)
+        result = run_planted(folder, bug, seed)
         assert result.returncode != 0
-        assert said in result.stdout + result.stderr
+        assert message in result.stdout + result.stderr
         assert "planted_bugs.cpp:" in result.stdout + result.stderr  # names the line
 
 
 @x86_only
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_caught_where_there_is_no_bug(kind: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_is_caught_where_there_is_no_bug(variant: str) -> None:
+    folder = build(variant)
     for seed in range(6):
-        result = run_planted(kind, "none", seed)
+        result = run_planted(folder, "none", seed)
         assert (result.returncode, result.stdout, result.stderr) == (0, "right results\n", "")
 
 
@@ -105,18 +109,20 @@ def test_nothing_is_caught_where_there_is_no_bug(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["criticality", "selection", "masked_update", "per_example"])
 def test_cuda_kernels_under_many_schedules(family: str) -> None:
-    print(run(str(build("release") / f"test_cuda_{family}"), *map(str, range(3, 40))))
-    print(run(str(build("address") / f"test_cuda_{family}"), "0", "1", "2"))
-    print(run(str(build("thread") / f"test_cuda_{family}"), "0", "1", "2"))
+    print(run(str(build("release") / "cuda" / f"test_{family}"), *map(str, range(3, 40))))
+    print(run(str(build("address_full") / "cuda" / f"test_{family}"), "0", "1", "2"))
+    print(run(str(build("thread_full") / "cuda" / f"test_{family}"), "0", "1", "2"))
 
 
-@pytest.mark.parametrize("kind", ["release", "address"])  # the less is inlined, the more is defined
-def test_wide_objects_define_no_function_that_others_share(kind: str) -> None:
+@pytest.mark.parametrize("library", ["delfast_cpu", "tests/delfast_cpu_address"])  # the less inlined, the more defined
+def test_wide_objects_define_no_function_that_others_share(library: str) -> None:
     """Of a weak function that several objects define the linker keeps one. Were it one compiled for AVX-512, every CPU
     would run that. So whatever code these objects define outwardly must carry their instruction set in its name."""
-    objects = build(kind) / "CMakeFiles" / "delfast_cpu.dir"
-    isas = [line.split()[0] for line in (ROOT / "csrc" / "isa_flags.txt").read_text().splitlines()]
-    for isa in isas:
+    build("address" if "address" in library else "release")
+    archive = kernels.FOLDER / "csrc" / library
+    objects = archive.parent / "CMakeFiles" / f"{archive.name}.dir"
+    assert ISAS[0] == "scalar" and len(ISAS) > 1
+    for isa in ISAS[1:]:
         files = sorted(objects.rglob(f"*_{isa}.cpp.o"))
         assert bool(files) == (platform.machine() in ("x86_64", "AMD64"))
         for file in files:
@@ -127,3 +133,21 @@ def test_wide_objects_define_no_function_that_others_share(kind: str) -> None:
             # data (types D, B, R, V) is the same for every CPU
             foreign = [symbol for symbol, type_ in types.items() if namespace not in symbol and type_ not in "DBRV"]
             assert foreign == [], f"{file.name} defines {', '.join(foreign)}; mark these DELFAST_INLINE"
+
+
+def test_a_changed_source_rebuilds_only_the_objects_that_include_it() -> None:
+    build("release")
+    objects: dict[str, set[str]] = {}
+    for block in run("ninja", "-C", str(kernels.FOLDER), "-t", "deps").split("\n\n"):
+        target, *included = block.splitlines() or [""]
+        name = target.split(":")[0]
+        if "/tests/" not in name and name.endswith(".o"):
+            for path in included:
+                objects.setdefault(path.strip(), set()).add(Path(name).name)
+    isas = [isa for isa in ISAS if (ROOT / f"csrc/cpu/criticality_{isa}.cpp").exists()]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        isas = ["scalar"]
+    assert objects[str(ROOT / "csrc/cpu/criticality.inl")] == {f"criticality_{isa}.cpp.o" for isa in isas}
+    if (kernels.FOLDER / "csrc/libdelfast_cuda.a").exists():
+        assert objects[str(ROOT / "csrc/cuda/masked_update.cu")] == {"masked_update.cu.o"}
+        assert objects[str(ROOT / "csrc/cuda/selection.cuh")] == {"selection.cu.o"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-import setup_cuda
 from benchmarks import ptxas
+from build_support.toolkit import CudaUnavailable, find_toolkit
 
 try:
-    TOOLKIT = setup_cuda.find_toolkit()
-except setup_cuda.CudaUnavailable as error:
+    TOOLKIT = find_toolkit()
+except CudaUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
@@ -23,7 +23,7 @@ def kernels(compiled: list[ptxas.Compiled], names: object = None) -> list[ptxas.
 
 
 def test_every_source_compiles_quickly(compiled: list[ptxas.Compiled]) -> None:
-    assert {unit.source for unit in compiled} == {path.name for path in setup_cuda.SOURCES} != set()
+    assert {unit.source for unit in compiled} == {path.name for path in ptxas.SOURCES} != set()
     assert {unit.architecture for unit in compiled} == set(ptxas.ARCHITECTURES)
     for unit in compiled:
         assert unit.seconds < 20, f"{unit.source} took {unit.seconds:.0f} s for sm_{unit.architecture}"

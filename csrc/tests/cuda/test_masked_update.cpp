@@ -2,7 +2,7 @@
 // schedule of threads and order of blocks. What the CPU kernels compute is checked in test_masked_update.cpp.
 #include <cmath>
 
-#include "cuda_cases.h"
+#include "cases.h"
 
 namespace delfast::test {
 namespace {
@@ -71,15 +71,15 @@ List awkward_list(Random& random) {
   add({1, 1000003, 1}, true, Dtype::float32, Dtype::float32, Masked::everything);
   add({1, 1000003, 1}, false, Dtype::bfloat16, Dtype::float32, Masked::some);
   for (Layout layout : {Layout{5, 63, 9}, Layout{3, 2, 2}, Layout{37, 1899, 9}})
-    for (bool by_row : {true, false}) add(layout, by_row, Dtype::float32, Dtype::float16, Masked::some);
+    for (bool by_row : {true, false}) add(layout, by_row, Dtype::float32, kSecondHalf, Masked::some);
   return list;
 }
 
 List many(Random& random) {
   List list;
   for (int i = 0; i < 300; i++)
-    list.emplace_back(Layout{random.below(9), 1 + random.below(70), 1}, i % 2 == 0, kDtypes[random.below(3)],
-                      kDtypes[random.below(3)], Masked(random.below(4)), random.below(8), random.below(8), random);
+    list.emplace_back(Layout{random.below(9), 1 + random.below(70), 1}, i % 2 == 0, random.dtype(), random.dtype(),
+                      Masked(random.below(4)), random.below(8), random.below(8), random);
   return list;
 }
 

@@ -187,9 +187,9 @@ void check_failures() {
   for (uint64_t seed : {0, 3}) {
     set_seed(seed);
     alignas(16) const unsigned char memory[32] = {};
-    check_fails("trap", {"kernel trap", "__trap", "thread 5", "test_cuda_on_cpu.cpp:"},
+    check_fails("trap", {"kernel trap", "__trap", "thread 5", "test_on_cpu.cpp:"},
                 [] { DELFAST_LAUNCH(trap, 1, 64, 0, nullptr, 5); });
-    check_fails("misaligned", {"aligned to 16 bytes", "test_cuda_on_cpu.cpp:"},
+    check_fails("misaligned", {"aligned to 16 bytes", "test_on_cpu.cpp:"},
                 [&] { DELFAST_LAUNCH(misaligned, 1, 1, 0, nullptr, memory); });
     check_fails("exit before a barrier", {"divergent __syncthreads", "has exited"},
                 [] { DELFAST_LAUNCH(exit_before_barrier, 1, 64, 0, nullptr); });

@@ -186,7 +186,8 @@ int main() {
   using namespace delfast::test;
   std::printf(
       "# Sectors that the CUDA kernels ask for\n\n"
-      "Written by `build/cpp-release/test_cuda_sectors > benchmarks/results/sectors.md`. The kernels run on the CPU; "
+      "Written by `build/kernels/tests/release/cuda/test_sectors > benchmarks/results/sectors.md`. The kernels run on "
+      "the CPU; "
       "32-byte\n"
       "sectors are counted as a warp's instructions would ask for them. \"Least\": every sector that a launch touches, "
       "once.\n"

@@ -40,7 +40,7 @@ void elements(cpu::Isa isa, Random& random) {
             check_selection(isa, one({size, 1, 1}, criterion, theta, grad, kind, random, size % 3), name(kind));
   for (int64_t size : {65535, 65536, 65537, 140000})
     for (Kind kind : kKinds) {
-      const Dtype dtype = kDtypes[random.below(3)];
+      const Dtype dtype = random.dtype();
       check_selection(isa, one({size, 1, 1}, Criterion::weighted_grad, dtype, Dtype::float32, kind, random),
                       name(kind));
     }

@@ -2,7 +2,7 @@
 // schedule of threads and order of blocks. What the CPU kernels compute is checked in test_criticality.cpp.
 #include <limits>
 
-#include "cuda_cases.h"
+#include "cases.h"
 
 namespace delfast::test {
 namespace {

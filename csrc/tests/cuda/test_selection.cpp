@@ -2,7 +2,7 @@
 // and order of blocks. What the CPU kernels compute is checked in test_selection.cpp.
 #include <limits>
 
-#include "cuda_cases.h"
+#include "cases.h"
 
 namespace delfast::test {
 namespace {

@@ -1,4 +1,4 @@
-"""The CUDA side of the build: finds a toolkit, reads which architectures are wanted, runs nvcc. Needs no GPU."""
+"""Finds the CUDA toolkit and reads which architectures are wanted. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.resolve()
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# -fmad=false: no fused multiply-add, so that results equal the CPU kernels' to the bit
-FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
 ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 
 
@@ -104,19 +100,3 @@ def generate_flags(wanted: list[str]) -> list[str]:
         if architecture.endswith("+PTX"):
             flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
     return flags
-
-
-def compile_object(toolkit: Toolkit, source: Path, folder: Path) -> str:
-    """Compiles one of SOURCES for ``architectures()``; the object's path. CudaUnavailable if nvcc fails."""
-    target = folder / f"{source.stem}_cuda.o"
-    compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
-    command = [
-        *(str(toolkit.nvcc), *compiler, *FLAGS, *generate_flags(architectures())),
-        *("-Xcompiler", "-fPIC,-fvisibility=hidden", "-MD", "-MF", str(target.with_suffix(".d"))),
-        *("-c", str(source), "-o", str(target)),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        line = next(iter(result.stderr.strip().splitlines()), "no message")
-        raise CudaUnavailable(f"nvcc could not compile {source.name}: {line}")
-    return str(target)

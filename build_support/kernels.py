@@ -1,0 +1,113 @@
+"""Builds the CMake project of the kernels in build/kernels, a folder that stays, so that builds are incremental."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from build_support.toolkit import CudaUnavailable, Toolkit, architectures, generate_flags
+
+ROOT = Path(__file__).parents[1].resolve()
+FOLDER = ROOT / "build" / "kernels"
+
+
+class BuildError(RuntimeError):
+    """Why the kernels cannot be built, in one line."""
+
+
+def compiler() -> str:
+    """Return the path of the C++ compiler: CXX, or else ``c++``. BuildError if there is none."""
+    name = os.environ.get("CXX", "c++")
+    found = shutil.which(name)
+    if not found:
+        raise BuildError(f"no C++ compiler: '{name}' is not there (set CXX, or install g++ 11 or newer)")
+    return found
+
+
+def tools_path() -> str:
+    """Return PATH with the programs of this Python environment first, where pip puts cmake and ninja."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def find_tool(name: str) -> str:
+    found = shutil.which(name, path=tools_path())
+    if not found:
+        raise BuildError(f"expected {name} beside {sys.executable} or on PATH, found none; pip install cmake ninja")
+    return found
+
+
+def configure(toolkit: Toolkit | None = None) -> None:
+    """Configure the project; with the CUDA kernels if ``toolkit`` is given, else as it was.
+
+    Flags come from CMakeLists.txt alone: CXXFLAGS could break that every instruction set gives the same bits.
+    """
+    options = {"CMAKE_MAKE_PROGRAM": find_tool("ninja"), "CMAKE_CXX_FLAGS": "", "CMAKE_BUILD_TYPE": ""}
+    if toolkit:
+        host_compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+        flags = [*host_compiler, *generate_flags(architectures())]
+        options |= {"DELFAST_NVCC": str(toolkit.nvcc), "DELFAST_NVCC_FLAGS": ";".join(flags)}
+    fixed = {"CMAKE_CXX_COMPILER": compiler()}
+    command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja"]
+    if not _was_configured_with(fixed | {"CMAKE_HOME_DIRECTORY": str(ROOT)}):
+        command.append("--fresh")
+    result = _run([*command, *(f"-D{name}={value}" for name, value in (fixed | options).items())])
+    if result.returncode:
+        sys.stderr.write(result.stdout)
+        message = re.search(r"CMake Error[^\n]*\n\s*(.+?)(?:\n\s*\n|\Z)", result.stdout, re.DOTALL)
+        reason = " ".join(message[1].split()) if message else "as printed above"
+        raise BuildError(f"cmake could not configure the kernels: {reason}")
+
+
+def _was_configured_with(wanted: dict[str, str]) -> bool:
+    """Whether the folder's cache, if there is one, has these values, which CMake cannot change later."""
+    cache = FOLDER / "CMakeCache.txt"
+    if not cache.exists():
+        return True
+    entries = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(encoding="utf-8"), re.MULTILINE))
+    return all(entries.get(name) == value for name, value in wanted.items())
+
+
+def build(*targets: str) -> None:
+    """Build these targets of the configured project, on MAX_JOBS processes or as many as there are CPUs."""
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+    result = _run([find_tool("cmake"), "--build", str(FOLDER), "--parallel", jobs, "--target", *targets])
+    if result.returncode:
+        sys.stderr.write(result.stdout)
+        raise BuildError(_failure(result.stdout))
+
+
+def _failure(log: str) -> str:
+    """Return one line: which file's compiler said what."""
+    failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+).*?\n(.*)", log, re.MULTILINE | re.DOTALL)
+    if not failed:
+        return (log.strip().splitlines() or ["no message"])[-1]
+    lines = failed[2].splitlines()[1:]  # the first is the command
+    message = next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1] if lines else "")
+    return f"could not build {Path(failed[1]).name.removesuffix('.o')}: {message.strip()}"
+
+
+def build_archives(toolkit: Toolkit | None) -> list[str]:
+    """Build the archives that the extension links, in the order in which a linker wants them.
+
+    BuildError if the CPU kernels cannot be built, CudaUnavailable if only the CUDA kernels, which ``toolkit`` asks for,
+    cannot.
+    """
+    configure(toolkit)
+    libraries = ["delfast_cuda", "delfast_cpu"] if toolkit else ["delfast_cpu"]
+    try:
+        build(*libraries)  # together, so that no processor waits
+    except BuildError as error:
+        if not toolkit:
+            raise
+        build("delfast_cpu")
+        raise CudaUnavailable(f"nvcc {error}") from error
+    return [str(FOLDER / "csrc" / f"lib{library}.a") for library in libraries]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": tools_path()}
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
