@@ -70,10 +70,11 @@ class CriticalChannels:
     Examples
     --------
     >>> import torch, delfast
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
     >>> found = delfast.critmem(model, [(torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 0]))])
     >>> len(found.examples), found.counts["0.weight"].shape
-    (5, torch.Size([3]))
+    (5, torch.Size([16]))
     """
 
     examples: tuple[CriticalExample, ...]
@@ -166,7 +167,7 @@ def critmem(
     --------
     >>> import torch, delfast
     >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
     >>> inputs = torch.randn(6, 4)
     >>> found = delfast.critmem(model, [(inputs, model(inputs).argmax(dim=1))], max_channels=3)
     >>> max(len(example.channels) for example in found.examples) <= 3

@@ -16,14 +16,14 @@ Found = tuple[list[tuple[str, int]], bool]  # channels in order, whether the pre
 
 
 def channel_weights(model: nn.Module, head: str | None) -> dict[str, Tensor]:
-    """The weights whose rows compete: every trainable convolution's and linear layer's but the head's."""
+    """Return the weights whose rows compete: those of every trainable convolution and linear layer except the head."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     wanted = {id(m.weight) for n, m in layers if m.weight.requires_grad and n != head}
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
 
 
 def search_one(model: nn.Module, weights: dict[str, Tensor], image: Tensor, label: Tensor, most: int) -> Found:
-    """image (1, ...), label (1,). Zeroes rows of ``weights``, the model's own, and puts them back."""
+    """Search one example, image (1, ...), label (1,). Zeroes rows of ``weights`` and restores them."""
     rows = [(name, row) for name, weight in weights.items() for row in range(len(weight))]
     channels: list[tuple[str, int]] = []
     values: list[Tensor] = []
@@ -53,7 +53,7 @@ def search_one(model: nn.Module, weights: dict[str, Tensor], image: Tensor, labe
 def loop(
     model: nn.Module, batches: Iterable[Any], max_channels: int, head: str | None = "head", only: Iterable[int] = ()
 ) -> list[Found]:
-    """Every example of the batches, or ``only`` these of each. The model is in eval mode; it is copied."""
+    """Search every example of the batches, or ``only`` these of each, in a copy of the model in eval mode."""
     model = copy.deepcopy(model)
     weights = channel_weights(model, head)
     return [

@@ -1,4 +1,4 @@
-"""CritMem against its loop over examples in float64; when it stops; the ranking that is made of it."""
+"""CritMem against its loop over examples in float64; the end of its search; the ranking by its counts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SequenceFirst(nn.Module):
 
 
 def predicted(model: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Batches whose labels are what the network says: nothing is wrong at the outset."""
+    """Return batches whose labels are the network's predictions, so that none is wrong at first."""
     with torch.no_grad():
         return [(x, model(x).argmax(dim=1)) for x in inputs]
 
@@ -145,7 +145,7 @@ def linear(rows: list[list[float]], head: list[list[float]]) -> nn.Module:
 
 
 def test_stop_rules() -> None:
-    # hidden units 0 and 1 speak for class 0 by 1 and 2, unit 2 for class 1 by 2.5
+    # hidden units 0 and 1 support class 0 by 1 and 2, unit 2 supports class 1 by 2.5
     model = linear([[1.0], [2.0], [2.5]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     x = torch.tensor([[1.0]])
     right, wrong = (x, torch.tensor([0])), (x, torch.tensor([1]))
@@ -155,10 +155,10 @@ def test_stop_rules() -> None:
     # 4.5 for class 0 against a bias: every unit has to go, and K may be smaller
     deep = linear([[1.0], [2.0], [1.5]], [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     assert as_found(critmem(deep, [right], max_channels=2)) == [([("0.weight", 1), ("0.weight", 2)], False)]
-    # all gone: the logits are equal, the prediction is still the first class, and no score is positive
+    # all zeroed: the logits are equal, the prediction is still the first class, and no score is positive
     order = [("0.weight", 1), ("0.weight", 2), ("0.weight", 0)]
     assert as_found(critmem(deep, [right])) == [(order, False)]
-    # no channel speaks for the label
+    # no channel supports the label
     against = linear([[1.0]], [[0.0], [0.0]])
     assert as_found(critmem(against, [right])) == [([], False)]
 
@@ -189,7 +189,7 @@ def test_an_example_does_not_depend_on_its_batch() -> None:
 
 
 def test_preserving_the_others() -> None:
-    # unit 0 speaks for both examples' labels, unit 1 for the first one's alone, a little less
+    # unit 0 supports both examples' labels, unit 1 supports the first one's alone, a little less
     model = linear([[1.0, 1.0], [0.9, 0.0]], [[1.0, 1.0], [0.0, 0.0]])
     batch = (torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0]))
     plain, spared = (critmem(model, [batch], max_channels=1, preserve=w) for w in (0.0, 1.0))
@@ -201,7 +201,7 @@ def test_preserving_the_others() -> None:
     assert by_hand == [1, 0] and [e.channels for e in spared.examples] == [(("0.weight", i),) for i in by_hand]
 
 
-# What is made of it
+# The ranking
 
 
 def test_counts_and_scores() -> None:
@@ -407,7 +407,7 @@ def test_bad_arguments() -> None:
 
 
 def test_as_many_examples_as_the_trial_had_take_two_passes(caplog: pytest.LogCaptureFixture) -> None:
-    """No dim can be seen to grow then, so that one example goes alone; nothing is slow, and nothing is logged."""
+    """No dim grows then, so that one example is searched alone; the others stay together, and nothing is logged."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))

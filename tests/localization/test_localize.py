@@ -1,4 +1,4 @@
-"""score, select, localize: right, deterministic, and nothing left behind."""
+"""score, select, localize: correct and deterministic, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.localization.published import published_mask
 
 
 def loop_gradient(model: nn.Module, batches: list[Any]) -> dict[str, torch.Tensor]:
-    """G by its definition, in float64: one example at a time."""
+    """Compute G by its definition in float64, one example at a time."""
     model = copy.deepcopy(model).double().eval()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -97,7 +97,7 @@ def test_wrapped_models_match_by_plain_name() -> None:
 
 
 def test_dtensor_is_refused_by_name() -> None:
-    class DTensor(nn.Parameter):  # the real one needs a process group; it is told by its type's name
+    class DTensor(nn.Parameter):  # the real one needs a process group; it is identified by its type's name
         pass
 
     model = nn.Sequential(nn.Linear(2, 2))

@@ -21,7 +21,7 @@ from tests.networks import Attention, Checkpointed, InPlace, Odd, Shared, Window
 
 
 def loop(model: nn.Module, batches: list[Any], name: str) -> Tensor:
-    """(N, C) by its definition."""
+    """Compute the sums (N, C) by their definition."""
     weight = dict(model.named_parameters())[name].detach()
     return torch.stack([(weight * g[name]).flatten(1).sum(dim=1) for g in example_gradients(model, batches)])
 
@@ -119,7 +119,7 @@ def test_streamed_to_disk_with_identifiers(tmp_path: Path) -> None:
         delfast.signed_channels(model, [], path=tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["channels"]  # whole or not at all
     (tmp_path / "channels" / "matrix.npy").write_bytes(b"no array")
-    with pytest.raises(InputError, match="write it anew"):
+    with pytest.raises(InputError, match="write it again"):
         delfast.SignedChannels.load(tmp_path / "channels")
 
 

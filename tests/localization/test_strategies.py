@@ -1,4 +1,4 @@
-"""localize: strategies, presets and arguments, which of them counts, and former names."""
+"""localize: the precedence of presets, strategies and arguments, and former names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of 0: a mask of them is the first rows by index, which is refused, or said with their number."""
+"""Scores of 0: a mask of units that all score 0 is refused; a mask with some of them draws a warning."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GRANULARITIES: tuple[Granularity, ...] = ("channel", "param")
 
 
 def known_by_heart() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A network whose softmax is 1, to the last bit, at the label of every example."""
+    """A network whose softmax is exactly 1 at the label of every example."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     images = torch.randn(20, 6, generator=generator)
@@ -62,7 +62,7 @@ def test_critmem_of_a_network_that_is_always_wrong_is_refused() -> None:
 
 
 def warned(select: Callable[[], Mask]) -> tuple[Mask, list[tuple[int, int]]]:
-    """A mask, and (how many score 0, of how many selected) of every warning."""
+    """Return the mask, and for every warning how many units score 0 of how many selected."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         mask = select()
@@ -84,7 +84,7 @@ def warned(select: Callable[[], Mask]) -> tuple[Mask, list[tuple[int, int]]]:
 def test_the_number_of_zeros_is_that_of_a_count(
     shapes: list[list[int]], budget: float, dead: float, criterion: Any, how: Any, transposed: bool, seed: int
 ) -> None:
-    """Gradients with zero rows and zero elements, in any share."""
+    """Gradients with any share of zero rows and zero elements."""
     generator = torch.Generator().manual_seed(seed)
     parameters, gradients = {}, {}
     for number, shape in enumerate(shapes):

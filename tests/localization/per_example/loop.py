@@ -1,4 +1,4 @@
-"""What the per-example tests compare with: a plain loop over examples."""
+"""The reference of the per-example tests: a plain loop over examples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def in_double(model: nn.Module, batches: Iterable[Any]) -> tuple[nn.Module, list
 def example_gradients(
     model: nn.Module, batches: Iterable[Any], losses: Losses = cross_entropy
 ) -> list[dict[str, Tensor]]:
-    """g(x) by its definition, for every example: the loss of a batch of it alone."""
+    """Return every example's gradient g(x) by its definition: from the loss of a batch with this example alone."""
     parameters = trainable_parameters(model)
     found = []
     for batch in batches:
@@ -60,7 +60,7 @@ def assert_parity(
     unknown: Iterable[str] = (),
     bound: float = 1e-12,
 ) -> PerExampleGradients:
-    """Both epilogues against the loop: relative L2 in float64. ``unknown``: parameters that go example by example."""
+    """Compare both epilogues with the loop by relative L2 in float64. ``unknown``: parameters without a rule."""
     batches = list(batches)
     gradients = example_gradients(model, batches, losses)
     assert any(g.any() for g in gradients[0].values())

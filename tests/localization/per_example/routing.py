@@ -1,4 +1,4 @@
-"""Networks that lay their examples out by what is in them, and some that only look so."""
+"""Networks whose example axis depends on the data, and similar networks whose axis does not."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def packed(by: str = "mask", n: int = 4, t: int = 5) -> Case:
 
 
 class Shuffled(nn.Module):
-    """The examples, or their tokens, in another order inside; ``by``: which order, and how."""
+    """A layer on reordered examples or tokens; ``by``: the order, and the operation that makes it."""
 
     def __init__(self, by: str) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def unique(n: int = 8) -> Case:
 
 
 def routed(name: str, seed: int) -> Case:
-    """A case of ROUTED in float64, in eval mode."""
+    """Return a case of ROUTED in float64, in eval mode."""
     torch.manual_seed(seed)
     random.seed(seed)
     model, batches = ROUTED[name]()

@@ -1,4 +1,4 @@
-"""Examples that lie otherwise in a later batch than in the trial's: found out, whatever moves them; 0 wrong."""
+"""Batches whose examples do not lie along the trial's axis: always detected, whatever moves them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.localization.per_example.routing import ROUTED, experts, losses_of, p
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by one for every batch that takes a second backward pass."""
+    """A list that grows by one for every batch with a second backward pass."""
     made: list[Any] = []
 
     class Counted(passes.Comparison):
@@ -40,7 +40,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def assert_right(model: nn.Module, batches: list[Any]) -> None:
-    """Σ |g| and signed channels, which depend on the order of whole examples too, against the loop over them."""
+    """Compare Σ |g| and signed channels with the loop over examples. The latter also depend on the examples' order."""
     gradients = example_gradients(model, batches, losses_of)
     sums = PerExampleGradients(model, trainable_parameters(model), losses_of, "abs")
     assert sum(sums.add(batch) for batch in batches) == len(gradients)
@@ -159,7 +159,7 @@ def test_graph_networks(seed: int | range) -> None:
             assert float((sums.sums[name] - total).norm() / total.norm()) <= 1e-12, name
 
 
-# Any order that there may be
+# Any order
 
 
 class Moved(nn.Module):
@@ -294,7 +294,7 @@ def test_what_is_not_finite_is_nowhere_right() -> None:
 
 
 class Cached(nn.Module):
-    """Makes its mask in the first forward pass, and keeps it."""
+    """A network that makes its mask in the first forward pass and keeps it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -384,12 +384,12 @@ def test_a_batch_of_another_layout_is_logged_once(caplog: pytest.LogCaptureFixtu
     caplog.set_level(logging.WARNING, "delfast")
     model, batches = routed("shuffled values", 0)
     delfast.score(model, [*batches, *batches], per_example=True, loss_fn=losses_of)
-    told = [name for record in caplog.records for name in model.state_dict() if f"'{name}'" in record.getMessage()]
-    assert sorted(told) == ["layer.bias", "layer.weight"]
+    logged = [name for record in caplog.records for name in model.state_dict() if f"'{name}'" in record.getMessage()]
+    assert sorted(logged) == ["layer.bias", "layer.weight"]
 
 
 class ScaledByNumpy(nn.Module):
-    """Attention of one head, with NumPy's scalars where others have Python's numbers."""
+    """Attention with one head, with NumPy scalars in place of Python numbers."""
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""score(per_example=True) as a whole: precision, checkpointing, the fallback and its log line, errors, what is left."""
+"""score(per_example=True) end to end: precision, checkpointing, the fallback and its log line, errors, model state."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_float32_within_the_error_budget(name: str) -> None:
     sums = {n: g * scores.examples for n, g in scores.gradients.items()}
     exact = summed(example_gradients(*in_double(copy.deepcopy(model), batches)), "abs")
     ours, theirs = relative(sums, exact), relative(same, exact)
-    # the passes round differently: a layer deep inside may have less luck than the loop, the network as a whole not
+    # the passes round differently: a single layer may have a larger error than the loop, the whole network may not
     eps = torch.finfo(torch.float32).eps
     assert all(sums[n].dtype == torch.float32 for n in sums)
     assert max(ours.values()) <= 2 * max(theirs.values()) + eps
@@ -106,7 +106,7 @@ def test_autocast_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("kind", [nn.Linear, lambda i, o: nn.Conv2d(i, o, 1)])
 def test_autocast_lends_the_kernels_what_the_layer_computed_with(kind: Any) -> None:
-    """Not the wider input from before the cast: other numbers, and twice the memory."""
+    """The input after the cast, not the wider one before it, which has other values and twice the memory."""
     dtypes: list[tuple[torch.dtype, torch.dtype]] = []
 
     class Watch(TorchDispatchMode):
@@ -160,7 +160,7 @@ def test_activation_checkpointing(reentrant: bool, logged: pytest.LogCaptureFixt
         Checkpointed(reentrant), [(torch.randn(n, 3, 5, 5), torch.arange(n) % 4) for n in (5, 1)]
     )
     plain = copy.deepcopy(model)
-    plain.reentrant = False  # autograd.grad, which the loop takes, knows no reentrant checkpoints
+    plain.reentrant = False  # the loop uses autograd.grad, which does not support reentrant checkpoints
     expected = summed(example_gradients(plain, batches), "abs")
     sums = PerExampleGradients(model, trainable_parameters(model), cross_entropy, "abs")
     for batch in batches:
@@ -180,7 +180,7 @@ def test_no_weight_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None
                 wanted.append(args[-1])
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(Convolution, "add", lambda *_: None)  # the twin uses this operator too
+    monkeypatch.setattr(Convolution, "add", lambda *_: None)  # the reference uses this operator too
     sums = PerExampleGradients(model, trainable_parameters(model), None, "abs")
     with Spy():
         sums.add(batches[0])

@@ -17,7 +17,7 @@ from tests.networks import Attention, InPlace, Shared, Windows
 
 
 class On(nn.Module):
-    """``layer`` between a pointwise one, so that δ and inputs are those of a middle layer, and a sum of squares."""
+    """``layer`` after a pointwise layer and before a sum of squares, so that its δ and inputs are a middle layer's."""
 
     def __init__(self, layer: nn.Module, before: nn.Module | None = None) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class On(nn.Module):
 
 
 def squares(model: nn.Module, batch: Any) -> Tensor:
-    """(N,) losses of any output with the examples first."""
+    """Return losses (N,) of any output with the examples along dim 0."""
     output = model(batch[0])
     weights = torch.linspace(-1, 2, output.shape[1:].numel(), dtype=output.dtype).view(output.shape[1:])
     return ((output.tanh() + weights) ** 2).flatten(1).sum(dim=1)
@@ -180,7 +180,7 @@ def test_torchs_own_transformer() -> None:
 
 
 class Free(nn.Module):
-    """Ways in which a free parameter meets the data."""
+    """Operations in which a free parameter meets the data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class Free(nn.Module):
 
 
 class ChangedInPlace(nn.Module):
-    """What is computed from a parameter, and changed in place before it meets the data."""
+    """A tensor computed from a parameter and changed in place before it meets the data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ def test_what_is_changed_in_place_is_not_taken_for_what_it_was() -> None:
     # not one example: (1, 4) data look like one more parameter then, and more goes example by example
     model, batches = in_double(ChangedInPlace(), [(torch.randn(n, 4), torch.arange(n) % 3) for n in (5, 2, 1)])
     assert_parity(model, batches[:2], unknown={"shift", "scale"})
-    # one example that needs no gradient cannot be told from a constant: found out, whatever the batches before it
+    # one example that needs no gradient cannot be distinguished from a constant, whatever the batches before it
     assert_parity(model, batches, unknown=dict(model.named_parameters()))
 
 
