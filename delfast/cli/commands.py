@@ -1,4 +1,4 @@
-"""The commands, in the order of ``delfast --help``, and how one command line is run."""
+"""The commands, in the order of ``delfast --help``, and the function that runs a command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees: progress bars on a terminal, log lines elsewhere, tables on standard output."""
+"""Terminal output: progress bars or log lines on standard error, tables on standard output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this installation runs on, and how to install what is missing."""
+"""The facts that `delfast doctor` reports about an installation, and its advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that several commands have, and how an option's text becomes a value."""
+"""Options that several commands have, and the conversion of their text to values."""
 
 from __future__ import annotations
 

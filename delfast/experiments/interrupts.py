@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop. A BaseException, so that ``except Exception`` does not catch it."""
+    """The end of a command by a signal. A BaseException, so that ``except Exception`` does not catch it."""
 
     INTERRUPTED = 128 + signal.SIGINT
 

@@ -95,7 +95,7 @@ def test_unlearn_with_frozen_batchnorm_early_stopping_and_bf16(workspace, tmp_pa
 
 
 @pytest.mark.slow  # half a minute of compiling; tests/compaction/test_compaction.py compiles a small network
-def test_unlearn_compiled_gives_the_same_but_for_rounding(workspace, tmp_path):
+def test_unlearn_compiled_gives_the_same_except_for_rounding(workspace, tmp_path):
     given = ["--mask", workspace / "mask" / "mask.safetensors", "--compile"]
     run(*UNLEARN, workspace / "run", *given, "--output-dir", tmp_path / "del")
     plain, compiled = (load_state(path / "model.safetensors") for path in (workspace / "del", tmp_path / "del"))
@@ -125,9 +125,13 @@ def test_the_same_seed_gives_the_same_weights_and_mask(workspace, tmp_path):
 def test_localize_keeps_to_its_budget_and_options(workspace, tmp_path):
     mask = Mask.load(workspace / "mask" / "mask.safetensors")
     assert 0.29 < mask.fraction <= 0.3 and mask.total == 701_178
-    told = read(workspace / "mask" / "summary.json")["mask"]
-    assert (told["selected"], told["channels"], told["digest"]) == (mask.selected, mask.channels, mask.digest)
-    assert told["bytes"] == (workspace / "mask" / "mask.safetensors").stat().st_size
+    described = read(workspace / "mask" / "summary.json")["mask"]
+    assert [described[name] for name in ("selected", "channels", "digest")] == [
+        mask.selected,
+        mask.channels,
+        mask.digest,
+    ]
+    assert described["bytes"] == (workspace / "mask" / "mask.safetensors").stat().st_size
     assert mask.metadata["digests"] == {
         name: read(workspace / "run" / "summary.json")["digests"][name] for name in ("model", "data", "forget")
     }
@@ -228,7 +232,7 @@ def test_unlearn_resumes_after_a_kill_to_the_same_weights(workspace, tmp_path, c
     assert not (cut / "checkpoint.pt").exists()
 
 
-def test_doctor_says_what_runs(capsys):
+def test_doctor_reports_what_runs(capsys):
     run("doctor", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["facts"]["backend"] in ("native", "torch") and found["facts"]["torch"] == torch.__version__
@@ -429,10 +433,10 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
 
 
 def test_a_process_exits_with_the_code_and_without_a_traceback(tmp_path):
-    told = subprocess.run(delfast("oracle", tmp_path, "--output-dir", tmp_path / "o"), capture_output=True, text=True)
-    assert told.returncode == 2 and told.stdout == ""
-    assert told.stderr.splitlines()[-1].startswith("delfast: error: expected a run directory")
-    assert "Traceback" not in told.stderr
+    done = subprocess.run(delfast("oracle", tmp_path, "--output-dir", tmp_path / "o"), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("delfast: error: expected a run directory")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, capsys):
@@ -448,8 +452,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, capsys):
 
 def test_without_the_extra_the_command_says_what_to_install():
     code = "import sys; sys.modules['rich'] = None; from delfast.cli import main; sys.exit(main(['doctor']))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert told.returncode == 1 and "pip install 'delfast[experiments]'" in told.stderr.splitlines()[-1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install 'delfast[experiments]'" in done.stderr.splitlines()[-1]
 
 
 # --- what a person sees ---------------------------------------------------------------------------
@@ -476,7 +480,7 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     assert capsys.readouterr().err == "delfast: epoch 2/3\n"
 
 
-def test_doctor_says_how_to_mend_what_is_missing(monkeypatch):
+def test_doctor_advises_how_to_install_what_is_missing(monkeypatch):
     found = {**doctor.status(), "backend": "torch", "reason": "the extension was not built", "cuda_available": False}
     monkeypatch.setattr(doctor, "status", lambda: found)
     monkeypatch.setattr(doctor, "EXPERIMENTS", ("rich", "no-such-package"))

@@ -170,6 +170,6 @@ def _listed(path: Path, examples: int) -> Tensor:
 
 
 def check_ratio(ratio: float) -> None:
-    """InputError unless ``ratio`` lies in (0, 1]."""
+    """Raise InputError unless ``ratio`` lies in (0, 1]."""
     if not 0 < ratio <= 1:
         raise InputError(f"expected a forget ratio in (0, 1], got {ratio}")

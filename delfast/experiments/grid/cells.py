@@ -202,7 +202,7 @@ def _is_trained(directory: Path, network: NetworkSpec, whole: bool) -> bool:
 
 
 def check_networks(directory: Path, grid: Grid) -> None:
-    """InputError unless ``directory`` holds the results of all the grid's networks, which a report needs."""
+    """Raise InputError unless ``directory`` holds the results of all the grid's networks, which a report needs."""
     for network in grid.trained:
         if not _is_trained(directory, network, whole=False):
             path = network_path(directory, network)

@@ -1,4 +1,4 @@
-"""What a grid has measured, as JSON: a record for each cell, and two for each network.
+"""The records of a grid as JSON: one for each cell, two for each network.
 
 A run writes each record to a file of its own as soon as it is measured: ``cells/KEY.json``,
 ``networks/KEY/summary.json`` and ``networks/KEY/membership.json``. Results that are kept in git are packed into one

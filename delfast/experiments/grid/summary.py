@@ -64,9 +64,9 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
     ``of``: the method of a variant. ``budget``: a fraction of the parameters. ``forget_ratio``: the fraction of the
     training set to forget. Measures are percentages, losses and divergences nats; Δ = oracle - method. ``changeable``,
     ``changed``: percent of the parameters that may change, and that did. SalUn's attacks have a column each.
-    ``relative_time``: relative to retraining, where the same device, threads and torch did both. ``PROVENANCE``: what
-    computed the row; ``commit`` is empty where delfast did not run from a clone, ``kernels`` is the instruction set of
-    the CPU or the build for CUDA and its card.
+    ``relative_time``: relative to retraining, where the same device, threads and torch did both. ``PROVENANCE``: the
+    versions and the machine. ``commit`` is empty where delfast did not run from a clone; ``kernels`` is the instruction
+    set of the CPU, or the build for CUDA and its card.
     """
     rows = []
     for network in grid.trained:
@@ -145,7 +145,7 @@ def _provenance(result: Mapping[str, Any]) -> Row:
 
 
 def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What determines the time that a result took."""
+    """The device, versions and threads that determine the seconds of a result."""
     row = _provenance(result)
     return result["provenance"]["device"], *(row[name] for name in ("platform", "torch", "threads", "kernels"))
 
