@@ -66,7 +66,7 @@ def test_reset_parameters_that_would_not_reset_them_is_refused(norm: Callable[..
 
 
 class Partial(nn.Module):
-    """Resets its weight, the old way, and not its scale."""
+    """A layer whose reset_parameters() resets the weight and not the scale."""
 
     def __init__(self) -> None:
         super().__init__()
