@@ -1,8 +1,8 @@
 """delfast: fast localized machine unlearning for PyTorch.
 
-    mask = delfast.localize(model, forget_loader, budget=0.3)   # which channels hold the forget set
-    delfast.reset_(model, mask, init=factory, seed=1)           # to fresh values: not those that training began from
-    with delfast.compact(model, mask) as handle:                # trains what the mask selects, and nothing else
+    mask = delfast.localize(model, forget_loader, budget=0.3)   # the channels that hold the forget set
+    delfast.reset_(model, mask, init=factory, seed=1)           # a seed other than that of training
+    with delfast.compact(model, mask) as handle:                # only selected rows are trained
         optimizer = torch.optim.SGD(handle.parameters(), lr=0.015, momentum=0.9)
 
 The method is DEL: Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",

@@ -1,4 +1,4 @@
-"""Checks of what callers pass to public functions: InputError in one line before anything is computed or changed."""
+"""Checks of arguments of public functions: InputError in one line before anything is computed or changed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 
 from delfast.errors import InputError
 
-MAX_SEED = 2**64 - 1  # the most that torch's and numpy's generators both take
+MAX_SEED = 2**64 - 1  # the largest seed that both torch's and numpy's generators accept
 
 
 def describe(value: object) -> str:
-    """A value for an error's one line: numbers and short strings as they are, everything else by its type."""
+    """Return a value as text for an error: numbers and short strings as they are, everything else by its type."""
     if value is None or isinstance(value, (bool, int, float, str)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
-    if isinstance(value, numpy.bool_):  # whose type is also called "bool"
+    if isinstance(value, numpy.bool_):  # the name of its type is also "bool"
         return f"{value} (numpy.bool)"
     return f"{value} ({type(value).__name__})" if isinstance(value, Real) else type(value).__name__
 
 
 def check_number(name: str, value: Any) -> float:
-    """A real number (Python's or numpy's, no bool) as a float; its range, and whether it is finite, is not checked."""
+    """Return a real number (Python's or numpy's, no bool) as a float; it may be infinite, NaN or of any size."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise InputError(f"expected {name} to be a number, got {describe(value)}; pass a float")
     try:
@@ -41,47 +41,47 @@ def _is_int(value: object) -> TypeGuard[Integral]:
 
 
 def check_int(name: str, value: object) -> int:
-    """A whole number that 64 bits hold (Python's or numpy's int, no bool) as an int."""
+    """Return an integer that fits into 64 bits (Python's or numpy's, no bool) as an int."""
     if _is_int(value) and abs(int(value)) < 2**63:
         return int(value)
     raise InputError(f"expected {name} to be an int, got {describe(value)}; pass one that 64 bits hold")
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """A whole number of at least ``minimum``, as ``check_int``."""
+    """Return an integer of at least ``minimum`` that fits into 64 bits as an int."""
     if _is_int(value) and minimum <= int(value) < 2**63:
         return int(value)
     raise InputError(f"expected {name} to be a count of at least {minimum}, got {describe(value)}; pass such an int")
 
 
 def check_seed(value: object) -> int:
-    """A seed in [0, 2^64), Python's or numpy's int, as an int."""
+    """Return a seed in [0, 2^64), Python's or numpy's integer, as an int."""
     if _is_int(value) and 0 <= int(value) <= MAX_SEED:
         return int(value)
     raise InputError(f"expected seed to be an int in [0, 2**64), got {describe(value)}; pass one")
 
 
 def check_flag(name: str, value: object) -> bool:
-    """A bool (Python's or numpy's) as a bool."""
+    """Return a bool (Python's or numpy's) as a bool."""
     if isinstance(value, (bool, numpy.bool_)):
         return bool(value)
     raise InputError(f"expected {name} to be True or False, got {describe(value)}; pass one of these")
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """InputError unless ``value`` is one of the strings of the Literal ``choices``."""
+    """Raise InputError unless ``value`` is one of the strings of the Literal ``choices``."""
     if not isinstance(value, str) or value not in get_args(choices):
         raise InputError(f"expected {name} to be one of {', '.join(get_args(choices))}; got {describe(value)}")
 
 
 def check_function(name: str, value: object) -> None:
-    """InputError unless ``value`` is None or can be called."""
+    """Raise InputError unless ``value`` is None or can be called."""
     if value is not None and not callable(value):
         raise InputError(f"expected {name} to be a function or None, got {describe(value)}; pass a function")
 
 
 def check_loader(value: object, what: str) -> None:
-    """InputError unless ``value`` can be iterated over and could yield batches."""
+    """Raise InputError unless ``value`` can be iterated over and could yield batches."""
     iterable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
     if not iterable or isinstance(value, (str, bytes, Mapping, type)) or is_scalar(value):
         raise InputError(
@@ -90,31 +90,31 @@ def check_loader(value: object, what: str) -> None:
 
 
 def check_type(name: str, value: object, kind: type | tuple[type, ...], text: str) -> None:
-    """InputError unless ``value`` is of this type; ``text`` says which type is meant."""
+    """Raise InputError unless ``value`` is of this type, which the error describes by ``text``."""
     if not isinstance(value, kind):
         raise InputError(f"expected {name} to be {text}, got {describe(value)}; pass one")
 
 
 def is_scalar(value: object) -> bool:
-    """Whether ``value`` is a tensor or an array without dimensions: it has a sequence's methods, and is no sequence."""
+    """Return whether ``value`` is a tensor or an array without dimensions, which is no sequence despite its methods."""
     return getattr(value, "ndim", 1) == 0
 
 
 def check_tensors(**values: object) -> None:
-    """InputError unless every one is a tensor."""
+    """Raise InputError unless every value is a tensor."""
     for name, value in values.items():
         check_type(name, value, torch.Tensor, "a tensor")
 
 
 def check_names(name: str, value: object) -> None:
-    """InputError unless ``value`` is a collection of str, and no str itself."""
+    """Raise InputError unless ``value`` is a collection of str, and no str itself."""
     names = isinstance(value, Collection) and not isinstance(value, (str, bytes)) and not is_scalar(value)
     if not names or not all(isinstance(name, str) for name in cast(Collection[object], value)):
         raise InputError(f"expected {name} to be a list of names, got {describe(value)}; pass a list of str")
 
 
 def check_path(name: str, value: Any) -> str:
-    """A path (str or os.PathLike of str) as a str."""
+    """Return a path (str or os.PathLike of str) as a str."""
     if isinstance(value, (str, PathLike)):
         text = fspath(value)
         if isinstance(text, str) and "\0" not in text:
@@ -123,7 +123,7 @@ def check_path(name: str, value: Any) -> str:
 
 
 def check_device(value: Any) -> torch.device:
-    """A ``torch.device``."""
+    """Return a ``torch.device``, given as one or by its name."""
     refusal = InputError(f"expected a device such as 'cpu' or 'cuda:0', got {describe(value)}; pass one")
     if not isinstance(value, (str, torch.device)):
         raise refusal

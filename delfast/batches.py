@@ -1,4 +1,7 @@
-"""What a batch is, and the loss of each of its examples: shared by localization, finetuning and evaluation."""
+"""Batches: their form, the losses of their examples, eval mode, and checks of loaders.
+
+Localization, unlearning and evaluation share this module.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,16 @@ from delfast.naming import plain_name, unwrap
 from delfast.sole_use import sole_use
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-"""``loss_fn(model, batch) -> per-example losses``, shape (N,)."""
+"""``loss_fn(model, batch)`` returns per-example losses (N,)."""
 
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter (the CPU for a model without any)."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+# The form of a batch
 
 
 def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
-    """(index, input, target) of a batch that comes without a ``loss_fn``; the index is None for (input, target).
+    """Split a batch that has no ``loss_fn`` into (index, input, target); the index is None for (input, target).
 
-    The first of three parts is an index only if it is N integers, N the number of targets. Types, dtypes and shapes
-    decide, so that no device is read. InputError, which names ``loss_fn``, for batches of another form.
+    The first of three parts is an index only if it is N integers, with N the number of targets. Types, dtypes and
+    shapes decide, so no tensor is copied from its device. Raises InputError, which names ``loss_fn``, for another form.
     """
     advice = "pass loss_fn(model, batch) -> per-example losses for batches of another form"
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
@@ -56,7 +56,7 @@ def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
 
 
 def _is_index(index: Any, targets: Tensor) -> bool:
-    """Whether these are integers, as many as there are targets."""
+    """Return whether ``index`` is integers, as many as there are targets."""
     if isinstance(index, Tensor):
         integers = index.dtype is not torch.bool and not index.is_floating_point() and not index.is_complex()
         return integers and index.shape == targets.shape[:1]
@@ -69,35 +69,35 @@ def _is_index(index: Any, targets: Tensor) -> bool:
 
 
 def _form(value: Any) -> str:
-    """Type, dtype and shape of a part of a batch, for an error."""
+    """Return dtype and shape, or the type, of a part of a batch as text for an error."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    """Input and target of a batch that comes without a ``loss_fn``, on ``device``. Errors as for ``split_batch``."""
+    """Return input and target of a batch that has no ``loss_fn``, on ``device``; errors as for ``split_batch``."""
     _, inputs, targets = split_batch(batch)
     return move(inputs, device), move(targets, device)
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``; see ``map_tensors``."""
+    """Return ``value`` with its tensors on ``device``; see ``map_tensors``."""
     return map_tensors(value, lambda t: t.to(device, non_blocking=True))
 
 
 def detached(batch: Any) -> Any:
-    """The batch with tensors that no backward pass goes beyond, and that one can save."""
+    """Return the batch with tensors that have no history, and that autograd can save for a backward pass."""
     return map_tensors(batch, lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``function`` of every tensor in nested tuples, lists and mappings; everything else as it is.
+    """Apply ``function`` to every tensor in nested tuples, lists and mappings; return everything else as it is.
 
-    Tuples, namedtuples, lists, dicts and ``UserDict`` (a BatchEncoding, which keeps its tokens) keep their type. Other
-    mappings become dicts: a copy of one may share the data that it keeps elsewhere. ``value`` itself stays as it is.
+    Tuples, namedtuples, lists, dicts and ``UserDict`` keep their type; transformers' BatchEncoding is a UserDict. Other
+    mappings become dicts, because a copy of one may share data with the original. ``value`` itself is not changed.
     """
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, PackedSequence):  # its batch sizes stay on the CPU
+    if isinstance(value, PackedSequence):  # torch requires its batch sizes on the CPU
         return PackedSequence(function(value.data), value.batch_sizes, *map_tensors([*value[2:]], function))
     if isinstance(value, tuple):
         items = [map_tensors(item, function) for item in value]
@@ -117,18 +117,22 @@ def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
-    """N if every part of the batch is a tensor of N along dim 0, so that ``cut`` works; else None."""
+    """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None."""
     parts = _parts(split_batch(batch)[1:] if loss_fn is None else batch)
     sizes = {part.shape[0] if isinstance(part, Tensor) and part.ndim else None for part in parts}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def cut(batch: Any, examples: list[int], loss_fn: LossFn | None) -> Any:
-    """These examples of a batch for which ``examples_in`` is not None; without a ``loss_fn`` as (input, target)."""
+    """Return these examples of a batch, as (input, target) without a ``loss_fn``.
+
+    ``examples_in`` must have returned a number for the batch.
+    """
     return map_tensors(split_batch(batch)[1:] if loss_fn is None else batch, lambda t: t[examples])
 
 
 def _parts(value: Any) -> Iterator[Any]:
+    """Yield the leaves of nested mappings, tuples and lists."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
@@ -138,8 +142,16 @@ def _parts(value: Any) -> Iterator[Any]:
         yield value
 
 
+# Losses
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
-    """(N,) losses of a batch: cross-entropy of class indices, or the caller's ``loss_fn``."""
+    """Return a batch's losses (N,): the caller's ``loss_fn``, or cross-entropy with class indices."""
     if loss_fn is not None:
         losses = loss_fn(model, move(batch, device_of(model)))
         if not isinstance(losses, Tensor) or losses.ndim != 1:
@@ -152,7 +164,7 @@ def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> 
 
 
 def check_differentiable(losses: Tensor) -> None:
-    """InputError for losses that no parameter has a gradient of."""
+    """Raise InputError for losses that do not depend on a trainable parameter."""
     if not losses.requires_grad:
         raise InputError(
             "expected losses that depend on the model's trainable parameters, got losses without a gradient; compute "
@@ -161,9 +173,9 @@ def check_differentiable(losses: Tensor) -> None:
 
 
 def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
-    """The targets as int64. InputError unless they are class indices (N,) of these logits (N, classes).
+    """Return the targets as int64, which cross-entropy requires; any integer type and bool are accepted.
 
-    Any integer type and bool will do: cross-entropy and comparisons of its own take int64 alone.
+    Raises InputError unless they are class indices (N,) for these logits (N, classes).
     """
     for expected, value in (("the model to return logits", logits), ("batches with targets", targets)):
         if not isinstance(value, Tensor):
@@ -185,16 +197,19 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
     return targets
 
 
+# Eval mode
+
+
 @contextmanager
 def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Put the model into eval mode inside the context; afterwards its modules have their modes and buffers back.
+    """Put the model into eval mode inside the context, and restore its modes and buffers afterwards.
 
-    gradients: gradients are taken inside, where ``torch.inference_mode`` is off. cuDNN computes those of an RNN, LSTM
-        or GRU in training mode only: they run in training mode without dropout, which computes the same as eval mode.
+    With ``gradients``, ``torch.inference_mode`` is off inside. An RNN, LSTM or GRU then runs in training mode without
+    dropout, because cuDNN computes its gradients in training mode only; the results equal those of eval mode.
 
-    Raises InputError before anything runs for layers that write their weights as they read them, see
-    ``refuse_writing_layers``, for a model that another thread uses, and with ``gradients`` for one made in inference
-    mode; and afterwards for any other parameter that a forward pass has written.
+    Raises InputError before anything runs: for layers that write their weights during a forward pass (see
+    ``refuse_writing_layers``), for a model that another thread uses, and with ``gradients`` for a model made in
+    inference mode. Raises InputError afterwards if a forward pass has written any other parameter.
     """
     refuse_writing_layers(model)
     if gradients:
@@ -216,7 +231,7 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
                 module.training = mode
             for module, dropout in zip(recurrent, dropouts, strict=True):
                 module.dropout = dropout
-            for module, own in buffers:  # a network may also have put other tensors into their places, or added some
+            for module, own in buffers:  # a forward pass may also have replaced, removed or added buffers
                 now = dict(module._buffers)
                 for name in now.keys() - own.keys():
                     del module._buffers[name]
@@ -231,9 +246,10 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
 
 
 class Versions:
-    """The counts of in-place changes of these named parameters, without those of ``model``'s compact weights.
+    """Version counters of named parameters, which show whether a forward pass wrote to one in place.
 
-    A compact layer's forward pass puts the trained rows into its weight. Assignments through ``.data`` count nowhere.
+    ``model``'s compact weights are left out, because a compact layer's forward pass writes the trained rows into its
+    weight. Assignments through ``.data`` do not change a version counter.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -245,20 +261,21 @@ class Versions:
         return [_version(parameter) for parameter in self._parameters.values()]
 
     def check(self) -> None:
-        """InputError, by name, if a parameter was written in place since."""
+        """Raise InputError, with the parameter's name, if one was written in place since this object was made."""
         now = self._now()
         if now == self._versions:
             return
         changed = [name for name, *two in zip(self._parameters, self._versions, now, strict=True) if two[0] != two[1]]
         raise InputError(
             f"expected a forward pass that only reads the parameters, '{plain_name(changed[0])}' was written in it, "
-            "which no mask can hold back; write it after the optimizer's step instead"
+            "which no mask can prevent; write it after the optimizer's step instead"
         )
 
 
 def refuse_writing_layers(model: nn.Module) -> None:
-    """InputError for an Embedding or EmbeddingBag with ``max_norm``: each forward pass writes the rows that it reads,
-    whatever the mask and the mode; and for parameters without a shape yet (lazy modules).
+    """Raise InputError for layers whose forward pass writes parameters, whatever the mask and the mode.
+
+    These are Embedding and EmbeddingBag with ``max_norm``, and lazy modules, whose parameters have no shape yet.
     """
     for name, module in unwrap(model).named_modules():
         where = plain_name(f"{name}.weight" if name else "weight")
@@ -276,7 +293,7 @@ def refuse_writing_layers(model: nn.Module) -> None:
 
 
 def refuse_inference_tensors(model: nn.Module) -> None:
-    """InputError for parameters or buffers made inside ``torch.inference_mode()``: autograd cannot use them."""
+    """Raise InputError for parameters or buffers made inside ``torch.inference_mode()``, which autograd cannot use."""
     for name, tensor in (*unwrap(model).named_parameters(), *unwrap(model).named_buffers()):
         if tensor.is_inference():
             raise InputError(
@@ -286,13 +303,13 @@ def refuse_inference_tensors(model: nn.Module) -> None:
 
 
 def _is_rnn(module: nn.Module) -> bool:
-    """Whether the module runs torch's own forward pass, in which training mode changes nothing except dropout."""
+    """Return whether the module runs torch's own RNN forward pass, where training mode affects dropout only."""
     own = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
     return isinstance(module, nn.RNNBase) and type(module).forward in own
 
 
 def _compact_weights(model: nn.Module) -> set[int]:
-    """The ids of the compact layers' weights and of their trained rows."""
+    """Return the ids of the compact layers' weights and of their trained rows."""
     return {
         id(parameter)
         for module in model.modules()
@@ -303,13 +320,17 @@ def _compact_weights(model: nn.Module) -> set[int]:
 
 
 def _version(tensor: Tensor) -> int:
-    """The count of in-place changes; assignments through ``.data`` go past it."""
+    """Return the version counter of a tensor; -1 for an inference tensor, which has none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
+# Loaders
+
+
 def warn_about_loader(loader: Any, what: str) -> None:
-    """Warn if a loader would not show every example once as it is: dropped remainders, samplers that repeat or leave
-    out, random augmentation.
+    """Warn if a loader does not yield every example once, unchanged.
+
+    It may drop the last batch, repeat or omit examples by its sampler, or augment at random.
     """
     if getattr(loader, "drop_last", False) or getattr(getattr(loader, "batch_sampler", None), "drop_last", False):
         warnings.warn(
@@ -338,18 +359,19 @@ def warn_about_loader(loader: Any, what: str) -> None:
 
 
 def _sampler(loader: Any) -> Any:
+    """Return the sampler of a loader or of its batch sampler; None if there is none."""
     batches = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
 
 
 def _draws_a_subset(loader: Any) -> bool:
-    """Whether a SubsetRandomSampler, which chooses a set as ``Subset`` does, gives each of its examples once."""
+    """Return whether the sampler is a SubsetRandomSampler without repeats, which selects as ``Subset`` does."""
     sampler = _sampler(loader)
     return isinstance(sampler, SubsetRandomSampler) and len({int(i) for i in sampler.indices}) == len(sampler)
 
 
 def sampler_fault(loader: Any) -> str | None:
-    """How a DataLoader's sampler repeats examples or leaves some out; None if it does neither that can be seen."""
+    """Return a text on how a loader's sampler repeats or omits examples; None if no sign of it is found."""
     sampler = _sampler(loader)
     kind = type(sampler).__name__
     if getattr(sampler, "replacement", False):
@@ -364,4 +386,5 @@ def sampler_fault(loader: Any) -> str | None:
 
 
 def _transforms(transform: Any) -> list[Any]:
+    """Return the parts of a composed transform, or the transform alone."""
     return list(getattr(transform, "transforms", [transform]))

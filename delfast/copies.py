@@ -1,4 +1,4 @@
-"""Copies of networks."""
+"""Copies of networks, also of those that ``copy.deepcopy`` refuses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def copy_of(network: M) -> M:
-    """``copy.deepcopy``, also of a network whose modules keep computed tensors, which ``deepcopy`` refuses.
+    """Return a deep copy of a network, whose modules may keep computed tensors.
 
-    ``torch.nn.utils.weight_norm`` and ``spectral_norm`` keep the weight that they computed last. Its value is copied; a
-    forward pass of the copy computes the weight again. InputError, in one line, for a network that cannot be copied.
+    ``copy.deepcopy`` refuses computed tensors, such as the last weight that ``torch.nn.utils.weight_norm`` and
+    ``spectral_norm`` keep. Their values are copied; the copy's forward pass computes them again. Raises InputError for
+    a network that cannot be copied.
     """
     computed = (
         value
@@ -27,8 +28,8 @@ def copy_of(network: M) -> M:
     )
     try:
         return copy.deepcopy(network, {id(value): value.detach().clone() for value in computed})
-    except (RuntimeError, TypeError) as error:  # of torch for a computed tensor; of Python for a lock or a file
+    except (RuntimeError, TypeError) as error:  # torch's for a computed tensor, Python's for a lock or a file
         raise InputError(
-            f"expected a network that copy.deepcopy can copy, it cannot ({one_line(error)}); delete what it keeps "
-            "besides parameters and buffers"
+            f"expected a network that copy.deepcopy can copy, got one that it cannot ({one_line(error)}); delete "
+            "attributes other than parameters and buffers"
         ) from error

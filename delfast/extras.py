@@ -1,4 +1,4 @@
-"""Packages that the core install does not bring: the ``experiments`` extra."""
+"""Packages that the core install lacks: the ``experiments`` extra."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(what: str, advice: str = "") -> Iterator[None]:
-    """Raise a one-line ImportError, naming the extra, if an import inside fails.
+    """Raise a one-line ImportError that names the extra if an import inside the context fails.
 
-    ``what`` needs the package; ``advice``: what can be done without it.
+    ``what`` is the feature that needs the package; ``advice`` is an alternative without it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Reading and writing files: whole or not at all, and never executing what is read."""
+"""Files: written whole or not at all, and read without executing code in them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from delfast.plain import number
 if sys.platform != "win32":
     import fcntl
 
-LOCK = "lock"  # the file whose lock a process holds while it writes
-# errors of file systems that flush no directories or have no locks, and of Windows, which opens no directories
+LOCK = "lock"  # name of the file that a process locks while it writes
+# errors of file systems that cannot flush directories or lock files, and of Windows, which cannot open directories
 UNSUPPORTED = {
     *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK),
     *(errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR),
@@ -44,9 +44,9 @@ UNSUPPORTED = {
 
 @contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Make the operating system's errors inside name ``path``: a full disk, a quota, a read-only file system.
+    """Make the operating system's errors inside the context name ``path``, such as that of a full disk.
 
-    torch.save and safetensors hide such an error in one of their own, and others name the temporary file.
+    torch.save and safetensors hide the system's error in an exception of their own, and others name the temporary file.
     """
     try:
         yield
@@ -58,12 +58,12 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 def _system_error(error: Exception, path: Path) -> int | None:
-    """The operating system's error number behind the failure to write ``path``; None for another failure."""
+    """Return the system's error number if ``error`` is its failure to write ``path``; None for another failure."""
     if isinstance(error, SafetensorError):
         found = re.search(r"\(os error (\d+)\)", str(error))
         return int(found[1]) if found else None
     cause: BaseException | None = error
-    while isinstance(cause, RuntimeError):  # torch's writer, about a write that failed
+    while isinstance(cause, RuntimeError):  # torch's writer wraps the error of a failed write
         cause = cause.__context__
     if not isinstance(cause, OSError) or cause.errno is None:
         return None
@@ -72,11 +72,11 @@ def _system_error(error: Exception, path: Path) -> int | None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it over ``path``.
+    """Call ``write`` with a temporary file beside ``path``, flush the file to the disk and rename it to ``path``.
 
-    A reader sees the old file or the new one, never half of one. If ``write`` fails (a full disk, say) the
-    temporary file is removed, ``path`` is as it was, and the error goes on: an OSError of the system's with the name of
-    the file. What killed processes left of ``path`` is removed first; what another process still writes stays.
+    A reader sees the old file or the new one, never half of one. If ``write`` fails, the temporary file is removed,
+    ``path`` is as it was, and the error is raised; an OSError then has the name of ``path``. Temporary files of
+    processes that were killed are removed first; those of processes that still write stay.
     """
     path = Path(path)
     with naming_errors(path):
@@ -85,7 +85,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             write(partial)
             with open(partial, "rb+") as stream:
                 if sys.platform != "win32":
-                    os.fchmod(stream.fileno(), mode)  # safetensors and mapped tensors make private files
+                    os.fchmod(stream.fileno(), mode)  # safetensors and mapped tensors create private files
                 os.fsync(stream.fileno())
             os.replace(partial, path)
         _sync_directory(path.parent)
@@ -93,9 +93,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def directory_for(path: Path) -> Iterator[tuple[Path, int]]:
-    """A private directory beside ``path``, removed at the end, and the mode that the umask gives to new files.
+    """Yield a private directory beside ``path``, removed at the end, and the mode that the umask gives to new files.
 
-    A locked file in it says that its process is alive: the lock goes with the process, however that ends.
+    A file in the directory is locked while its process lives; the system releases the lock however the process ends.
     """
     for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         _remove_abandoned(abandoned)
@@ -104,7 +104,7 @@ def directory_for(path: Path) -> Iterator[tuple[Path, int]]:
         yield directory, stat.S_IMODE(os.fstat(lock).st_mode)
     finally:
         os.close(lock)
-        shutil.rmtree(directory, ignore_errors=True)  # what cannot be removed now, the next run removes
+        shutil.rmtree(directory, ignore_errors=True)  # the next run removes what remains
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:
@@ -115,7 +115,7 @@ def _locked_directory(path: Path) -> tuple[Path, int]:
         _lock(lock, wait=True)
         if (directory / LOCK).exists():
             return directory, lock
-        os.close(lock)  # another process took it for abandoned, just before it was locked
+        os.close(lock)  # another process removed the directory as abandoned just before it was locked
 
 
 def _remove_abandoned(directory: Path) -> None:
@@ -132,7 +132,7 @@ def _remove_abandoned(directory: Path) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Lock an open file until it is closed. False where another process holds the lock, or the system has none."""
+    """Lock an open file until it is closed; return False if another process holds the lock, or the system has none."""
     if sys.platform == "win32":
         return False
     try:
@@ -145,7 +145,7 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
 
 
 def _sync_directory(path: Path) -> None:
-    """Flush a rename to the disk, that it may survive a power cut, where the system flushes directories."""
+    """Flush a rename to the disk, so that it survives a power cut, if the system can flush directories."""
     try:
         directory = os.open(path, os.O_RDONLY)
         try:
@@ -158,7 +158,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` as indented JSON, atomically; numpy's numbers as Python's."""
+    """Write ``value`` as indented JSON, atomically; numpy's numbers become Python's."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=number) + "\n"
     write_atomically(path, lambda partial: _write_text(partial, text))
 
@@ -175,8 +175,8 @@ def _write_text(path: Path, text: str) -> None:
 def read_text(path: Path) -> str:
     """Read a file as UTF-8, with or without a byte order mark.
 
-    Raises OSError if it is missing or no regular file (a pipe would wait for its other end), ValueError if it is other
-    text than UTF-8; both with a reason of one line.
+    Raises OSError if the file is missing or no regular file (reading a pipe would wait for its other end), and
+    ValueError if it is not UTF-8; both with a reason of one line.
     """
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
@@ -229,10 +229,10 @@ def save_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Load a state dict: safetensors by its suffix, anything else by ``torch.load(weights_only=True)``.
+    """Load a state dict from ``.safetensors``, or from any other file by ``torch.load(weights_only=True)``.
 
-    Raises InputError if the file is missing, damaged, holds anything but named tensors, or is a pickle that
-    carries code (which is never run).
+    Raises InputError if the file is missing or damaged, holds anything except named tensors, or is a pickle with code,
+    which is never run.
     """
     path = Path(path)
     if not path.is_file():
@@ -243,7 +243,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         state = load_archive(path)
     except SafetensorError as error:
         raise InputError(f"'{path}' is no whole safetensors file ({one_line(error)}); write it again") from None
-    except Exception as error:  # a dtype that torch lacks, and more that load_file lets through
+    except Exception as error:  # load_file raises many kinds, for a dtype that torch lacks for example
         raise InputError(f"'{path}' is refused: {one_line(error)}; save a plain state dict as .safetensors") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"expected '{path}' to hold a state dict (name -> tensor), got {type(state).__name__}")
@@ -251,7 +251,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def save_archive(path: Path, value: object) -> None:
-    """Write what ``torch.save`` makes of ``value``, atomically. See ``unreadable_types`` for what can be read again."""
+    """Write ``value`` by ``torch.save``, atomically; ``unreadable_types`` lists the types that cannot be read again."""
 
     def write(partial: Path) -> None:
         with open(partial, "wb") as stream:  # torch's writer passes this stream's OSErrors on
@@ -261,11 +261,11 @@ def save_archive(path: Path, value: object) -> None:
 
 
 def load_archive(path: Path) -> Any:
-    """Read what ``torch.save`` wrote: tensors and plain values, on the CPU. No code in the file is run.
+    """Read a file of ``torch.save``: tensors and plain values, on the CPU. No code in the file is run.
 
-    ``torch.save`` writes a checksum of every record, which ``torch.load`` ignores: it is checked here. (Files in the
-    format before torch 1.6 have none.) Raises ValueError, with the reason in one line, for a file that is damaged or
-    holds more.
+    ``torch.save`` writes a checksum of every record. ``torch.load`` ignores it, so it is checked here; files in the
+    format before torch 1.6 have none. Raises ValueError, with the reason in one line, for a file that is damaged or
+    holds other objects.
     """
     try:
         _check_checksums(path)
@@ -275,13 +275,13 @@ def load_archive(path: Path) -> Any:
         raise ValueError("it is damaged") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of many kinds, and torch's text advises to load without weights_only
+    except Exception:  # torch raises many kinds, and its text advises loading without weights_only
         raise ValueError("it is damaged or holds more than tensors and plain values") from None
 
 
 def _check_checksums(path: Path) -> None:
     with open(path, "rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":  # what torch.load takes for an archive
+        if stream.read(4) != b"PK\x03\x04":  # by these bytes torch.load recognizes an archive
             return
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
@@ -289,7 +289,7 @@ def _check_checksums(path: Path) -> None:
 
 
 def unreadable_types(value: object) -> list[str]:
-    """Names of the classes in ``value`` that ``load_archive`` would refuse to read; empty if it reads them all."""
+    """Return the names of the classes in ``value`` that ``load_archive`` refuses to read."""
     with io.BytesIO() as buffer:
         try:
             torch.save(_without_data(value), buffer)
@@ -300,7 +300,7 @@ def unreadable_types(value: object) -> list[str]:
 
 
 def _without_data(value: Any) -> Any:
-    """The same nested dicts, lists and tuples, with empty tensors."""
+    """Copy nested dicts, lists and tuples, with empty tensors in place of all tensors."""
     if isinstance(value, Tensor):
         return torch.empty(0)
     if type(value) in (dict, OrderedDict):
@@ -324,5 +324,5 @@ def make_output_dir(path: Path) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read: an OSError's text without its number and path, any other error's first line."""
+    """Return why a file could not be read: an OSError's text without number and path, another error's first line."""
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from delfast.arguments import check_function, describe
 from delfast.errors import InputError
 from delfast.naming import unique_parameters
 
@@ -71,13 +72,14 @@ def register_layer(
     >>> delfast.register_layer(Transposed, output_dim=1)
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
-        raise InputError(f"expected layer_type to be a subclass of torch.nn.Module, got {layer_type!r}; pass the class")
+        raise InputError(
+            f"expected layer_type to be a subclass of torch.nn.Module, got {describe(layer_type)}; pass the class"
+        )
     if output_dim not in (0, 1) or isinstance(output_dim, bool):
         raise InputError(
-            f"expected output_dim to be 0 or 1, got {output_dim!r}; pass the dim of weight with the outputs"
+            f"expected output_dim to be 0 or 1, got {describe(output_dim)}; pass the dim of weight with the outputs"
         )
-    if function is not None and not callable(function):
-        raise InputError(f"expected function to be callable or None, got {function!r}; pass what forward calls")
+    check_function("function", function)
     _register_transformers()
     wanted = LayerType(int(output_dim), function)
     known = _registered.setdefault(layer_type, wanted)

@@ -324,9 +324,9 @@ class Mask:
     def _combine(self, other: Mask, combine: Callable[[Tensor, Tensor], Tensor], how: str) -> Mask:
         check_type("the other mask", other, Mask, "a delfast.Mask")
         if self.shapes != other.shapes:
-            different = set(self.shapes.items()) ^ set(other.shapes.items())
+            different = sorted({name for name, _ in set(self.shapes.items()) ^ set(other.shapes.items())})
             raise InputError(
-                f"expected two masks of the same parameters, they differ in {sorted({n for n, _ in different})[:3]}; "
+                f"expected two masks of the same parameters, got masks that differ in {different[:3]}; "
                 "pass masks of one architecture"
             )
         parts = {}

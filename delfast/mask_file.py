@@ -1,11 +1,11 @@
 """The mask's file: packed bits and a JSON header in the safetensors format, checked in full before it is used.
 
-Written and parsed here, because the safetensors library writes its metadata in an order that varies from call to call,
-and reads dtypes, duplicate names and shapes that no mask has. Any safetensors reader opens the file:
-https://github.com/huggingface/safetensors#format
+This module writes and parses the file itself, because the safetensors library writes metadata in an order that varies
+from call to call, and accepts dtypes, duplicate names and shapes that no mask has. Any safetensors reader opens the
+file: https://github.com/huggingface/safetensors#format
 
 ``__metadata__`` has two entries. "delfast_mask" is a JSON text: ``{"version": 2, "parameters": {name: {"shape": [...],
-"unit": "row" or "element", "dim": 0}}, "metadata": {...}}``; "dim" is left out where it is 0, and format 1 has none.
+"unit": "row" or "element", "dim": 0}}, "metadata": {...}}``; "dim" is left out if it is 0, and format 1 lacks it.
 "digest" is the SHA-256 of that text and of every tensor. The tensors are the packed bits, uint8, of every parameter
 that has any.
 """
@@ -29,15 +29,15 @@ from delfast.ops.layout import packed_bytes, row_length, unit_count
 from delfast.plain import as_json
 
 FORMAT_VERSION = 2
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_NDIM = 64  # torch's own limit
 MAX_NUMEL = 2**63 - 1
-MAX_ROW_LENGTH = 2**31 - 1  # one bit of the file then stands for at most 8 GiB of float32: no channel is longer
+MAX_ROW_LENGTH = 2**31 - 1  # one bit of the file then stands for at most 8 GiB of float32
 METADATA = "__metadata__"
 UNITS = ("row", "element")
 
 Part = tuple[tuple[int, ...], Any, Tensor, int]
-"""The fields of a ParameterMask: shape, unit, bits, dim."""
+"""Fields of a ParameterMask: shape, unit, bits, dim."""
 
 
 def write_mask(path: Path, version: int, parts: Mapping[str, Part], metadata: Mapping[str, Any]) -> None:
@@ -80,11 +80,11 @@ def write_mask(path: Path, version: int, parts: Mapping[str, Part], metadata: Ma
 
 
 def read_mask(path: Path) -> tuple[dict[str, Part], dict[str, Any]]:
-    """Read what ``write_mask`` wrote, in this format or an older one: name -> the fields of its mask, and the metadata.
+    """Read a file that ``write_mask`` wrote, in this format or an older one: the fields by name, and the metadata.
 
-    The file is not believed: sizes are compared with the file's before anything is allocated, and types, ranges and
-    names are those of the schema above. Time and memory are linear in the file's size. Raises InputError, in one line,
-    for anything else.
+    The file is not trusted: sizes are compared with the file's size before anything is allocated, and types, ranges and
+    names are checked against the schema above. Time and memory are linear in the file's size. Raises InputError, in one
+    line, for any other file.
     """
     if not path.is_file():
         raise InputError(f"expected a mask file at '{path}', there is none; check the path")
@@ -95,7 +95,7 @@ def read_mask(path: Path) -> tuple[dict[str, Part], dict[str, Any]]:
         raise InputError(f"'{path}' is no whole mask file ({one_line(error)}); make the mask again") from None
     written = header.get(METADATA)
     if not isinstance(written, dict) or not {"delfast_mask", "digest"} <= written.keys():
-        raise InputError(f"'{path}' is a safetensors file, but no delfast mask; pass what Mask.save() wrote")
+        raise InputError(f"'{path}' is a safetensors file, but no delfast mask; pass a file of Mask.save()")
     try:
         return _read_mask(written, header, bits)
     except _UnknownVersion as error:
@@ -110,11 +110,11 @@ def read_mask(path: Path) -> tuple[dict[str, Part], dict[str, Any]]:
 
 
 class _UnknownVersion(Exception):
-    """A format that this delfast does not read."""
+    """The version of a format that this delfast does not read."""
 
 
 def _read_container(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
-    """The header and the tensors' bytes of a safetensors file."""
+    """Return the header and the tensors' bytes of a safetensors file."""
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -149,7 +149,7 @@ def _read_mask(written: dict[str, Any], header: dict[str, Any], body: bytes) -> 
 
 
 def _tensors(header: dict[str, Any], body: bytes) -> dict[str, bytes]:
-    """name -> the bytes of each tensor; ValueError unless all are uint8 vectors that fill the body exactly."""
+    """Return each tensor's bytes; ValueError unless all are uint8 vectors that fill the body exactly."""
     spans = {}
     for name, entry in header.items():
         if name == METADATA:
@@ -174,10 +174,10 @@ def _tensors(header: dict[str, Any], body: bytes) -> dict[str, bytes]:
 
 
 def _check_parameters(parameters: dict[str, Any], bits: Mapping[str, bytes], *, with_dim: bool) -> None:
-    """ValueError, with the parameter's name, unless every entry is one of the schema and has its packed bits."""
+    """Raise ValueError, with the parameter's name, unless every entry fits the schema and has its packed bits."""
     used = 0
     for name, entry in parameters.items():
-        name.encode()  # UnicodeEncodeError for half of a surrogate pair, which no digest could be made of
+        name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair, which has no digest
         if not isinstance(entry, dict) or entry.keys() - ({"dim"} if with_dim else set()) != {"shape", "unit"}:
             raise ValueError(f"other fields than a mask's for {name!r:.80}")
         shape, unit, dim = entry["shape"], entry["unit"], entry.get("dim", 0)
@@ -216,7 +216,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _digest(text: str, bits: Mapping[str, bytes]) -> str:
-    """SHA-256 (hex) over everything in the file: the header's text, and each tensor's name, dtype and bytes."""
+    """Return the SHA-256 (hex) of the header's text and of each tensor's name, dtype and bytes."""
     total = hashlib.sha256(text.encode())
     for name in sorted(bits):
         total.update(f"\0{name} torch.uint8\0".encode() + bits[name])

@@ -1,4 +1,4 @@
-"""Parameters by name: wrappers' prefixes removed, tied parameters once, DTensor refused."""
+"""Parameters by plain name: without wrappers' prefixes, each tied parameter once; DTensor is refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from delfast.errors import InputError
 
 
 def plain_name(name: str) -> str:
-    """``name`` as the network itself has it: without what wrappers put in.
+    """Return a parameter's name without the parts that wrappers add.
 
-    ``module.`` goes from the front (DDP, DataParallel; they may be nested), ``_orig_mod.`` from anywhere: torch.compile
-    of the whole network or of some of its blocks. A submodule called "module" deeper inside stays.
+    ``module.`` is removed from the front (DDP and DataParallel, which may be nested). ``_orig_mod.`` is removed
+    everywhere, because torch.compile may wrap the network or some of its blocks. A submodule called "module" deeper
+    inside stays.
     """
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     while len(parts) > 1 and parts[0] == "module":
@@ -25,18 +26,18 @@ PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile. Other wrappers compute: they stay."""
+    """Return the network inside DistributedDataParallel, DataParallel and torch.compile; other wrappers stay."""
     *_, network = _wrappers(model)
     return network
 
 
 def is_parallel(model: nn.Module) -> bool:
-    """Is the network inside DistributedDataParallel or DataParallel?"""
+    """Return whether the network is inside DistributedDataParallel or DataParallel."""
     return any(isinstance(wrapper, PARALLEL) for wrapper in _wrappers(model))
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, what it wraps, and so on to the network."""
+    """Yield the model, the module that it wraps, and so on to the network."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected model to be a torch.nn.Module, got {type(model).__name__}; pass the network")
     while True:
@@ -50,9 +51,9 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unique_parameters(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """(plain name, parameter), each tensor once, under its first name (a tied parameter competes once).
+    """Yield (plain name, parameter), each tensor once under its first name, so that a tied parameter competes once.
 
-    Raises InputError for two parameters of one name, and for a DTensor.
+    Raises InputError for two parameters of one plain name, and for a DTensor.
     """
     seen: set[int] = set()
     names: set[str] = set()
@@ -71,14 +72,14 @@ def unique_parameters(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that compete: ``requires_grad``, each tensor once, by plain name, in the model's order."""
+    """Return the trainable parameters by plain name, each tensor once, in the model's order."""
     return {
         name: parameter for name, parameter in unique_parameters(model.named_parameters()) if parameter.requires_grad
     }
 
 
 def refuse_dtensor(name: str, parameter: Tensor) -> None:
-    """Raise InputError for a sharded parameter: the ops would silently see one shard."""
+    """Raise InputError for a sharded parameter, of which the ops would silently use one shard."""
     if type(parameter).__name__ == "DTensor":
         raise InputError(
             f"expected a plain tensor for '{name}', got a DTensor (FSDP2 or tensor parallelism), which is not "

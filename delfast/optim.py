@@ -19,6 +19,8 @@ from delfast.ops.layout import as_rows, flat_rows
 from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
 
+__all__ = ["MaskedAdamW", "MaskedSGD"]
+
 
 class MaskedOptimizer(Optimizer):
     """Base class of MaskedSGD and MaskedAdamW: a ``torch.optim.Optimizer`` for the entries that a mask selects.

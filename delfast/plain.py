@@ -1,4 +1,4 @@
-"""Plain values: what a file can hold, and what every reader of the file understands."""
+"""Plain values, which a file can hold and every reader of the file understands."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from delfast.errors import InputError
 
 
 def as_json(value: Any, what: str) -> Any:
-    """Return ``value`` as JSON has it: Python's numbers for numpy's, lists for tuples, string keys in sorted order.
+    """Return ``value`` in its JSON form: Python's numbers for numpy's, lists for tuples, string keys in sorted order.
 
-    Raises InputError, naming ``what``, for a value without a JSON form.
+    Raises InputError, which names ``what``, for a value without a JSON form.
     """
     try:
         return json.loads(json.dumps(value, default=number, sort_keys=True))
@@ -23,14 +23,14 @@ def as_json(value: Any, what: str) -> Any:
 
 
 def number(value: Any) -> Any:
-    """Return the number in a scalar of numpy or a tensor without dimensions: ``default`` of ``json.dumps``."""
+    """Return a numpy scalar or a tensor without dimensions as a number; used as ``default`` of ``json.dumps``."""
     if isinstance(value, (numpy.generic, numpy.ndarray, Tensor)) and value.ndim == 0:
         return value.item()
     raise TypeError(f"a {type(value).__name__}")
 
 
 def unboxed(value: Any) -> Any:
-    """Return Python's number for a scalar of numpy, also within a tuple or a list; anything else as it is."""
+    """Return a numpy scalar as Python's number, also inside a tuple or a list; anything else as it is."""
     if isinstance(value, numpy.generic):
         return value.item()
     if type(value) in (tuple, list):

@@ -1,4 +1,4 @@
-"""Where an artefact comes from: versions, digests, the configuration that made it."""
+"""Provenance of an artefact: versions, digests, and the configuration that made it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from delfast.backend import status
 
 
 def digest_tensor(tensor: Tensor) -> bytes:
-    """SHA-256 of a tensor's dtype, shape and values in logical (row-major) order, on any device."""
+    """Return the SHA-256 of a tensor's dtype, shape and values in row-major order; the device does not matter."""
     values = tensor.detach().to("cpu").contiguous().reshape(-1)
     raw = values.view(torch.uint8).numpy() if values.numel() else numpy.empty(0, dtype=numpy.uint8)
     total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + b"\0")
-    total.update(raw.data)  # where it lies: images may fill a file that memory could not hold
+    total.update(raw.data)  # without a copy: the images of a mapped file may exceed the memory
     return total.digest()
 
 
 def digest_state(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of a state dict: names in sorted order, dtypes, shapes and values."""
+    """Return the SHA-256 (hex) of a state dict: names in sorted order, dtypes, shapes and values."""
     total = hashlib.sha256()
     for name in sorted(state):
         total.update(name.encode() + b"\0" + digest_tensor(state[name]))
@@ -33,12 +33,12 @@ def digest_state(state: Mapping[str, Tensor]) -> str:
 
 
 def digest_indices(indices: Tensor) -> str:
-    """SHA-256 (hex) of a list of example indices, as int64, in the order given."""
+    """Return the SHA-256 (hex) of example indices, as int64, in the order given."""
     return digest_tensor(indices.to(torch.int64)).hex()
 
 
 def provenance(**facts: object) -> dict[str, Any]:
-    """Versions, machine and backend of this process, with the caller's own facts (seed, configuration, digests)."""
+    """Return versions, machine and backend of this process, and the caller's facts (seed, configuration, digests)."""
     return {
         "delfast": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Random numbers of a seed, drawn without a process-wide generator."""
+"""Random numbers from a seed, drawn without a process-wide generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from delfast.errors import InputError
 
-PROBABILITY_ARGUMENTS = ("p", "dropout", "dropout_p")  # arguments at whose zero an operation draws nothing
+PROBABILITY_ARGUMENTS = ("p", "dropout", "dropout_p")  # with all of these at zero an operation draws nothing
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class _PrivateGenerators(TorchDispatchMode):
-    """A mode that passes its own generator to every operation that takes one: one a device, all of one seed."""
+    """A mode that passes its own generator, one per device, all with one seed, to every operation that accepts one."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,7 +71,7 @@ def _is_random(func: Any) -> bool:
 
 @functools.cache
 def _with_generator(func: Any) -> Any:
-    """``func`` itself or its overload that differs by taking a generator; None if torch has neither."""
+    """Return ``func`` or its overload that differs by a generator argument; None if torch has neither."""
     wanted = _arguments(func)
     for name in (func._overloadname, *func._overloadpacket.overloads()):
         candidate = getattr(func._overloadpacket, name)
@@ -82,19 +82,19 @@ def _with_generator(func: Any) -> Any:
 
 
 def _arguments(func: Any) -> dict[str, str]:
-    """Name -> type, as text."""
+    """Return the type of each argument by name, as text."""
     return {argument.name: str(argument.type) for argument in func._schema.arguments}
 
 
 @functools.cache
 def _generator_position(func: Any) -> int:
-    """Return where the generator may be passed by position (it is the last such argument); the end if by name alone."""
+    """Return the generator's position among positional arguments; their number if it is passed by name only."""
     positional = [argument.name for argument in func._schema.arguments if not argument.kwarg_only]
     return positional.index("generator") if "generator" in positional else len(positional)
 
 
 def _may_draw(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Dropout of nothing, and dropout outside training, draw no number."""
+    """Return whether an operation draws: dropout with probability zero, or outside training, does not."""
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
     defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
     given = defaults | given
@@ -105,7 +105,7 @@ def _may_draw(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
 
 def _device_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
-    """The device on which an operation draws."""
+    """Return the device on which an operation draws."""
     device = kwargs.get("device")
     if device is None:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -15,16 +15,16 @@ from delfast.naming import unwrap
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_users: dict[int, tuple[int, int]] = {}  # id of a network in use -> the thread, and the number of its nested contexts
+_users: dict[int, tuple[int, int]] = {}  # id of a network in use -> its thread, and the number of nested contexts
 _lock = threading.Lock()
 
 
 @contextmanager
 def sole_use(model: nn.Module) -> Iterator[None]:
-    """Keep ``model`` for this thread inside the context, which may be nested. InputError if another thread has it.
+    """Reserve ``model`` for this thread inside the context, which may be nested.
 
-    Train and eval modes, ``requires_grad`` and a compact model's layers belong to the model, not to a thread. Models
-    that share submodules are not recognized as one.
+    Raises InputError if another thread has reserved it. Train and eval modes, ``requires_grad`` and a compact model's
+    layers belong to the model, not to a thread. Models that share submodules are not recognized as one.
     """
     key, thread = id(unwrap(model)), threading.get_ident()
     with _lock:
@@ -46,13 +46,13 @@ def sole_use(model: nn.Module) -> Iterator[None]:
 
 
 def used_alone(function: F) -> F:
-    """Run a function inside ``sole_use`` of its argument ``model``, which is the first."""
+    """Wrap a function so that it runs inside ``sole_use`` of its first argument, ``model``."""
 
     @functools.wraps(function)
     def alone(*args: Any, **kwargs: Any) -> Any:
         model = args[0] if args else kwargs.get("model")
         if not isinstance(model, nn.Module):
-            return function(*args, **kwargs)  # which raises
+            return function(*args, **kwargs)  # raises for the missing or wrong model
         with sole_use(model):
             return function(*args, **kwargs)
 

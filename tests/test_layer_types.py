@@ -282,7 +282,7 @@ def test_a_function_that_computes_something_else_is_refused() -> None:
         ((5,), {"output_dim": 1}, "layer_type to be a subclass"),
         ((Own,), {"output_dim": 2}, "output_dim to be 0 or 1"),
         ((Own,), {"output_dim": True}, "output_dim to be 0 or 1"),
-        ((Own,), {"output_dim": 1, "function": "addmm"}, "function to be callable"),
+        ((Own,), {"output_dim": 1, "function": "addmm"}, "function to be a function or None"),
         ((Conv1D,), {"output_dim": 0}, "Conv1D to be registered once"),
     ],
 )

@@ -60,7 +60,7 @@ def test_any_shape_round_trips(shape: list[int], seed: int) -> None:
 @given(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 3), st.booleans(), st.integers(0, 2**32 - 1))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_channels_along_any_dimension(shape: list[int], dim: int, whole: bool, seed: int) -> None:
-    """Everything a ParameterMask says equals what the mask of the parameter with ``dim`` moved to the front says."""
+    """Every property of a ParameterMask equals that of the mask of the parameter with ``dim`` moved to the front."""
     dim %= max(1, len(shape))
     generator = torch.Generator().manual_seed(seed)
     flags = torch.rand(shape, generator=generator) < 0.5
@@ -130,7 +130,7 @@ def test_set_operations() -> None:
     assert first.jaccard(first) == 1.0
     empty = Mask.from_dense({name: torch.zeros_like(value) for name, value in a.items()})
     assert empty.jaccard(empty) == 1.0 and empty.jaccard(first) == 0.0
-    with pytest.raises(InputError, match="same parameters, they differ in"):
+    with pytest.raises(InputError, match="same parameters, got masks that differ in"):
         first.union(Mask.from_dense({"other": torch.ones(3)}))
 
 

@@ -1,4 +1,4 @@
-"""The mask's file: the same bytes every time, older formats readable, and nothing in it believed unchecked."""
+"""The mask's file: the same bytes every time, older formats readable, and everything in it checked."""
 
 from __future__ import annotations
 

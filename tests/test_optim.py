@@ -34,7 +34,7 @@ def scaled_loss(model: nn.Module, step: int) -> torch.Tensor:
 @pytest.mark.parametrize(("masked", "dense", "settings"), OPTIMIZERS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_everything_selected_is_torchs_optimizer(masked: Any, dense: Any, settings: Any, channels_last: bool) -> None:
-    """In float64 (the references' path) to rounding, in float32 (the kernels) within what float32 gives."""
+    """Compare to rounding in float64 (the references), within float32's precision in float32 (the kernels)."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         torch.manual_seed(0)
         one = cases.SmallNet().to(dtype)
@@ -320,7 +320,7 @@ def test_a_frozen_selected_parameter_is_refused() -> None:
 @pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_replaced_mask_keeps_the_state_of_what_stays(kind: Any, old: Any, new: Any, channels_last: bool) -> None:
-    """Against an optimizer of the whole network whose state is cleared where the old mask does not select."""
+    """Compare with an optimizer of the whole network whose state is cleared outside the old mask."""
     torch.manual_seed(0)
     model = cases.SmallNet()
     model = model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]

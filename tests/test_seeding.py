@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast import InputError
-from delfast.seeding import _is_random, _position, _with_generator, seeded
+from delfast.seeding import _generator_position, _is_random, _with_generator, seeded
 from tests import cases
 
 SHORT = ["mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_0"]
@@ -154,7 +154,10 @@ def test_every_random_operation_of_torch_is_known() -> None:
             argument.name for argument in operation._schema.arguments if argument.name != "generator"
         ]
         positional = [argument.name for argument in arguments if not argument.kwarg_only]
-        assert "generator" not in positional[:-1] and _position(taking) in (len(positional) - 1, len(positional))
+        assert "generator" not in positional[:-1] and _generator_position(taking) in (
+            len(positional) - 1,
+            len(positional),
+        )
 
 
 def test_a_generator_of_the_caller_s_is_used() -> None:

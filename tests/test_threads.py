@@ -174,7 +174,7 @@ def test_one_pair_of_hooks_and_none_of_it_for_optimizers_of_other_models() -> No
     before = [list(each.values()) for each in hooks]
 
     class Odd(torch.optim.SGD):
-        """An optimizer whose attributes must not be looked at more than is needed."""
+        """An optimizer whose attributes must not be read more often than is needed."""
 
         def __hash__(self) -> int:
             raise AssertionError

@@ -415,7 +415,7 @@ def test_u_lira_refuses_bad_input() -> None:
 
 
 def test_from_networks_to_the_attack() -> None:
-    """The arrays as the docstrings say to make them."""
+    """The arrays as the docstrings describe them."""
     data = batches()
     unlearned, retrained = (
         torch.stack([logit_confidences(*predictions(make_model(seed), data)) for seed in seeds])

@@ -131,7 +131,7 @@ def copied(value: Any, device: str | None = None) -> Any:
 
 
 def check(name: str, args: list[Any], kwargs: dict[str, Any]) -> str:
-    """Run one call in all ways; what became of it: "right" or "refused"."""
+    """Run one call in all ways; return "right" or "refused"."""
     reference = {op.name: op for op in OPS}[name]
     devices = {leaf.device for leaf in tensors_in((args, kwargs))}
     native, native_error = outcome(getattr(torch.ops.delfast, name), *copied((args, kwargs)))

@@ -70,7 +70,7 @@ def test_sizes_of_select_units(arguments: tuple[Any, ...], message: str) -> None
 
 
 def refused_alike(name: str, arguments: tuple[Any, ...], message: str) -> None:
-    """By the kernel, the check of the reference and the fake kernel, in one line."""
+    """The kernel, the check of the reference and the fake kernel refuse the call in one line."""
     meta = torch.utils._pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
     for function, given in (
         (getattr(NATIVE, name), arguments),
@@ -108,7 +108,7 @@ def test_padding_far_beyond_the_input_takes_no_memory(isa: str, dims: int, dtype
 
 
 class OnCard(Tensor):
-    """A tensor without memory that says that it lies on a card."""
+    """A tensor without memory whose device is a GPU."""
 
     @staticmethod
     def __new__(cls, like: Tensor) -> OnCard:

@@ -55,6 +55,8 @@ SETS: Any = {"forget": BATCHES[:1], "retain": BATCHES[1:] * 6}
 EVALUATE: Any = importlib.import_module("delfast.evaluation")
 UNLEARN: Any = importlib.import_module("delfast.unlearning")
 METRICS = delfast.evaluate(MODEL, **SETS, test=BATCHES, mia=False)
+UPPER_FLOORS = [name for name in sys.modules if name.startswith(("delfast.experiments", "delfast.cli"))]
+assert not UPPER_FLOORS, f"the core has imported {UPPER_FLOORS}"
 
 
 for part in ("train", "test"):
