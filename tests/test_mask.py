@@ -244,6 +244,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Mask.load(tmp_path / "m.safetensors")
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     """The file-size limit stands for the disk: the write fails half-way, after the first kilobyte."""
     path = tmp_path / "mask.safetensors"

@@ -191,6 +191,7 @@ def test_one_pair_of_hooks_and_none_of_it_for_optimizers_of_other_models() -> No
         assert guard._steps.running == []
 
 
+@pytest.mark.long
 def test_the_end_of_the_interpreter_is_quiet() -> None:
     """Parameters may outlive the module that guards them."""
     code = """

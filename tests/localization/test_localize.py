@@ -141,6 +141,7 @@ def test_published_code_preset_element_for_element(
 # Determinism
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
 @pytest.mark.parametrize("granularity", ["channel", "param"])
 def test_mask_is_bit_identical_on_any_isa_and_thread_count(

@@ -81,6 +81,7 @@ def test_as_many_tokens_in_all_but_not_of_each() -> None:
     assert channels["fc.weight"][:, 0].tolist() == [2, 2, 3, -1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ROUTED)
 def test_routed_networks(name: str) -> None:
     assert_right(*routed(name, 0))
