@@ -160,6 +160,7 @@ def test_mask_is_bit_identical_on_any_isa_and_thread_count(
     assert len(digests) == 1
 
 
+@pytest.mark.long
 def test_batch_size_order_and_threads_hardly_matter_end_to_end(one_and_two_threads: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = build("resnet18-thin", 10, 3, 32)
