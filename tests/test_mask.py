@@ -203,6 +203,7 @@ def test_digest_is_of_the_selection_alone() -> None:
     assert Mask.from_dense(dense).digest != mask.digest
 
 
+@pytest.mark.long
 def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
     dense = {"conv.weight": torch.ones(3, 2, dtype=torch.bool), "bias": torch.tensor([True, False, True])}

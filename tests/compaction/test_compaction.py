@@ -50,7 +50,6 @@ def gradients_of(handle):
     return {name: parameter.grad for name, parameter in handle.named_parameters()}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("least", [float("inf"), 0], ids=["at once", "by offsets"])
 @pytest.mark.parametrize("fraction", ROWS_OF)
 @pytest.mark.parametrize("name", LAYERS)

@@ -81,7 +81,6 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("head", ["head", None])
 def test_the_same_channels_in_the_same_order(name: str, head: str | None) -> None:

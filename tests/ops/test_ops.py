@@ -126,7 +126,6 @@ def test_criticality_never_hides_a_nonfinite_score(isa: str, bad: float, aggrega
 # selection
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_select_elements_equals_the_twin(isa: str, dtype: torch.dtype, criterion: str) -> None:
@@ -190,7 +189,6 @@ def test_select_units_takes_a_prefix_and_stops_at_the_first_that_does_not_fit() 
 # masked updates
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -358,7 +356,6 @@ def test_the_table_is_complete() -> None:
     assert {packet.default.name().removeprefix("delfast::") for packet, _, _ in sample_calls()} == set(REFERENCE)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("number", range(len(OPS)))
 def test_opcheck(number: int) -> None:
     packet, args, kwargs = sample_calls()[number]

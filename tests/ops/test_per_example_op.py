@@ -53,7 +53,6 @@ def test_twin_is_the_formula(layer: cases.Layer, epilogue: str) -> None:
     assert relative_l2(accumulated(REFERENCE["per_example_accumulate_"], *arguments), expected) <= 1e-12
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @all_layers
