@@ -135,7 +135,7 @@ class Scale(torch.autograd.Function):
 
 
 class Interleaved(nn.Module):
-    """Examples in an order that no trial can make out: a permutation of all rows."""
+    """Examples without an axis that a trial can find: a permutation of all rows."""
 
     def __init__(self) -> None:
         super().__init__()
