@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -11,6 +12,25 @@ import torch
 
 from delfast.ops import BACKEND
 
+# Files that train networks by whole commands, build, or start many processes: more than ten seconds of CPU time each.
+# `make test` starts them first, the longest at the head, so that no process still runs one while the others are idle;
+# `make check` leaves them out.
+HEAVY = (
+    "packaging/test_cpp.py",
+    "docs/test_examples.py",
+    "cli/test_cli.py",
+    "experiments/test_grid.py",
+    "cli/test_methods_cli.py",
+    "experiments/test_records.py",
+    "packaging/test_backend.py",
+    "experiments/test_demo.py",
+    "docs/test_readme.py",
+    "packaging/test_nvcc.py",
+    "packaging/test_core_install.py",
+    "experiments/test_profile.py",
+    "cli/test_stop.py",
+    "test_distributed.py",
+)
 ISAS = list(BACKEND.module.isas()) if BACKEND.module else []
 
 if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may run tests/test_cuda.py without it
@@ -21,6 +41,17 @@ if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may run tests
         "same", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of heavy files first, and mark them long."""
+    tests = Path(__file__).parent
+    rank = {tests / name: number for number, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: rank.get(item.path, len(HEAVY)))
+    for item in items:
+        if item.path in rank:
+            item.add_marker(pytest.mark.long)
 
 
 def seed_all() -> None:

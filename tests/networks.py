@@ -135,7 +135,7 @@ class Scale(torch.autograd.Function):
 
 
 class Interleaved(nn.Module):
-    """Examples in an order that no trial can make out: a permutation of all rows."""
+    """Examples without an axis that a trial can find: a permutation of all rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,3 +170,15 @@ class Recurrent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.modes.append((self.rnn.training, self.dropout.training, self.rnn.dropout))
         return self.head(self.hidden(self.dropout(self.rnn(x)[0][:, -1])).relu())
+
+
+class Tokens(nn.Module):
+    """Classifies tokens (N, T), whose mask has the same shape and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids).mean(1))

@@ -338,6 +338,7 @@ def test_numpy_scalars_become_plain_numbers(tmp_path: Path) -> None:
         delfast.reset_(small(), MASK, cases.SmallNet, seed=seed)
 
 
+@pytest.mark.long
 @given(st.sampled_from(ARGUMENTS), st.sampled_from(list(WRONG)))
 @settings(max_examples=200, deadline=None, derandomize=True)
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -193,6 +193,7 @@ def test_signed_channels_are_those_of_the_same_network_with_linear_layers() -> N
     torch.testing.assert_close(torch.from_numpy(conv.matrix), torch.from_numpy(linear.matrix))
 
 
+@pytest.mark.long
 def test_gpt2_per_example_gradients_equal_the_loop() -> None:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 

@@ -203,6 +203,7 @@ def test_digest_is_of_the_selection_alone() -> None:
     assert Mask.from_dense(dense).digest != mask.digest
 
 
+@pytest.mark.long
 def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
     dense = {"conv.weight": torch.ones(3, 2, dtype=torch.bool), "bias": torch.tensor([True, False, True])}
@@ -244,6 +245,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Mask.load(tmp_path / "m.safetensors")
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     """The file-size limit stands for the disk: the write fails half-way, after the first kilobyte."""
     path = tmp_path / "mask.safetensors"

@@ -47,6 +47,7 @@ def test_plain_name_removes_leading_wrappers_only() -> None:
     assert plain_name("module") == "module"
 
 
+@pytest.mark.long
 def test_ddp_and_compile_are_seen_through(gloo_group: None) -> None:
     model = cases.SmallNet()
     plain = delfast.localize(model, cases.image_batches(), budget=0.4)

@@ -120,6 +120,7 @@ def often() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runs", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_threads_end_with_the_bits_of_one_thread_and_disturb_no_other(runs: int, often: None) -> None:
     expected = [job(number) for number in range(THREADS)]
@@ -191,6 +192,7 @@ def test_one_pair_of_hooks_and_none_of_it_for_optimizers_of_other_models() -> No
         assert guard._steps.running == []
 
 
+@pytest.mark.long
 def test_the_end_of_the_interpreter_is_quiet() -> None:
     """Parameters may outlive the module that guards them."""
     code = """
@@ -278,6 +280,7 @@ class Decays(torch.optim.SGD):
 ACTIONS = ["plain", "adam", "masked", "decays", "nested", "fails inside", "undo and redo", "other", "before any step"]
 
 
+@pytest.mark.long
 @settings(max_examples=20)
 @given(st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=8))
 def test_in_any_order_of_steps_only_the_mask_moves(actions: list[str]) -> None:

@@ -33,7 +33,7 @@ LAYERS = {
 
 
 def row_mask(model, fraction, seed=0):
-    """Some rows of every weight, some elements of what has one dimension."""
+    """Return a mask of some rows of every weight, and some elements of every vector."""
     generator = torch.Generator().manual_seed(seed)
     dense = {}
     for name, parameter in model.named_parameters():
@@ -45,7 +45,7 @@ def row_mask(model, fraction, seed=0):
 
 
 def dense_then_masked(model, mask, loss):
-    """name -> gradient of the selected rows, or of the selected elements; of a model that is not compact."""
+    """Return name -> gradient of the selected rows or elements, from a plain model."""
     reference = copy.deepcopy(model)
     loss(reference).backward()
     return {

@@ -104,6 +104,7 @@ def test_small_maps_take_a_product_for_each_offset(dtype, monkeypatch):
             assert len(calls) == (small and groups == 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_products_for_each_offset_compile(dynamic, monkeypatch):
     """Some rows are selected, or all."""
@@ -173,6 +174,7 @@ def test_a_whole_network_has_the_dense_gradients(net, data):
         close(gradients_of(handle), {name: 2 * gradient for name, gradient in expected.items()})
 
 
+@pytest.mark.long
 def test_checkpointing_two_forward_passes_and_compile_give_the_same(net, data):
     net.double()
     mask, loss = row_mask(net, 0.4), cross_entropy(data, torch.float64)
@@ -201,6 +203,7 @@ def test_checkpointing_two_forward_passes_and_compile_give_the_same(net, data):
         close(gradients_of(handle), moved)
 
 
+@pytest.mark.long
 def test_compile_in_float32_is_within_the_error_budget(net, data):
     mask, loss = row_mask(net, 0.4), cross_entropy(data)
     exact = expected_gradients(copy.deepcopy(net).double(), mask, cross_entropy(data, torch.float64))

@@ -89,6 +89,7 @@ def assert_unlearn_moves_every_selected_row(net, batches):
     return learns
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", READERS)
 def test_unlearn_moves_every_selected_row(name):
     learns = assert_unlearn_moves_every_selected_row(*batches_of(name))
@@ -253,6 +254,7 @@ def test_checkpointing_compile_copies_and_pickles_have_the_same_gradients():
         assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.long
 def test_compiled_reads_follow_the_optimizer():
     net, x = reader("read and called")
     mask, loss = row_mask(net, 0.4), squares(x)

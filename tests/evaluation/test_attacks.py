@@ -186,6 +186,7 @@ def test_modified_entropy_tells_sure_and_right_from_sure_and_wrong() -> None:
     assert wrong == pytest.approx(160 - math.log(2), rel=1e-6)
 
 
+@pytest.mark.long
 def test_svc_attacks_are_the_described_classifiers() -> None:
     """Equal numbers: nothing is subsampled, and a plain transcription gives the same figures."""
     from sklearn.svm import SVC

@@ -32,6 +32,7 @@ def batches(data, **options):
 # --- data sets ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_digits_are_a_fixed_stratified_split(digits):
     assert digits.train_images.shape == (1437, 1, 8, 8) and digits.test_images.shape == (360, 1, 8, 8)
     assert digits.train_images.dtype == torch.uint8 and digits.train_targets.dtype == torch.int64

@@ -91,6 +91,7 @@ def test_the_same_channels_in_the_same_order(name: str, head: str | None) -> Non
     assert sum(len(channels) for channels, _ in found) > len(found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet18-thin", "vit"])
 def test_own_networks(name: str) -> None:
     model = build(name, 10, 3, 16)
@@ -248,6 +249,7 @@ def test_masks() -> None:
     assert few.floor().sum() == 16 and not torch.equal(few, units)
 
 
+@pytest.mark.long
 def test_it_does_not_depend_on_the_number_of_threads(one_and_two_threads: tuple[int, int]) -> None:
     model = build("resnet18-thin", 10, 3, 16).eval()
     batches = predicted(model, [torch.randn(8, 3, 16, 16)])

@@ -109,12 +109,17 @@ def test_dtensor_is_refused_by_name() -> None:
 # The published code
 
 
-@pytest.fixture(scope="module", params=["resnet18", "vit"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "vit")]
+
+
+@pytest.fixture(scope="module", params=["everything", "resnet18-thin", *LARGE])
 def scored(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    model = build(request.param, 10, 3, 32)
-    images, targets = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
-    scores = delfast.score(model, [(images, targets)])
+    if request.param == "everything":
+        scores = delfast.score(cases.Everything(), cases.everything_batches())
+    else:
+        images, targets = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
+        scores = delfast.score(build(request.param, 10, 3, 32), [(images, targets)])
     return scores.parameters, scores.gradients, scores.examples
 
 
@@ -137,6 +142,7 @@ def test_published_code_preset_element_for_element(
 # Determinism
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
 @pytest.mark.parametrize("granularity", ["channel", "param"])
 def test_mask_is_bit_identical_on_any_isa_and_thread_count(
@@ -155,17 +161,18 @@ def test_mask_is_bit_identical_on_any_isa_and_thread_count(
     assert len(digests) == 1
 
 
+@pytest.mark.long
 def test_batch_size_order_and_threads_hardly_matter_end_to_end(one_and_two_threads: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = build("resnet18-thin", 10, 3, 32)
-    images, targets = torch.randn(96, 3, 32, 32), torch.randint(0, 10, (96,))
-    order = torch.randperm(96)
+    images, targets = torch.randn(96, 3, 16, 16), torch.randint(0, 10, (96,))
+    order, every = torch.randperm(96), torch.arange(96)
+    one, two = one_and_two_threads
     runs = []
-    for threads in one_and_two_threads:
+    for threads, size, index in ((one, 96, every), (one, 7, every), (one, 32, order), (two, 96, every)):
         torch.set_num_threads(threads)
-        for size, index in ((96, torch.arange(96)), (7, torch.arange(96)), (32, order)):
-            batches = list(zip(images[index].split(size), targets[index].split(size), strict=True))
-            runs.append(delfast.score(model, batches))
+        batches = list(zip(images[index].split(size), targets[index].split(size), strict=True))
+        runs.append(delfast.score(model, batches))
     first = runs[0]
     assert first.gradients is not None
     param, channel = first.select(0.3, "param"), first.select(0.3)

@@ -39,6 +39,7 @@ def fuzz(seed: int, count: int, backend: str = "") -> None:
     assert "right" in result.stdout
 
 
+@pytest.mark.long
 def test_no_arguments_end_the_process() -> None:
     fuzz(0, 200)
 
@@ -183,6 +184,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_messages_need_no_stream_of_the_locale(tmp_path: Path) -> None:

@@ -252,6 +252,7 @@ for name, write in (
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["limit", pytest.param("disk", marks=pytest.mark.slow)])
 def test_a_full_disk_is_named_with_the_file(how: str, tmp_path: Path) -> None:
     directory = tmp_path / "disk"

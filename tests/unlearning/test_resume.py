@@ -209,6 +209,7 @@ def check_configuration(configuration: dict[str, Any]) -> None:
     check_resumed(configuration["method"], make, configuration["stop"])
 
 
+@pytest.mark.long
 @given(configurations)
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 def test_interrupted_and_resumed_equals_uninterrupted(configuration: dict[str, Any]) -> None:

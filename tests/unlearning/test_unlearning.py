@@ -119,6 +119,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         run(cases.SmallNet(), epochs=1, checkpoint=path, resume=True)
 
 
+@pytest.mark.long
 def test_train_learns_and_follows_the_cosine() -> None:
     torch.manual_seed(0)
     model = cases.SmallNet()

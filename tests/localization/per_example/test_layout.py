@@ -237,6 +237,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(**DRAWN)
 def test_rows_in_any_order(moves: list[str], sizes: list[int], tokens: int, seed: int) -> None:
@@ -307,6 +308,7 @@ class Cached(nn.Module):
         return self.head((self.layer(x) * self.mask).tanh().mean(dim=1))
 
 
+@pytest.mark.long
 def test_ordinary_networks_take_one_pass(compared: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "delfast")
     for name, size in (("resnet18-thin", 8), ("vit", 8)):

@@ -64,6 +64,7 @@ def test_masks_say_that_they_are_per_example() -> None:
     assert scores.select(0.3, "param").digest == by_hand.select(0.3, "param").digest  # the same ranking
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet18-thin", "vit", "everything"])
 def test_float32_within_the_error_budget(name: str) -> None:
     torch.manual_seed(0)
@@ -85,6 +86,7 @@ def test_float32_within_the_error_budget(name: str) -> None:
     assert max(ours.values()) <= 2 * max(theirs.values()) + eps
 
 
+@pytest.mark.long
 def test_autocast_in_bfloat16() -> None:
     model = build("vit", 10, 3, 16).eval()
     images, targets = torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))

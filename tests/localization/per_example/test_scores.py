@@ -247,6 +247,7 @@ def test_everything() -> None:
     assert_parity(model, batches)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "size"), [("resnet18-thin", 8), ("vit", 8)])
 def test_own_networks(name: str, size: int) -> None:
     model, batches = in_double(build(name, 10, 3, size), images(3, size))

@@ -1,10 +1,11 @@
-"""Tests import helpers, never another test module: moving or splitting one test file touches no other."""
+"""The test suite: no test module imports another, so that splitting one touches no other; heavy files exist."""
 
 import ast
 
 import pytest
 
 from tests import ROOT
+from tests.conftest import HEAVY
 
 
 def imported_tests(source: str) -> list[str]:
@@ -37,3 +38,7 @@ def test_no_module_imports_a_test_module() -> None:
 )
 def test_imported_tests_are_found(source: str, found: list[str]) -> None:
     assert imported_tests(source) == found
+
+
+def test_heavy_files_exist() -> None:
+    assert [name for name in HEAVY if not (ROOT / "tests" / name).is_file()] == []
