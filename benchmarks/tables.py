@@ -59,7 +59,7 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
     on_card = f"{card['device']}, eager, torch {card['provenance']['torch'].partition('+')[0]}"
     rows = [
         ("Select a channel mask from scores", "double argsort", f"{select} as fast", f"ResNet-18; {here}"),
-        ("A whole job: localize, reset, two epochs, evaluate", "masked dense gradients, float32",
+        ("A whole job, two epochs of training", "masked dense gradients, float32",
          f"{precisions[1]} of the time; bfloat16: {precisions[2]}", f"ResNet-18, 4,500 images; {here}"),
         ("Per-example scores", "`torch.func.vmap`", f"{vmap} as fast", f"ResNet-18, 32 examples; {here}"),
         ("**slower:** per-example scores of one batch of 32", "`torch.func.vmap`",
