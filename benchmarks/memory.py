@@ -20,7 +20,7 @@ def print_added_peak(warm_up: Callable[[], object], run: Callable[[], object]) -
     warm_up()
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     run()
     print(_status("VmHWM") - before)
 

@@ -1,4 +1,4 @@
-"""Speed of the native kernels. Every result is compared with its twin, or the baseline's, before it is timed."""
+"""Speed of the native kernels. Every result is compared with the reference, or the baseline, before it is timed."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def median_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
 
 
 def verified(layer: Layer, dtype: torch.dtype, epilogue: str = "abs") -> tuple[Tensor, Tensor, Tensor]:
-    """(sums, inputs, deltas) of the layer, channels-last; the kernel's sums of them are near the twin's."""
+    """Return (sums, inputs, deltas) of the layer, channels-last; the kernel's sums are near the reference's."""
     sums, inputs, deltas = (channels_last(t) for t in layer.operands(dtype))
     few = inputs[:4], deltas[:4]
     result, expected = sums.clone().zero_(), sums.double().zero_()
