@@ -166,7 +166,7 @@ OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "gather_columns")
 
 @pytest.mark.parametrize("op", [op.name for op in OPS if op.name not in OF_ONE_LAYER])
 def test_cost_of_a_call_with_62_tensors(versus: Versus, op: str) -> None:
-    """62 tiny tensors; the kernel's own time is that of one tensor of as many rows, less a call on an empty one."""
+    """Time 62 tiny tensors; the kernel's own time is that of one tensor with all rows, minus a call on an empty one."""
     many, one, none = (calls_on(shapes)[op] for shapes in ([(4, 4)] * 62, [(248, 4)], [(0, 4)]))
 
     def repeat(call: Callable[[], Any]) -> None:
