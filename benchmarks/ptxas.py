@@ -81,7 +81,7 @@ class Compiled:
 
 
 def compile_all(nvcc: str) -> list[Compiled]:
-    """Compile every source for every architecture, two at a time."""
+    """Every source for every architecture, two at a time."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
         return list(pool.map(lambda job: _compile(nvcc, *job, Path(folder)), jobs))
