@@ -42,6 +42,10 @@ def named() -> Iterator[tuple[str, str]]:
                 yield file, span.rpartition("::")[2]
 
 
+def test_no_line_is_too_long() -> None:
+    assert max(map(len, TEXT.splitlines())) <= 160
+
+
 def test_every_file_that_it_names_exists() -> None:
     paths = {each for span in code(TEXT) if PATH.fullmatch(span) for each in expand(span)}
     assert len(paths) > 60
