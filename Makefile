@@ -63,7 +63,7 @@ bench: all
 	  $(BIN)/python -m pytest benchmarks/test_$$name.py -m "" --benchmark-json=benchmarks/results/$$name.json || exit; \
 	done
 
-# what the README's tables are made of, made anew
+# measures again, and writes the tables of README.md and docs/
 results: bench demo
 	cp demo-output/summary.json benchmarks/results/demo.json
 	$(BIN)/python -m benchmarks.tables

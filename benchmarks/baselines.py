@@ -1,4 +1,4 @@
-"""What people write today, in PyTorch: the other side of the benchmarks."""
+"""Baselines in plain PyTorch, as they are commonly written: the other side of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def element_scores(theta: Sequence[Tensor], grad: Sequence[Tensor]) -> list[Tens
 
 
 def channel_scores(theta: Sequence[Tensor], grad: Sequence[Tensor], top_h: Sequence[int]) -> list[Tensor]:
-    """For each parameter (rows,): the mean of the ``top_h`` highest scores of each row; of 1-D ones, the scores."""
+    """Return for each parameter (rows,): the mean of each row's ``top_h`` highest scores; for 1-D ones, the scores."""
     scores = element_scores(theta, grad)
     return [
         score.flatten(1).topk(h, dim=1).values.mean(dim=1) if score.ndim > 1 else score
@@ -22,7 +22,7 @@ def channel_scores(theta: Sequence[Tensor], grad: Sequence[Tensor], top_h: Seque
 
 
 def expanded(channels: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Every element's score is its channel's."""
+    """Return the score of each element's channel, in the element's place."""
     return [
         c.view(-1, *[1] * (t.ndim - 1)).expand_as(t) if t.ndim > 1 else c.view_as(t)
         for c, t in zip(channels, like, strict=True)
@@ -30,6 +30,6 @@ def expanded(channels: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]
 
 
 def double_argsort(scores: Sequence[Tensor], k: int) -> Tensor:
-    """The usual way to a mask, bool (P,): rank every element by sorting twice."""
+    """Return the mask, bool (P,), in the usual way: rank every element by sorting twice."""
     flat = torch.cat([score.reshape(-1) for score in scores])
     return torch.argsort(torch.argsort(flat, descending=True)) < k

@@ -1,4 +1,4 @@
-"""Both sides in one run, taking turns, on the same threads; ratios of medians, never a bare time."""
+"""Time both sides in one run, in alternation, on the same threads; print ratios of medians, never a bare time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ RESULTS: list[tuple[str, str, str]] = []
 
 
 class Versus:
-    """Times ``ours`` and a ``baseline`` by turns: the baseline runs, timed, before each of our rounds."""
+    """Time ``ours`` and a ``baseline`` in alternation: the baseline runs, timed, before each of our rounds."""
 
     def __init__(self, benchmark: Any, name: str) -> None:
         self.benchmark, self.name = benchmark, name
 
     def __call__(self, ours: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 15) -> float:
-        """Median time of the baseline divided by ours."""
+        """Return the median time of the baseline divided by ours."""
         times: list[float] = []
 
         def timed_baseline() -> None:
@@ -36,13 +36,13 @@ class Versus:
         return ratio
 
     def once(self, ours: Callable[[], Any], baseline: Callable[[], Any]) -> tuple[Any, Any]:
-        """What each returns, of a figure that is no time."""
+        """Return the result of each side, for a figure that is not a time."""
         expected = baseline()
         result = self.benchmark.pedantic(ours, rounds=1)
         return result, expected
 
     def report(self, measured: str, target: str) -> None:
-        """A line of the table that ends the run."""
+        """Add a row to the table that is printed at the end of the run."""
         RESULTS.append((self.name, measured, target))
         self.benchmark.extra_info.update(measured=measured, target=target, isa=isa(), threads=torch.get_num_threads())
 
@@ -58,7 +58,7 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
 
 @pytest.fixture
 def force_isa() -> Iterator[Callable[[str], None]]:
-    """Run on a given instruction set; skips where the CPU has none such."""
+    """Run on one instruction set; skip if the CPU does not support it."""
     if BACKEND.module is None:
         pytest.skip(f"no native kernels: {BACKEND.reason}")
     before = BACKEND.module.isa()
@@ -82,7 +82,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Results are kept in the repository: the processor matters there, the host does not."""
+    """Leave the host's name out of the results, which are kept in the repository; the processor stays."""
     for key in ("node", "release", "python_build"):
         machine_info.pop(key, None)
     cpu = machine_info.get("cpu", {})

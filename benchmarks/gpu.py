@@ -32,7 +32,7 @@ ROUNDS = 30
 
 
 def build() -> None:
-    """The extension in place, for this card alone. CalledProcessError if that fails."""
+    """Build the extension in place, for this card alone. CalledProcessError if that fails."""
     major, minor = torch.cuda.get_device_capability()
     environment = {**os.environ, "DELFAST_NATIVE": "1", "DELFAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
@@ -67,7 +67,7 @@ class Clock:
 
 
 def copy_rate(clock: Clock) -> float:
-    """GB/s of a device-to-device copy of 1 GiB: read and written."""
+    """Return the GB/s of a device-to-device copy of 1 GiB: read and written."""
     source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / clock(lambda: target.copy_(source), queued=True) / 1e3

@@ -1,4 +1,4 @@
-"""What benchmarks.gpu times: every op on a network's parameters, what it must compute, and what it is compared with.
+"""The cases of benchmarks.gpu: every op on a network's parameters, its expected result, and its baselines.
 
 Runs on any device, so that tests/docs/test_gpu_benchmark.py can run it where there is no GPU.
 """
@@ -27,7 +27,7 @@ PER_EXAMPLE, STEP = 32, 128  # images of a batch: of per-example scores, of a tr
 
 @dataclass(frozen=True)
 class Case:
-    """``ours`` as called; ``others`` by name, doing the same; ``moved``: the bytes that ours has to read and write.
+    """``ours``: the call. ``others``: baselines by name. ``moved``: the bytes that ours has to read and write.
 
     ``verify`` raises AssertionError unless ours computes what it should; it may be called once, before timing.
     """
@@ -42,7 +42,7 @@ class Case:
 
 
 def cases(name: str, network: nn.Module, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """All cases on this network's parameters in this dtype, with float32 gradients, as localization has them."""
+    """Return all cases on this network's parameters in this dtype, with float32 gradients as in localization."""
     model = copy.deepcopy(network).to(device, dtype)
     generator = torch.Generator().manual_seed(0)
     gradients = {n: torch.randn(p.shape, generator=generator).to(device) * 1e-3 for n, p in model.named_parameters()}

@@ -26,7 +26,7 @@ Images = tuple[Tensor, Tensor]
 
 @lru_cache
 def data() -> tuple[Images, Images, Tensor, Tensor]:
-    """Training and test images (N, 3, 32, 32) uint8 with targets, and the training set's mean and deviation."""
+    """Return training and test images (N, 3, 32, 32) uint8 with targets, and the training set's mean and deviation."""
     generator = torch.Generator().manual_seed(0)
     patterns = interpolate(torch.randn(10, 3, 8, 8, generator=generator), scale_factor=4)
 
@@ -51,7 +51,7 @@ def part(images: Images, where: slice) -> Images:
 
 @lru_cache
 def original(name: str) -> nn.Module:
-    """Trained on all training images, as fast as it goes: to be copied, not changed."""
+    """Return a network trained on all training images, as fast as possible. Copy it; do not change it."""
     torch.manual_seed(0)
     model = factory(name, 10, 3, 32)().to(memory_format=LAYOUT[name])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

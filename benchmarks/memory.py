@@ -1,4 +1,4 @@
-"""The peak of a process's memory, each side in a process of its own: a process keeps its peak."""
+"""Peak memory of a process. Each side runs in its own process, since a process keeps its peak."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable
 
 
 def added_peak(module: str, *arguments: str) -> int:
-    """Bytes that ``module.print_peak(*arguments)`` says a pass adds to its process's peak."""
+    """Return the bytes that ``module.print_peak(*arguments)`` prints, in a new process."""
     call = f"print_peak({', '.join(map(repr, arguments))})"
     command = [sys.executable, "-c", f"from {module} import print_peak; {call}"]
     return int(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
 def print_added_peak(warm_up: Callable[[], object], run: Callable[[], object]) -> None:
-    """Print the bytes that ``run`` adds to the peak, once ``warm_up`` has made libraries take their own memory."""
+    """Print the bytes that ``run`` adds to the peak after ``warm_up``, in which libraries allocate their memory."""
     warm_up()
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     run()
     print(_status("VmHWM") - before)
 

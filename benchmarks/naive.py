@@ -19,7 +19,7 @@ Images = tuple[Tensor, Tensor]
 
 
 def dataset(images: Images, mean: Tensor, std: Tensor) -> TensorDataset:
-    """Normalised floats, once and for all."""
+    """Return all images as normalized floats."""
     return TensorDataset((images[0] / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), images[1])
 
 
@@ -33,7 +33,7 @@ def accuracy(model: nn.Module, data: Dataset[Images]) -> float:
 
 
 def localize(model: nn.Module, forget: Dataset[Images], budget: float) -> dict[str, Tensor]:
-    """name -> mask of 0 and 1: channels by the mean of their highest |θ g|."""
+    """Return name -> mask of 0 and 1: channels by the mean of their highest |θ g|."""
     model.eval()
     model.zero_grad()
     total = len(forget)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def optimizer_for(model: nn.Module, lr: float) -> torch.optim.SGD:
 def finetune(
     model: nn.Module, mask: dict[str, Tensor], sets: dict[str, Dataset[Images]], epochs: int, lr: float
 ) -> dict[str, float]:
-    """Train what the mask says on ``sets["retain"]``; the accuracies (percent) on all sets after the last epoch."""
+    """Train the masked entries on ``sets["retain"]``; return the last epoch's accuracies (percent) on all sets."""
     optimizer = optimizer_for(model, lr)
     loader = DataLoader(sets["retain"], batch_size=128, shuffle=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader), lr * 0.01)

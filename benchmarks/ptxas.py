@@ -141,7 +141,7 @@ def _compile(nvcc: str, source: Path, architecture: str, folder: Path) -> Compil
 
 
 def _resources(log: str) -> dict[str, tuple[int, int, int, int]]:
-    """Registers, shared memory, stack frame and spills (in bytes) of each kernel that ptxas reports."""
+    """Return registers, shared memory, stack frame and spills (in bytes) of each kernel that ptxas reports."""
     found = {}
     # each report is complete before the next one begins
     for report in re.split(r"(?=Compiling entry function)", log)[1:]:
@@ -157,7 +157,7 @@ def _resources(log: str) -> dict[str, tuple[int, int, int, int]]:
 
 
 def demangled(symbol: str) -> str:
-    """``masked_update<SgdRule>`` of ``_ZN7delfast4cuda13masked_updateINS0_7SgdRuleEEEv...``."""
+    """Return ``masked_update<SgdRule>`` for ``_ZN7delfast4cuda13masked_updateINS0_7SgdRuleEEEv...``."""
     text = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
     match = re.match(r"(?:void )?delfast::cuda::(\w+)(?:<(.*?)>)?\(", text)
     if not match:
@@ -167,7 +167,7 @@ def demangled(symbol: str) -> str:
 
 
 def _wide_loads(cubin: Path) -> dict[str, int]:
-    """128-bit global loads inside loops, by kernel: between a label and a later jump back to it."""
+    """Count 128-bit global loads inside loops, by kernel: between a label and a later jump back to it."""
     text = subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
@@ -185,7 +185,7 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
 
 
 def least_wide_loads(name: str) -> int:
-    """128-bit loads that a streaming kernel cannot do without: two a pair of dtypes, one where their widths differ."""
+    """Return the minimum of 128-bit loads of a streaming kernel: two for a pair of dtypes, one if the widths differ."""
     pairs = 2 * (1 + 4) + (2 + 2)
     if not name.startswith("masked_update"):
         return pairs + 3  # and one a dtype for |g| and |theta|
@@ -193,7 +193,7 @@ def least_wide_loads(name: str) -> int:
 
 
 def _nvdisasm() -> Path:
-    """PyPI's, whatever the toolkit has: not every toolkit has one, and an older one may not know the newest cards."""
+    """Return PyPI's disassembler: not every toolkit has one, and an older one may not support the newest cards."""
     places = importlib.util.find_spec("nvidia")
     for folder in places.submodule_search_locations or [] if places else []:
         for program in Path(folder).glob("cu*/bin/nvdisasm"):
@@ -202,7 +202,7 @@ def _nvdisasm() -> Path:
 
 
 def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
-    """Share of an sm_90 multiprocessor's 64 warps that can be there at once.
+    """Return the fraction of an sm_90 multiprocessor's 64 warps that can be resident at the same time.
 
     Limits of compute capability 9.0 (CUDA C++ Programming Guide, "Compute Capabilities"): 64 warps, 32 blocks, 65536
     registers given out 256 at a time to a warp, 228 KiB of shared memory of which a block takes 1 KiB for the system.

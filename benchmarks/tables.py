@@ -59,7 +59,7 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
     on_card = f"{card['device']}, eager, torch {card['provenance']['torch'].partition('+')[0]}"
     rows = [
         ("Select a channel mask from scores", "double argsort", f"{select} as fast", f"ResNet-18; {here}"),
-        ("A whole job: localize, reset, two epochs, evaluate", "masked dense gradients, float32",
+        ("A whole job, two epochs of training", "masked dense gradients, float32",
          f"{precisions[1]} of the time; bfloat16: {precisions[2]}", f"ResNet-18, 4,500 images; {here}"),
         ("Per-example scores", "`torch.func.vmap`", f"{vmap} as fast", f"ResNet-18, 32 examples; {here}"),
         ("**slower:** per-example scores of one batch of 32", "`torch.func.vmap`",
@@ -118,7 +118,7 @@ def _digest(path: Path) -> str:
 
 
 def measured(results: dict[str, Any], source: str) -> str:
-    """pytest-benchmark's JSON as a table, cases of one test with one target in a row, and the machine's line."""
+    """Return pytest-benchmark's JSON as a table: the machine, then a row for each test and target."""
     rows: dict[tuple[str, str], list[str]] = {}
     if not results["benchmarks"]:
         raise InputError(f"'{source}' holds no benchmark; run `make bench` again")
@@ -145,7 +145,7 @@ def measured(results: dict[str, Any], source: str) -> str:
 
 
 def gpu(results: dict[str, Any]) -> str:
-    """The card's line, and a row for each kernel on each network."""
+    """Return a line that names the card, and a row for each kernel on each network."""
     if not results["results"] or results["failures"]:
         raise InputError(f"'{GPU.name}' is of a run that failed; run `python -m benchmarks.gpu` again")
     made = results["provenance"]
@@ -154,7 +154,7 @@ def gpu(results: dict[str, Any]) -> str:
 
 
 def demo(summary: dict[str, Any]) -> str:
-    """Both scenarios of the demo's summary in one table; then a line on each, and on what it was made with."""
+    """Return both scenarios of the demo's summary in one table, then a line on each and on the versions."""
     if summary["quick"]:
         raise InputError(f"'{DEMO.name}' is of `delfast demo --quick`; keep the summary.json of `make demo` there")
     rows, lines = [], []
@@ -171,7 +171,7 @@ def demo(summary: dict[str, Any]) -> str:
 
 
 def sectors(report: str) -> str:
-    """The report's ratios of whole families: the largest of each kind of kernel, by how memory is aligned."""
+    """Return the largest ratio of each kind of kernel in the report, by how memory is aligned."""
     ratios: dict[str, str] = {}  # by what was run, the selection's passes apart; a family's sum comes last
     for what, kernel, ratio in re.findall(r"^\| ([\w ,]+) \| `([\w*]+)` \|.*\| ([\d.]+) \|$", report, re.MULTILINE):
         ratios[f"{what}, {kernel}" if kernel.startswith("selection") else what] = ratio
@@ -194,8 +194,8 @@ def sectors(report: str) -> str:
 
 
 def cifar10(text: str) -> str:
-    """The kept results: for each setting the original, the oracle, every method without a mask, and reset and finetune
-    of every strategy at the one budget.
+    """Return the kept results of each setting: the original, the oracle, every method without a mask, and DEL within
+    the mask of every strategy at the one budget.
     """
     every = csv.DictReader(io.StringIO(text))
     rows = [row for row in every if row["strategy"] == EVERYTHING or row["of"] == "del"]

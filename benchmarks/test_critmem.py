@@ -1,4 +1,4 @@
-"""CritMem against the loop over examples. The channels are compared, all examples', before anything is timed."""
+"""CritMem against the loop over examples. The channels of all examples are compared before anything is timed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERY = 8  # the loop, which is slow, is timed on every eighth example: 32 of th
 
 
 def memorised(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network that knows 256 images of noise, whose labels are random, by heart. What it does not is relabelled."""
+    """Return a network that has memorised 256 images of noise; labels that it gets wrong are replaced."""
     torch.manual_seed(0)
     model, images, labels = build(name, 10, 3, 32), torch.randn(EXAMPLES, 3, 32, 32), torch.randint(0, 10, (EXAMPLES,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -52,7 +52,7 @@ def test_critmem_against_the_loop(versus: Versus, name: str, target: str) -> Non
     )
     # float32 decides some near ties by its rounding, in the loop as here
     assert EXAMPLES - ours_exact <= max(2, 2 * (EXAMPLES - loop_exact))
-    # every channel that is zeroed takes one look at the network, and the end one more: so the loop's time is scaled
+    # each zeroed channel costs one pass of the network, and the end one more: the loop's time is scaled by passes
     looks = sum(len(channels) + 1 for channels, _ in found) / sum(len(looped[x][0]) + 1 for x in subset)
     ratio = looks * versus(
         lambda: ours(model, batches), lambda: loop(model, [(images, labels)], MOST, "fc", subset), rounds=3

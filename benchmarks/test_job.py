@@ -98,7 +98,7 @@ def test_whole_job(name: str, benchmark: Any) -> None:
 
 
 def medians(sides: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """Seconds of each, by turns."""
+    """Return the seconds of each, measured in alternation."""
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side, run in sides.items():

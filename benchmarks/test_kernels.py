@@ -1,4 +1,4 @@
-"""Speed of the native kernels. Every result is compared with its twin, or the baseline's, before it is timed."""
+"""Speed of the native kernels. Every result is compared with the reference, or the baseline, before it is timed."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_masked_sgd_against_masked_gradients(versus: Versus, scored: Scores) -> 
 
 @pytest.mark.parametrize("op", [op.name for op in OPS if op.name not in OF_ONE_LAYER])
 def test_cost_of_a_call_with_62_tensors(versus: Versus, op: str) -> None:
-    """62 tiny tensors; the kernel's own time is that of one tensor of as many rows, less a call on an empty one."""
+    """Time 62 tiny tensors; the kernel's own time is that of one tensor with all rows, minus a call on an empty one."""
     many, one, none = (calls_on(shapes)[op] for shapes in ([(4, 4)] * 62, [(248, 4)], [(0, 4)]))
 
     def repeat(call: Callable[[], Any]) -> None:

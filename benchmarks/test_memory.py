@@ -24,7 +24,7 @@ PROCESSES = 3  # of each side: where an allocator puts things moves a peak by a 
 
 
 def finetune_once(name: str, side: str, examples: int) -> None:
-    """An epoch of a finetune, as each side does it."""
+    """Run one epoch of finetuning, as this side does it."""
     train_set, _, mean, std = data()
     torch.manual_seed(0)
     model = factory(name, 10, 3, 32)()

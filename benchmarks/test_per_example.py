@@ -69,7 +69,7 @@ def median_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
 
 
 def verified(layer: Layer, dtype: torch.dtype, epilogue: str = "abs") -> tuple[Tensor, Tensor, Tensor]:
-    """(sums, inputs, deltas) of the layer, channels-last; the kernel's sums of them are near the twin's."""
+    """Return (sums, inputs, deltas) of the layer, channels-last; the kernel's sums are near the reference's."""
     sums, inputs, deltas = (channels_last(t) for t in layer.operands(dtype))
     few = inputs[:4], deltas[:4]
     result, expected = sums.clone().zero_(), sums.double().zero_()
@@ -80,7 +80,7 @@ def verified(layer: Layer, dtype: torch.dtype, epilogue: str = "abs") -> tuple[T
 
 
 def report(versus: Versus, layer: Layer, ratio: float, baseline: str, target: str) -> None:
-    """GFLOP/s by the products of the whole kernel at every position, those in the padding included, as is usual."""
+    """Return GFLOP/s, counting the products of the whole kernel at every position, padding included, as is usual."""
     sums, _, deltas = layer.operands()
     operations = 2 * deltas.numel() * sums[0].numel() / 1e9
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -123,7 +123,7 @@ def test_per_example_linear(versus: Versus, name: str, epilogue: str) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_per_example_bfloat16(versus: Versus, name: str) -> None:
-    """Against our own float32: oneDNN's bfloat16 has, on some processors, units that multiply whole tiles."""
+    """Compare with our own float32: on some processors oneDNN's bfloat16 uses units that multiply whole tiles."""
     layer = STAGES[name]
     sums, inputs, deltas = verified(layer, torch.bfloat16)
     wide = inputs.float(), deltas.float()

@@ -25,7 +25,7 @@ BATCH, BATCHES = 64, 4
 MODULE = "benchmarks.test_per_example_scores"
 Sums = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
-MOST = {"resnet18": "<= 1.15 x", "vit": "<= 1.5 x"}  # the ViT's class token, position embedding, … included
+MAX_RATIO = {"resnet18": "<= 1.15 x", "vit": "<= 1.5 x"}  # the ViT's class token, position embedding, … included
 SETS = {"4 batches": BATCHES, "1 batch": 1}
 DTYPES = {"float32": torch.float32, "bfloat16 autocast": torch.bfloat16}
 
@@ -102,17 +102,17 @@ LEAST = {"loop": ">= 1.8 x", "vmap": ">= 5 x", "opacus": "none"}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SETS)
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", MAX_RATIO)
 def test_scores_against_a_batched_backward(versus: Versus, name: str, size: str, dtype: str) -> None:
     model, batch = job(name)
     batches = [batch] * SETS[size]
     with torch.autocast("cpu", DTYPES[dtype], enabled=DTYPES[dtype] is not torch.float32):
         ratio = 1 / versus(partial(scored, model, batches), partial(backward, model, batches), rounds=7)
-    versus.report(f"{ratio:.2f} x a batched forward and backward", MOST[name])
+    versus.report(f"{ratio:.2f} x a batched forward and backward", MAX_RATIO[name])
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", MAX_RATIO)
 def test_scores_against_other_ways(versus: Versus, name: str, other: str) -> None:
     function, examples = OTHERS[other]
     model, batch = job(name)
@@ -132,7 +132,7 @@ def test_scores_against_other_ways(versus: Versus, name: str, other: str) -> Non
 
 
 @pytest.mark.parametrize("size", SETS)
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", MAX_RATIO)
 def test_signed_channels_against_a_batched_backward(versus: Versus, name: str, size: str) -> None:
     model, batch = job(name)
     batches = [batch] * SETS[size]
@@ -151,7 +151,7 @@ def print_peak(name: str, side: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak from /proc")
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", MAX_RATIO)
 def test_peak_memory_against_a_batched_backward(versus: Versus, name: str) -> None:
     ours, theirs = versus.once(partial(added_peak, MODULE, name, "ours"), partial(added_peak, MODULE, name, "backward"))
     versus.report(f"{ours / theirs:.2f} x a batched backward's, {ours / 2**20:.0f} MiB", "<= 1.3 x")

@@ -1,13 +1,11 @@
-"""The public docstrings: numpydoc's checks accept them, and their examples run."""
+"""The public docstrings: numpydoc's checks accept them. test_doctests.py runs their examples."""
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import inspect
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,16 +62,6 @@ def test_numpydoc_accepts(path: str) -> None:
     assert problems(path, OBJECTS[path]) == []
 
 
-@pytest.mark.parametrize("path", OBJECTS)
-def test_the_example_runs_and_leaves_no_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    runner, output = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE), []
-    for test in doctest.DocTestFinder(recurse=False).find(OBJECTS[path], path, globs={}):
-        runner.run(test, out=output.append, clear_globs=True)
-    assert not runner.failures, "".join(output)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_public_objects_are_found() -> None:
     wanted = {"delfast.localize", "delfast.unlearn", "delfast.Mask", "delfast.Mask.save", "delfast.compaction.Compact"}
     assert wanted <= set(OBJECTS) and len(OBJECTS) > 50 and "all" in CONFIGURATION["checks"]
@@ -81,14 +69,8 @@ def test_the_public_objects_are_found() -> None:
 
 def test_a_bad_docstring_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(x: int) -> int:
-        """Returns half
-
-        >>> 1 + 1
-        3
-        """
+        """Returns half"""
         return x // 2
 
     monkeypatch.setattr(delfast, "half", half, raising=False)
     assert {"SS03", "SS05", "PR01", "RT01", "EX01"} <= {problem[:4] for problem in problems("delfast.half", half)}
-    tests = doctest.DocTestFinder(recurse=False).find(half, "delfast.half", globs={})
-    assert [doctest.DocTestRunner().run(test, out=lambda _: None).failed for test in tests] == [1]

@@ -123,6 +123,17 @@ def test_criticality_never_hides_a_nonfinite_score(isa: str, bad: float, aggrega
     assert result.isfinite().tolist() == [True, True, False, True]
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_criticality_never_hides_a_nan_with_its_sign_bit_set(isa: str, criterion: str, aggregate: str) -> None:
+    theta, grad = torch.rand(4, 100), torch.rand(4, 100)
+    for values in (theta, grad):
+        values.view(torch.int32)[2, 57] = -0x400000  # 0xffc00000
+    result = NATIVE.criticality([theta], [grad], criterion, aggregate, [10])
+    assert result.isfinite().tolist() == [True, True, False, True]
+    assert int(NATIVE.select_elements([theta], [grad], criterion, 10)[1]) == 0
+
+
 # selection
 
 
