@@ -94,7 +94,7 @@ def test_unlearn_with_frozen_batchnorm_early_stopping_and_bf16(workspace, tmp_pa
         assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
 
 
-@pytest.mark.slow  # half a minute of compiling; tests/compaction/test_compaction.py compiles a small network
+@pytest.mark.slow  # half a minute of compiling; tests/compaction/test_gradients.py compiles a small network
 def test_unlearn_compiled_gives_the_same_except_for_rounding(workspace, tmp_path):
     given = ["--mask", workspace / "mask" / "mask.safetensors", "--compile"]
     run(*UNLEARN, workspace / "run", *given, "--output-dir", tmp_path / "del")

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from delfast.mask import Mask
 
@@ -74,3 +75,72 @@ def assert_close(found, expected, tolerance=1e-10):
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm(), name
+
+
+def expected_gradients(model, mask, loss):
+    """Return dense gradients, masked, by the names of the compact model."""
+    reference = copy.deepcopy(model)
+    loss(reference).backward()
+    found = {}
+    for name, parameter in reference.named_parameters():
+        part = mask.parameters.get(name)
+        if parameter.grad is None or part is None or not part.selected:
+            continue
+        if part.by_row and part.selected < part.numel and name != "head.weight":  # the head's weight is tied
+            found[name.replace("weight", "weight_rows")] = parameter.grad[part.flags]
+        else:
+            found[name] = torch.where(part.dense(), parameter.grad, 0)
+    return found
+
+
+def close(gradients, expected, tolerance=1e-12):
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm().clamp_min(1e-300), name
+
+
+def gradients_of(handle):
+    return {name: parameter.grad for name, parameter in handle.named_parameters()}
+
+
+class Net(nn.Module):
+    """Norms, in-place activations straight after a convolution, groups, a layer called twice, a tied head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(inplace=True))
+        self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20, bias=False)
+        self.norm = nn.BatchNorm2d(20)
+        self.twice = nn.Conv2d(20, 20, 1)
+        self.mix = nn.Linear(20, 24)
+        self.head = nn.Linear(24, 5)
+        self.tied = nn.Linear(24, 5)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x):
+        x = functional.relu(self.norm(self.depthwise(self.stem(x))))
+        x = self.twice(functional.relu(self.twice(x)))
+        x = functional.gelu(self.mix(x.mean((2, 3))))
+        return self.head(x) + self.tied(x)
+
+
+def cross_entropy(data, dtype=torch.float32):
+    return lambda model: functional.cross_entropy(model(data[0].to(dtype)), data[1])
+
+
+def all_but(mask, before, model):
+    """Return the number of state entries that changed outside the mask, and whether any changed inside."""
+    outside, inside, state = 0, False, model.state_dict()
+    for name, value in before.items():
+        changed = state[name].view(torch.int32) != value.view(torch.int32)
+        part = mask.parameters.get(name)
+        chosen = part.dense() if part is not None else torch.zeros_like(changed)
+        outside += int(changed[~chosen].sum())
+        inside = inside or bool(changed[chosen].any())
+    return outside, inside
+
+
+def step(net, data, optimizer):
+    optimizer.zero_grad()
+    cross_entropy(data)(net).backward()
+    optimizer.step()

@@ -411,7 +411,7 @@ def test_a_loader_with_an_attribute_sets_is_served(tmp_path: Path) -> None:
     assert (tmp_path / "c").exists()
 
 
-def test_reading_a_batch_of_ours_leaves_the_processs_generators_alone() -> None:
+def test_reading_a_batch_of_ours_leaves_the_generators_of_the_process_alone() -> None:
     images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
     ours = Batches(images, torch.arange(4), torch.zeros(1), torch.ones(1), batch_size=2, shuffle=True)
     for loaders, moves in (([ours, [1, 2]], True), ([DataLoader([1, 2])], False)):  # type: ignore[arg-type]
