@@ -43,17 +43,24 @@ void with_dtype(Dtype dtype, F f) {
 // Calls f with the score of this parameter under this criterion, typed.
 template <class F>
 void with_score(const Scored& p, Criterion criterion, F f) {
-  if (criterion == Criterion::weighted_grad) {
-    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
-      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
-        f(WeightedGrad<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+  const void* values = p.theta;
+  Dtype dtype = p.theta_dtype;
+  switch (criterion) {  // without a default: -Wswitch names a criterion that is missing here
+    case Criterion::weighted_grad:
+      with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
+        with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
+          f(WeightedGrad<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+        });
       });
-    });
-    return;
+      return;
+    case Criterion::grad:
+      values = p.grad;
+      dtype = p.grad_dtype;
+      break;
+    case Criterion::weight:
+      break;
   }
-  const bool by_grad = criterion == Criterion::grad;
-  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
-             [&]<class T>(const T*) { f(Magnitude<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
+  with_dtype(dtype, [&]<class T>(const T*) { f(Magnitude<T>{static_cast<const T*>(values)}); });
 }
 
 // Calls f(v, i, n) for the 16-lane groups of [begin, end): n lanes from element i, the others zero.

@@ -22,7 +22,9 @@ def element_scores(theta: Tensor, grad: Tensor | None, criterion: str) -> Tensor
         raise ValueError(f"expected a gradient for criterion '{criterion}', got none; pass one per parameter")
     if criterion == "grad":
         return grad.to(wide).abs()
-    return (theta.to(wide) * grad.to(wide)).abs()
+    if criterion == "weighted_grad":
+        return (theta.to(wide) * grad.to(wide)).abs()
+    raise ValueError(f"expected criterion weighted_grad, grad or weight, got '{criterion}'; add its formula here")
 
 
 def criticality(
