@@ -8,8 +8,8 @@
 
 namespace delfast {
 
-// Sanitized builds of the tests are quick: DELFAST_FEW_INSTANCES leaves out the dtypes and tile sizes whose code has the
-// same control flow as others. float16 is then refused; it differs from bfloat16 by its conversions alone.
+// Sanitized builds of the tests are quick: DELFAST_FEW_INSTANCES leaves out the dtypes and tile sizes whose code has
+// the same control flow as others. float16 is then refused; it differs from bfloat16 by its conversions alone.
 #ifdef DELFAST_FEW_INSTANCES
 inline constexpr bool kFewInstances = true;
 #else

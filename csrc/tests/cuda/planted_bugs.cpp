@@ -1,6 +1,6 @@
 // Small kernels with a bug planted in each, to show that running CUDA on the CPU catches it: `planted_bugs BUG SEED`.
-// Exits with 0 if nothing was noticed, which is right for the bug `none` alone. tests/build/test_cpp.py says which bug is to
-// be noticed by which build.
+// Exits with 0 if nothing was noticed, which is right for the bug `none` alone. tests/packaging/test_cpp.py says which
+// bug is to be noticed by which build.
 #include <cstdlib>
 #include <iostream>
 #include <string>
