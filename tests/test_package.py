@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 
@@ -49,3 +50,9 @@ assert callable(localize) and optim.MaskedSGD
 def test_names_are_imported_when_they_are_first_used() -> None:
     done = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["compact", "evaluate", "localize", "status", "unlearn"])
+def test_no_module_has_the_name_of_a_public_function(name: str) -> None:
+    """A package of that name would hide the function, or the function the package."""
+    assert importlib.util.find_spec(f"delfast.{name}") is None and callable(getattr(delfast, name))

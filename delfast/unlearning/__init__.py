@@ -2,17 +2,8 @@
 
 from delfast.unlearning.api import UnlearnResult, unlearn
 from delfast.unlearning.loop import Diverged, train
-from delfast.unlearning.methods import (
-    Del,
-    Finetune,
-    GradientAscent,
-    L1Sparse,
-    Method,
-    NegGradPlus,
-    Relabel,
-    Retrain,
-    Scrub,
-)
+from delfast.unlearning.method import Method
+from delfast.unlearning.methods import Del, Finetune, GradientAscent, L1Sparse, NegGradPlus, Relabel, Retrain, Scrub
 from delfast.unlearning.one_shot import Dampening, Influence
 from delfast.unlearning.options import TrainingOptions
 from delfast.unlearning.registry import METHODS, make_method

@@ -25,7 +25,7 @@ from delfast.sole_use import used_alone
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, train
-from delfast.unlearning.methods import Method, UnlearningTask, required
+from delfast.unlearning.method import Method, UnlearningTask, required
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
 from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
 from delfast.unlearning.steps import Step, Steps

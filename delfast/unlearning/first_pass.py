@@ -18,7 +18,7 @@ from delfast.optim import sparse_gradient
 from delfast.unlearning.batchnorm import BatchNormInputs
 from delfast.unlearning.head import HeadSearch, uncompiled, uncompiled_function
 from delfast.unlearning.loaders import first_batch, preserved, restarts
-from delfast.unlearning.methods import Method, UnlearningTask
+from delfast.unlearning.method import Method, UnlearningTask
 
 
 @dataclass(frozen=True)

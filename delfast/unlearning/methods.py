@@ -6,149 +6,19 @@ change the network once and train nothing are in ``one_shot``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from delfast.batches import LossFn, check_targets, device_of, inputs_and_targets, per_example_losses
 from delfast.errors import InputError
-from delfast.mask import Mask
 from delfast.naming import trainable_parameters
-from delfast.reset import Init, fresh_state, reset_
+from delfast.reset import fresh_state, reset_
 from delfast.unlearning.loop import Schedule
+from delfast.unlearning.method import Method, UnlearningTask, require, required
 from delfast.unlearning.steps import Step, StepPlan
-
-
-@dataclass
-class UnlearningTask:
-    """The network and the data that a method works on.
-
-    ``model``: as the caller passed it; ``network``: the module inside its wrappers. ``mask``: what may change.
-    ``teacher``: a copy of the network before unlearning, in eval mode, for methods that need it.
-    """
-
-    model: nn.Module
-    network: nn.Module
-    retain: Iterable[Any]
-    forget: Iterable[Any]
-    mask: Mask
-    init: Init | None
-    seed: int
-    loss_fn: LossFn | None = None
-    teacher: nn.Module | None = None
-
-    def loss(self, batch: Any) -> Tensor:
-        """Return the mean loss of a batch."""
-        return per_example_losses(self.model, batch, self.loss_fn).mean()
-
-    def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs, logits (N, classes) and int64 targets (N,) of a batch."""
-        inputs, targets = inputs_and_targets(batch, device_of(self.network))
-        logits = self.model(inputs)
-        return inputs, logits, check_targets(targets, logits)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """Base of the unlearning methods: ``prepare`` once, then SGD on ``loss`` for ``epochs``.
-
-    A subclass sets the class attributes. ``name``: its name in ``METHODS``. ``step_plan``: the batches of each step.
-    ``needs``: a subset of {"forget", "init", "teacher", "logits", "everything"}; "teacher" is a copy of the network
-    before unlearning, "logits" excludes a ``loss_fn``, "everything" excludes a mask. ``trains_head``: the head is
-    trained in full, whatever the mask. ``localizes``: without a mask, ``localize`` makes one; otherwise everything may
-    change without a mask.
-
-    Parameters
-    ----------
-    epochs : int, default 10
-        Number of passes over the retain set, or over the sets that the method uses.
-    lr : float, default 0.01
-        Learning rate of the first step.
-    momentum : float, default 0.9
-        Momentum of SGD, in [0, 1).
-    weight_decay : float, default 0.0
-        L2 penalty of SGD.
-    schedule : {"cosine", "constant"}, default "cosine"
-        "cosine" lowers the learning rate step by step to 1 % of ``lr``.
-
-    Examples
-    --------
-    >>> from dataclasses import dataclass
-    >>> from typing import ClassVar
-    >>> from delfast.unlearning import Method
-    >>> @dataclass(frozen=True, kw_only=True)
-    ... class Halved(Method):
-    ...     name: ClassVar[str] = "halved"
-    ...     def loss(self, task, step):
-    ...         return 0.5 * task.loss(step["retain"])
-    >>> Halved(epochs=3)
-    Halved(epochs=3, lr=0.01, momentum=0.9, weight_decay=0.0, schedule='cosine')
-    """
-
-    name: ClassVar[str]
-    step_plan: ClassVar[StepPlan] = "retain"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    trains_head: ClassVar[bool] = False
-    localizes: ClassVar[bool] = False
-
-    epochs: int = 10
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: Schedule = "cosine"
-
-    def check(self) -> None:
-        """Raise InputError for hyperparameters out of range."""
-        require(self, "epochs", self.epochs >= 1, ">= 1")
-        require(self, "lr", 0 < self.lr < float("inf"), "> 0")
-        require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), ">= 0")
-
-    @property
-    def forget_epochs(self) -> int | None:
-        """Number of leading epochs that use the forget set; None for all."""
-        return None
-
-    def prepare(self, task: UnlearningTask) -> None:
-        """Change the network before training; not called when a run is resumed.
-
-        Parameters
-        ----------
-        task : UnlearningTask
-            The network, changed in place; the data and the mask.
-        """
-
-    def loss(self, task: UnlearningTask, step: Step) -> Tensor:
-        """Return the loss of one step: by default the loss of the retain set's batch.
-
-        Also called before ``prepare``, in eval mode, for the first batch of each set: an error there changes nothing.
-
-        Parameters
-        ----------
-        task : UnlearningTask
-            The network, the data and the mask.
-        step : dict of str to Any
-            The batches under "retain" and "forget", as the step plan has them; the numbers "epoch" and "step".
-
-        Returns
-        -------
-        Tensor
-            The loss, a scalar.
-        """
-        return task.loss(step["retain"])
-
-
-def require(method: Method, name: str, good: bool, range_: str) -> None:
-    """Raise InputError unless the value of this hyperparameter is in its range."""
-    if not good:
-        raise InputError(
-            f"expected {name} {range_} for '{method.name}', got {getattr(method, name)}; pass such a value, or leave "
-            "it to the default"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,9 +405,3 @@ class Scrub(Method):
         student = functional.log_softmax(logits / self.temperature, dim=1)
         divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
         return logits, targets, divergence * self.temperature**2
-
-
-def required(value: Any) -> Any:
-    """Return a value that the method needs, and that ``unlearn`` has checked to be there."""
-    assert value is not None
-    return value

@@ -14,7 +14,7 @@ from delfast.errors import InputError
 from delfast.localization.gradient import MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
 from delfast.naming import trainable_parameters
-from delfast.unlearning.methods import Method, UnlearningTask, require
+from delfast.unlearning.method import Method, UnlearningTask, require
 from delfast.unlearning.steps import Step
 
 MAX_BYTES = 8 * 2**30  # of the per-example gradients that "influence" holds at once

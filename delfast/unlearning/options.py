@@ -10,7 +10,7 @@ from typing import Any
 from delfast.arguments import check_choice, check_function, check_loader, check_type
 from delfast.errors import InputError
 from delfast.unlearning.loop import BatchNormMode, Precision, Progress
-from delfast.unlearning.methods import Method
+from delfast.unlearning.method import Method
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity: data sets and functions have no equality

@@ -13,18 +13,8 @@ from delfast.arguments import check_choice, check_int, check_number, check_type
 from delfast.errors import InputError
 from delfast.plain import unboxed
 from delfast.unlearning.loop import Schedule
-from delfast.unlearning.methods import (
-    Del,
-    Finetune,
-    GradientAscent,
-    L1Sparse,
-    Method,
-    NegGradPlus,
-    Relabel,
-    Retrain,
-    Scrub,
-    require,
-)
+from delfast.unlearning.method import Method, require
+from delfast.unlearning.methods import Del, Finetune, GradientAscent, L1Sparse, NegGradPlus, Relabel, Retrain, Scrub
 from delfast.unlearning.one_shot import Dampening, Influence
 
 METHODS: dict[str, type[Method]] = {

@@ -15,7 +15,7 @@ from delfast import InputError, TrainingOptions
 from delfast.mask import Mask
 from delfast.unlearning import METHODS, make_method, one_shot
 from delfast.unlearning.api import full_mask
-from delfast.unlearning.methods import Method, UnlearningTask
+from delfast.unlearning.method import Method, UnlearningTask
 from delfast.unlearning.steps import Steps
 
 BOUND = 1e-10

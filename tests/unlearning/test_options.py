@@ -16,7 +16,7 @@ import delfast
 from delfast import InputError, TrainingOptions
 from delfast.files import load_archive
 from delfast.unlearning import METHODS, make_method
-from delfast.unlearning.methods import Method
+from delfast.unlearning.method import Method
 from tests import cases
 
 FORGET, RETAIN = cases.image_batches(8, seed=1), cases.image_batches(16, seed=2)
