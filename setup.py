@@ -63,7 +63,7 @@ class Build(BuildExtension):
                 raise
             self.info = {"failure": (str(error).strip() or type(error).__name__).splitlines()[0]}
             print(
-                f"\n*** delfast: NO NATIVE KERNELS, the slow PyTorch twins will run: {self.info['failure']}\n",
+                f"\n*** delfast: NO NATIVE KERNELS, the slow PyTorch references will run: {self.info['failure']}\n",
                 file=sys.stderr,
             )
             self.extensions = []
@@ -78,7 +78,7 @@ class Build(BuildExtension):
                 raise CudaUnavailable("DELFAST_CUDA=0 at install")
             if not torch.version.cuda:
                 raise CudaUnavailable(f"expected a CUDA build of torch, this is {torch.__version__}; install one")
-            toolkit.architectures()  # refuses at once what it does not understand
+            toolkit.architectures()  # raises at once for a value of another form
             return toolkit.find_toolkit(torch.version.cuda.split(".")[0])
         except CudaUnavailable as error:
             self._leave_cuda_out(error)
@@ -91,7 +91,7 @@ class Build(BuildExtension):
         print(f"\n*** delfast: no CUDA kernels: {error}\n", file=sys.stderr)
 
     def _build_archives(self, found: Toolkit | None) -> list[str]:
-        """Build the kernels, tell the extension of the CUDA ones, and return the archives to link."""
+        """Build the kernels, add the CUDA ones to the extension, and return the archives to link."""
         if found is None:
             return kernels.build_archives(None)
         try:
@@ -121,7 +121,7 @@ setup(
             "delfast._C",
             [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings").glob("*.cpp"))],
             include_dirs=[str(ROOT / "csrc")],
-            # at::parallel_for is serial unless it is told of OpenMP
+            # at::parallel_for is serial without this macro
             extra_compile_args=[
                 "-std=c++20",
                 "-O2",

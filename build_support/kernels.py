@@ -81,7 +81,7 @@ def build(*targets: str) -> None:
 
 
 def _failure(log: str) -> str:
-    """Return one line: which file's compiler said what."""
+    """Return one line: the file, and the first line of its compiler's error."""
     failed = re.search(r"^FAILED: (?:\[code=\d+\] )?(\S+).*?\n(.*)", log, re.MULTILINE | re.DOTALL)
     if not failed:
         return (log.strip().splitlines() or ["no message"])[-1]
@@ -91,7 +91,7 @@ def _failure(log: str) -> str:
 
 
 def build_archives(toolkit: Toolkit | None) -> list[str]:
-    """Build the archives that the extension links, in the order in which a linker wants them.
+    """Build the archives that the extension links, in the order that a linker needs.
 
     BuildError if the CPU kernels cannot be built, CudaUnavailable if only the CUDA kernels, which ``toolkit`` asks for,
     cannot.

@@ -43,10 +43,10 @@ class Toolkit:
 
 
 def find_toolkit(wanted_major: str | None = None) -> Toolkit:
-    """The first toolkit found, of CUDA ``wanted_major`` if given. CudaUnavailable says where it was looked for.
+    """Return the first toolkit found, of CUDA ``wanted_major`` if given. CudaUnavailable lists the places searched.
 
     CUDA_HOME or CUDA_PATH, if set, is the only place. A toolkit is where include/cuda_runtime.h and bin/nvcc are; the
-    `nvcc` on PATH may be a wrapper that lies elsewhere, so it is asked.
+    `nvcc` on PATH may be a wrapper that lies elsewhere, so its dry run is read.
     """
     seen = []
     for root in _candidates():

@@ -74,7 +74,10 @@ else:
         "delfast.unlearning": ["TrainingOptions", "unlearn"],
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-    _MODULES = ("compaction", "evaluation", "localization", "ops", "optim", "unlearning")
+    _MODULES = (
+        *("backend", "compaction", "evaluation", "layer_types", "localization", "mask", "ops", "optim"),
+        *("parameter_mask", "reset", "unlearning"),
+    )
 
     def __getattr__(name):
         """Import a public name or module when it is first used, and keep it for the next use."""
@@ -86,4 +89,4 @@ else:
         return value
 
     def __dir__():
-        return sorted({*globals(), *__all__, *_MODULES})
+        return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

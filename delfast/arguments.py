@@ -21,6 +21,8 @@ def describe(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float, str)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     if isinstance(value, numpy.bool_):  # the name of its type is also "bool"
         return f"{value} (numpy.bool)"
     return f"{value} ({type(value).__name__})" if isinstance(value, Real) else type(value).__name__

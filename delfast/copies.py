@@ -7,8 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from delfast.errors import InputError
-from delfast.files import one_line
+from delfast.errors import InputError, one_line
 
 M = TypeVar("M", bound=nn.Module)
 

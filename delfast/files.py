@@ -27,8 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from delfast.errors import InputError
-from delfast.errors import one_line as one_line
+from delfast.errors import InputError, one_line
 from delfast.plain import number
 
 if sys.platform != "win32":

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from delfast.arguments import check_device, check_names, check_path, check_type
-from delfast.errors import InputError
-from delfast.files import one_line
+from delfast.errors import InputError, one_line
 from delfast.mask_file import FORMAT_VERSION, read_mask, write_mask
 from delfast.naming import plain_name
 from delfast.ops.layout import pack, unit_count

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from delfast.errors import InputError
-from delfast.files import one_line, write_atomically
+from delfast.errors import InputError, one_line
+from delfast.files import write_atomically
 from delfast.ops.layout import packed_bytes, row_length, unit_count
 from delfast.plain import as_json
 

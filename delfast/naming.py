@@ -79,7 +79,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_dtensor(name: str, parameter: Tensor) -> None:
-    """Raise InputError for a sharded parameter, of which the ops would silently use one shard."""
+    """Raise InputError for a sharded parameter, since the ops would silently use one shard only."""
     if type(parameter).__name__ == "DTensor":
         raise InputError(
             f"expected a plain tensor for '{name}', got a DTensor (FSDP2 or tensor parallelism), which is not "

@@ -78,7 +78,8 @@ class MaskedOptimizer(Optimizer):
         ]
         if not groups or not all(isinstance(entry, (tuple, dict)) for entry in groups):
             raise InputError(
-                "expected (name, parameter) pairs, the mask knows parameters by name; pass model.named_parameters()"
+                f"expected (name, parameter) pairs, got {describe(groups[0]) if groups else 'none'}; pass "
+                "model.named_parameters()"
             )
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
         list(mask.match(dict(unique_parameters(pairs))))

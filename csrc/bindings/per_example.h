@@ -129,7 +129,7 @@ class ChannelDotOperands {
     if (values) dot.values = copies_.read(*values, layout);
   }
 
-  ChannelDot dot;  // but for `out`
+  ChannelDot dot;  // without `out`
 
  private:
   Copies copies_;

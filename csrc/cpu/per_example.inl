@@ -109,7 +109,7 @@ struct Tile {
 };
 
 template <int vecs, bool has_tail>
-struct Lanes {  // loads and stores whole vectors but for the last, which may have a tail
+struct Lanes {  // loads and stores whole vectors, except the last, which may have a tail
   int tail;
   template <class V>
   Vec load(const float* p, V v) const {

@@ -1,4 +1,4 @@
-// The k-th largest score by radix search, and the bits of the scores at or above it; |theta g| is computed anew in
+// The k-th largest score by radix search, and the bits of the scores at or above it; |theta g| is computed again in
 // each pass, so that only the answer is written. Included per instruction set like criticality.inl.
 
 #include "cpu/score.inl"

@@ -246,24 +246,17 @@ struct Operands {
 // Calls f with the score of this parameter under this criterion, typed.
 template <class F>
 __device__ __forceinline__ void with_score(const Operands& p, Criterion criterion, F f) {
-  const void* values = p.theta;
-  Dtype dtype = p.theta_dtype;
-  switch (criterion) {  // without a default: -Wswitch names a criterion that is missing here
-    case Criterion::weighted_grad:
-      with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
-        with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
-          f(WeightedGrad<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
-        });
+  if (criterion == Criterion::weighted_grad) {
+    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
+      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
+        f(WeightedGrad<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
       });
-      return;
-    case Criterion::grad:
-      values = p.grad;
-      dtype = p.grad_dtype;
-      break;
-    case Criterion::weight:
-      break;
+    });
+    return;
   }
-  with_dtype(dtype, [&]<class T>(const T*) { f(Magnitude<T>{static_cast<const T*>(values)}); });
+  const bool by_grad = criterion == Criterion::grad;
+  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
+             [&]<class T>(const T*) { f(Magnitude<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
 }
 
 // Calls f(i, bits) for each element of [begin, end) in memory, shared out among `threads` threads of which this is

@@ -6,7 +6,7 @@
 // (radix.cuh), each followed by one block that descends; then the bits of all scores >= T are written and the ties with
 // T counted per tile, one block adds up the tiles' ties in order, and the tiles whose ties are not all within the
 // budget are done again. The host is not asked in between: what a pass finds, the next one reads in SelectionState.
-// Memory. |theta g| is computed anew in each of the four readings, by 16-byte loads; only the answer is written. A
+// Memory. |theta g| is computed again in each of the four readings, by 16-byte loads; only the answer is written. A
 // tile's bits are gathered in shared memory: a lane ors in those of the four or eight neighbours that it reads; where
 // lanes read one element each (memory not aligned, or not in logical order: channels-last), a ballot makes a word.
 // Numerics. Integers only: the result does not depend on the order of blocks.

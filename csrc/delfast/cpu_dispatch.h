@@ -44,7 +44,7 @@ struct SelectionKernels {
   // Sets the bits of scores >= threshold (a float's bits) among logical elements [begin, end), begin a multiple of
   // kChunk; returns how many equal it.
   int64_t (*mark)(const Scored&, Criterion, uint32_t threshold, int64_t begin, int64_t end, uint8_t* bits);
-  // Clears the bits of scores == threshold among logical elements [begin, end), but for the first `keep`.
+  // Clears the bits of scores == threshold among logical elements [begin, end), except the first `keep`.
   void (*clear_ties)(const Scored&, Criterion, uint32_t threshold, int64_t keep, int64_t begin, int64_t end,
                      uint8_t* bits);
 };

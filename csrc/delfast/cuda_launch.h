@@ -65,7 +65,8 @@ Error masked_adamw(const Updated* params, int64_t count, const StepInputs& input
 
 // Adds to p.sums what each example contributes, in at most two launches; the workspace does not grow with the examples
 // beyond 32 MB. Products and sums are float32's; with tensor_cores, operands of 16 bits and one dtype are
-// multiplied as they are, all others rounded to tf32 (but for depthwise layers), and their products summed in float32.
+// multiplied as they are, all others rounded to tf32 (except in depthwise layers), and their products summed in
+// float32.
 int64_t per_example_workspace(const ConvShape& shape);
 Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* workspace, Stream stream);
 

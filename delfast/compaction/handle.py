@@ -264,9 +264,9 @@ class Compact:
 def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Compact:
     """Change ``model`` to train only what ``mask`` selects, until ``undo()`` or the end of the context.
 
-    A Linear or convolution of which whole rows (output channels) are selected is trained through a Parameter of those
+    A Linear or convolution with whole selected rows (output channels) is trained through a Parameter of those
     rows. Its backward pass computes the gradient of the rows alone, optimizers keep state for the rows alone, and the
-    other rows cannot change. Layers of which nothing is selected compute no weight gradient, and the backward pass ends
+    other rows cannot change. Layers without a selected entry compute no weight gradient, and the backward pass ends
     at the lowest layer that has one. Other parameters keep a dense gradient behind a guard: biases and norms, masks of
     single elements, tied parameters, subclasses of the layers and other modules. ``handle.modes`` lists the mode of
     each parameter.

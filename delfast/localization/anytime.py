@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from delfast.arguments import check_int, check_number, is_scalar
+from delfast.arguments import check_number, is_scalar
 from delfast.batches import LossFn, sampler_fault, warn_about_loader
 from delfast.errors import InputError
 from delfast.layer_types import output_dims
@@ -27,7 +27,13 @@ LOADER_OPTIONS = (
     "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
     "prefetch_factor", "batch_size",
 )  # fmt: skip
-BATCH_SIZE = 128
+
+
+class _Default(int):
+    """The default of an argument: ``is`` tells it apart from the same number passed by a caller."""
+
+
+BATCH_SIZE = _Default(128)
 
 
 def localize_until_stable(
@@ -51,8 +57,8 @@ def localize_until_stable(
     dataset, options = _map_style(data)
     if loss_fn is None:
         _refuse_batches(dataset)
-    if batch_size != BATCH_SIZE or "batch_size" not in options:
-        options["batch_size"] = batch_size
+    if batch_size is not BATCH_SIZE or "batch_size" not in options:
+        options["batch_size"] = int(batch_size)
     network = unwrap(model)
     parameters = trainable_parameters(network)
     if not parameters:
@@ -111,14 +117,6 @@ def _refuse_batches(dataset: Any) -> None:
             "expected a data set of examples for stop_when_stable, got a list of batches; pass the examples, or a "
             "DataLoader of them"
         )
-
-
-def check_batch_size(batch_size: int) -> int:
-    """Return ``batch_size`` as an int; InputError unless it is an int of at least 1."""
-    batch_size = check_int("batch_size", batch_size)
-    if batch_size < 1:
-        raise InputError(f"expected a batch_size of at least 1, got {batch_size}; pass a positive int")
-    return batch_size
 
 
 def check_stop(bound: float, criterion: str) -> None:

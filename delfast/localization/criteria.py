@@ -25,6 +25,11 @@ Policy = Literal["whole", "exact"]
 
 def check_criterion(criterion: str, per_example: bool, loss_fn: LossFn | None = None) -> None:
     """Raise InputError unless ``criterion`` exists and accepts this ``per_example`` and this ``loss_fn``."""
+    if criterion == "weighted_grad_all":
+        raise InputError(
+            "expected a criterion, got 'weighted_grad_all', which 0.2 removed; pass strategy='weighted-grad-all' to "
+            "localize, or criterion='weighted_grad' to score, with the loader of the whole training set"
+        )
     check_choice("criterion", criterion, Criterion)
     check_flag("per_example", per_example)
     check_function("loss_fn", loss_fn)

@@ -8,11 +8,11 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.utils.data import Dataset
 
-from delfast.arguments import check_choice, check_seed, describe
+from delfast.arguments import check_choice, check_count, check_seed, describe
 from delfast.batches import LossFn
 from delfast.deprecation import renamed
 from delfast.errors import InputError
-from delfast.localization.anytime import BATCH_SIZE, check_batch_size, check_stop, localize_until_stable
+from delfast.localization.anytime import BATCH_SIZE, check_stop, localize_until_stable
 from delfast.localization.criteria import (
     Aggregate,
     Criterion,
@@ -178,7 +178,7 @@ def check_localize(
     check_criterion(criterion, per_example, loss_fn)
     check_selection(unboxed(budget), criterion=criterion, **settings)
     check_seed(unboxed(seed))
-    check_batch_size(unboxed(batch_size))
+    check_count("batch_size", batch_size)
     if stop_when_stable is not None:
         check_stop(unboxed(stop_when_stable), criterion)
     return criterion, settings
@@ -205,7 +205,7 @@ def localize(
 ) -> Mask:
     """Find the most critical parameters of a model for a forget set: ``score`` and ``Scores.select`` in one call.
 
-    An argument that is given replaces the strategy's. The strategy's criterion and granularity replace the preset's.
+    A strategy sets the criterion and the granularity, a preset the rest. An argument that is given replaces theirs.
     The model runs in eval mode and is left as it was; see ``score``.
 
     Parameters
@@ -246,8 +246,8 @@ def localize(
         |A ∩ B| / |A ∪ B|, in (0, 1]. n starts at ``batch_size``. Examples are read in a seeded order, each at most
         once. None uses all examples.
     batch_size : int, default 128
-        The number of examples in a batch with ``stop_when_stable``. A DataLoader keeps its own batch size unless a
-        value other than 128 is passed here. Without ``stop_when_stable`` it has no effect.
+        The number of examples in a batch with ``stop_when_stable``. If it is omitted, a DataLoader keeps its own batch
+        size. Without ``stop_when_stable`` it has no effect.
 
     Returns
     -------

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class ObservingMode(TorchDispatchMode):
-    """A mode that sees operations of higher order too, and the parts of ``flex_attention`` one by one."""
+    """A mode that observes operations of higher order too, and the parts of ``flex_attention`` one by one."""
 
     supports_higher_order_operators = True
 

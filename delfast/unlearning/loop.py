@@ -285,17 +285,19 @@ class _Checkpoint:
         try:
             state = load_archive(self.path)
         except ValueError as error:
-            raise InputError(f"checkpoint '{self.path}' cannot be read: {error}; start without --resume") from None
+            raise InputError(
+                f"checkpoint '{self.path}' cannot be read: {error}; do not resume, or restore it"
+            ) from None
         if (
             not isinstance(state, dict)
             or not isinstance(state.get("config"), dict)
             or not {*self.parts, "losses", "config", "randomness"} <= state.keys()
         ):
-            raise InputError(f"'{self.path}' is no checkpoint of this loop; start without --resume")
+            raise InputError(f"'{self.path}' is no checkpoint of this loop; do not resume, or restore it")
         if len(state["losses"]) > epochs:
             raise InputError(
                 f"checkpoint '{self.path}' has {len(state['losses'])} epochs, more than {epochs}; "
-                "pass more epochs, or start without --resume"
+                "pass more epochs, or do not resume, or restore it"
             )
         if state["config"] != self.config:
             different = sorted(
@@ -303,7 +305,7 @@ class _Checkpoint:
             )
             raise InputError(
                 f"checkpoint '{self.path}' is of a run with other settings ({', '.join(different)}); "
-                "use the same settings, or start without --resume"
+                "use the same settings, or do not resume, or restore it"
             )
         self._check(state)
         for name, part in self.parts.items():

@@ -68,6 +68,11 @@ class Method:
     schedule : {"cosine", "constant"}, default "cosine"
         "cosine" lowers the learning rate step by step to 1 % of ``lr``.
 
+    Raises
+    ------
+    TypeError
+        For a subclass with the attribute ``layout``, the name of ``step_plan`` before version 0.2.
+
     Examples
     --------
     >>> from dataclasses import dataclass
@@ -93,6 +98,10 @@ class Method:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
+
+    def __init_subclass__(cls) -> None:
+        if "layout" in cls.__dict__:  # it would be ignored, and the retain set trained on
+            raise TypeError(f"{cls.__name__}: 'layout' is now 'step_plan'; rename the attribute")
 
     def check(self) -> None:
         """Raise InputError for hyperparameters out of range."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from delfast.arguments import check_choice, check_function, check_loader, check_type
+from delfast.arguments import check_choice, check_function, check_loader, check_names, check_type
 from delfast.errors import InputError
 from delfast.unlearning.loop import BatchNormMode, Precision, Progress
 from delfast.unlearning.method import Method
@@ -64,6 +64,7 @@ def check_options(training: TrainingOptions, method: Method) -> None:
     """Raise InputError for options of another type, or without effect on this method."""
     if training.validation is not None:
         check_loader(training.validation, "validation set")
+    check_names("dense", training.dense)
     check_type("config", training.config, (Mapping, type(None)), "a mapping or None")
     check_function("progress", training.progress)
     if (training.validation is None) != (training.patience is None):

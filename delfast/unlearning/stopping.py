@@ -82,6 +82,10 @@ class EarlyStop:
         """Whether the last ``patience`` epochs had no lower loss than an epoch before them."""
         return bool(self.losses) and len(self.losses) - 1 - self.best_epoch >= self.patience
 
+    def __init_subclass__(cls) -> None:
+        if "look" in cls.__dict__:  # nothing would call it
+            raise TypeError(f"{cls.__name__}: 'look' is now 'update'; rename the method")
+
     def update(self, model: nn.Module) -> None:
         """Measure the validation loss after an epoch, and keep the state of the best epoch.
 

@@ -175,7 +175,7 @@ def test_tensors_on_a_card_and_on_the_cpu_are_refused_without_a_card(number: int
 WITH_TWO_LIBRARIES = """
 import ctypes, sys
 assert ctypes.CDLL(sys.argv[1]).shown_length(1234567) == 7
-import torch, delfast
+import torch, delfast.ops
 theta = [torch.rand(4, 5), torch.rand(4, 5)]
 try:
     torch.ops.delfast.criticality(theta, [theta[0], torch.rand(4, 6)], "grad", "mean", [1, 1])

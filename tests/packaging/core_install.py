@@ -146,6 +146,7 @@ def calls() -> dict[str, dict[str, Call]]:
             "optim": works(lambda: delfast.optim.MaskedSGD(MODEL.named_parameters(), MASK)),
             "reset_": works(lambda: delfast.reset_(MODEL, MASK, SmallNet, seed=1)),
             "status": works(delfast.status),
+            "TrainingOptions": works(delfast.TrainingOptions),
             "unlearn": works(lambda: delfast.unlearn(SmallNet(), **SETS, init=SmallNet, epochs=1)),
         },
         "delfast.evaluation": evaluation,

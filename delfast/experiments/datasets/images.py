@@ -14,10 +14,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from delfast.errors import InputError
+from delfast.errors import InputError, one_line
 from delfast.experiments.datasets import pictures
 from delfast.extras import extra
-from delfast.files import one_line
 from delfast.provenance import digest_state
 
 DEFAULT_DATA_DIR = Path("~/.cache/delfast")

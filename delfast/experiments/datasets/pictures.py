@@ -21,10 +21,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from delfast.errors import InputError
+from delfast.errors import InputError, one_line
 from delfast.experiments.datasets.array_cache import ArrayCache
 from delfast.extras import extra
-from delfast.files import make_output_dir, one_line, reason, write_atomically
+from delfast.files import make_output_dir, reason, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from delfast.errors import InputError
+from delfast.errors import InputError, one_line
 from delfast.experiments.recipes import method_recipe, recipe
 from delfast.experiments.run import Config, check_batch_size
 from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
-from delfast.files import one_line, read_text, reason
+from delfast.files import read_text, reason
 from delfast.localization import BUDGET, STRATEGIES, check_selection, preset_settings
 from delfast.localization.criteria import check_criterion
 from delfast.unlearning import METHODS, Method, make_method

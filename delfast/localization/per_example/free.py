@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delfast.files import one_line
+from delfast.errors import one_line
 
 MAX_COPY_ELEMENTS = 2**26  # in the per-example gradients of one parameter
 

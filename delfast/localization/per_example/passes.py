@@ -23,7 +23,7 @@ from delfast.localization.per_example.capture import Capture, Use
 from delfast.localization.per_example.comparison import Comparison
 from delfast.localization.per_example.layers import BatchAxis, ExampleAxis, refuse_batch_statistics
 from delfast.localization.per_example.trace import Trace
-from delfast.localization.per_example.trial import MIN_TRIAL_EXAMPLES, Trial
+from delfast.localization.per_example.trial import TRIAL_EXAMPLES, Trial
 
 C = TypeVar("C", bound=Capture)
 
@@ -56,7 +56,7 @@ class Findings:
         self.each |= trial.each
         self.trace, self.ambiguous = trial.trace, trial.ambiguous
         self.trials += 1
-        self.is_due = trial.examples < MIN_TRIAL_EXAMPLES
+        self.is_due = trial.examples < TRIAL_EXAMPLES
 
     def has_count(self, examples: int) -> bool:
         """Return whether the last trial had as many examples, so that no dim of a batch grows with their number."""
@@ -266,7 +266,7 @@ class ExamplePasses(ABC):
             return
         self.findings.count = count or 0
         if count is not None and count > 2:
-            few = min(MIN_TRIAL_EXAMPLES, count - 1)
+            few = min(TRIAL_EXAMPLES, count - 1)
             batch = cut(batch, [i * (count - 1) // (few - 1) for i in range(few)], self.loss_fn)
         trial, _ = self._pass(lambda b: Trial(self.parameters, self.unknown, self.trace(b, None)), batch)
         self.after_trial(trial)

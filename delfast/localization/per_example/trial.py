@@ -13,7 +13,7 @@ from delfast.localization.per_example.capture import Capture, Use
 from delfast.localization.per_example.layers import ExampleAxis
 from delfast.localization.per_example.trace import Trace
 
-MIN_TRIAL_EXAMPLES = 4  # with fewer examples a trial is not conclusive
+TRIAL_EXAMPLES = 4  # with fewer examples a trial is not conclusive
 
 
 class Trial(Capture):
@@ -59,8 +59,8 @@ class Trial(Capture):
         self.examples = losses.numel()
         if not self.examples or not losses.requires_grad:
             return
-        tried = [1] if self.examples >= MIN_TRIAL_EXAMPLES else sorted({0, self.examples - 1})
-        others = [example for example in range(self.examples) if example not in tried][:MIN_TRIAL_EXAMPLES]
+        tried = [1] if self.examples >= TRIAL_EXAMPLES else sorted({0, self.examples - 1})
+        others = [example for example in range(self.examples) if example not in tried][:TRIAL_EXAMPLES]
         for example in (*tried, *others):
             if example in others and not any(len(possible) > 1 for possible in self._possible.values()):
                 break
