@@ -270,7 +270,7 @@ def attempt(case: str, argument: str, wrong: str) -> None:
         ("evaluate", "seed", "0.5", "expected seed to be an int .* got 0.5"),
         ("score", "seed", "'0.3'", "expected seed to be an int .* got '0.3'"),
         ("score", "loader", "5", "expected the loader to be a DataLoader or another iterable .* got 5"),
-        ("critmem", "loader", "class", "the loader .* got type"),
+        ("critmem", "loader", "class", "the loader .* got the class"),
         ("evaluate", "test", "5", "expected the test set to be a DataLoader .* got 5"),
         ("unlearn", "retain", "0-d tensor", "expected the retain set to be a DataLoader .* got Tensor"),
         ("score", "model", "5", "expected model to be a torch.nn.Module, got int"),

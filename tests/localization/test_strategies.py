@@ -68,7 +68,7 @@ def test_the_former_keyword_is_accepted_with_a_warning() -> None:
     call: Any = delfast.localize
     with pytest.warns(DeprecationWarning, match="'forget_loader' is now 'forget'"):
         assert call(model, forget_loader=batches).digest == delfast.localize(model, batches).digest
-    with pytest.raises(InputError, match="criterion to be one of"):  # now the strategy "weighted-grad-all"
+    with pytest.raises(InputError, match="which 0.2 removed"):  # now the strategy "weighted-grad-all"
         call(model, batches, criterion="weighted_grad_all")
 
 
@@ -80,7 +80,7 @@ def test_masks_of_the_former_criterion_still_load(tmp_path: Path) -> None:
     assert loaded.digest == mask.digest and loaded.metadata["criterion"] == "weighted_grad_all"
 
 
-def test_batch_size_replaces_a_loaders_own_unless_it_is_the_default() -> None:
+def test_a_batch_size_that_is_passed_replaces_a_loaders_own() -> None:
     images, targets = cases.image_batches(12, 12)[0]
     dataset = TensorDataset(images, targets)
     loader = DataLoader(dataset, batch_size=2)
@@ -90,10 +90,16 @@ def test_batch_size_replaces_a_loaders_own_unless_it_is_the_default() -> None:
         sizes.append(len(batch[1]))
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-    for size, first in ((128, 2), (3, 3)):
+    for passed, first in (({}, 2), ({"batch_size": 128}, 12), ({"batch_size": 3}, 3)):
         sizes.clear()
-        delfast.localize(cases.SmallNet(), loader, stop_when_stable=1.0, loss_fn=losses, batch_size=size)
+        delfast.localize(cases.SmallNet(), loader, stop_when_stable=1.0, loss_fn=losses, **passed)
         assert sizes[0] == first
     sizes.clear()
     delfast.localize(cases.SmallNet(), dataset, stop_when_stable=1.0, loss_fn=losses)
     assert sizes == [12]
+
+
+def test_the_former_criterion_is_refused_with_what_replaces_it() -> None:
+    for call in (delfast.localize, delfast.score):
+        with pytest.raises(InputError, match="pass strategy='weighted-grad-all'"):
+            call(cases.SmallNet(), cases.image_batches(12, 12), criterion="weighted_grad_all")  # type: ignore[operator]

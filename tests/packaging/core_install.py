@@ -163,6 +163,7 @@ def calls() -> dict[str, dict[str, Call]]:
         "delfast.unlearning": {
             **methods(),
             "METHODS": works(lambda: None),
+            "TrainingOptions": works(delfast.TrainingOptions),
             "Diverged": works(lambda: UNLEARN.Diverged("x")),
             "EarlyStop": works(lambda: early.update(MODEL)),
             "Method": works(lambda: UNLEARN.Method().check()),

@@ -125,6 +125,9 @@ def test_isa_can_be_forced_and_nonsense_is_refused() -> None:
     assert result.returncode != 0 and "expected DELFAST_FORCE_ISA to be scalar, avx2, avx512 or amx" in result.stderr
     result = python(STATUS, DELFAST_BACKEND="gpu")
     assert result.returncode != 0 and "expected DELFAST_BACKEND to be 'native' or 'torch', got 'gpu'" in result.stderr
+    twice = "import delfast\nfor _ in range(2):\n  try: delfast.localize\n  except ImportError as error: print(error)"
+    lines = python(twice, DELFAST_BACKEND="gpu").stdout.splitlines()  # the second access finds a package half imported
+    assert len(lines) == 2 and lines[0] == lines[1] and "expected DELFAST_BACKEND" in lines[0]
     with pytest.raises(ValueError, match="expected an instruction set of this CPU, got 'sse9'"):
         BACKEND.module.force_isa("sse9")
 

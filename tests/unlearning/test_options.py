@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import delfast
 from delfast import InputError, TrainingOptions
 from delfast.files import load_archive
-from delfast.unlearning import METHODS, make_method
+from delfast.unlearning import METHODS, EarlyStop, make_method
 from delfast.unlearning.method import Method
 from tests import cases
 
@@ -120,3 +120,11 @@ def test_an_unknown_keyword_is_refused_with_what_there_is(value: Any) -> None:
     assert str(caught.value) == message
     with pytest.raises(InputError, match="no parameter 'alpha', and 'finetune' no such hyperparameter"):
         run(alpha=0.5)
+
+
+def test_subclasses_with_names_of_before_are_refused() -> None:
+    """Nothing reads ``layout`` or calls ``look`` any more: such a subclass would train on another set."""
+    with pytest.raises(TypeError, match="'layout' is now 'step_plan'"):
+        type("Old", (Method,), {"layout": "forget"})
+    with pytest.raises(TypeError, match="'look' is now 'update'"):
+        type("Old", (EarlyStop,), {"look": lambda self, model: None})

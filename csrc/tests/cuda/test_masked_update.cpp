@@ -68,7 +68,7 @@ List awkward_list(Random& random) {
     for (bool by_row : {true, false})
       add({3, 70000, 1}, by_row, dtype, Dtype::float32, by_row ? Masked::ends : Masked::some);
   add({20000, 3, 1}, true, Dtype::float32, Dtype::float32, Masked::some);  // rows in several counted stretches
-  const int64_t many = kFewCases ? 65539 : 1000003;  // elements of more than one tile
+  const int64_t many = kFewCases ? 65539 : 1000003;                        // elements of more than one tile
   add({1, many, 1}, true, Dtype::float32, Dtype::float32, Masked::everything);
   add({1, many, 1}, false, Dtype::bfloat16, Dtype::float32, Masked::some);
   for (Layout layout : {Layout{5, 63, 9}, Layout{3, 2, 2}, Layout{37, 1899, 9}})
