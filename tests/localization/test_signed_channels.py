@@ -178,7 +178,7 @@ def test_anytime_errors() -> None:
     for data, options, message in (
         (dataset, {"stop_when_stable": 0.0}, r"stop_when_stable in \(0, 1\], got 0.0"),
         (dataset, {"stop_when_stable": 1.5}, r"stop_when_stable in \(0, 1\], got 1.5"),
-        (dataset, {"stop_when_stable": 0.9, "batch_size": 0}, "batch_size of at least 1, got 0"),
+        (dataset, {"stop_when_stable": 0.9, "batch_size": 0}, "batch_size to be a count of at least 1, got 0"),
         (dataset, {"stop_when_stable": 0.9, "criterion": "weight"}, "criterion with a gradient"),
         (DataLoader(Stream()), {"stop_when_stable": 0.9}, "map-style Dataset for stop_when_stable, got Stream"),
         (Stream(), {"stop_when_stable": 0.9}, "map-style Dataset for stop_when_stable, got Stream"),
