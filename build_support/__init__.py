@@ -1,1 +1,1 @@
-"""What setup.py, the tests and the benchmarks share about building the kernels. Not installed."""
+"""Toolkit discovery and the CMake build of the kernels, for setup.py, tests and benchmarks. Not installed."""

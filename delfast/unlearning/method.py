@@ -1,4 +1,4 @@
-"""What every unlearning method is: hyperparameters, the steps of its epochs, and its loss."""
+"""The base of every unlearning method: hyperparameters, the steps of its epochs, and its loss."""
 
 from __future__ import annotations
 

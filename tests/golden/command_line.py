@@ -1,4 +1,4 @@
-"""What the commands write: one process runs them one after the other, as ``python -m delfast`` does."""
+"""Run the commands one after the other in one process, as ``python -m delfast`` does, and return what they write."""
 
 from __future__ import annotations
 

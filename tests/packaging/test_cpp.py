@@ -123,8 +123,10 @@ def test_cuda_kernels_under_many_schedules(family: str) -> None:
 
 @pytest.mark.parametrize("library", ["delfast_cpu", "tests/delfast_cpu_address"])  # the less inlined, the more defined
 def test_wide_objects_define_no_function_that_others_share(library: str) -> None:
-    """Of a weak function that several objects define the linker keeps one. Were it one compiled for AVX-512, every CPU
-    would run that. So whatever code these objects define outwardly must carry their instruction set in its name."""
+    """The linker keeps one of the weak functions that several objects define, and every CPU runs that one.
+
+    A function compiled for AVX-512 must therefore have the instruction set in its name.
+    """
     build("address" if "address" in library else "release")
     archive = kernels.FOLDER / "csrc" / library
     objects = archive.parent / "CMakeFiles" / f"{archive.name}.dir"
