@@ -66,6 +66,7 @@ from delfast.experiments.run import (
 )
 from delfast.experiments.schema import Each, check_record, shown
 from delfast.files import write_json
+from delfast.localization import STRATEGIES
 from delfast.provenance import provenance
 from delfast.unlearning import Diverged, UnlearnResult
 
@@ -220,7 +221,8 @@ def _train(directory: Path, network: NetworkSpec, device: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     run = _run(network.config, device)
     train = pipeline.train if network.which == ORIGINAL else pipeline.oracle
-    model = train(run, partial, shadow=network.shadow).model
+    remedy = "another batch_size in [train]"
+    model = train(run, partial, shadow=network.shadow, progress=False, remedy=remedy).model
     if not network.shadow:
         found = {name: predictions(model, loader) for name, loader in run.sets().items()}
         write_json(partial / MEMBERSHIP, _attacks(run, found))
@@ -314,11 +316,18 @@ def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[Unlea
             budget=cell.budget,
             batch_size=cell.batch_size,
             seed=seed,
-            strategy=cell.strategy,
+            strategy=cell.strategy if cell.strategy in STRATEGIES else None,  # else a name of the grid's own
             **cell.localize,
         )
     result = pipeline.run_method(
-        run, model, mask, method=cell.method, batch_size=cell.batch_size, seed=seed + pipeline.RESET_SEED
+        run,
+        model,
+        mask,
+        method=cell.method,
+        batch_size=cell.batch_size,
+        seed=seed + pipeline.RESET_SEED,
+        progress=False,
+        remedy="another batch_size in [unlearn]",
     )
     return result, {**seconds, **result.seconds}
 
