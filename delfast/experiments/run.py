@@ -93,11 +93,14 @@ class Config:
     precision: str = "fp32"
     channels_last: bool = False
 
-    def check(self) -> None:
-        """Raise InputError for a value that no run can have; nothing is loaded or computed."""
+    def check(self, *, data_is_read: bool = True) -> None:
+        """Raise InputError for a value that no run can have; nothing is loaded or computed.
+
+        ``data_is_read``: False where the images need not be there, as for a report of finished runs.
+        """
         if not 0 <= self.seed <= MAX_RUN_SEED:
             raise InputError(f"expected a seed from 0 to {MAX_RUN_SEED}, got {self.seed}")
-        check_source(self.data, self.image_size)
+        check_source(self.data, self.image_size, data_is_read)
         check_model(self.model, self.image_size)
         for name in ("train_examples", "test_examples"):
             count = getattr(self, name)
@@ -231,10 +234,10 @@ def commit() -> str | None:
 LoadData = Callable[[str, str | None, int | None, int | None, int | None], ImageData]
 
 
-def check_own_directory(output_dir: Path, *inputs: Path) -> None:
-    """Raise InputError if writing to ``output_dir`` would overwrite one of the inputs."""
+def check_own_directory(output_dir: Path, *inputs: Path, option: str = "--output-dir") -> None:
+    """Raise InputError if writing to ``output_dir``, the value of ``option``, would overwrite one of the inputs."""
     if os.path.realpath(output_dir) in map(os.path.realpath, inputs):
-        raise InputError(f"the output directory '{output_dir}' holds the input itself; choose another --output-dir")
+        raise InputError(f"the output directory '{output_dir}' holds the input itself; choose another {option}")
 
 
 def choose_device(name: str) -> torch.device:

@@ -47,9 +47,9 @@ def test_a_batch_of_one_is_refused_of_the_sets_that_a_method_trains_on(
     if not chosen.epochs or name not in Steps(chosen.step_plan, [0], [0]).sets:
         run_method(run, method, batch_size)
         return
-    with pytest.raises(InputError, match="leave a batch of one, .*; choose another batch_size of the grid$"):
+    with pytest.raises(InputError, match=r"leave a batch of one, .*; choose another batch_size of the grid$"):
         run_method(run, method, batch_size, remedy="another batch_size of the grid")
-    with pytest.raises(InputError, match="; choose another --batch-size, or --batchnorm frozen$"):
+    with pytest.raises(InputError, match=r"; choose another --batch-size, or --batchnorm frozen$"):
         run_method(run, method, batch_size)
     assert not passed
     run_method(run, method, batch_size, batchnorm="frozen")
@@ -70,5 +70,5 @@ def test_every_method_logs_its_title_once_unless_nothing_is_to_be_shown(
 
 
 def test_an_unknown_strategy_is_refused(run: Run) -> None:
-    with pytest.raises(InputError, match="expected strategy to be one of del, .*; got 'magic'"):
+    with pytest.raises(InputError, match=r"expected strategy to be one of del, .*; got 'magic'"):
         pipeline.find_mask(run, run.factory(), budget=0.3, batch_size=64, seed=0, strategy="magic")

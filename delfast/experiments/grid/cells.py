@@ -40,9 +40,9 @@ from delfast.experiments.grid.records import (
     cell_path,
     has_record,
     network_path,
+    place,
     read_network,
     read_record,
-    unpack,
 )
 from delfast.experiments.interrupts import exit_after, interrupts_held
 from delfast.experiments.run import (
@@ -97,7 +97,6 @@ def run_grid(
 
     ``device``: as for ``choose_device``, which each worker calls.
     """
-    unpack(directory)
     (directory / NETWORKS).mkdir(exist_ok=True)
     (directory / CELLS).mkdir(exist_ok=True)
     finished(directory, grid)  # raises before anything is trained, and again before hours of cells
@@ -126,20 +125,20 @@ def finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
             for which, digest in _digests(directory, cell).items():
                 if results[-1]["networks"].get(which) != digest:
                     raise InputError(
-                        f"'{path}' was not measured with the {which} that is there; delete it to run it again"
+                        f"{place(path)} was not measured with the {which} that is there; delete it to run it again"
                     )
     return results
 
 
 def _read_cell(path: Path, cell: Cell) -> dict[str, Any]:
     """Read a cell's result. InputError if it is damaged, or of another cell."""
-    content, advice = read_record(path), "; delete the file to run the cell again"
-    check_record(content, CELL, f"'{path}'", advice)
-    check_record(content, FAILED if "failed" in content else RESULT, f"'{path}'", advice)
+    content, source, advice = read_record(path), place(path), "; delete it to run the cell again"
+    check_record(content, CELL, source, advice)
+    check_record(content, FAILED if "failed" in content else RESULT, source, advice)
     for name, value in _described(cell).items():
         if name in CELL["cell"] and content["cell"][name] != value:
             raise InputError(
-                f"expected '{path}' to be of {name} {shown(value)}, got {shown(content['cell'][name])}{advice}"
+                f"expected {source} to be of {name} {shown(value)}, got {shown(content['cell'][name])}{advice}"
             )
     # the grid may have renamed the method since
     return cast(dict[str, Any], {**content, "cell": {**content["cell"], "method": cell.label}})
@@ -359,7 +358,7 @@ def attacks_on(directory: Path, network: NetworkSpec) -> dict[str, float]:
     """Percent of its forget set called non-member, by attack, of a trained network."""
     path = network_path(directory, network) / MEMBERSHIP
     found = read_record(path)
-    check_record(found, dict.fromkeys(ATTACKS, PERCENT), f"'{path}'", "; restore the file, or train again")
+    check_record(found, dict.fromkeys(ATTACKS, PERCENT), place(path), "; restore the file, or train again")
     return {name: found[name] for name in ATTACKS}
 
 
