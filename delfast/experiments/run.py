@@ -223,7 +223,10 @@ def output_directory(path: Path) -> Iterator[None]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the clone that delfast runs from, with "-dirty" if files differ from it; None outside a clone."""
+    """Return the commit of the clone that delfast runs from, "-dirty" if files differ; None outside a clone.
+
+    It is read once. A process calls this before its work, so that a commit that is made meanwhile is not recorded.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
@@ -264,6 +267,7 @@ def _data(config: Config, load_data: LoadData = load_data) -> ImageData:
 
 def start(config: Config, device: torch.device, load_data: LoadData = load_data) -> Run:
     """Check a configuration, load its data and choose its forget set; write nothing."""
+    commit()
     config.check()
     data = _data(config, load_data)
     check_model(config.model, data.image_size)
@@ -273,6 +277,7 @@ def start(config: Config, device: torch.device, load_data: LoadData = load_data)
 
 def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
     """Read a run directory and load its data; check both against the digests of its summary."""
+    commit()
     summary = read_summary(path)
     kinds = kinds_of(Config)
     stored = {name: value for name, value in summary["config"].items() if name in kinds}

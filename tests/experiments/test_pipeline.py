@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+from contextlib import suppress
+from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,8 @@ import torch
 
 from delfast.errors import InputError
 from delfast.experiments import pipeline
+from delfast.experiments import run as runs
+from delfast.experiments.grid import cells
 from delfast.experiments.run import Config, Run, start
 from delfast.unlearning import METHODS, make_method
 from delfast.unlearning.steps import Steps
@@ -72,3 +78,30 @@ def test_every_method_logs_its_title_once_unless_nothing_is_to_be_shown(
 def test_an_unknown_strategy_is_refused(run: Run) -> None:
     with pytest.raises(InputError, match=r"expected strategy to be one of del, .*; got 'magic'"):
         pipeline.find_mask(run, run.factory(), budget=0.3, batch_size=64, seed=0, strategy="magic")
+
+
+def test_the_commit_is_read_before_the_work_and_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def described(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, f"{len(commands):040}\n")
+
+    monkeypatch.setattr(runs.Path, "exists", lambda _: True)  # also outside a clone
+    monkeypatch.setattr(runs.shutil, "which", lambda name: name)
+    monkeypatch.setattr(runs.subprocess, "run", described)
+    monkeypatch.setattr(cells, "exit_after", lambda _: None)
+    ours, theirs = Pipe()
+    for begin in (
+        lambda: start(run.config, run.device, lambda *_: run.data),
+        lambda: runs.open_run(Path("nowhere"), run.device),
+        lambda: cells._start_worker(torch.get_num_threads(), theirs),
+    ):
+        runs.commit.cache_clear()
+        commands.clear()
+        with suppress(InputError):
+            begin()
+        assert len(commands) == 1 and runs.commit() == f"{1:040}" and len(commands) == 1
+    runs.commit.cache_clear()
+    ours.close()
+    theirs.close()

@@ -24,8 +24,9 @@ class ArrayCache:
     """Arrays by key, in files of a directory that several processes may use at once.
 
     An entry is an uncompressed .npz file, which holds a CRC-32 of its array. The time of the file is that of its last
-    use. The directory is made by the first ``write``, for its owner alone. No failure of the disk is an error: an entry that cannot be read
-    is computed again, and one that cannot be written is not kept. Both are reported in one line of the log.
+    use. The directory is made by the first ``write``, for its owner alone. No failure of the disk is an error: an entry
+    that cannot be read is computed again, and one that cannot be written is not kept. Both are reported in one line of
+    the log.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -179,6 +179,7 @@ def _workers(count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
 def _start_worker(threads: int, parent: Connection) -> None:
     exit_after(lambda: parent.poll(None))
     torch.set_num_threads(threads)
+    commit()  # of the code that was just imported
 
 
 def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: str, watch: Watch) -> None:
