@@ -274,7 +274,7 @@ def _files_of_classes(folder: Path, classes: Sequence[str]) -> Pictures:
 
 
 def _changed(status: os.stat_result) -> int:
-    """When a file or its status last changed (ns); only the second of both cannot be set back."""
+    """Return when a file or its status last changed (ns); only the time of the status cannot be set back."""
     return max(status.st_mtime_ns, status.st_ctime_ns)
 
 

@@ -197,7 +197,7 @@ def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: s
 
 
 def _is_trained(directory: Path, network: NetworkSpec, whole: bool) -> bool:
-    """Whether the network's results exist and, if ``whole``, its weights. Shadows are not attacked."""
+    """Return whether the network's results exist and, if ``whole``, its weights. Shadows are not attacked."""
     path, names = network_path(directory, network), [SUMMARY, *([] if network.shadow else [MEMBERSHIP])]
     return all(has_record(path / name) for name in names) and (not whole or (path / MODEL).is_file())
 
