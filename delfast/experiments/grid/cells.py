@@ -1,6 +1,6 @@
 """Run a grid: first the networks, then the cells, each in a worker process and with a file of its own.
 
-A result that has a file is not computed again. It is refused where its networks have changed since. A file is written
+A result that has a record is not computed again. It is refused where its networks have changed since. A file is written
 whole or not at all, so a run that is killed loses only what was in progress.
 """
 
