@@ -1,6 +1,6 @@
 # make demo   train, forget, and compare with retraining, on real data, in three minutes
 # make check  lint, types and the fast tests, for the inner loop
-# make test   lint, types, C++ and Python tests; make test-all adds the wide sweeps, make coverage says what no test runs
+# make test   lint, types, C++ and Python tests; make test-all adds the wide sweeps, make coverage lists what no test runs
 # make bench  every kernel, training step and whole job against its baseline, hours; make results also renews the README's tables
 # Both make .venv and build the extension first; a second call does no work twice.
 
@@ -48,7 +48,7 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-# prints the total, and each file of which the tests run less than 90 %
+# prints the total, and each file that the tests cover to less than 90 %
 coverage: all
 	$(PYTEST) --cov --cov-report=
 	$(BIN)/coverage html --quiet

@@ -48,7 +48,7 @@ class Versus:
 
 
 def isa() -> str:
-    return str(BACKEND.module.isa()) if BACKEND.module else "twins"
+    return str(BACKEND.module.isa()) if BACKEND.module else "references"
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             build()
         except subprocess.CalledProcessError as error:
-            print(f"gpu: error: the build failed, as said above: {error}", file=sys.stderr)
+            print(f"gpu: error: the build failed, see above: {error}", file=sys.stderr)
             return 1
         # a new process: this one may have loaded the extension as it was
         command = [sys.executable, "-m", "benchmarks.gpu", *(arguments if arguments is not None else sys.argv[1:])]

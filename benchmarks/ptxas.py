@@ -205,7 +205,7 @@ def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
     """Return the fraction of an sm_90 multiprocessor's 64 warps that can be resident at the same time.
 
     Limits of compute capability 9.0 (CUDA C++ Programming Guide, "Compute Capabilities"): 64 warps, 32 blocks, 65536
-    registers given out 256 at a time to a warp, 228 KiB of shared memory of which a block takes 1 KiB for the system.
+    registers given out 256 at a time to a warp, 228 KiB of shared memory. Each block takes 1 KiB more for the system.
     """
     warps = threads // 32
     registers_of_warp = -(-kernel.registers * 32 // 256) * 256

@@ -42,6 +42,7 @@ DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`,
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
+DRAWING = 1  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
 BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
 
@@ -102,19 +103,20 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel("accuracy on the\nforget set, %", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Source": _digest(DEMO), "Software": None})
+    figure.savefig(path, dpi=150, metadata={"Source": _source(), "Software": None})
 
 
 def _drawn_from(path: Path) -> str | None:
-    """Return the digest of the results that the figure was drawn from; None where there is no figure."""
+    """Return the digest of what the figure was drawn from, as of ``_source``; None where there is no figure."""
     if not path.is_file():
         return None
     with Image.open(path) as image:
         return image.info.get("Source")
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _source() -> str:
+    """Return the digest of what the figure is drawn from: the demo's results and the version of the drawing."""
+    return hashlib.sha256(f"{DRAWING}\n".encode() + DEMO.read_bytes()).hexdigest()
 
 
 def measured(results: dict[str, Any], source: str) -> str:
@@ -138,7 +140,7 @@ def measured(results: dict[str, Any], source: str) -> str:
     where = f"{machine['cpu']['brand_raw']} ({machine['machine']}), {machine['cpu']['count']} CPUs"
     version = f"commit {commit['id'][:7]}{' with changes' if commit['dirty'] else ''}"
     threads = "/".join(sorted({str(benchmark["extra_info"]["threads"]) for benchmark in results["benchmarks"]}))
-    head = f"{where}, {threads} threads, {usual} where nothing else is said; "
+    head = f"{where}, {threads} threads, {usual} unless a row names another; "
     head += f"Python {machine['python_version']}; {version}."
     lines = [f"| {test} | {'<br>'.join(cases)} | {target} |" for (test, target), cases in rows.items()]
     return "\n".join([head, "", "| benchmark | measured | target |", "|---|---|---|", *lines, ""])
@@ -188,7 +190,7 @@ def sectors(report: str) -> str:
             for alignment in ALIGNMENTS
         ]
         if not all(found):
-            raise InputError(f"'{SECTORS.name}' has no figure for {kind}; make it again as it says")
+            raise InputError(f"'{SECTORS.name}' has no figure for {kind}; make it again by the command at its top")
         rows.append([kind, *(f"{max(some):.2f}" for some in found)])
     return markdown_table(("sectors asked for / least", *ALIGNMENTS), rows)
 
@@ -200,7 +202,9 @@ def cifar10(text: str) -> str:
     every = csv.DictReader(io.StringIO(text))
     rows = [row for row in every if row["strategy"] == EVERYTHING or row["of"] == "del"]
     if not rows:
-        raise InputError(f"'{CIFAR10.name}' holds no results; run the grid as experiments/results says")
+        raise InputError(
+            f"'{CIFAR10.name}' holds no results; run the grid as experiments/results/cifar10-small/README.md describes"
+        )
     found = means({name: _number(value) for name, value in row.items() if value or name in KEYS} for row in rows)
     fields = ("forget_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test")
     columns = ("setting", "method", "strategy", "seeds", *(FIELDS[field] for field in fields))
@@ -258,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 after = fill(after, name, content, page)
             if before != after:
                 changed[page] = after
-        redraw = _drawn_from(FIGURE) != _digest(DEMO)
+        redraw = _drawn_from(FIGURE) != _source()
     except (InputError, OSError) as error:
         print(f"tables: error: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,8 @@ def describe(value: object) -> str:
         return text if len(text) <= 60 else f"{text[:57]}..."
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     if isinstance(value, numpy.bool_):  # the name of its type is also "bool"
         return f"{value} (numpy.bool)"
     return f"{value} ({type(value).__name__})" if isinstance(value, Real) else type(value).__name__

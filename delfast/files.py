@@ -96,14 +96,19 @@ def directory_for(path: Path) -> Iterator[tuple[Path, int]]:
 
     A file in the directory is locked while its process lives; the system releases the lock however the process ends.
     """
-    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        _remove_abandoned(abandoned)
+    remove_abandoned(path.parent, glob.escape(path.name))
     directory, lock = _locked_directory(path)
     try:
         yield directory, stat.S_IMODE(os.fstat(lock).st_mode)
     finally:
         os.close(lock)
         shutil.rmtree(directory, ignore_errors=True)  # the next run removes what remains
+
+
+def remove_abandoned(directory: Path, names: str = "*") -> None:
+    """Remove what killed processes left in ``directory`` while they wrote files whose names match the pattern."""
+    for abandoned in directory.glob(f".{names}.*.partial"):
+        _remove_abandoned(abandoned)
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:
@@ -309,8 +314,11 @@ def _without_data(value: Any) -> Any:
     return value
 
 
-def make_output_dir(path: Path) -> Path:
-    """Make ``path`` and its parents, and check that files can be written there. InputError if they cannot."""
+def make_output_dir(path: Path, option: str = "--output-dir") -> Path:
+    """Make ``path`` and its parents, and check that files can be written there.
+
+    InputError if they cannot; it advises another value of the command line's ``option``.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -318,7 +326,7 @@ def make_output_dir(path: Path) -> Path:
             return path
     except OSError as error:
         raise InputError(
-            f"cannot write to the output directory '{path}' ({error.strerror}); choose another --output-dir"
+            f"cannot write to the output directory '{path}' ({error.strerror}); choose another {option}"
         ) from None
 
 

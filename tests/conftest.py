@@ -17,13 +17,13 @@ from delfast.ops import BACKEND
 # `make check` leaves them out.
 HEAVY = (
     "packaging/test_cpp.py",
+    "experiments/test_demo.py",
     "docs/test_examples.py",
     "cli/test_cli.py",
     "experiments/test_grid.py",
     "cli/test_methods_cli.py",
     "experiments/test_records.py",
     "packaging/test_backend.py",
-    "experiments/test_demo.py",
     "docs/test_readme.py",
     "packaging/test_nvcc.py",
     "packaging/test_core_install.py",

@@ -1,4 +1,4 @@
-"""How near is near enough: from an error budget, not tuned until green.
+"""Tolerances from an error budget, not tuned until the tests pass.
 
 A result may be at most twice as far from float64 as the same computation by PyTorch in the same precision, plus one
 rounding of the result.

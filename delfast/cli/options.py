@@ -17,7 +17,9 @@ OutputDir = Annotated[Path, typer.Option(help="directory that the results are wr
 OptionalOutputDir = Annotated[
     Path | None, typer.Option(help="directory to write summary.json to (default: results are only printed)")
 ]
-DataDir = Annotated[Path | None, typer.Option(help="directory of downloaded data (default: ~/.cache/delfast)")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="directory of downloaded data and decoded images (default: ~/.cache/delfast)")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of everything random")]
 StepSeed = Annotated[
@@ -26,13 +28,13 @@ StepSeed = Annotated[
 
 
 def resolved(source: str) -> str:
-    """The data or the forget set, with an absolute path: later commands may run in another working directory."""
+    """Return the data or the forget set with an absolute path: later commands may run in another working directory."""
     kind, colon, path = source.partition(":")
     return f"{kind}:{os.path.realpath(os.path.expanduser(path))}" if colon and kind in ("folder", "file") else source
 
 
 def channels_last_for(choice: str, model: str) -> bool:
-    """Whether the network uses the channels-last memory format; "auto" is on for networks of convolutions."""
+    """Return whether to use the channels-last memory format; "auto" is on for networks of convolutions."""
     if choice not in ("auto", "on", "off"):
         raise InputError(f"expected --channels-last to be auto, on or off, got '{choice}'")
     return choice == "on" or (choice == "auto" and model.startswith("resnet"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import torch
 
 from delfast.evaluation import gaps
 from delfast.experiments import pipeline
-from delfast.experiments.progress import log
 from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
 from delfast.experiments.reports.plots import plot_accuracies, plot_selection
 from delfast.experiments.run import MASK, SUMMARY, Config, output_directory, start
@@ -20,6 +20,8 @@ from delfast.files import write_json, write_text
 from delfast.localization import BUDGET
 from delfast.provenance import provenance
 from delfast.unlearning import Del
+
+log = logging.getLogger("delfast")
 
 REPORT = "report.md"
 FORGET_RATIO = 0.1  # DEL paper

@@ -70,25 +70,46 @@ class Localized:
     seconds: dict[str, float]
 
 
-def train(run: Run, output_dir: Path, shadow: int = 0) -> Trained:
-    """Train on the whole training set and write the run directory. ``shadow`` > 0 trains with the shadow's seeds."""
+def train(
+    run: Run,
+    output_dir: Path,
+    shadow: int = 0,
+    *,
+    progress: bool = True,
+    remedy: str = "another --batch-size",
+) -> Trained:
+    """Train on the whole training set and write the run directory.
+
+    ``shadow`` > 0 trains with the shadow's seeds. ``progress``: whether to show the training's progress. ``remedy``:
+    the choice that the error of an unfit batch size advises.
+    """
     everything = torch.arange(len(run.data.train_targets))
-    return _train(run, output_dir, "train", everything, run.config.seed, shadow)
+    return _train(run, output_dir, "train", everything, run.config.seed, shadow, progress, remedy)
 
 
-def oracle(run: Run, output_dir: Path, seed: int | None = None, shadow: int = 0) -> Trained:
+def oracle(
+    run: Run,
+    output_dir: Path,
+    seed: int | None = None,
+    shadow: int = 0,
+    *,
+    progress: bool = True,
+    remedy: str = "another --batch-size",
+) -> Trained:
     """Train a newly initialized network on the retain set only, by the same configuration.
 
-    ``seed`` defaults to the run's + 1.
+    ``seed`` defaults to the run's + 1. The other arguments are those of ``train``.
     """
     seed = _or_default(seed, run.config.seed + ORACLE_SEED)
-    return _train(run, output_dir, "oracle", run.forget.retain, seed, shadow)
+    return _train(run, output_dir, "oracle", run.forget.retain, seed, shadow, progress, remedy)
 
 
-def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int, shadow: int) -> Trained:
+def _train(
+    run: Run, output_dir: Path, command: str, indices: Tensor, seed: int, shadow: int, progress: bool, remedy: str
+) -> Trained:
     config, seed = run.config, seed + SHADOW_SEED * shadow
     batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed + SHADOW_SEED * shadow)
-    _check_last_batch(run, batches)
+    _check_last_batch(run, batches, remedy)
     title = f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs"
     with output_directory(output_dir):
         with seeded(seed):
@@ -99,7 +120,7 @@ def _train(run: Run, output_dir: Path, command: str, indices: Tensor, seed: int,
             torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay),
             epochs=config.epochs,
             precision=cast(Precision, config.precision),
-            progress=Progress(title),
+            progress=Progress(title) if progress else None,
         )
         trained = Trained(model, run.measure(model), {"train": result.seconds})
         _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
@@ -119,11 +140,11 @@ def find_mask(
 ) -> tuple[Mask, float]:
     """Localize the run's forget set in ``model``; return the mask and the seconds it took.
 
-    strategy: a name. Of ``WHOLE_TRAINING_SET`` the gradient is over the whole training set; the names of
-    ``delfast.STRATEGIES`` stand for ``options`` too. options: those of ``delfast.localize``.
+    strategy: a name of ``delfast.STRATEGIES``; None: as ``options`` say. For those of ``WHOLE_TRAINING_SET`` the
+    gradient is over the whole training set. options: those of ``delfast.localize``; the strategy's own may be repeated.
     """
-    if strategy in STRATEGIES:
-        own = STRATEGIES[strategy].items()
+    if strategy is not None:
+        own = STRATEGIES.get(strategy, {}).items()  # ``localize`` refuses an unknown name
         options = {name: value for name, value in options.items() if (name, value) not in own} | {"strategy": strategy}
     indices = torch.arange(len(run.forget.targets)) if strategy in WHOLE_TRAINING_SET else run.forget.indices
     started = time.perf_counter()
@@ -217,26 +238,35 @@ def run_method(
     checkpoint: Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    remedy: str = "another --batch-size, or --batchnorm frozen",
 ) -> UnlearnResult:
     """Make ``model`` unlearn the run's forget set, in place, within ``mask`` (None: everything may change).
 
     ``seed`` initializes the values that a reset writes, draws labels and orders the batches. With ``patience`` it
     chooses the fraction ``held_out`` of the retain set. ``checkpoint``, ``resume``, ``config``: as for ``unlearn``.
+    ``progress``, ``remedy``: as for ``train``.
     """
     trained_on, validation = run.forget.retain, None
     if patience is not None:
         trained_on, aside = _hold_out(run.forget.retain, held_out, seed)
         validation = run.batches(aside, EVALUATION_BATCH)
-    retain = run.batches(trained_on, batch_size, shuffle=True, seed=seed)
-    forget = run.batches(run.forget.indices, batch_size, shuffle=True, seed=seed)
+    sets = {
+        "retain": run.batches(trained_on, batch_size, shuffle=True, seed=seed),
+        "forget": run.batches(run.forget.indices, batch_size, shuffle=True, seed=seed),
+    }
     if method.epochs and batchnorm != "frozen":
-        for batches in (retain, forget) if "forget" in method.needs else (retain,):
-            _check_last_batch(run, batches, ", or --batchnorm frozen")
-    title = f"unlearn: {method.name} on {len(trained_on)} examples to retain, {method.epochs} epochs"
+        for name in sets.keys() & {method.step_plan} or sets:  # every plan of no set's name trains on both
+            _check_last_batch(run, sets[name], remedy)
+    shown = None
+    if progress:
+        shown = Progress(f"unlearn: {method.name} on {len(trained_on)} examples to retain, {method.epochs} epochs")
+        if not method.epochs:  # a one-shot method has no training that would log the title
+            shown.log_title()
     return unlearn_model(
         cast(nn.Module, torch.compile(model)) if compile_model else model,
-        retain=retain,
-        forget=forget,
+        retain=sets["retain"],
+        forget=sets["forget"],
         mask=mask,
         method=method,
         init=run.factory,
@@ -248,7 +278,7 @@ def run_method(
             validation=validation,
             patience=patience,
             config=config,
-            progress=Progress(title),
+            progress=shown,
         ),
         checkpoint=checkpoint,
         resume=resume,
@@ -333,7 +363,7 @@ def _or_default(seed: int | None, default: int) -> int:
     return default if seed is None else seed
 
 
-def _check_last_batch(run: Run, batches: Batches, way_out: str = "") -> None:
+def _check_last_batch(run: Run, batches: Batches, remedy: str) -> None:
     """Refuse a batch of one example whose last feature map in a ResNet would be one pixel.
 
     ``delfast.unlearn`` reads batch sizes from torch's loaders only, and so cannot refuse it for ``Batches``.
@@ -342,7 +372,7 @@ def _check_last_batch(run: Run, batches: Batches, way_out: str = "") -> None:
     if alone and run.config.model.startswith("resnet") and run.data.image_size <= 8:
         raise InputError(
             f"{len(batches.indices)} examples in batches of {batches.batch_size} leave a batch of one, "
-            f"which BatchNorm cannot train on; choose another --batch-size{way_out}"
+            f"which BatchNorm cannot train on; choose {remedy}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from delfast.experiments.progress import log
 from delfast.experiments.reports.plots import save_figure
 from delfast.experiments.stages import Request, as_arguments
 from delfast.files import make_output_dir, write_json
 from delfast.ops import BACKEND
 from delfast.provenance import provenance
+
+log = logging.getLogger("delfast")
 
 SUMMARY, PLOT = "summary.json", "stages.png"
 STEP = ("load", "forward", "backward", "compact weight gradient", "step")  # of finetuning, within the mask

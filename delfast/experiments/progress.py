@@ -27,10 +27,14 @@ class Progress:
     def __init__(self, title: str = "") -> None:
         self._title, self._last = title, time.perf_counter()
 
-    def __call__(self, iterable: Iterable[T], description: str, total: int) -> Iterable[T]:
+    def log_title(self) -> None:
+        """Log the title unless it is logged already."""
         if self._title:
             log.info(self._title)
             self._title = ""
+
+    def __call__(self, iterable: Iterable[T], description: str, total: int) -> Iterable[T]:
+        self.log_title()
         if sys.stderr.isatty():
             yield from track(iterable, description, total=total, console=Console(stderr=True), transient=True)
             return

@@ -93,11 +93,14 @@ class Config:
     precision: str = "fp32"
     channels_last: bool = False
 
-    def check(self) -> None:
-        """Raise InputError for a value that no run can have; nothing is loaded or computed."""
+    def check(self, *, data_is_read: bool = True) -> None:
+        """Raise InputError for a value that no run can have; nothing is loaded or computed.
+
+        ``data_is_read``: False where the images need not be there, as for a report of finished runs.
+        """
         if not 0 <= self.seed <= MAX_RUN_SEED:
             raise InputError(f"expected a seed from 0 to {MAX_RUN_SEED}, got {self.seed}")
-        check_source(self.data, self.image_size)
+        check_source(self.data, self.image_size, data_is_read)
         check_model(self.model, self.image_size)
         for name in ("train_examples", "test_examples"):
             count = getattr(self, name)
@@ -220,7 +223,10 @@ def output_directory(path: Path) -> Iterator[None]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the clone that delfast runs from, with "-dirty" if files differ from it; None outside a clone."""
+    """Return the commit of the clone that delfast runs from, "-dirty" if files differ; None outside a clone.
+
+    It is read once. A process calls this before its work, so that a commit that is made meanwhile is not recorded.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
@@ -231,10 +237,10 @@ def commit() -> str | None:
 LoadData = Callable[[str, str | None, int | None, int | None, int | None], ImageData]
 
 
-def check_own_directory(output_dir: Path, *inputs: Path) -> None:
-    """Raise InputError if writing to ``output_dir`` would overwrite one of the inputs."""
+def check_own_directory(output_dir: Path, *inputs: Path, option: str = "--output-dir") -> None:
+    """Raise InputError if writing to ``output_dir``, the value of ``option``, would overwrite one of the inputs."""
     if os.path.realpath(output_dir) in map(os.path.realpath, inputs):
-        raise InputError(f"the output directory '{output_dir}' holds the input itself; choose another --output-dir")
+        raise InputError(f"the output directory '{output_dir}' holds the input itself; choose another {option}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -261,6 +267,7 @@ def _data(config: Config, load_data: LoadData = load_data) -> ImageData:
 
 def start(config: Config, device: torch.device, load_data: LoadData = load_data) -> Run:
     """Check a configuration, load its data and choose its forget set; write nothing."""
+    commit()
     config.check()
     data = _data(config, load_data)
     check_model(config.model, data.image_size)
@@ -270,6 +277,7 @@ def start(config: Config, device: torch.device, load_data: LoadData = load_data)
 
 def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
     """Read a run directory and load its data; check both against the digests of its summary."""
+    commit()
     summary = read_summary(path)
     kinds = kinds_of(Config)
     stored = {name: value for name, value in summary["config"].items() if name in kinds}

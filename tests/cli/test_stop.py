@@ -47,7 +47,7 @@ def descendants(process: int) -> set[int]:
 
 
 def is_alive(process: int) -> bool:
-    """Is it there, and no zombie whose parent has not asked for its exit code?"""
+    """Return whether the process exists and is no zombie, whose parent has not read its exit code."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files that it names exist, and hold the names that follow them."""
+"""The files that CONTRIBUTING.md, the README and the docs name exist, and hold the names that follow them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ def test_every_file_that_it_names_exists() -> None:
     assert len(paths) > 60
     kept_out = {"build/kernels/", "experiments/results/NAME"}
     assert [path for path in sorted(paths - kept_out) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_every_path_of_the_repository_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = {each for span in code(text) if PATH.fullmatch(span) for each in expand(span)}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"build"}  # other paths are the user's
+    inside = sorted(path for path in paths if path.partition("/")[0] in folders)
+    assert [path for path in inside if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("file, name", sorted(set(named())))

@@ -195,7 +195,7 @@ def test_the_first_block_runs_as_pasted(
 def test_the_training_loop_runs_and_keeps_to_its_mask(job: dict[str, Any]) -> None:
     loop = blocks("python")[1]
     assert len(blocks("python")) == 2
-    job |= {"torch": torch, "forget": DataLoader(job["forget_set"], 8), "retain": DataLoader(job["retain_set"], 8)}
+    job |= {"forget": DataLoader(job["forget_set"], 8), "retain": DataLoader(job["retain_set"], 8)}
     before = {name: parameter.detach().clone() for name, parameter in job["model"].named_parameters()}
     exec(loop, job)
     assert isinstance(job["optimizer"], torch.optim.AdamW)

@@ -21,6 +21,7 @@ from PIL import Image
 from delfast.errors import InputError
 from delfast.experiments.datasets import ImageData, array_cache, load, pictures, subset
 from delfast.experiments.datasets.array_cache import ArrayCache
+from delfast.files import LOCK, directory_for
 
 KEY = "0123456789abcdef" * 4
 SIDE, TRAIN, TEST = 8, 10, 6
@@ -182,7 +183,11 @@ def folders_swapped(image: Path) -> None:
         folders_swapped,
     ],
 )
-def test_changed_files_are_decoded_again(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("in_memory", [pictures.IN_MEMORY, 0])
+def test_changed_files_are_decoded_again(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None], in_memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "IN_MEMORY", in_memory)
     for place, shade in (("a", 100), ("b", 101)):
         (folder / "train" / "cat" / place).mkdir()
         write_image(folder / "train" / "cat" / place / "0.bmp", shade)
@@ -194,15 +199,28 @@ def test_changed_files_are_decoded_again(folder: Path, tmp_path: Path, change: C
         assert new.digest != old or count is not None  # a subset may be of other files alone
 
 
+@pytest.mark.parametrize("in_memory", [pictures.IN_MEMORY, 0])
 def test_images_that_changed_just_now_are_not_kept(
-    folder: Path, decoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, decoded: list[str], tmp_path: Path, in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain = load(f"folder:{folder}", tmp_path / "plain", SIDE)
+    decoded.clear()
     monkeypatch.setattr(pictures, "SETTLED", 3600.0)  # another change might leave the same times
+    monkeypatch.setattr(pictures, "IN_MEMORY", in_memory)
     for _ in range(2):
-        load(f"folder:{folder}", tmp_path / "a", SIDE)
-    assert len(decoded) == 2 * (TRAIN + TEST) and not (tmp_path / "a").exists()
+        assert equal(load(f"folder:{folder}", tmp_path / "a", SIDE), plain)
+    assert len(decoded) == 2 * (TRAIN + TEST) and not [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
 
 
+def test_only_the_owner_may_read_decoded_images(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(f"folder:{folder}", tmp_path / "a", SIDE)
+    monkeypatch.setattr(pictures, "IN_MEMORY", 0)
+    load(f"folder:{folder}", tmp_path / "a", SIDE)
+    for name in ("decoded", "images"):
+        assert (tmp_path / "a" / name).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("in_memory", [pictures.IN_MEMORY, 0])
 @pytest.mark.parametrize("module, name, value", [(PIL, "__version__", "0.0.0"), (pictures, "DECODER", 0)])
 def test_another_decoder_decodes_again(
     folder: Path,
@@ -212,7 +230,9 @@ def test_another_decoder_decodes_again(
     module: object,
     name: str,
     value: object,
+    in_memory: int,
 ) -> None:
+    monkeypatch.setattr(pictures, "IN_MEMORY", in_memory)
     load(f"folder:{folder}", tmp_path / "a", SIDE)
     monkeypatch.setattr(module, name, value)
     load(f"folder:{folder}", tmp_path / "a", SIDE)
@@ -246,7 +266,7 @@ def test_a_data_directory_that_cannot_be_written_is_one_line(
     (tmp_path / "file").write_text("")
     assert equal(plain, load(f"folder:{folder}", tmp_path / "file", SIDE))
     told = lines()
-    assert len(told) == 1 and f"decoded images are not kept: cannot write to '{tmp_path}/file/decoded'" in told[0]
+    assert len(told) == 1 and f"arrays are not kept: cannot write to '{tmp_path}/file/decoded'" in told[0]
 
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -316,6 +336,17 @@ def test_the_least_recently_used_entries_are_removed(tmp_path: Path, monkeypatch
     cache.write(keys[1], torch.zeros(3 * size + 1, dtype=torch.uint8))  # larger than the limit
     assert [cache.read(key) is not None for key in keys] == [True, False, True, True]
     assert (tmp_path / "of another kind").exists()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    cache, other = ArrayCache(tmp_path), f".{'f' * 20}.npz"
+    abandoned = tmp_path / f"{other}.12345678.partial"
+    abandoned.mkdir()
+    (abandoned / LOCK).touch()
+    with directory_for(tmp_path / f"{'e' * 20}.npz") as (in_use, _):
+        cache.write(KEY, ARRAY)
+        assert in_use.is_dir() and not abandoned.exists()
+    assert cache.read(KEY) is not None
 
 
 def test_several_users_read_write_and_remove_at_once(

@@ -1,4 +1,4 @@
-"""The demo: what it writes, with a tenth of the epochs and in full, and what it must show in full."""
+"""The demo: what it writes, and what it must show."""
 
 import json
 
@@ -10,21 +10,14 @@ from delfast.cli import main
 from delfast.mask import Mask
 
 
-def run_demo(out, *options):
-    threads = torch.get_num_threads()
-    assert main(["demo", *options, "--output-dir", str(out)]) == 0
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out, threads = tmp_path_factory.mktemp("demo"), torch.get_num_threads()
+    assert main(["demo", "--output-dir", str(out)]) == 0
     assert torch.get_num_threads() == threads  # it uses one, and puts back what was set
     return out, json.loads((out / "summary.json").read_text())
 
 
-@pytest.fixture(scope="module", params=["quick", pytest.param("full", marks=pytest.mark.slow)])
-def demo(request, tmp_path_factory):
-    options = ["--quick"] if request.param == "quick" else []
-    return run_demo(tmp_path_factory.mktemp("demo"), *options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("demo", ["full"], indirect=True)
 def test_del_forgets_the_wrong_labels(demo):
     methods = demo[1]["scenarios"]["mislabelled"]["methods"]
     original, oracle, unlearned = (methods[name] for name in ("original", "oracle", "del"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import re
@@ -22,6 +23,7 @@ import torch
 from delfast.cli import main
 from delfast.errors import InputError
 from delfast.evaluation import logit_confidences, predictions, u_lira_leave_one_out
+from delfast.experiments.datasets import pictures
 from delfast.experiments.grid import HTML, MARKDOWN, RESULTS, cells
 from delfast.experiments.grid.definition import read_grid
 from delfast.experiments.grid.figures import STYLES, _bars
@@ -362,11 +364,11 @@ def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Pat
 
 
 def test_the_kept_results_give_the_report_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_path", lambda _: tmp_path / "absent")  # a report reads no images
     kept = ROOT / "experiments" / "results" / "cifar10-small"
     shutil.copytree(kept, tmp_path / "out")
     for name in (RESULTS, MARKDOWN):
         (tmp_path / "out" / name).unlink()
-    monkeypatch.setattr("delfast.experiments.datasets.pictures.check", lambda *_: None)  # the images need not be there
     grid = str(kept.parents[1] / "small" / "cifar10.toml")
     options = ["--data", "folder:/tmp/cifar", "--output-dir", str(tmp_path / "out"), "--report-only"]
     assert main(["compare", grid, *options]) == 0
@@ -399,9 +401,54 @@ def test_a_run_continues_from_packed_results(finished: Path, tmp_path: Path) -> 
     kept = packed(finished, tmp_path / "kept")
     run(finished / "grid.toml", kept)
     assert measured(kept) == measured(finished / "out")
-    files = [path.relative_to(kept) for path in [*kept.glob("cells/*"), *kept.glob("networks/*/*")]]
-    assert len(files) == 22 + 2 * 4  # nothing was trained: no network has model.safetensors
-    assert all((kept / path).read_bytes() == (finished / "out" / path).read_bytes() for path in files)
+    assert not [*kept.glob("cells/*"), *kept.glob("networks/*")]  # nothing was computed
+    lines = (kept / "cells.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (kept / "cells.jsonl").write_text("".join(line for line in lines if '"non-iid-1-ssd-' not in line[:40]))
+    shutil.copytree(finished / "out" / "networks", kept / "networks", dirs_exist_ok=True)
+    run(finished / "grid.toml", kept)
+    own = [path.name for path in (kept / "cells").iterdir()]
+    assert len(own) == 1 and own[0].startswith("non-iid-1-ssd-")
+    assert measured(kept) == measured(finished / "out")
+
+
+def test_a_file_of_ones_own_is_read_before_the_packed_record(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    kept = packed(finished, tmp_path / "kept")
+    before, cell = measured(kept), next((finished / "out" / "cells").glob("non-iid-1-ssd-*"))
+    report = ["compare", str(finished / "grid.toml"), "--output-dir", str(kept), "--report-only"]
+    (kept / "cells").mkdir()
+    record = json.loads(cell.read_text(encoding="utf-8"))
+    record["metrics"]["forget_acc"] = 12.5
+    (kept / "cells" / cell.name).write_text(json.dumps(record), encoding="utf-8")
+    assert main(report) == 0
+    changed = [(old, new) for old, new in zip(before, measured(kept), strict=True) if old != new]
+    assert [(new["method"], new["seed"], new["forget_acc"]) for _, new in changed] == [("ssd", "1", "12.5")]
+    again = [*report[:3], str(finished / "out"), "--report-only", "--pack", str(kept)]
+    content = (kept / "cells.jsonl").read_bytes()
+    assert main(again) == 2  # the file would be read instead of its new line
+    assert "kept/cells' holds the results of a run" in capsys.readouterr().err
+    (kept / "cells" / cell.name).unlink()
+    (kept / "figures" / "old.png").write_bytes(b"")
+    (finished / "out" / "figures" / "of another grid.png").write_bytes(b"")
+    assert main(again) == 0 and (kept / "cells.jsonl").read_bytes() == content and measured(kept) == before
+    (finished / "out" / "figures" / "of another grid.png").unlink()
+    assert not (kept / "figures" / "of another grid.png").exists()
+    assert main([*again[:-1], str(finished / "out")]) == 2
+    assert "choose another --pack" in capsys.readouterr().err
+    assert main(report) == 0
+    lines = content.decode().replace('"oracle": "', '"oracle": "0', 1)
+    (kept / "cells.jsonl").write_text(lines, encoding="utf-8")
+    key = json.loads(lines.splitlines()[0])["key"]
+    assert main(report) == 2
+    assert f"the line '{key}' of '{kept}/cells.jsonl' was not measured with the oracle" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_packed_into_is_named_after_the_run(
+    finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    command = ["compare", str(finished / "grid.toml"), "--output-dir", str(finished / "out"), "--report-only"]
+    assert main([*command, "--pack", str(tmp_path / "file" / "kept")]) == 2
+    assert "choose another --pack" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

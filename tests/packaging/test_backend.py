@@ -1,4 +1,4 @@
-"""Which backend runs, that it says why, and that nothing is silent; installing with and without a compiler."""
+"""The backend that runs and the reason that it reports; installing with and without a compiler."""
 
 from __future__ import annotations
 

@@ -76,4 +76,4 @@ def test_the_table_in_the_repository_is_of_these_kernels(compiled: list[ptxas.Co
     kept = ptxas.TABLE.read_text(encoding="utf-8")
     if f"with nvcc {version}." not in kept:
         pytest.skip(f"the table was made with another nvcc than {version}, whose register allocation may differ")
-    assert kept == ptxas.table(compiled, version), "make it anew: python -m benchmarks.ptxas"
+    assert kept == ptxas.table(compiled, version), "make it again: python -m benchmarks.ptxas"

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from delfast.files import reason, write_atomically
+from delfast.files import reason, remove_abandoned, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,9 @@ class ArrayCache:
     """Arrays by key, in files of a directory that several processes may use at once.
 
     An entry is an uncompressed .npz file, which holds a CRC-32 of its array. The time of the file is that of its last
-    use. The directory is made by the first ``write``. No failure of the disk is an error: an entry that cannot be read
-    is computed again, and one that cannot be written is not kept. Both are reported in one line of the log.
+    use. The directory is made by the first ``write``, for its owner alone. No failure of the disk is an error: an entry
+    that cannot be read is computed again, and one that cannot be written is not kept. Both are reported in one line of
+    the log.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -41,7 +42,7 @@ class ArrayCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # zipfile and numpy raise many kinds for a damaged archive
-            log.info("cannot use '%s' (%s); its images are decoded again", path, reason(error))
+            log.info("cannot use '%s' (%s); computing its array again", path, reason(error))
             return None
         with suppress(OSError):  # a read-only directory: nothing is removed from it either
             os.utime(path)
@@ -59,17 +60,18 @@ class ArrayCache:
                 numpy.savez(stream, **named)
 
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self._path(key), save)
             self._trim()
         except OSError as error:
             self._keeps = False
-            log.info("decoded images are not kept: cannot write to '%s' (%s)", self.directory, reason(error))
+            log.info("arrays are not kept: cannot write to '%s' (%s)", self.directory, reason(error))
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key[:20]}.npz"
 
     def _trim(self) -> None:
+        remove_abandoned(self.directory)
         total = 0
         for _, size, path in sorted(self._entries(), reverse=True):
             total += size

@@ -64,10 +64,13 @@ class ImageData:
         )
 
 
-def check_source(spec: str, image_size: int | None = None) -> None:
-    """InputError if ``spec`` names no data, or an image size is given where the data has its own."""
+def check_source(spec: str, image_size: int | None = None, is_read: bool = True) -> None:
+    """Raise InputError if ``spec`` names no data, or an image size is given where the data has its own.
+
+    ``is_read``: False for data that need not be there.
+    """
     if spec.startswith(tuple(pictures.SOURCES)):
-        pictures.check(spec, image_size)
+        pictures.check(spec, image_size, is_read)
     elif spec not in _SOURCES:
         raise InputError(f"expected data {', '.join(_SOURCES)}, folder:PATH or hub:NAME, got '{spec}'")
     elif image_size is not None:
@@ -194,7 +197,7 @@ def _read_idx(path: Path) -> Tensor:
             raise ValueError("it does not begin with 0, 0, 8")
         return torch.from_numpy(values.reshape(shape).copy())
     except (OSError, EOFError, ValueError, IndexError) as error:
-        raise InputError(f"'{path}' is no gzipped IDX file of bytes ({one_line(error)}); fetch it anew") from None
+        raise InputError(f"'{path}' is no gzipped IDX file of bytes ({one_line(error)}); fetch it again") from None
 
 
 def _load_cifar10(root: Path) -> ImageData:

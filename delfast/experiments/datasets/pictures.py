@@ -24,7 +24,7 @@ from torch import Tensor
 from delfast.errors import InputError, one_line
 from delfast.experiments.datasets.array_cache import ArrayCache
 from delfast.extras import extra
-from delfast.files import make_output_dir, reason, write_atomically
+from delfast.files import directory_for, make_output_dir, reason, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,11 +65,11 @@ class Pictures:
         )
 
 
-def check(spec: str, image_size: int | None) -> None:
-    """InputError if there are no such pictures, as far as that can be told without reading them."""
+def check(spec: str, image_size: int | None, is_read: bool) -> None:
+    """Raise InputError for an image size below 1, and, if the data is read, for folders that do not exist."""
     if image_size is not None and image_size < 1:
         raise InputError(f"expected an image size of at least 1 pixel, got {image_size}")
-    if not spec.startswith("folder:"):
+    if not is_read or not spec.startswith("folder:"):
         return
     for part in ("train", "test"):
         folder = _path(spec) / part
@@ -152,7 +152,7 @@ def _key(pictures: Pictures, what: str) -> str:
 
 
 def _decode(pictures: Pictures, size: int, directory: Path | None) -> Tensor:
-    """(N, 3, S, S) uint8, in memory or in a file of the directory; that is filled once, and anew for other pictures."""
+    """Decode to (N, 3, S, S) uint8: in memory, or in a file of the directory, which is filled once for its pictures."""
     from PIL import ImageOps
     from PIL.Image import Resampling
 
@@ -167,17 +167,26 @@ def _decode(pictures: Pictures, size: int, directory: Path | None) -> Tensor:
         images = torch.empty(shape, dtype=torch.uint8)
         fill(images)
         return images
-    digest = hashlib.sha256(f"{shape} {pictures.identity}".encode(errors="surrogateescape")).hexdigest()
-    file, count = make_output_dir(directory) / f"{digest[:20]}.uint8", math.prod(shape)
-    if not file.is_file():
+    if not directory.exists():
+        make_output_dir(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
+    file, count = make_output_dir(directory) / f"{_key(pictures, f'mapped {size}')[:20]}.uint8", math.prod(shape)
+
+    def mapped(path: Path, shared: bool) -> Tensor:
+        return torch.from_file(str(path), shared=shared, size=count, dtype=torch.uint8).view(shape)
+
+    def write(path: Path) -> None:
         log.info("decoding %d images into '%s' (%.1f GiB)", shape[0], file, count / 2**30)
+        _reserve(path, count)
+        fill(mapped(path, shared=True))
 
-        def write(partial: Path) -> None:
-            _reserve(partial, count)
-            fill(torch.from_file(str(partial), shared=True, size=count, dtype=torch.uint8).view(shape))
-
+    if not pictures.settled:  # the pictures may change once more without a sign of it: no later run may use the file
+        with directory_for(file) as (private, _):
+            write(private / file.name)
+            return mapped(private / file.name, shared=False)  # the mapping outlives the name
+    if not file.is_file():
         write_atomically(file, write)
-    return torch.from_file(str(file), shared=False, size=count, dtype=torch.uint8).view(shape)
+    return mapped(file, shared=False)
 
 
 def _reserve(path: Path, count: int) -> None:
@@ -265,7 +274,7 @@ def _files_of_classes(folder: Path, classes: Sequence[str]) -> Pictures:
 
 
 def _changed(status: os.stat_result) -> int:
-    """When a file or its status last changed (ns); only the second of both cannot be set back."""
+    """Return when a file or its status last changed (ns); only the time of the status cannot be set back."""
     return max(status.st_mtime_ns, status.st_ctime_ns)
 
 

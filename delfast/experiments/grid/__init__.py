@@ -11,7 +11,7 @@ from pathlib import Path
 from delfast.errors import InputError
 from delfast.experiments.grid.cells import check_networks, finished, run_grid
 from delfast.experiments.grid.definition import Grid, read_grid
-from delfast.experiments.grid.records import cell_path, has_record, pack
+from delfast.experiments.grid.records import cell_path, check_packable, has_record, pack
 from delfast.experiments.grid.report import FIGURES, make_report
 from delfast.experiments.grid.summary import origins, rows_of, to_csv
 from delfast.experiments.run import check_own_directory, choose_device
@@ -38,20 +38,20 @@ def compare(
     with one thread the results are bit-identical from run to run. device: "auto" (CUDA if there is one, else the CPU)
     or a device's name. data: replaces the grid's data. report_only: run nothing and report the finished cells; the
     grid that is returned has only these. pack_dir: a directory for a copy to keep in git: results.csv, report.md, the
-    figures, and the records packed into cells.jsonl and networks.jsonl.
+    figures, and the records packed into cells.jsonl and networks.jsonl. It may not hold a run's own files.
 
     Raises InputError for a bad grid or device, or nothing to report, before anything is written.
     """
     choose_device(device)  # raises before anything is written
-    whole = grid = read_grid(path, data)
+    whole = grid = read_grid(path, data, data_is_read=not report_only)
     if report_only:
         grid = replace(whole, cells=[cell for cell in whole.cells if has_record(cell_path(output_dir, cell))])
         if not grid.cells:
             raise InputError(f"expected '{output_dir}' to hold finished cells of '{path}', there is none; run it first")
         check_networks(output_dir, grid)
     if pack_dir is not None:
-        check_own_directory(pack_dir, output_dir)
-        make_output_dir(pack_dir)
+        check_own_directory(pack_dir, output_dir, option="--pack")
+        check_packable(pack_dir)
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
     results = finished(output_dir, grid) if report_only else run_grid(grid, output_dir, count, threads, device, watch)
@@ -59,7 +59,7 @@ def compare(
     some = "" if len(grid.cells) == len(whole.cells) else f" of {len(whole.cells)}"
     footer = f"{len(grid.cells)}{some} cells of {path.name}, by {origins(results)}."
     failed = [result for result in results if "failed" in result]
-    markdown, page = make_report(grid, rows, failed, output_dir, footer)
+    markdown, page, figures = make_report(grid, rows, failed, output_dir, footer)
     write_text(output_dir / RESULTS, to_csv(rows))
     write_text(output_dir / MARKDOWN, markdown)
     write_text(output_dir / HTML, page)
@@ -67,9 +67,9 @@ def compare(
     write_json(output_dir / SUMMARY, content)
     if pack_dir is not None:
         pack(grid, output_dir, pack_dir)
-        for name in (RESULTS, MARKDOWN):
-            shutil.copyfile(output_dir / name, pack_dir / name)
-        shutil.copytree(output_dir / FIGURES, pack_dir / FIGURES, dirs_exist_ok=True)
+        make_output_dir(pack_dir / FIGURES, "--pack")
+        for source in (output_dir / RESULTS, output_dir / MARKDOWN, *figures):
+            shutil.copyfile(source, pack_dir / source.relative_to(output_dir))
     return grid
 
 

@@ -1,6 +1,6 @@
 """Run a grid: first the networks, then the cells, each in a worker process and with a file of its own.
 
-A result that has a file is not computed again. It is refused where its networks have changed since. A file is written
+A result that has a record is not computed again. It is refused where its networks have changed since. A file is written
 whole or not at all, so a run that is killed loses only what was in progress.
 """
 
@@ -40,9 +40,9 @@ from delfast.experiments.grid.records import (
     cell_path,
     has_record,
     network_path,
+    place,
     read_network,
     read_record,
-    unpack,
 )
 from delfast.experiments.interrupts import exit_after, interrupts_held
 from delfast.experiments.run import (
@@ -66,6 +66,7 @@ from delfast.experiments.run import (
 )
 from delfast.experiments.schema import Each, check_record, shown
 from delfast.files import write_json
+from delfast.localization import STRATEGIES
 from delfast.provenance import provenance
 from delfast.unlearning import Diverged, UnlearnResult
 
@@ -96,7 +97,6 @@ def run_grid(
 
     ``device``: as for ``choose_device``, which each worker calls.
     """
-    unpack(directory)
     (directory / NETWORKS).mkdir(exist_ok=True)
     (directory / CELLS).mkdir(exist_ok=True)
     finished(directory, grid)  # raises before anything is trained, and again before hours of cells
@@ -125,20 +125,20 @@ def finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
             for which, digest in _digests(directory, cell).items():
                 if results[-1]["networks"].get(which) != digest:
                     raise InputError(
-                        f"'{path}' was not measured with the {which} that is there; delete it to run it again"
+                        f"{place(path)} was not measured with the {which} that is there; delete it to run it again"
                     )
     return results
 
 
 def _read_cell(path: Path, cell: Cell) -> dict[str, Any]:
     """Read a cell's result. InputError if it is damaged, or of another cell."""
-    content, advice = read_record(path), "; delete the file to run the cell again"
-    check_record(content, CELL, f"'{path}'", advice)
-    check_record(content, FAILED if "failed" in content else RESULT, f"'{path}'", advice)
+    content, source, advice = read_record(path), place(path), "; delete it to run the cell again"
+    check_record(content, CELL, source, advice)
+    check_record(content, FAILED if "failed" in content else RESULT, source, advice)
     for name, value in _described(cell).items():
         if name in CELL["cell"] and content["cell"][name] != value:
             raise InputError(
-                f"expected '{path}' to be of {name} {shown(value)}, got {shown(content['cell'][name])}{advice}"
+                f"expected {source} to be of {name} {shown(value)}, got {shown(content['cell'][name])}{advice}"
             )
     # the grid may have renamed the method since
     return cast(dict[str, Any], {**content, "cell": {**content["cell"], "method": cell.label}})
@@ -179,6 +179,7 @@ def _workers(count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
 def _start_worker(threads: int, parent: Connection) -> None:
     exit_after(lambda: parent.poll(None))
     torch.set_num_threads(threads)
+    commit()  # of the code that was just imported
 
 
 def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: str, watch: Watch) -> None:
@@ -196,7 +197,7 @@ def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: s
 
 
 def _is_trained(directory: Path, network: NetworkSpec, whole: bool) -> bool:
-    """Whether the network's results exist and, if ``whole``, its weights. Shadows are not attacked."""
+    """Return whether the network's results exist and, if ``whole``, its weights. Shadows are not attacked."""
     path, names = network_path(directory, network), [SUMMARY, *([] if network.shadow else [MEMBERSHIP])]
     return all(has_record(path / name) for name in names) and (not whole or (path / MODEL).is_file())
 
@@ -220,7 +221,8 @@ def _train(directory: Path, network: NetworkSpec, device: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     run = _run(network.config, device)
     train = pipeline.train if network.which == ORIGINAL else pipeline.oracle
-    model = train(run, partial, shadow=network.shadow).model
+    remedy = "another batch_size in [train]"
+    model = train(run, partial, shadow=network.shadow, progress=False, remedy=remedy).model
     if not network.shadow:
         found = {name: predictions(model, loader) for name, loader in run.sets().items()}
         write_json(partial / MEMBERSHIP, _attacks(run, found))
@@ -314,11 +316,18 @@ def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[Unlea
             budget=cell.budget,
             batch_size=cell.batch_size,
             seed=seed,
-            strategy=cell.strategy,
+            strategy=cell.strategy if cell.strategy in STRATEGIES else None,  # else a name of the grid's own
             **cell.localize,
         )
     result = pipeline.run_method(
-        run, model, mask, method=cell.method, batch_size=cell.batch_size, seed=seed + pipeline.RESET_SEED
+        run,
+        model,
+        mask,
+        method=cell.method,
+        batch_size=cell.batch_size,
+        seed=seed + pipeline.RESET_SEED,
+        progress=False,
+        remedy="another batch_size in [unlearn]",
     )
     return result, {**seconds, **result.seconds}
 
@@ -350,7 +359,7 @@ def attacks_on(directory: Path, network: NetworkSpec) -> dict[str, float]:
     """Percent of its forget set called non-member, by attack, of a trained network."""
     path = network_path(directory, network) / MEMBERSHIP
     found = read_record(path)
-    check_record(found, dict.fromkeys(ATTACKS, PERCENT), f"'{path}'", "; restore the file, or train again")
+    check_record(found, dict.fromkeys(ATTACKS, PERCENT), place(path), "; restore the file, or train again")
     return {name: found[name] for name in ATTACKS}
 
 

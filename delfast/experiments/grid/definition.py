@@ -125,8 +125,8 @@ class Grid:
         return list(found.values())
 
 
-def read_grid(path: Path, data: str | None = None) -> Grid:
-    """Read a grid; ``data`` replaces the data of [train].
+def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True) -> Grid:
+    """Read a grid; ``data`` replaces the data of [train], ``data_is_read`` is that of ``Config.check``.
 
     InputError for a missing file, an unknown table, key or name, and values out of range.
 
@@ -174,7 +174,7 @@ def read_grid(path: Path, data: str | None = None) -> Grid:
                 raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
             for seed in seeds:
                 values = {**content.get("train", {}), **settings[setting]}
-                config = _config(values, seed, data)
+                config = _config(values, seed, data, data_is_read)
                 for cell in _block(block, setting, config, content, strategies):
                     if cells.setdefault(cell.key, cell).label != cell.label:
                         raise InputError(f"'{cells[cell.key].label}' and '{cell.label}' are the same; drop one")
@@ -255,7 +255,7 @@ def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> N
         raise InputError(f"strategy '{name}': {one_line(error)}; see delfast.localize") from None
 
 
-def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
+def _config(values: Mapping[str, Any], seed: int, data: str | None, data_is_read: bool) -> Config:
     kinds = kinds_of(Config)
     del kinds["seed"]
     check_table(values, kinds, "[train] and [settings.NAME]")
@@ -268,7 +268,7 @@ def _config(values: Mapping[str, Any], seed: int, data: str | None) -> Config:
     published = recipe(values["data"], values["model"])
     values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}
     config = Config(**(values if data is None else {**values, "data": data}))
-    config.check()
+    config.check(data_is_read=data_is_read)
     return config
 
 

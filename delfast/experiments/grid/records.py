@@ -2,14 +2,13 @@
 
 A run writes each record to a file of its own as soon as it is measured: ``cells/KEY.json``,
 ``networks/KEY/summary.json`` and ``networks/KEY/membership.json``. Results that are kept in git are packed into one
-line for each cell (``cells.jsonl``) and for each network (``networks.jsonl``). The packed form of a folder is read
-where the folder is absent.
+line for each cell (``cells.jsonl``) and for each network (``networks.jsonl``). A record without a file of its own is
+read from its line, so a run continues from packed results, and its own records are read first.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from delfast.errors import InputError
 from delfast.experiments.grid.definition import Cell, Grid, NetworkSpec
 from delfast.experiments.run import SUMMARY, check_summary
-from delfast.files import make_output_dir, read_json, read_json_lines, write_json, write_text
+from delfast.files import make_output_dir, read_json, read_json_lines, write_text
 
 CELLS, NETWORKS = "cells", "networks"  # folders; with the suffix .jsonl, the packed form of each
 MEMBERSHIP = "membership.json"  # the membership inference on a network
@@ -35,7 +34,7 @@ def network_path(directory: Path, network: NetworkSpec) -> Path:
 
 
 def has_record(path: Path) -> bool:
-    """Whether the record of this path exists, as a file or packed."""
+    """Return whether the record of this path exists, as a file or packed."""
     return path.is_file() or _packed(path) is not None
 
 
@@ -51,6 +50,25 @@ def read_network(directory: Path, network: NetworkSpec) -> dict[str, Any]:
     return check_summary(read_record(path / SUMMARY), path)
 
 
+def place(path: Path) -> str:
+    """Name the place of the record of this path for a message: its file or its line."""
+    if path.is_file() or _packed(path) is None:
+        return f"'{path}'"
+    folder = _folder(path)
+    return f"the line '{path.relative_to(folder).parts[0].removesuffix('.json')}' of '{folder.with_suffix('.jsonl')}'"
+
+
+def check_packable(target: Path) -> None:
+    """Raise InputError if ``target`` holds files of records, which would be read instead of the packed ones."""
+    for name in (CELLS, NETWORKS):
+        folder = target / name
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(
+                f"expected a directory for packed results, '{folder}' holds the results of a run, which would be read "
+                "instead; choose another --pack"
+            )
+
+
 def pack(grid: Grid, directory: Path, target: Path) -> None:
     """Write the records of the grid that ``directory`` holds to ``target``, packed."""
     cells = {cell.key: read_record(cell_path(directory, cell)) for cell in grid.cells}
@@ -59,36 +77,25 @@ def pack(grid: Grid, directory: Path, target: Path) -> None:
         path = network_path(directory, network)
         files = [SUMMARY] if network.shadow else [SUMMARY, MEMBERSHIP]
         networks[network.key] = {name.removesuffix(".json"): read_record(path / name) for name in files}
-    make_output_dir(target)
+    make_output_dir(target, "--pack")
     for name, records in ((CELLS, cells), (NETWORKS, networks)):
         lines = (json.dumps({"key": key, **record}) + "\n" for key, record in records.items())
         write_text(target / f"{name}.jsonl", "".join(lines))
 
 
-def unpack(directory: Path) -> None:
-    """Write the packed records of ``directory`` to files of their own, where a run continues from them."""
-    for folder in (directory / CELLS, directory / NETWORKS):
-        packed, partial = _of_folder(folder), folder.with_name(f".{folder.name}")
-        if not packed:
-            continue
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        for name, record in packed.items():
-            write_json(make_output_dir((partial / name).parent) / Path(name).name, record)
-        partial.rename(folder)
-
-
 def _packed(path: Path) -> Any | None:
-    """The packed record of this path; None if there is none, or its folder exists."""
-    folder = next(each for each in path.parents if each.name in (CELLS, NETWORKS))
-    return _of_folder(folder).get(path.relative_to(folder).as_posix())
-
-
-def _of_folder(folder: Path) -> Mapping[str, Any]:
+    """Return the packed record of this path; None if there is none."""
+    folder = _folder(path)
     file = folder.with_suffix(".jsonl")
-    if folder.exists() or not file.is_file():
-        return {}
+    if not file.is_file():
+        return None
     status = file.stat()
-    return _records(file, status.st_mtime_ns, status.st_size)
+    return _records(file, status.st_mtime_ns, status.st_size).get(path.relative_to(folder).as_posix())
+
+
+def _folder(path: Path) -> Path:
+    """Return the folder of all cells, or of all networks, that the record of this path is in."""
+    return next(each for each in path.parents if each.name in (CELLS, NETWORKS))
 
 
 @lru_cache(maxsize=2)
@@ -108,5 +115,5 @@ def _files(key: str, line: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a key can be a file's name, which is then inside the folder."""
+    """Return whether a key can be a file's name, which is then inside the folder."""
     return text == Path(text).name and "\0" not in text

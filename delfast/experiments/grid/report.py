@@ -22,8 +22,9 @@ MEANING = """Percentages, mean ± half of the 95 % interval over seeds (Student'
 row to row. Δ = oracle - method: the nearer to 0, the better. MIA: percent of the forget set that membership inference
 calls non-member. KL: divergence of the method's predictions from the oracle's, in nats. Changed: percent of the
 parameters that differ from the original's. RTE: run time relative to retraining, localization included. RTE is empty
-where, for one of the seeds, the oracle was trained with another device, torch or number of threads. Seconds are
-wall-clock times and include the effect of other work on the machine."""
+where, for one of the seeds, the oracle was trained with another device, platform, torch, number of threads or kernels
+(the CPU's instruction set, or the build for CUDA and its card). Seconds are wall-clock times and include the effect of
+other work on the machine."""
 BARS = "error bars are 95 % intervals; one seed has no interval"
 
 
@@ -40,10 +41,10 @@ class Section:
 
 def make_report(
     grid: Grid, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], directory: Path, footer: str
-) -> tuple[str, str]:
-    """Return (Markdown, HTML) with every table and figure that the rows allow; write figures to ``directory``/figures.
+) -> tuple[str, str, list[Path]]:
+    """Return Markdown and HTML with every table and figure that the rows allow, and the figures' paths.
 
-    Names are shown as text, whatever they hold.
+    Figures are written to ``directory``/figures. Names are shown as text, whatever they hold.
     """
     grid, footer = replace(grid, title=printable(grid.title)), printable(footer)
     sections: list[Section] = []
@@ -58,7 +59,8 @@ def make_report(
         text = "These runs have no result, and are left out of the means."
         sections.append(Section("Failed", text, (*columns, "why"), cells))
     sections = [Section(grid.title, MEANING), *map(_on_lines, sections)]
-    return _markdown(sections, footer), _html(grid.title, sections, footer, directory)
+    figures = [section.figure for section in sections if section.figure is not None]
+    return _markdown(sections, footer), _html(grid.title, sections, footer), figures
 
 
 def _on_lines(section: Section) -> Section:
@@ -220,7 +222,7 @@ tr:nth-child(even) td { background: #f5f5f5; } img { max-width: 100%; } footer {
 """
 
 
-def _html(title: str, sections: list[Section], footer: str, directory: Path) -> str:
+def _html(title: str, sections: list[Section], footer: str) -> str:
     body = []
     for number, section in enumerate(sections):
         level = 1 if not number else 2
