@@ -24,7 +24,7 @@ enum class Criterion : int8_t { weighted_grad, grad, weight };
 // How the scores of a row become one: the mean of the `top` largest, or as named.
 enum class Aggregate : int8_t { topk_mean, mean, sum, max };
 
-// One parameter seen as `rows` rows of `length` elements (design: a row is a slice along dim 0, or one element of a
+// One parameter seen as `rows` rows of `length` elements (a row is a slice along dim 0, or one element of a
 // parameter with ndim <= 1). A row is contiguous in memory; inside it, the element with row-major (logical) number
 // e = c * spatial + s lies at offset s * (length / spatial) + c. Contiguous rows have spatial = 1, channels-last
 // rows have spatial = the product of the dimensions after the second.
