@@ -286,18 +286,21 @@ class _Checkpoint:
             state = load_archive(self.path)
         except ValueError as error:
             raise InputError(
-                f"checkpoint '{self.path}' cannot be read: {error}; do not resume, or restore it"
+                f"checkpoint '{self.path}' cannot be read: {error}; "
+                "restore the file, or pass resume=False to begin again"
             ) from None
         if (
             not isinstance(state, dict)
             or not isinstance(state.get("config"), dict)
             or not {*self.parts, "losses", "config", "randomness"} <= state.keys()
         ):
-            raise InputError(f"'{self.path}' is no checkpoint of this loop; do not resume, or restore it")
+            raise InputError(
+                f"'{self.path}' is no checkpoint of this loop; restore the file, or pass resume=False to begin again"
+            )
         if len(state["losses"]) > epochs:
             raise InputError(
                 f"checkpoint '{self.path}' has {len(state['losses'])} epochs, more than {epochs}; "
-                "pass more epochs, or do not resume, or restore it"
+                "pass more epochs, or pass resume=False to begin again"
             )
         if state["config"] != self.config:
             different = sorted(
@@ -305,7 +308,7 @@ class _Checkpoint:
             )
             raise InputError(
                 f"checkpoint '{self.path}' is of a run with other settings ({', '.join(different)}); "
-                "use the same settings, or do not resume, or restore it"
+                "use the same settings, or pass resume=False to begin again"
             )
         self._check(state)
         for name, part in self.parts.items():

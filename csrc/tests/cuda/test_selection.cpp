@@ -98,7 +98,8 @@ void units(const std::vector<uint64_t>& seeds, Random& random) {
     for (int64_t budget : {random.below(total + 1), total / 3, int64_t(0), int64_t(1), total}) {
       if (kFewCases && budget != total / 3) continue;
       Bits expected(bytes);
-      const cpu::UnitSelection twin = cpu::select_units(scores.data(), given.data(), groups, budget, expected.data());
+      const cpu::UnitSelection reference =
+          cpu::select_units(scores.data(), given.data(), groups, budget, expected.data());
       for (uint64_t seed : seeds)
         for (bool cut_last : {false, true}) {
           describe("units, round ", round, ", ", unit_count, " in ", groups, " groups, budget ", budget, " of ", total,
@@ -110,10 +111,10 @@ void units(const std::vector<uint64_t>& seeds, Random& random) {
           const char* error = cuda::select_units(scores.data(), counts.data(), lengths.data(), groups, budget, cut_last,
                                                  bits.data(), info.data(), workspace.get(), kStream);
           CHECK(error == nullptr);
-          CHECK_EQUAL(info[2], twin.nonfinite);
+          CHECK_EQUAL(info[2], reference.nonfinite);
           CHECK(equal(bits, expected));
-          CHECK_EQUAL(info[0], cut_last ? twin.cut_unit : -1);
-          CHECK_EQUAL(info[1], cut_last && twin.cut_unit >= 0 ? twin.cut_size : 0);
+          CHECK_EQUAL(info[0], cut_last ? reference.cut_unit : -1);
+          CHECK_EQUAL(info[1], cut_last && reference.cut_unit >= 0 ? reference.cut_size : 0);
         }
     }
   }
