@@ -21,12 +21,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import SubsetRandomSampler
 
+from delfast.device_checks import refuse_if
 from delfast.errors import InputError
+from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.naming import plain_name, unwrap
 from delfast.sole_use import sole_use
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch)`` returns per-example losses (N,)."""
+
+IGNORED = -100  # ``ignore_index`` of cross-entropy: a label whose example has the loss 0
+LABEL_ADVICE = "fix the labels, or build the model with as many outputs as there are classes"
 
 # The form of a batch
 
@@ -150,17 +155,25 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+def per_example_losses(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, execution: Execution = DEFAULT_EXECUTION
+) -> Tensor:
     """Return a batch's losses (N,): the caller's ``loss_fn``, or cross-entropy with class indices."""
-    if loss_fn is not None:
-        losses = loss_fn(model, move(batch, device_of(model)))
-        if not isinstance(losses, Tensor) or losses.ndim != 1:
-            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise InputError(f"expected loss_fn to return per-example losses (N,), got {shape}; use reduction='none'")
-        return losses
-    inputs, targets = inputs_and_targets(batch, device_of(model))
-    logits = model(inputs)
-    return functional.cross_entropy(logits, check_targets(targets, logits), reduction="none")
+    device = device_of(model)
+    with execution.autocast(device):
+        if loss_fn is not None:
+            return _checked_losses(loss_fn(model, move(batch, device)))
+        _, inputs, targets = split_batch(batch)
+        logits = model(execution.laid_out(move(inputs, device), model))
+        return functional.cross_entropy(logits, class_indices(targets, logits), reduction="none")
+
+
+def _checked_losses(losses: Any) -> Tensor:
+    """Return the result of a caller's ``loss_fn``. InputError unless it is a tensor (N,)."""
+    if not isinstance(losses, Tensor) or losses.ndim != 1:
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(f"expected loss_fn to return per-example losses (N,), got {shape}; use reduction='none'")
+    return losses
 
 
 def check_differentiable(losses: Tensor) -> None:
@@ -172,10 +185,12 @@ def check_differentiable(losses: Tensor) -> None:
         )
 
 
-def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
-    """Return the targets as int64, which cross-entropy requires; any integer type and bool are accepted.
+def class_indices(targets: Tensor, logits: Tensor, *, ignored: int | None = IGNORED) -> Tensor:
+    """Return the targets as int64 on the device of the logits, as cross-entropy requires them.
 
-    Raises InputError unless they are class indices (N,) for these logits (N, classes).
+    Any integer type and bool are accepted. Raises InputError unless they are class indices (N,) for these logits
+    (N, classes), or ``ignored``. Targets on the CPU are checked at once. Targets on another device are clamped, since
+    one out of range would end the process's use of a GPU, and checked by ``refuse_if``.
     """
     for expected, value in (("the model to return logits", logits), ("batches with targets", targets)):
         if not isinstance(value, Tensor):
@@ -188,13 +203,24 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
             f"expected logits (N, classes) and integer targets (N,), got {tuple(logits.shape)} and "
             f"{targets.dtype} {tuple(targets.shape)}; pass loss_fn for another task"
         )
-    targets = targets.to(torch.int64)
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]):
-        raise InputError(
-            f"expected labels in [0, {logits.shape[1]}), got {int(targets.min())} to {int(targets.max())}; "
-            "fix the labels, or build the model with as many outputs as there are classes"
-        )
-    return targets
+    targets, classes = targets.to(torch.int64), logits.shape[1]
+    with torch._C.DisableTorchFunction():  # a mode that records the network's operations does not record the check
+        if targets.device.type == "cpu":
+            _check_range(targets.numpy(), classes, ignored)
+            return targets.to(logits.device, non_blocking=True)
+        valid = targets.clamp(0, classes - 1)
+        if ignored is not None:
+            valid = torch.where(targets == ignored, targets, valid)
+        refuse_if((valid != targets).any(), f"expected labels in [0, {classes}), got others; {LABEL_ADVICE}")
+        return valid
+
+
+def _check_range(labels: Any, classes: int, ignored: int | None) -> None:
+    """Raise InputError unless every label of a numpy array is in [0, classes) or ``ignored``."""
+    if ignored is not None:
+        labels = labels[labels != ignored]
+    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+        raise InputError(f"expected labels in [0, {classes}), got {labels.min()} to {labels.max()}; {LABEL_ADVICE}")
 
 
 # Eval mode

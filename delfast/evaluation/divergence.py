@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.arguments import check_loader, check_tensors
-from delfast.batches import evaluating
+from delfast.batches import device_of
+from delfast.device_checks import prefixed
 from delfast.errors import InputError
-from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, predict
+from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, collect, predict
+from delfast.execution import Execution
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:
@@ -47,6 +51,9 @@ def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -
     (0.0, 0.511)
     """
     check_tensors(log_probabilities=log_probabilities, oracle_log_probabilities=oracle_log_probabilities)
+    _check_shapes(log_probabilities, oracle_log_probabilities)
+    check_log_probabilities(log_probabilities, "the model")
+    check_log_probabilities(oracle_log_probabilities, "the oracle")
     return _divergences(log_probabilities, oracle_log_probabilities).mean().item()
 
 
@@ -84,30 +91,36 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
     0.0
     """
     check_loader(loader, "data set")
-    total, count = 0.0, 0
-    with evaluating(model), evaluating(oracle), torch.no_grad():
-        for batch in loader:
-            rows = [
-                predict(network, batch, f"data set, {name}")[1].cpu()
-                for name, network in (("the model", model), ("the oracle", oracle))
-            ]
-            count += len(rows[0])
-            if len(rows[0]):
-                total += _divergences(*rows).sum().item()
+    execution = Execution()
+
+    def divergences(batch: Any) -> tuple[Tensor, ...]:
+        rows = []
+        for name, network in (("the model", model), ("the oracle", oracle)):
+            with prefixed(name):
+                rows.append(predict(network, batch, execution)[1].to(device_of(model)))
+        _check_shapes(*rows)
+        return (_divergences(*rows),)
+
+    found = [each for (each,) in collect((model, oracle), loader, "data set", divergences, execution)]
+    count = sum(map(len, found))
     check_examples(count, "data set")
-    return total / count
+    return float(sum(torch.stack([each.sum() for each in found]).tolist())) / count
 
 
 def _divergences(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> Tensor:
     """Return the divergence of each example: float64 (N,)."""
+    # normalize again in float64: rows that sum to 1 only within float32's rounding could give less than 0
+    log_p = functional.log_softmax(log_probabilities.double(), dim=1)
+    log_q = functional.log_softmax(oracle_log_probabilities.double(), dim=1)
+    return functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1).clamp(min=0)
+
+
+def _check_shapes(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> None:
+    """Raise InputError unless both are of the same examples and of the same classes, at least two."""
     if log_probabilities.shape != oracle_log_probabilities.shape:
         raise InputError(
             "expected log-probabilities of the same examples and classes, got "
             f"{tuple(log_probabilities.shape)} of the model and {tuple(oracle_log_probabilities.shape)} of the oracle"
         )
-    check_log_probabilities(log_probabilities, "the model")
-    check_log_probabilities(oracle_log_probabilities, "the oracle")
-    # normalize again in float64: rows that sum to 1 only within float32's rounding could give less than 0
-    log_p = functional.log_softmax(log_probabilities.double(), dim=1)
-    log_q = functional.log_softmax(oracle_log_probabilities.double(), dim=1)
-    return functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1).clamp(min=0)
+    if log_probabilities.ndim == 2 and log_probabilities.shape[1] < 2:
+        raise InputError("expected outputs of at least two classes, got one; compare classifiers")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_flag, check_loader, check_seed, check_type
-from delfast.batches import evaluating
 from delfast.evaluation.membership import import_svc, membership_inference
-from delfast.evaluation.outputs import Loader, check_examples, predict, true_class
+from delfast.evaluation.outputs import Loader, check_examples, collect, predict, true_class
+from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ def evaluate(
     oracle: Metrics | None = None,
     seed: int = 0,
     mia: bool = True,
+    precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
+    cuda_graphs: CudaGraphs = "auto",
 ) -> Metrics:
     """Measure a network on its forget, retain and test sets, in eval mode without gradients.
 
@@ -133,6 +137,12 @@ def evaluate(
         Chooses the examples on which membership inference is fitted.
     mia : bool, default True
         Whether to run membership inference. It needs scikit-learn (``delfast[experiments]``).
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward passes under ``torch.autocast``.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to replay the passes as CUDA graphs; "auto" does so on a GPU, for at least 8 batches of a shape.
 
     Returns
     -------
@@ -162,9 +172,11 @@ def evaluate(
         check_loader(loader, f"{name} set")
     check_type("oracle", oracle, (Metrics, type(None)), "the Metrics of evaluate(oracle, ...), or None")
     seed = check_seed(seed)
+    execution = Execution(precision, channels_last, cuda_graphs)
+    execution.check()
     if check_flag("mia", mia):
         import_svc()  # so that a missing package is reported before the sets are measured
-    results = {name: _measure(model, loader, name) for name, loader in sets.items()}
+    results = {name: _measure(model, loader, name, execution) for name, loader in sets.items()}
     retained, tested, forgotten = (results[name].confidences for name in ("retain", "test", "forget"))
     metrics = Metrics(
         forget_acc=results["forget"].accuracy,
@@ -214,7 +226,14 @@ def gaps(metrics: Metrics, oracle: Metrics) -> dict[str, float]:
     return {name: theirs - own for name, (theirs, own) in pairs.items() if theirs is not None and own is not None}
 
 
-def accuracy_and_loss(model: nn.Module, loader: Loader) -> SetResult:
+def accuracy_and_loss(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
+    cuda_graphs: CudaGraphs = "auto",
+) -> SetResult:
     """Measure accuracy, mean cross-entropy and true-class confidences on one set, in eval mode without gradients.
 
     The model is left as it was.
@@ -225,6 +244,12 @@ def accuracy_and_loss(model: nn.Module, loader: Loader) -> SetResult:
         Classifier: ``model(input)`` returns logits (B, classes).
     loader : iterable
         Batches (input, target) or (index, input, target), with integer targets (B,).
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward passes under ``torch.autocast``.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to replay the passes as CUDA graphs; "auto" does so on a GPU, for at least 8 batches of a shape.
 
     Returns
     -------
@@ -244,18 +269,23 @@ def accuracy_and_loss(model: nn.Module, loader: Loader) -> SetResult:
     50.0
     """
     check_loader(loader, "data set")
-    return _measure(model, loader, "data")
+    execution = Execution(precision, channels_last, cuda_graphs)
+    execution.check()
+    return _measure(model, loader, "data", execution)
 
 
-def _measure(model: nn.Module, loader: Loader, name: str) -> SetResult:
-    correct, loss, confidences = 0, 0.0, []
-    with evaluating(model), torch.no_grad():
-        for batch in loader:
-            targets, log_probabilities = predict(model, batch, f"{name} set")
-            truth = true_class(log_probabilities, targets)
-            correct += int((log_probabilities.argmax(1) == targets).sum())
-            loss -= float(truth.double().sum())
-            confidences.append(truth.exp().cpu())
-    count = sum(map(len, confidences))
+def _measure(model: nn.Module, loader: Loader, name: str, execution: Execution) -> SetResult:
+    def measure(batch: Any) -> tuple[Tensor, ...]:
+        targets, log_probabilities = predict(model, batch, execution)
+        truth = true_class(log_probabilities, targets)
+        return (log_probabilities.argmax(1) == targets).sum(), truth.double().sum(), truth.exp()
+
+    found = collect((model,), loader, f"{name} set", measure, execution)
+    count = sum(len(confidences) for *_, confidences in found)
     check_examples(count, f"{name} set")
-    return SetResult(100 * correct / count, loss / count, torch.cat(confidences))
+    correct, logs, confidences = zip(*found, strict=True)
+    return SetResult(
+        100 * sum(torch.stack(correct).tolist()) / count,
+        -sum(torch.stack(logs).tolist()) / count,
+        torch.cat(confidences),
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.arguments import check_loader, check_tensors
-from delfast.batches import check_targets, device_of, evaluating, inputs_and_targets
+from delfast.batches import class_indices, device_of, evaluating, move, split_batch
+from delfast.device_checks import DeviceChecks, prefixed, refuse_if
 from delfast.errors import InputError
+from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.graphs import Graphed, make_backend
+from delfast.loaders import is_frequent
 
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
 Predictions = tuple[Tensor, Tensor]  # log-probabilities (N, classes), targets (N,)
@@ -20,7 +25,14 @@ Predictions = tuple[Tensor, Tensor]  # log-probabilities (N, classes), targets (
 SUM_TOLERANCE = 1e-2
 
 
-def predictions(model: nn.Module, loader: Loader) -> Predictions:
+def predictions(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
+    cuda_graphs: CudaGraphs = "auto",
+) -> Predictions:
     """Return a network's log-probabilities for every example of a set, in eval mode without gradients.
 
     The model is left as it was.
@@ -31,6 +43,12 @@ def predictions(model: nn.Module, loader: Loader) -> Predictions:
         Classifier: ``model(input)`` returns logits (B, classes).
     loader : iterable
         Batches (input, target) or (index, input, target), with integer targets (B,).
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward passes under ``torch.autocast``.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to replay the passes as CUDA graphs; "auto" does so on a GPU, for at least 8 batches of a shape.
 
     Returns
     -------
@@ -53,29 +71,61 @@ def predictions(model: nn.Module, loader: Loader) -> Predictions:
     (tensor([[0.2500, 0.2500, 0.2500, 0.2500]]), tensor([2]))
     """
     check_loader(loader, "data set")
-    rows, labels = [], []
-    with evaluating(model), torch.no_grad():
+    execution = Execution(precision, channels_last, cuda_graphs)
+    execution.check()
+    found = collect((model,), loader, "data set", lambda batch: predict(model, batch, execution), execution)
+    check_examples(sum(len(labels) for labels, _ in found), "data set")
+    return torch.cat([rows for _, rows in found]), torch.cat([labels for labels, _ in found])
+
+
+def collect(
+    models: Sequence[nn.Module],
+    loader: Loader,
+    where: str,
+    function: Callable[[Any], tuple[Tensor, ...]],
+    execution: Execution,
+) -> list[tuple[Tensor, ...]]:
+    """Return what ``function`` computes of every batch (input, target), on the CPU.
+
+    The models, which the function runs, are in eval mode without gradients, and are left as they were. The host does
+    not wait for a device before the end of the set. The texts of errors begin with ``where``.
+    """
+    device = device_of(models[0])
+    checks = DeviceChecks(device)
+    run = Graphed(
+        function,
+        make_backend(execution.cuda_graphs, device) if all(device_of(m) == device for m in models) else None,
+        state=checks.tensors,
+        is_frequent=is_frequent(loader, 1, execution.cuda_graphs),
+        watched=tuple(models),
+    )
+    found: list[tuple[Tensor, ...]] = []
+    with ExitStack() as stack:
+        stack.enter_context(prefixed(where))
+        for model in models:
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(checks)
         for batch in loader:
-            targets, log_probabilities = predict(model, batch, "data set")
-            rows.append(log_probabilities.cpu())
-            labels.append(targets.to("cpu", torch.int64))
-    check_examples(sum(map(len, labels)), "data set")
-    return torch.cat(rows), torch.cat(labels)
+            found.append(tuple(t.to("cpu", non_blocking=True) for t in run(split_batch(batch)[1:])))
+    checks.read()  # waits for the copies too, which are on the same stream
+    return found
 
 
-def predict(model: nn.Module, batch: Any, where: str) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor, Tensor]:
     """Return a batch's targets (B,) and float32 log-probabilities (B, classes), on the model's device, in its mode.
 
-    Raises InputError for bad labels and outputs that are not finite; its text begins with ``where``.
+    Raises InputError for bad labels and outputs that are not finite.
     """
-    try:
-        inputs, targets = inputs_and_targets(batch, device_of(model))
-        logits = model(inputs)
-        targets = check_targets(targets, logits)
-        if not logits.isfinite().all():
-            raise InputError("expected finite outputs of the model, got NaN or infinity; train it with a lower rate")
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+    inputs, targets = batch
+    device = device_of(model)
+    with execution.autocast(device):
+        logits = model(execution.laid_out(move(inputs, device), model))
+    targets = class_indices(targets, logits, ignored=None)  # an ignored example has no accuracy
+    refuse_if(
+        ~logits.isfinite().all(),
+        "expected finite outputs of the model, got NaN or infinity; train it with a lower rate",
+    )
     return targets, functional.log_softmax(logits.float(), dim=1)
 
 
@@ -93,7 +143,7 @@ def check_predictions(log_probabilities: Tensor, targets: Tensor, where: str) ->
     check_tensors(targets=targets)
     check_log_probabilities(log_probabilities, where)
     try:
-        check_targets(targets, log_probabilities)
+        class_indices(targets, log_probabilities, ignored=None)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

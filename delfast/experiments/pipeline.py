@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from delfast.errors import InputError
 from delfast.evaluation import Metrics
+from delfast.execution import Precision
 from delfast.experiments.datasets import Batches, Examples
 from delfast.experiments.progress import Progress
 from delfast.experiments.run import (
@@ -45,7 +46,7 @@ from delfast.unlearning import Method, TrainingOptions, UnlearnResult
 from delfast.unlearning import train as train_model
 from delfast.unlearning import unlearn as unlearn_model
 from delfast.unlearning.head import head_parameters
-from delfast.unlearning.loop import BatchNormMode, Precision
+from delfast.unlearning.loop import BatchNormMode
 
 MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
 ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from delfast.arguments import check_choice
 from delfast.errors import InputError
 from delfast.evaluation import Metrics, evaluate
+from delfast.execution import Precision
 from delfast.experiments.datasets import (
     Batches,
     ForgetSet,
@@ -38,7 +39,6 @@ from delfast.experiments.networks import check_model, factory
 from delfast.experiments.schema import Each, Number, check_record, check_table, kinds_of
 from delfast.files import load_state, make_output_dir, read_json
 from delfast.provenance import digest_state
-from delfast.unlearning.loop import Precision
 
 EVALUATION_BATCH = 512
 MAX_RUN_SEED = 2**31 - 1  # a step's seed is this plus a constant, and must fit into 64 bits

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from delfast.arguments import check_number, is_scalar
 from delfast.batches import LossFn, sampler_fault, warn_about_loader
 from delfast.errors import InputError
+from delfast.execution import Execution
 from delfast.layer_types import output_dims
 from delfast.localization.criteria import WITHOUT_MEAN, Criterion
 from delfast.localization.gradient import add_all
@@ -48,6 +49,7 @@ def localize_until_stable(
     per_example: bool,
     loss_fn: LossFn | None,
     seed: int,
+    execution: Execution,
 ) -> Selection:
     """Select after n = batch_size, 2n, 4n, … examples, until two selections in a row overlap by ``bound`` (Jaccard).
 
@@ -66,7 +68,8 @@ def localize_until_stable(
     available = len(dataset)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
     warn_about_loader(DataLoader(dataset), "forget set")
-    sums = gradient_sums(network, parameters, criterion, per_example, loss_fn)
+    everything = DataLoader(Subset(dataset, order), **options)
+    sums = gradient_sums(network, parameters, criterion, per_example, loss_fn, execution, everything)
     previous: Mask | None = None
     overlap = None
     done, goal = 0, options["batch_size"]  # positions in the order
@@ -75,7 +78,16 @@ def localize_until_stable(
     while True:
         loader = DataLoader(Subset(dataset, order[done:goal]), generator=worker_seeds, **options)
         used += add_all(sums, network, loader, "forget set")
-        scores = Scores(parameters, sums.mean(used), criterion, used, seed, per_example, dims=output_dims(network))
+        scores = Scores(
+            parameters,
+            sums.mean(used),
+            criterion,
+            used,
+            seed,
+            per_example,
+            dims=output_dims(network),
+            precision=execution.precision,
+        )
         selection = scores.choose(budget, **settings)
         mask = selection.mask
         overlap = None if previous is None else previous.jaccard(mask)

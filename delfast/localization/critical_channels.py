@@ -20,6 +20,7 @@ from delfast.batches import (
     warn_about_loader,
 )
 from delfast.errors import InputError
+from delfast.execution import ChannelsLast, Execution, Precision
 from delfast.localization.critical_search import LogitsFn, Search
 from delfast.localization.per_example.channels import identifiers
 from delfast.naming import trainable_parameters, unwrap
@@ -114,6 +115,8 @@ def critmem(
     preserve: float = 0.0,
     include_head: bool = False,
     logits_fn: LogitsFn | None = None,
+    precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
 ) -> CriticalChannels:
     """Find, for every example, the channels without which the network gets the example wrong, by greedy search.
 
@@ -147,6 +150,10 @@ def critmem(
         the prediction. The original zeroes single weights of linear layers.
     logits_fn : callable or None, default None
         ``logits_fn(model, batch)`` returns logits (N, classes) and int64 labels (N,).
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward passes under ``torch.autocast``.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
 
     Returns
     -------
@@ -179,18 +186,21 @@ def critmem(
         raise InputError(f"expected preserve to be at least 0, got {preserve}; pass a finite number")
     check_flag("include_head", include_head)
     check_function("logits_fn", logits_fn)
+    execution = Execution(precision, channels_last, False)
+    execution.check()
     check_loader(loader, "loader")
     warn_about_loader(loader, "set")
     network = unwrap(model)
-    search = Search(network, trainable_parameters(network), logits_fn, include_head)
+    search = Search(network, trainable_parameters(network), logits_fn, include_head, execution)
     examples: list[CriticalExample] = []
     first: Tensor | float = 0.0
-    with evaluating(network, gradients=True):
+    with evaluating(network, gradients=True), search.checks:
         for batch in loader:
             found, added = search.search(batch, max_channels, preserve)
             numbers = identifiers(batch, logits_fn, len(examples), len(found)).tolist()
             examples += [CriticalExample(n, tuple(c), flipped) for n, (c, flipped) in zip(numbers, found, strict=True)]
             first = first + added
+        search.checks.read()
     if not examples:
         raise InputError("expected a set of at least one example, got none; check its loader")
     counts = {name: torch.zeros(count, dtype=torch.int64) for name, count in search.channel_counts.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.batches import (
-    check_targets,
+    class_indices,
     cut,
     detached,
     device_of,
@@ -20,6 +20,7 @@ from delfast.batches import (
     per_example_losses,
 )
 from delfast.errors import InputError
+from delfast.execution import Execution
 from delfast.localization.per_example.capture import Use
 from delfast.localization.per_example.channels import ChannelCapture, ChannelPasses, channel_dim
 from delfast.localization.per_example.layers import BatchAxis
@@ -35,9 +36,14 @@ class Search(ChannelPasses):
     """The search over one batch. Columns are the channels of ``parameters``, side by side."""
 
     def __init__(
-        self, network: nn.Module, parameters: Mapping[str, Tensor], logits_fn: LogitsFn | None, include_head: bool
+        self,
+        network: nn.Module,
+        parameters: Mapping[str, Tensor],
+        logits_fn: LogitsFn | None,
+        include_head: bool,
+        execution: Execution,
     ) -> None:
-        super().__init__(network, parameters, self._losses)
+        super().__init__(network, parameters, self._losses, execution)
         self.logits_fn = logits_fn
         self.include_head = include_head
         self._searches_alone = False  # whether a batch was searched one example at a time
@@ -124,7 +130,7 @@ class Search(ChannelPasses):
                 keep = {} if zeroed is None else self._keep(zeroed)
                 capture = _SearchCapture(self, batch, keep)
                 with capture:
-                    losses = per_example_losses(self.network, batch, self.loss_fn)
+                    losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
                 self.mark_unknown(dict.fromkeys(capture.repeats, "is computed where gradients are switched off"))
                 is_together = capture.matches_trial(losses.numel()) and not capture.elsewhere
                 head, wrong = capture.last, self._wrong
@@ -146,13 +152,16 @@ class Search(ChannelPasses):
                 return wrong, self._scores(head)
 
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
-        pair = (model(batch[0]), batch[1]) if self.logits_fn is None else self.logits_fn(model, batch)
+        if self.logits_fn is None:
+            pair: Any = (model(self.execution.laid_out(batch[0], model)), batch[1])
+        else:
+            pair = self.logits_fn(model, batch)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             raise InputError(
                 f"expected logits_fn to return (logits, labels), two tensors, got {type(pair).__name__}; return both"
             )
         logits, targets = pair
-        targets = check_targets(targets, logits)
+        targets = class_indices(targets, logits)
         if len(logits) != examples_in(batch, self.loss_fn):
             raise InputError(
                 f"expected logits for {examples_in(batch, self.loss_fn)} examples, got {len(logits)}; return a row each"

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, check_differentiable, detached, evaluating, per_example_losses
+from delfast.batches import (
+    LossFn,
+    check_differentiable,
+    detached,
+    device_of,
+    evaluating,
+    per_example_losses,
+    split_batch,
+)
+from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.execution import DEFAULT_EXECUTION, Execution
+from delfast.graphs import Graphed, make_backend
+from delfast.loaders import is_frequent
+
+MAX_BUCKET_BYTES = 2**24  # gradients that wait for their addition to the sums, which is one launch a bucket
 
 
 class GradientSums(Protocol):
     """An accumulator of gradients over batches."""
+
+    checks: DeviceChecks
 
     def add(self, batch: Any) -> int:
         """Add a batch and return its number of examples."""
@@ -23,35 +40,106 @@ class GradientSums(Protocol):
 
 
 class MeanGradient:
-    """The sum Σ ∇ℓ(x) over the examples. It is zero for a parameter that the loss does not depend on."""
+    """The sum Σ ∇ℓ(x) over the examples. It is zero for a parameter that the loss does not depend on.
 
-    def __init__(self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None) -> None:
+    loader: the batches to be added, whose sizes decide which shapes are captured; None: no shape.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parameters: Mapping[str, Tensor],
+        loss_fn: LossFn | None,
+        execution: Execution = DEFAULT_EXECUTION,
+        loader: object = None,
+    ) -> None:
         self.network = network
         self.parameters = dict(parameters)
         self.loss_fn = loss_fn
+        self.execution = execution
         self.sums = _zeros_like(parameters)
+        self.checks = DeviceChecks(device_of(network))
+        self._gradients = GradientHooks(self.parameters, self.sums)
+        self._pass = Graphed(
+            self._run,
+            make_backend(execution.cuda_graphs, device_of(network), loss_fn),
+            state=lambda: [*self.sums.values(), *self.checks.tensors()],
+            is_frequent=is_frequent(loader, 1, execution.cuda_graphs),
+            watched=(network,),
+        )
 
     def add(self, batch: Any) -> int:
-        with torch.inference_mode(False), torch.enable_grad():
-            losses = per_example_losses(self.network, detached(batch), self.loss_fn)
-            check_differentiable(losses)
-            # not backward(): it would change .grad and call the hooks that optimizers register on it
-            gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
-        used = [(name, grad) for name, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
-        for name, grad in used:
-            self.sums[name] += grad
-        return losses.numel()
+        if self.loss_fn is None:
+            batch = split_batch(batch)[1:]
+        return len(self._pass(detached(batch)))
 
     def mean(self, examples: int) -> dict[str, Tensor]:
-        return {name: total / examples for name, total in self.sums.items()}
+        return dict(zip(self.sums, torch._foreach_div(list(self.sums.values()), examples), strict=True))
+
+    def _run(self, batch: Any) -> Tensor:
+        """Add the batch's gradients to the sums; return its losses (N,)."""
+        with torch.inference_mode(False), torch.enable_grad():
+            losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
+            check_differentiable(losses)
+            with self._gradients.added():
+                torch.autograd.backward(losses.sum(), inputs=list(self.parameters.values()))
+        return losses.detach()
+
+
+class GradientHooks:
+    """Hooks that add each gradient to its sum during a backward pass, and free it.
+
+    Gradients wait in a bucket of at most ``MAX_BUCKET_BYTES``, or one gradient, for one addition of all. ``.grad`` and
+    the parameters' own hooks, which belong to the user's training, are set aside meanwhile.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+        self._parameters = list(parameters.values())
+        self._sums = {id(parameters[name]): total for name, total in sums.items()}
+        self._bucket: list[tuple[Tensor, Tensor]] = []  # sum, gradient
+        self._bytes = 0
+
+    @contextmanager
+    def added(self) -> Iterator[None]:
+        """Add, inside the context, the gradient of every parameter that a backward pass computes."""
+        held = [(p, p.grad, p._post_accumulate_grad_hooks) for p in self._parameters]
+        handles = []
+        try:
+            for parameter in self._parameters:
+                parameter.grad = None
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+                handles.append(parameter.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
+            yield
+            self._add_bucket()
+        finally:
+            self._bucket, self._bytes = [], 0
+            for handle in handles:
+                handle.remove()
+            for parameter, grad, hooks in held:
+                parameter.grad, parameter._post_accumulate_grad_hooks = grad, hooks
+
+    def _take(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if self._bytes + gradient.nbytes > MAX_BUCKET_BYTES:
+            self._add_bucket()
+        self._bucket.append((self._sums[id(parameter)], gradient))
+        self._bytes += gradient.nbytes
+
+    def _add_bucket(self) -> None:
+        if self._bucket:
+            sums, gradients = zip(*self._bucket, strict=True)
+            torch._foreach_add_(sums, gradients)
+        self._bucket, self._bytes = [], 0
 
 
 def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what: str) -> int:
     """Add every batch of ``loader`` once, in eval mode, and return |S|. InputError for a set without examples."""
     examples = 0
-    with evaluating(network, gradients=True):
+    with evaluating(network, gradients=True), sums.checks:
         for batch in loader:
             examples += sums.add(batch)
+        sums.checks.read()
     if not examples:
         raise InputError(f"expected a {what} of at least one example, got none; check its loader")
     return examples

@@ -14,6 +14,7 @@ from torch import Tensor
 from delfast._version import __version__
 from delfast.arguments import check_choice
 from delfast.errors import InputError
+from delfast.execution import Precision
 from delfast.localization.criteria import (
     Aggregate,
     Criterion,
@@ -54,6 +55,8 @@ class Scores:
         The scores of units for a criterion that scores no elements: float32 (rows,). Missing parameters score 0.
     dims : mapping of str to int, or None, default None
         The dimension of a parameter's channels where it is not 0; see ``register_layer``.
+    precision : {"fp32", "bf16"}, default "fp32"
+        The precision of the forward passes.
 
     Examples
     --------
@@ -73,6 +76,7 @@ class Scores:
         per_example: bool = False,
         units: Mapping[str, Tensor] | None = None,
         dims: Mapping[str, int] | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self.gradients = None if gradients is None else dict(gradients)
@@ -82,6 +86,7 @@ class Scores:
         self.per_example = unboxed(per_example)
         self.units = units
         self.dims = dict(dims or {})
+        self.precision = precision
         self.total = sum(parameter.numel() for parameter in parameters.values())
         self._versions = [parameter._version for parameter in self.parameters.values()]
 
@@ -183,6 +188,8 @@ class Scores:
         if granularity == "channel":
             metadata |= {"aggregate": aggregate, "top_h": top_h, "policy": policy}
         metadata |= {"budget": budget, "examples": self.examples, "seed": self.seed}
+        if self.examples:
+            metadata["precision"] = self.precision
         metadata |= {"delfast": __version__, "torch": torch.__version__}
         return Selection(Mask(parts, metadata), selected, positive)
 

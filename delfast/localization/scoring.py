@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from delfast.arguments import check_count, check_loader, check_seed
 from delfast.batches import LossFn, warn_about_loader
 from delfast.errors import InputError
+from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.layer_types import output_dims
 from delfast.localization.criteria import (
     BY_DEPTH,
@@ -21,6 +22,7 @@ from delfast.localization.criteria import (
 from delfast.localization.critical_channels import MAX_CHANNELS, critmem
 from delfast.localization.gradient import GradientSums, MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
+from delfast.localization.per_example.contributions import Epilogue
 from delfast.localization.scores import Scores
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import unit_count
@@ -35,6 +37,9 @@ def score(
     loss_fn: LossFn | None = None,
     seed: int = 0,
     max_channels: int = MAX_CHANNELS,
+    precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
+    cuda_graphs: CudaGraphs = "auto",
 ) -> Scores:
     """Score every trainable parameter of a model.
 
@@ -72,6 +77,13 @@ def score(
         The seed of the criterion "random", in [0, 2**64).
     max_channels : int, default 50
         The maximum number of channels per example for the criterion "critmem".
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward passes under ``torch.autocast``; sums over examples stay in float32.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
+        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
 
     Returns
     -------
@@ -107,6 +119,8 @@ def score(
     per_example = bool(per_example)  # numpy's too
     max_channels = check_count("max_channels", max_channels)
     seed = check_seed(seed)
+    execution = Execution(precision, channels_last, cuda_graphs)
+    execution.check()
     if loader is not None:
         check_loader(loader, "loader")
     parameters = trainable_parameters(unwrap(model))
@@ -119,12 +133,23 @@ def score(
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
     if criterion == "critmem":
-        found = critmem(model, loader, max_channels=max_channels)
-        return Scores(parameters, None, criterion, len(found.examples), seed, units=found.unit_scores(), dims=dims)
+        found = critmem(model, loader, max_channels=max_channels, precision=precision, channels_last=channels_last)
+        return Scores(
+            parameters,
+            None,
+            criterion,
+            len(found.examples),
+            seed,
+            units=found.unit_scores(),
+            dims=dims,
+            precision=precision,
+        )
     warn_about_loader(loader, "forget set")
-    sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn)
+    sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn, execution, loader)
     examples = add_all(sums, unwrap(model), loader, "forget set")
-    return Scores(parameters, sums.mean(examples), criterion, examples, seed, per_example, dims=dims)
+    return Scores(
+        parameters, sums.mean(examples), criterion, examples, seed, per_example, dims=dims, precision=precision
+    )
 
 
 def _by_depth(parameters: Mapping[str, Tensor], dims: Mapping[str, int], deepest: bool) -> dict[str, Tensor]:
@@ -142,8 +167,11 @@ def gradient_sums(
     criterion: Criterion,
     per_example: bool,
     loss_fn: LossFn | None,
+    execution: Execution,
+    loader: object,
 ) -> GradientSums:
-    """Return the accumulator of a criterion that has a gradient."""
+    """Return the accumulator of a criterion that has a gradient, for the batches of ``loader``."""
     if not per_example:
-        return MeanGradient(network, parameters, loss_fn)
-    return PerExampleGradients(network, parameters, loss_fn, "square" if criterion == "squared_grad" else "abs")
+        return MeanGradient(network, parameters, loss_fn, execution, loader)
+    epilogue: Epilogue = "square" if criterion == "squared_grad" else "abs"
+    return PerExampleGradients(network, parameters, loss_fn, epilogue, execution, loader)

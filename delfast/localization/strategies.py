@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -12,6 +13,7 @@ from delfast.arguments import check_choice, check_count, check_seed, describe
 from delfast.batches import LossFn
 from delfast.deprecation import renamed
 from delfast.errors import InputError
+from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.localization.anytime import BATCH_SIZE, check_stop, localize_until_stable
 from delfast.localization.criteria import (
     Aggregate,
@@ -202,6 +204,9 @@ def localize(
     seed: int = 0,
     stop_when_stable: float | None = None,
     batch_size: int = BATCH_SIZE,
+    precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
+    cuda_graphs: CudaGraphs = "auto",
 ) -> Mask:
     """Find the most critical parameters of a model for a forget set: ``score`` and ``Scores.select`` in one call.
 
@@ -248,6 +253,13 @@ def localize(
     batch_size : int, default 128
         The number of examples in a batch with ``stop_when_stable``. If it is omitted, a DataLoader keeps its own batch
         size. Without ``stop_when_stable`` it has no effect.
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward passes under ``torch.autocast``; sums over examples stay in float32.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
+        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
 
     Returns
     -------
@@ -313,13 +325,24 @@ def localize(
         batch_size=batch_size,
     )
     budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
+    execution = Execution(precision, channels_last, cuda_graphs)
+    execution.check()
     options: dict[str, Any] = {"per_example": bool(per_example), "loss_fn": loss_fn, "seed": check_seed(seed)}
     if stop_when_stable is not None:
         selection = localize_until_stable(
-            model, forget, criterion_name, budget, settings, stop_when_stable, batch_size, **options
+            model,
+            forget,
+            criterion_name,
+            budget,
+            settings,
+            stop_when_stable,
+            batch_size,
+            execution=execution,
+            **options,
         )
     else:
-        selection = score(model, cast(Any, forget), criterion_name, **options).choose(budget, **settings)
+        scores = score(model, cast(Any, forget), criterion_name, **options, **asdict(execution))
+        selection = scores.choose(budget, **settings)
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}
     if criterion is None and granularity is None:

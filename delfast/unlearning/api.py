@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,17 @@ def unlearn(
     early_stop = _early_stop(training, loss_fn)
     teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
     widest = full_mask(network) if mask is None else mask
-    task = UnlearningTask(network, network, **sets, mask=widest, init=init, seed=seed, loss_fn=loss_fn, teacher=teacher)
+    task = UnlearningTask(
+        network,
+        network,
+        sets["retain"],
+        sets["forget"],
+        mask=widest,
+        init=init,
+        seed=seed,
+        loss_fn=loss_fn,
+        teacher=teacher,
+    )
 
     first = check_first_batches(
         chosen,
@@ -204,9 +215,11 @@ def unlearn(
     )
     head = (first.head if head is None else head) if chosen.trains_head else None
     heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
-    selected = localize(network, required(forget), loss_fn=loss_fn) if mask is None and chosen.localizes else widest
+    selected = widest
+    if mask is None and chosen.localizes:
+        selected = localize(network, required(forget), loss_fn=loss_fn, cuda_graphs=training.cuda_graphs)
     widened = _widened(selected, heads) if chosen.trains_head else selected
-    task = replace(task, model=model, mask=selected)
+    task = replace(task, model=model, mask=selected, classes=first.classes)
 
     if steps is None:
         list(selected.match(trainable_parameters(network)))  # raises if the mask is of another architecture
@@ -355,6 +368,9 @@ def _finetune(
             versions[0].check()
             return loss
 
+        # a caller's own method may compute with anything, as a caller's loss_fn
+        loss.is_pure = task.loss_fn is None and type(method).__module__.startswith("delfast.")  # type: ignore[attr-defined]
+        steps.values = partial(method.values, trained_task)
         result = train(
             model,  # not the network inside: DDP's own forward is what exchanges gradients
             steps,
@@ -369,6 +385,8 @@ def _finetune(
             schedule=method.schedule,
             loss_fn=loss,
             precision=training.precision,
+            channels_last=training.channels_last,
+            cuda_graphs=training.cuda_graphs,
             batchnorm=training.batchnorm,
             early_stop=early_stop,
             checkpoint=checkpoint,

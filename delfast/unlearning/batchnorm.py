@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from delfast.errors import InputError
-from delfast.unlearning.loaders import batch_sizes
+from delfast.loaders import batch_sizes
 
 REMEDY = 'choose another batch size or drop_last=True, or keep the running statistics: batchnorm="frozen"'
 

@@ -19,16 +19,18 @@ from delfast.unlearning.batchnorm import BatchNormInputs
 from delfast.unlearning.head import HeadSearch, uncompiled, uncompiled_function
 from delfast.unlearning.loaders import first_batch, preserved, restarts
 from delfast.unlearning.method import Method, UnlearningTask
+from delfast.unlearning.steps import Step
 
 
 @dataclass(frozen=True)
 class FirstPass:
-    """Facts about the network: the name of the ``head``, if it was searched for, and the names of the parameters with
-    ``sparse`` gradients.
+    """Facts about the network: the name of the ``head``, if it was searched for, the names of the parameters with
+    ``sparse`` gradients, and the number of ``classes``, if the method reads logits.
     """
 
     head: str | None
     sparse: frozenset[str]
+    classes: int | None
 
     def refuse_sparse(self, network: nn.Module, mask: Mask) -> None:
         """Raise InputError if the mask selects a parameter with sparse gradients, which no masked optimizer accepts."""
@@ -87,7 +89,7 @@ def check_first_batches(
             searching = search if search is not None and "retain" in step else nullcontext()
             try:
                 with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), draws, searching:
-                    loss = method.loss(watched, {**step, "epoch": 0, "step": 0})
+                    loss = method.loss(watched, _numbered(method, watched, step))
             except Exception as error:
                 if isinstance(error, InputError) or task.loss_fn is None or not method.epochs:
                     raise
@@ -100,7 +102,13 @@ def check_first_batches(
                 per_example_losses(network, batch, task.loss_fn)
     for name, each in maps.items():
         each.check(sets[name], name)
-    return FirstPass(None if search is None else search.head(), frozenset(sparse))
+    return FirstPass(None if search is None else search.head(), frozenset(sparse), watched.classes)
+
+
+def _numbered(method: Method, task: UnlearningTask, batches: dict[str, Any]) -> Step:
+    """Return the first step of the first epoch with these batches."""
+    step = {**batches, "epoch": 0, "step": 0}
+    return {**step, **method.values(task, step)}
 
 
 def _is_consumed(loader: Any) -> bool:
@@ -123,6 +131,7 @@ class _WatchedTask(UnlearningTask):
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         with self.maps.get(id(batch), nullcontext()):
             inputs, logits, targets = super().logits(batch)
+        self.classes = logits.shape[1]
         check_differentiable(logits)
         return inputs, logits, targets
 

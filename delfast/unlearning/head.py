@@ -12,9 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from delfast.batches import LossFn, evaluating, per_example_losses
+from delfast.dispatch import ObservingMode
 from delfast.errors import InputError
 from delfast.naming import unique_parameters, unwrap
-from delfast.unlearning.dispatch import ObservingMode
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)
 _FRESH = (torch.ops.aten.lift_fresh,)  # the tensors of ``torch.tensor(...)``, which no operation has made

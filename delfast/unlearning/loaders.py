@@ -13,11 +13,11 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
-from delfast.batches import LossFn, examples_in
+from delfast.batches import LossFn
+from delfast.dispatch import ObservingMode
 from delfast.errors import InputError
-from delfast.unlearning.dispatch import ObservingMode
 
 MAX_ITEMS = 10_000  # a longer list, tuple or dict holds data, not transforms: it is not searched for generators
 MAX_SEARCHED = 100_000  # objects that one search for generators reads
@@ -83,31 +83,6 @@ def batch_count(loader: Any, what: str) -> int:
 
 def _empty(what: str) -> InputError:
     return InputError(f"expected a {what} set of at least one batch, got none; check its loader")
-
-
-def batch_sizes(loader: Any) -> tuple[int, int] | None:
-    """Return the number of examples in the first and in the smallest batch; None if only iterating shows them."""
-    if isinstance(loader, (list, tuple)):
-        counts = [examples_in(batch, _any_form) for batch in loader]
-        known = [count for count in counts if count is not None]
-        return (known[0], min(known)) if known and len(known) == len(counts) else None
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if isinstance(batch_sampler, (list, tuple)):
-        sizes = [len(indices) for indices in batch_sampler]
-        return (sizes[0], min(sizes)) if sizes else None
-    if not isinstance(batch_sampler, BatchSampler) or type(batch_sampler).__iter__ is not BatchSampler.__iter__:
-        return None
-    try:
-        count = len(batch_sampler.sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-    size, rest = batch_sampler.batch_size, count % batch_sampler.batch_size
-    return min(count, size), rest if rest and not batch_sampler.drop_last else size
-
-
-def _any_form(*_: Any) -> Tensor:
-    """Stand for a ``loss_fn``, with which every part of a batch counts."""
-    raise NotImplementedError
 
 
 def _parts(loader: Any) -> Iterator[Any]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from delfast.arguments import check_choice, check_int, check_number
 from delfast.batches import LossFn, check_differentiable, device_of, per_example_losses
+from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.files import load_archive, save_archive, unreadable_types
+from delfast.graphs import Graphed, make_backend
+from delfast.loaders import is_frequent
 from delfast.plain import as_json, unboxed
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
@@ -27,7 +32,6 @@ from delfast.unlearning.steps import Steps
 from delfast.unlearning.stopping import EarlyStop
 
 Schedule = Literal["cosine", "constant"]
-Precision = Literal["fp32", "bf16"]
 BatchNormMode = Literal["train", "frozen"]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """``progress(iterable, description, total)``: returns the same items and displays them as they pass."""
@@ -72,6 +76,8 @@ def train(
     loss_fn: LossFn | None = None,
     max_norm: float | None = None,
     precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
+    cuda_graphs: CudaGraphs = "auto",
     batchnorm: BatchNormMode = "train",
     early_stop: EarlyStop | None = None,
     checkpoint: str | Path | None = None,
@@ -108,6 +114,12 @@ def train(
     precision : {"fp32", "bf16"}, default "fp32"
         "bf16" runs the forward pass under ``torch.autocast``. Parameters, gradients and the optimizer's state keep
         their dtype.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to capture the steps in CUDA graphs. "auto" does so on a GPU for batch shapes of which at least 8 come
+        in all epochs, without a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. A step
+        that cannot be captured is launched by the host; the reason is logged.
     batchnorm : {"train", "frozen"}, default "train"
         "frozen" normalizes by BatchNorm's running statistics, as in eval mode, and leaves them unchanged, to the bit.
     early_stop : EarlyStop, optional
@@ -162,7 +174,8 @@ def train(
     if epochs < 1:
         raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
     max_norm = None if max_norm is None else check_number("max_norm", max_norm)
-    check_choice("precision", precision, Precision)
+    execution = Execution(precision, channels_last, cuda_graphs)
+    execution.check()
     check_choice("batchnorm", batchnorm, BatchNormMode)
     step_count = batch_count(loader, "training")
     for group in optimizer.param_groups:  # numpy's numbers: a checkpoint with them cannot be read, and float32 rounds
@@ -178,6 +191,7 @@ def train(
     if before is not None and not losses:
         before()
     started = time.perf_counter()
+    step = _Step(model, optimizer, loss_fn, max_norm, execution, _frequency(loader, epochs, cuda_graphs))
     modes = [(module, module.training) for module in model.modules()]
     if not model.training:
         model.train()
@@ -192,7 +206,7 @@ def train(
             set_epoch(loader, epoch)
             batches = progress(loader, f"epoch {epoch + 1}/{epochs}", step_count) if progress else loader
             with torch.inference_mode(False), torch.enable_grad(), batchnorm_explained():
-                losses.append(_run_epoch(model, batches, optimizer, scheduler, loss_fn, max_norm, precision))
+                losses.append(step.run_epoch(batches, scheduler))
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
             if early_stop is not None:
@@ -208,31 +222,102 @@ def train(
     return TrainResult(losses, seconds, epochs, resumed_from, early_stop.losses if early_stop else [])
 
 
-def _run_epoch(
-    model: nn.Module,
-    batches: Iterable[Any],
-    optimizer: Optimizer,
-    scheduler: LambdaLR,
-    loss_fn: LossFn | None,
-    max_norm: float | None,
-    precision: Precision,
-) -> float:
-    """Train for one pass; return the mean loss over its examples."""
-    kind = device_of(model).type
-    total, examples = torch.zeros((), dtype=torch.float64, device="cpu"), 0
-    for batch in batches:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
-            losses = per_example_losses(model, batch, loss_fn)
+class _Step:
+    """One step of training, captured in a CUDA graph where that can be: see ``delfast.graphs``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: LossFn | None,
+        max_norm: float | None,
+        execution: Execution,
+        is_frequent: Callable[[Any], bool],
+    ) -> None:
+        self.model, self.optimizer, self.loss_fn, self.max_norm = model, optimizer, loss_fn, max_norm
+        self.execution = execution
+        device = device_of(model)
+        self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the losses in an epoch
+        self.checks = DeviceChecks(device)
+        backend = make_backend(execution.cuda_graphs, device, loss_fn)
+        self.rates = [] if backend is None else [_device_rate(group, device) for group in optimizer.param_groups]
+        self._graphed = Graphed(
+            self._run,
+            backend,
+            state=self._state,
+            is_frequent=is_frequent,
+            settings=self._settings,
+            watched=(model, optimizer),
+        )
+
+    def run_epoch(self, batches: Iterable[Any], scheduler: LambdaLR) -> float:
+        """Train for one pass; return the mean loss over its examples."""
+        self.total.zero_()
+        self._graphed.check_hooks()
+        examples = 0
+        with self.checks:
+            for batch in batches:
+                for rate, group in zip(self.rates, self.optimizer.param_groups, strict=False):
+                    rate.fill_(group["lr"])
+                examples += len(self._graphed(batch))
+                scheduler.step()
+        self.checks.read()
+        return float(self.total) / max(1, examples)
+
+    def _run(self, batch: Any) -> Tensor:
+        """Take one step; return the losses (N,)."""
+        self.model.zero_grad(set_to_none=True)
+        losses = per_example_losses(self.model, batch, self.loss_fn, self.execution)
         check_differentiable(losses)
         losses.mean().backward()  # type: ignore[no-untyped-call]
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        scheduler.step()
-        total = total.to(losses.device) + losses.detach().double().sum()
-        examples += losses.numel()
-    return float(total) / max(1, examples)
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        with self._rates_on_device():
+            self.optimizer.step()
+        self.total += losses.detach().double().sum().to(self.total.device)
+        return losses.detach()
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Let the optimizer read its learning rates on the device, if steps are captured: a replay repeats a number."""
+        numbers = [group["lr"] for group in self.optimizer.param_groups]
+        try:
+            for rate, group in zip(self.rates, self.optimizer.param_groups, strict=False):
+                group["lr"] = rate
+            yield
+        finally:
+            for number, group in zip(numbers, self.optimizer.param_groups, strict=True):
+                group["lr"] = number
+
+    def _state(self) -> list[Tensor]:
+        """Return the tensors that a step may write."""
+        held = [value for state in self.optimizer.state.values() for value in state.values()]
+        held = [value for value in held if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *held, self.total, *self.checks.tensors()]
+
+    def _settings(self) -> Hashable:
+        """Return the values that a captured step fixes."""
+        plain = (bool, int, float, str, tuple, type(None))
+        groups = tuple(
+            tuple((name, value) for name, value in group.items() if name != "lr" and isinstance(value, plain))
+            for group in self.optimizer.param_groups
+        )
+        flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        return groups, flags, tuple(module.training for module in self.model.modules())
+
+
+def _device_rate(group: dict[str, Any], device: torch.device) -> Tensor:
+    """Return a tensor for the learning rate: float64, as the number that it stands for, or float32 for torch's own."""
+    dtype = torch.float64 if "mask_digest" in group else torch.float32  # torch's fused kernels read float32
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def _frequency(loader: Iterable[Any], epochs: int, cuda_graphs: CudaGraphs) -> Callable[[Any], bool]:
+    """Return the function of a batch, or of a step, that decides whether its shape is captured."""
+    if not isinstance(loader, Steps):
+        return is_frequent(loader, epochs, cuda_graphs)
+    by_set = {name: is_frequent(each, loader.passes(name, epochs), cuda_graphs) for name, each in loader.sets.items()}
+    return lambda step: all(frequent(step[name]) for name, frequent in by_set.items() if name in step)
 
 
 def _factor(schedule: Schedule, final_lr: float, steps: int) -> Callable[[int], float]:

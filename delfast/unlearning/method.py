@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, check_targets, device_of, inputs_and_targets, per_example_losses
+from delfast.batches import LossFn, class_indices, device_of, move, per_example_losses, split_batch
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.reset import Init
@@ -21,7 +21,8 @@ class UnlearningTask:
     """The network and the data that a method works on.
 
     ``model``: as the caller passed it; ``network``: the module inside its wrappers. ``mask``: what may change.
-    ``teacher``: a copy of the network before unlearning, in eval mode, for methods that need it.
+    ``teacher``: a copy of the network before unlearning, in eval mode, for methods that need it. ``classes``: the
+    number of the network's outputs, if the method needs logits.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class UnlearningTask:
     seed: int
     loss_fn: LossFn | None = None
     teacher: nn.Module | None = None
+    classes: int | None = None
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch."""
@@ -40,9 +42,10 @@ class UnlearningTask:
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs, logits (N, classes) and int64 targets (N,) of a batch."""
-        inputs, targets = inputs_and_targets(batch, device_of(self.network))
+        _, inputs, targets = split_batch(batch)
+        inputs = move(inputs, device_of(self.network))
         logits = self.model(inputs)
-        return inputs, logits, check_targets(targets, logits)
+        return inputs, logits, class_indices(targets, logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,26 @@ class Method:
             The network, changed in place; the data and the mask.
         """
 
+    def values(self, task: UnlearningTask, step: Step) -> dict[str, Tensor]:
+        """Return the tensors that ``loss`` reads from a step besides its batches. By default none.
+
+        A step that is captured in a CUDA graph repeats every Python value that it was captured with. So a value that
+        changes from step to step, or from epoch to epoch, is a tensor of these.
+
+        Parameters
+        ----------
+        task : UnlearningTask
+            The network, the data and the mask.
+        step : dict of str to Any
+            The batches under "retain" and "forget", as the step plan has them; the numbers "epoch" and "step".
+
+        Returns
+        -------
+        dict of str to Tensor
+            Names, which are added to the step, and tensors on the network's device.
+        """
+        return {}
+
     def loss(self, task: UnlearningTask, step: Step) -> Tensor:
         """Return the loss of one step: by default the loss of the retain set's batch.
 
@@ -134,7 +157,8 @@ class Method:
         task : UnlearningTask
             The network, the data and the mask.
         step : dict of str to Any
-            The batches under "retain" and "forget", as the step plan has them; the numbers "epoch" and "step".
+            The batches under "retain" and "forget", as the step plan has them; the numbers "epoch" and "step"; the
+            tensors of ``values``.
 
         Returns
         -------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from delfast.batches import IGNORED, device_of, split_batch
 from delfast.errors import InputError
 from delfast.naming import trainable_parameters
 from delfast.reset import fresh_state, reset_
@@ -261,10 +262,23 @@ class Relabel(Method):
         if "retain" in step:
             return task.loss(step["retain"])
         _, logits, targets = task.logits(step["forget"])
-        return functional.cross_entropy(logits, self.labels(task, step, targets, logits.shape[1]))
+        classes = logits.shape[1]
+        shift = step["shift"] if "shift" in step else self.shift(task, step, classes, len(targets)).to(targets.device)
+        labels = torch.where(targets == IGNORED, targets, (targets + shift) % classes)
+        return functional.cross_entropy(logits, labels)
 
-    def labels(self, task: UnlearningTask, step: Step, targets: Tensor, classes: int) -> Tensor:
-        """Return (N,) classes other than the targets (N,): a function of the seed, the epoch and the step."""
+    def values(self, task: UnlearningTask, step: Step) -> dict[str, Tensor]:
+        """Return the "shift" of a forget batch's labels, which is drawn again in every step."""
+        if "forget" not in step or task.classes is None:
+            return {}
+        targets = split_batch(step["forget"])[2]
+        return {"shift": self.shift(task, step, task.classes, len(targets)).to(device_of(task.network))}
+
+    def shift(self, task: UnlearningTask, step: Step, classes: int, examples: int) -> Tensor:
+        """Return (N,) numbers in [1, classes): a function of the seed, the epoch and the step.
+
+        A label plus its number, modulo the number of classes, is another class.
+        """
         if classes < 2:
             raise InputError(
                 f"expected at least 2 classes for '{self.name}', which draws wrong labels, got {classes}; choose "
@@ -272,7 +286,7 @@ class Relabel(Method):
             )
         mixed = (task.seed * 1_000_003 + step["epoch"]) * 1_000_003 + step["step"]
         generator = torch.Generator().manual_seed(mixed % 2**63)
-        return (targets + torch.randint(1, classes, targets.shape, generator=generator).to(targets.device)) % classes
+        return torch.randint(1, classes, (examples,), generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,11 +332,19 @@ class L1Sparse(Method):
 
     def loss(self, task: UnlearningTask, step: Step) -> Tensor:
         """Return L(R) + gamma_e |θ|₁ over the entries that may change."""
-        gamma = self.gamma * (1 - step["epoch"] / self.epochs)
         masked = task.mask.match(trainable_parameters(task.network))
         norm = torch.stack([parameter.abs().sum() for _, parameter, _ in masked]).sum()
-        loss: Tensor = task.loss(step["retain"]) + gamma * norm
+        loss: Tensor = task.loss(step["retain"]) + self._gamma(task, step).to(norm.dtype) * norm
         return loss
+
+    def values(self, task: UnlearningTask, step: Step) -> dict[str, Tensor]:
+        """Return "gamma", the weight of the penalty in this epoch: a float64 scalar."""
+        gamma = self.gamma * (1 - step["epoch"] / self.epochs)
+        return {"gamma": torch.tensor(gamma, dtype=torch.float64, device=device_of(task.network))}
+
+    def _gamma(self, task: UnlearningTask, step: Step) -> Tensor:
+        found: Tensor = (step if "gamma" in step else self.values(task, step))["gamma"]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from delfast.arguments import check_choice, check_function, check_loader, check_names, check_type
 from delfast.errors import InputError
-from delfast.unlearning.loop import BatchNormMode, Precision, Progress
+from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.unlearning.loop import BatchNormMode, Progress
 from delfast.unlearning.method import Method
 
 
@@ -25,6 +26,11 @@ class TrainingOptions:
     precision : {"fp32", "bf16"}, default "fp32"
         "bf16" runs the forward pass under ``torch.autocast``. Parameters, gradients and the optimizer's state keep
         their dtype.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to capture localization and training steps in CUDA graphs; see ``delfast.unlearning.train``. With a
+        method of the caller's own, as with a ``loss_fn``, True states that its loss is a pure function of tensors.
     batchnorm : {"train", "frozen"}, default "train"
         "frozen" normalizes by BatchNorm's running statistics and leaves the statistics unchanged, to the bit.
     dense : collection of str, default ()
@@ -49,6 +55,8 @@ class TrainingOptions:
     """
 
     precision: Precision = "fp32"
+    channels_last: ChannelsLast = "auto"
+    cuda_graphs: CudaGraphs = "auto"
     batchnorm: BatchNormMode = "train"
     dense: Collection[str] = ()
     validation: Iterable[Any] | None = None
@@ -77,7 +85,7 @@ def check_options(training: TrainingOptions, method: Method) -> None:
         raise InputError(
             f"expected no patience for '{method.name}', which has no epochs, got {training.patience}; leave it out"
         )
-    check_choice("precision", training.precision, Precision)
+    Execution(training.precision, training.channels_last, training.cuda_graphs).check()
     check_choice("batchnorm", training.batchnorm, BatchNormMode)
 
 

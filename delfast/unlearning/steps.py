@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from delfast.errors import InputError
@@ -16,7 +16,7 @@ mixed: one batch of either set a step, each batch once, spread evenly. forget fi
 before the retain set, and the forget set in the first epochs only.
 """
 Step = dict[str, Any]
-"""The batches of a step under "retain" and "forget", the "epoch", and the number of the "step" in the epoch."""
+"""The batches of a step under "retain" and "forget", the "epoch", the number of the "step" in it, and ``values``."""
 _END = object()
 
 
@@ -27,6 +27,7 @@ class Steps:
         self, plan: StepPlan, retain: Iterable[Any], forget: Iterable[Any], forget_epochs: int | None = None
     ) -> None:
         self.plan, self.forget_epochs, self.epoch = plan, forget_epochs, 0
+        self.values: Callable[[Step], Step] | None = None  # adds the method's own values to a step
         self.sets: dict[str, Any] = {"forget": forget, "retain": retain}
         if plan in ("retain", "forget"):
             self.sets = {plan: self.sets[plan]}
@@ -45,7 +46,16 @@ class Steps:
 
     def __iter__(self) -> Iterator[Step]:
         for number, batches in enumerate(self._batches()):
-            yield {**batches, "epoch": self.epoch, "step": number}
+            step = {**batches, "epoch": self.epoch, "step": number}
+            yield step if self.values is None else {**step, **self.values(step)}
+
+    def passes(self, name: str, epochs: int) -> int:
+        """Return how often ``epochs`` epochs pass over a set, rounded down."""
+        if name == "forget" and self.plan == "pairs":
+            return epochs * len(self.sets["retain"]) // len(self.sets["forget"])
+        if name == "forget" and self.forget_epochs is not None:
+            return min(epochs, self.forget_epochs)
+        return epochs
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Yield the batches of each step, by the name of their set."""

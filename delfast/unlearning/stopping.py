@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from delfast.arguments import check_int
-from delfast.batches import LossFn, evaluating, per_example_losses
+from delfast.batches import LossFn, device_of, evaluating, per_example_losses
+from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
 from delfast.unlearning.loaders import preserved
 
@@ -111,13 +112,16 @@ class EarlyStop:
 
     def _loss(self, model: nn.Module) -> float:
         """Return the mean loss over the validation set, in eval mode; inf if the loss is not finite."""
-        total, count = 0.0, 0
-        with evaluating(model), torch.no_grad():
+        sums, count = [], 0
+        with evaluating(model), torch.no_grad(), DeviceChecks(device_of(model)) as checks:
             for batch in self.validation:
                 losses = per_example_losses(model, batch, self.loss_fn)
-                total, count = total + float(losses.double().sum()), count + losses.numel()
+                sums.append(losses.double().sum())
+                count += losses.numel()
+            checks.read()
         if not count:
             raise InputError(EMPTY)
+        total = math.fsum(torch.stack(sums).tolist())
         return total / count if math.isfinite(total) else math.inf
 
     def state_dict(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_models_are_left_as_they_were(use: Any) -> None:
 def test_an_oracle_is_left_as_it_was_and_after_an_error_too() -> None:
     model, oracle = make_model(0).train(), make_model(1).eval()
     kl_to_oracle(model, oracle, batches())
-    with pytest.raises(InputError, match="data set, the model: expected labels in"):
+    with pytest.raises(InputError, match="data set: the model: expected labels in"):
         kl_to_oracle(model, oracle, [(x, y + 4) for x, y in batches()])
     with pytest.raises(InputError, match="data set: expected labels in"):
         predictions(model, [(x, y + 4) for x, y in batches()])
@@ -81,7 +81,7 @@ def test_bad_sets_and_outputs_are_refused() -> None:
         broken[3].bias[0] = float("nan")
     with pytest.raises(InputError, match="data set: expected finite outputs"):
         predictions(broken, data)
-    with pytest.raises(InputError, match="data set, the oracle: expected finite outputs"):
+    with pytest.raises(InputError, match="data set: the oracle: expected finite outputs"):
         kl_to_oracle(model, broken, data)
 
 

@@ -20,10 +20,10 @@ import delfast
 from delfast import InputError, TrainingOptions
 from delfast.batches import per_example_losses
 from delfast.evaluation.metrics import accuracy_and_loss
+from delfast.loaders import batch_sizes
 from delfast.mask import Mask
 from delfast.unlearning import METHODS, make_method, train
 from delfast.unlearning.api import full_mask
-from delfast.unlearning.loaders import batch_sizes
 from tests import cases
 
 INTEGERS = [

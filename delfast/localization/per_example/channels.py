@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from delfast.arguments import check_function, check_loader, check_path
 from delfast.batches import LossFn, evaluating, split_batch, warn_about_loader
 from delfast.errors import InputError
+from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.files import directory_for, read_json, write_json
 from delfast.layer_types import output_dims
 from delfast.localization.per_example.capture import Use
@@ -97,7 +98,14 @@ class SignedChannels:
 
 
 def signed_channels(
-    model: nn.Module, loader: Iterable[Any], *, loss_fn: LossFn | None = None, path: str | Path | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    path: str | Path | None = None,
+    precision: Precision = "fp32",
+    channels_last: ChannelsLast = "auto",
+    cuda_graphs: CudaGraphs = "auto",
 ) -> SignedChannels:
     """Compute Σ_j θ_ij g_ij(x) for every example x and every channel i of the convolutions and linear layers.
 
@@ -117,6 +125,13 @@ def signed_channels(
         ``loss_fn(model, batch)`` returns per-example losses of shape (N,). None means cross-entropy.
     path : str, pathlib.Path or None, default None
         A directory to create. Batches are written to it one after another, and the result is memory-mapped.
+    precision : {"fp32", "bf16"}, default "fp32"
+        "bf16" runs the forward passes under ``torch.autocast``.
+    channels_last : {"auto", True, False}, default "auto"
+        Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
+    cuda_graphs : {"auto", True, False}, default "auto"
+        Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
+        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
 
     Returns
     -------
@@ -140,11 +155,13 @@ def signed_channels(
     (5, 3)
     """
     check_function("loss_fn", loss_fn)
+    execution = Execution(precision, channels_last, cuda_graphs)
+    execution.check()
     check_loader(loader, "loader")
     path = None if path is None else check_path("path", path)
     warn_about_loader(loader, "set")
     network = unwrap(model)
-    passes = ChannelPasses(network, trainable_parameters(network), loss_fn)
+    passes = ChannelPasses(network, trainable_parameters(network), loss_fn, execution)
     if path is not None and Path(path).exists():
         raise InputError(f"expected '{path}' not to exist, it is to be written; choose another path")
     if path is not None and not Path(path).parent.is_dir():
@@ -171,13 +188,14 @@ def _fill(
     examples: list[Any] = []
     counted = 0
     try:
-        with evaluating(network, gradients=True):
+        with evaluating(network, gradients=True), passes.checks:
             for batch in loader:
                 count = passes.add(batch)
                 if count:
                     rows.write(passes.matrix())
                     examples.append(identifiers(batch, loss_fn, counted, count))
                     counted += count
+            passes.checks.read()
     finally:
         rows.close()
     if not counted:
@@ -188,8 +206,10 @@ def _fill(
 class ChannelPasses(ExamplePasses):
     """Passes that compute signed channel sums. After ``add``, ``rows`` is weight name -> (N, C) of that batch."""
 
-    def __init__(self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None) -> None:
-        super().__init__(network, parameters, loss_fn)
+    def __init__(
+        self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, execution: Execution
+    ) -> None:
+        super().__init__(network, parameters, loss_fn, execution)
         self.rows: dict[str, Tensor] = {}
         self.rewritten: set[str] = set()
         self.channelwise: set[str] = set()  # weights of convolutions and linear layers in the trials so far

@@ -18,7 +18,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, check_differentiable, cut, detached, examples_in, map_tensors, per_example_losses
+from delfast.batches import (
+    LossFn,
+    check_differentiable,
+    cut,
+    detached,
+    device_of,
+    examples_in,
+    map_tensors,
+    per_example_losses,
+)
+from delfast.device_checks import DeviceChecks
+from delfast.execution import Execution
 from delfast.localization.per_example.capture import Capture, Use
 from delfast.localization.per_example.comparison import Comparison
 from delfast.localization.per_example.layers import BatchAxis, ExampleAxis, refuse_batch_statistics
@@ -169,11 +180,15 @@ class ExamplePasses(ABC):
     restored. Raises InputError for layers that mix the examples by design.
     """
 
-    def __init__(self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None) -> None:
+    def __init__(
+        self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, execution: Execution
+    ) -> None:
         refuse_batch_statistics(network.named_modules())
         self.network = network
         self.parameters = dict(parameters)
         self.loss_fn = loss_fn
+        self.execution = execution
+        self.checks = DeviceChecks(device_of(network))
         self.findings = Findings()  # for the current batch's form
         self.uses: dict[str, int] = {}
         self.unknown: dict[str, str] = {}  # parameter -> why it is computed example by example
@@ -282,7 +297,7 @@ class ExamplePasses(ABC):
             wanted = [parameter for name, parameter in self.parameters.items() if name not in self.unknown]
             with _requiring_grad(wanted):
                 with capture:
-                    losses = per_example_losses(self.network, batch, self.loss_fn)
+                    losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
                 if isinstance(capture, Trial):
                     self.parameters = self.wanted(capture)
                 unseen = capture.unseen(losses)
@@ -337,7 +352,9 @@ class ExamplePasses(ABC):
         can_be_alone = examples_in(batch, self.loss_fn) == losses.numel()
         for example, loss in enumerate(losses):
             if can_be_alone:
-                alone = per_example_losses(self.network, cut(batch, [example], self.loss_fn), self.loss_fn)
+                alone = per_example_losses(
+                    self.network, cut(batch, [example], self.loss_fn), self.loss_fn, self.execution
+                )
                 # 1 %: far above the rounding of 16-bit floats, far below the effect of other examples in the loss
                 if alone.shape == (1,) and torch.allclose(
                     alone.detach()[0].float(), loss.float(), rtol=1e-2, atol=1e-2
@@ -346,7 +363,7 @@ class ExamplePasses(ABC):
                     continue
                 can_be_alone = example > 0
             if together is None:
-                together = per_example_losses(self.network, batch, self.loss_fn)
+                together = per_example_losses(self.network, batch, self.loss_fn, self.execution)
             yield together[example]
 
 

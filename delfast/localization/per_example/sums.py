@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from delfast.batches import LossFn
 from delfast.errors import InputError
+from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.localization.per_example.capture import Use
 from delfast.localization.per_example.contributions import Contribution, Epilogue, Gradients, epsilon, widened
 from delfast.localization.per_example.passes import ExampleCapture, ExamplePasses
@@ -19,9 +20,15 @@ class PerExampleGradients(ExamplePasses):
     """Passes that accumulate Σ_x ε(g_x), with g_x the gradient of example x alone and ε(g) = |g| or g²."""
 
     def __init__(
-        self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, epilogue: Epilogue
+        self,
+        network: nn.Module,
+        parameters: Mapping[str, Tensor],
+        loss_fn: LossFn | None,
+        epilogue: Epilogue,
+        execution: Execution = DEFAULT_EXECUTION,
+        loader: object = None,
     ) -> None:
-        super().__init__(network, parameters, loss_fn)
+        super().__init__(network, parameters, loss_fn, execution)
         self.epilogue = epilogue
         with torch.inference_mode(False):  # the sums are changed outside inference mode
             self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}

@@ -1,0 +1,64 @@
+"""How passes over batches run: precision, memory format of the inputs, and CUDA graphs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from delfast.arguments import check_choice, describe
+from delfast.errors import InputError
+
+Precision = Literal["fp32", "bf16"]
+ChannelsLast = Literal["auto", True, False]
+CudaGraphs = Literal["auto", True, False]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The options of every function that passes batches through a network.
+
+    precision: "bf16" runs forward passes under ``torch.autocast``; sums over examples stay in float32.
+    channels_last: whether images (N, C, H, W) are laid out channels-last before they enter the network. "auto" follows
+        the network's convolution weights.
+    cuda_graphs: whether passes are captured in CUDA graphs and replayed; see ``delfast.graphs``.
+    """
+
+    precision: Precision = "fp32"
+    channels_last: ChannelsLast = "auto"
+    cuda_graphs: CudaGraphs = "auto"
+
+    def check(self) -> None:
+        """Raise InputError for an option that is not one of its choices."""
+        check_choice("precision", self.precision, Precision)
+        for name, value in (("channels_last", self.channels_last), ("cuda_graphs", self.cuda_graphs)):
+            if not isinstance(value, bool) and value != "auto":
+                raise InputError(f"expected {name} to be 'auto', True or False, got {describe(value)}; pass one")
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the context of a forward pass on ``device``. In float32 a caller's own autocast stays in effect."""
+        if self.precision == "fp32":
+            return nullcontext()
+        # without the cache, which a captured graph must not share with other passes
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+    def laid_out(self, inputs: Any, network: nn.Module) -> Any:
+        """Return the input in the memory format of ``channels_last``, if it is a tensor of images."""
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
+            return inputs
+        wanted = _has_channels_last(network) if self.channels_last == "auto" else self.channels_last
+        return inputs.contiguous(memory_format=torch.channels_last) if wanted else inputs
+
+
+DEFAULT_EXECUTION = Execution()
+
+
+def _has_channels_last(network: nn.Module) -> bool:
+    """Return whether the network's first weight of four dims that has two layouts is channels-last."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4 and parameter.shape[1] > 1 and parameter.shape[2] * parameter.shape[3] > 1:
+            return parameter.is_contiguous(memory_format=torch.channels_last)
+    return False
