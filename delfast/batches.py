@@ -208,11 +208,16 @@ def class_indices(targets: Tensor, logits: Tensor, *, ignored: int | None = IGNO
         if targets.device.type == "cpu":
             _check_range(targets.numpy(), classes, ignored)
             return targets.to(logits.device, non_blocking=True)
-        valid = targets.clamp(0, classes - 1)
-        if ignored is not None:
-            valid = torch.where(targets == ignored, targets, valid)
-        refuse_if((valid != targets).any(), f"expected labels in [0, {classes}), got others; {LABEL_ADVICE}")
-        return valid
+        return clamped(targets, classes, ignored)
+
+
+def clamped(targets: Tensor, classes: int, ignored: int | None) -> Tensor:
+    """Return the targets clamped to [0, classes), except ``ignored``. A target that changes is refused later."""
+    valid = targets.clamp(0, classes - 1)
+    if ignored is not None:
+        valid = torch.where(targets == ignored, targets, valid)
+    refuse_if((valid != targets).any(), f"expected labels in [0, {classes}), got others; {LABEL_ADVICE}")
+    return valid
 
 
 def _check_range(labels: Any, classes: int, ignored: int | None) -> None:

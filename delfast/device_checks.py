@@ -47,9 +47,9 @@ class DeviceChecks:
             errors.append(error)
         self._slots[failed.device][errors.index(error)].logical_or_(failed)
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that the checks write to."""
-        return list(self._slots.values())
+    def tensors(self) -> dict[Any, Tensor]:
+        """Return the tensors that the checks write to, by their devices."""
+        return dict(self._slots)
 
     def read(self) -> None:
         """Raise InputError with the first error that occurred. The host waits for each device that had a check."""

@@ -30,6 +30,7 @@ from delfast.naming import is_parallel
 from delfast.recording import Recorder
 
 Function = Callable[[Any], Any]
+State = dict[Hashable, Tensor]
 
 MAX_SHAPES = 16  # captured for one function: each holds its activations
 # Maximum difference of a replay, relative to the norm of what the run computes: far above the rounding of kernels that
@@ -96,11 +97,12 @@ class Graphed:
     """A function of a batch whose runs are replays of a graph where that can be.
 
     function: writes to the tensors of ``state()``, and returns tensors in tuples, lists and dicts, or None.
-    state: returns every tensor that the function may write and that outlives a run: parameters, buffers, an optimizer's
-        state, sums. A tensor that the first run adds begins with zeros.
+    state: returns, by any names, every tensor that the function may write and that outlives a run: parameters, buffers,
+        an optimizer's state, sums. The first run may replace a tensor, or add one, which begins with zeros.
     is_frequent: returns whether enough batches of this shape come in the whole job. The answer may depend on the batch
         and the job's settings alone: a resumed job must capture what the uninterrupted job captures.
     settings: returns the values that a capture fixes; if they change, another graph is captured.
+    vary: changes values in ``state()`` that the caller sets for each run, learning rates for example.
     watched: the modules and the optimizer whose hooks would not run in a replay.
     """
 
@@ -109,9 +111,10 @@ class Graphed:
         function: Function,
         backend: Backend | None,
         *,
-        state: Callable[[], list[Tensor]],
+        state: Callable[[], State],
         is_frequent: Callable[[Any], bool] = lambda batch: True,
         settings: Callable[[], Hashable] = lambda: None,
+        vary: Callable[[], None] = lambda: None,
         watched: tuple[nn.Module | Optimizer, ...] = (),
     ) -> None:
         self.function = function
@@ -119,6 +122,7 @@ class Graphed:
         self.state = state
         self.is_frequent = is_frequent
         self.settings = settings
+        self.vary = vary
         self.watched = watched
         self._graphs: dict[Hashable, _Graph] = {}
         self._refused: set[Hashable] = set()
@@ -176,7 +180,7 @@ class Graphed:
         """Run the first batch of a shape; capture the shape, and return the replay's result if it is right."""
         static = map_tensors(batch, lambda t: t.detach().to(backend.device, copy=True))
         before = _Snapshot(self.state(), backend.device)
-        runs = [Recorder(self.state(), backend.device)]
+        runs = [Recorder(self.state().values(), backend.device)]
         with runs[0]:
             expected = backend.run(lambda: self.function(static))
         after = _Snapshot(self.state(), backend.device)
@@ -209,21 +213,20 @@ class Graphed:
     ) -> str | None:
         """Record the function with other batches and values, and return what differs.
 
-        The first run may make state, which later runs find: it is compared last, and only if it made none.
+        The first run may make what later runs find, an optimizer's state for example: then the next two are compared.
         """
         other = _varied(static)
         for _ in range(2):
             before.restore(self.state())
-            runs.append(Recorder(self.state(), backend.device))
+            runs.append(Recorder(self.state().values(), backend.device))
+            self.vary()
             values = _with_tensors_of(static, other)
             with runs[-1]:
                 backend.run(functools.partial(self.function, values))
             copy_into(static, batch)
             reason = runs[-1].reason or runs[-2].difference(runs[-1])
             if reason is None:
-                return None
-            if len(self.state()) == before.count:
-                return reason
+                break
             other = _varied(other)
         return reason
 
@@ -249,30 +252,30 @@ class _Graph:
 class _Snapshot:
     """Copies of the tensors of a state, and the states of the generators."""
 
-    def __init__(self, state: list[Tensor], device: torch.device) -> None:
-        self.count = len(state)
-        self.tensors = {id(tensor): tensor for tensor in state}
-        self.values = {id(tensor): tensor.detach().clone() for tensor in state}
-        self.versions = {id(tensor): tensor._version for tensor in state}
+    def __init__(self, state: State, device: torch.device) -> None:
+        self.values = {name: tensor.detach().clone() for name, tensor in state.items()}
+        self._versions = {name: (tensor, tensor._version) for name, tensor in state.items()}
         self._device = device
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._host = (random.getstate(), numpy.random.get_state(legacy=False))
 
-    def restore(self, state: list[Tensor]) -> None:
+    def restore(self, state: State) -> None:
         """Put the values back; fill with zeros what the state has more. Version counters do not move."""
-        for tensor in state:
-            if id(tensor) in self.values:
-                tensor.data.copy_(self.values[id(tensor)])
+        for name, tensor in state.items():
+            if name in self.values:
+                tensor.data.copy_(self.values[name])
             else:
                 tensor.data.zero_()
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
-    def moved(self, state: list[Tensor]) -> list[Tensor]:
+    def moved(self, state: State) -> list[Tensor]:
         """Return the tensors of ``state`` that were written since, as autograd's version counters have it."""
-        return [tensor for tensor in state if tensor._version != self.versions.get(id(tensor), -1)]
+        known = self._versions
+        same = {name for name, t in state.items() if name in known and known[name][0] is t}
+        return [t for name, t in state.items() if name not in same or known[name][1] != t._version]
 
     def drew_on_the_host(self, before: _Snapshot) -> bool:
         """Return whether Python's or numpy's generator moved since ``before``."""
@@ -319,8 +322,8 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-def _addresses(state: list[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in state]
+def _addresses(state: State) -> list[int]:
+    return [tensor.data_ptr() for tensor in state.values()]
 
 
 def copy_into(static: Any, batch: Any) -> None:
@@ -380,27 +383,27 @@ def _with_tensors_of(static: Any, values: Any) -> Any:
     return map_tensors(values, lambda _: next(tensors))
 
 
-def _is_near(before: _Snapshot, after: _Snapshot, state: list[Tensor], expected: Any, found: Any) -> bool:
+def _is_near(before: _Snapshot, after: _Snapshot, state: State, expected: Any, found: Any) -> bool:
     """Return whether the state and the result of a replay are those of the first run, up to rounding.
 
     Differences of the state are measured against the step that the first run made, so that no step at all is found.
     """
-    wrong: list[Tensor] = []
-    for tensor in state:
-        reference = after.values[id(tensor)]
-        start = before.values.get(id(tensor))
-        wrong.append(_differs(tensor, reference, reference if start is None else reference - start))
+    if state.keys() != after.values.keys():
+        return False
+    wrong = [_differs(tensor, after.values[name], before.values.get(name)) for name, tensor in state.items()]
     pairs = zip(_tensors(expected), _tensors(found), strict=True)
-    wrong += [_differs(other, reference, reference) for reference, other in pairs]
+    wrong += [_differs(other, reference) for reference, other in pairs]
     return not wrong or not bool(torch.stack([flag.to(wrong[0].device) for flag in wrong]).any())
 
 
-def _differs(value: Tensor, reference: Tensor, change: Tensor) -> Tensor:
+def _differs(value: Tensor, reference: Tensor, start: Tensor | None = None) -> Tensor:
+    """Return whether a value differs from its reference, relative to the way from its start, or else from zero."""
     if not reference.is_floating_point():
         return (value != reference).any()
     with torch.no_grad():
         rounding = 8 * torch.finfo(reference.dtype).eps * _norm(reference)
-        return ~(_norm(value - reference) <= MAX_DIFFERENCE * _norm(change) + rounding)  # NaN counts as different
+        change = _norm(reference if start is None else reference - start)
+        return ~(_norm(value - reference) <= MAX_DIFFERENCE * change + rounding)  # NaN counts as different
 
 
 def _norm(tensor: Tensor) -> Tensor:

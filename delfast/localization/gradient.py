@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +63,7 @@ class MeanGradient:
         self._pass = Graphed(
             self._run,
             make_backend(execution.cuda_graphs, device_of(network), loss_fn),
-            state=lambda: [*self.sums.values(), *self.checks.tensors()],
+            state=lambda: {**self.sums, **self.checks.tensors()},
             is_frequent=is_frequent(loader, 1, execution.cuda_graphs),
             watched=(network,),
         )
@@ -81,50 +81,48 @@ class MeanGradient:
         with torch.inference_mode(False), torch.enable_grad():
             losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
             check_differentiable(losses)
-            with self._gradients.added():
-                torch.autograd.backward(losses.sum(), inputs=list(self.parameters.values()))
+            self._gradients.add(losses.sum())
         return losses.detach()
 
 
 class GradientHooks:
     """Hooks that add each gradient to its sum during a backward pass, and free it.
 
-    Gradients wait in a bucket of at most ``MAX_BUCKET_BYTES``, or one gradient, for one addition of all. ``.grad`` and
-    the parameters' own hooks, which belong to the user's training, are set aside meanwhile.
+    Gradients wait in a bucket of at most ``MAX_BUCKET_BYTES``, or one gradient, for one addition of all. The hooks run
+    before a gradient is accumulated into ``.grad``, which belongs to the user's training, as do its own hooks.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
         self._parameters = list(parameters.values())
         self._sums = {id(parameters[name]): total for name, total in sums.items()}
+        with torch.inference_mode(False):  # returned in the place of gradients: of their shape, without their memory
+            self._empty = {
+                id(p): torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape) for p in self._parameters
+            }
         self._bucket: list[tuple[Tensor, Tensor]] = []  # sum, gradient
         self._bytes = 0
 
-    @contextmanager
-    def added(self) -> Iterator[None]:
-        """Add, inside the context, the gradient of every parameter that a backward pass computes."""
-        held = [(p, p.grad, p._post_accumulate_grad_hooks) for p in self._parameters]
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``, a scalar tensor, to the sums."""
         handles = []
         try:
             for parameter in self._parameters:
-                parameter.grad = None
-                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-                handles.append(parameter.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
-            yield
+                hook = functools.partial(self._take, id(parameter))
+                handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+            torch.autograd.grad(loss, self._parameters, allow_unused=True)
             self._add_bucket()
         finally:
             self._bucket, self._bytes = [], 0
             for handle in handles:
                 handle.remove()
-            for parameter, grad, hooks in held:
-                parameter.grad, parameter._post_accumulate_grad_hooks = grad, hooks
 
-    def _take(self, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if self._bytes + gradient.nbytes > MAX_BUCKET_BYTES:
+    def _take(self, key: int, gradient: Tensor) -> Tensor:
+        size = 0 if gradient.is_sparse else gradient.nbytes
+        if self._bytes + size > MAX_BUCKET_BYTES:
             self._add_bucket()
-        self._bucket.append((self._sums[id(parameter)], gradient))
-        self._bytes += gradient.nbytes
+        self._bucket.append((self._sums[key], gradient))
+        self._bytes += size
+        return gradient if gradient.is_sparse else self._empty[key]
 
     def _add_bucket(self) -> None:
         if self._bucket:

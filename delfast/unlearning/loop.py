@@ -241,12 +241,15 @@ class _Step:
         self.checks = DeviceChecks(device)
         backend = make_backend(execution.cuda_graphs, device, loss_fn)
         self.rates = [] if backend is None else [_device_rate(group, device) for group in optimizer.param_groups]
+        self._modules: list[nn.Module] = []
+        self._network: dict[Hashable, Tensor] = {}  # the network's parameters and buffers
         self._graphed = Graphed(
             self._run,
             backend,
             state=self._state,
             is_frequent=is_frequent,
             settings=self._settings,
+            vary=self._vary,
             watched=(model, optimizer),
         )
 
@@ -254,6 +257,9 @@ class _Step:
         """Train for one pass; return the mean loss over its examples."""
         self.total.zero_()
         self._graphed.check_hooks()
+        # once an epoch: to walk through the modules in every step would take longer than to launch a graph
+        self._modules = list(self.model.modules())
+        self._network = dict((*self.model.named_parameters(), *self.model.named_buffers()))
         examples = 0
         with self.checks:
             for batch in batches:
@@ -289,11 +295,19 @@ class _Step:
             for number, group in zip(numbers, self.optimizer.param_groups, strict=True):
                 group["lr"] = number
 
-    def _state(self) -> list[Tensor]:
+    def _vary(self) -> None:
+        for rate in self.rates:
+            rate.data.mul_(0.5)
+
+    def _state(self) -> dict[Hashable, Tensor]:
         """Return the tensors that a step may write."""
-        held = [value for state in self.optimizer.state.values() for value in state.values()]
-        held = [value for value in held if isinstance(value, Tensor)]
-        return [*self.model.parameters(), *self.model.buffers(), *held, self.total, *self.checks.tensors()]
+        held: dict[Hashable, Any] = {
+            (id(parameter), name): value
+            for parameter, state in self.optimizer.state.items()
+            for name, value in state.items()
+        }
+        held = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        return {**self._network, **held, **dict(enumerate(self.rates)), None: self.total, **self.checks.tensors()}
 
     def _settings(self) -> Hashable:
         """Return the values that a captured step fixes."""
@@ -302,8 +316,8 @@ class _Step:
             tuple((name, value) for name, value in group.items() if name != "lr" and isinstance(value, plain))
             for group in self.optimizer.param_groups
         )
-        flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        return groups, flags, tuple(module.training for module in self.model.modules())
+        flags = tuple(tensor.requires_grad for tensor in self._network.values())
+        return groups, flags, tuple(module.training for module in self._modules)
 
 
 def _device_rate(group: dict[str, Any], device: torch.device) -> Tensor:

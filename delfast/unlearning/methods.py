@@ -262,31 +262,29 @@ class Relabel(Method):
         if "retain" in step:
             return task.loss(step["retain"])
         _, logits, targets = task.logits(step["forget"])
-        classes = logits.shape[1]
-        shift = step["shift"] if "shift" in step else self.shift(task, step, classes, len(targets)).to(targets.device)
-        labels = torch.where(targets == IGNORED, targets, (targets + shift) % classes)
-        return functional.cross_entropy(logits, labels)
+        return functional.cross_entropy(logits, self.labels(task, step, targets, logits.shape[1]))
+
+    def labels(self, task: UnlearningTask, step: Step, targets: Tensor, classes: int) -> Tensor:
+        """Return (N,) classes other than the targets (N,): a function of the seed, the epoch and the step."""
+        shift = step["shift"] if "shift" in step else self._shift(task, step, classes, len(targets)).to(targets.device)
+        return torch.where(targets == IGNORED, targets, (targets + shift) % classes)
 
     def values(self, task: UnlearningTask, step: Step) -> dict[str, Tensor]:
-        """Return the "shift" of a forget batch's labels, which is drawn again in every step."""
+        """Return the "shift" from the labels of a forget batch to other classes: int64 (N,)."""
         if "forget" not in step or task.classes is None:
             return {}
         targets = split_batch(step["forget"])[2]
-        return {"shift": self.shift(task, step, task.classes, len(targets)).to(device_of(task.network))}
+        return {"shift": self._shift(task, step, task.classes, len(targets)).to(device_of(task.network))}
 
-    def shift(self, task: UnlearningTask, step: Step, classes: int, examples: int) -> Tensor:
-        """Return (N,) numbers in [1, classes): a function of the seed, the epoch and the step.
-
-        A label plus its number, modulo the number of classes, is another class.
-        """
+    def _shift(self, task: UnlearningTask, step: Step, classes: int, examples: int) -> Tensor:
+        """Draw (N,) numbers in [1, classes)."""
         if classes < 2:
             raise InputError(
                 f"expected at least 2 classes for '{self.name}', which draws wrong labels, got {classes}; choose "
                 "another method"
             )
         mixed = (task.seed * 1_000_003 + step["epoch"]) * 1_000_003 + step["step"]
-        generator = torch.Generator().manual_seed(mixed % 2**63)
-        return torch.randint(1, classes, (examples,), generator=generator)
+        return torch.randint(1, classes, (examples,), generator=torch.Generator().manual_seed(mixed % 2**63))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from delfast.arguments import check_choice, check_function, check_loader, check_names, check_type
@@ -66,6 +66,7 @@ class TrainingOptions:
 
 
 DEFAULT_OPTIONS = TrainingOptions()
+FORMER_KEYWORDS = ("precision", "batchnorm", "dense", "validation", "patience", "config", "progress")
 
 
 def check_options(training: TrainingOptions, method: Method) -> None:
@@ -99,7 +100,7 @@ def separate_options(
     names the caller of the function that calls this one.
     """
     check_type("training", training, TrainingOptions, "a delfast.TrainingOptions")
-    former = [field.name for field in fields(TrainingOptions) if field.name in keywords]
+    former = [name for name in FORMER_KEYWORDS if name in keywords]
     if not former:
         return training, keywords
     if training is not DEFAULT_OPTIONS:

@@ -1,0 +1,239 @@
+"""Captured training steps: the same bits as steps that Python runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import delfast
+from delfast import TrainingOptions
+from delfast.unlearning import METHODS, Method, train
+from tests.graphs.double import Double
+
+TRAINED = sorted(name for name, method in METHODS.items() if method().epochs)
+
+
+def make_model(seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def batches(count: int, seed: int, last: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [6] * (count - 1) + [last]
+    return [(torch.randn(n, 2, 4, 4, generator=generator), torch.randint(4, (n,), generator=generator)) for n in sizes]
+
+
+def unlearned(method: str | Method, captured: bool, **options: Any) -> dict[str, Any]:
+    model = make_model()
+    init = lambda: make_model(7)  # noqa: E731
+    needs = (METHODS[method] if isinstance(method, str) else type(method)).needs
+    torch.manual_seed(5)  # of the dropout
+    hyperparameters = {"epochs": 3} | ({} if isinstance(method, Method) else options.pop("hyperparameters", {}))
+    result = delfast.unlearn(
+        model,
+        retain=batches(4, seed=1),
+        forget=batches(3, seed=2),
+        init=init if {"init", "everything"} & needs else None,
+        method=method,
+        seed=1,
+        training=TrainingOptions(cuda_graphs=captured, **options.pop("training", {})),
+        **hyperparameters,
+        **options,
+    )
+    return {**model.state_dict(), "losses": torch.tensor(result.losses, dtype=torch.float64)}
+
+
+def equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_gives_the_same_bits_captured(method: str, backends: list[Double]) -> None:
+    expected = unlearned(method, captured=False)
+    assert not backends
+    found = unlearned(method, captured=True)
+    assert equal(found, expected)
+    assert sum(backend.replays for backend in backends) > sum(backend.captures for backend in backends) >= 2
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["del", "relabel", "l1-sparse", "scrub"])
+def test_a_resumed_run_gives_the_same_bits_captured(method: str, backends: list[Double], tmp_path: Path) -> None:
+    def stop(found: Any, description: str, total: int) -> Any:
+        if description.startswith("epoch 3/"):
+            raise Stopped
+        return found
+
+    expected = unlearned(method, captured=True)
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(Stopped):
+        unlearned(method, captured=True, checkpoint=path, training={"progress": stop})
+    count = len(backends)
+    assert equal(unlearned(method, captured=True, checkpoint=path, resume=True), expected)
+    assert len(backends) > count and backends[-1].replays
+
+
+def trained(make: Callable[[nn.Module], torch.optim.Optimizer], captured: bool, **options: Any) -> dict[str, Tensor]:
+    model = make_model()
+    torch.manual_seed(5)
+    train(model, batches(4, seed=1), make(model), epochs=3, cuda_graphs=captured, **options)
+    return model.state_dict()
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "MaskedSGD": lambda m: delfast.optim.MaskedSGD(
+        m.named_parameters(), delfast.unlearning.api.full_mask(m), lr=0.1, momentum=0.9, weight_decay=1e-3
+    ),
+    "MaskedAdamW": lambda m: delfast.optim.MaskedAdamW(m.named_parameters(), delfast.unlearning.api.full_mask(m)),
+    "fused SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.125, momentum=0.9, fused=True),
+    "fused AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.125, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_that_read_their_rate_on_the_device(name: str, backends: list[Double]) -> None:
+    options: dict[str, Any] = {"max_norm": 1.0}
+    if "fused" in name:
+        options["schedule"] = "constant"  # float32 holds the rate
+    expected = trained(OPTIMIZERS[name], captured=False, **options)
+    found = trained(OPTIMIZERS[name], captured=True, **options)
+    assert backends[0].replays == 12 and equal(found, expected)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_baked_rate_is_found(foreach: bool, backends: list[Double], caplog: pytest.LogCaptureFixture) -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.125, foreach=foreach)
+
+    with caplog.at_level(logging.WARNING, "delfast"):
+        found = trained(make, captured=True, schedule="constant")
+    assert not backends[0].captures and equal(found, trained(make, captured=False, schedule="constant"))
+    assert "reads values on the host" in caplog.text and len(caplog.records) == 1
+
+
+def test_precision_and_frozen_statistics(backends: list[Double]) -> None:
+    options = {"training": {"precision": "bf16", "batchnorm": "frozen"}}
+    assert equal(unlearned("finetune", True, **copy.deepcopy(options)), unlearned("finetune", False, **options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawsLabels(Method):
+    """A method that draws labels in its loss."""
+
+    name: ClassVar[str] = "draws-labels"
+
+    def loss(self, task: Any, step: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(step["step"])
+        _, logits, targets = task.logits(step["retain"])
+        return functional.cross_entropy(logits, torch.randint(4, targets.shape, generator=generator))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Falls(Method):
+    """A method whose loss has a weight that Python changes with the epoch."""
+
+    name: ClassVar[str] = "falls"
+
+    def loss(self, task: Any, step: Any) -> Tensor:
+        loss: Tensor = task.loss(step["retain"]) * (1 - step["epoch"] / 10)
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Method):
+    """A method that makes a tensor of a Python value."""
+
+    name: ClassVar[str] = "constant"
+
+    def loss(self, task: Any, step: Any) -> Tensor:
+        loss: Tensor = task.loss(step["retain"]) * torch.tensor(0.5)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (DrawsLabels(), "draws from a generator of its own"),
+        (Falls(), "the arguments of aten.mul.Tensor change from step to step"),
+        (Constant(), "makes tensors of Python's values"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_python_values_in_a_loss_are_found(
+    method: Method, reason: str, backends: list[Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = unlearned(method, captured=False)
+    with caplog.at_level(logging.WARNING, "delfast"):
+        assert equal(unlearned(method, captured=True), expected)
+    assert reason in caplog.text
+    assert not sum(backend.captures for backend in backends)
+
+
+def test_foreign_hooks_switch_capture_off_by_name(backends: list[Double], caplog: pytest.LogCaptureFixture) -> None:
+    model, calls = make_model(), []
+    model[4].register_forward_hook(lambda *_: calls.append(1))
+    with caplog.at_level(logging.WARNING, "delfast"):
+        train(model, batches(4, 1), OPTIMIZERS["MaskedSGD"](model), epochs=2, cuda_graphs=True)
+    assert len(calls) == 8 and not backends[0].captures
+    assert "a hook of module '4'" in caplog.text and len(caplog.records) == 1
+
+
+def test_a_hook_that_comes_later_drops_the_graphs(backends: list[Double]) -> None:
+    model, calls = make_model(), []
+
+    def progress(found: Any, description: str, total: int) -> Any:
+        if description.startswith("epoch 2/"):
+            model[4].weight.register_hook(lambda g: calls.append(1))
+        return found
+
+    train(model, batches(4, 1), OPTIMIZERS["MaskedSGD"](model), epochs=3, cuda_graphs=True, progress=progress)
+    assert backends[0].replays == 4 and len(calls) == 8
+
+
+def test_version_counters_move_with_every_replay(backends: list[Double]) -> None:
+    model = make_model()
+    scores = delfast.score(model, batches(2, 1))
+    versions: list[int] = []
+
+    def progress(found: Any, description: str, total: int) -> Any:
+        for batch in found:
+            versions.append(model[0].weight._version)
+            yield batch
+
+    train(model, batches(4, 1), OPTIMIZERS["MaskedSGD"](model), epochs=1, cuda_graphs=True, progress=progress)
+    assert sorted(set(versions)) == versions
+    with pytest.raises(delfast.InputError, match="changed"):
+        scores.select(0.3)
+
+
+def test_a_state_that_is_replaced_is_captured_again(backends: list[Double]) -> None:
+    states: list[dict[str, Tensor]] = []
+    for captured in (False, True):
+        model = make_model()
+        optimizer = OPTIMIZERS["MaskedSGD"](model)
+
+        def progress(found: Any, description: str, total: int, of: Any = optimizer) -> Any:
+            if description.startswith("epoch 2/"):
+                of.load_state_dict(copy.deepcopy(of.state_dict()))
+            return found
+
+        torch.manual_seed(5)
+        train(model, batches(4, 1), optimizer, epochs=3, cuda_graphs=captured, progress=progress)
+        states.append(model.state_dict())
+    assert equal(*states) and backends[0].captures == 4 and backends[0].replays == 12
