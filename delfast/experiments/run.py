@@ -168,8 +168,11 @@ class Run:
         return resident(self.data.test_images, self.device)
 
     def _batches(self, images: Tensor, targets: Tensor, **options: Any) -> Batches:
-        """Batches of images, read one ahead where the images are in a file or not on the device."""
-        ahead = images.device.type != self.device.type or images.nbytes > IN_MEMORY
+        """Batches of images, read one ahead where the images are in a file, or in memory of the CPU for another device.
+
+        Images on the device are read by index: see ``delfast.feeding.feed``.
+        """
+        ahead = images.device.type == "cpu" and (self.device.type != "cpu" or images.nbytes > IN_MEMORY)
         return Batches(images, targets, self.data.mean, self.data.std, ahead=ahead, **options)
 
     def measure(self, model: nn.Module, seed: int | None = None) -> Metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from delfast.errors import InputError
+from delfast.feeding import Columns, InMemory, Ordered, fits
 
 T = TypeVar("T")
 
 
-class Batches:
+class Batches(Ordered):
     """Re-iterable batches ``(index, input, target)`` of images in memory. Every example occurs once; none is dropped.
 
     ``index`` (B,) int64 are positions in ``images``, ``input`` (B, C, H, W) float32 is (image / 255 - mean) / std,
@@ -26,6 +28,7 @@ class Batches:
     images: (N, C, H, W) uint8; targets: (N,) int64; mean, std: (C,) float32, of the images divided by 255;
     indices: the positions to iterate over (default: all). ``input`` and ``target`` are on the device of ``images`` (see
     ``resident``), ``index`` is on the CPU. ahead: read the next batch in a thread while the current batch is in use.
+    ``delfast.feeding.feed`` reads the batches by index where the images are on its device or fit there.
     """
 
     draws_globally = False  # iterating draws from no generator of the process
@@ -60,22 +63,41 @@ class Batches:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = self._order()
-        batches = (self.read(order[begin : begin + self.batch_size]) for begin in range(0, len(order), self.batch_size))
+        batches = (self.read(self.indices[positions]) for positions in self.positions())
         return one_ahead(batches) if self.ahead else batches
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read one batch, of these positions in ``images``."""
-        where = index.to(self.images.device)
-        return index, (self.images[where].to(torch.float32) / 255 - self._mean) / self._std, self.targets[where]
+        rows = index.to(self.images.device)
+        images, targets = self.images.index_select(0, rows), self.targets.index_select(0, rows)
+        return _normalized(index, images, targets, self._mean, self._std)
+
+    def positions(self) -> tuple[Tensor, ...]:
+        order = self._order()
+        return tuple(order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size))
+
+    def columns(self, device: torch.device) -> Columns:
+        form = partial(_normalized, mean=self._mean.to(device), std=self._std.to(device))
+        return Columns((self._index, self.images, self.targets), form)
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.arange(len(self.images), device=self.images.device)
 
     def _order(self) -> Tensor:
+        """Return the positions in ``indices`` in the order of the next pass."""
+        count = len(self.indices)
         if not self.shuffle:
-            return self.indices
+            return torch.arange(count)
         # SeedSequence mixes the pair, so that (seed, epoch + 1) and (seed + 1, epoch) give unrelated orders
         mixed = int(numpy.random.SeedSequence((self.seed, self.epoch)).generate_state(1, numpy.uint64)[0])
-        generator = torch.Generator().manual_seed(mixed)
-        return self.indices[torch.randperm(len(self.indices), generator=generator)]
+        return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))
+
+
+def _normalized(
+    index: Tensor, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return index, (images.to(torch.float32) / 255 - mean) / std, targets
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -93,20 +115,22 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
 
     They stay bytes; ``Batches`` converts each batch to floats on the device.
     """
-    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
-        return images
-    return images.to(device)
+    return images.to(device) if device.type == "cuda" and fits(images.nbytes, device) else images
 
 
-class Examples(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class Examples(InMemory, Dataset[tuple[Tensor, Tensor, Tensor]]):
     """The examples of ``Batches`` one by one: ``(index, input, target)``, without the batch's dimension."""
 
     def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+        self.batches, self.indices = batches, batches.indices
 
     def __len__(self) -> int:
-        return len(self.batches.indices)
+        return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        index, inputs, targets = self.batches.read(self.batches.indices[position : position + 1])
+        index, inputs, targets = self.batches.read(self.indices[position : position + 1])
         return index[0], inputs[0], targets[0]
+
+    def columns(self, device: torch.device) -> Columns:
+        tensors, form = self.batches.columns(device)
+        return Columns(tensors, lambda *parts: [*form(*parts)])  # a list, as torch's collate function returns
