@@ -17,6 +17,7 @@ from delfast.batches import Indexed, map_tensors
 from delfast.errors import InputError
 
 RESIDENT_PART = 4  # examples stay on a device if they need at most a quarter of its free memory
+CHUNK_BYTES = 2**28  # of rows selected at a time: the examples may be in a file that the host's memory cannot hold
 MAX_LEAD = 2  # batches that the host may be ahead of the device, since a copied batch occupies memory until it is used
 
 
@@ -204,12 +205,13 @@ class Resident:
         self.tensors, self.rows = columns.tensors, rows
         self.is_copy = any(not _is_on(tensor, device) for tensor in columns.tensors)
         self.lookup = torch.arange(len(rows), device="cpu") if self.is_copy else rows
-        self._seen = self._state()
         tensors = columns.tensors
         if self.is_copy:
-            with torch.inference_mode(False):  # graphs and backward passes use the copies too
-                tensors = tuple(selected.to(device, copy=True) for selected in self._selected())
+            with torch.inference_mode(False):  # graphs and backward passes read the copies too
+                tensors = tuple(torch.empty(len(rows), *t.shape[1:], dtype=t.dtype, device=device) for t in tensors)
         self.source = _Rows(tensors, columns.form)
+        self._seen: list[tuple[int, int]] | None = None
+        self.refresh()
 
     @staticmethod
     def can_hold(columns: Columns, rows: Tensor, device: torch.device) -> bool:
@@ -226,22 +228,19 @@ class Resident:
         return same and torch.equal(rows, self.rows)
 
     def refresh(self) -> None:
-        """Copy the examples again, into the same memory, if a tensor was changed in place since the last copy."""
-        if not self.is_copy or self._seen == self._state():
+        """Copy the examples, into the same memory, unless their tensors are as they were at the last copy."""
+        state = [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]
+        if not self.is_copy or self._seen == state:
             return
-        self._seen = self._state()
+        self._seen = state
         with torch.inference_mode(False):
-            for copied, selected in zip(self.source.tensors, self._selected(), strict=True):
-                copied.copy_(selected)
-
-    def _state(self) -> list[tuple[int, int]]:
-        return [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]
-
-    def _selected(self) -> Iterator[Tensor]:
-        """Yield the rows in use of each tensor."""
-        for tensor in self.tensors:
-            whole = len(self.rows) == len(tensor) and torch.equal(self.rows, self.lookup)
-            yield tensor if whole else tensor.index_select(0, self.rows)
+            for copied, tensor in zip(self.source.tensors, self.tensors, strict=True):
+                if len(self.rows) == len(tensor) and torch.equal(self.rows, self.lookup):  # all, in their order
+                    copied.copy_(tensor)
+                    continue
+                size = max(1, CHUNK_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
+                for part, rows in zip(torch.split(copied, size), torch.split(self.rows, size), strict=True):
+                    part.copy_(tensor.index_select(0, rows))
 
 
 def _is(tensor: Tensor, other: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy
@@ -53,7 +53,7 @@ class Batches(Ordered):
         self.images, self.targets, self.ahead = images, targets.to(images.device), ahead
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
-        self._mean, self._std = (values.view(-1, 1, 1).to(images.device) for values in (mean, std))
+        self._scale = tuple(t.to(images.device) for t in (torch.tensor(255.0), mean.view(-1, 1, 1), std.view(-1, 1, 1)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass has; without ``shuffle`` this has no effect."""
@@ -70,15 +70,18 @@ class Batches(Ordered):
         """Read one batch, of these positions in ``images``."""
         rows = index.to(self.images.device)
         images, targets = self.images.index_select(0, rows), self.targets.index_select(0, rows)
-        return _normalized(index, images, targets, self._mean, self._std)
+        return index, _normalized(images, *self._scale), targets
 
     def positions(self) -> tuple[Tensor, ...]:
         order = self._order()
         return tuple(order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size))
 
     def columns(self, device: torch.device) -> Columns:
-        form = partial(_normalized, mean=self._mean.to(device), std=self._std.to(device))
-        return Columns((self._index, self.images, self.targets), form)
+        scale = [t.to(device) for t in self._scale]
+        return Columns(
+            (self._index, self.images, self.targets),
+            lambda index, images, targets: (index, _normalized(images, *scale), targets),
+        )
 
     @cached_property
     def _index(self) -> Tensor:
@@ -94,10 +97,11 @@ class Batches(Ordered):
         return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))
 
 
-def _normalized(
-    index: Tensor, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return index, (images.to(torch.float32) / 255 - mean) / std, targets
+def _normalized(images: Tensor, levels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return (images / levels - mean) / std. A number instead of a tensor of levels would be multiplied by its inverse
+    on CUDA, which rounds differently.
+    """
+    return (images.to(torch.float32) / levels - mean) / std
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
