@@ -31,7 +31,7 @@ def feed(loader: Iterable[Any], device: torch.device, *, resident: bool | None =
     data sets (``InMemory``), and of a DataLoader over a TensorDataset, or a Subset of one, nested or not, with torch's
     collate function and without workers. The examples are copied to the device in the first pass, and again when their
     version counters show a change. A change through numpy or ``.data`` during the life of the iterable is not seen.
-    Other batches are copied by ``CopyStream``. On the CPU the loader itself is returned.
+    Other batches are copied by ``CopyStream``. For a device other than CUDA the loader itself is returned.
 
     resident: whether to try ``Indexed`` batches (default: on CUDA).
     """
@@ -57,10 +57,10 @@ class Columns(NamedTuple):
 
 
 class InMemory(ABC):
-    """Base of loaders and data sets whose examples are rows of tensors. A loader also has ``positions``.
+    """Base of loaders and data sets whose examples are rows of tensors.
 
-    ``indices``: int64 (N,) on the CPU, the row of each example. A subclass of a subclass is read as any other loader
-    unless it defines ``columns`` itself, since it may yield other batches.
+    ``indices``: int64 (N,), the row of each example. A class that inherits ``columns`` is read as any other loader,
+    since it may yield other batches.
     """
 
     indices: Tensor
@@ -118,7 +118,7 @@ def _columns(dataset: Any, device: torch.device) -> tuple[Columns, Tensor] | Non
         subsets.append(dataset.indices)
         dataset = dataset.dataset
     if type(dataset) is TensorDataset and "__getitems__" not in vars(dataset):
-        columns, rows = Columns(dataset.tensors, _as_list), torch.arange(len(dataset), device="cpu")
+        columns, rows = Columns(tuple(dataset.tensors), _as_list), torch.arange(len(dataset), device="cpu")
     elif isinstance(dataset, InMemory) and "columns" in vars(type(dataset)):
         columns, rows = dataset.columns(device), dataset.indices.to("cpu", torch.int64)
     else:
@@ -128,7 +128,7 @@ def _columns(dataset: Any, device: torch.device) -> tuple[Columns, Tensor] | Non
         if selected is None:
             return None
         rows = selected
-    return (columns, rows) if _are_plain(columns.tensors) else None
+    return (columns, rows) if _are_plain(columns.tensors) and _are_in_range(rows, columns.tensors) else None
 
 
 def _selected(rows: Tensor, indices: Any) -> Tensor | None:
@@ -142,9 +142,14 @@ def _selected(rows: Tensor, indices: Any) -> Tensor | None:
     signed = index.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)  # unsigned ones could be flags
     if index.ndim != 1 or not (signed or not len(index)):
         return None
-    if len(index) and not -len(rows) <= int(index.min()) <= int(index.max()) < len(rows):
-        return None
-    return rows[index.to(torch.int64)]
+    index = index.to(torch.int64)
+    index = torch.where(index < 0, index + len(rows), index)
+    return rows[index] if _are_in_range(index, [rows]) else None
+
+
+def _are_in_range(rows: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Return whether every tensor has these rows. A CUDA device would end the process for one that it has not."""
+    return not len(rows) or (int(rows.min()) >= 0 and int(rows.max()) < min(map(len, tensors)))
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
@@ -203,6 +208,7 @@ class Resident:
 
     def __init__(self, columns: Columns, rows: Tensor, device: torch.device) -> None:
         self.tensors, self.rows = columns.tensors, rows
+        self._forms = _forms(columns.tensors)
         self.is_copy = any(not _is_on(tensor, device) for tensor in columns.tensors)
         self.lookup = torch.arange(len(rows), device="cpu") if self.is_copy else rows
         tensors = columns.tensors
@@ -224,8 +230,7 @@ class Resident:
 
     def holds(self, columns: Columns, rows: Tensor) -> bool:
         """Return whether these are the tensors and the rows that this object was made of."""
-        same = len(columns.tensors) == len(self.tensors) and all(map(_is, columns.tensors, self.tensors))
-        return same and torch.equal(rows, self.rows)
+        return _forms(columns.tensors) == self._forms and torch.equal(rows, self.rows)
 
     def refresh(self) -> None:
         """Copy the examples, into the same memory, unless their tensors are as they were at the last copy."""
@@ -243,8 +248,8 @@ class Resident:
                     part.copy_(tensor.index_select(0, rows))
 
 
-def _is(tensor: Tensor, other: Tensor) -> bool:
-    return tensor is other
+def _forms(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(id(t), t.shape, t.dtype, t.device) for t in tensors]
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:

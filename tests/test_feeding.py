@@ -143,10 +143,27 @@ def loaders(draw: st.DrawFn) -> Callable[[], DataLoader[Any]]:
     return make
 
 
+jobs = given(loaders(), st.booleans(), st.lists(st.integers(0, 6), min_size=2, max_size=3))
+
+
 @settings(max_examples=150)
-@given(loaders(), st.booleans(), st.lists(st.integers(0, 6), min_size=2, max_size=3))
+@jobs
 def test_batches_by_index_equal_the_loaders(make: Callable[[], DataLoader[Any]], copies: bool, ends: list[int]) -> None:
     """Over several epochs, left early or not, with other draws between the batches."""
+    check_equality(make, copies, ends)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000)
+@jobs
+def test_batches_of_many_loaders_equal_theirs(
+    make: Callable[[], DataLoader[Any]], copies: bool, ends: list[int]
+) -> None:
+    check_equality(make, copies, ends)
+
+
+def check_equality(make: Callable[[], DataLoader[Any]], copies: bool, ends: list[int]) -> None:
+    """Compare the batches and the states of all generators; ``ends``: batches after which each epoch is left."""
     runs: list[list[Any]] = []
     for wrap in (lambda loader: loader, indexed):
         with as_copies() if copies else nullcontext():
@@ -253,6 +270,12 @@ def own_subset() -> Subset[Any]:
     return data
 
 
+def ragged() -> TensorDataset:
+    data = TensorDataset(X, Y)
+    data.tensors = (X, Y[:5])
+    return data
+
+
 X, Y = torch.arange(12.0).view(6, 2), torch.arange(6) % 3
 DATA = TensorDataset(X, Y)
 OTHERS: dict[str, Callable[[], Any]] = {
@@ -270,6 +293,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "parameters": lambda: DataLoader(TensorDataset(nn.Parameter(X, requires_grad=False), Y), batch_size=4),
     "sparse": lambda: DataLoader(TensorDataset(X.to_sparse(), Y), batch_size=1),
     "our subclass": lambda: Ours(COLUMNS[0](4), Y[:4], torch.zeros(3), torch.ones(3), batch_size=4),
+    "tensors of other lengths": lambda: DataLoader(ragged(), batch_size=4),
     "a list": lambda: [(X, Y), (X[:2], Y[:2])],
 }  # fmt: skip
 
@@ -394,7 +418,11 @@ def test_changed_examples_are_copied_again() -> None:
         data.tensors = (x.double(), y)  # another tensor
         assert_all_same(fed, loader)
         assert fed.resident.source is not source
-        x.data = torch.zeros_like(x)
+        data.tensors = (x, y)
+        assert_all_same(fed, loader)
+        x.data = torch.zeros(6, 1)  # the same tensor, of another shape
+        assert_all_same(fed, loader)
+        x.data = torch.ones(6, 1)
         assert_all_same(fed, loader)
 
 
@@ -568,94 +596,3 @@ def test_evaluation_feeds_its_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (metrics, outputs, divergence):
         monkeypatch.setattr(module, "feed", forced)
     assert measure() == expected and fed == [CPU] * 5
-
-
-# On a card
-
-on_a_card = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")]
-
-
-def a_job(count: int) -> list[tuple[Iterable[Any], bool]]:
-    """Return loaders of a set of images, and whether they are read by index."""
-    images, targets = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
-    data = TensorDataset(images, targets)
-    ours = Batches(images, targets, torch.rand(3), torch.rand(3) + 0.5, batch_size=128, shuffle=True)
-    return [
-        (DataLoader(data, batch_size=128, shuffle=True), True),
-        (DataLoader(Subset(data, range(0, count, 3)), batch_size=100), True),
-        (DataLoader(Subset(Examples(ours), range(0, count, 5)), batch_size=100), True),
-        (ours, True),
-        (DataLoader(Augmented(images, targets), batch_size=128, shuffle=True, num_workers=1), False),
-        ([(images[n : n + 64], targets[n : n + 64]) for n in range(0, count, 64)], False),
-    ]
-
-
-class TestOnACard:
-    pytestmark = on_a_card
-
-    def test_batches_are_the_loaders(self) -> None:
-        """To the bit, while kernels that were launched before still run, and with memory that is used again at once."""
-        device = torch.device("cuda", torch.cuda.current_device())
-        for loader, by_index in a_job(1000):
-            seed_all()
-            expected = [list(batch) for batch in loader]
-            fed = feed(loader, device)
-            for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                seed_all()
-                with torch.cuda.stream(stream):
-                    found: list[list[Tensor]] = []
-                    for batch in fed:
-                        assert isinstance(batch, Indexed) is by_index
-                        torch.cuda._sleep(1_000_000)
-                        found.append([part.clone() for part in move(batch, device)])
-                        del batch
-                    assert len(found) == len(expected)
-                    for parts, others in zip(found, expected, strict=True):
-                        for part, other in zip(parts, others, strict=True):
-                            assert part.dtype == other.dtype and torch.equal(part.cpu(), other)
-
-    def test_the_host_does_not_wait(self) -> None:
-        device = torch.device("cuda", torch.cuda.current_device())
-        for loader, _ in a_job(1000):
-            fed = feed(loader, device)
-            list(fed)  # the examples are copied
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for batch in fed:
-                    move(batch, device)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-    def test_a_graph_holds_the_reading(self) -> None:
-        """The graph's input is the rows alone; changed examples are seen by its next replay."""
-        images, targets = torch.randint(0, 256, (512, 3, 8, 8), dtype=torch.uint8), torch.arange(512)
-        loader = DataLoader(TensorDataset(images, targets), batch_size=128)
-        fed = feed(loader, torch.device("cuda", torch.cuda.current_device()))
-        static: Any = None
-        for _ in range(2):
-            for batch, expected in zip(fed, loader, strict=True):
-                if static is None:
-                    static, graph = map_tensors(batch, Tensor.clone), torch.cuda.CUDAGraph()
-                    plain(static)  # a run before the capture
-                    torch.cuda.synchronize()
-                    with torch.cuda.graph(graph):
-                        found = plain(static)
-                assert batch.source is static.source
-                static.rows.copy_(batch.rows)
-                graph.replay()
-                assert all(torch.equal(part.cpu(), other) for part, other in zip(found, expected, strict=True))
-            images.add_(1)
-
-    def test_memory_is_bounded(self) -> None:
-        """A host far ahead of the device does not fill the memory with copies."""
-        device = torch.device("cuda", torch.cuda.current_device())
-        size = 8 * 2**20
-        loader = [(torch.zeros(size // 4),) for _ in range(3)] * 20
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        for batch in feed(loader, device):
-            torch.cuda._sleep(10_000_000)
-            batch[0].add_(1)
-            del batch
-        assert torch.cuda.max_memory_allocated() - before <= 6 * size

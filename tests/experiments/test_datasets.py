@@ -252,6 +252,9 @@ def test_batches_refuse_bad_input(digits):
         batches(digits, batch_size=0)
     with pytest.raises(InputError, match="1437 images and 5 targets"):
         Batches(digits.train_images, digits.train_targets[:5], digits.mean, digits.std, batch_size=4)
+    for bad in ([-1, 3], [0, 1437]):
+        with pytest.raises(InputError, match=rf"indices in \[0, 1437\), .* got {bad[0]} to {bad[1]}"):
+            batches(digits, batch_size=4, indices=torch.tensor(bad))
 
 
 # --- forget sets ----------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ class Batches(Ordered):
             raise InputError(f"expected a batch size of at least 1, got {batch_size}")
         if len(images) != len(targets):
             raise InputError(f"expected one target an image, got {len(images)} images and {len(targets)} targets")
+        if indices is not None and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(images):
+            raise InputError(
+                f"expected indices in [0, {len(images)}), the positions of the images, got {int(indices.min())} to "
+                f"{int(indices.max())}; pass positions that exist"
+            )
         self.images, self.targets, self.ahead = images, targets.to(images.device), ahead
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
