@@ -146,7 +146,7 @@ def loaders(draw: st.DrawFn) -> Callable[[], DataLoader[Any]]:
 jobs = given(loaders(), st.booleans(), st.lists(st.integers(0, 6), min_size=2, max_size=3))
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @jobs
 def test_batches_by_index_equal_the_loaders(make: Callable[[], DataLoader[Any]], copies: bool, ends: list[int]) -> None:
     """Over several epochs, left early or not, with other draws between the batches."""

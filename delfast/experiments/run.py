@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from delfast.experiments.datasets import (
     choose,
     load,
     parse_forget,
-    resident,
 )
 from delfast.experiments.datasets.forget import check_ratio
 from delfast.experiments.datasets.pictures import IN_MEMORY
@@ -157,15 +156,7 @@ class Run:
     def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
         """Batches of training examples, with the labels that the run trains with."""
         options: dict[str, Any] = {"batch_size": batch_size, "indices": indices, "shuffle": shuffle, "seed": seed}
-        return self._batches(self._train_images, self.forget.targets, **options)
-
-    @cached_property
-    def _train_images(self) -> Tensor:
-        return resident(self.data.train_images, self.device)
-
-    @cached_property
-    def _test_images(self) -> Tensor:
-        return resident(self.data.test_images, self.device)
+        return self._batches(self.data.images("train", self.device), self.forget.targets, **options)
 
     def _batches(self, images: Tensor, targets: Tensor, **options: Any) -> Batches:
         """Batches of images, read one ahead where the images are in a file, or in memory of the CPU for another device.
@@ -186,7 +177,9 @@ class Run:
         return {
             "forget": self.batches(self.forget.indices, EVALUATION_BATCH),
             "retain": self.batches(self.forget.retain, EVALUATION_BATCH),
-            "test": self._batches(self._test_images, self.data.test_targets, batch_size=EVALUATION_BATCH),
+            "test": self._batches(
+                self.data.images("test", self.device), self.data.test_targets, batch_size=EVALUATION_BATCH
+            ),
         }
 
     def digests(self) -> dict[str, str]:

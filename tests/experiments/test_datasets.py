@@ -8,6 +8,7 @@ import pickle
 import struct
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from delfast.errors import InputError
-from delfast.experiments.datasets import Batches, ForgetSet, choose, load, pictures, subset
+from delfast.experiments.datasets import Batches, ForgetSet, choose, images, load, pictures, subset
 from delfast.experiments.datasets.batches import one_ahead
 
 
@@ -240,6 +241,17 @@ def test_order_depends_on_seed_and_epoch_alone(digits):
     assert torch.equal(order(0, 5), order(0, 5, passes_before=2))
     assert not torch.equal(order(0, 5), order(0, 6))
     assert not torch.equal(order(0, 6), order(1, 5))
+
+
+def test_images_are_placed_on_a_device_once(digits, monkeypatch):
+    monkeypatch.setattr(images, "resident", lambda tensor, device: tensor.clone())
+    cpu = torch.device("cpu")
+    data = replace(digits)
+    placed = data.images("train", cpu)
+    assert placed is data.images("train", cpu) is not data.train_images
+    assert torch.equal(data.images("test", cpu), data.test_images)
+    assert data.images("train", torch.device("meta")) is not placed
+    assert len(subset(data, 30, None).images("train", cpu)) == 30  # a copy of the data does not take over its images
 
 
 def test_no_examples_make_no_batches(digits):
