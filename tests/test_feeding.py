@@ -34,7 +34,7 @@ from torch.utils.data import (
 import delfast
 from delfast import InputError, feeding
 from delfast.batches import Indexed, cut, detached, examples_in, map_tensors, move, plain, split_batch
-from delfast.evaluation import divergence, kl_to_oracle, metrics, outputs, predictions
+from delfast.evaluation import kl_to_oracle, predictions
 from delfast.experiments.datasets import Batches, Examples
 from delfast.feeding import Feed, feed, fits
 from delfast.localization import critmem, signed_channels
@@ -578,21 +578,3 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path: Path) -> None
     for number, wraps in enumerate(([indexed, indexed], [indexed, lambda loader: loader])):
         parts = run([1, 3], wraps, tmp_path / f"parts{number}")
         assert all(torch.equal(parts[name], value) for name, value in whole.items())
-
-
-def test_evaluation_feeds_its_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, loader = network(), DataLoader(DATA, batch_size=4)
-    fed: list[torch.device] = []
-
-    def forced(loader: Any, device: torch.device) -> Feed:
-        fed.append(device)
-        return indexed(loader)
-
-    def measure() -> list[Any]:
-        found = delfast.evaluate(model, loader, loader, loader, mia=False)
-        return [found.as_dict(), predictions(model, loader)[0].tolist(), kl_to_oracle(model, network(), loader)]
-
-    expected = measure()
-    for module in (metrics, outputs, divergence):
-        monkeypatch.setattr(module, "feed", forced)
-    assert measure() == expected and fed == [CPU] * 5

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.arguments import check_loader, check_tensors
-from delfast.batches import device_of, evaluating
+from delfast.batches import evaluating
 from delfast.errors import InputError
 from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, predict
-from delfast.feeding import feed
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:
@@ -87,7 +86,7 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
     check_loader(loader, "data set")
     total, count = 0.0, 0
     with evaluating(model), evaluating(oracle), torch.no_grad():
-        for batch in feed(loader, device_of(model)):
+        for batch in loader:
             rows = [
                 predict(network, batch, f"data set, {name}")[1].cpu()
                 for name, network in (("the model", model), ("the oracle", oracle))

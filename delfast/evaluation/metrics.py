@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_flag, check_loader, check_seed, check_type
-from delfast.batches import device_of, evaluating
+from delfast.batches import evaluating
 from delfast.evaluation.membership import import_svc, membership_inference
 from delfast.evaluation.outputs import Loader, check_examples, predict, true_class
-from delfast.feeding import feed
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def accuracy_and_loss(model: nn.Module, loader: Loader) -> SetResult:
 def _measure(model: nn.Module, loader: Loader, name: str) -> SetResult:
     correct, loss, confidences = 0, 0.0, []
     with evaluating(model), torch.no_grad():
-        for batch in feed(loader, device_of(model)):
+        for batch in loader:
             targets, log_probabilities = predict(model, batch, f"{name} set")
             truth = true_class(log_probabilities, targets)
             correct += int((log_probabilities.argmax(1) == targets).sum())

@@ -12,7 +12,6 @@ from torch.nn import functional
 from delfast.arguments import check_loader, check_tensors
 from delfast.batches import check_targets, device_of, evaluating, inputs_and_targets
 from delfast.errors import InputError
-from delfast.feeding import feed
 
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
 Predictions = tuple[Tensor, Tensor]  # log-probabilities (N, classes), targets (N,)
@@ -56,7 +55,7 @@ def predictions(model: nn.Module, loader: Loader) -> Predictions:
     check_loader(loader, "data set")
     rows, labels = [], []
     with evaluating(model), torch.no_grad():
-        for batch in feed(loader, device_of(model)):
+        for batch in loader:
             targets, log_probabilities = predict(model, batch, "data set")
             rows.append(log_probabilities.cpu())
             labels.append(targets.to("cpu", torch.int64))
