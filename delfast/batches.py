@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -36,12 +37,50 @@ LABEL_ADVICE = "fix the labels, or build the model with as many outputs as there
 # The form of a batch
 
 
+class Source(Protocol):
+    """Examples that are rows of tensors on one device."""
+
+    def read(self, rows: Tensor) -> Any:
+        """Return the batch of these rows, int64 (B,), by operations on tensors alone, as a CUDA graph requires."""
+
+
+@dataclass(frozen=True, eq=False)
+class Indexed(Sequence[Any]):
+    """A batch of which only the rows are stored; the examples are read from their source where they are used.
+
+    ``rows``: int64 (B,), on the device of ``source``. As a sequence it is the batch that ``source`` reads, so that
+    ``inputs, targets = batch`` unpacks it; every access reads again.
+    """
+
+    rows: Tensor
+    source: Source
+
+    def read(self) -> Any:
+        """Return the plain batch that the loader yields, on the device of the source."""
+        return self.source.read(self.rows)
+
+    def __getitem__(self, part: Any) -> Any:
+        return self.read()[part]
+
+    def __len__(self) -> int:
+        return len(self.read())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.read())
+
+
+def plain(batch: Any) -> Any:
+    """Return an ``Indexed`` batch as its source reads it, and every other batch as it is."""
+    return batch.read() if isinstance(batch, Indexed) else batch
+
+
 def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
     """Split a batch that has no ``loss_fn`` into (index, input, target); the index is None for (input, target).
 
     The first of three parts is an index only if it is N integers, with N the number of targets. Types, dtypes and
     shapes decide, so no tensor is copied from its device. Raises InputError, which names ``loss_fn``, for another form.
     """
+    batch = plain(batch)
     advice = "pass loss_fn(model, batch) -> per-example losses for batches of another form"
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         raise InputError(
@@ -85,23 +124,29 @@ def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Return ``value`` with its tensors on ``device``; see ``map_tensors``."""
-    return map_tensors(value, lambda t: t.to(device, non_blocking=True))
+    """Return ``value`` with its tensors on ``device``; see ``map_tensors``. An ``Indexed`` batch is read."""
+    return map_tensors(plain(value), lambda t: t.to(device, non_blocking=True))
 
 
 def detached(batch: Any) -> Any:
-    """Return the batch with tensors that have no history, and that autograd can save for a backward pass."""
-    return map_tensors(batch, lambda t: t.clone() if t.is_inference() else t.detach())
+    """Return the batch with tensors that have no history, and that autograd can save for a backward pass.
+
+    An ``Indexed`` batch is read.
+    """
+    return map_tensors(plain(batch), lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
     """Apply ``function`` to every tensor in nested tuples, lists and mappings; return everything else as it is.
 
     Tuples, namedtuples, lists, dicts and ``UserDict`` keep their type; transformers' BatchEncoding is a UserDict. Other
-    mappings become dicts, because a copy of one may share data with the original. ``value`` itself is not changed.
+    mappings become dicts, because a copy of one may share data with the original. ``value`` itself is not changed. The
+    tensor of an ``Indexed`` batch is its rows.
     """
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, Indexed):
+        return Indexed(function(value.rows), value.source)
     if isinstance(value, PackedSequence):  # torch requires its batch sizes on the CPU
         return PackedSequence(function(value.data), value.batch_sizes, *map_tensors([*value[2:]], function))
     if isinstance(value, tuple):
@@ -123,6 +168,8 @@ def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
     """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None."""
+    if isinstance(batch, Indexed):
+        return len(batch.rows)
     parts = _parts(split_batch(batch)[1:] if loss_fn is None else batch)
     sizes = {part.shape[0] if isinstance(part, Tensor) and part.ndim else None for part in parts}
     return sizes.pop() if len(sizes) == 1 else None
@@ -131,8 +178,10 @@ def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
 def cut(batch: Any, examples: list[int], loss_fn: LossFn | None) -> Any:
     """Return these examples of a batch, as (input, target) without a ``loss_fn``.
 
-    ``examples_in`` must have returned a number for the batch.
+    ``examples_in`` must have returned a number for the batch. An ``Indexed`` batch stays one.
     """
+    if isinstance(batch, Indexed):
+        return map_tensors(batch, lambda rows: rows[examples])
     return map_tensors(split_batch(batch)[1:] if loss_fn is None else batch, lambda t: t[examples])
 
 

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from delfast.experiments.datasets import (
     choose,
     load,
     parse_forget,
-    resident,
 )
 from delfast.experiments.datasets.forget import check_ratio
 from delfast.experiments.datasets.pictures import IN_MEMORY
@@ -157,19 +156,14 @@ class Run:
     def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
         """Batches of training examples, with the labels that the run trains with."""
         options: dict[str, Any] = {"batch_size": batch_size, "indices": indices, "shuffle": shuffle, "seed": seed}
-        return self._batches(self._train_images, self.forget.targets, **options)
-
-    @cached_property
-    def _train_images(self) -> Tensor:
-        return resident(self.data.train_images, self.device)
-
-    @cached_property
-    def _test_images(self) -> Tensor:
-        return resident(self.data.test_images, self.device)
+        return self._batches(self.data.images("train", self.device), self.forget.targets, **options)
 
     def _batches(self, images: Tensor, targets: Tensor, **options: Any) -> Batches:
-        """Batches of images, read one ahead where the images are in a file or not on the device."""
-        ahead = images.device.type != self.device.type or images.nbytes > IN_MEMORY
+        """Batches of images, read one ahead where the images are in a file, or in memory of the CPU for another device.
+
+        Images on the device are read by index: see ``delfast.feeding.feed``.
+        """
+        ahead = images.device.type == "cpu" and (self.device.type != "cpu" or images.nbytes > IN_MEMORY)
         return Batches(images, targets, self.data.mean, self.data.std, ahead=ahead, **options)
 
     def measure(self, model: nn.Module, seed: int | None = None) -> Metrics:
@@ -183,7 +177,9 @@ class Run:
         return {
             "forget": self.batches(self.forget.indices, EVALUATION_BATCH),
             "retain": self.batches(self.forget.retain, EVALUATION_BATCH),
-            "test": self._batches(self._test_images, self.data.test_targets, batch_size=EVALUATION_BATCH),
+            "test": self._batches(
+                self.data.images("test", self.device), self.data.test_targets, batch_size=EVALUATION_BATCH
+            ),
         }
 
     def digests(self) -> dict[str, str]:

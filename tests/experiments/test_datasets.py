@@ -8,6 +8,7 @@ import pickle
 import struct
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from delfast.errors import InputError
-from delfast.experiments.datasets import Batches, ForgetSet, choose, load, pictures, subset
+from delfast.experiments.datasets import Batches, ForgetSet, choose, images, load, pictures, subset
 from delfast.experiments.datasets.batches import one_ahead
 
 
@@ -242,6 +243,17 @@ def test_order_depends_on_seed_and_epoch_alone(digits):
     assert not torch.equal(order(0, 6), order(1, 5))
 
 
+def test_images_are_placed_on_a_device_once(digits, monkeypatch):
+    monkeypatch.setattr(images, "resident", lambda tensor, device: tensor.clone())
+    cpu = torch.device("cpu")
+    data = replace(digits)
+    placed = data.images("train", cpu)
+    assert placed is data.images("train", cpu) is not data.train_images
+    assert torch.equal(data.images("test", cpu), data.test_images)
+    assert data.images("train", torch.device("meta")) is not placed
+    assert len(subset(data, 30, None).images("train", cpu)) == 30  # a copy of the data does not take over its images
+
+
 def test_no_examples_make_no_batches(digits):
     empty = batches(digits, batch_size=4, indices=torch.empty(0, dtype=torch.int64))
     assert len(empty) == 0 and list(empty) == []
@@ -252,6 +264,9 @@ def test_batches_refuse_bad_input(digits):
         batches(digits, batch_size=0)
     with pytest.raises(InputError, match="1437 images and 5 targets"):
         Batches(digits.train_images, digits.train_targets[:5], digits.mean, digits.std, batch_size=4)
+    for bad in ([-1, 3], [0, 1437]):
+        with pytest.raises(InputError, match=rf"indices in \[0, 1437\), .* got {bad[0]} to {bad[1]}"):
+            batches(digits, batch_size=4, indices=torch.tensor(bad))
 
 
 # --- forget sets ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from delfast.errors import InputError
+from delfast.feeding import Columns, InMemory, Ordered, fits
 
 T = TypeVar("T")
 
 
-class Batches:
+class Batches(Ordered):
     """Re-iterable batches ``(index, input, target)`` of images in memory. Every example occurs once; none is dropped.
 
     ``index`` (B,) int64 are positions in ``images``, ``input`` (B, C, H, W) float32 is (image / 255 - mean) / std,
@@ -26,6 +28,7 @@ class Batches:
     images: (N, C, H, W) uint8; targets: (N,) int64; mean, std: (C,) float32, of the images divided by 255;
     indices: the positions to iterate over (default: all). ``input`` and ``target`` are on the device of ``images`` (see
     ``resident``), ``index`` is on the CPU. ahead: read the next batch in a thread while the current batch is in use.
+    ``delfast.feeding.feed`` reads the batches by index where the images are on its device or fit there.
     """
 
     draws_globally = False  # iterating draws from no generator of the process
@@ -47,10 +50,15 @@ class Batches:
             raise InputError(f"expected a batch size of at least 1, got {batch_size}")
         if len(images) != len(targets):
             raise InputError(f"expected one target an image, got {len(images)} images and {len(targets)} targets")
+        if indices is not None and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(images):
+            raise InputError(
+                f"expected indices in [0, {len(images)}), the positions of the images, got {int(indices.min())} to "
+                f"{int(indices.max())}; pass positions that exist"
+            )
         self.images, self.targets, self.ahead = images, targets.to(images.device), ahead
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
-        self._mean, self._std = (values.view(-1, 1, 1).to(images.device) for values in (mean, std))
+        self._scale = tuple(t.to(images.device) for t in (torch.tensor(255.0), mean.view(-1, 1, 1), std.view(-1, 1, 1)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass has; without ``shuffle`` this has no effect."""
@@ -60,22 +68,45 @@ class Batches:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = self._order()
-        batches = (self.read(order[begin : begin + self.batch_size]) for begin in range(0, len(order), self.batch_size))
+        batches = (self.read(self.indices[positions]) for positions in self.positions())
         return one_ahead(batches) if self.ahead else batches
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read one batch, of these positions in ``images``."""
-        where = index.to(self.images.device)
-        return index, (self.images[where].to(torch.float32) / 255 - self._mean) / self._std, self.targets[where]
+        rows = index.to(self.images.device)
+        images, targets = self.images.index_select(0, rows), self.targets.index_select(0, rows)
+        return index, _normalized(images, *self._scale), targets
+
+    def positions(self) -> tuple[Tensor, ...]:
+        order = self._order()
+        return tuple(order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size))
+
+    def columns(self, device: torch.device) -> Columns:
+        scale = [t.to(device) for t in self._scale]
+        return Columns(
+            (self._index, self.images, self.targets),
+            lambda index, images, targets: (index, _normalized(images, *scale), targets),
+        )
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.arange(len(self.images), device=self.images.device)
 
     def _order(self) -> Tensor:
+        """Return the positions in ``indices`` in the order of the next pass."""
+        count = len(self.indices)
         if not self.shuffle:
-            return self.indices
+            return torch.arange(count)
         # SeedSequence mixes the pair, so that (seed, epoch + 1) and (seed + 1, epoch) give unrelated orders
         mixed = int(numpy.random.SeedSequence((self.seed, self.epoch)).generate_state(1, numpy.uint64)[0])
-        generator = torch.Generator().manual_seed(mixed)
-        return self.indices[torch.randperm(len(self.indices), generator=generator)]
+        return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))
+
+
+def _normalized(images: Tensor, levels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return (images / levels - mean) / std. A number instead of a tensor of levels would be multiplied by its inverse
+    on CUDA, which rounds differently.
+    """
+    return (images.to(torch.float32) / levels - mean) / std
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -93,20 +124,22 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
 
     They stay bytes; ``Batches`` converts each batch to floats on the device.
     """
-    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
-        return images
-    return images.to(device)
+    return images.to(device) if device.type == "cuda" and fits(images.nbytes, device) else images
 
 
-class Examples(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class Examples(InMemory, Dataset[tuple[Tensor, Tensor, Tensor]]):
     """The examples of ``Batches`` one by one: ``(index, input, target)``, without the batch's dimension."""
 
     def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+        self.batches, self.indices = batches, batches.indices
 
     def __len__(self) -> int:
-        return len(self.batches.indices)
+        return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        index, inputs, targets = self.batches.read(self.batches.indices[position : position + 1])
+        index, inputs, targets = self.batches.read(self.indices[position : position + 1])
         return index[0], inputs[0], targets[0]
+
+    def columns(self, device: torch.device) -> Columns:
+        tensors, form = self.batches.columns(device)
+        return Columns(tensors, lambda *parts: [*form(*parts)])  # a list, as torch's collate function returns

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from delfast.errors import InputError, one_line
 from delfast.experiments.datasets import pictures
+from delfast.experiments.datasets.batches import resident
 from delfast.extras import extra
 from delfast.provenance import digest_state
 
+Split = Literal["train", "test"]
 DEFAULT_DATA_DIR = Path("~/.cache/delfast")
 DIGITS_TEST_SHARE, DIGITS_SPLIT_SEED = 0.2, 0  # the same split for every --seed
 SUBSET_SEED = 0  # and the same subset
@@ -40,6 +42,22 @@ class ImageData:
     num_classes: int
     mean: Tensor
     std: Tensor
+    _placed: dict[tuple[Split, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def images(self, split: Split, device: torch.device) -> Tensor:
+        """The images of a set, on ``device`` if they fit there: see ``resident``.
+
+        They stay there as long as this object exists, so that all runs on the data share them.
+        """
+        images = self.train_images if split == "train" else self.test_images
+        placed = self._placed.get((split, device))
+        if placed is None:
+            placed = resident(images, device)
+            if placed is not images:  # else they may fit another time
+                self._placed[split, device] = placed
+        return placed
 
     @property
     def channels(self) -> int:
