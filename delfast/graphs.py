@@ -23,7 +23,7 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from delfast.batches import LossFn, map_tensors
+from delfast.batches import Indexed, LossFn, map_tensors
 from delfast.errors import InputError, one_line
 from delfast.execution import CudaGraphs
 from delfast.naming import is_parallel
@@ -342,6 +342,8 @@ def _form(value: Any) -> Hashable:
     """Return what one graph fixes of a batch: shapes, dtypes, strides, names; numbers are compared by ``Recorder``."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, Indexed):
+        return (id(value.source), _form(value.rows))
     if isinstance(value, Mapping):
         return tuple((name, _form(item)) for name, item in value.items())
     if isinstance(value, (tuple, list)):
@@ -357,7 +359,7 @@ def _odd_part(value: Any) -> str | None:
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         return next((odd for odd in map(_odd_part, value) if odd is not None), None)
-    known = (Tensor, bool, int, float, str, bytes, type(None), numpy.ndarray)
+    known = (Tensor, Indexed, bool, int, float, str, bytes, type(None), numpy.ndarray)
     return None if isinstance(value, known) else type(value).__name__
 
 

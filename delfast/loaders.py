@@ -21,6 +21,9 @@ def batch_sizes(loader: Any) -> tuple[int, int] | None:
         counts = [examples_in(batch, _any_form) for batch in loader]
         known = [count for count in counts if count is not None]
         return (known[0], min(known)) if known and len(known) == len(counts) else None
+    if hasattr(loader, "batch_sizes"):
+        known_sizes: tuple[int, int] | None = loader.batch_sizes
+        return known_sizes
     batch_sampler = getattr(loader, "batch_sampler", None)
     if isinstance(batch_sampler, (list, tuple)):
         sizes = [len(indices) for indices in batch_sampler]
@@ -43,7 +46,7 @@ def _any_form(*_: Any) -> Tensor:
 def is_frequent(loader: Any, epochs: int, cuda_graphs: CudaGraphs) -> Callable[[Any], bool]:
     """Return the function of a batch that decides whether its shape is captured in a job of ``epochs`` passes.
 
-    loader: the set's loader, or a mapping of loaders by the names that a step's dict has; None: no shape.
+    loader: the loader of the whole set; None: no shape.
     """
     if loader is None:
         return lambda batch: False

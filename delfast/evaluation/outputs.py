@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.arguments import check_loader, check_tensors
-from delfast.batches import class_indices, device_of, evaluating, move, split_batch
+from delfast.batches import Indexed, class_indices, device_of, evaluating, move, split_batch
 from delfast.device_checks import DeviceChecks, prefixed, refuse_if
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
 from delfast.loaders import is_frequent
 
@@ -106,8 +107,9 @@ def collect(
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(checks)
-        for batch in loader:
-            found.append(tuple(t.to("cpu", non_blocking=True) for t in run(split_batch(batch)[1:])))
+        for batch in feed(loader, device):
+            pair = batch if isinstance(batch, Indexed) else split_batch(batch)[1:]
+            found.append(tuple(t.to("cpu", non_blocking=True) for t in run(pair)))
     checks.read()  # waits for the copies too, which are on the same stream
     return found
 
@@ -117,7 +119,7 @@ def predict(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor,
 
     Raises InputError for bad labels and outputs that are not finite.
     """
-    inputs, targets = batch
+    _, inputs, targets = split_batch(batch)
     device = device_of(model)
     with execution.autocast(device):
         logits = model(execution.laid_out(move(inputs, device), model))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from delfast.batches import (
+    Indexed,
     LossFn,
     check_differentiable,
     detached,
@@ -21,6 +22,7 @@ from delfast.batches import (
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
+from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
 from delfast.loaders import is_frequent
 
@@ -69,9 +71,9 @@ class MeanGradient:
         )
 
     def add(self, batch: Any) -> int:
-        if self.loss_fn is None:
-            batch = split_batch(batch)[1:]
-        return len(self._pass(detached(batch)))
+        if not isinstance(batch, Indexed):  # which a graph reads itself
+            batch = detached(split_batch(batch)[1:] if self.loss_fn is None else batch)
+        return len(self._pass(batch))
 
     def mean(self, examples: int) -> dict[str, Tensor]:
         return dict(zip(self.sums, torch._foreach_div(list(self.sums.values()), examples), strict=True))
@@ -135,7 +137,7 @@ def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what:
     """Add every batch of ``loader`` once, in eval mode, and return |S|. InputError for a set without examples."""
     examples = 0
     with evaluating(network, gradients=True), sums.checks:
-        for batch in loader:
+        for batch in feed(loader, device_of(network)):
             examples += sums.add(batch)
         sums.checks.read()
     if not examples:

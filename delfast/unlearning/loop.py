@@ -21,6 +21,7 @@ from delfast.batches import LossFn, check_differentiable, device_of, per_example
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import Graphed, make_backend
 from delfast.loaders import is_frequent
@@ -191,6 +192,11 @@ def train(
     if before is not None and not losses:
         before()
     started = time.perf_counter()
+    fed = loader
+    if isinstance(loader, Steps):
+        loader.feed(device_of(model))
+    else:
+        fed = feed(loader, device_of(model))
     step = _Step(model, optimizer, loss_fn, max_norm, execution, _frequency(loader, epochs, cuda_graphs))
     modes = [(module, module.training) for module in model.modules()]
     if not model.training:
@@ -204,7 +210,7 @@ def train(
             if early_stop is not None and early_stop.finished:
                 break
             set_epoch(loader, epoch)
-            batches = progress(loader, f"epoch {epoch + 1}/{epochs}", step_count) if progress else loader
+            batches = progress(fed, f"epoch {epoch + 1}/{epochs}", step_count) if progress else fed
             with torch.inference_mode(False), torch.enable_grad(), batchnorm_explained():
                 losses.append(step.run_epoch(batches, scheduler))
             if not math.isfinite(losses[-1]):

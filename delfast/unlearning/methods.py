@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from delfast.batches import IGNORED, device_of, split_batch
+from delfast.batches import IGNORED, device_of, examples_in
 from delfast.errors import InputError
 from delfast.naming import trainable_parameters
 from delfast.reset import fresh_state, reset_
@@ -273,8 +273,8 @@ class Relabel(Method):
         """Return the "shift" from the labels of a forget batch to other classes: int64 (N,)."""
         if "forget" not in step or task.classes is None:
             return {}
-        targets = split_batch(step["forget"])[2]
-        return {"shift": self._shift(task, step, task.classes, len(targets)).to(device_of(task.network))}
+        examples = examples_in(step["forget"], None) or 0
+        return {"shift": self._shift(task, step, task.classes, examples).to(device_of(task.network))}
 
     def _shift(self, task: UnlearningTask, step: Step, classes: int, examples: int) -> Tensor:
         """Draw (N,) numbers in [1, classes)."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import torch
+
 from delfast.errors import InputError
+from delfast.feeding import feed
 from delfast.unlearning.loaders import batch_count, set_epoch
 
 StepPlan = Literal["retain", "forget", "pairs", "mixed", "forget first"]
@@ -33,6 +36,11 @@ class Steps:
             self.sets = {plan: self.sets[plan]}
         for name, loader in self.sets.items():
             batch_count(loader, name)  # raises for a loader without a length or without a batch
+        self._fed = dict(self.sets)
+
+    def feed(self, device: torch.device) -> None:
+        """Yield batches in the form that is fastest to use on ``device``; see ``delfast.feeding``."""
+        self._fed = {name: feed(loader, device) for name, loader in self.sets.items()}
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, in the loaders too: see ``delfast.unlearning.loaders.set_epoch``."""
@@ -60,13 +68,13 @@ class Steps:
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Yield the batches of each step, by the name of their set."""
         if self.plan == "pairs":
-            forget = _endless(self.sets["forget"], "forget")
-            for batch in self.sets["retain"]:
+            forget = _endless(self._fed["forget"], "forget")
+            for batch in self._fed["retain"]:
                 yield {"retain": batch, "forget": next(forget)}
         elif self.plan == "mixed":
             yield from self._mixed()
         else:
-            for name, loader in self.sets.items():
+            for name, loader in self._fed.items():
                 if name == "forget" and self.forget_epochs is not None and self.epoch >= self.forget_epochs:
                     continue
                 for batch in loader:
@@ -74,7 +82,7 @@ class Steps:
 
     def _mixed(self) -> Iterator[dict[str, Any]]:
         """Yield from the set that is further behind its share of the steps; from the forget set if both are even."""
-        rest = {name: iter(loader) for name, loader in self.sets.items()}
+        rest = {name: iter(loader) for name, loader in self._fed.items()}
         count = {name: len(loader) for name, loader in self.sets.items()}
         used = dict.fromkeys(rest, 0)
         for _ in range(sum(count.values())):

@@ -14,6 +14,7 @@ from delfast.arguments import check_int
 from delfast.batches import LossFn, device_of, evaluating, per_example_losses
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.feeding import feed
 from delfast.unlearning.loaders import preserved
 
 EMPTY = "expected a validation set of at least one example, got none; hold more out"
@@ -114,7 +115,7 @@ class EarlyStop:
         """Return the mean loss over the validation set, in eval mode; inf if the loss is not finite."""
         sums, count = [], 0
         with evaluating(model), torch.no_grad(), DeviceChecks(device_of(model)) as checks:
-            for batch in self.validation:
+            for batch in feed(self.validation, device_of(model)):
                 losses = per_example_losses(model, batch, self.loss_fn)
                 sums.append(losses.double().sum())
                 count += losses.numel()

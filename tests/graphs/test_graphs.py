@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import delfast
-from delfast import InputError
+from delfast import InputError, feeding
 from delfast.evaluation import accuracy_and_loss, kl_to_oracle, predictions
 from delfast.graphs import MAX_SHAPES, Graphed
 from delfast.loaders import MIN_BATCHES, is_frequent
@@ -226,3 +226,20 @@ def test_true_is_refused_without_a_gpu() -> None:
     for value in ("yes", 1, None):
         with pytest.raises(InputError, match="expected cuda_graphs to be 'auto', True or False"):
             delfast.score(resnet18(), batches, cuda_graphs=value)  # type: ignore[arg-type]
+
+
+def test_examples_on_the_device_are_read_inside_the_graph(
+    backends: list[Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches by index: the graph's only input is the index; every method and pass gives the same bits."""
+    x, y = image_batches(80, 80)[0]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    model = resnet18().eval()
+    expected = delfast.localize(model, loader, 0.3, cuda_graphs=False)
+    accuracy = accuracy_and_loss(model, loader, cuda_graphs=False)
+    for name in ("delfast.localization.gradient", "delfast.evaluation.outputs"):
+        monkeypatch.setattr(f"{name}.feed", lambda loader, device: feeding.feed(loader, device, resident=True))
+    assert delfast.localize(model, loader, 0.3).digest == expected.digest and backends[-1].replays == 10
+    found = accuracy_and_loss(model, loader)
+    assert found.loss == accuracy.loss and torch.equal(found.confidences, accuracy.confidences)
+    assert backends[-1].replays == 10

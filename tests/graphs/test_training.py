@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import delfast
-from delfast import TrainingOptions
+from delfast import TrainingOptions, feeding
 from delfast.unlearning import METHODS, Method, train
 from tests.graphs.double import Double
 
@@ -237,3 +237,33 @@ def test_a_state_that_is_replaced_is_captured_again(backends: list[Double]) -> N
         train(model, batches(4, 1), optimizer, epochs=3, cuda_graphs=captured, progress=progress)
         states.append(model.state_dict())
     assert equal(*states) and backends[0].captures == 4 and backends[0].replays == 12
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_examples_on_the_device_give_the_same_bits(
+    method: str, backends: list[Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaders of resident examples: batches by index, in an order that is shuffled in each epoch."""
+
+    def run(captured: bool) -> dict[str, Any]:
+        sets = [torch.cat(parts) for parts in zip(*batches(5, seed=1), strict=True)]
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(*sets), 6, shuffle=True, generator=torch.Generator().manual_seed(2)
+        )
+        model = make_model()
+        torch.manual_seed(5)
+        needs = METHODS[method].needs
+        init = (lambda: make_model(7)) if {"init", "everything"} & needs else None
+        training = TrainingOptions(cuda_graphs=captured)
+        forget = batches(3, seed=2)
+        delfast.unlearn(
+            model, retain=loader, forget=forget, init=init, method=method, seed=1, training=training, epochs=3
+        )
+        return model.state_dict()
+
+    expected = run(captured=False)
+    monkeypatch.setattr(
+        "delfast.unlearning.steps.feed", lambda loader, device: feeding.feed(loader, device, resident=True)
+    )
+    assert equal(run(captured=True), expected)
+    assert sum(backend.captures for backend in backends) < sum(backend.replays for backend in backends)

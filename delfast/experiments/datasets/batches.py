@@ -67,6 +67,12 @@ class Batches(Ordered):
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
+    @property
+    def batch_sizes(self) -> tuple[int, int] | None:
+        """Number of examples in the first and in the smallest batch; None without an example."""
+        count, rest = len(self.indices), len(self.indices) % self.batch_size
+        return (min(count, self.batch_size), rest or min(count, self.batch_size)) if count else None
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         batches = (self.read(self.indices[positions]) for positions in self.positions())
         return one_ahead(batches) if self.ahead else batches
