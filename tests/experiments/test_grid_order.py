@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from delfast.experiments.grid import MARKDOWN, cells, workers
 from delfast.experiments.grid.definition import read_grid
 from delfast.experiments.grid.summary import ANYTIME
 from delfast.experiments.grid.workers import Stage, run_stages
+from tests import ROOT
 from tests.experiments.test_grid import HEAD, TINY, measured, write
 
 # ---- the order
@@ -212,3 +214,26 @@ def test_examples_are_the_same_one_by_one_and_together() -> None:
         alone = examples[position]
         assert all(torch.equal(a, b) and a.shape == b.shape for a, b in zip(together, alone, strict=True))
         assert int(together[0]) == int(together[2]) == 8 - position
+
+
+# ---- the grids of the paper's core
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, model", [("cifar10-resnet18-core", "resnet18-thin"), ("cifar10-vit-core", "vit")])
+def test_every_row_of_the_core_is_measured(name: str, model: str, tmp_path: Path) -> None:
+    """On digits, in an epoch each, with two workers."""
+    text = (ROOT / f"experiments/paper/{name}.toml").read_text(encoding="utf-8")
+    text = re.sub(r"epochs = 30", "epochs = 1", text).replace("seeds = [0, 1, 2]", "seeds = [0]")
+    text = re.sub(r"model = .*", f'model = "{model}"\ntrain_examples = 120\ntest_examples = 40', text)
+    path, out = write(tmp_path, text), tmp_path / "out"
+    arguments = ["compare", str(path), "--data", "digits", "--output-dir", str(out), "--workers", "2"]
+    assert main(arguments) == 0
+    rows = measured(out)
+    found = {(row["setting"], row["method"], row["strategy"]) for row in rows}
+    masks = ("del", "del-per-example", "del-anytime-95", "del-anytime-99", "salloc", "random")
+    expected = {("original", "everything"), ("oracle", "everything"), ("finetune", "everything"), ("salun", "salloc")}
+    expected |= {("del", strategy) for strategy in masks}
+    assert found == {(setting, *each) for setting in ("non-iid", "mislabelled") for each in expected}
+    assert all(row["mia"] for row in rows)
+    assert all(row["anytime_examples"] for row in rows if "anytime" in row["strategy"])
