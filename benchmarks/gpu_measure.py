@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +27,8 @@ MODES = {
     "bf16": "float32 parameters, bfloat16 autocast",
 }
 MODE_ORDER = ("bf16", "fp32", "tf32")  # if time runs out, it runs out in the last
-Figures = dict[str, Any]  # wall_ms, busy_ms, launches, peak_mib, rounds
+NO_GRAPH = "no CUDA graph is used"  # in the warning of a pass that cannot be captured, which runs as it is
+Figures = dict[str, Any]  # wall_ms, busy_ms, launches, peak_mib, rounds, captured, warnings
 
 
 @contextmanager
@@ -169,9 +171,25 @@ def measure(side: Side, device: torch.device, effort: Effort) -> Figures:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    figures = _whole(side, device, effort) if isinstance(side, Whole) else _marginal(side, device, effort)
+    with logged_warnings() as warned:
+        figures = _whole(side, device, effort) if isinstance(side, Whole) else _marginal(side, device, effort)
     peak = torch.cuda.max_memory_reserved(device) / 2**20 if captures(device) else None
-    return {**figures, "peak_mib": peak, "captured": side.captured and captures(device)}
+    is_captured = side.captured and captures(device) and not any(NO_GRAPH in warning for warning in warned)
+    return {**figures, "peak_mib": peak, "captured": is_captured, "warnings": list(dict.fromkeys(warned))}
+
+
+@contextmanager
+def logged_warnings() -> Iterator[list[str]]:
+    """Collect what delfast logs as a warning inside the context, such as why it captures nothing."""
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("delfast")
+    logger.addHandler(handler)
+    try:
+        yield warned
+    finally:
+        logger.removeHandler(handler)
 
 
 def _whole(side: Whole, device: torch.device, effort: Effort) -> Figures:

@@ -65,7 +65,8 @@ def side_rows(section: Mapping[str, Any]) -> Iterator[list[str]]:
     for result in section["results"]:
         for name, side in result["sides"].items():
             figures = [f"{side['wall_ms']:.2f}", _number(side["busy_ms"], ".2f"), _number(side["launches"], "d")]
-            yield [result["what"], result["on"], result["mode"], name, *figures, _number(side["peak_mib"], ".0f")]
+            label = name if not side["warnings"] else f"{name} ({'; '.join(side['warnings'])})"
+            yield [result["what"], result["on"], result["mode"], label, *figures, _number(side["peak_mib"], ".0f")]
 
 
 def ratio_rows(section: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -79,15 +80,16 @@ def ratio_rows(section: Mapping[str, Any]) -> Iterator[list[str]]:
 def goal_rows(sections: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the cells of ``GOALS`` for every target, measured or not."""
     for target in TARGETS:
-        ratio = _found(sections, target)
-        yield [target.text, NOT_MEASURED if ratio is None else f"{ratio:.2f}", f"<= {target.most:g}"]
+        yield [target.text, _found(sections, target) or NOT_MEASURED, f"<= {target.most:g}"]
 
 
-def _found(sections: Mapping[str, Any], target: Target) -> float | None:
+def _found(sections: Mapping[str, Any], target: Target) -> str | None:
+    """Return the measured ratio, with a remark where a side has warnings, as of no capture; None without one."""
     for result in sections.get(target.section, {"results": []})["results"]:
         if (result["on"], result["mode"]) == (target.on, target.mode):
-            ratio: float | None = result["ratios"].get(f"{target.ours} / {target.other}", {}).get("wall")
-            return ratio
+            ratio = result["ratios"][f"{target.ours} / {target.other}"]["wall"]
+            warned = any(result["sides"][name]["warnings"] for name in (target.ours, target.other))
+            return f"{ratio:.2f}{' (see its warnings)' if warned else ''}"
     return None
 
 

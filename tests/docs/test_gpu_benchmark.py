@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -272,7 +273,29 @@ def test_every_target_names_a_case_of_its_section() -> None:
 
 def test_targets_are_measured_or_not_measured() -> None:
     target = gpu_report.TARGETS[0]
-    result = {"on": target.on, "mode": target.mode, "ratios": {f"{target.ours} / {target.other}": {"wall": 0.5}}}
-    rows = list(gpu_report.goal_rows({target.section: {"results": [result]}}))
-    assert rows[0] == [target.text, "0.50", "<= 0.6"]
-    assert all(measured == gpu_report.NOT_MEASURED for _, measured, _ in rows[1:])
+    result: dict[str, Any] = {"on": target.on, "mode": target.mode}
+    result["ratios"] = {f"{target.ours} / {target.other}": {"wall": 0.5}}
+    for warnings, measured in (([], "0.50"), (["no CUDA graph is used: hooks"], "0.50 (see its warnings)")):
+        result["sides"] = {target.ours: {"warnings": warnings}, target.other: {"warnings": []}}
+        rows = list(gpu_report.goal_rows({target.section: {"results": [result]}}))
+        assert rows[0] == [target.text, measured, "<= 0.6"]
+        assert all(each == gpu_report.NOT_MEASURED for _, each, _ in rows[1:])
+
+
+def test_a_side_that_could_not_be_captured_is_not_reported_as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """delfast warns of it in its log, once for each call."""
+    monkeypatch.setattr(gpu_measure, "captures", lambda device: True)
+    monkeypatch.setattr(gpu_measure, "_profile", lambda call, device: (None, None))
+    monkeypatch.setattr(gpu_measure, "_wait", lambda device: None)
+    for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 2**20)
+    message = "no CUDA graph is used, each step is launched by the host: foreign hooks"
+
+    def warn() -> None:
+        logging.getLogger("delfast").warning(message)
+
+    effort = Effort(least=2, most=2)
+    figures = gpu_measure.measure(Whole(lambda: warn, captured=True), CPU, effort)
+    assert (figures["captured"], figures["warnings"], figures["peak_mib"]) == (False, [message], 1)
+    figures = gpu_measure.measure(Whole(lambda: list, captured=True), CPU, effort)
+    assert (figures["captured"], figures["warnings"]) == (True, [])
