@@ -1,34 +1,41 @@
-"""The CUDA kernels on the card that is here: `python -m benchmarks.gpu`. Takes under eight minutes.
+"""Whole calls and kernels on the card that is here: `python -m benchmarks.gpu`. Takes at most six minutes.
 
-Builds the extension for this card, checks every case against the CPU kernels or a PyTorch baseline, then times it
-beside what people write today, and writes benchmarks/results/gpu.json. What fails its check is named there and not
-timed. Exit code 1 without a device or on a failure.
+Builds the extension for this card, then runs sections, all of them or those that are named:
 
-GB/s: the bytes that a kernel has to move, over the time of one replay of a CUDA graph of it, caches cold. "of copy":
-that, over the card's own device-to-device copy. "call": the same as called from Python, with nothing else queued.
-Others are timed as called, and under torch.compile where they are one function of tensors. Convolutions are timed in
-PyTorch's default, TF32 for float32, and checked without it.
+- ``localize``: 5,000 images, the first call for a network, beside the usual loop.
+- ``per_example``: per-example scores of one more batch, beside an ordinary forward and backward pass.
+- ``step``: a training step of ``unlearn``, dense and compact, beside torch's dense step with a fused optimizer.
+- ``job``: a whole DEL job, beside ``benchmarks/naive.py`` on the same card.
+- ``kernels``: every op, verified and timed beside what people write (``benchmarks/gpu_kernels.py``).
+
+Both sides run as they are and captured in CUDA graphs. Wall: the median of whole calls; busy: the sum of the times of
+kernels and copies; launches: their number, both by torch.profiler in a call of its own; peak: the most memory that
+torch's allocator reserved. Each section has a time limit: what is left out for want of time is named, and so is what
+fails. The JSON keeps the sections of earlier runs that were not run again. Exit code 1 without a device or on a
+failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from delfast.errors import InputError, one_line
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/gpu.json"
-COLUMNS = ("kernel", "on", "graph, µs", "call, µs", "GB/s", "of copy", "others, × the call's time")
 BUILT = "DELFAST_BENCHMARK_BUILT"  # set for the process that measures, once the build is done
-ROUNDS = 30
+SECONDS = {"localize": 30, "per_example": 60, "step": 60, "job": 75, "kernels": 45}  # at most, and one case more
+# without these, profiling a process that replays CUDA graphs can fail when the profiler is started a second time
+PROFILER = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
 
 
 def build() -> None:
@@ -38,124 +45,144 @@ def build() -> None:
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
 
 
-class Clock:
-    """Median microseconds between two events around ``run``, with cold caches.
-
-    ``queued``: all of it waits in the stream behind a pause before the first event comes, so that the time is the
-    device's alone. Otherwise the device waits for the host, as it does for a single call.
-    """
-
-    def __init__(self) -> None:
-        self._other = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")  # more than any L2
-
-    def __call__(self, run: Callable[[], Any], queued: bool = False) -> float:
-        times = []
-        for number in range(ROUNDS + 3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._other.amax()  # reading leaves nothing to be written back later
-            if queued:
-                torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
-            else:
-                torch.cuda.synchronize()
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            if number >= 3:
-                times.append(begin.elapsed_time(end) * 1000)
-        return statistics.median(times)
-
-
-def copy_rate(clock: Clock) -> float:
-    """Return the GB/s of a device-to-device copy of 1 GiB: read and written."""
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / clock(lambda: target.copy_(source), queued=True) / 1e3
-
-
-def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def measure(quick: bool) -> dict[str, Any]:
-    from benchmarks.gpu_cases import cases
-    from delfast.experiments.networks import build as build_network
-    from delfast.files import one_line
+def run_section(name: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Run one section for at most ``seconds`` and a case; return its results, failures and what was skipped."""
+    from benchmarks import gpu_calls
+    from benchmarks.gpu_kernels import kernels
+    from benchmarks.gpu_measure import MODE_ORDER, MODES
     from delfast.provenance import provenance
 
-    clock = Clock()
-    copy = copy_rate(clock)
-    results, failures = [], []
-    settings = [("resnet18", torch.float32), ("resnet18", torch.bfloat16), ("resnet50", torch.float32)]
-    for name, dtype in settings[: 1 if quick else None]:
-        for case in cases(name, build_network(name, 10, 3, 32), dtype, "cuda"):
-            try:
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                    case.verify()
-            except (AssertionError, RuntimeError) as error:
-                failures.append(f"{case.name} on {case.setting}: {one_line(error)}")
-                print(f"FAILED {failures[-1]}", flush=True)
+    device, began = torch.device(options.device), time.perf_counter()
+    if name == "kernels":
+        found = kernels(device, options.tiny, options.quick, seconds)
+    else:
+        modes = [mode for mode in MODE_ORDER if mode in options.modes]
+        setup = gpu_calls.Setup(device, modes, options.tiny)
+        sections = {section.__name__: section for section in gpu_calls.SECTIONS}
+        found = _run_cases(sections[name](setup), setup, began + seconds)
+        found["modes"] = {mode: MODES[mode] for mode in modes}
+    return {**_facts(device), "provenance": provenance(cuda=torch.version.cuda), **found,
+            "seconds": time.perf_counter() - began}  # fmt: skip
+
+
+def _run_cases(cases: Iterator[Any], setup: Any, deadline: float) -> dict[str, Any]:
+    from benchmarks.gpu_measure import row_of
+
+    found: dict[str, Any] = {"results": [], "failures": [], "skipped": []}
+    name = "the section's beginning"
+    while True:
+        try:
+            if (case := next(cases, None)) is None:
+                return found
+            name = case.name
+            if time.perf_counter() > deadline:
+                found["skipped"].append(name)
                 continue
-            others = {other: clock(run) for other, run in case.others.items()}
-            if dtype == torch.float32 and name == "resnet18":  # compiling takes most of a minute
-                others |= {other: clock(torch.compile(run)) for other, run in case.compiles.items()}
-            call = clock(case.ours)
-            # what returns a Mask reads the answer on the host: no graph
-            graph = clock(graph_of(case.ours), queued=True) if "whole call" not in case.name else None
-            rate = case.moved / (graph or call) / 1e3
-            result = {"name": case.name, "on": case.setting, "graph_us": graph, "call_us": call, "bytes": case.moved}
-            results.append(result | {"gb_per_s": rate, "of_copy": rate / copy, "others_us": others})
-            print(" | ".join(row(results[-1])), flush=True)
-    capability = list(torch.cuda.get_device_capability())
-    facts = {"device": torch.cuda.get_device_name(), "capability": capability, "copy_gb_per_s": copy}
-    return {
-        **facts,
-        "provenance": provenance(cuda=torch.version.cuda, rounds=ROUNDS),
-        "results": results,
-        "failures": failures,
-    }
+            found["results"].append(row_of(case, setup.device, setup.effort))
+            print(f"{name}: {_in_short(found['results'][-1])}", flush=True)
+        except (AssertionError, RuntimeError, InputError) as error:  # the next case may run
+            found["failures"].append(f"{name}: {one_line(error)}")
 
 
-def row(result: dict[str, Any]) -> list[str]:
-    others = ", ".join(f"{name} {us / result['call_us']:.1f}" for name, us in result["others_us"].items())
-    graph = "" if result["graph_us"] is None else f"{result['graph_us']:.1f}"
-    figures = [f"{result['call_us']:.1f}", f"{result['gb_per_s']:.0f}", f"{result['of_copy']:.2f}"]
-    return [result["name"], result["on"], graph, *figures, others]
+def _in_short(result: dict[str, Any]) -> str:
+    sides = [f"{name} {side['wall_ms']:.2f} ms" for name, side in result["sides"].items()]
+    return ", ".join(sides) + (f", overlap {result['overlap']:.3f}" if "overlap" in result else "")
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"device": "CPU, nothing captured", "captures": False}
+    capability = list(torch.cuda.get_device_capability(device))
+    return {"device": torch.cuda.get_device_name(device), "captures": True, "capability": capability}
+
+
+def print_section(name: str, section: dict[str, Any]) -> None:
+    from benchmarks.gpu_kernels import COLUMNS, row
+    from benchmarks.gpu_report import RATIOS, SIDES, ratio_rows, side_rows
+    from delfast.experiments.reports import markdown_table
+
+    print(f"\n{name}: {section['device']}, {section['seconds']:.0f} s\n")
+    if name == "kernels":
+        print(f"copy {section['copy_gb_per_s']:.0f} GB/s\n")
+        print(markdown_table(COLUMNS, [row(result) for result in section["results"]]))
+    else:
+        print(markdown_table(SIDES, list(side_rows(section))))
+        print(markdown_table(RATIOS, list(ratio_rows(section))))
+    for each in section["skipped"]:
+        print(f"skipped for want of time: {each}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Time whole calls and CUDA kernels.")
+    parser.add_argument("names", nargs="*", metavar="SECTION", help=f"{', '.join(SECONDS)} (default: all)")
+    parser.add_argument("--sections", default="", help="the same, separated by commas")
+    parser.add_argument("--modes", default="bf16,fp32,tf32", help="of the whole calls, separated by commas")
+    parser.add_argument("--seconds", type=float, help="limit of each section (default: its own)")
+    parser.add_argument("--output", type=Path, help=f"the JSON to write (default on a card: {RESULTS.name})")
+    parser.add_argument("--quick", action="store_true", help="kernels: one network in float32 alone")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the code: nothing is captured there")
+    parser.add_argument("--tiny", action="store_true", help="networks and sets of a test, to try the code")
+    options = parser.parse_args(arguments)
+    options.modes = [mode for mode in options.modes.split(",") if mode]
+    chosen = [*options.names, *(name for name in options.sections.split(",") if name)]
+    for what, given, known in (("section", chosen, [*SECONDS]), ("mode", options.modes, ["bf16", "fp32", "tf32"])):
+        for each in given:
+            if each not in known:
+                parser.error(f"expected a {what} {', '.join(known)}, got '{each}'")
+    options.sections = [name for name in SECONDS if not chosen or name in chosen]
+    if options.output is None and options.device == "cuda" and not options.tiny:
+        options.output = RESULTS
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Time the CUDA kernels.")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON to write")
-    parser.add_argument("--quick", action="store_true", help="one network in float32 alone")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    options = parse(arguments)
+    on_card = torch.device(options.device).type == "cuda"
+    if on_card and not torch.cuda.is_available():
         print("gpu: error: expected a CUDA device, found none; run this on a machine with a GPU", file=sys.stderr)
         return 1
-    if BUILT not in os.environ:
-        try:
-            build()
-        except subprocess.CalledProcessError as error:
-            print(f"gpu: error: the build failed, see above: {error}", file=sys.stderr)
-            return 1
-        # a new process: this one may have loaded the extension as it was
-        command = [sys.executable, "-m", "benchmarks.gpu", *(arguments if arguments is not None else sys.argv[1:])]
-        return subprocess.run(command, cwd=ROOT, env={**os.environ, BUILT: "1", "DELFAST_BACKEND": "native"}).returncode
+    if on_card and BUILT not in os.environ:
+        return _build_and_run(sys.argv[1:] if arguments is None else arguments, options)
 
-    from delfast.experiments.reports import markdown_table
+    from benchmarks.gpu_measure import warm_up_profiler
+    from benchmarks.gpu_report import read_kept
     from delfast.files import write_json
 
-    begin = time.perf_counter()
-    results = measure(options.quick)
-    write_json(options.output, results)
-    print(f"\n{results['device']}, copy {results['copy_gb_per_s']:.0f} GB/s, {time.perf_counter() - begin:.0f} s\n")
-    print(markdown_table(COLUMNS, [row(result) for result in results["results"]]))
-    for failure in results["failures"]:
+    warm_up_profiler(torch.device(options.device))
+    output: Path | None = options.output
+    sections = read_kept(output) if output is not None and output.is_file() else {}
+    failures = []
+    for name in options.sections:
+        limit = SECONDS[name] if options.seconds is None else options.seconds
+        sections[name] = section = run_section(name, options, limit)
+        failures += [f"{name}: {failure}" for failure in section["failures"]]
+        if output is not None:
+            write_json(output, {"sections": sections})  # after each: a run that is cut off keeps what it has
+        print_section(name, section)
+    for failure in failures:
         print(f"gpu: error: {failure}", file=sys.stderr)
-    return 1 if results["failures"] else 0
+    return 1 if failures else 0
+
+
+def _build_and_run(arguments: list[str], options: argparse.Namespace) -> int:
+    """Build, then run each section in a process of its own.
+
+    This process may have loaded the extension as it was, and an error of the card in one section ends its process.
+    """
+    try:
+        build()
+    except subprocess.CalledProcessError as error:
+        print(f"gpu: error: the build failed, see above: {error}", file=sys.stderr)
+        return 1
+    environment = {**os.environ, **PROFILER, BUILT: "1", "DELFAST_BACKEND": "native"}
+    others = [each for each in arguments if each not in options.names]
+    codes = []
+    for name in options.sections:
+        command = [sys.executable, "-m", "benchmarks.gpu", *others, f"--sections={name}"]
+        codes.append(subprocess.run(command, cwd=ROOT, env=environment).returncode)
+        if codes[-1] not in (0, 1):
+            print(f"gpu: error: {name} ended with exit code {codes[-1]}", file=sys.stderr)
+    return int(any(codes))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,24 @@ Images = tuple[Tensor, Tensor]
 
 @lru_cache
 def data() -> tuple[Images, Images, Tensor, Tensor]:
-    """Return training and test images (N, 3, 32, 32) uint8 with targets, and the training set's mean and deviation."""
+    """Return the images of the job on a CPU, as ``images_of`` does."""
+    return images_of(TRAIN, TEST)
+
+
+def images_of(train: int, test: int, side: int = 32) -> tuple[Images, Images, Tensor, Tensor]:
+    """Return training and test images with targets, and the training set's mean and deviation.
+
+    Images are (N, 3, side, side) uint8; ``side`` is a multiple of 8.
+    """
     generator = torch.Generator().manual_seed(0)
-    patterns = interpolate(torch.randn(10, 3, 8, 8, generator=generator), scale_factor=4)
+    patterns = interpolate(torch.randn(10, 3, 8, 8, generator=generator), scale_factor=side // 8)
 
     def images(count: int) -> Images:
         targets = torch.randint(0, 10, (count,), generator=generator)
-        noise = 2 * torch.randn(count, 3, 32, 32, generator=generator)
+        noise = 2 * torch.randn(count, 3, side, side, generator=generator)
         return (128 + 32 * (patterns[targets] + noise)).clamp(0, 255).to(torch.uint8), targets
 
-    train_set, test_set = images(TRAIN), images(TEST)
+    train_set, test_set = images(train), images(test)
     scaled = train_set[0].float() / 255
     return train_set, test_set, scaled.mean((0, 2, 3)), scaled.std((0, 2, 3))
 

@@ -20,7 +20,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.gpu import COLUMNS, row
+from benchmarks.gpu_kernels import COLUMNS, row
+from benchmarks.gpu_report import GOALS, RATIOS, SIDES, goal_rows, ratio_rows, read_kept, side_rows
 from delfast.errors import InputError
 from delfast.experiments.grid.definition import EVERYTHING
 from delfast.experiments.grid.report import FIELDS
@@ -48,7 +49,7 @@ ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and
 
 
 def speed(results: dict[str, dict[str, Any]]) -> str:
-    """Return the README's five rows; ``results``: the JSON of ``CPU``, ``JOB`` and ``GPU``, by these names."""
+    """Return the README's five rows; ``results``: of ``CPU``, ``JOB`` and the kernels of ``GPU``, by these names."""
     cpu, card = results["CPU"]["machine_info"]["cpu"], results["GPU"]
     here = f"{cpu['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {cpu['count']} CPUs"
     job = _figure(results["JOB"], "test_whole_job[resnet18]")
@@ -148,11 +149,30 @@ def measured(results: dict[str, Any], source: str) -> str:
 
 def gpu(results: dict[str, Any]) -> str:
     """Return a line that names the card, and a row for each kernel on each network."""
-    if not results["results"] or results["failures"]:
-        raise InputError(f"'{GPU.name}' is of a run that failed; run `python -m benchmarks.gpu` again")
-    made = results["provenance"]
+    made = _checked(results)["provenance"]
     head = f"{results['device']}, copy {results['copy_gb_per_s']:.0f} GB/s; torch {made['torch']}, CUDA {made['cuda']}."
     return "\n".join([head, "", markdown_table(COLUMNS, [row(result) for result in results["results"]])])
+
+
+def calls(sections: dict[str, Any]) -> str:
+    """Return the targets of the whole calls on a card, measured or not, then the tables of every kept section."""
+    parts = [markdown_table(GOALS, list(goal_rows(sections)))]
+    for name, section in sections.items():
+        if name != "kernels":
+            made = _checked(section)["provenance"]
+            parts += [f"`{name}`: {section['device']}; torch {made['torch']}, CUDA {made['cuda']}.\n"]
+            parts += [
+                markdown_table(SIDES, list(side_rows(section))),
+                markdown_table(RATIOS, list(ratio_rows(section))),
+            ]
+    return "\n".join(parts)
+
+
+def _checked(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a section of the kept results. InputError for one that failed."""
+    if not section["results"] or section["failures"]:
+        raise InputError(f"'{GPU.name}' is of a run that failed; run `python -m benchmarks.gpu` again")
+    return section
 
 
 def demo(summary: dict[str, Any]) -> str:
@@ -234,7 +254,10 @@ def fill(text: str, name: str, content: str, page: Path) -> str:
 
 def pages() -> dict[Path, dict[str, str]]:
     """Return the tables of every page, by the names of their markers."""
-    kept = {"CPU": read_json(CPU), "JOB": read_json(JOB), "GPU": read_json(GPU)}
+    card = read_kept(GPU)
+    if "kernels" not in card:
+        raise InputError(f"'{GPU.name}' has no kernels; run `python -m benchmarks.gpu kernels`")
+    kept = {"CPU": read_json(CPU), "JOB": read_json(JOB), "GPU": card["kernels"]}
     return {
         README: {"speed": speed(kept)},
         BENCHMARKS: {
@@ -242,6 +265,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "steps": measured(read_json(STEPS), STEPS.name),
             "job": measured(kept["JOB"], JOB.name),
             "memory": measured(read_json(MEMORY), MEMORY.name),
+            "calls": calls(card),
             "gpu": gpu(kept["GPU"]),
             "sectors": sectors(SECTORS.read_text(encoding="utf-8")),
         },

@@ -15,7 +15,7 @@ import torch
 from delfast.errors import InputError
 from delfast.experiments import pipeline
 from delfast.experiments import run as runs
-from delfast.experiments.grid import cells
+from delfast.experiments.grid import workers
 from delfast.experiments.run import Config, Run, start
 from delfast.unlearning import METHODS, make_method
 from delfast.unlearning.steps import Steps
@@ -90,12 +90,12 @@ def test_the_commit_is_read_before_the_work_and_once(run: Run, monkeypatch: pyte
     monkeypatch.setattr(runs.Path, "exists", lambda _: True)  # also outside a clone
     monkeypatch.setattr(runs.shutil, "which", lambda name: name)
     monkeypatch.setattr(runs.subprocess, "run", described)
-    monkeypatch.setattr(cells, "exit_after", lambda _: None)
+    monkeypatch.setattr(workers, "exit_after", lambda _: None)
     ours, theirs = Pipe()
     for begin in (
         lambda: start(run.config, run.device, lambda *_: run.data),
         lambda: runs.open_run(Path("nowhere"), run.device),
-        lambda: cells._start_worker(torch.get_num_threads(), theirs),
+        lambda: workers._start_worker(torch.get_num_threads(), theirs),
     ):
         runs.commit.cache_clear()
         commands.clear()

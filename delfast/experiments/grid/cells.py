@@ -1,4 +1,4 @@
-"""Run a grid: first the networks, then the cells, each in a worker process and with a file of its own.
+"""Run a grid: the networks and then the cells of each setting and seed, each with a file of its own.
 
 A result that has a record is not computed again. It is refused where its networks have changed since. A file is written
 whole or not at all, so a run that is killed loses only what was in progress.
@@ -6,14 +6,11 @@ whole or not at all, so a run that is killed loses only what was in progress.
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import lru_cache
-from multiprocessing.connection import Connection
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +29,7 @@ from delfast.evaluation import (
     u_lira_leave_one_out,
 )
 from delfast.experiments import pipeline
-from delfast.experiments.grid.definition import ORIGINAL, Cell, Grid, NetworkSpec
+from delfast.experiments.grid.definition import ORIGINAL, STOP, Cell, Grid, NetworkSpec
 from delfast.experiments.grid.records import (
     CELLS,
     MEMBERSHIP,
@@ -44,7 +41,7 @@ from delfast.experiments.grid.records import (
     read_network,
     read_record,
 )
-from delfast.experiments.interrupts import exit_after, interrupts_held
+from delfast.experiments.grid.workers import Stage, Watch, run_stages
 from delfast.experiments.run import (
     ACCURACIES,
     GAPS,
@@ -64,9 +61,10 @@ from delfast.experiments.run import (
     load_model,
     start,
 )
-from delfast.experiments.schema import Each, check_record, shown
+from delfast.experiments.schema import Each, Number, check_record, shown
 from delfast.files import write_json
 from delfast.localization import STRATEGIES
+from delfast.mask import Mask
 from delfast.provenance import provenance
 from delfast.unlearning import Diverged, UnlearnResult
 
@@ -84,10 +82,9 @@ RESULT: dict[str, Any] = {
     "seconds": SECONDS,
     "provenance": {**ORIGIN, "threads": int},
     "u_lira?": PERCENT,
+    "anytime?": {"examples": Number(1), "of": Number(1), "overlap": (SHARE, None), "overlap_of_all": SHARE},
 }
 MIN_SHADOWS = 64  # for a variance of each example in LiRA; below it all share one (Carlini et al., IEEE S&P 2022, VI-A)
-Watch = Callable[[str, int, int], None]
-"""``watch(what, done, of)`` is called after every network and every cell."""
 
 
 def run_grid(
@@ -95,20 +92,40 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """Run the cells that have no result yet; return the results of all, in the grid's order: see ``measure_cell``.
 
-    ``device``: as for ``choose_device``, which each worker calls.
+    ``device``: as for ``choose_device``, which each worker calls. All settings of the first seed come first; a setting
+    and seed is finished before the next begins, so that a run that is stopped has whole tables. On the CPU a worker
+    that would wait for it goes ahead.
     """
     (directory / NETWORKS).mkdir(exist_ok=True)
     (directory / CELLS).mkdir(exist_ok=True)
-    finished(directory, grid)  # raises before anything is trained, and again before hours of cells
-    cells = [cell for cell in grid.cells if not has_record(cell_path(directory, cell))]
-    in_use = {network.key for cell in cells for network in cell.networks()}
-    networks = [n for n in grid.trained if not _is_trained(directory, n, whole=n.key in in_use)]
-    tasks = max(len(networks), len(cells), 1)
-    with _workers(min(workers, tasks), threads) as pool:
-        _all(pool, _train, [(directory, network, device) for network in networks], "networks", watch)
-        finished(directory, grid)
-        _all(pool, run_cell, [(directory, cell, device) for cell in cells], "cells", watch)
+    finished(directory, grid)  # raises before anything is trained
+    stages = [_stage(directory, part, device) for part in _parts(grid)]
+    run_stages(stages, workers, threads, ahead=choose_device(device).type == "cpu", watch=watch)
     return finished(directory, grid)
+
+
+def _parts(grid: Grid) -> list[Grid]:
+    """Return the grid's parts of one seed and setting each, by their order in the file, the seeds first."""
+    seeds = list(dict.fromkeys(cell.config.seed for cell in grid.cells))
+    settings = list(dict.fromkeys(cell.setting for cell in grid.cells))
+    parts = [
+        [cell for cell in grid.cells if (cell.config.seed, cell.setting) == (seed, setting)]
+        for seed in seeds
+        for setting in settings
+    ]
+    return [replace(grid, cells=cells) for cells in parts if cells]
+
+
+def _stage(directory: Path, part: Grid, device: str) -> Stage:
+    """Return the tasks of what the part lacks: first networks, after which its finished cells are checked again."""
+    cells = [cell for cell in part.cells if not has_record(cell_path(directory, cell))]
+    in_use = {network.key for cell in cells for network in cell.networks()}
+    networks = [n for n in part.trained if not _is_trained(directory, n, whole=n.key in in_use)]
+    return Stage(
+        deque(partial(_train, directory, network, device) for network in networks),
+        deque(partial(run_cell, directory, cell, device) for cell in cells),
+        partial(finished, directory, part),  # raises before hours of cells
+    )
 
 
 def finished(directory: Path, grid: Grid) -> list[dict[str, Any]]:
@@ -155,45 +172,6 @@ def _digest(path: Path) -> str | None:
     if not has_record(path / SUMMARY):
         return None
     return str(check_summary(read_record(path / SUMMARY), path)["digests"]["model"])
-
-
-@contextmanager
-def _workers(count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of ``count`` worker processes of ``threads`` threads each.
-
-    They end with this process, however it ends, and at once if it is stopped. After an error they finish their current
-    tasks, whose results are kept.
-    """
-    context = multiprocessing.get_context("spawn")  # forked processes would share OpenMP's threads
-    theirs, ours = context.Pipe(duplex=False)  # nothing is sent: the closing of our end is the signal
-    with ours, ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(threads, theirs)) as pool:
-        try:
-            yield pool
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                ours.close()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _start_worker(threads: int, parent: Connection) -> None:
-    exit_after(lambda: parent.poll(None))
-    torch.set_num_threads(threads)
-    commit()  # of the code that was just imported
-
-
-def _all(pool: ProcessPoolExecutor, task: Any, arguments: Sequence[Any], what: str, watch: Watch) -> None:
-    """Run the task for all arguments; the first failure stops the rest and is raised."""
-    with interrupts_held():  # a terminal sends Ctrl-C to the workers too, which must leave it to this process
-        waiting: set[Future[Any]] = {pool.submit(task, *each) for each in arguments}
-    watch(what, 0, len(arguments))
-    done = 0
-    while waiting:
-        finished, waiting = wait(waiting, timeout=1, return_when=FIRST_EXCEPTION)
-        for future in finished:
-            future.result()
-            done += 1
-        watch(what, done, len(arguments))
 
 
 def _is_trained(directory: Path, network: NetworkSpec, whole: bool) -> bool:
@@ -258,12 +236,12 @@ def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
     ``metrics``: percentages, the gaps to the oracle, and, in nats, losses and divergences from the oracle on the forget
     and test sets. ``attacks``: SalUn's five, percent of the forget set called non-member. ``mask``: the fraction of
     the parameters that may change; ``changed``: the fraction that did. ``seconds``: by stage. ``u_lira``: with shadows,
-    its accuracy in percent.
+    its accuracy in percent. ``anytime``: see ``_anytime``.
     """
     run = _run(cell.config, device)
     model = load_model(run, network_path(directory, cell.original()))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    result, seconds = _unlearn(run, cell, model, shadow=0)
+    result, mask, seconds = _unlearn(run, cell, model, shadow=0)
     metrics = run.measure(model)
     found = {name: predictions(model, loader) for name, loader in run.sets().items()}
     reference = _oracle_predictions(directory, cell.oracle(), device)
@@ -278,6 +256,8 @@ def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
         "seconds": seconds,
         "provenance": provenance(device=str(run.device), threads=torch.get_num_threads(), commit=commit()),
     }
+    if mask is not None and STOP in (cell.localize or {}):
+        content["anytime"] = _anytime(run, cell, load_model(run, network_path(directory, cell.original())), mask)
     if cell.shadows:
         content["u_lira"] = _u_lira(directory, cell, device, logit_confidences(*found["forget"]))
     return content
@@ -305,31 +285,52 @@ def _described(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _unlearn(run: Run, cell: Cell, model: nn.Module, shadow: int) -> tuple[UnlearnResult, dict[str, float]]:
-    """Run the cell's localization and method on ``model``, in place; return the seconds of each stage too."""
-    seed = cell.config.seed + pipeline.SHADOW_SEED * shadow
+def _unlearn(
+    run: Run, cell: Cell, model: nn.Module, shadow: int
+) -> tuple[UnlearnResult, Mask | None, dict[str, float]]:
+    """Run the cell's localization and method on ``model``, in place; return the mask and the seconds of stages too."""
     mask, seconds = None, {}
-    if cell.localize is not None and cell.budget is not None:
-        mask, seconds["localize"] = pipeline.find_mask(
-            run,
-            model,
-            budget=cell.budget,
-            batch_size=cell.batch_size,
-            seed=seed,
-            strategy=cell.strategy if cell.strategy in STRATEGIES else None,  # else a name of the grid's own
-            **cell.localize,
-        )
+    if cell.localize is not None:
+        mask, seconds["localize"] = _find_mask(run, cell, cell.localize, model, shadow)
     result = pipeline.run_method(
         run,
         model,
         mask,
         method=cell.method,
         batch_size=cell.batch_size,
-        seed=seed + pipeline.RESET_SEED,
+        seed=_seed(cell, shadow) + pipeline.RESET_SEED,
         progress=False,
         remedy="another batch_size in [unlearn]",
     )
-    return result, {**seconds, **result.seconds}
+    return result, mask, {**seconds, **result.seconds}
+
+
+def _find_mask(run: Run, cell: Cell, arguments: Mapping[str, Any], model: nn.Module, shadow: int) -> tuple[Mask, float]:
+    return pipeline.find_mask(
+        run,
+        model,
+        budget=cast(float, cell.budget),
+        batch_size=cell.batch_size,
+        seed=_seed(cell, shadow),
+        strategy=cell.strategy if cell.strategy in STRATEGIES else None,  # else a name of the grid's own
+        **arguments,
+    )
+
+
+def _anytime(run: Run, cell: Cell, model: nn.Module, mask: Mask) -> dict[str, Any]:
+    """Describe the localization of ``model`` that stopped when its mask was stable.
+
+    ``examples`` of the ``of`` in the forget set were used. ``overlap``: Jaccard index of the last two masks, None if
+    there was one; ``overlap_of_all``: of the mask with the mask of all examples.
+    """
+    arguments = {name: value for name, value in (cell.localize or {}).items() if name != STOP}
+    of_all, _ = _find_mask(run, cell, arguments, model, shadow=0)
+    found = {"examples": mask.metadata["examples"], "of": mask.metadata["examples_available"]}
+    return {**found, "overlap": mask.metadata["overlap"], "overlap_of_all": mask.jaccard(of_all)}
+
+
+def _seed(cell: Cell, shadow: int) -> int:
+    return cell.config.seed + pipeline.SHADOW_SEED * shadow
 
 
 def _u_lira(directory: Path, cell: Cell, device: str, own: Tensor) -> float:

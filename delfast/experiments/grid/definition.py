@@ -18,6 +18,7 @@ from delfast.experiments.run import Config, check_batch_size
 from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
 from delfast.files import read_text, reason
 from delfast.localization import BUDGET, STRATEGIES, check_selection, preset_settings
+from delfast.localization.anytime import check_stop
 from delfast.localization.criteria import check_criterion
 from delfast.unlearning import METHODS, Method, make_method
 
@@ -33,9 +34,11 @@ GRID = {"title": str, "seeds": [int], "budget": float, "shadows": int, "compare"
     ("train", "settings", "unlearn", "methods", "strategies"), dict
 )
 BLOCK = {"methods": [str], "strategies": [str], "budgets": [float], "settings": [str]}
+STOP = "stop_when_stable"  # the argument of ``localize`` that makes a localization anytime
 STRATEGY = {  # top_h, an int or a float, is checked by itself
     **dict.fromkeys(("criterion", "granularity", "aggregate", "policy", "preset"), str),
     "per_example": bool,
+    STOP: float,
 }
 MAX_CELLS = 10_000  # including shadows; at a minute each they take a week
 MAX_NAME = 64  # bytes; a file's name, of at most 255, holds two names and a digest
@@ -248,8 +251,11 @@ def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> N
             raise InputError(f"expected {key} of strategy '{name}' to be a text or a number, got {shown(value)}")
     options = dict(arguments)
     criterion, per_example = options.pop("criterion", "weighted_grad"), options.pop("per_example", False)
+    stop = options.pop(STOP, None)
     try:
         check_criterion(criterion, per_example)
+        if stop is not None:
+            check_stop(stop, criterion)
         check_selection(budget, criterion=criterion, **preset_settings(options.pop("preset", "paper"), **options))
     except TypeError as error:
         raise InputError(f"strategy '{name}': {one_line(error)}; see delfast.localize") from None

@@ -13,7 +13,7 @@ from typing import Any
 from delfast.errors import printable
 from delfast.experiments.grid.definition import EVERYTHING, ORACLE, ORIGINAL, Grid
 from delfast.experiments.grid.figures import plot_budgets, plot_methods
-from delfast.experiments.grid.summary import MEMBERSHIP, STAGES, Row, means
+from delfast.experiments.grid.summary import ANYTIME, MEMBERSHIP, STAGES, Row, means
 from delfast.experiments.reports import FIELDS, markdown_table, markdown_text
 from delfast.files import make_output_dir
 
@@ -127,8 +127,23 @@ def _of_setting(setting: str, rows: list[Row], grid: Grid, directory: Path) -> l
         plot_methods(paired, path, f"{setting}: strategies by method, budget {budget:g}")
         text = f"Sizes of the gaps at budget {budget:g}, of methods run with several masks; {BARS}; 0 is the oracle."
         sections.append(Section(f"{setting} - Figure 3: strategies by method", text, figure=path))
+    sections += _anytime(setting, at_budget)
     sections += [_attacks(setting, rows), _times(setting, rows)]
     return sections
+
+
+def _anytime(setting: str, rows: list[Row]) -> list[Section]:
+    """A table of the localizations that stop when they are stable, beside those that read the whole forget set."""
+    if not any(ANYTIME[0] in row for row in rows):
+        return []
+    text = (
+        "Reset and finetune. Examples: those that the localization used, of the forget set's. Overlap: Jaccard index "
+        "of the last two masks; of all: of the mask with that of all examples. Strategies without a number used all."
+    )
+    fields = (*ANYTIME, "seconds_localize", "delta_forget", "delta_mia", "delta_test")
+    columns = ("strategy", "examples", "of", "overlap", "of all", "localize, s", "Δ forget", "Δ MIA", "Δ test")
+    cells = [[_strategy(row), *(str(row.get(name, "")) for name in fields)] for row in rows]
+    return [Section(f"{setting} - Anytime localization", text, columns, cells)]
 
 
 def _within(row: Row, budget: float) -> str:

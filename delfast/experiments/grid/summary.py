@@ -24,6 +24,7 @@ MEASURES = (
     *("seconds", "relative_time"),
 )
 MEMBERSHIP = (*ATTACKS, "u_lira")
+ANYTIME = ("anytime_examples", "anytime_of", "anytime_overlap", "anytime_overlap_of_all")
 STAGES = ("localize", "prepare", "finetune", "train")
 SETTINGS = ("of", "epochs", "lr", "batch_size", "device", "forget", "forget_ratio")
 PROVENANCE = ("delfast", "torch", "commit", "platform", "kernels", "threads")
@@ -66,7 +67,8 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
     ``changed``: percent of the parameters that may change, and that did. SalUn's attacks have a column each.
     ``relative_time``: relative to retraining, where the same device, threads and torch did both. ``PROVENANCE``: the
     versions and the machine. ``commit`` is empty where delfast did not run from a clone; ``kernels`` is the instruction
-    set of the CPU, or the build for CUDA and its card.
+    set of the CPU, or the build for CUDA and its card. A cell whose localization stops when it is stable also has the
+    columns of ``ANYTIME``; see ``_anytime`` of the cells.
     """
     rows = []
     for network in grid.trained:
@@ -113,6 +115,7 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
                 **{name: result["metrics"][name] for name in RESULT["metrics"]},
                 **{name: result["attacks"][name] for name in RESULT["attacks"]},
                 **({"u_lira": result["u_lira"]} if "u_lira" in result else {}),
+                **{f"anytime_{name}": value for name, value in result.get("anytime", {}).items() if value is not None},
                 "changed": 100 * result["changed"],
                 "changeable": 100 * result["mask"]["fraction"],
                 **_times(result, retraining),
@@ -161,9 +164,10 @@ def origins(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def to_csv(rows: Iterable[Row]) -> str:
-    """The rows as CSV; a column that a row lacks is empty."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+    """The rows as CSV; a column that a row lacks is empty. The columns of ``ANYTIME`` are there if a row has one."""
+    rows, stream = list(rows), io.StringIO()
+    columns = [*COLUMNS, *(name for name in ANYTIME if any(name in row for row in rows))]
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
     return stream.getvalue()
@@ -177,7 +181,7 @@ def means(rows: Iterable[Row]) -> list[Row]:
     found = []
     for group in groups.values():
         first = {key: group[0][key] for key in (*KEYS, "forget", "forget_ratio")}
-        names = [*MEASURES, *MEMBERSHIP, *(f"seconds_{stage}" for stage in STAGES)]
+        names = [*MEASURES, *MEMBERSHIP, *ANYTIME, *(f"seconds_{stage}" for stage in STAGES)]
         found.append(
             first | {name: mean([row[name] for row in group]) for name in names if all(name in row for row in group)}
         )

@@ -1,0 +1,97 @@
+"""The results of benchmarks.gpu: the kept JSON, tables of it, and the targets of the whole calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delfast.files import read_json
+
+SIDES = ("case", "on", "mode", "side", "wall, ms", "busy, ms", "launches", "peak, MiB")
+RATIOS = ("case", "on", "mode", "sides", "wall", "busy")
+GOALS = ("whole call", "measured", "target")
+NOT_MEASURED = "not measured since passes are captured: no card could be started"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The largest ratio of two sides' wall times that was aimed at, in one section, network and mode."""
+
+    text: str
+    section: str
+    on: str
+    mode: str
+    ours: str
+    other: str
+    most: float
+
+
+_R18, _R50, _VIT = "resnet18, 32 px, batch 128", "resnet50, 224 px, batch 64", "vit_b_16, 224 px, batch 64"
+_BOTH = ("per-example, captured", "forward + backward, captured")
+_COMPACT = ("delfast, compact, captured", "delfast, dense, captured")
+TARGETS = (
+    Target("localize 5,000 images, captured, of the usual loop's time, float32", "localize", _R18, "fp32",
+           "delfast, captured", "usual loop", 0.6),
+    Target("the same in bfloat16", "localize", _R18, "bf16", "delfast, captured", "usual loop", 0.4),
+    Target("per-example scores of a batch, of forward + backward, both captured, bfloat16, ResNet-18", "per_example",
+           _R18, "bf16", *_BOTH, 1.7),
+    Target("the same, ResNet-50", "per_example", _R50, "bf16", *_BOTH, 1.7),
+    Target("the same, ViT-B/16", "per_example", _VIT, "bf16", *_BOTH, 1.0),
+    Target("a captured step of `unlearn`, of torch's eager dense step, bfloat16, ResNet-18", "step", _R18, "bf16",
+           "delfast, compact, captured", "torch, dense", 0.4),
+    Target("compact, of the dense step, both captured, bfloat16, ResNet-18", "step", _R18, "bf16", *_COMPACT, 1.05),
+    Target("the same, ResNet-50", "step", _R50, "bf16", *_COMPACT, 1.05),
+    Target("the same, ViT-B/16", "step", _VIT, "bf16", *_COMPACT, 0.88),
+    Target("a whole job in bfloat16, of the naive float32 loop", "job", "resnet18, batch 128", "of the side",
+           "delfast, bf16", "naive, fp32", 0.25),
+    Target("the same, of the naive bfloat16 loop", "job", "resnet18, batch 128", "of the side",
+           "delfast, bf16", "naive, bf16", 0.5),
+)  # fmt: skip
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """Return name -> section of a kept JSON, each with its device and provenance.
+
+    A file of the first form, without sections, is of the kernels alone.
+    """
+    kept = read_json(path)
+    return dict(kept["sections"]) if "sections" in kept else {"kernels": kept}
+
+
+def side_rows(section: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of ``SIDES``."""
+    for result in section["results"]:
+        for name, side in result["sides"].items():
+            figures = [f"{side['wall_ms']:.2f}", _number(side["busy_ms"], ".2f"), _number(side["launches"], "d")]
+            label = name if not side["warnings"] else f"{name} ({'; '.join(side['warnings'])})"
+            yield [result["what"], result["on"], result["mode"], label, *figures, _number(side["peak_mib"], ".0f")]
+
+
+def ratio_rows(section: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of ``RATIOS``."""
+    for result in section["results"]:
+        for sides, ratio in result["ratios"].items():
+            cells = [_number(ratio["wall"], ".2f"), _number(ratio["busy"], ".2f")]
+            yield [result["what"], result["on"], result["mode"], sides, *cells]
+
+
+def goal_rows(sections: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of ``GOALS`` for every target, measured or not."""
+    for target in TARGETS:
+        yield [target.text, _found(sections, target) or NOT_MEASURED, f"<= {target.most:g}"]
+
+
+def _found(sections: Mapping[str, Any], target: Target) -> str | None:
+    """Return the measured ratio, with a remark where a side has warnings, as of no capture; None without one."""
+    for result in sections.get(target.section, {"results": []})["results"]:
+        if (result["on"], result["mode"]) == (target.on, target.mode):
+            ratio = result["ratios"][f"{target.ours} / {target.other}"]["wall"]
+            warned = any(result["sides"][name]["warnings"] for name in (target.ours, target.other))
+            return f"{ratio:.2f}{' (see its warnings)' if warned else ''}"
+    return None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
