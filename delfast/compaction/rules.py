@@ -68,7 +68,9 @@ DENSE = Rule(0.0)
 RULES: dict[tuple[str, LayerKind], Rule] = {
     ("cpu", "linear"): Rule(0.9, dense_by_torch=False),
     ("cpu", "convolution"): Rule(0.9, {}, MIN_CHANNELS_PER_POSITION, dense_by_torch=False),
-    ("cuda", "linear"): Rule(0.5, {torch.float32: 1024, torch.bfloat16: 4096, torch.float16: 4096}),
+    ("cuda", "linear"): Rule(
+        0.5, {torch.float64: 1024, torch.float32: 1024, torch.bfloat16: 4096, torch.float16: 4096}
+    ),
     ("cuda", "convolution"): DENSE,
 }
 
