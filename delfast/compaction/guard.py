@@ -117,8 +117,10 @@ class Guard:
         if torch.compiler.is_compiling():
             for layer in layers:
                 layer.write_rows()
-        else:
-            write_rows_of(layers)
+            return
+        write_rows_of(layers)
+        for layer in layers:
+            layer.row_group.is_due = True
 
     def _note_gradients(self, rows: Iterable[Tensor]) -> None:
         if self._idle:

@@ -12,7 +12,8 @@ an autograd function of ours, or by torch's own layer: then the layer reads its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
@@ -40,7 +41,8 @@ class CompactLayer(nn.Module):
     row_dim: int  # the dimension of the weight along which its rows lie
     row_home: tuple[Tensor]  # the weight of the rows; in a tuple, since the module would register a Parameter again
     row_versions: tuple[int, int]  # of the weight and the rows when last equal; absent if trained in full
-    row_fresh: bool  # an optimizer's step has written the rows, and nothing has used the layer since
+    row_group: RowGroup  # the layers whose rows are written together; absent if trained in full
+    row_fresh: bool  # the group has written the rows, and nothing has used the layer since; absent if trained in full
 
     @property
     def whole(self) -> Tensor:
@@ -84,18 +86,19 @@ class CompactLayer(nn.Module):
         return self.weight_rows, weight
 
     def refresh_rows(self) -> None:
-        """Write the rows into the weight, unless an optimizer's step has just written them.
+        """Write the rows into the weight, together with those of the group in the first training pass after a step.
 
-        The first use with gradients after a step compares versions alone. Every other use writes, since ``.data``
-        changes values without a new version: a hand-written step does, or an average that replaces the rows for an
-        evaluation.
+        The other layers then compare versions alone. Every other use writes: ``.data`` changes values without a new
+        version, as hand-written steps do, and averages that replace the rows for an evaluation.
         """
         if self.row_index is None:
             return
-        if not torch.compiler.is_compiling() and self.row_fresh and torch.is_grad_enabled():
-            self.row_fresh = False
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            if self.row_group.is_due:
+                self.row_group.write()
+            fresh, self.row_fresh = self.row_fresh, False
             known = (*self.row_home, *self.row_versions)
-            if self.whole is known[0] and (self.whole._version, self.weight_rows._version) == known[1:]:
+            if fresh and self.whole is known[0] and (self.whole._version, self.weight_rows._version) == known[1:]:
                 return
         self.write_rows()
 
@@ -108,7 +111,6 @@ class CompactLayer(nn.Module):
                 self.whole.index_copy_(self.row_dim, self.row_index, self.weight_rows.detach())
             return
         write_rows_of([self])
-        self.row_fresh = False
 
     def compare_versions(self) -> None:
         """Increment the weight's version if the rows have changed; read them from a weight that other code has changed.
@@ -124,11 +126,11 @@ class CompactLayer(nn.Module):
         elif known[0] != weight._version:
             self.read_rows()  # directly or through state_dict()
 
-    def record_versions(self, *, fresh: bool = False) -> None:
-        """Record that the weight now contains the rows; ``fresh``: that the next forward pass need not write them."""
+    def record_versions(self) -> None:
+        """Record that the weight now contains the rows."""
         self.row_home = (self.whole,)
         if self.row_index is not None:
-            self.row_versions, self.row_fresh = (self.whole._version, self.weight_rows._version), fresh
+            self.row_versions, self.row_fresh = (self.whole._version, self.weight_rows._version), False
 
     def read_rows(self) -> None:
         """Copy the rows from the weight."""
@@ -149,10 +151,13 @@ class CompactLayer(nn.Module):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         self.write_rows()  # a copied tensor has version 0
         reduced = cast(tuple[Any, ...], super().__reduce_ex__(max(2, int(protocol))))
-        return _new, (self.plain_type, *reduced[1][1:]), *reduced[2:]
+        state = {name: value for name, value in reduced[2].items() if name != "row_group"}  # a copy has its own
+        return _new, (self.plain_type, *reduced[1][1:]), state, *reduced[3:]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.row_index is not None:
+            RowGroup([self])
         self.record_versions()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -168,6 +173,29 @@ class CompactLayer(nn.Module):
             missing.remove(prefix + ROWS)
         self.read_rows()
         self.record_versions()  # assign=True puts another tensor in place
+
+
+class RowGroup:
+    """Compact layers with rows that are written together. Keeps no layer alive.
+
+    ``is_due``: whether the next pass writes all rows, as after an optimizer's step.
+    """
+
+    def __init__(self, layers: Iterable[CompactLayer]) -> None:
+        self._layers, self.is_due = list[weakref.ref[CompactLayer]](), True
+        for layer in layers:
+            self._layers.append(weakref.ref(layer))
+            layer.row_group = self
+
+    def write(self) -> None:
+        """Write the rows of all layers, except where the weight was replaced: an error when the layer is used."""
+        self.is_due = False
+        living = [layer for reference in self._layers if (layer := reference()) is not None]
+        living = [layer for layer in living if layer.__dict__.get("row_group") is self]
+        layers = [layer for layer in living if layer.whole is layer.row_home[0]]
+        write_rows_of(layers)
+        for layer in layers:
+            layer.row_fresh = True
 
 
 def write_rows_of(layers: Sequence[CompactLayer]) -> None:
@@ -188,7 +216,7 @@ def write_rows_of(layers: Sequence[CompactLayer]) -> None:
                 [layer.row_dim for layer in batch],
             )
     for layer in layers:
-        layer.record_versions(fresh=True)
+        layer.record_versions()
 
 
 def record_versions(model: nn.Module) -> None:
@@ -199,7 +227,9 @@ def record_versions(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, CompactLayer):
-            module.record_versions(fresh=True)
+            module.record_versions()
+            if module.row_index is not None:
+                module.row_group.is_due = True
 
 
 def may_have_small_maps(layer: nn.Module) -> bool:
@@ -247,6 +277,7 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
         weight.requires_grad_(False)
+        RowGroup([compact])
     compact.record_versions()
     return compact
 
@@ -260,7 +291,7 @@ def restore(layer: CompactLayer) -> nn.Module:
     if weight is layer.row_home[0]:
         layer.write_rows()
     if layer.row_index is not None:
-        del layer.weight_rows, layer.row_versions, layer.row_fresh
+        del layer.weight_rows, layer.row_versions, layer.row_fresh, layer.row_group
         if weight is not None:
             weight.requires_grad_(True)
     del layer.row_index, layer.row_plan, layer.row_dim, layer.row_home
