@@ -79,8 +79,10 @@ def geometry_of(layer: Any) -> tuple[Any, ...]:
 
 def row_gradient(layer: Any, x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
-        return linear_rows_gradient(x.flatten(0, -2), delta.flatten(0, -2), layer.plan.gathered, layer.plan.kept)
-    return convolution_rows_gradient(x, delta, weight, layer.plan, geometry_of(layer))
+        return linear_rows_gradient(
+            x.flatten(0, -2), delta.flatten(0, -2), layer.row_plan.gathered, layer.row_plan.kept
+        )
+    return convolution_rows_gradient(x, delta, weight, layer.row_plan, geometry_of(layer))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

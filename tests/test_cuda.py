@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import delfast
+from delfast.compaction.layers import record_versions
 from delfast.localization.scores import Scores
 from delfast.ops import BACKEND, OPS
 from delfast.optim import MaskedAdamW, MaskedSGD
@@ -277,10 +278,12 @@ def test_the_number_of_launches_does_not_grow_with_the_number_of_parameters() ->
     def counts(tensors: int) -> list[int]:
         theta, grad = ([torch.randn(8, 40, device="cuda") for _ in range(tensors)] for _ in range(2))
         h, bits = [4] * tensors, torch.full((tensors,), 5, dtype=torch.uint8, device="cuda")
+        index = torch.arange(1, 8, device="cuda")
         return [
             launches(lambda: NATIVE.criticality(theta, grad, "weighted_grad", "topk_mean", h)),
             launches(lambda: NATIVE.select_elements(theta, grad, "weighted_grad", 100)),
             launches(lambda: NATIVE.masked_reset_(theta, grad, bits, [True] * tensors)),
+            launches(lambda: NATIVE.write_rows_(theta, [g[1:] for g in grad], [index] * tensors, [0] * tensors)),
         ]
 
     few = counts(2)
@@ -302,6 +305,49 @@ def test_masks_are_those_of_the_cpu() -> None:
         for policy in ("whole", "exact"):
             masks = [scores.select(0.3, granularity, policy=policy) for scores in (on_host, there)]
             assert masks[0].digest == masks[1].digest
+
+
+def test_a_compact_step_replays_in_a_cuda_graph() -> None:
+    """Replays train as eager steps do; the weights hold the rows, and count as holding them."""
+    torch.manual_seed(0)
+    model = cases.SmallNet().cuda().to(memory_format=torch.channels_last)
+    images, targets = on_device(cases.image_batches()[0])
+    images = images.contiguous(memory_format=torch.channels_last)
+    mask = delfast.localize(model, [(images, targets)], budget=0.4)
+    eager = copy.deepcopy(model)
+
+    def stepper(network: nn.Module) -> Callable[[], None]:
+        handle = delfast.compact(network, mask)
+        optimizer = MaskedSGD(network.named_parameters(), handle.mask, lr=0.01, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), targets).backward()
+            optimizer.step()
+
+        return step
+
+    step, eager_step = stepper(model), stepper(eager)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        graph.replay()
+    for _ in range(5):
+        eager_step()
+    torch.autograd.graph.increment_version(list(model.parameters()))
+    record_versions(model)
+    for (name, found), (_, expected) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+    before = {name: parameter._version for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(model.eval()(images), eager.eval()(images), rtol=1e-4, atol=1e-5)
+    assert before == {name: parameter._version for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("optimizer_class", [MaskedSGD, MaskedAdamW])

@@ -40,6 +40,7 @@ TORCH_LIBRARY_IMPL(delfast, CPU, m) {
   serve<"per_example_accumulate_", &bindings::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::channel_dot>(m);
   m.impl("gather_columns", TORCH_FN(bindings::gather_columns));  // of any dtype
+  m.impl("write_rows_", TORCH_FN(bindings::write_rows_));        // of any dtype
 }
 
 PYBIND11_MODULE(_C, m) {

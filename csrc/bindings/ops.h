@@ -37,5 +37,6 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
 at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values);
 
 at::Tensor gather_columns(const at::Tensor& source, const at::Tensor& columns);
+void write_rows_(at::TensorList weights, at::TensorList rows, at::TensorList indices, at::IntArrayRef dims);
 
 }  // namespace delfast::bindings

@@ -10,6 +10,7 @@
 
 #include "delfast/params.h"
 #include "delfast/per_example.h"
+#include "delfast/write_rows.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
 
@@ -71,5 +72,9 @@ int64_t per_example_workspace(const ConvShape& shape);
 Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* workspace, Stream stream);
 
 Error channel_dot(const ChannelDot& p, Stream stream);
+
+// Writes the rows of all weights, in one launch for as many weights as a table holds (50 or so). An index outside its
+// weight traps on the device.
+Error write_rows(const WrittenRows* weights, int64_t count, Stream stream);
 
 }  // namespace delfast::cuda

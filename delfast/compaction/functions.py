@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from delfast.compaction.gradients import convolution_backward, convolution_rows_gradient, linear_rows_gradient
+from delfast.compaction.gradients import (
+    convolution_backward,
+    convolution_rows_gradient,
+    linear_rows_gradient,
+    take_rows,
+)
 from delfast.compaction.plan import RowPlan
 
 
@@ -95,4 +100,4 @@ class RowsOfView(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,), (index,) = gradients, ctx.saved_tensors
-        return gradient.index_select(ctx.dim, index), None, None, None
+        return take_rows(gradient, index, ctx.dim), None, None, None

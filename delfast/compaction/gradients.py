@@ -11,21 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from delfast.compaction.plan import RowPlan
+from delfast.compaction.rules import rule_of
 
 convolution_backward = torch.ops.aten.convolution_backward.default
-
-# Minimum number of channels per position of the feature map from which a product for each position of the kernel beats
-# oneDNN's weight gradient. Channels of the tensor that is not on the rows' side: the input, or the output gradient of a
-# transposed convolution. Speed against oneDNN, measured on two cores with AMX: 512 channels on maps of 4x4, 1.1 to 1.2
-# times in float32 and 4 times in bfloat16; 256 on 8x8, 0.6 and 1.5 times; 128 on 4x4, 2.5 times in bfloat16; 64 on 8x8,
-# 0.75 times. Measure again: benchmarks/test_steps.py.
-MIN_CHANNELS_PER_POSITION = {torch.float32: 16, torch.bfloat16: 4}
 
 
 def linear_rows_gradient(x: Tensor, output_gradient: Tensor, gathered: Tensor | None, kept: Tensor | None) -> Tensor:
     """Return the selected rows of a linear layer's weight gradient, from x (N, in) and the output gradient (N, out)."""
     found = gather(output_gradient, gathered).t() @ x
-    return found if kept is None else found.index_select(0, kept)
+    return found if kept is None else take_rows(found, kept)
 
 
 def convolution_rows_gradient(
@@ -47,8 +41,7 @@ def convolution_rows_gradient(
         _, found, _ = convolution_backward(
             small_gradient, small_x, like, None, *geometry, plan.groups, [False, True, False]
         )
-    rows: Tensor = found if plan.kept is None else found.index_select(0, plan.kept)
-    return rows
+    return found if plan.kept is None else take_rows(found, plan.kept)
 
 
 def by_offsets(row_side: Tensor, other_side: Tensor, kernel: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
@@ -76,10 +69,16 @@ def by_offsets(row_side: Tensor, other_side: Tensor, kernel: torch.Size, geometr
 
 def _is_small_map(row_side: Tensor, other_side: Tensor) -> bool:
     """Return whether the feature map is so small that ``by_offsets`` is faster."""
-    minimum = MIN_CHANNELS_PER_POSITION.get(row_side.dtype, math.inf)
-    for count in row_side.shape[2:]:
-        minimum = minimum * count
-    return row_side.device.type == "cpu" and other_side.shape[1] >= minimum
+    positions = math.prod(row_side.shape[2:])
+    rule = rule_of(row_side.device, "convolution")
+    return rule.multiplies_by_offsets(other_side.shape[1], positions, row_side.dtype)
+
+
+def take_rows(gradient: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+    """Return these rows along ``dim``, in the memory format of ``gradient``, which ``index_select`` does not keep."""
+    indices: list[Tensor | None] = [None] * dim + [rows]
+    taken: Tensor = torch.ops.aten.index(gradient, indices)
+    return taken
 
 
 def gather(values: Tensor, channels: Tensor | None) -> Tensor:

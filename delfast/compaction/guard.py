@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from delfast.compaction.layers import ROWS, CompactLayer
+from delfast.compaction.layers import ROWS, CompactLayer, write_rows_of
 from delfast.errors import InputError
 from delfast.optim import MaskedOptimizer, check_dense
 
@@ -100,7 +100,8 @@ class Guard:
         self._note_gradients(rows)
         if isinstance(optimizer, MaskedOptimizer) and optimizer.mask.digest == self._digest:
             return []
-        return [(p, self._flags[id(p)], p.detach().clone()) for p in held if id(p) in self._flags]
+        guarded = [p for p in held if id(p) in self._flags]
+        return list(zip(guarded, (self._flags[id(p)] for p in guarded), _negated(guarded), strict=True))
 
     def after(self, held: Iterable[Tensor]) -> None:
         """Write the rows that were stepped into the weights.
@@ -112,10 +113,14 @@ class Guard:
         stepped = [p for p in held if id(p) in self._layers]
         self._note_gradients(stepped)  # gradients of a closure, which the step has called
         torch.autograd.graph.increment_version(stepped)
-        for rows in stepped:
-            layer = self._layers[id(rows)]()
-            if layer is not None:
+        layers = [layer for rows in stepped if (layer := self._layers[id(rows)]()) is not None]
+        if torch.compiler.is_compiling():
+            for layer in layers:
                 layer.write_rows()
+            return
+        write_rows_of(layers)
+        for layer in layers:
+            layer.row_group.is_due = True
 
     def _note_gradients(self, rows: Iterable[Tensor]) -> None:
         if self._idle:
@@ -126,7 +131,7 @@ class _Flags:
     """The entries that may change, on the device that last needed them: the model may move."""
 
     def __init__(self, flags: Tensor) -> None:
-        self._flags = flags
+        self._flags, self._zero = flags, torch.zeros((), device=flags.device)
 
     def on(self, device: torch.device) -> Tensor:
         """Return the flags on this device."""
@@ -134,9 +139,21 @@ class _Flags:
             self._flags = self._flags.to(device)
         return self._flags
 
+    def of(self, gradient: Tensor) -> Tensor:
+        """Return the gradient with zeros where entries may not change; a product would keep NaN."""
+        if (self._zero.device, self._zero.dtype) != (gradient.device, gradient.dtype):
+            self._zero = gradient.new_zeros(())  # kept, since torch.where makes a tensor of a number at each call
+        return torch.where(self.on(gradient.device), gradient, self._zero)
+
 
 Restore = tuple[Tensor, _Flags, Tensor]
-"""A Parameter, the entries that may change, and its values before the step."""
+"""A Parameter, the entries that may change, and its values before the step, negated."""
+
+
+def _negated(parameters: list[Tensor]) -> list[Tensor]:
+    """Return the values with the other sign, which is exact: torch has no one operation that copies a list."""
+    with torch.no_grad():
+        return list(torch._foreach_neg(parameters)) if parameters else []
 
 
 def rows_name(weight: str) -> str:
@@ -149,7 +166,7 @@ def _masking_hook(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
 
     def mask(gradient: Tensor) -> Tensor:
         check_dense(name, gradient)
-        return torch.where(flags.on(gradient.device), gradient, 0)  # a product would keep NaN
+        return flags.of(gradient)
 
     return mask
 
@@ -248,9 +265,11 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     if _registry.guards or _steps.running:
-        with torch.no_grad():
-            for parameter, flags, before in _steps.end(optimizer):
-                parameter.copy_(torch.where(flags.on(parameter.device), parameter, before))
+        if restore := _steps.end(optimizer):
+            with torch.no_grad():
+                torch._foreach_neg_([negated for *_, negated in restore])
+                for parameter, flags, before in restore:
+                    torch.where(flags.on(parameter.device), parameter, before, out=parameter)
         for guard, held in _registry.of(optimizer).items():
             guard.after(held)
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from delfast.arguments import check_names, check_type
 from delfast.batches import refuse_inference_tensors, refuse_writing_layers
 from delfast.compaction.guard import Guard, rows_name
-from delfast.compaction.layers import CompactLayer, compact_type, make_compact, may_have_small_maps, restore, rows_dim
+from delfast.compaction.layers import (
+    CompactLayer,
+    RowGroup,
+    compact_type,
+    make_compact,
+    may_have_small_maps,
+    restore,
+    rows_dim,
+)
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
@@ -137,6 +145,7 @@ class Compact:
                         self._rows[name].copy_(compact.weight_rows)
                     compact.weight_rows = self._rows[name]
                 self._rows[name] = compact.weight_rows
+            RowGroup(cast(CompactLayer, self._layers[name][0]) for name in self._rows)
             frozen = {name: parameters[name] for name in self._names("frozen")}
             for parameter in frozen.values():
                 parameter.requires_grad_(False)

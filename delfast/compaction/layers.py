@@ -4,10 +4,16 @@ A layer becomes compact by a change of its class: it stays the same object, with
 weight stays in place, complete and frozen; an optimizer gets ``weight_rows``. Code outside the layer that reads
 ``layer.weight`` gets a view of the weight whose gradient goes to ``weight_rows``. A layer that is trained in full keeps
 its weight as the Parameter and has no rows: only the computation of its gradient changes.
+
+The rules of the weight's device choose how a layer computes the gradient of its rows (``delfast.compaction.rules``). By
+an autograd function of ours, or by torch's own layer: then the layer reads its weight as other code does.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
@@ -15,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.compaction.functions import RowsOfConvolution, RowsOfLinear, RowsOfView
-from delfast.compaction.gradients import MIN_CHANNELS_PER_POSITION
 from delfast.compaction.plan import RowPlan, plan_rows
+from delfast.compaction.rules import LayerKind, rule_of
 from delfast.errors import InputError
 from delfast.layer_types import layer_type_of
 
 WEIGHT = "weight"
 ROWS = "weight_rows"
-INDICES = ("row_index", "row_gathered", "row_opposite", "row_kept")
 
 
 class CompactLayer(nn.Module):
@@ -32,18 +37,12 @@ class CompactLayer(nn.Module):
     bias: Any
     weight_rows: nn.Parameter  # absent where the layer is trained in full
     row_index: Tensor | None  # None where the layer is trained in full
-    row_gathered: Tensor | None
-    row_opposite: Tensor | None
-    row_kept: Tensor | None
+    row_plan: RowPlan  # by the rules of the weight's device
     row_dim: int  # the dimension of the weight along which its rows lie
-    row_groups: int
     row_home: tuple[Tensor]  # the weight of the rows; in a tuple, since the module would register a Parameter again
     row_versions: tuple[int, int]  # of the weight and the rows when last equal; absent if trained in full
-
-    @property
-    def plan(self) -> RowPlan:
-        """The plan of the rows' gradient."""
-        return RowPlan(self.row_gathered, self.row_opposite, self.row_kept, self.row_groups)
+    row_group: RowGroup  # the layers whose rows are written together; absent if trained in full
+    row_fresh: bool  # the group has written the rows, and nothing has used the layer since; absent if trained in full
 
     @property
     def whole(self) -> Tensor:
@@ -62,7 +61,7 @@ class CompactLayer(nn.Module):
         records = torch.is_grad_enabled() and self.weight_rows.requires_grad
         if records and torch.compiler.is_compiling():  # the compiler decides what is copied
             return self.whole.index_copy(self.row_dim, self.row_index, self.weight_rows)
-        self.write_rows()
+        self.refresh_rows()
         if not records:
             return self.whole
         view: Tensor = RowsOfView.apply(self.weight_rows, self.whole, self.row_index, self.row_dim)
@@ -83,37 +82,55 @@ class CompactLayer(nn.Module):
         weight = self.whole
         if self.row_index is None:
             return weight, weight.detach()
-        self.write_rows()
+        self.refresh_rows()
         return self.weight_rows, weight
 
-    def write_rows(self) -> None:
-        """Write the rows into the weight; no other entry changes.
+    def refresh_rows(self) -> None:
+        """Write the rows into the weight, together with those of the group in the first training pass after a step.
 
-        Write through ``.data``: the weight that autograd has saved stays valid when another call of this layer writes
-        the same rows. If the rows have changed, increment the weight's version, so that a step between a forward pass
-        and its backward pass is an error.
+        The other layers then compare versions alone. Every other use writes: ``.data`` changes values without a new
+        version, as hand-written steps do, and averages that replace the rows for an evaluation.
         """
         if self.row_index is None:
             return
-        if torch.compiler.is_compiling():  # the compiler traces no .data
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            if self.row_group.is_due:
+                self.row_group.write()
+            fresh, self.row_fresh = self.row_fresh, False
+            known = (*self.row_home, *self.row_versions)
+            if fresh and self.whole is known[0] and (self.whole._version, self.weight_rows._version) == known[1:]:
+                return
+        self.write_rows()
+
+    def write_rows(self) -> None:
+        """Write the rows into the weight; no other entry changes."""
+        if self.row_index is None:
+            return
+        if torch.compiler.is_compiling():  # the compiler traces no versions
             with torch.no_grad():
                 self.whole.index_copy_(self.row_dim, self.row_index, self.weight_rows.detach())
             return
+        write_rows_of([self])
+
+    def compare_versions(self) -> None:
+        """Increment the weight's version if the rows have changed; read them from a weight that other code has changed.
+
+        A step between a forward pass and its backward pass is thus an error, while the weight that autograd has saved
+        stays valid where another call of this layer writes the same rows.
+        """
         known, weight, rows = self.row_versions, self.whole, self.weight_rows
         if weight is not self.row_home[0]:
             raise InputError(_not_replaced("another tensor"))
         if known[1] != rows._version:
             torch.autograd.graph.increment_version(weight)
         elif known[0] != weight._version:
-            self.read_rows()  # other code has written into the weight, directly or through state_dict()
-        weight.data.index_copy_(self.row_dim, self.row_index, rows.data)
-        self.row_versions = (weight._version, rows._version)
+            self.read_rows()  # directly or through state_dict()
 
     def record_versions(self) -> None:
         """Record that the weight now contains the rows."""
         self.row_home = (self.whole,)
         if self.row_index is not None:
-            self.row_versions = (self.whole._version, self.weight_rows._version)
+            self.row_versions, self.row_fresh = (self.whole._version, self.weight_rows._version), False
 
     def read_rows(self) -> None:
         """Copy the rows from the weight."""
@@ -125,19 +142,22 @@ class CompactLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.write_rows()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in INDICES:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.to(self.whole.device))
+        if self.row_index is not None and self.row_index.device != self.whole.device:
+            rows, self.row_index = self.row_index, self.row_index.to(self.whole.device)
+            self.row_plan = _plan(self, self.whole, rows)
         self.record_versions()  # some devices need another tensor
         return self
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         self.write_rows()  # a copied tensor has version 0
         reduced = cast(tuple[Any, ...], super().__reduce_ex__(max(2, int(protocol))))
-        return _new, (self.plain_type, *reduced[1][1:]), *reduced[2:]
+        state = {name: value for name, value in reduced[2].items() if name != "row_group"}  # a copy has its own
+        return _new, (self.plain_type, *reduced[1][1:]), state, *reduced[3:]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.row_index is not None:
+            RowGroup([self])
         self.record_versions()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -155,11 +175,69 @@ class CompactLayer(nn.Module):
         self.record_versions()  # assign=True puts another tensor in place
 
 
+class RowGroup:
+    """Compact layers with rows that are written together. Keeps no layer alive.
+
+    ``is_due``: whether the next pass writes all rows, as after an optimizer's step.
+    """
+
+    def __init__(self, layers: Iterable[CompactLayer]) -> None:
+        self._layers, self.is_due = list[weakref.ref[CompactLayer]](), True
+        for layer in layers:
+            self._layers.append(weakref.ref(layer))
+            layer.row_group = self
+
+    def write(self) -> None:
+        """Write the rows of all layers, except where the weight was replaced: an error when the layer is used."""
+        self.is_due = False
+        living = [layer for reference in self._layers if (layer := reference()) is not None]
+        living = [layer for layer in living if layer.__dict__.get("row_group") is self]
+        layers = [layer for layer in living if layer.whole is layer.row_home[0]]
+        write_rows_of(layers)
+        for layer in layers:
+            layer.row_fresh = True
+
+
+def write_rows_of(layers: Sequence[CompactLayer]) -> None:
+    """Write the rows of these layers into their weights, by one op for each device; no other entry changes.
+
+    InputError for a layer whose weight was replaced.
+    """
+    batches: dict[torch.device, list[CompactLayer]] = {}
+    for layer in layers:
+        layer.compare_versions()
+        batches.setdefault(layer.whole.device, []).append(layer)
+    with torch.no_grad():
+        for batch in batches.values():
+            torch.ops.delfast.write_rows_(
+                [layer.whole for layer in batch],
+                [layer.weight_rows for layer in batch],
+                [cast(Tensor, layer.row_index) for layer in batch],
+                [layer.row_dim for layer in batch],
+            )
+    for layer in layers:
+        layer.record_versions()
+
+
+def record_versions(model: nn.Module) -> None:
+    """Record that the weights of all compact layers contain their rows, as after an optimizer's step.
+
+    For code that has written both by other means and incremented their versions: the replay of a captured step, or
+    values that were put back. Nothing is written, and no operation is dispatched.
+    """
+    for module in model.modules():
+        if isinstance(module, CompactLayer):
+            module.record_versions()
+            if module.row_index is not None:
+                module.row_group.is_due = True
+
+
 def may_have_small_maps(layer: nn.Module) -> bool:
     """Return whether ``by_offsets`` may be faster for this layer's weight gradient, if its feature maps are small."""
-    weight = cast(Tensor, layer.weight)
-    known = weight.device.type == "cpu" and weight.dtype in MIN_CHANNELS_PER_POSITION
-    return known and getattr(layer, "groups", None) == 1
+    if getattr(layer, "groups", None) != 1:
+        return False
+    weight = cast(Tensor, layer._parameters[WEIGHT])
+    return weight.dtype in rule_of(weight.device, "convolution").min_channels_per_position
 
 
 def compact_type(layer_type: type[nn.Module]) -> type[CompactLayer] | None:
@@ -184,29 +262,22 @@ def make_compact(layer: nn.Module, rows: Tensor | None) -> CompactLayer:
 
     Its type must have a ``compact_type``.
     """
-    weight, groups = cast(Tensor, layer.weight), cast(int, getattr(layer, "groups", 1))
-    dim = rows_dim(layer)
-    if rows is None:
-        plan = RowPlan(None, None, None, groups)
-    else:
-        plan = plan_rows(rows.cpu(), weight.shape[dim], weight.shape[1 - dim] * groups, groups)
-    found = (rows, plan.gathered, plan.opposite, plan.kept)
-    indices = [None if tensor is None else tensor.to(weight.device) for tensor in found]
-    selected = None
+    weight, dim = cast(Tensor, layer.weight), rows_dim(layer)
+    plan, index, selected = _plan(layer, weight, rows), None, None
     if rows is not None:
+        index = rows.to(weight.device)
         selected = torch.empty_like(weight.detach().narrow(dim, 0, len(rows)))  # in the weight's memory format
-        selected.copy_(weight.detach().index_select(dim, rows.to(weight.device)))
+        selected.copy_(weight.detach().index_select(dim, index))
     changed = compact_type(type(layer))
     assert changed is not None
     compact = cast(CompactLayer, layer)  # no allocation below this line: a layer is changed completely or not at all
     compact.__class__ = changed
-    for name, tensor in zip(INDICES, indices, strict=True):
-        # no buffers: weight averaging would average them, and DDP would broadcast them in every pass
-        setattr(compact, name, tensor)
-    compact.row_dim, compact.row_groups = dim, plan.groups
+    # no buffers: weight averaging would average them, and DDP would broadcast them in every pass
+    compact.row_index, compact.row_plan, compact.row_dim = index, plan, dim
     if selected is not None:
         compact.weight_rows = nn.Parameter(selected)
         weight.requires_grad_(False)
+        RowGroup([compact])
     compact.record_versions()
     return compact
 
@@ -220,15 +291,27 @@ def restore(layer: CompactLayer) -> nn.Module:
     if weight is layer.row_home[0]:
         layer.write_rows()
     if layer.row_index is not None:
-        del layer.weight_rows, layer.row_versions
+        del layer.weight_rows, layer.row_versions, layer.row_fresh, layer.row_group
         if weight is not None:
             weight.requires_grad_(True)
-    for name in INDICES:
-        delattr(layer, name)
-    del layer.row_dim, layer.row_groups, layer.row_home
+    del layer.row_index, layer.row_plan, layer.row_dim, layer.row_home
     plain = cast(nn.Module, layer)
     plain.__class__ = layer.plain_type
     return plain
+
+
+def _plan(layer: nn.Module, weight: Tensor, rows: Tensor | None) -> RowPlan:
+    """Return the plan for these rows (int64, ascending; None: all) by the rules of the weight's device."""
+    groups = cast(int, getattr(layer, "groups", 1))
+    if rows is None:
+        return RowPlan(None, None, None, groups)
+    dim, rule = rows_dim(layer), rule_of(weight.device, _kind(layer))
+    plan = plan_rows(rows.cpu(), weight.shape[dim], weight.shape[1 - dim] * groups, groups, rule)
+    return plan.to(weight.device)
+
+
+def _kind(layer: nn.Module) -> LayerKind:
+    return "convolution" if hasattr(layer, "groups") else "linear"
 
 
 def _new(plain_type: type[nn.Module], *arguments: Any) -> CompactLayer:
@@ -261,12 +344,22 @@ def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 class _Product(CompactLayer):
     """Linear layers."""
 
+    def runs_by_torch(self, input: Tensor) -> bool:
+        """Return whether torch's own layer runs: too many rows, or too few positions, to gather channels."""
+        rule = rule_of(input.device, "linear")
+        if self.row_plan.gathered is None or not rule.dense_by_torch:
+            return rule.dense_by_torch
+        kind, dtype = input.device.type, input.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        return not rule.has_enough_positions(math.prod(input.shape[:-1]), dtype)
+
     def _multiply(self, input: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         """Return input Wᵀ + b, for rows (n, in) and weight (out, in) as ``nn.Linear`` has them."""
         x, weight, bias = _as_autocast(input, weight, self.bias)
         # flatten: for other than two dimensions linear returns a view, and a Function's views refuse in-place changes
         flat = torch.atleast_2d(x).flatten(0, -2)  # type: ignore[no-untyped-call]
-        result: Tensor = RowsOfLinear.apply(flat, rows, weight, bias, self.row_gathered, self.row_kept)
+        result: Tensor = RowsOfLinear.apply(flat, rows, weight, bias, self.row_plan.gathered, self.row_plan.kept)
         return result if flat is x else result.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -276,6 +369,8 @@ class CompactLinear(_Product, nn.Linear):
     plain_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.runs_by_torch(input):
+            return super().forward(input)
         return self._multiply(input, *self.parameter_and_weight())
 
 
@@ -283,6 +378,8 @@ class _TransposedLinear(_Product):
     """A registered linear layer with a weight (in, out)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.runs_by_torch(input):
+            return cast(Tensor, super().forward(input))
         rows, weight = self.parameter_and_weight()
         return self._multiply(input, rows.t(), weight.t())
 
@@ -299,13 +396,17 @@ class _Convolutional(CompactLayer):
     _reversed_padding_repeated_twice: Any
     _output_padding: Any
 
+    def runs_by_torch(self, input: Tensor) -> bool:
+        """Return whether torch's own layer runs: gathering channels does not pay."""
+        return self.row_plan.gathered is None and rule_of(input.device, "convolution").dense_by_torch
+
     def _convolve(self, input: Tensor, padding: Any, transposed: bool, output_padding: Any) -> Tensor:
         rows, weight = self.parameter_and_weight()
         x, weight, bias = _as_autocast(input, weight, self.bias)
         spatial = weight.dim() - 2
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
         geometry = (self.stride, padding, self.dilation, transposed, output_padding)
-        plan = self.plan
+        plan = self.row_plan
         result: Tensor = RowsOfConvolution.apply(
             batched, rows, weight, bias, plan.gathered, plan.opposite, plan.kept, geometry, self.groups,
             plan.groups,
@@ -317,6 +418,8 @@ class _Forward(_Convolutional):
     """An ordinary convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.runs_by_torch(input):
+            return cast(Tensor, super().forward(input))
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):  # "same" may pad one side more
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -329,6 +432,8 @@ class _Transposed(_Convolutional):
     """A transposed convolution."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.runs_by_torch(input):
+            return cast(Tensor, super().forward(input, output_size))
         spatial = len(self.kernel_size)
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation

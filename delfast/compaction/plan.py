@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from delfast.compaction.rules import Rule
+
 BLOCK = 16  # channels in a vector (AVX-512, float32): libraries pad the number of channels to a multiple
-MAX_GATHERED_FRACTION = 0.9  # of the blocks; above it gathering saves no time (benchmarks/test_steps.py)
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,26 @@ class RowPlan:
     kept: Tensor | None
     groups: int
 
+    def to(self, device: torch.device) -> RowPlan:
+        """Return the plan with its indices on this device."""
+        gathered, opposite, kept = (
+            None if index is None else index.to(device) for index in (self.gathered, self.opposite, self.kept)
+        )
+        return RowPlan(gathered, opposite, kept, self.groups)
 
-def plan_rows(rows: Tensor, channels: int, opposite_channels: int, groups: int) -> RowPlan:
+
+def plan_rows(rows: Tensor, channels: int, opposite_channels: int, groups: int, rule: Rule) -> RowPlan:
     """Return the plan for ``rows`` (int64, ascending) of ``channels`` channels.
 
     With one group, exactly the rows are gathered. With several, groups without a selected row are left out and the
     others are gathered in full, since all groups must have the same size.
     """
     if groups == 1:
-        if _blocks(len(rows)) > MAX_GATHERED_FRACTION * _blocks(channels):
-            return RowPlan(None, None, rows, 1)
-        return RowPlan(rows, None, None, 1)
+        gathers = rule.gathers(_blocks(len(rows)), _blocks(channels))
+        return RowPlan(rows, None, None, 1) if gathers else RowPlan(None, None, rows, 1)
     size, opposite_size = channels // groups, opposite_channels // groups
     used = torch.unique(rows // size)
-    if len(used) > MAX_GATHERED_FRACTION * groups:
+    if not rule.gathers(len(used), groups):
         return RowPlan(None, None, rows, groups)
     position = torch.searchsorted(used, rows // size) * size + rows % size
     kept = None if len(rows) == len(used) * size else position

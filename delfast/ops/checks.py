@@ -221,6 +221,41 @@ def check_gather_columns(source: Tensor, columns: Tensor) -> None:
         raise TypeError(f"expected elements of 2, 4 or 8 bytes, got {source.dtype}; convert the source")
 
 
+def check_write_rows(
+    weights: Sequence[Tensor], rows: Sequence[Tensor], indices: Sequence[Tensor], dims: Sequence[int]
+) -> None:
+    """Raise ValueError or TypeError for arguments that ``write_rows_`` refuses."""
+    for name, tensors in (("weight", weights), ("rows", rows), ("index", indices)):
+        for number, tensor in enumerate(tensors):
+            _check_device((weights or rows or indices)[0].device, tensor, f"{name} #{number}")
+    if not len(weights) == len(rows) == len(indices) == len(dims):
+        raise ValueError(
+            f"expected lists of equal length, got {len(weights)} weights, {len(rows)} rows, {len(indices)} indices and "
+            f"{len(dims)} dims; pass one each"
+        )
+    for number, (weight, source, index, dim) in enumerate(zip(weights, rows, indices, dims, strict=True)):
+        if not 0 <= dim < weight.ndim:
+            raise ValueError(
+                f"expected dim of weight #{number} in [0, {weight.ndim}), got {dim}; pass the dimension of its rows"
+            )
+        if index.ndim != 1 or index.dtype != torch.int64 or not index.is_contiguous():
+            raise ValueError(
+                f"expected index #{number} to be contiguous int64 (n,), got {index.dtype} {_shape(index)}; "
+                "pass the rows' numbers"
+            )
+        if source.dtype != weight.dtype:
+            raise TypeError(
+                f"expected rows #{number} to be {weight.dtype} like their weight, got {source.dtype}; convert the rows"
+            )
+        shape = (*weight.shape[:dim], index.shape[0], *weight.shape[dim + 1 :])
+        if source.shape != shape:
+            raise ValueError(
+                f"expected rows #{number} of shape ({', '.join(map(str, shape))}), got {_shape(source)}; "
+                "pass one row for each index"
+            )
+        _check_own_memory(weight)
+
+
 def _check_scored(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str) -> None:
     _check_devices(theta, grad)
     if len(grad) != len(theta) and (grad or criterion != "weight"):

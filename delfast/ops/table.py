@@ -14,6 +14,7 @@ Op                           Result
 ``per_example_accumulate_``  Sums over examples of ``|g_x|`` or ``g_x²``, with g_x the weight gradient of one example.
 ``channel_dot``              Sum over positions of gradient times value, per example and channel.
 ``gather_columns``           Selected columns of a matrix.
+``write_rows_``              Rows written into many weights, in place.
 ============================ =========================================================================================
 
 The native kernels (csrc/bindings) register themselves for a device when the extension loads. The reference serves every
@@ -38,6 +39,7 @@ from delfast.ops.reference.gather import gather_columns
 from delfast.ops.reference.masked_update import masked_adamw_, masked_reset_, masked_sgd_
 from delfast.ops.reference.per_example import channel_dot, per_example_accumulate_
 from delfast.ops.reference.selection import select_elements, select_units
+from delfast.ops.reference.write_rows import write_rows_
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,12 @@ OPS = (
         _fake_gather_columns,
         gather_columns,
         ("CPU",),
+    ),
+    Op(
+        "write_rows_(Tensor(a!)[] weights, Tensor[] rows, Tensor[] indices, int[] dims) -> ()",
+        checks.check_write_rows,
+        _fake_in_place,
+        write_rows_,
     ),
 )
 

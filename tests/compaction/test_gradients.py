@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import delfast
 from delfast.compaction import gradients
-from delfast.compaction.gradients import MIN_CHANNELS_PER_POSITION, by_offsets
+from delfast.compaction.gradients import by_offsets
 from delfast.compaction.layers import COMPACT
+from delfast.compaction.rules import MIN_CHANNELS_PER_POSITION
 from delfast.errors import InputError
 from delfast.mask import Mask
 from tests import cases

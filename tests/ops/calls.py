@@ -89,6 +89,16 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         (NATIVE.per_example_accumulate_, (sums, inputs, deltas, *layer.settings, "abs"), {}),
         (NATIVE.channel_dot, (deltas, deltas + 1), {}),
         (NATIVE.gather_columns, (scores.view(1, -1).repeat(3, 1), torch.tensor([0, 2, 7])), {}),
+        (
+            NATIVE.write_rows_,
+            (
+                [grad[0], torch.zeros(3, 5)],
+                [theta[0][:1], torch.ones(3, 2)],
+                [torch.tensor([0]), torch.tensor([4, 1])],
+                [0, 1],
+            ),
+            {},
+        ),
     ]
 
 
@@ -109,6 +119,9 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
         ),
         "masked_adamw_": partial(
             NATIVE.masked_adamw_, theta, grad, *(adamw[n] for n in names), **HYPER["masked_adamw_"][0], **amp
+        ),
+        "write_rows_": partial(
+            NATIVE.write_rows_, theta, [g[::2] for g in grad], [torch.arange(0, n, 2) for n in counts], [0] * len(theta)
         ),
     }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from delfast.ops import BACKEND, OPS
+from delfast.ops.checks import check_write_rows
 from delfast.ops.layout import as_rows, flat_rows, pack, row_length, unit_count, unpack
 from tests import cases
 from tests.ops.calls import (
@@ -358,6 +359,95 @@ def test_gather_columns_refuses_what_it_cannot_read() -> None:
         NATIVE.gather_columns(source.t(), torch.tensor([0]))
     with pytest.raises(TypeError, match="2, 4 or 8 bytes"):
         NATIVE.gather_columns(source.bool(), torch.tensor([0]))
+
+
+# writing rows
+
+
+def written_case(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A weight, rows, their index and its dimension."""
+    shapes: dict[str, tuple[tuple[int, ...], int]] = {
+        "linear": ((40, 7), 0),
+        "columns": ((9, 40), 1),
+        "vector": ((40,), 0),
+        "convolution": ((40, 3, 3, 3), 0),
+        "channels last": ((40, 3, 3, 3), 0),
+        "rows contiguous": ((40, 3, 3, 3), 0),
+        "strided": ((40, 6), 0),
+        "strided columns": ((6, 40), 1),
+        "middle": ((4, 40, 5), 1),
+        "wide": ((40, 30000), 0),
+        "many columns": ((3000, 40), 1),
+        "no length": ((40, 0), 0),
+    }
+    shape, dim = shapes[case]
+    index = torch.randperm(40)[:17]
+    weight = torch.randn(shape).to(dtype)
+    rows = torch.randn(*shape[:dim], 17, *shape[dim + 1 :]).to(dtype)
+    if case in ("channels last", "rows contiguous"):
+        weight = weight.to(memory_format=torch.channels_last)
+        rows = rows if case == "rows contiguous" else rows.to(memory_format=torch.channels_last)
+    if case.startswith("strided"):
+        weight, rows = weight.t().contiguous().t(), torch.stack([rows, rows], -1)[..., 0]
+    return weight, rows, index, dim
+
+
+WRITTEN = ("linear", "columns", "vector", "convolution", "channels last", "rows contiguous", "strided")
+WRITTEN += ("strided columns", "middle", "wide", "many columns", "no length")
+
+
+@pytest.mark.parametrize("function", [NATIVE.write_rows_, REFERENCE["write_rows_"]], ids=["native", "reference"])
+@pytest.mark.parametrize("dtype", [*cases.DTYPES, torch.float64, torch.complex64, torch.uint8])
+def test_write_rows_copies_them_to_the_bit(function: Any, dtype: torch.dtype, one_and_two_threads: Any) -> None:
+    """All weights in one call; versions stay."""
+    torch.manual_seed(0)
+    given = [written_case(case, dtype) for case in WRITTEN]
+    for threads in one_and_two_threads:
+        torch.set_num_threads(threads)
+        weights = [weight.clone() for weight, *_ in given]
+        assert all(w.stride() == weight.stride() for w, (weight, *_) in zip(weights, given, strict=True))
+        versions = [weight._version for weight in weights]
+        function(weights, *map(list, zip(*(rest for _, *rest in given), strict=True)))
+        assert [weight._version for weight in weights] == versions
+        for case, weight, (before, rows, index, dim) in zip(WRITTEN, weights, given, strict=True):
+            assert torch.equal(weight, before.index_copy(dim, index, rows)), case
+
+
+def test_write_rows_keeps_every_bit_of_a_nan() -> None:
+    bits = torch.tensor([[0x7F800001, -0x400000], [0x7FC12345, -1]], dtype=torch.int32)
+    weight = torch.zeros(3, 2)
+    NATIVE.write_rows_([weight], [bits.view(torch.float32)], [torch.tensor([2, 0])], [0])
+    assert torch.equal(weight.view(torch.int32)[[2, 0]], bits)
+
+
+@pytest.mark.parametrize("function", [NATIVE.write_rows_, "reference"], ids=["native", "reference"])
+def test_write_rows_refuses_what_does_not_fit(function: Any) -> None:
+    """Nothing is written then."""
+    if function == "reference":
+        function = _reference_with_checks
+    weight, rows, index = torch.zeros(4, 3), torch.ones(2, 3), torch.tensor([0, 3])
+    for error, message, given in (
+        (IndexError, r"index #1 in \[0, 4\), got 4", ([rows, rows], [index, index + 1], [0, 0])),
+        (IndexError, r"index #0 in \[0, 4\), got -1", ([rows], [index - 1], [0])),
+        (ValueError, r"rows #0 of shape \(2, 3\), got \(3, 2\)", ([rows.t()], [index], [0])),
+        (ValueError, r"dim of weight #0 in \[0, 2\), got 2", ([rows], [index], [2])),
+        (ValueError, r"dim of weight #0 in \[0, 2\), got -1", ([rows], [index], [-1])),
+        (ValueError, "index #0 to be contiguous int64", ([rows], [index.int()], [0])),
+        (TypeError, "rows #0 to be .*loat.* like their weight", ([rows.double()], [index], [0])),
+        (ValueError, "lists of equal length, got 1 weights, 1 rows, 2 indices and 1 dims", ([rows], [index] * 2, [0])),
+    ):
+        weights = [weight] * len(given[0])
+        with pytest.raises(error, match=message):
+            function(weights, *given)
+        assert not weight.any()
+    expanded = torch.zeros(1, 3).expand(4, 3)
+    with pytest.raises(ValueError, match="memory of their own"):
+        function([expanded], [rows], [index], [0])
+
+
+def _reference_with_checks(*given: Any) -> None:
+    check_write_rows(*given)
+    REFERENCE["write_rows_"](*given)
 
 
 # the registry

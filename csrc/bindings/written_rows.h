@@ -1,0 +1,65 @@
+// What write_rows_ checks on every device, and the list of weights that comes out of it.
+#pragma once
+
+#include <vector>
+
+#include "bindings/checks.h"
+#include "delfast/write_rows.h"
+
+namespace delfast::bindings {
+
+// Indices are not looked at. Versions of the weights do not move, since callers write the same rows again between a
+// forward pass and its backward pass: variable_data() has a version of its own.
+class WrittenRowsList {
+ public:
+  WrittenRowsList(at::TensorList weights, at::TensorList rows, at::TensorList indices, at::IntArrayRef dims)
+      : device(weights.front().device()) {
+    check_devices(device, weights, "weight");
+    check_devices(device, rows, "rows");
+    check_devices(device, indices, "index");
+    const size_t count = weights.size();
+    DELFAST_CHECK_VALUE(rows.size() == count && indices.size() == count && dims.size() == count,
+                        "expected lists of equal length, got ", count, " weights, ", rows.size(), " rows, ",
+                        indices.size(), " indices and ", dims.size(), " dims; pass one each");
+    written.reserve(count);
+    for (size_t i = 0; i < count; i++) written.push_back(checked(weights[i], rows[i], indices[i], dims[i], i));
+  }
+
+  // To be called after the copies.
+  void finish() { copies_.write_back(); }
+
+  c10::Device device;
+  std::vector<WrittenRows> written;
+
+ private:
+  WrittenRows checked(const at::Tensor& weight, const at::Tensor& rows, const at::Tensor& index, int64_t dim,
+                      size_t i) {
+    DELFAST_CHECK_VALUE(dim >= 0 && dim < weight.dim(), "expected dim of weight #", i, " in [0, ", weight.dim(),
+                        "), got ", dim, "; pass the dimension of its rows");
+    DELFAST_CHECK_VALUE(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_contiguous(),
+                        "expected index #", i, " to be contiguous int64 (n,), got ", index.scalar_type(), " ",
+                        shape_text(index.sizes()), "; pass the rows' numbers");
+    DELFAST_CHECK_TYPE(rows.scalar_type() == weight.scalar_type(), "expected rows #", i, " to be ",
+                       weight.scalar_type(), " like their weight, got ", rows.scalar_type(), "; convert the rows");
+    std::vector<int64_t> sizes = weight.sizes().vec();
+    sizes[size_t(dim)] = index.numel();
+    DELFAST_CHECK_VALUE(rows.sizes() == at::IntArrayRef(sizes), "expected rows #", i, " of shape ", shape_text(sizes),
+                        ", got ", shape_text(rows.sizes()), "; pass one row for each index");
+    WrittenRows w;
+    w.index = index.const_data_ptr<int64_t>();
+    w.count = index.numel();
+    w.channels = weight.size(dim);
+    if (rows.numel() == 0) return {};
+    // rows along dim 0 may be channels-last; along others, everything is contiguous
+    const Layout layout = dim == 0 ? usable_layout(weight) : Layout{weight.size(0), weight.numel() / weight.size(0), 1};
+    w.weight = copies_.write(weight.variable_data(), layout);
+    w.rows = copies_.read(rows, layout);
+    for (int64_t d = 0; d < dim; d++) w.outer *= weight.size(d);
+    w.bytes = weight.numel() / (w.outer * w.channels) * int64_t(weight.element_size());
+    return w;
+  }
+
+  Copies copies_;
+};
+
+}  // namespace delfast::bindings

@@ -1,0 +1,31 @@
+// Written rows by the CUDA kernel, run on the CPU, against a loop over bytes: one weight a launch, all weights in as
+// many launches as tables hold them, for every schedule of threads and order of blocks.
+#include "cases.h"
+#include "written.h"
+
+int main(int argc, char** argv) {
+  using namespace delfast;
+  using namespace delfast::test;
+  Random random(5);
+  std::vector<WrittenCase> cases = written_cases(random);
+  for (uint64_t seed : seeds(argc, argv)) {
+    cuda_on_cpu::set_seed(seed);
+    std::vector<WrittenCase> changed = cases;
+    std::vector<WrittenRows> all;
+    for (WrittenCase& c : changed) all.push_back(c.written());
+    describe("all, seed ", seed);
+    CHECK(cuda::write_rows(all.data(), int64_t(all.size()), kStream) == nullptr);
+    for (size_t i = 0; i < cases.size(); i++) {
+      WrittenCase alone = cases[i];
+      const auto expected = alone.expected(0, alone.outer * alone.count);
+      describe("seed ", seed, ", ", alone.outer, " x ", alone.count, " of ", alone.channels, " pieces of ", alone.bytes,
+               " bytes");
+      CHECK(changed[i].is(expected));
+      const WrittenRows written = alone.written();
+      CHECK(cuda::write_rows(&written, 1, kStream) == nullptr);
+      CHECK(alone.is(expected));
+    }
+  }
+  CHECK(cuda::write_rows(nullptr, 0, kStream) == nullptr);
+  return report();
+}
