@@ -69,7 +69,7 @@ def _localization(setup: Setup, on: str, network: nn.Module, batches: Sequence[B
 
     def ours(is_captured: bool) -> Callable[[], delfast.Mask]:
         model = copy.deepcopy(network)  # a graph of an earlier call is of another model
-        settings = delfast_keywords(delfast.localize, setup.device, mode, is_captured)
+        settings = delfast_keywords(delfast.localize, setup.device, mode, "auto" if is_captured else False)
         return partial(delfast.localize, model, batches, BUDGET, **settings)
 
     def same_mask() -> dict[str, Any]:
@@ -367,9 +367,9 @@ def delfast_job(job: Job, mode: str, epochs: int, device: torch.device) -> float
         name: Batches(*images, job.mean, job.std, batch_size=naive.BATCH, shuffle=name == "retain")
         for name, images in parts.items()
     }
-    settings = delfast_keywords(delfast.localize, device, mode, True)
+    settings = delfast_keywords(delfast.localize, device, mode, "auto")
     mask = delfast.localize(model, sets["forget"], BUDGET, **settings)
-    options = TrainingOptions(**delfast_keywords(TrainingOptions, device, mode, True))
+    options = TrainingOptions(**delfast_keywords(TrainingOptions, device, mode, "auto"))
     delfast.unlearn(
         model, retain=sets["retain"], mask=mask, init=job.factory, epochs=epochs, lr=0.015, seed=1, training=options
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.autograd import DeviceType
@@ -67,10 +67,15 @@ def keywords(function: Callable[..., Any], **wanted: Any) -> dict[str, Any]:
     return wanted
 
 
-def delfast_keywords(function: Callable[..., Any], device: torch.device, mode: str, captured: bool) -> dict[str, Any]:
-    """Return the keywords by which a function of delfast runs in this mode, captured or not."""
+def delfast_keywords(
+    function: Callable[..., Any], device: torch.device, mode: str, cuda_graphs: bool | Literal["auto"]
+) -> dict[str, Any]:
+    """Return the keywords by which a function of delfast runs in this mode, captured or not.
+
+    ``cuda_graphs``: True captures every shape of batch; "auto", the default of delfast's users, those that pay.
+    """
     wanted: dict[str, Any] = {"precision": "bf16"} if mode == "bf16" else {}
-    return keywords(function, **wanted, **({"cuda_graphs": captured} if captures(device) else {}))
+    return keywords(function, **wanted, **({"cuda_graphs": cuda_graphs} if captures(device) else {}))
 
 
 class Captured:
