@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delfast.cli import main
 from delfast.errors import InputError
+from delfast.experiments.datasets import Batches, Examples
 from delfast.experiments.grid import MARKDOWN, cells, workers
 from delfast.experiments.grid.definition import read_grid
 from delfast.experiments.grid.summary import ANYTIME
@@ -199,6 +201,19 @@ def test_a_bad_bound_is_refused(tmp_path: Path) -> None:
         path = write(tmp_path, HEAD + own.format(criterion, bound) + 'strategies = ["own"]\n')
         with pytest.raises(InputError, match=message):
             read_grid(path)
+
+
+def test_examples_are_the_same_one_by_one_and_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (9, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    batches = Batches(
+        images, torch.arange(9), torch.rand(3), torch.rand(3), batch_size=4, indices=torch.arange(9).flip(0)
+    )
+    examples = Examples(batches)
+    for together, position in zip(examples.__getitems__([7, 0, 3]), (7, 0, 3), strict=True):
+        alone = examples[position]
+        assert all(torch.equal(a, b) and a.shape == b.shape for a, b in zip(together, alone, strict=True))
+        assert int(together[0]) == int(together[2]) == 8 - position
 
 
 # ---- the grids of the paper's core

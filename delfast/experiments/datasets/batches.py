@@ -108,5 +108,8 @@ class Examples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.batches.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        index, inputs, targets = self.batches.read(self.batches.indices[position : position + 1])
-        return index[0], inputs[0], targets[0]
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Read several examples at once, as a DataLoader does where it can: one transfer and conversion for all."""
+        return list(zip(*self.batches.read(self.batches.indices[positions]), strict=True))
