@@ -56,7 +56,7 @@ def localize(setup: Setup) -> Iterator[Case]:
     """Localize 5,000 images, the first call for a network: a capture is part of the time."""
     workload = next(workloads(setup.tiny))
     network = workload.network(setup.device).eval()
-    batches = _batches(workload, 22 if setup.tiny else 5000, setup.device)
+    batches = _batches(workload, 38 if setup.tiny else 5000, setup.device)
     for mode in setup.modes:
         yield _localization(setup, workload.on, network, batches, mode)
 
@@ -290,7 +290,7 @@ class Job:
 
 def job(setup: Setup) -> Iterator[Case]:
     """Localize 5,000 images, reset, and finetune on 45,000 for five epochs, beside ``naive`` on the same card."""
-    forget, retain, epochs = (32, 96, 1) if setup.tiny else (5000, 45000, 5)
+    forget, retain, epochs = (32, 1088, 1) if setup.tiny else (5000, 45000, 5)
     whole = _trained_job(setup, forget, retain)
     few = whole.smaller(32 if setup.tiny else 4500)
     accuracies: dict[str, float] = {}
