@@ -56,7 +56,7 @@ def localize(setup: Setup) -> Iterator[Case]:
     """Localize 5,000 images, the first call for a network: a capture is part of the time."""
     workload = next(workloads(setup.tiny))
     network = workload.network(setup.device).eval()
-    batches = _batches(workload, 22 if setup.tiny else 5000, setup.device)
+    batches = _batches(workload, 38 if setup.tiny else 5000, setup.device)
     for mode in setup.modes:
         yield _localization(setup, workload.on, network, batches, mode)
 
@@ -69,7 +69,7 @@ def _localization(setup: Setup, on: str, network: nn.Module, batches: Sequence[B
 
     def ours(is_captured: bool) -> Callable[[], delfast.Mask]:
         model = copy.deepcopy(network)  # a graph of an earlier call is of another model
-        settings = delfast_keywords(delfast.localize, setup.device, mode, is_captured)
+        settings = delfast_keywords(delfast.localize, setup.device, mode, "auto" if is_captured else False)
         return partial(delfast.localize, model, batches, BUDGET, **settings)
 
     def same_mask() -> dict[str, Any]:
@@ -290,7 +290,7 @@ class Job:
 
 def job(setup: Setup) -> Iterator[Case]:
     """Localize 5,000 images, reset, and finetune on 45,000 for five epochs, beside ``naive`` on the same card."""
-    forget, retain, epochs = (32, 96, 1) if setup.tiny else (5000, 45000, 5)
+    forget, retain, epochs = (32, 1088, 1) if setup.tiny else (5000, 45000, 5)
     whole = _trained_job(setup, forget, retain)
     few = whole.smaller(32 if setup.tiny else 4500)
     accuracies: dict[str, float] = {}
@@ -367,9 +367,9 @@ def delfast_job(job: Job, mode: str, epochs: int, device: torch.device) -> float
         name: Batches(*images, job.mean, job.std, batch_size=naive.BATCH, shuffle=name == "retain")
         for name, images in parts.items()
     }
-    settings = delfast_keywords(delfast.localize, device, mode, True)
+    settings = delfast_keywords(delfast.localize, device, mode, "auto")
     mask = delfast.localize(model, sets["forget"], BUDGET, **settings)
-    options = TrainingOptions(**delfast_keywords(TrainingOptions, device, mode, True))
+    options = TrainingOptions(**delfast_keywords(TrainingOptions, device, mode, "auto"))
     delfast.unlearn(
         model, retain=sets["retain"], mask=mask, init=job.factory, epochs=epochs, lr=0.015, seed=1, training=options
     )

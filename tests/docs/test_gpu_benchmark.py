@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_a_case_that_fails_its_check_is_named_and_the_exit_code_says_so(
     code, found = run(tmp_path, "--device", "cpu", "--modes", "fp32", "localize", "step")
     assert code == 1 and not found["localize"]["results"] and found["step"]["results"]  # the others go on
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("gpu: error: localize: localize 22 images, first call") and "the masks overlap by" in line
+    assert line.startswith("gpu: error: localize: localize 38 images, first call") and "the masks overlap by" in line
 
 
 # ---- measurements
@@ -282,20 +283,30 @@ def test_targets_are_measured_or_not_measured() -> None:
         assert all(each == gpu_report.NOT_MEASURED for _, each, _ in rows[1:])
 
 
-def test_a_side_that_could_not_be_captured_is_not_reported_as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """delfast warns of it in its log, once for each call."""
+class Graph:
+    """Stands for torch's graph of a card."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_side_that_was_not_captured_is_not_reported_as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """delfast logs a warning of what it cannot capture; a function that ignores the keyword replays nothing."""
     monkeypatch.setattr(gpu_measure, "captures", lambda device: True)
     monkeypatch.setattr(gpu_measure, "_profile", lambda call, device: (None, None))
     monkeypatch.setattr(gpu_measure, "_wait", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 2**20)
+
+    def measured(call: Callable[[], Any], is_captured: bool) -> tuple[bool, list[str]]:
+        figures = gpu_measure.measure(Whole(lambda: call, captured=is_captured), CPU, Effort(least=2, most=2))
+        assert figures["peak_mib"] == 1
+        return figures["captured"], figures["warnings"]
+
     message = "no CUDA graph is used, each step is launched by the host: foreign hooks"
-
-    def warn() -> None:
-        logging.getLogger("delfast").warning(message)
-
-    effort = Effort(least=2, most=2)
-    figures = gpu_measure.measure(Whole(lambda: warn, captured=True), CPU, effort)
-    assert (figures["captured"], figures["warnings"], figures["peak_mib"]) == (False, [message], 1)
-    figures = gpu_measure.measure(Whole(lambda: list, captured=True), CPU, effort)
-    assert (figures["captured"], figures["warnings"]) == (True, [])
+    warn = partial(logging.getLogger("delfast").warning, message)
+    assert measured(warn, True) == (False, [message, gpu_measure.NO_GRAPH])
+    assert measured(list, True) == (False, [gpu_measure.NO_GRAPH])
+    assert measured(list, False) == (False, [])
+    assert measured(lambda: Graph().replay(), True) == (True, [])
