@@ -343,7 +343,7 @@ def _form(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, Indexed):
-        return (id(value.source), _form(value.rows))
+        return (value.source, _form(value.rows))  # the graph reads from this source
     if isinstance(value, Mapping):
         return tuple((name, _form(item)) for name, item in value.items())
     if isinstance(value, (tuple, list)):

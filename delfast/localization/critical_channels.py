@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_count, check_flag, check_function, check_loader, check_number
 from delfast.batches import (
+    device_of,
     evaluating,
     warn_about_loader,
 )
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, Execution, Precision
+from delfast.feeding import feed
 from delfast.localization.critical_search import LogitsFn, Search
 from delfast.localization.per_example.channels import identifiers
 from delfast.naming import trainable_parameters, unwrap
@@ -195,7 +197,7 @@ def critmem(
     examples: list[CriticalExample] = []
     first: Tensor | float = 0.0
     with evaluating(network, gradients=True), search.checks:
-        for batch in loader:
+        for batch in feed(loader, device_of(network)):
             found, added = search.search(batch, max_channels, preserve)
             numbers = identifiers(batch, logits_fn, len(examples), len(found)).tolist()
             examples += [CriticalExample(n, tuple(c), flipped) for n, (c, flipped) in zip(numbers, found, strict=True)]

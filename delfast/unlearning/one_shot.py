@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from delfast.batches import cut, evaluating, examples_in, per_example_losses, warn_about_loader
+from delfast.batches import cut, device_of, evaluating, examples_in, per_example_losses, warn_about_loader
 from delfast.errors import InputError
+from delfast.feeding import feed
 from delfast.localization.gradient import MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
 from delfast.naming import trainable_parameters
@@ -193,7 +194,7 @@ class Influence(OneShotMethod):
         gradients = v.new_empty(samples, size)
         used = 0
         with evaluating(task.network, gradients=True):
-            for batch in task.retain:
+            for batch in feed(task.retain, device_of(task.network)):
                 for loss in self._losses(task, batch, len(gradients) - used):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                     present = zip(found, parameters.values(), strict=True)
