@@ -17,6 +17,8 @@ from torch import Tensor
 from delfast.dispatch import ObservingMode
 
 _LIFT = torch.ops.aten.lift_fresh  # ``torch.tensor(...)``: a tensor of Python's values
+# Indexing by flags counts them on the host; by positions it reads nothing
+_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
 _STATISTICS = ("running_mean", "running_var")  # the schemas of normalizations do not mark these as written
 
 
@@ -94,7 +96,11 @@ class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
 
     def _refusal(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: list[Tensor]) -> str | None:
         facts = _facts(func)
-        if facts.reads_values:
+        if facts.indexes:
+            reads = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _indices(args))
+        else:
+            reads = facts.reads_values
+        if reads:
             return f"it reads values on the host ({func})"
         if facts.lifts:
             return "it makes tensors of Python's values"
@@ -115,6 +121,7 @@ class _Facts:
     """Facts about an operation. ``writes``: (position, name) of the arguments that it writes to."""
 
     reads_values: bool
+    indexes: bool
     lifts: bool
     draws: bool
     writes: tuple[tuple[int, str], ...]
@@ -135,6 +142,7 @@ def _facts(func: Any) -> _Facts:
     arguments = [] if schema is None else list(enumerate(schema.arguments))
     return _Facts(
         torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags,
+        getattr(func, "overloadpacket", None) in _INDEXING,
         getattr(func, "overloadpacket", None) is _LIFT,
         torch.Tag.nondeterministic_seeded in tags,
         tuple((n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write),
@@ -146,6 +154,10 @@ def _facts(func: Any) -> _Facts:
 def _argument(place: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     position, name = place
     return args[position] if position < len(args) else kwargs.get(name)
+
+
+def _indices(args: Sequence[Any]) -> list[Tensor]:
+    return [index for index in args[1] if isinstance(index, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int:

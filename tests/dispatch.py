@@ -21,7 +21,8 @@ class Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[str(func)] += 1
         tags = getattr(func, "tags", ())
-        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+        by_position = func is torch.ops.aten.index.Tensor and all(i is None or i.dtype == torch.int64 for i in args[1])
+        if (torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags) and not by_position:
             self.reads[str(func)] += 1
         return func(*args, **(kwargs or {}))
 

@@ -87,6 +87,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Any], Any], str]] = {
     ),
     "a read": (lambda s, b: s.add_(float(b[0][0].sum())), "reads values on the host"),
     "a shape that depends on values": (lambda s, b: s.add_(len(b[0][0].nonzero())), "reads values on the host"),
+    "a mask": (lambda s, b: s.index_put_([b[0][0][0] > 0], s.new_ones(())), "reads values on the host"),
     "a choice": (lambda s, b: s.add_(1) if b[0][1]["step"] % 2 else s.mul_(2), "operations change from step to step"),
     "a number": (lambda s, b: s.add_(b[0][1]["step"]), "the arguments of aten.add_.Tensor change"),
     "another tensor": (lambda s, b: s.add_(TABLE[b[0][1]["step"]]), "the arguments of aten.add_.Tensor change"),
