@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
@@ -33,9 +34,11 @@ Function = Callable[[Any], Any]
 State = dict[Hashable, Tensor]
 
 MAX_SHAPES = 16  # captured for one function: each holds its activations
-# Maximum difference of a replay, relative to the norm of what the run computes: far above the rounding of kernels that
-# add in any order, far below the effect of a step that is missing or made with another value
+# Maximum difference of a replay, relative to the norm of the change that the run makes: far above the rounding of
+# kernels that add in any order, far below the effect of a step that is missing or made with another value
 MAX_DIFFERENCE = 2**-6
+ROUNDING = 2**-20  # relative to the norm of the values, whose rounding a small change has too
+SUMS = 14  # interleaved sums of a change that are compared
 
 log = logging.getLogger("delfast")
 
@@ -177,17 +180,20 @@ class Graphed:
             log.warning("no CUDA graph is used, each step is launched by the host: %s", reason)
 
     def _first(self, key: Hashable, batch: Any, backend: Backend) -> Any:
-        """Run the first batch of a shape; capture the shape, and return the replay's result if it is right."""
+        """Run the first batch of a shape; capture the shape, and return the replay's result if it is right.
+
+        Of the runs before, which do not count, nothing is kept but a copy of the state from which all of them begin.
+        """
         static = map_tensors(batch, lambda t: t.detach().to(backend.device, copy=True))
         before = _Snapshot(self.state(), backend.device)
-        runs = [Recorder(self.state().values(), backend.device)]
-        with runs[0]:
-            expected = backend.run(lambda: self.function(static))
-        after = _Snapshot(self.state(), backend.device)
-        moved = before.moved(self.state())
         try:
+            runs = [Recorder(self.state().values(), backend.device)]
+            with runs[0]:
+                result = backend.run(lambda: self.function(static))
+            expected = _Fingerprint(result, before, self.state())
+            moved = before.moved(self.state())
             reason = self._difference(runs, batch, static, before, backend)
-            if reason is None and after.drew_on_the_host(before):
+            if reason is None and before.drew_on_the_host():
                 reason = "it draws from Python's or numpy's generator"
             if reason is None:
                 before.restore(self.state())
@@ -195,18 +201,19 @@ class Graphed:
                 before.restore(self.state())
                 graph = _Graph(static, replay, result, moved, _addresses(self.state()))
                 found = graph.run(batch)
-                if _is_near(before, after, self.state(), expected, found):
+                if expected.is_near(_Fingerprint(found, before, self.state())):
                     self._graphs[key] = graph
                     return found
                 reason = "a replay differs from the run that it was captured from"
         except Exception as error:
+            if not isinstance(error, (RuntimeError, NotImplementedError)):
+                raise  # the function's own, which the caller is to see
             reason = f"the capture failed ({one_line(error)})"
-        except BaseException:
-            after.restore(self.state())
-            raise
-        after.restore(self.state())
+        finally:
+            if key not in self._graphs:
+                before.restore(self.state())
         self._refuse(key, reason)
-        return expected
+        return self.function(batch)
 
     def _difference(
         self, runs: list[Recorder], batch: Any, static: Any, before: _Snapshot, backend: Backend
@@ -255,7 +262,7 @@ class _Snapshot:
     def __init__(self, state: State, device: torch.device) -> None:
         self.values = {name: tensor.detach().clone() for name, tensor in state.items()}
         self._versions = {name: (tensor, tensor._version) for name, tensor in state.items()}
-        self._device = device
+        self.device = device
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._host = (random.getstate(), numpy.random.get_state(legacy=False))
@@ -269,7 +276,7 @@ class _Snapshot:
                 tensor.data.zero_()
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+            torch.cuda.set_rng_state(self._cuda, self.device)
 
     def moved(self, state: State) -> list[Tensor]:
         """Return the tensors of ``state`` that were written since, as autograd's version counters have it."""
@@ -277,10 +284,43 @@ class _Snapshot:
         same = {name for name, t in state.items() if name in known and known[name][0] is t}
         return [t for name, t in state.items() if name not in same or known[name][1] != t._version]
 
-    def drew_on_the_host(self, before: _Snapshot) -> bool:
-        """Return whether Python's or numpy's generator moved since ``before``."""
-        own, other = self._host, before._host
-        return own[0] != other[0] or repr(own[1]) != repr(other[1])
+    def drew_on_the_host(self) -> bool:
+        """Return whether Python's or numpy's generator moved since."""
+        drawn, numpys = self._host
+        return random.getstate() != drawn or repr(numpy.random.get_state(legacy=False)) != repr(numpys)
+
+
+class _Fingerprint:
+    """A few numbers for each tensor of a result and of a state: enough to tell a wrong replay from a right one.
+
+    Copies of all tensors to compare would raise the peak of memory. Changes of the state are measured from a snapshot,
+    so that a replay which changes nothing differs.
+    """
+
+    def __init__(self, result: Any, before: _Snapshot, state: State) -> None:
+        with torch.no_grad():
+            parts = [_digest(tensor) for tensor in _tensors(result)]
+            parts += [_digest(tensor, before.values.get(name)) for name, tensor in state.items()]
+            self.names = tuple(state)
+            self.numbers = torch.cat([part.to(before.device) for part in parts]) if parts else torch.zeros(0)
+
+    def is_near(self, other: _Fingerprint) -> bool:
+        """Return whether the numbers of ``other``, which repeats this run, differ by rounding alone."""
+        if self.names != other.names or self.numbers.shape != other.numbers.shape:
+            return False
+        own, others = self.numbers.view(-1, 2 + SUMS), other.numbers.view(-1, 2 + SUMS)
+        limit = MAX_DIFFERENCE * own[:, 0] + ROUNDING * own[:, 1]
+        differences = (own[:, 2:] - others[:, 2:]).norm(dim=1), (own[:, 0] - others[:, 0]).abs()
+        return bool(torch.stack([each <= limit for each in differences]).all())  # NaN counts as different
+
+
+def _digest(tensor: Tensor, start: Tensor | None = None) -> Tensor:
+    """Return the norm of the change from ``start``, the norm of the value, and SUMS sums of the change: float64."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    value = tensor.detach().to(wide).flatten()
+    change = value if start is None else value - start.to(wide).flatten()
+    padded = functional.pad(change, [0, -len(change) % SUMS]).view(-1, SUMS)
+    return torch.cat([torch.stack([change.norm(), value.norm()]).double(), padded.sum(dim=0, dtype=torch.float64)])
 
 
 def foreign_hooks(watched: Iterable[nn.Module | Optimizer]) -> str | None:
@@ -383,32 +423,3 @@ def _with_tensors_of(static: Any, values: Any) -> Any:
     copy_into(static, values)
     tensors = iter(_tensors(static))
     return map_tensors(values, lambda _: next(tensors))
-
-
-def _is_near(before: _Snapshot, after: _Snapshot, state: State, expected: Any, found: Any) -> bool:
-    """Return whether the state and the result of a replay are those of the first run, up to rounding.
-
-    Differences of the state are measured against the step that the first run made, so that no step at all is found.
-    """
-    if state.keys() != after.values.keys():
-        return False
-    wrong = [_differs(tensor, after.values[name], before.values.get(name)) for name, tensor in state.items()]
-    pairs = zip(_tensors(expected), _tensors(found), strict=True)
-    wrong += [_differs(other, reference) for reference, other in pairs]
-    return not wrong or not bool(torch.stack([flag.to(wrong[0].device) for flag in wrong]).any())
-
-
-def _differs(value: Tensor, reference: Tensor, start: Tensor | None = None) -> Tensor:
-    """Return whether a value differs from its reference, relative to the way from its start, or else from zero."""
-    if not reference.is_floating_point():
-        return (value != reference).any()
-    with torch.no_grad():
-        rounding = 8 * torch.finfo(reference.dtype).eps * _norm(reference)
-        change = _norm(reference if start is None else reference - start)
-        return ~(_norm(value - reference) <= MAX_DIFFERENCE * change + rounding)  # NaN counts as different
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=wide)
-    return norm

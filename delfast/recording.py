@@ -7,7 +7,7 @@ an operation, and every tensor that Python chooses, must be the same in every ru
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,7 @@ class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
         if kwargs:
             self._describe(kwargs, described, inputs)
         result = func(*args, **kwargs)
-        outputs: list[Tensor] = []
-        self._describe(result, [], outputs)
+        outputs = list(tensors_in(result))
         if self.reason is None:
             self.reason = self._refusal(func, args, kwargs, outputs)
         known = {_storage(tensor) for tensor in inputs}
@@ -106,8 +105,7 @@ class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
             return "it makes tensors of Python's values"
         if facts.draws and any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             return f"it draws from a generator of its own ({func})"
-        written: list[Tensor] = []
-        self._describe(facts.written(args, kwargs), [], written)
+        written = list(tensors_in(facts.written(args, kwargs)))
         for tensor in (*outputs, *written):
             if tensor.device.type != self._device:
                 return f"it computes on the {tensor.device.type} ({func})"
@@ -158,6 +156,15 @@ def _argument(place: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, 
 
 def _indices(args: Sequence[Any]) -> list[Tensor]:
     return [index for index in args[1] if isinstance(index, Tensor)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -274,7 +274,8 @@ class Relabel(Method):
         if "forget" not in step or task.classes is None:
             return {}
         examples = examples_in(step["forget"], None) or 0
-        return {"shift": self._shift(task, step, task.classes, examples).to(device_of(task.network))}
+        shift = self._shift(task, step, task.classes, examples)
+        return {"shift": shift.to(device_of(task.network), non_blocking=True)}
 
     def _shift(self, task: UnlearningTask, step: Step, classes: int, examples: int) -> Tensor:
         """Draw (N,) numbers in [1, classes)."""
@@ -338,7 +339,8 @@ class L1Sparse(Method):
     def values(self, task: UnlearningTask, step: Step) -> dict[str, Tensor]:
         """Return "gamma", the weight of the penalty in this epoch: a float64 scalar."""
         gamma = self.gamma * (1 - step["epoch"] / self.epochs)
-        return {"gamma": torch.tensor(gamma, dtype=torch.float64, device=device_of(task.network))}
+        # filled on the device: a copy there would make the host wait for it
+        return {"gamma": torch.full((), gamma, dtype=torch.float64, device=device_of(task.network))}
 
     def _gamma(self, task: UnlearningTask, step: Step) -> Tensor:
         found: Tensor = (step if "gamma" in step else self.values(task, step))["gamma"]
