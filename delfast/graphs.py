@@ -186,6 +186,7 @@ class Graphed:
         """
         static = map_tensors(batch, lambda t: t.detach().to(backend.device, copy=True))
         before = _Snapshot(self.state(), backend.device)
+        expected: _Fingerprint | None = None
         try:
             runs = [Recorder(self.state().values(), backend.device)]
             with runs[0]:
@@ -206,8 +207,8 @@ class Graphed:
                     return found
                 reason = "a replay differs from the run that it was captured from"
         except Exception as error:
-            if not isinstance(error, (RuntimeError, NotImplementedError)):
-                raise  # the function's own, which the caller is to see
+            if expected is None:
+                raise  # of the batch itself
             reason = f"the capture failed ({one_line(error)})"
         finally:
             if key not in self._graphs:
