@@ -72,4 +72,8 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
 
 Error channel_dot(const ChannelDot& p, Stream stream);
 
+// In at most two launches; the workspace is at most 4 MB and a few floats a channel.
+int64_t channel_sums_workspace(const ChannelSums& p);
+Error channel_sums(const ChannelSums& p, void* workspace, Stream stream);
+
 }  // namespace delfast::cuda

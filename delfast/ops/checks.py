@@ -207,6 +207,44 @@ def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
     _check_dtype(values, "values", FLOATING if deltas.dtype == torch.float64 else FLOATING[:3])
 
 
+def check_channel_accumulate(
+    sums: Sequence[Tensor],
+    deltas: Tensor,
+    values: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    epilogue: str,
+) -> None:
+    """Raise ValueError or TypeError for arguments that ``channel_accumulate_`` refuses."""
+    check_channel_dot(deltas, values)
+    _check_choice("epilogue", epilogue, EPILOGUES)
+    if not 1 <= len(sums) <= (1 if values is None else 2):
+        raise ValueError(
+            f"expected one tensor of sums, or two with values, got {len(sums)}; pass those of the weight and of the bias"
+        )
+    if (mean is None) != (variance is None) or (values is None and mean is not None):
+        raise ValueError("expected mean and variance together and with values; pass both or neither")
+    channels = deltas.shape[1]
+    for index, total in enumerate(sums):
+        name = f"sums #{index}"
+        _check_device(deltas.device, total, name)
+        if total.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"expected {name} to be float32 or float64, got {total.dtype}; pass float32 zeros")
+        if total.numel() != channels:
+            raise ValueError(
+                f"expected {name} of {channels} channels, got {_shape(total)}; pass zeros of the parameter's shape"
+            )
+        _check_own_memory(total)
+    for name, statistic in (("mean", mean), ("variance", variance)):
+        if statistic is None:
+            continue
+        _check_device(deltas.device, statistic, name)
+        _check_dtype(statistic, name, FLOATING if sums[0].dtype == torch.float64 else FLOATING[:3])
+        if statistic.numel() != channels:
+            raise ValueError(f"expected {name} of {channels} channels, got {_shape(statistic)}; pass the layer's")
+
+
 def check_gather_columns(source: Tensor, columns: Tensor) -> None:
     """Raise ValueError or TypeError for arguments that ``gather_columns`` refuses."""
     if source.ndim != 2 or not source.is_contiguous():
