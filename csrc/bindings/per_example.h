@@ -144,7 +144,7 @@ class ChannelSumsOperands {
     DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", shape_text(deltas.sizes()),
                         "; pass the gradient of a layer's output");
     DELFAST_CHECK_VALUE(!written.empty() && written.size() <= (values ? 2 : 1), "expected one tensor of sums, or two ",
-                        "with values, got ", written.size(), "; pass those of the weight and of the bias");
+                        "with values, got ", written.size(), "; pass those of the weight and the bias");
     DELFAST_CHECK_VALUE(mean.has_value() == variance.has_value() && (values || !mean),
                         "expected mean and variance together and with values; pass both or neither");
     operands.epilogue = parse_epilogue(epilogue);
@@ -197,8 +197,8 @@ class ChannelSumsOperands {
   }
   const float* statistic(const at::Tensor& t, const at::Tensor& deltas, const char* role) {
     check_device(deltas.device(), t, role);
-    DELFAST_CHECK_VALUE(t.numel() == operands.channels, "expected ", role, " of ", operands.channels,
-                        " channels, got ", shape_text(t.sizes()), "; pass the layer's");
+    DELFAST_CHECK_VALUE(t.numel() == operands.channels, "expected ", role, " of ", operands.channels, " channels, got ",
+                        shape_text(t.sizes()), "; pass the layer's");
     dtype_of(t, role);
     return statistics_.emplace_back(t.to(at::kFloat).contiguous()).const_data_ptr<float>();
   }

@@ -71,7 +71,8 @@ void add_unit(const ChannelSums& p, const ChannelSumsPlan& plan, int64_t unit, d
   const int64_t first = slab * plan.slab_examples;
   const int64_t end = p.examples - first < plan.slab_examples ? p.examples : first + plan.slab_examples;
   double scale[16];
-  for (int l = 0; l < 16; l++) scale[l] = p.variance && l < channels ? 1 / __builtin_sqrt(double(p.variance[c + l]) + p.eps) : 1;
+  for (int l = 0; l < 16; l++)
+    scale[l] = p.variance && l < channels ? 1 / __builtin_sqrt(double(p.variance[c + l]) + p.eps) : 1;
   LanePair totals;
   for (int64_t x = first; x < end; x++) {
     LanePair sums;

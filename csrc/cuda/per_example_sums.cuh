@@ -66,9 +66,8 @@ __device__ __forceinline__ void with_pairs(const ChannelSums& p, F f) {
   with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
     const Delta* const deltas = static_cast<const Delta*>(p.deltas);
     if (!p.values) return f(Singles<Delta>{deltas});
-    with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
-      f(Pairs<Delta, Value>{deltas, static_cast<const Value*>(p.values)});
-    });
+    with_dtype(p.values_dtype,
+               [&]<class Value>(const Value*) { f(Pairs<Delta, Value>{deltas, static_cast<const Value*>(p.values)}); });
   });
 }
 

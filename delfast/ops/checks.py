@@ -221,7 +221,7 @@ def check_channel_accumulate(
     _check_choice("epilogue", epilogue, EPILOGUES)
     if not 1 <= len(sums) <= (1 if values is None else 2):
         raise ValueError(
-            f"expected one tensor of sums, or two with values, got {len(sums)}; pass those of the weight and of the bias"
+            f"expected one tensor of sums, or two with values, got {len(sums)}; pass those of the weight and the bias"
         )
     if (mean is None) != (variance is None) or (values is None and mean is not None):
         raise ValueError("expected mean and variance together and with values; pass both or neither")

@@ -13,7 +13,7 @@ Op                           Result
 ``masked_adamw_``            One step of AdamW on the masked entries, in place.
 ``per_example_accumulate_``  Sums over examples of ``|g_x|`` or ``g_x²``, with g_x the weight gradient of one example.
 ``channel_dot``              Sum over positions of gradient times value, per example and channel.
-``channel_accumulate_``      Sums over examples of ``|g_x|`` or ``g_x²``, with g_x the gradients of a norm's weight and bias.
+``channel_accumulate_``      Sums over examples of ``|g_x|`` or ``g_x²``, for the gradients of a norm's weight and bias.
 ``gather_columns``           Selected columns of a matrix.
 ============================ =========================================================================================
 

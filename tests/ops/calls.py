@@ -91,8 +91,15 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         (NATIVE.channel_dot, (deltas, deltas + 1), {}),
         (
             NATIVE.channel_accumulate_,
-            ([torch.zeros(channels), torch.zeros(channels)], deltas, deltas + 1, torch.rand(channels),
-             torch.rand(channels), 1e-5, "abs"),
+            (
+                [torch.zeros(channels), torch.zeros(channels)],
+                deltas,
+                deltas + 1,
+                torch.rand(channels),
+                torch.rand(channels),
+                1e-5,
+                "abs",
+            ),
             {},
         ),
         (NATIVE.gather_columns, (scores.view(1, -1).repeat(3, 1), torch.tensor([0, 2, 7])), {}),

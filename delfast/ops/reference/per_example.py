@@ -105,7 +105,7 @@ def channel_accumulate_(
     eps: float,
     epilogue: str,
 ) -> None:
-    """Add the sum over examples of ``|g_x|`` or ``g_x²`` to ``sums``, with g_x the gradients of a norm's weight and bias.
+    """Add the sum over examples of ``|g_x|`` or ``g_x²`` to ``sums``, for the gradients of a norm's weight and bias.
 
     Of channel c, the weight's gradient is Σ_t δ (v - mean) / sqrt(variance + eps) and the bias's is Σ_t δ, over the
     positions t of example x.
