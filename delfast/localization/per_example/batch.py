@@ -32,7 +32,7 @@ class Findings:
     ambiguous: bool = False
     trials: int = 0
     count: int = 0  # examples in the last trial's batch; with few, several axes are possible
-    is_due: bool = True  # whether the next batch begins with a trial
+    is_due: bool = True  # whether the next batch begins with a trial, if it has more than ``count`` examples
 
     def learn(self, trial: Trial) -> None:
         """Add the findings of a trial."""
@@ -41,6 +41,10 @@ class Findings:
         self.trace, self.ambiguous = trial.capture.trace, trial.ambiguous
         self.trials += 1
         self.is_due = trial.examples < TRIAL_EXAMPLES
+
+    def is_due_for(self, examples: int | None) -> bool:
+        """Return whether a batch of as many examples begins with a trial; None for a batch that cannot be cut."""
+        return self.is_due and not (examples is not None and self.trials and examples <= self.count)
 
     def has_count(self, examples: int) -> bool:
         """Return whether the last trial had as many examples, so that no dim of a batch grows with their number."""

@@ -114,7 +114,9 @@ class ExamplePasses:
         """
         count = examples_in(batch, self.loss_fn)
         findings = self._findings_by_form.get(_form(batch, count))
-        if count is None or count < 2 or findings is None or findings.is_due or findings.ambiguous or self.unknown:
+        if count is None or count < 2 or findings is None or findings.is_due_for(count):
+            return False
+        if findings.ambiguous or self.unknown:
             return False
         used = [name for name in self.parameters if self.uses.get(name) or name in findings.axes]
         return findings.trace is not None and count != findings.trace.examples and findings.axes.keys() >= {*used}
@@ -204,7 +206,7 @@ class ExamplePasses:
         if form not in self._findings_by_form and len(self._findings_by_form) == MAX_FORMS:
             del self._findings_by_form[next(iter(self._findings_by_form))]
         self.findings = self._findings_by_form.setdefault(form, Findings())
-        if not self.findings.is_due or (count is not None and self.findings.trials and count <= self.findings.count):
+        if not self.findings.is_due_for(count):
             return
         self.findings.count = count or 0
         if count is not None and count > TRIAL_EXAMPLES:
