@@ -127,7 +127,10 @@ def mixed(number: int, first: Any, other: Any) -> list[tuple[Any, list[Any], dic
     packet, args, kwargs = sample_calls()[number]
     names = [argument.name for argument in packet.default._schema.arguments]
     values = dict(zip(names, args, strict=False)) | kwargs
-    shown = {"theta": "parameter", "params": "parameter", "grad": "gradient", "grads": "gradient", "fresh": "gradient"}
+    shown = {
+        "theta": "parameter", "params": "parameter", "grad": "gradient", "grads": "gradient", "fresh": "gradient",
+        "sums": "sums",
+    }  # fmt: skip
     places = []
     for name, value in values.items():
         if isinstance(value, Tensor):
