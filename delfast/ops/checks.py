@@ -234,7 +234,7 @@ def check_channel_accumulate(
     for name, total in totals:
         if total.dtype not in (torch.float32, torch.float64) or total.dtype != wide:
             raise TypeError(
-                f"expected {name} to be float32, or float64 as all sums, got {total.dtype}; pass such zeros"
+                f"expected {name} to be float32, or float64 as all are, got {total.dtype}; pass such zeros"
             )
         if total.numel() != channels:
             raise ValueError(
