@@ -224,9 +224,12 @@ Error channel_sums(const ChannelSums& p, void* workspace, Stream stream) {
   const int64_t blocks =
       plan.columns ? plan.tiles * plan.slabs : ceil_div(p.channels * plan.slabs * plan.lanes, kThreads);
   if (blocks > INT32_MAX || 2 * p.channels / kThreads >= INT32_MAX) return kTooManyBlocks;
-  if (plan.columns)
-    DELFAST_LAUNCH(channel_sums_columns, unsigned(blocks), kThreads, 0, stream, p, parts, plan.tiles,
-                   plan.slab_examples, plan.by_example);
+  if (plan.columns && plan.by_example)
+    DELFAST_LAUNCH(channel_sums_columns<true>, unsigned(blocks), kThreads, 0, stream, p, parts, plan.tiles,
+                   plan.slab_examples);
+  else if (plan.columns)
+    DELFAST_LAUNCH(channel_sums_columns<false>, unsigned(blocks), kThreads, 0, stream, p, parts, plan.tiles,
+                   plan.slab_examples);
   else
     DELFAST_LAUNCH(channel_sums_rows, unsigned(blocks), kThreads, 0, stream, p, parts, plan.slabs, plan.slab_examples,
                    plan.lanes);

@@ -11,17 +11,20 @@
 
 namespace delfast::cuda {
 
+__device__ __forceinline__ float with_epilogue(float x, Epilogue epilogue) {
+  return epilogue == Epilogue::abs ? fabsf(x) : x * x;
+}
+
 // Of deltas and centered products, one or several channels'.
 template <int kCount>
 struct SumPair {
   float weighted[kCount] = {}, plain[kCount] = {};
 
   // Adds epsilon of an example's sums.
-  __device__ __forceinline__ void add(const SumPair& example, const float (&scale)[kCount], Epilogue epilogue) {
+  __device__ __forceinline__ void add(const SumPair& example, Epilogue epilogue) {
     for (int j = 0; j < kCount; j++) {
-      const float gradient = example.weighted[j] * scale[j], alone = example.plain[j];
-      weighted[j] += epilogue == Epilogue::abs ? fabsf(gradient) : gradient * gradient;
-      plain[j] += epilogue == Epilogue::abs ? fabsf(alone) : alone * alone;
+      weighted[j] += with_epilogue(example.weighted[j], epilogue);
+      plain[j] += with_epilogue(example.plain[j], epilogue);
     }
   }
 };
@@ -71,19 +74,19 @@ __device__ __forceinline__ void with_pairs(const ChannelSums& p, F f) {
   });
 }
 
-// The mean of `kCount` channels, and the factor of their sums.
 template <int kCount>
-__device__ __forceinline__ void load_statistics(const ChannelSums& p, int64_t channel, float (&mean)[kCount],
-                                                float (&scale)[kCount]) {
-  for (int j = 0; j < kCount; j++) {
-    mean[j] = p.mean ? global_load_const(p.mean + channel + j) : 0.0f;
-    scale[j] = p.variance ? 1.0f / sqrtf(global_load_const(p.variance + channel + j) + float(p.eps)) : 1.0f;
-  }
+__device__ __forceinline__ void load_means(const ChannelSums& p, int64_t channel, float (&mean)[kCount]) {
+  for (int j = 0; j < kCount; j++) mean[j] = p.mean ? global_load_const(p.mean + channel + j) : 0.0f;
 }
 
-// Where the sums of a slab go: onto the result if there is one slab, else to parts[slab][weighted, plain][channel].
+// Where the sums of a slab go: onto the result if there is one slab, else to parts[slab][weighted, plain][channel]. The
+// factor 1 / sqrt(variance + eps) is the same for all examples, so that its epsilon is taken out of their sum.
 __device__ __forceinline__ void store_sums(const ChannelSums& p, float* parts, int64_t slab, int64_t channel,
                                            float weighted, float plain) {
+  if (p.variance) {
+    const float scale = 1.0f / sqrtf(global_load_const(p.variance + channel) + float(p.eps));
+    weighted *= with_epilogue(scale, p.epilogue);
+  }
   if (parts) {
     float* const to = parts + slab * 2 * p.channels + channel;
     if (p.weighted) global_store(to, weighted);
@@ -105,8 +108,8 @@ __global__ void __launch_bounds__(kThreads)
   const bool exists = slab < slabs;
   const int64_t first = slab * slab_examples;
   const int64_t end = p.examples < first + slab_examples ? p.examples : first + slab_examples;
-  float mean[1] = {}, scale[1] = {};
-  if (exists) load_statistics(p, channel, mean, scale);
+  float mean[1] = {};
+  if (exists) load_means(p, channel, mean);
   SumPair<1> totals;
   with_pairs(p, [&]<class Source>(const Source& source) {
     constexpr int kPack = Source::kPack;
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
         sums.weighted[0] += __shfl_xor_sync(kAllLanes, sums.weighted[0], other);
         sums.plain[0] += __shfl_xor_sync(kAllLanes, sums.plain[0], other);
       }
-      if (adds) totals.add(sums, scale, p.epilogue);
+      if (adds) totals.add(sums, p.epilogue);
     }
   });
   if (exists && member == 0) store_sums(p, parts, slab, channel, totals.weighted[0], totals.plain[0]);
@@ -171,51 +174,46 @@ __device__ __forceinline__ void reduce_strands(SumPair<kPack>& sums, float (&par
 }
 
 // The sums of the examples [first, end) of the block's channels from `channel` on, in total[which][channel].
-template <int kPack, class Source>
+template <bool kByExample, int kPack, class Source>
 __device__ __forceinline__ void add_slab(const ChannelSums& p, const Source& source, int64_t first, int64_t end,
-                                         int64_t channel, bool by_example, float (&parts)[2][kSumWarps][kDotLanes],
+                                         int64_t channel, float (&parts)[2][kSumWarps][kDotLanes],
                                          float (&total)[2][kDotLanes]) {
   constexpr int kPacks = kDotLanes / kPack, kStrands = kThreads / kPacks;
   const int mine = int(threadIdx.x) % kPacks * kPack, strand = int(threadIdx.x) / kPacks;
   const bool exists = channel + mine < p.channels;
-  float mean[kPack] = {}, scale[kPack] = {};
-  if (exists) load_statistics(p, channel + mine, mean, scale);
-  const int64_t pitch = p.channels, size = p.positions * p.channels;
-  if (by_example) {
+  float mean[kPack] = {};
+  if (exists) load_means(p, channel + mine, mean);
+  const int64_t size = p.positions * p.channels;
+  if constexpr (kByExample) {
     SumPair<kPack> totals;
     for (int64_t x = first + strand; exists && x < end; x += kStrands) {
       SumPair<kPack> sums;
-      for (int64_t t = 0; t < p.positions; t++) source.add(x * size + t * pitch + channel + mine, mean, sums);
-      totals.add(sums, scale, p.epilogue);
+#pragma unroll 1
+      for (int64_t t = 0; t < p.positions; t++) source.add(x * size + t * p.channels + channel + mine, mean, sums);
+      totals.add(sums, p.epilogue);
     }
-    return reduce_strands(totals, parts, total);
-  }
-  float all[2] = {};  // of the first kDotLanes threads, each a channel's
-  const int own = int(threadIdx.x);
-  const bool has_own = own < kDotLanes && channel + own < p.channels;
-  float own_mean[1] = {}, own_scale[1] = {};
-  if (has_own) load_statistics(p, channel + own, own_mean, own_scale);
-  for (int64_t x = first; x < end; x++) {
-    SumPair<kPack> sums;
-#pragma unroll 4
-    for (int64_t t = strand; exists && t < p.positions; t += kStrands)
-      source.add(x * size + t * pitch + channel + mine, mean, sums);
-    reduce_strands(sums, parts, total);
-    if (has_own) {
-      const float gradient = total[0][own] * own_scale[0], alone = total[1][own];
-      all[0] += p.epilogue == Epilogue::abs ? fabsf(gradient) : gradient * gradient;
-      all[1] += p.epilogue == Epilogue::abs ? fabsf(alone) : alone * alone;
+    reduce_strands(totals, parts, total);
+  } else {
+    float all = 0;  // of one sum of one channel, for the first threads
+    const int which = int(threadIdx.x) / kDotLanes, own = int(threadIdx.x) % kDotLanes;
+    for (int64_t x = first; x < end; x++) {
+      SumPair<kPack> sums;
+#pragma unroll 2
+      for (int64_t t = strand; exists && t < p.positions; t += kStrands)
+        source.add(x * size + t * p.channels + channel + mine, mean, sums);
+      reduce_strands(sums, parts, total);
+      if (which < 2) all += with_epilogue(total[which][own], p.epilogue);
     }
+    __syncthreads();  // until all have read the last example's
+    if (which < 2) total[which][own] = all;
+    __syncthreads();
   }
-  __syncthreads();  // until all have read the last example's
-  if (has_own)
-    for (int which = 0; which < 2; which++) total[which][own] = all[which];
-  __syncthreads();
 }
 
-// `tiles` of kDotLanes channels make a slab.
-__global__ void __launch_bounds__(kThreads)
-    channel_sums_columns(const ChannelSums p, float* parts, int64_t tiles, int64_t slab_examples, bool by_example) {
+// `tiles` of kDotLanes channels make a slab. kByExample: strands share out the examples, not the positions.
+template <bool kByExample>
+__global__ void __launch_bounds__(kThreads, 4)
+    channel_sums_columns(const ChannelSums p, float* parts, int64_t tiles, int64_t slab_examples) {
   DELFAST_SHARED(float, shared, [2][kSumWarps][kDotLanes]);
   DELFAST_SHARED(float, total, [2][kDotLanes]);
   const int64_t slab = blockIdx.x / tiles, channel = blockIdx.x % tiles * kDotLanes;
@@ -223,9 +221,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = p.examples < first + slab_examples ? p.examples : first + slab_examples;
   with_pairs(p, [&]<class Source>(const Source& source) {
     if (source.aligned() && p.channels % Source::kPack == 0)
-      add_slab<Source::kPack>(p, source, first, end, channel, by_example, shared, total);
+      add_slab<kByExample, Source::kPack>(p, source, first, end, channel, shared, total);
     else
-      add_slab<1>(p, source, first, end, channel, by_example, shared, total);
+      add_slab<kByExample, 1>(p, source, first, end, channel, shared, total);
   });
   const int own = int(threadIdx.x);
   if (own < kDotLanes && channel + own < p.channels)

@@ -112,6 +112,7 @@ class Capture(TorchFunctionMode):
         self.dtypes: set[torch.dtype] = set()  # of the tapped layers' outputs
         self._without_grad: Counter[str] = Counter()  # uses under no_grad, which reentrant checkpoints repeat
         self._repeated: Counter[str] = Counter()
+        self._converted: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)  # the last input, by autocast
 
     @property
     def repeats(self) -> list[str]:
@@ -225,7 +226,24 @@ class Capture(TorchFunctionMode):
         if self._backward:
             self._repeated.update(use.names)
         layer = functools.partial(rule.compute, func)
-        return self.taps.compute(use, layer, _autocast(inputs) if rule.is_channelwise else inputs, self)
+        return self.taps.compute(use, layer, self._autocast(inputs) if rule.is_channelwise else inputs, self)
+
+    def _autocast(self, inputs: Tensor) -> Tensor:
+        """Convert the input of a convolution or linear layer as autocast does, because the weight gradient uses that.
+
+        Layers that follow each other on one input (queries, keys, values) share one conversion.
+        """
+        kind = inputs.device.type
+        if not torch.is_autocast_enabled(kind) or inputs.dtype == torch.float64:
+            return inputs
+        dtype = torch.get_autocast_dtype(kind)
+        if inputs.dtype == dtype:
+            return inputs
+        last, version, converted = self._converted
+        if last is not inputs or version != inputs._version or converted is None or converted.dtype != dtype:
+            converted = inputs.to(dtype)
+            self._converted = (inputs, inputs._version, converted)
+        return converted
 
     def _free(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:
         handled, output = self.free.use(func, args, kwargs)
@@ -234,14 +252,6 @@ class Capture(TorchFunctionMode):
         for name in names:
             self.unknown.setdefault(name, f"is used by {getattr(func, '__name__', func)}, for which there is no rule")
         return func(*args, **kwargs)
-
-
-def _autocast(inputs: Tensor) -> Tensor:
-    """Convert the input of a convolution or linear layer as autocast does, because the weight gradient uses that."""
-    kind = inputs.device.type
-    if not torch.is_autocast_enabled(kind) or inputs.dtype == torch.float64:
-        return inputs
-    return inputs.to(torch.get_autocast_dtype(kind))
 
 
 def _run_backward(
