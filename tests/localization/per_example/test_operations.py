@@ -219,3 +219,27 @@ def test_what_is_not_static() -> None:
     if sums.passes.is_static(batches[0]):
         with pytest.raises(NotStatic):
             sums.passes.run_static(batches[0])
+
+
+def test_layers_on_one_input_share_its_conversion_by_autocast() -> None:
+    class Projects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.query, self.key, self.value = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).float().tanh()
+            return (self.query(x) * self.key(x) + self.value(x)).float()
+
+    model, batch = Projects().eval(), (torch.randn(6, 4), torch.arange(6) % 3)
+    sums = PerExampleGradients(model, trainable_parameters(model), cross_entropy, "abs")
+    with torch.autocast("cpu", torch.bfloat16):
+        sums.add(batch)
+        with Dispatched() as ours:
+            sums.add(batch)
+        with Dispatched() as theirs:
+            torch.autograd.grad(cross_entropy(model, batch).sum(), list(model.parameters()))
+    counts = [dispatched.names["aten._to_copy.default"] for dispatched in (ours, theirs)]
+    # forward and backward, autograd converts x for each of the three, and their weights' gradients
+    assert counts[0] < counts[1] - 3, counts
