@@ -46,6 +46,9 @@ STREAMING = {
     "masked_update<AdamWRule>": [(256, 2 * PART * 4)],
     "channel_dot_rows": [(256, 0)],
     "channel_dot_columns": [(256, 0)],
+    "channel_sums_rows": [(256, 0)],
+    "channel_sums_columns<true>": [(256, 0)],
+    "channel_sums_columns<false>": [(256, 0)],
 }
 # The same for kernels that read activations and their gradients, many products of each. Their sums stay in registers,
 # so fewer warps fit; each has as many independent products at a time as hide their own latency.

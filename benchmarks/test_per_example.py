@@ -149,3 +149,30 @@ def test_channel_dot(versus: Versus, name: str, layout: str) -> None:
     )
     gigabytes = 8 * deltas.numel() / versus.benchmark.stats.stats.median / 1e9
     versus.report(f"{ratio:.1f} x faster than product, then sum ({gigabytes:.1f} GB/s)", "none")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("name", STAGES)
+def test_channel_accumulate(versus: Versus, name: str, layout: str) -> None:
+    """Compare with the normalized input, two channel dots, and their absolute values summed over the examples."""
+    deltas = STAGES[name].operands()[2]
+    inputs = torch.randn_like(deltas)
+    if layout == "channels-last":
+        deltas, inputs = channels_last(deltas), channels_last(inputs)
+    channels = deltas.shape[1]
+    mean, variance = torch.randn(channels), torch.rand(channels) + 0.1
+    sums = [torch.zeros(channels), torch.zeros(channels)]
+    exact = [total.double() for total in sums]
+    statistics = (mean, variance, 1e-5, "abs")
+    REFERENCE["channel_accumulate_"](exact, deltas.double(), inputs.double(), *statistics)
+    NATIVE.channel_accumulate_(sums, deltas, inputs, *statistics)
+    assert relative_l2(torch.cat(sums), torch.cat(exact)) <= 1e-6
+
+    def apart() -> None:
+        normalized = torch.nn.functional.batch_norm(inputs, mean, variance)
+        for total, values in zip(sums, (normalized, None), strict=True):
+            total.add_(NATIVE.channel_dot(deltas, values).abs().sum(dim=0))
+
+    ratio = versus(lambda: NATIVE.channel_accumulate_(sums, deltas, inputs, *statistics), apart, rounds=41)
+    gigabytes = 8 * deltas.numel() / versus.benchmark.stats.stats.median / 1e9
+    versus.report(f"{ratio:.1f} x faster than the steps apart ({gigabytes:.1f} GB/s)", "none")

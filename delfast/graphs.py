@@ -100,6 +100,7 @@ class Graphed:
     """A function of a batch whose runs are replays of a graph where that can be.
 
     function: writes to the tensors of ``state()``, and returns tensors in tuples, lists and dicts, or None.
+    eager: what runs instead where nothing is captured; by default the function.
     state: returns, by any names, every tensor that the function may write and that outlives a run: parameters, buffers,
         an optimizer's state, sums. The first run may replace a tensor, or add one, which begins with zeros.
     is_frequent: returns whether enough batches of this shape come in the whole job. The answer may depend on the batch
@@ -114,6 +115,7 @@ class Graphed:
         function: Function,
         backend: Backend | None,
         *,
+        eager: Function | None = None,
         state: Callable[[], State],
         is_frequent: Callable[[Any], bool] = lambda batch: True,
         settings: Callable[[], Hashable] = lambda: None,
@@ -122,6 +124,7 @@ class Graphed:
     ) -> None:
         self.function = function
         self.backend = backend
+        self.eager = function if eager is None else eager
         self.state = state
         self.is_frequent = is_frequent
         self.settings = settings
@@ -134,10 +137,10 @@ class Graphed:
     def __call__(self, batch: Any) -> Any:
         """Return the function's result for a batch: in a replay, a copy of the graph's."""
         if self.backend is None or not self.is_frequent(batch):
-            return self.function(batch)
+            return self.eager(batch)
         key = (_form(batch), self.settings())
         if key in self._refused:
-            return self.function(batch)
+            return self.eager(batch)
         graph = self._graphs.get(key)
         if graph is not None and graph.addresses == _addresses(self.state()):
             return graph.run(batch)
@@ -145,7 +148,7 @@ class Graphed:
         reason = self._obstacle(batch)
         if reason is not None:
             self._refuse(key, reason)
-            return self.function(batch)
+            return self.eager(batch)
         return self._first(key, batch, self.backend)
 
     def check_hooks(self) -> None:
@@ -214,7 +217,7 @@ class Graphed:
             if key not in self._graphs:
                 before.restore(self.state())
         self._refuse(key, reason)
-        return self.function(batch)
+        return self.eager(batch)
 
     def _difference(
         self, runs: list[Recorder], batch: Any, static: Any, before: _Snapshot, backend: Backend

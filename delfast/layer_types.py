@@ -30,6 +30,7 @@ class LayerType:
 
 
 _registered: dict[type[nn.Module], LayerType] = {}
+_rules: dict[Any, Any] = {}
 
 
 def register_layer(
@@ -113,6 +114,16 @@ def registered_functions() -> dict[Any, int]:
     """Return the ``output_dim`` of every registered function."""
     _register_transformers()
     return {known.function: known.output_dim for known in _registered.values() if known.function is not None}
+
+
+def register_rule(rule: Any, *functions: Any) -> None:
+    """Register how per-example gradients treat functions: a rule of ``delfast.localization.per_example``."""
+    _rules.update(dict.fromkeys(functions, rule))
+
+
+def function_rules() -> dict[Any, Any]:
+    """Return the rule of every function that ``register_rule`` was called with."""
+    return dict(_rules)
 
 
 def as_linear(weight: Tensor, output_dim: int) -> Tensor:

@@ -39,6 +39,7 @@ TORCH_LIBRARY_IMPL(delfast, CPU, m) {
   serve<"masked_adamw_", &bindings::masked_adamw_>(m);
   serve<"per_example_accumulate_", &bindings::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::channel_dot>(m);
+  serve<"channel_accumulate_", &bindings::channel_accumulate_>(m);
   m.impl("gather_columns", TORCH_FN(bindings::gather_columns));  // of any dtype
   m.impl("write_rows_", TORCH_FN(bindings::write_rows_));        // of any dtype
 }

@@ -35,6 +35,9 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              c10::string_view epilogue);
 at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values);
+void channel_accumulate_(at::TensorList sums, const at::Tensor& deltas, const OptionalTensor& values,
+                         const OptionalTensor& mean, const OptionalTensor& variance, double eps,
+                         c10::string_view epilogue);
 
 at::Tensor gather_columns(const at::Tensor& source, const at::Tensor& columns);
 void write_rows_(at::TensorList weights, at::TensorList rows, at::TensorList indices, at::IntArrayRef dims);

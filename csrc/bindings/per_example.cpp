@@ -1,4 +1,4 @@
-// delfast::per_example_accumulate_ and delfast::channel_dot on the CPU.
+// delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_accumulate_ on the CPU.
 #include "bindings/per_example.h"
 
 #include <ATen/ops/empty.h>
@@ -59,6 +59,22 @@ at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values) {
   const auto& kernels = cpu::per_example(cpu::isa());
   run_range(out.numel(), dot.positions, [&](int64_t begin, int64_t end) { kernels.channel_dot(dot, begin, end); });
   return out;
+}
+
+void channel_accumulate_(at::TensorList sums, const at::Tensor& deltas, const OptionalTensor& values,
+                         const OptionalTensor& mean, const OptionalTensor& variance, double eps,
+                         c10::string_view epilogue) {
+  ChannelSumsOperands checked(sums, deltas, values, mean, variance, eps, epilogue);
+  const ChannelSums& p = checked.operands;
+  if (!deltas.numel()) return checked.finish();
+  const cpu::ChannelSumsPlan plan(p);
+  const at::Tensor workspace = at::empty({plan.workspace()}, at::TensorOptions().dtype(at::kDouble));
+  double* const parts = workspace.mutable_data_ptr<double>();
+  const auto& kernels = cpu::per_example(cpu::isa());
+  run_range(plan.units(), plan.slab_examples * p.positions * cpu::ChannelSumsPlan::kLanes,
+            [&](int64_t begin, int64_t end) { kernels.channel_sums(p, plan, parts, begin, end); });
+  cpu::add_channel_sums(p, plan, parts);
+  checked.finish();
 }
 
 }  // namespace delfast::bindings

@@ -135,4 +135,80 @@ class ChannelDotOperands {
   Copies copies_;
 };
 
+// The operands of channel_accumulate_ in the layout of deltas, values copied to it where theirs differs.
+class ChannelSumsOperands {
+ public:
+  ChannelSumsOperands(at::TensorList written, const at::Tensor& deltas, const std::optional<at::Tensor>& values,
+                      const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& variance, double eps,
+                      c10::string_view epilogue) {
+    DELFAST_CHECK_VALUE(!written.empty() && written.size() <= (values ? 2 : 1), "expected one tensor of sums, or two ",
+                        "with values, got ", written.size(), "; pass those of the weight and the bias");
+    DELFAST_CHECK_VALUE(mean.has_value() == variance.has_value() && (values || !mean),
+                        "expected mean and variance together and with values; pass both or neither");
+    const c10::Device device = written[0].device();
+    check_devices(device, written, "sums");
+    check_device(device, deltas, "deltas");
+    if (values) check_device(device, *values, "values");
+    if (mean) check_device(device, *mean, "mean");
+    if (variance) check_device(device, *variance, "variance");
+    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", shape_text(deltas.sizes()),
+                        "; pass the gradient of a layer's output");
+    operands.epilogue = parse_epilogue(epilogue);
+    operands.deltas_dtype = dtype_of(deltas, "deltas");
+    operands.examples = deltas.size(0);
+    operands.channels = deltas.size(1);
+    operands.eps = eps;
+    for (size_t i = 0; i < written.size(); i++) {
+      DELFAST_CHECK_TYPE(written[i].scalar_type() == at::kFloat, "expected sums #", i, " to be float32, got ",
+                         written[i].scalar_type(), "; pass float32 zeros");
+      DELFAST_CHECK_VALUE(written[i].numel() == operands.channels, "expected sums #", i, " of ", operands.channels,
+                          " channels, got ", shape_text(written[i].sizes()), "; pass zeros of the parameter's shape");
+    }
+    if (values) {
+      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", shape_text(deltas.sizes()),
+                          " like deltas, got ", shape_text(values->sizes()), "; pass what the gradient is of");
+      operands.values_dtype = dtype_of(*values, "values");
+    }
+    if (mean) {
+      operands.mean = statistic(*mean, "mean");
+      operands.variance = statistic(*variance, "variance");
+    }
+    for (const at::Tensor& sums : written) {
+      changed_.push_back(sums.unsafeGetTensorImpl());
+      float* const to = static_cast<float*>(copies_.write(sums, contiguous(sums)));
+      (values && &sums == &written.front() ? operands.weighted : operands.plain) = to;
+    }
+    if (deltas.numel() == 0) return;
+    const Layout layout = usable_layout(deltas);
+    operands.positions = layout.length / operands.channels;
+    operands.channels_last = layout.spatial != 1;
+    operands.deltas = copies_.read(deltas, layout);
+    if (values) operands.values = copies_.read(*values, layout);
+  }
+
+  // To be called after the sums are taken.
+  void finish() {
+    copies_.write_back();
+    for (c10::TensorImpl* sums : changed_)
+      if (!sums->is_inference()) sums->bump_version();
+  }
+
+  ChannelSums operands;
+
+ private:
+  static Layout contiguous(const at::Tensor& t) {
+    return t.dim() > 1 && t.numel() ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
+  }
+  const float* statistic(const at::Tensor& t, const char* role) {
+    DELFAST_CHECK_VALUE(t.dim() == 1 && t.numel() == operands.channels, "expected ", role, " of ", operands.channels,
+                        " channels, got ", shape_text(t.sizes()), "; pass the layer's");
+    dtype_of(t, role);
+    return statistics_.emplace_back(t.to(at::kFloat).contiguous()).const_data_ptr<float>();
+  }
+
+  Copies copies_;
+  std::vector<at::Tensor> statistics_;
+  std::vector<c10::TensorImpl*> changed_;
+};
+
 }  // namespace delfast::bindings

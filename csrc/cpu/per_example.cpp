@@ -172,4 +172,26 @@ PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_fl
   return b;
 }
 
+ChannelSumsPlan::ChannelSumsPlan(const ChannelSums& p) {
+  constexpr int64_t kWantedUnits = 64;
+  blocks = vectors(p.channels);
+  const int64_t wanted = blocks ? (kWantedUnits + blocks - 1) / blocks : 1;
+  slab_examples = std::max<int64_t>(1, (p.examples + wanted - 1) / wanted);
+  slabs = (p.examples + slab_examples - 1) / slab_examples;
+}
+
+void add_channel_sums(const ChannelSums& p, const ChannelSumsPlan& plan, const double* workspace) {
+  constexpr int64_t kLanes = ChannelSumsPlan::kLanes;
+  for (int64_t c = 0; c < p.channels; c++) {
+    double weighted = 0, plain = 0;
+    for (int64_t slab = 0; slab < plan.slabs; slab++) {
+      const double* unit = workspace + (slab * plan.blocks + c / kLanes) * 2 * kLanes + c % kLanes;
+      weighted += unit[0];
+      plain += unit[kLanes];
+    }
+    if (p.weighted) p.weighted[c] += float(weighted);
+    if (p.plain) p.plain[c] += float(plain);
+  }
+}
+
 }  // namespace delfast::cpu

@@ -372,7 +372,9 @@ void channel_dot(const ChannelDot& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
+#include "cpu/channel_sums.inl"
+
 extern const PerExampleKernels kPerExample;
-const PerExampleKernels kPerExample = {pack, tiles, accumulate, channel_dot};
+const PerExampleKernels kPerExample = {pack, tiles, accumulate, channel_dot, channel_sums};
 
 #undef DELFAST_INLINED

@@ -292,9 +292,13 @@ void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
 
 void channel_dot(const ChannelDot& p, int64_t begin, int64_t end) { avx512::kPerExample.channel_dot(p, begin, end); }
 
+void channel_sums(const ChannelSums& p, const ChannelSumsPlan& plan, double* workspace, int64_t begin, int64_t end) {
+  avx512::kPerExample.channel_sums(p, plan, workspace, begin, end);
+}
+
 }  // namespace
 
-const PerExampleKernels kPerExample = {pack, tiles, accumulate, channel_dot};
+const PerExampleKernels kPerExample = {pack, tiles, accumulate, channel_dot, channel_sums};
 
 }  // namespace amx
 }  // namespace delfast::cpu

@@ -1,6 +1,7 @@
 // Launchers of the per-example sums: which kernel suits a layer, and how many slabs.
 #include "cuda/per_example.cuh"
 #include "cuda/per_example_dot.cuh"
+#include "cuda/per_example_sums.cuh"
 #include "delfast/cuda_launch.h"
 
 namespace delfast::cuda {
@@ -181,6 +182,60 @@ Error channel_dot(const ChannelDot& p, Stream stream) {
     if (ceil_div(rows * lanes, kThreads) > INT32_MAX) return kTooManyBlocks;
     DELFAST_LAUNCH(channel_dot_rows, unsigned(ceil_div(rows * lanes, kThreads)), kThreads, 0, stream, p, lanes);
   }
+  return last_error();
+}
+
+namespace {
+
+// Threads that fill a card, and slabs at most: their sums are read one after another.
+constexpr int64_t kWantedThreads = kWantedBlocks * kThreads, kMostSlabs = 256;
+
+struct SumsPlan {
+  bool columns;     // channels-last
+  bool by_example;  // strands share out the examples, not the positions
+  int lanes = 1;    // of a team for a row
+  int64_t tiles, slab_examples, slabs;
+
+  explicit SumsPlan(const ChannelSums& p) {
+    columns = p.channels_last && p.positions > 1;
+    by_example = p.positions < kWarp;
+    while (lanes < kWarp && lanes * 4 < p.positions) lanes *= 2;
+    tiles = ceil_div(p.channels, kDotLanes);
+    const int64_t threads = columns ? tiles * kThreads : p.channels * lanes;  // of a slab
+    int64_t wanted = threads ? ceil_div(kWantedThreads, threads) : 1;
+    if (columns && by_example) wanted = wanted < ceil_div(p.examples, kWarp) ? wanted : ceil_div(p.examples, kWarp);
+    wanted = wanted < kMostSlabs ? wanted : kMostSlabs;
+    slab_examples = p.examples > wanted ? ceil_div(p.examples, wanted) : 1;
+    slabs = ceil_div(p.examples, slab_examples);
+  }
+};
+
+}  // namespace
+
+int64_t channel_sums_workspace(const ChannelSums& p) {
+  const SumsPlan plan(p);
+  return plan.slabs > 1 ? plan.slabs * 2 * p.channels * int64_t(sizeof(float)) : 0;
+}
+
+Error channel_sums(const ChannelSums& p, void* workspace, Stream stream) {
+  if (!p.examples || !p.channels || !p.positions) return nullptr;
+  const SumsPlan plan(p);
+  float* const parts = plan.slabs > 1 ? static_cast<float*>(workspace) : nullptr;
+  const int64_t blocks =
+      plan.columns ? plan.tiles * plan.slabs : ceil_div(p.channels * plan.slabs * plan.lanes, kThreads);
+  if (blocks > INT32_MAX || 2 * p.channels / kThreads >= INT32_MAX) return kTooManyBlocks;
+  if (plan.columns && plan.by_example)
+    DELFAST_LAUNCH(channel_sums_columns<true>, unsigned(blocks), kThreads, 0, stream, p, parts, plan.tiles,
+                   plan.slab_examples);
+  else if (plan.columns)
+    DELFAST_LAUNCH(channel_sums_columns<false>, unsigned(blocks), kThreads, 0, stream, p, parts, plan.tiles,
+                   plan.slab_examples);
+  else
+    DELFAST_LAUNCH(channel_sums_rows, unsigned(blocks), kThreads, 0, stream, p, parts, plan.slabs, plan.slab_examples,
+                   plan.lanes);
+  if (parts)
+    DELFAST_LAUNCH(channel_sums_add, unsigned(ceil_div(2 * p.channels, kThreads)), kThreads, 0, stream, p, parts,
+                   plan.slabs);
   return last_error();
 }
 

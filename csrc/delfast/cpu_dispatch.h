@@ -125,6 +125,18 @@ struct PerExamplePlan {
   bool packs_deltas() const;
 };
 
+// How the examples of ChannelSums are shared out: slabs of examples by blocks of kLanes channels, so that there is work
+// for several threads. The numbers depend on the shape alone.
+struct ChannelSumsPlan {
+  static constexpr int64_t kLanes = 16;
+
+  explicit ChannelSumsPlan(const ChannelSums&);
+  int64_t units() const { return slabs * blocks; }
+  int64_t workspace() const { return units() * 2 * kLanes; }  // doubles: of each unit, the weighted and the plain sums
+
+  int64_t blocks = 0, slabs = 0, slab_examples = 0;
+};
+
 struct PerExampleKernels {
   void (*pack)(const PerExampleBlock&, const Packing&, int64_t begin, int64_t end);  // rows of one of the block's two
   // The sums are taken tile by tile; each sees all examples in order, so the order of tiles does not matter.
@@ -132,11 +144,15 @@ struct PerExampleKernels {
   void (*accumulate)(const PerExampleBlock&, int64_t begin, int64_t end);
   // out[begin, end), of examples * channels.
   void (*channel_dot)(const ChannelDot&, int64_t begin, int64_t end);
+  // The sums of the units [begin, end), into the workspace; add_channel_sums then adds them up.
+  void (*channel_sums)(const ChannelSums&, const ChannelSumsPlan&, double* workspace, int64_t begin, int64_t end);
 };
 
 const CriticalityKernels& criticality(Isa isa);
 const SelectionKernels& selection(Isa isa);
 const MaskedUpdateKernels& masked_update(Isa isa);
 const PerExampleKernels& per_example(Isa isa);
+
+void add_channel_sums(const ChannelSums&, const ChannelSumsPlan&, const double* workspace);
 
 }  // namespace delfast::cpu

@@ -73,6 +73,10 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
 
 Error channel_dot(const ChannelDot& p, Stream stream);
 
+// In at most two launches; the workspace is at most 4 MB and a few floats a channel.
+int64_t channel_sums_workspace(const ChannelSums& p);
+Error channel_sums(const ChannelSums& p, void* workspace, Stream stream);
+
 // Writes the rows of all weights, in one launch for as many weights as a table holds (50 or so). An index outside its
 // weight traps on the device.
 Error write_rows(const WrittenRows* weights, int64_t count, Stream stream);

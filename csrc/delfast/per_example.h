@@ -47,4 +47,23 @@ struct ChannelDot {
   bool channels_last = false;
 };
 
+// The gradients of a normalization's weight and bias, or of a bias, summed over the examples:
+// plain[c] += sum over x of epilogue(sum over positions of deltas), and
+// weighted[c] += sum over x of epilogue(sum over positions of deltas * (values - mean[c]) / sqrt(variance[c] + eps)).
+// `values` is null if only `plain` is wanted, `plain` if only `weighted`; without statistics, both of them null, values
+// are multiplied as they are. Memory as of a ChannelDot.
+struct ChannelSums {
+  const void* deltas = nullptr;
+  const void* values = nullptr;
+  const float* mean = nullptr;
+  const float* variance = nullptr;
+  float* weighted = nullptr;
+  float* plain = nullptr;
+  double eps = 0;
+  Dtype deltas_dtype = Dtype::float32, values_dtype = Dtype::float32;
+  Epilogue epilogue = Epilogue::abs;
+  bool channels_last = false;
+  int64_t examples = 0, channels = 0, positions = 0;
+};
+
 }  // namespace delfast

@@ -21,9 +21,11 @@ from delfast.batches import (
 )
 from delfast.errors import InputError
 from delfast.execution import Execution
-from delfast.localization.per_example.capture import Use
-from delfast.localization.per_example.channels import ChannelCapture, ChannelPasses, channel_dim
+from delfast.localization.per_example.batch import BatchRun
+from delfast.localization.per_example.capture import Layer, Use
+from delfast.localization.per_example.channels import ChannelReceiver, ChannelSums
 from delfast.localization.per_example.layers import BatchAxis
+from delfast.localization.per_example.passes import ExamplePasses
 from delfast.naming import unique_parameters
 
 log = logging.getLogger("delfast")
@@ -32,8 +34,8 @@ LogitsFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """``logits_fn(model, batch) -> logits (N, classes), labels int64 (N,)``."""
 
 
-class Search(ChannelPasses):
-    """The search over one batch. Columns are the channels of ``parameters``, side by side."""
+class Search:
+    """The search over one batch. Columns are the channels of the passes' parameters, side by side."""
 
     def __init__(
         self,
@@ -43,10 +45,19 @@ class Search(ChannelPasses):
         include_head: bool,
         execution: Execution,
     ) -> None:
-        super().__init__(network, parameters, self._losses, execution)
+        self.network = network
+        self.sums = _SearchedSums(network)
+        self.passes = ExamplePasses(network, parameters, self._losses, self.sums, execution)
+        self.checks = self.passes.checks
+        self.execution = execution
         self.logits_fn = logits_fn
         self.include_head = include_head
         self._searches_alone = False  # whether a batch was searched one example at a time
+
+    @property
+    def channel_counts(self) -> dict[str, int]:
+        """Return weight name -> C, in the model's order."""
+        return self.sums.channel_counts(self.passes.parameters)
 
     def search(
         self, batch: Any, max_channels: int, preserve: float
@@ -54,7 +65,7 @@ class Search(ChannelPasses):
         """Return each example's channels and whether it flipped, and Σ over examples of the first positive scores."""
         if self.logits_fn is None:
             batch = inputs_and_targets(batch, device_of(self.network))
-        batch, count = detached(batch), examples_in(batch, self.loss_fn)
+        batch, count = detached(batch), examples_in(batch, self._losses)
         if count is None:
             raise InputError(
                 "expected batches of tensors that all have the examples along dim 0, so that finished examples can be "
@@ -68,7 +79,7 @@ class Search(ChannelPasses):
         for step in range(max_channels + 1):
             if not remaining:
                 break
-            active = batch if len(remaining) == count else cut(batch, remaining, self.loss_fn)
+            active = batch if len(remaining) == count else cut(batch, remaining, self._losses)
             wrong, scores = self._evaluate(active, zeroed, step < max_channels, every=bool(preserve) and zeroed is None)
             if zeroed is None:
                 zeroed = torch.zeros_like(scores, dtype=torch.bool)
@@ -93,15 +104,6 @@ class Search(ChannelPasses):
         channels = [(name, row) for name, count in self.channel_counts.items() for row in range(count)]
         return [([channels[c] for c in own], flip) for own, flip in zip(found, flipped, strict=True)], first
 
-    def mark_unknown(self, unknown: Mapping[str, str]) -> None:
-        for name in unknown:
-            if name in self.channelwise:
-                raise InputError(
-                    f"'{name}' {unknown[name]}, so its channels cannot be zeroed for one example alone; freeze it "
-                    "(requires_grad_(False)) to leave it out"
-                )
-        super().mark_unknown(unknown)
-
     def _evaluate(self, batch: Any, zeroed: Tensor | None, backward: bool, every: bool) -> tuple[Tensor, Tensor]:
         """Return which examples are wrong, bool (n,), and their scores s, (n, columns).
 
@@ -113,7 +115,7 @@ class Search(ChannelPasses):
         if isinstance(found, tuple):
             return found
         parts = [
-            self._evaluate(cut(batch, part, self.loss_fn), None if zeroed is None else zeroed[part], backward, every)
+            self._evaluate(cut(batch, part, self._losses), None if zeroed is None else zeroed[part], backward, every)
             for part in found
         ]
         return torch.cat([wrong for wrong, _ in parts]), torch.cat([scores for _, scores in parts])
@@ -122,25 +124,29 @@ class Search(ChannelPasses):
         self, batch: Any, zeroed: Tensor | None, backward: bool, every: bool
     ) -> tuple[Tensor, Tensor] | list[list[int]]:
         """Evaluate all examples in one pass; where this cannot be, return the parts to evaluate one by one."""
+        passes = self.passes
         while True:
-            with self.ready(batch):
-                count = examples_in(batch, self.loss_fn) or 0
-                if self.findings.has_count(count):
+            with passes.ready(batch):
+                count = examples_in(batch, self._losses) or 0
+                if passes.findings.has_count(count):
                     return [[*range(count - 1)], [count - 1]]
-                keep = {} if zeroed is None else self._keep(zeroed)
-                capture = _SearchCapture(self, batch, keep)
-                with capture:
-                    losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
-                self.mark_unknown(dict.fromkeys(capture.repeats, "is computed where gradients are switched off"))
-                is_together = capture.matches_trial(losses.numel()) and not capture.elsewhere
-                head, wrong = capture.last, self._wrong
+                receiver = _SearchReceiver(self.sums, {} if zeroed is None else self._keep(zeroed))
+                run = passes.batch_run(batch, receiver)
+                run.examples = count
+                with run.capture:
+                    losses = per_example_losses(self.network, batch, self._losses, self.execution)
+                repeats = dict.fromkeys(run.capture.repeats, "is computed where gradients are switched off")
+                passes.mark_unknown(repeats)
+                is_together = run.matches_trial(losses.numel()) and not run.elsewhere
+                head, wrong = receiver.last, self._wrong
                 used = losses if every else losses[~wrong]
                 if is_together and backward and used.numel() and used.requires_grad:
-                    capture.backward(used.sum())
-                capture.finish()
-                self.mark_unknown(capture.unknown)
-            self.end_batch(capture)
-            if not is_together or capture.elsewhere:
+                    run.backward(used.sum())
+                run.decide()
+                run.finish()
+                passes.mark_unknown(run.capture.unknown)
+            passes.end_batch(run)
+            if not is_together or run.elsewhere:
                 if not self._searches_alone:
                     self._searches_alone = True
                     log.warning(
@@ -148,7 +154,7 @@ class Search(ChannelPasses):
                         "along another axis than in the trial"
                     )
                 return [[x] for x in range(count)]
-            if not capture.undecided:
+            if not run.undecided:
                 return wrong, self._scores(head)
 
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
@@ -162,9 +168,9 @@ class Search(ChannelPasses):
             )
         logits, targets = pair
         targets = class_indices(targets, logits)
-        if len(logits) != examples_in(batch, self.loss_fn):
+        if len(logits) != examples_in(batch, self._losses):
             raise InputError(
-                f"expected logits for {examples_in(batch, self.loss_fn)} examples, got {len(logits)}; return a row each"
+                f"expected logits for {examples_in(batch, self._losses)} examples, got {len(logits)}; return a row each"
             )
         losses = functional.cross_entropy(logits, targets, reduction="none")
         if not bool(losses.isfinite().all()):
@@ -184,12 +190,15 @@ class Search(ChannelPasses):
         """Return weight name -> bool (n, C) of channels to keep, for weights with a zeroed channel of some example."""
         sizes = list(self.channel_counts.values())
         removed = zip(
-            self.parameters, torch.split(zeroed, sizes, dim=1), torch.split(zeroed.any(dim=0), sizes), strict=True
+            self.passes.parameters,
+            torch.split(zeroed, sizes, dim=1),
+            torch.split(zeroed.any(dim=0), sizes),
+            strict=True,
         )
         return {name: ~part for name, part, columns in removed if bool(columns.any())}
 
     def _scores(self, head: str | None) -> Tensor:
-        rows = self.rows
+        rows = self.sums.rows
         left_out = [head] if not self.include_head and head in rows and rows[head].shape[1] == self._classes else []
         if len(rows) == len(left_out):
             raise InputError(
@@ -198,33 +207,51 @@ class Search(ChannelPasses):
             )
         scores = -torch.cat([0 * part if name in left_out else part for name, part in rows.items()], dim=1)
         if not bool(scores.isfinite().all()):
-            name = next(name for name, part in self.rows.items() if not bool(part.isfinite().all()))
+            name = next(name for name, part in self.sums.rows.items() if not bool(part.isfinite().all()))
             raise InputError(
                 f"expected finite scores, got NaN or infinity for '{name}'; check the loss and the network's precision"
             )
         return scores
 
 
-class _SearchCapture(ChannelCapture):
-    """A capture that zeroes each example's own channels. ``last`` is the last convolution or linear layer to run."""
+class _SearchedSums(ChannelSums):
+    """Channel sums that refuse a weight whose channels cannot be zeroed for one example alone."""
 
-    def __init__(self, passes: Search, batch: Any, keep: Mapping[str, Tensor]) -> None:
-        super().__init__(passes, batch)
-        self.examples = examples_in(batch, passes.loss_fn) or 0
-        self.keep = keep
+    def reported(self, unknown: Mapping[str, str]) -> dict[str, str]:
+        for name in unknown:
+            if name in self.channelwise:
+                raise InputError(
+                    f"'{name}' {unknown[name]}, so its channels cannot be zeroed for one example alone; freeze it "
+                    "(requires_grad_(False)) to leave it out"
+                )
+        return {}
+
+
+class _SearchReceiver:
+    """A receiver that zeroes each example's own channels. ``last`` is the last convolution or linear layer to run."""
+
+    def __init__(self, sums: ChannelSums, keep: Mapping[str, Tensor]) -> None:
+        self._channels = ChannelReceiver(sums, self._zero)
+        self._keep = keep
         self.last: str | None = None
 
-    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+    def compute(self, use: Use, layer: Layer, inputs: Tensor, run: BatchRun) -> Tensor:
         if use.weight is not None and use.rule.is_channelwise:
             self.last = use.weight
-        return super().compute(use, function, inputs)
+        return self._channels.compute(use, layer, inputs, run)
 
-    def kept(self, use: Use, values: Tensor) -> Tensor:
-        keep = self.keep.get(use.weight or "")
-        axis = None if keep is None else self.axis(use.weight or "", values, use.leading)
+    def receive(self, use: Use, saved: Tensor | None, deltas: Tensor, run: BatchRun) -> None:
+        self._channels.receive(use, saved, deltas, run)
+
+    def finish(self, run: BatchRun) -> None:
+        self._channels.finish(run)
+
+    def _zero(self, use: Use, values: Tensor, run: BatchRun) -> Tensor:
+        keep = self._keep.get(use.weight or "")
+        axis = None if keep is None else run.axis(use.weight or "", values, use.leading)
         if keep is None or axis is None:  # an unknown axis is refused after the pass
             return values
-        return values * _spread(keep.to(values.dtype), axis, values, channel_dim(use, values))
+        return values * _spread(keep.to(values.dtype), axis, values, use.rule.channel_dim(values.ndim))
 
 
 def _spread(keep: Tensor, axis: BatchAxis, values: Tensor, channel_dim: int) -> Tensor:

@@ -207,6 +207,45 @@ def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
     _check_dtype(values, "values", FLOATING if deltas.dtype == torch.float64 else FLOATING[:3])
 
 
+def check_channel_accumulate(
+    sums: Sequence[Tensor],
+    deltas: Tensor,
+    values: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    epilogue: str,
+) -> None:
+    """Raise ValueError or TypeError for arguments that ``channel_accumulate_`` refuses."""
+    if not 1 <= len(sums) <= (1 if values is None else 2):
+        raise ValueError(
+            f"expected one tensor of sums, or two with values, got {len(sums)}; pass those of the weight and the bias"
+        )
+    if (mean is None) != (variance is None) or (values is None and mean is not None):
+        raise ValueError("expected mean and variance together and with values; pass both or neither")
+    totals = [(f"sums #{index}", total) for index, total in enumerate(sums)]
+    statistics = [(name, t) for name, t in (("mean", mean), ("variance", variance)) if t is not None]
+    data = [("deltas", deltas)] if values is None else [("deltas", deltas), ("values", values)]
+    for name, tensor in (*totals, *data, *statistics):
+        _check_device(sums[0].device, tensor, name)
+    check_channel_dot(deltas, values)
+    _check_choice("epilogue", epilogue, EPILOGUES)
+    channels, wide = deltas.shape[1], sums[0].dtype
+    for name, total in totals:
+        if total.dtype not in (torch.float32, torch.float64) or total.dtype != wide:
+            raise TypeError(f"expected {name} to be float32, or float64 as all are, got {total.dtype}; pass such zeros")
+        if total.numel() != channels:
+            raise ValueError(
+                f"expected {name} of {channels} channels, got {_shape(total)}; pass zeros of the parameter's shape"
+            )
+        _check_own_memory(total)
+    for name, tensor in (*data, *statistics):
+        _check_dtype(tensor, name, FLOATING if wide == torch.float64 else FLOATING[:3])
+    for name, statistic in statistics:
+        if statistic.shape != (channels,):
+            raise ValueError(f"expected {name} of {channels} channels, got {_shape(statistic)}; pass the layer's")
+
+
 def check_gather_columns(source: Tensor, columns: Tensor) -> None:
     """Raise ValueError or TypeError for arguments that ``gather_columns`` refuses."""
     if source.ndim != 2 or not source.is_contiguous():

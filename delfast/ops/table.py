@@ -13,6 +13,7 @@ Op                           Result
 ``masked_adamw_``            One step of AdamW on the masked entries, in place.
 ``per_example_accumulate_``  Sums over examples of ``|g_x|`` or ``g_x²``, with g_x the weight gradient of one example.
 ``channel_dot``              Sum over positions of gradient times value, per example and channel.
+``channel_accumulate_``      Sums over examples of ``|g_x|`` or ``g_x²``, for the gradients of a norm's weight and bias.
 ``gather_columns``           Selected columns of a matrix.
 ``write_rows_``              Rows written into many weights, in place.
 ============================ =========================================================================================
@@ -37,7 +38,7 @@ from delfast.ops.layout import packed_bytes, unit_count
 from delfast.ops.reference.criticality import criticality
 from delfast.ops.reference.gather import gather_columns
 from delfast.ops.reference.masked_update import masked_adamw_, masked_reset_, masked_sgd_
-from delfast.ops.reference.per_example import channel_dot, per_example_accumulate_
+from delfast.ops.reference.per_example import channel_accumulate_, channel_dot, per_example_accumulate_
 from delfast.ops.reference.selection import select_elements, select_units
 from delfast.ops.reference.write_rows import write_rows_
 
@@ -166,6 +167,13 @@ OPS = (
         checks.check_channel_dot,
         _fake_channel_dot,
         channel_dot,
+    ),
+    Op(
+        "channel_accumulate_(Tensor(a!)[] sums, Tensor deltas, Tensor? values, Tensor? mean, Tensor? variance, "
+        "float eps, str epilogue) -> ()",
+        checks.check_channel_accumulate,
+        _fake_in_place,
+        channel_accumulate_,
     ),
     Op(
         "gather_columns(Tensor source, Tensor columns) -> Tensor",

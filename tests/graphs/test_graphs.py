@@ -244,3 +244,54 @@ def test_examples_on_the_device_are_read_inside_the_graph(
     found = accuracy_and_loss(model, loader)
     assert found.loss == accuracy.loss and torch.equal(found.confidences, accuracy.confidences)
     assert backends[-1].replays == 10
+
+
+@pytest.mark.parametrize("criterion", ["grad", "squared_grad"])
+def test_per_example_passes_are_captured_after_their_trial(criterion: Any, backends: list[Double]) -> None:
+    model, batches = resnet18().eval(), image_batches(84, 8)
+    expected = delfast.score(model, batches, criterion, per_example=True, cuda_graphs=False)
+    found = delfast.score(model, batches, criterion, per_example=True)
+    assert expected.gradients is not None and found.gradients is not None
+    assert all(torch.equal(found.gradients[name], value) for name, value in expected.gradients.items())
+    assert backends[0].replays == 9  # ten of a shape; the trial's is not one, and the last batch is shorter
+
+
+def test_signed_channels_are_captured(backends: list[Double]) -> None:
+    model, batches = resnet18().eval(), image_batches(84, 8)
+    expected = delfast.signed_channels(model, batches, cuda_graphs=False)
+    found = delfast.signed_channels(model, batches)
+    assert (found.matrix == expected.matrix).all() and found.layers == expected.layers
+    assert backends[0].replays == 9
+
+
+def test_per_example_passes_that_depend_on_values_are_not_captured(backends: list[Double]) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.one(x[x.sum(dim=1).argsort()]).tanh())
+
+    torch.manual_seed(0)
+    model = Routed().eval()
+    batches = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(9)]
+    expected = delfast.score(model, batches, "grad", per_example=True, cuda_graphs=False)
+    found = delfast.score(model, batches, "grad", per_example=True, cuda_graphs=True)
+    assert expected.gradients is not None and found.gradients is not None
+    assert all(torch.equal(found.gradients[name], value) for name, value in expected.gradients.items())
+    assert not backends[0].captures
+
+
+def test_per_example_passes_read_by_index_are_captured(backends: list[Double], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = image_batches(80, 80)[0]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    model = resnet18().eval()
+    expected = delfast.score(model, loader, "grad", per_example=True, cuda_graphs=False)
+    monkeypatch.setattr(
+        "delfast.localization.gradient.feed", lambda loader, device: feeding.feed(loader, device, resident=True)
+    )
+    found = delfast.score(model, loader, "grad", per_example=True)
+    assert expected.gradients is not None and found.gradients is not None
+    assert all(torch.equal(found.gradients[name], value) for name, value in expected.gradients.items())
+    assert backends[0].replays == 9

@@ -71,6 +71,7 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     amp = {"grad_scale": torch.tensor(2.0), "found_inf": None}
     layer = cases.LAYERS["odd"]
     sums, inputs, deltas = layer.operands()
+    channels = deltas.shape[1]
     return [
         (NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}),
         (NATIVE.select_elements, (theta, grad, "weighted_grad", 100), {}),
@@ -88,6 +89,19 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         ),
         (NATIVE.per_example_accumulate_, (sums, inputs, deltas, *layer.settings, "abs"), {}),
         (NATIVE.channel_dot, (deltas, deltas + 1), {}),
+        (
+            NATIVE.channel_accumulate_,
+            (
+                [torch.zeros(channels), torch.zeros(channels)],
+                deltas,
+                deltas + 1,
+                torch.rand(channels),
+                torch.rand(channels),
+                1e-5,
+                "abs",
+            ),
+            {},
+        ),
         (NATIVE.gather_columns, (scores.view(1, -1).repeat(3, 1), torch.tensor([0, 2, 7])), {}),
         (
             NATIVE.write_rows_,
@@ -127,4 +141,4 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
 
 
 # of one layer's tensors each: see test_per_example.py and test_steps.py
-OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "gather_columns")
+OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "channel_accumulate_", "gather_columns")

@@ -128,7 +128,7 @@ def mixed(number: int, first: Any, other: Any) -> list[tuple[Any, list[Any], dic
     names = [argument.name for argument in packet.default._schema.arguments]
     values = dict(zip(names, args, strict=False)) | kwargs
     shown = {"theta": "parameter", "params": "parameter", "grad": "gradient", "grads": "gradient", "fresh": "gradient"}
-    shown |= {"weights": "weight", "rows": "rows", "indices": "index"}
+    shown |= {"weights": "weight", "rows": "rows", "indices": "index", "sums": "sums"}
     places = []
     for name, value in values.items():
         if isinstance(value, Tensor):

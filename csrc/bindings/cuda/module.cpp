@@ -13,5 +13,6 @@ TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
   serve<"masked_adamw_", &bindings::on_cuda::masked_adamw_>(m);
   serve<"per_example_accumulate_", &bindings::on_cuda::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::on_cuda::channel_dot>(m);
+  serve<"channel_accumulate_", &bindings::on_cuda::channel_accumulate_>(m);
   m.impl("write_rows_", TORCH_FN(bindings::on_cuda::write_rows_));  // of any dtype
 }

@@ -1,4 +1,4 @@
-// delfast::per_example_accumulate_ and delfast::channel_dot on CUDA devices.
+// delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_accumulate_ on CUDA devices.
 #include "bindings/per_example.h"
 
 #include <ATen/Context.h>
@@ -39,6 +39,18 @@ at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values) {
   dot.out = out.mutable_data_ptr<float>();
   check_launch(cuda::channel_dot(dot, device.stream()), "channel_dot");
   return out;
+}
+
+void channel_accumulate_(at::TensorList sums, const at::Tensor& deltas, const OptionalTensor& values,
+                         const OptionalTensor& mean, const OptionalTensor& variance, double eps,
+                         c10::string_view epilogue) {
+  ChannelSumsOperands checked(sums, deltas, values, mean, variance, eps, epilogue);
+  const ChannelSums& p = checked.operands;
+  if (!deltas.numel()) return checked.finish();
+  const OnDevice device(deltas.device());
+  const at::Tensor workspace = device.empty({cuda::channel_sums_workspace(p)}, at::kByte);
+  check_launch(cuda::channel_sums(p, workspace.mutable_data_ptr(), device.stream()), "channel_accumulate_");
+  checked.finish();
 }
 
 }  // namespace delfast::bindings::on_cuda

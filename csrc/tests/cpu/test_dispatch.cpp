@@ -45,7 +45,7 @@ int main(int argc, char** argv) {
     CHECK(cpu::selection(isa).histogram && cpu::selection(isa).mark && cpu::selection(isa).clear_ties);
     CHECK(cpu::masked_update(isa).reset && cpu::masked_update(isa).sgd && cpu::masked_update(isa).adamw);
     CHECK(cpu::per_example(isa).pack && cpu::per_example(isa).tiles && cpu::per_example(isa).accumulate);
-    CHECK(cpu::per_example(isa).channel_dot);
+    CHECK(cpu::per_example(isa).channel_dot && cpu::per_example(isa).channel_sums);
     for (int other = 0; other < i; other++) {  // each has kernels of its own, amx for the per-example sums alone
       const bool same = isa == cpu::Isa::amx && cpu::Isa(other) == cpu::Isa::avx512;
       CHECK_EQUAL(cpu::criticality(isa).score_rows == cpu::criticality(cpu::Isa(other)).score_rows, same);

@@ -252,6 +252,89 @@ void channel_dots(cpu::Isa isa, Random& random) {
             }
 }
 
+// Each example errs as a channel dot, with a subtraction more and the factor's roundings; the examples are added up in
+// double, and the result is added to what was there.
+void check_channel_sums(cpu::Isa isa, ChannelSums p, int kind, Random& random, int64_t shift) {
+  const int64_t count = p.examples * p.channels * p.positions;
+  const bool with_values = kind > 0, with_statistics = kind > 1;
+  Array deltas(p.deltas_dtype, count, shift), values(p.values_dtype, count, shift);
+  fill(deltas, Kind::ordinary, random);
+  fill(values, Kind::ordinary, random);
+  Guarded<float> mean(p.channels), variance(p.channels), before(2 * p.channels);
+  for (float& m : mean) m = random.unit();
+  for (float& v : variance) v = 0.1f + random.unit();
+  for (float& sum : before) sum = random.unit();
+  p.deltas = deltas.data();
+  p.values = with_values ? values.data() : nullptr;
+  p.mean = with_statistics ? mean.data() : nullptr;
+  p.variance = with_statistics ? variance.data() : nullptr;
+  p.eps = 1e-5;
+  for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
+    p.epilogue = epilogue;
+    describe("channel_sums of ", p.examples, " x ", p.channels, " x ", p.positions,
+             p.channels_last ? ", channels-last, " : ", ", name(epilogue), with_values ? ", values " : ", no values, ",
+             name(p.values_dtype), with_statistics ? " with statistics" : "", ", deltas ", name(p.deltas_dtype));
+    const auto run = [&](Guarded<float>& sums, bool in_parts) {
+      p.weighted = with_values ? sums.data() : nullptr;
+      p.plain = sums.data() + p.channels;
+      const cpu::ChannelSumsPlan plan(p);
+      std::vector<double> workspace(size_t(plan.workspace()), std::nan(""));
+      const int64_t cut = in_parts ? random.below(plan.units() + 1) : 0;
+      cpu::per_example(isa).channel_sums(p, plan, workspace.data(), cut, plan.units());
+      cpu::per_example(isa).channel_sums(p, plan, workspace.data(), 0, cut);
+      cpu::add_channel_sums(p, plan, workspace.data());
+    };
+    Guarded<float> whole(before), split(before);
+    run(whole, false);
+    run(split, true);
+    for (int64_t i = 0; i < 2 * p.channels; i++) {
+      const int64_t c = i % p.channels;
+      const bool weighted = i < p.channels;
+      CHECK_SAME(split[i], whole[i]);
+      if (weighted && !with_values) {
+        CHECK_SAME(whole[i], before[i]);
+        continue;
+      }
+      double sum = 0, bound = 0;
+      for (int64_t x = 0; x < p.examples; x++) {
+        double g = 0, magnitude = 0;
+        for (int64_t t = 0; t < p.positions; t++) {
+          const int64_t at =
+              p.channels_last ? (x * p.positions + t) * p.channels + c : (x * p.channels + c) * p.positions + t;
+          const double value = weighted ? double(values.get(at)) - (with_statistics ? double(mean[c]) : 0) : 1;
+          g += double(deltas.get(at)) * value;
+          magnitude += std::fabs(double(deltas.get(at)) * value);
+        }
+        const double scale = weighted && with_statistics ? 1 / std::sqrt(double(variance[c]) + p.eps) : 1;
+        const double e = 35 * kUnit * magnitude * scale;
+        g *= scale;
+        sum += epilogue == Epilogue::abs ? std::fabs(g) : g * g;
+        bound += epilogue == Epilogue::abs ? e : e * (2 * std::fabs(g) + e);
+      }
+      CHECK_NEAR(whole[i], double(before[i]) + sum, bound + 2 * kUnit * (double(before[i]) + sum + bound));
+    }
+  }
+}
+
+void channel_sums(cpu::Isa isa, Random& random) {
+  for (int64_t channels : {1, 5, 16, 33, 64})
+    for (int64_t positions : {1, 2, 15, 16, 33, 513})
+      for (bool channels_last : {false, true})
+        for (Dtype deltas : kDtypes)
+          for (Dtype values : kDtypes)
+            for (int kind = 0; kind < 3; kind++) {  // no values, values, values with statistics
+              if (!kind && values != Dtype::float32) continue;
+              ChannelSums p;
+              p.examples = positions < 16 ? 70 : 3;  // several slabs of several examples
+              p.channels = channels;
+              p.positions = positions;
+              p.channels_last = channels_last;
+              p.deltas_dtype = deltas;
+              p.values_dtype = values;
+              check_channel_sums(isa, p, kind, random, positions % 2);
+            }
+}
+
 }  // namespace
 }  // namespace delfast::test
 
@@ -264,5 +347,6 @@ int main(int argc, char** argv) {
   random_layers(isa, random);
   many_examples(isa, random);
   channel_dots(isa, random);
+  channel_sums(isa, random);
   return report();
 }

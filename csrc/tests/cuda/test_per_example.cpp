@@ -307,6 +307,96 @@ void channel_dots(const std::vector<uint64_t>& seeds, Random& random) {
   }
 }
 
+// ---- channel_sums: the bounds of a channel dot, with a subtraction more and the factor's roundings
+
+void check_channel_sums(ChannelSums p, int kind, int64_t shift, const std::vector<uint64_t>& seeds, Random& random) {
+  const int64_t count = p.examples * p.channels * p.positions;
+  const bool with_values = kind > 0, with_statistics = kind > 1;
+  Array deltas(p.deltas_dtype, count, shift), values(p.values_dtype, count, shift);
+  fill(deltas, Kind::ordinary, random);
+  fill(values, Kind::ordinary, random);
+  Guarded<float> mean(p.channels), variance(p.channels), before(2 * p.channels);
+  for (float& m : mean) m = random.unit();
+  for (float& v : variance) v = 0.1f + random.unit();
+  for (float& sum : before) sum = random.unit();
+  p.deltas = deltas.data();
+  p.values = with_values ? values.data() : nullptr;
+  p.mean = with_statistics ? mean.data() : nullptr;
+  p.variance = with_statistics ? variance.data() : nullptr;
+  p.eps = 1e-5;
+  std::vector<float> first;
+  for (uint64_t seed : seeds) {
+    describe("channel_sums of ", p.examples, " x ", p.channels, " x ", p.positions,
+             p.channels_last ? ", channels-last, " : ", ", name(p.epilogue), ", deltas ", name(p.deltas_dtype),
+             with_values ? ", values " : ", no values, ", name(p.values_dtype),
+             with_statistics ? " with statistics" : "", ", shift ", shift, ", seed ", seed);
+    cuda_on_cpu::set_seed(seed);
+    Guarded<float> sums(before);
+    p.weighted = with_values ? sums.data() : nullptr;
+    p.plain = sums.data() + p.channels;
+    Workspace workspace(cuda::channel_sums_workspace(p));
+    CHECK(cuda::channel_sums(p, workspace.get(), kStream) == nullptr);
+    if (!first.empty()) {
+      CHECK(std::equal(first.begin(), first.end(), sums.begin(), same));
+      continue;
+    }
+    first.assign(sums.begin(), sums.end());
+    for (int64_t i = 0; i < 2 * p.channels; i++) {
+      const int64_t c = i % p.channels;
+      const bool weighted = i < p.channels;
+      if (weighted && !with_values) {
+        CHECK(same(sums[i], before[i]));
+        continue;
+      }
+      const double terms = double(p.positions + 6) * 0x1p-24, gamma = terms / (1 - terms);
+      double sum = double(before[i]), bound = 0;
+      for (int64_t x = 0; x < p.examples; x++) {
+        double g = 0, magnitude = 0;
+        for (int64_t t = 0; t < p.positions; t++) {
+          const int64_t at =
+              p.channels_last ? (x * p.positions + t) * p.channels + c : (x * p.channels + c) * p.positions + t;
+          const double value = weighted ? double(values.get(at)) - (with_statistics ? double(mean[c]) : 0) : 1;
+          g += double(deltas.get(at)) * value;
+          magnitude += std::fabs(double(deltas.get(at)) * value);
+        }
+        const double scale = weighted && with_statistics ? 1 / std::sqrt(double(variance[c]) + p.eps) : 1;
+        const double e = gamma * magnitude * scale;
+        g *= scale;
+        sum += p.epilogue == Epilogue::abs ? std::fabs(g) : g * g;
+        bound += p.epilogue == Epilogue::abs ? e : e * (2 * std::fabs(g) + e) + 0x1p-24 * g * g;
+      }
+      CHECK_NEAR(double(sums[i]), sum, bound + double(p.examples + 2) * 0x1p-24 * (sum + bound));
+    }
+  }
+}
+
+void channel_sums(const std::vector<uint64_t>& seeds, Random& random) {
+  for (bool channels_last : {false, true})
+    for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
+      const auto check = [&](int64_t examples, int64_t channels, int64_t positions, Dtype deltas, Dtype values,
+                             int kind, int64_t shift) {
+        ChannelSums p;
+        p.deltas_dtype = deltas;
+        p.values_dtype = values;
+        p.epilogue = epilogue;
+        p.channels_last = channels_last;
+        p.examples = examples;
+        p.channels = channels;
+        p.positions = positions;
+        check_channel_sums(p, kind, shift, seeds, random);
+      };
+      for (Dtype deltas : kDtypes)
+        for (Dtype values : kDtypes)
+          for (int kind : {1, 2}) check(3, 40, 49, deltas, values, kind, 0);
+      // one slab and several, positions and examples shared out, teams of 1 to 32 lanes, unaligned
+      const int64_t shapes[][3] = {{1, 1, 1}, {300, 7, 1}, {70, 33, 3}, {5, 10, 4},  {2, 64, 16},
+                                   {0, 4, 4}, {3, 8, 64},  {2, 3, 900}, {600, 2, 5}, {300, 4, 40}};
+      for (const auto& shape : shapes)
+        for (int kind : {0, 2})
+          for (int64_t shift : {0, 1}) check(shape[0], shape[1], shape[2], Dtype::float32, Dtype::float32, kind, shift);
+    }
+}
+
 // ---- what is not seen in sums
 
 // Inputs of 2^32 elements in memory that is not there until it is touched: of each example the first and the last
@@ -428,6 +518,7 @@ int main(int argc, char** argv) {
   nothing_to_add();
   nonfinite(random);
   channel_dots(list, random);
+  channel_sums(list, random);
   far_apart(random);
   bounded_workspace();
   coalesced(random);

@@ -1,29 +1,30 @@
 """Capture every use of a parameter in a forward pass, and the output gradient δ of that use in the backward pass.
 
 ``Capture`` is a ``TorchFunctionMode``: torch calls it for every function. Nothing is registered on the model. A use by
-a layer function (``layers.layer_rules``) is *tapped*: an autograd node that computes the identity is put behind the
+a layer function (``rules.layer_rules``) is *tapped*: an autograd node that computes the identity is put behind the
 output. The node saves what the layer's rule needs, and passes it on with δ in the backward pass. Autograd itself saves
 it, so checkpointing, saved-tensor hooks and the check for in-place changes work as for any other node. Other uses go to
-``free.FreeParameters``.
+``free.FreeParameters``. What is saved, and what is made of δ, is decided by the capture's ``Taps``.
 """
 
 from __future__ import annotations
 
 import functools
-import types
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from delfast.errors import InputError
 from delfast.localization.per_example.free import FreeParameters, tensors_in
-from delfast.localization.per_example.layers import Call, LayerRule, layer_rules
+from delfast.localization.per_example.layers import Call, LayerRule
+from delfast.localization.per_example.rules import layer_rules
+from delfast.localization.per_example.rules.attention import Composite
 from delfast.localization.per_example.trace import Trace
 
 
@@ -42,6 +43,45 @@ class Use:
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
 
+Layer = Callable[[Call], Tensor]  # computes a layer from the arguments of one call
+
+
+class Taps(Protocol):
+    """Decides what is saved of a use, and receives what was saved together with δ."""
+
+    def compute(self, use: Use, layer: Layer, inputs: Tensor, capture: Capture) -> Tensor:
+        """Compute the layer, tap it by ``capture.tap`` and return its output."""
+
+    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+        """Process a use. ``key`` identifies the same tap in another backward pass."""
+
+
+class Shared:
+    """What the captures of all batches of one network share: the parameters, detached, and the taps' anchor."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = dict(parameters)
+        self._detached: dict[str, Tensor] = {}
+        with torch.inference_mode(False):
+            # makes the output of a tap require grad even if its input does not
+            self.anchor = torch.zeros((), requires_grad=True)
+
+    def detached(self, name: str) -> Tensor:
+        """Return a parameter detached, so that a parameter in the graph is one with a use that was not captured."""
+        parameter, kept = self._parameters[name], self._detached.get(name)
+        if kept is None or not _same_memory(kept, parameter):  # ``.data`` may be assigned between two batches
+            kept = self._detached[name] = parameter.detach()
+        return kept
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (
+        type(a) is Tensor
+        and a.data_ptr() == b.data_ptr()
+        and (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+    )
+
+
 class Capture(TorchFunctionMode):
     """A mode for one forward and backward pass: ``with capture: losses = ...; capture.backward(losses.sum())``.
 
@@ -49,12 +89,21 @@ class Capture(TorchFunctionMode):
     ``uses``: how often each parameter was tapped in the forward pass. ``trace``: the record of its calls.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        unknown: Mapping[str, str],
+        trace: Trace | None,
+        taps: Taps,
+        shared: Shared,
+    ) -> None:
         super().__init__()
         self.unknown = dict(unknown)
         self.trace = trace
+        self.taps = taps
         self.uses: Counter[str] = Counter()
         self.free = FreeParameters(parameters, self.unknown)
+        self._shared = shared
         self._rules = layer_rules()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._backward = False
@@ -63,20 +112,7 @@ class Capture(TorchFunctionMode):
         self.dtypes: set[torch.dtype] = set()  # of the tapped layers' outputs
         self._without_grad: Counter[str] = Counter()  # uses under no_grad, which reentrant checkpoints repeat
         self._repeated: Counter[str] = Counter()
-        # makes the output of a tap require grad even if its input does not
-        self.anchor = torch.zeros((), requires_grad=True)
-
-    @abstractmethod
-    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        """Compute the layer, tap it and return its output."""
-
-    @abstractmethod
-    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        """Accumulate what a tap saved and its output gradient δ."""
-
-    @abstractmethod
-    def run(self, losses: Tensor) -> None:
-        """Run the backward pass or passes of the losses (N,)."""
+        self._converted: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)  # the last input, by autocast
 
     @property
     def repeats(self) -> list[str]:
@@ -102,7 +138,7 @@ class Capture(TorchFunctionMode):
         self._backward = True
         self._taps = 0
         with self:
-            _traced_inside(torch.autograd.backward)(loss, retain_graph=retain_graph)
+            _run_backward(loss, retain_graph=retain_graph)
         for name, count in self._without_grad.items():
             if count > self._repeated[name]:
                 self.unknown.setdefault(name, "is used where gradients are switched off")
@@ -114,7 +150,8 @@ class Capture(TorchFunctionMode):
         self.dtypes.add(output.dtype)
         self._taps += 1
         key = (self._backward, self._taps)  # a recomputed layer is tapped again in every backward pass
-        saved = None if saved is None else saved.detach()  # shares the version counter
+        if saved is output:
+            saved = output.detach()  # shares the version counter
         base = output._base
         if base is None:
             return _tapped(output, saved, self, use, key, output.shape)
@@ -131,11 +168,7 @@ class Capture(TorchFunctionMode):
                 "use per_example=False"
             )
         with torch._C.DisableTorchFunction():
-            self.received(use, saved, deltas, key)
-
-    def received(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
-        """Process what a tap delivers. ``key`` identifies the same tap in another backward pass."""
-        self.arrived(use, saved, deltas)
+            self.taps.arrived(use, saved, deltas, key)
 
     def __torch_function__(
         self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -155,15 +188,18 @@ class Capture(TorchFunctionMode):
         """Compute the call: tap layers, and replace a free parameter by one copy per example."""
         if func is torch.autograd.backward:  # checkpointing, inside the backward pass
             with self:
-                return _traced_inside(func)(*args, **kwargs)
+                return _run_backward(*args, **kwargs)
         rule = self._rules.get(func)
-        if rule is not None:
+        if isinstance(rule, LayerRule):
             output = self._tap_layer(rule, func, args, kwargs)
             if output is not None:
                 return output
         names = self.free.names_in((args, kwargs))
         if not names:
             return func(*args, **kwargs)
+        if isinstance(rule, Composite):
+            with self:  # rules cover the calls inside it
+                return rule.compute(*args, **kwargs)
         if not torch.is_grad_enabled():
             output = func(*args, **kwargs)
             if not self._backward and any(t.is_floating_point() for t in tensors_in(output)):  # not only a shape
@@ -183,63 +219,60 @@ class Capture(TorchFunctionMode):
             raise InputError(f"'{name}' {reason}; change that layer or use per_example=False")
         computed = [v for v in call.values() if isinstance(v, Tensor) and id(v) not in self._names]
         inputs, leading = call["input"], rule.leading(call)
-        # detached, so that a parameter in the graph is one with a use that was not captured
-        call |= {"input": None} | {role: call[role].detach() for role, name in names.items() if name is not None}
+        call |= {"input": None} | {role: self._shared.detached(n) for role, n in names.items() if n is not None}
         use = Use(rule, call, names["weight"], names["bias"], leading)
         if not use.names or not use.leading or self.free.names_in(computed) or not torch.is_grad_enabled():
             return None
         if self._backward:
             self._repeated.update(use.names)
-        return self.compute(
-            use, functools.partial(self._call, func), _autocast(inputs) if rule.is_channelwise else inputs
-        )
+        layer = functools.partial(rule.compute, func)
+        return self.taps.compute(use, layer, self._autocast(inputs) if rule.is_channelwise else inputs, self)
 
-    def _call(self, func: Any, call: Call, rule: LayerRule) -> Tensor:
-        return rule.compute(func, call)
+    def _autocast(self, inputs: Tensor) -> Tensor:
+        """Convert the input of a convolution or linear layer as autocast does, because the weight gradient uses that.
+
+        Layers that follow each other on one input (queries, keys, values) share one conversion.
+        """
+        kind = inputs.device.type
+        if not torch.is_autocast_enabled(kind) or inputs.dtype == torch.float64:
+            return inputs
+        dtype = torch.get_autocast_dtype(kind)
+        if inputs.dtype == dtype:
+            return inputs
+        last, version, converted = self._converted
+        if last is not inputs or version != inputs._version or converted is None or converted.dtype != dtype:
+            converted = inputs.to(dtype)
+            self._converted = (inputs, inputs._version, converted)
+        return converted
 
     def _free(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:
         handled, output = self.free.use(func, args, kwargs)
         if handled:
             return output
-        if isinstance(func, types.FunctionType) and _checks_torch_function(func):
-            with self:  # a Python function: rules may cover the calls inside it
-                return _traced_inside(func)(*args, **kwargs)
         for name in names:
             self.unknown.setdefault(name, f"is used by {getattr(func, '__name__', func)}, for which there is no rule")
         return func(*args, **kwargs)
 
 
-def _autocast(inputs: Tensor) -> Tensor:
-    """Convert the input of a convolution or linear layer as autocast does, because the weight gradient uses that."""
-    kind = inputs.device.type
-    if not torch.is_autocast_enabled(kind) or inputs.dtype == torch.float64:
-        return inputs
-    return inputs.to(torch.get_autocast_dtype(kind))
-
-
-def _checks_torch_function(function: types.FunctionType) -> bool:
-    """Return whether a Python function calls ``has_torch_function`` by global names, which can be replaced."""
-    names = [name for name in function.__code__.co_names if name.startswith("has_torch_function")]
-    return bool(names) and all(name in function.__globals__ for name in names)
-
-
-@functools.cache
-def _traced_inside(function: Any) -> Any:
-    """Copy a Python function of torch so that it does not dispatch to the mode itself; the calls inside it then do."""
-    names = {name: _no_torch_function for name in function.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+def _run_backward(
+    tensors: Tensor | Sequence[Tensor],
+    grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Tensor | Sequence[Tensor] | None = None,
+) -> None:
+    """Run ``torch.autograd.backward`` without the dispatch to a mode that is active, so that it stays active inside."""
+    roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    given = grad_variables if grad_tensors is None else grad_tensors
+    given = (given,) if isinstance(given, Tensor) else (None,) * len(roots) if given is None else tuple(given)
+    gradients = tuple(
+        torch.ones_like(root) if gradient is None and root.requires_grad else gradient
+        for root, gradient in zip(roots, given, strict=True)
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def _no_torch_function(*_: object) -> bool:
-    return False
+    leaves = () if inputs is None else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    keep = create_graph if retain_graph is None else retain_graph
+    _engine_run_backward(roots, gradients, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True)
 
 
 class _Tap(torch.autograd.Function):
@@ -270,7 +303,8 @@ class _Tap(torch.autograd.Function):
                 f"expected the tensors that the gradient of '{ctx.use.names[0]}' needs to stay unchanged, got one that "
                 "was changed in place before the backward pass; use the out-of-place operation"
             ) from error
-        ctx.capture.deliver(ctx.use, saved, grads[0].reshape(ctx.shape), ctx.key)
+        deltas = grads[0] if grads[0].shape == ctx.shape else grads[0].reshape(ctx.shape)
+        ctx.capture.deliver(ctx.use, saved, deltas, ctx.key)
         return grads[0], None, None, None, None, None, None
 
 
@@ -278,5 +312,5 @@ def _tapped(
     output: Tensor, saved: Tensor | None, capture: Capture, use: Use, key: Hashable, shape: torch.Size
 ) -> Tensor:
     """Put a tap behind ``output``. δ is delivered in ``shape``."""
-    result: Tensor = _Tap.apply(output, saved, capture.anchor, capture, use, key, shape)
+    result: Tensor = _Tap.apply(output, saved, capture._shared.anchor, capture, use, key, shape)
     return result

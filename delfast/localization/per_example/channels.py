@@ -13,15 +13,16 @@ from numpy.lib import format as npy
 from torch import Tensor, nn
 
 from delfast.arguments import check_function, check_loader, check_path
-from delfast.batches import LossFn, evaluating, split_batch, warn_about_loader
+from delfast.batches import LossFn, device_of, evaluating, split_batch, warn_about_loader
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.feeding import feed
 from delfast.files import directory_for, read_json, write_json
 from delfast.layer_types import output_dims
-from delfast.localization.per_example.capture import Use
-from delfast.localization.per_example.contributions import channel_dot, widened
-from delfast.localization.per_example.layers import Linear, TransposedConv
-from delfast.localization.per_example.passes import ExampleCapture, ExamplePasses
+from delfast.localization.per_example.batch import BatchRun
+from delfast.localization.per_example.capture import Layer, Use
+from delfast.localization.per_example.contributions import channel_dot, wide, widened
+from delfast.localization.per_example.passes import ExamplePasses
 from delfast.localization.per_example.trial import Trial
 from delfast.naming import trainable_parameters, unwrap
 
@@ -161,7 +162,8 @@ def signed_channels(
     path = None if path is None else check_path("path", path)
     warn_about_loader(loader, "set")
     network = unwrap(model)
-    passes = ChannelPasses(network, trainable_parameters(network), loss_fn, execution)
+    sums = ChannelSums(network)
+    passes = ExamplePasses(network, trainable_parameters(network), loss_fn, sums, execution, loader)
     if path is not None and Path(path).exists():
         raise InputError(f"expected '{path}' not to exist, it is to be written; choose another path")
     if path is not None and not Path(path).parent.is_dir():
@@ -169,90 +171,85 @@ def signed_channels(
     directory = None if path is None else Path(path)
     if directory is None:
         rows = _Rows(None, [])
-        layers, examples = _fill(rows, passes, network, loader, loss_fn)
+        layers, examples = _fill(rows, sums, passes, loader)
         return SignedChannels(numpy.concatenate(rows.kept), examples, layers)
     with directory_for(directory) as (work, _):
         partial = work / "partial"
         partial.mkdir()
-        layers, examples = _fill(_Rows(partial / MATRIX_FILE, []), passes, network, loader, loss_fn)
+        layers, examples = _fill(_Rows(partial / MATRIX_FILE, []), sums, passes, loader)
         numpy.save(partial / EXAMPLES_FILE, examples)
         write_json(partial / LAYERS_FILE, layers)
         os.replace(partial, directory)
     return SignedChannels.load(directory)
 
 
-def _fill(
-    rows: _Rows, passes: ChannelPasses, network: nn.Module, loader: Iterable[Any], loss_fn: LossFn | None
-) -> tuple[dict[str, int], Any]:
+def _fill(rows: _Rows, sums: ChannelSums, passes: ExamplePasses, loader: Iterable[Any]) -> tuple[dict[str, int], Any]:
     """Write every batch's rows. Return weight name -> C, and the numbers of the examples in the rows."""
     examples: list[Any] = []
     counted = 0
     try:
-        with evaluating(network, gradients=True), passes.checks:
-            for batch in loader:
+        with evaluating(passes.network, gradients=True), passes.checks:
+            for batch in feed(loader, device_of(passes.network)):
                 count = passes.add(batch)
                 if count:
-                    rows.write(passes.matrix())
-                    examples.append(identifiers(batch, loss_fn, counted, count))
+                    rows.write(sums.matrix())
+                    examples.append(identifiers(batch, passes.loss_fn, counted, count))
                     counted += count
             passes.checks.read()
     finally:
         rows.close()
     if not counted:
         raise InputError("expected a set of at least one example, got none; check its loader")
-    return passes.channel_counts, numpy.concatenate(examples)
+    return sums.channel_counts(passes.parameters), numpy.concatenate(examples)
 
 
-class ChannelPasses(ExamplePasses):
-    """Passes that compute signed channel sums. After ``add``, ``rows`` is weight name -> (N, C) of that batch."""
+class ChannelSums:
+    """The consumer that computes signed channel sums. ``rows``: weight name -> (N, C), of the last batch."""
 
-    def __init__(
-        self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, execution: Execution
-    ) -> None:
-        super().__init__(network, parameters, loss_fn, execution)
+    def __init__(self, network: nn.Module) -> None:
         self.rows: dict[str, Tensor] = {}
         self.rewritten: set[str] = set()
         self.channelwise: set[str] = set()  # weights of convolutions and linear layers in the trials so far
+        self.parameters: dict[str, Tensor] = {}  # those of ``channelwise``
         self.dims = output_dims(network)
 
-    @property
-    def channel_counts(self) -> dict[str, int]:
+    def channel_counts(self, parameters: Mapping[str, Tensor]) -> dict[str, int]:
         """Return weight name -> C, in the model's order."""
-        return {name: int(p.shape[self.dims.get(name, 0)]) for name, p in self.parameters.items()}
+        return {name: int(p.shape[self.dims.get(name, 0)]) for name, p in parameters.items()}
 
-    def by_row(self, name: str, values: Tensor) -> Tensor:
-        """Reshape values in the shape of this weight to (C, elements of a row)."""
-        return values.movedim(self.dims.get(name, 0), 0).flatten(1)
-
-    def _channelwise(self, trial: Trial) -> set[str]:
-        """Return the weights whose rows, along the dimension of a mask's rows, are outputs of a layer."""
-        return {name for name in trial.channelwise if trial.output_dims[name] == self.dims.get(name, 0)}
-
-    def wanted(self, trial: Trial) -> dict[str, Tensor]:
+    def wanted(self, trial: Trial, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.channelwise |= self._channelwise(trial)
-        names = self.channelwise.union(
-            trial.repeats
-        )  # weights in reentrant checkpoints are seen in the backward pass only
-        return {name: p for name, p in self.parameters.items() if name in names}
+        # weights in reentrant checkpoints are seen in the backward pass only
+        names = self.channelwise.union(trial.capture.repeats)
+        return {name: p for name, p in parameters.items() if name in names}
 
-    def after_trial(self, trial: Trial) -> None:
+    def learn(self, trial: Trial, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.channelwise |= self._channelwise(trial)
-        self.parameters = {name: p for name, p in self.parameters.items() if name in self.channelwise}
         for name in trial.channelwise & trial.otherwise:
-            trial.unknown.setdefault(name, "is used by layers of more than one kind")
+            trial.capture.unknown.setdefault(name, "is used by layers of more than one kind")
         self.rewritten |= trial.rewritten
-        super().after_trial(trial)
+        self.parameters = {name: p for name, p in parameters.items() if name in self.channelwise}
+        return self.parameters
 
-    def mark_unknown(self, unknown: Mapping[str, str]) -> None:
-        self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in self.channelwise}
-        super().mark_unknown({name: reason for name, reason in unknown.items() if name in self.channelwise})
+    def reported(self, unknown: Mapping[str, str]) -> dict[str, str]:
+        return {name: reason for name, reason in unknown.items() if name in self.channelwise}
 
-    def capture(self, batch: Any) -> ExampleCapture:
-        return ChannelCapture(self, batch)
+    def receiver(self) -> ChannelReceiver:
+        return ChannelReceiver(self)
 
     def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
         products = self.parameters[name].detach() * widened(gradient)
-        self.rows[name][example] = self.by_row(name, products).sum(dim=1)
+        by_row = products.movedim(self.dims.get(name, 0), 0).flatten(1)
+        self.rows[name][example] = by_row.sum(dim=1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}  # every batch has rows of its own
+
+    def result(self) -> dict[str, Tensor]:
+        return self.rows
+
+    def take(self, result: dict[str, Tensor]) -> None:
+        self.rows = result
 
     def matrix(self) -> Any:
         """Return the batch's rows side by side: a float32 numpy array (N, ΣC)."""
@@ -261,56 +258,61 @@ class ChannelPasses(ExamplePasses):
                 "expected losses of a model with a convolution or linear layer that trains, got none; unfreeze one, "
                 "since only these have channels"
             )
-        return torch.cat([rows.float().cpu() for rows in self.rows.values()], dim=1).numpy()
+        return torch.cat(list(self.rows.values()), dim=1).float().cpu().numpy()  # one copy to the host
+
+    def _channelwise(self, trial: Trial) -> set[str]:
+        """Return the weights whose rows, along the dimension of a mask's rows, are outputs of a layer."""
+        return {name for name in trial.channelwise if trial.output_dims[name] == self.dims.get(name, 0)}
 
 
-class ChannelCapture(ExampleCapture):
-    """A capture that receives δ and z, the layer's output before its bias (a transposed convolution's input)."""
+class ChannelReceiver:
+    """The receiver of δ and z, the layer's output before its bias (a transposed convolution's input).
 
-    passes: ChannelPasses
+    ``zero`` gets each use, its z and the pass, and returns z with channels set to zero; None changes nothing.
+    """
 
-    def __init__(self, passes: ChannelPasses, batch: Any) -> None:
-        super().__init__(passes, batch)
+    def __init__(self, sums: ChannelSums, zero: Callable[[Use, Tensor, BatchRun], Tensor] | None = None) -> None:
+        self._consumer = sums
+        self._zero = zero
         self._sums: dict[str, Tensor] = {}
 
-    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+    def compute(self, use: Use, layer: Layer, inputs: Tensor, run: BatchRun) -> Tensor:
         call: dict[str, Any] = {**use.call, "input": inputs}
         if use.weight is None or not use.rule.is_channelwise:
-            return function(call, use.rule)
-        if isinstance(use.rule, TransposedConv):  # rows are input channels: tap the input
-            inputs = self.kept(use, inputs)
-            return function({**call, "input": self.tap(use, inputs.clone(), inputs)}, use.rule)
-        output, bias = self.kept(use, function({**call, "bias": None}, use.rule)), call["bias"]
+            return layer(call)
+        tap = run.capture.tap
+        if use.rule.rows_are_inputs:
+            inputs = self._zeroed(use, inputs, run)
+            return layer({**call, "input": tap(use, inputs.clone(), inputs)})
+        output, bias = self._zeroed(use, layer({**call, "bias": None}), run), call["bias"]
         if bias is None:
-            return self.tap(use, output, output.clone() if use.weight in self.passes.rewritten else output)
-        bias = bias.to(output.dtype).reshape([-1 if d == channel_dim(use, output) else 1 for d in range(output.ndim)])
-        return self.tap(use, output + bias, output)
+            return tap(use, output, output.clone() if use.weight in self._consumer.rewritten else output)
+        if bias.dtype != output.dtype:
+            bias = bias.to(output.dtype)
+        after = output.ndim - 1 - use.rule.channel_dim(output.ndim)
+        return tap(use, output + (bias.view(-1, *[1] * after) if after else bias), output)
 
-    def kept(self, use: Use, values: Tensor) -> Tensor:
-        """Return z with the removed channels set to zero: here none."""
-        return values
-
-    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
-        axis = None if use.weight is None else self.axis(use.weight, deltas, use.leading)
+    def receive(self, use: Use, saved: Tensor | None, deltas: Tensor, run: BatchRun) -> None:
+        axis = None if use.weight is None else run.axis(use.weight, deltas, use.leading)
         if use.weight is None or saved is None or axis is None:
             return
         split = [use.rule.channel_deltas(use.call, t, axis) for t in (deltas, saved)]
         sums = channel_dot(*split)
         self._sums[use.weight] = self._sums[use.weight] + sums if use.weight in self._sums else sums
 
-    def finish(self) -> None:
+    def finish(self, run: BatchRun) -> None:
         """Set the batch's rows. Parameters that are missing or have no gradient get zeros."""
-        missing = self.missing
-        self.passes.rows = {}
-        counts = self.passes.channel_counts
-        for name, parameter in self.passes.parameters.items():
-            zeros = widened(parameter.new_zeros(self.examples, counts[name]))
-            self.passes.rows[name] = zeros if name in missing else self._sums.get(name, zeros)
+        missing, consumer = run.missing, self._consumer
+        consumer.rows = {}
+        for name, count in consumer.channel_counts(consumer.parameters).items():
+            sums = None if name in missing else self._sums.get(name)
+            if sums is None:
+                parameter = consumer.parameters[name]
+                sums = parameter.new_zeros(run.examples, count, dtype=wide(parameter.dtype))
+            consumer.rows[name] = sums
 
-
-def channel_dim(use: Use, values: Tensor) -> int:
-    """Return the dim of z along which the rows of the weight lie."""
-    return values.ndim - 1 if isinstance(use.rule, Linear) else 1
+    def _zeroed(self, use: Use, values: Tensor, run: BatchRun) -> Tensor:
+        return values if self._zero is None else self._zero(use, values, run)
 
 
 class _Rows:

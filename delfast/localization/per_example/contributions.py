@@ -6,6 +6,7 @@ x's gradient g, for parameters whose uses must be added before ε: tied paramete
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,9 +31,15 @@ def epsilon(gradient: Tensor, epilogue: Epilogue) -> Tensor:
     return gradient.abs() if epilogue == "abs" else gradient * gradient
 
 
+@functools.cache
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that gradients are summed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def widened(t: Tensor) -> Tensor:
     """Convert to float32, or leave float64 as it is."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(wide(t.dtype))
 
 
 def channel_dot(deltas: Tensor, values: Tensor | None = None) -> Tensor:
@@ -59,7 +66,8 @@ class Convolution:
 
     def add(self, sums: Tensor, epilogue: Epilogue) -> None:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        torch.ops.delfast.per_example_accumulate_(sums.view(self.kernel), self.inputs, self.deltas, *geometry, epilogue)
+        sums = sums if self.kernel == self.shape else sums.view(self.kernel)
+        torch.ops.delfast.per_example_accumulate_(sums, self.inputs, self.deltas, *geometry, epilogue)
 
     def of(self, example: int) -> Tensor:
         deltas = widened(self.deltas[example : example + 1])
@@ -70,6 +78,49 @@ class Convolution:
         )  # fmt: skip
         result: Tensor = gradient.reshape(self.shape)
         return result
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics by which a norm in eval mode normalizes each channel."""
+
+    mean: Tensor
+    variance: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class ChannelGradients:
+    """The contribution to a parameter with one element a channel: a norm's weight and bias, or any bias.
+
+    ``deltas``: (N, C, *positions). ``values``: what they are multiplied by, of the same shape, normalized by
+    ``statistics`` if there are any; None for a bias.
+    """
+
+    deltas: Tensor
+    shape: tuple[int, ...]
+    values: Tensor | None = None
+    statistics: Statistics | None = None
+
+    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
+        self.add_with_bias([sums], epilogue)
+
+    def add_with_bias(self, sums: list[Tensor], epilogue: Epilogue) -> None:
+        """Add to the sums of a weight and of the bias beside it, whose gradient is Σ of the same ``deltas``."""
+        s = self.statistics
+        mean, variance, eps = (None, None, 0.0) if s is None else (s.mean, s.variance, s.eps)
+        torch.ops.delfast.channel_accumulate_(sums, self.deltas, self.values, mean, variance, eps, epilogue)
+
+    def of(self, example: int) -> Tensor:
+        deltas = widened(self.deltas[example])
+        if self.values is not None:
+            values = self.values[example].to(deltas.dtype)
+            if self.statistics is not None:
+                s, ones = self.statistics, [1] * (deltas.ndim - 1)
+                scale = (s.variance.to(deltas.dtype) + s.eps).rsqrt()
+                values = (values - s.mean.to(deltas.dtype).view(-1, *ones)) * scale.view(-1, *ones)
+            deltas = deltas * values
+        return (deltas if deltas.ndim == 1 else deltas.flatten(1).sum(dim=1)).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -87,7 +138,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Lookup:
-    """The contribution to an embedding's table: indices (N, T), deltas (N, T, D). Memory grows with the rows used."""
+    """The contribution to an embedding's table: indices (N, T), deltas (N, T, D). Memory grows with N T."""
 
     indices: Tensor
     deltas: Tensor
@@ -104,17 +155,22 @@ class Lookup:
         return gradients.new_zeros(self.shape).index_add_(0, rows, gradients)
 
     def _rows(self, indices: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the table's row, and the gradient (U, D), of every (example, row) pair that occurs."""
+        """Return the table's row, and the gradient, of every (example, row) pair that occurs.
+
+        There are N T of both, whatever occurs, so that nothing is read from the device: the rest has row 0, gradient 0.
+        """
         table = self.shape[0]
         example = torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
-        pairs, position, counts = torch.unique(
-            (example * table + indices).flatten(), return_inverse=True, return_counts=True
-        )
-        deltas = widened(deltas).flatten(0, 1)
-        gradients = deltas.new_zeros(len(pairs), deltas.shape[1]).index_add_(0, position, deltas)
+        pairs, order = (example * table + indices).flatten().sort()
+        is_new = torch.ones_like(pairs, dtype=torch.bool)
+        is_new[1:] = pairs[1:] != pairs[:-1]
+        position = is_new.cumsum(0) - 1  # of the pair among those that occur
+        deltas = widened(deltas).flatten(0, 1)[order]
+        gradients = torch.zeros_like(deltas).index_add_(0, position, deltas)
+        rows = torch.zeros_like(pairs).scatter_(0, position, pairs % table)
         if self.by_frequency:  # as for a batch of this example alone
-            gradients /= counts.unsqueeze(1)
-        rows = pairs % table
+            counts = gradients.new_zeros(len(pairs)).index_add_(0, position, gradients.new_ones(len(pairs)))
+            gradients /= counts.clamp(min=1).unsqueeze(1)
         if self.padding_idx is not None:
-            gradients[rows == self.padding_idx] = 0
+            gradients = gradients.masked_fill((rows == self.padding_idx).unsqueeze(1), 0)
         return rows, gradients

@@ -1,4 +1,4 @@
-"""Run one forward and one backward pass over a batch, and pass every example's own gradient to an accumulator.
+"""Run one forward and one backward pass over a batch, and pass every example's own gradient to a consumer.
 
 The loss is the sum of the examples' losses. So an example's slice of δ is its own wherever a layer keeps the examples
 apart. A trial checks this; see ``trial``. Parameters whose layers mix the examples, and parameters with a use that no
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from delfast.batches import (
+    Indexed,
     LossFn,
+    Source,
     check_differentiable,
     cut,
     detached,
@@ -27,166 +27,88 @@ from delfast.batches import (
     examples_in,
     map_tensors,
     per_example_losses,
+    split_batch,
 )
 from delfast.device_checks import DeviceChecks
-from delfast.execution import Execution
-from delfast.localization.per_example.capture import Capture, Use
+from delfast.execution import DEFAULT_EXECUTION, Execution
+from delfast.graphs import Graphed, make_backend
+from delfast.loaders import is_frequent
+from delfast.localization.per_example.batch import BatchRun, Findings, Receiver
+from delfast.localization.per_example.capture import Capture, Shared, Taps
 from delfast.localization.per_example.comparison import Comparison
-from delfast.localization.per_example.layers import BatchAxis, ExampleAxis, refuse_batch_statistics
+from delfast.localization.per_example.layers import refuse_batch_statistics
 from delfast.localization.per_example.trace import Trace
 from delfast.localization.per_example.trial import TRIAL_EXAMPLES, Trial
-
-C = TypeVar("C", bound=Capture)
 
 log = logging.getLogger("delfast")
 
 _STANCE = threading.RLock()  # torch's stance is global: two threads that set it would leave it changed
-MAX_TRIALS = 3  # per form of batches: a parameter's δ may be zero in the first trial and not later
 MAX_FORMS = 64  # forms of batches (shapes without the examples' dim) whose trials are kept
 
 
-@dataclass
-class Findings:
-    """Findings of the trials on batches of one form.
+class Consumer(Protocol):
+    """What the per-example gradients are for: it chooses parameters, and makes a receiver for each batch."""
 
-    ``axes``: parameter -> the example axis of its outputs. ``each``: parameter -> entries of an example along it.
-    ``trace``: the last trial's calls. None if its batch could not be cut, so that the trial is not valid for others.
-    """
+    def wanted(self, trial: Trial, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the parameters to compute, after a trial's forward pass."""
 
-    axes: dict[str, ExampleAxis] = field(default_factory=dict)
-    each: dict[str, set[int]] = field(default_factory=dict)
-    trace: Trace | None = None
-    ambiguous: bool = False
-    trials: int = 0
-    count: int = 0  # examples in the last trial's batch; with few, several axes are possible
-    is_due: bool = True  # whether the next batch begins with a trial
+    def learn(self, trial: Trial, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Store the findings of a trial, and return those of the parameters to compute."""
 
-    def learn(self, trial: Trial) -> None:
-        """Add the findings of a trial."""
-        self.axes |= trial.axes
-        self.each |= trial.each
-        self.trace, self.ambiguous = trial.trace, trial.ambiguous
-        self.trials += 1
-        self.is_due = trial.examples < TRIAL_EXAMPLES
+    def reported(self, unknown: Mapping[str, str]) -> dict[str, str]:
+        """Return those parameters of ``unknown`` to compute example by example; the others are left out."""
 
-    def has_count(self, examples: int) -> bool:
-        """Return whether the last trial had as many examples, so that no dim of a batch grows with their number."""
-        return self.trace is not None and self.trace.examples == examples
+    def receiver(self) -> Receiver:
+        """Return the receiver of one batch."""
 
-    def request_trial(self) -> bool:
-        """Let the next batch begin with a trial. Return False after ``MAX_TRIALS`` trials."""
-        if self.trials >= MAX_TRIALS:
-            return False
-        self.is_due, self.count = True, 0
-        return True
+    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
+        """Add the gradient of one example of the batch, for a parameter that the receiver does not cover."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that the receivers accumulate into, by name."""
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the tensors that the receiver of the last batch made, by name."""
+
+    def take(self, result: dict[str, Tensor]) -> None:
+        """Take the result of a batch whose pass was replayed."""
 
 
-class ExampleCapture(Capture):
-    """A capture of a batch whose examples lie along the axes that the trial of its form found.
+class _Pass(Protocol):
+    capture: Capture
 
-    This holds if the forward pass makes the trial's calls; see ``trace``. Otherwise a ``Comparison`` checks it.
-
-    ``undecided``: parameters with a δ that is not zero, and without a known example axis. ``elsewhere``: parameter ->
-    why its examples do not lie along the trial's axis in this batch.
-    """
-
-    def __init__(self, passes: ExamplePasses, batch: Any) -> None:
-        findings = passes.findings
-        super().__init__(
-            passes.parameters, passes.unknown, passes.trace(batch, findings.trace) if findings.trace else None
-        )
-        self.passes = passes
-        self.findings = findings
-        self.examples = 0
-        self.undecided: set[str] = set()
-        self.elsewhere: dict[str, str] = {}
-        self.comparison: Comparison | None = None
-        self._is_last = False
-
-    def axis(self, name: str, deltas: Tensor, leading: int) -> BatchAxis | None:
-        """Return the example axis of δ; None if there is nothing to add or the axis is not known."""
-        if name in self.unknown or name in self.undecided or name in self.elsewhere:
-            return None
-        if not deltas.numel():
-            return None
-        if self.examples == 1:
-            return BatchAxis(ExampleAxis(), 1)
-        axis = self.findings.axes.get(name)
-        if axis is None:
-            if bool(deltas.any()):
-                self.undecided.add(name)
-            return None
-        each, rest = divmod(deltas.shape[axis.dim], self.examples) if axis.dim < leading else (0, 1)
-        if rest or (self.comparison is None and each not in self.findings.each[name]):
-            self.elsewhere[name] = f"writes {tuple(deltas.shape)} for {self.examples} examples"
-            return None
-        return BatchAxis(axis, self.examples)
-
-    def matches_trial(self, examples: int) -> bool:
-        """Return whether the finished forward pass, with as many losses, has the example axes of its trial."""
-        return examples == 1 or (
-            self.trace is not None and self.trace.matches(examples) and not self.findings.ambiguous
-        )
-
-    def run(self, losses: Tensor) -> None:
-        self.examples = losses.numel()
-        if not self.examples or not losses.requires_grad:
-            return
-        if not self.matches_trial(self.examples):
-            self.comparison = Comparison(losses, self.dtypes, self.passes.compared())
-            for weights in self.comparison.weights:
-                self.backward((losses * weights.to(losses.dtype)).sum(), retain_graph=True)
-                for key, copies in self.free.copies.items():
-                    if copies.grad is not None:
-                        self.comparison.keep(key, copies.grad, self._axes(key[:1], copies.grad, 1))
-                        copies.grad = None
-            self._is_last = True
-        self.backward(losses.sum())
-        if self.comparison is not None:
-            for key, copies in self.free.copies.items():
-                if copies.grad is not None:
-                    self.comparison.compare(key, copies.grad, self._axes(key[:1], copies.grad, 1))
-            for name in self.comparison.wrong():
-                self.elsewhere[name] = "has the examples along another axis than in the trial, or mixes them"
-
-    def received(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
-        if self.comparison is not None:
-            axes = self._axes(use.names, deltas, use.leading)
-            if not self._is_last:
-                self.comparison.keep(key, deltas, axes)
-                return
-            self.comparison.compare(key, deltas, axes)
-        self.arrived(use, saved, deltas)
-
-    def _axes(self, names: Iterable[str], deltas: Tensor, leading: int) -> dict[str, BatchAxis]:
-        axes = {name: self.axis(name, deltas, leading) for name in names}
-        return {name: axis for name, axis in axes.items() if axis is not None}
-
-    @property
-    def missing(self) -> set[str]:
-        """Return the parameters for which this batch's passes have not computed per-example gradients."""
-        return {*self.unknown, *self.undecided, *self.elsewhere}
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Add what had to wait for the end of the passes, except for ``missing`` parameters."""
+    def run(self, losses: Tensor) -> None: ...
 
 
-class ExamplePasses(ABC):
-    """Runs batches. A subclass accumulates what its ``ExampleCapture`` receives.
+P = TypeVar("P", bound=_Pass)
 
-    ``accumulate`` gets the gradients of the parameters that the capture does not cover. parameters: plain name -> the
-    network's own tensors to score. The network must be in eval mode. Its ``requires_grad`` flags are off inside and are
-    restored. Raises InputError for layers that mix the examples by design.
+
+class NotStatic(Exception):
+    """A batch that ``run_static`` was given makes other calls than its trial. Nothing was added."""
+
+
+class ExamplePasses:
+    """The engine: it runs batches, and gives a consumer each use of a parameter with its δ and example axis.
+
+    parameters: plain name -> the network's own tensors to score. The network must be in eval mode. Its
+    ``requires_grad`` flags are off inside and are restored. Raises InputError for layers that mix the examples by
+    design.
     """
 
     def __init__(
-        self, network: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn | None, execution: Execution
+        self,
+        network: nn.Module,
+        parameters: Mapping[str, Tensor],
+        loss_fn: LossFn | None,
+        consumer: Consumer,
+        execution: Execution = DEFAULT_EXECUTION,
+        loader: object = None,
     ) -> None:
         refuse_batch_statistics(network.named_modules())
         self.network = network
         self.parameters = dict(parameters)
         self.loss_fn = loss_fn
+        self.consumer = consumer
         self.execution = execution
         self.checks = DeviceChecks(device_of(network))
         self.findings = Findings()  # for the current batch's form
@@ -194,43 +116,103 @@ class ExamplePasses(ABC):
         self.unknown: dict[str, str] = {}  # parameter -> why it is computed example by example
         self._findings_by_form: dict[Hashable, Findings] = {}  # keyed by the form of the batches
         self._owned = {id(t): t for t in (*network.parameters(), *network.buffers())}
+        self._shared = Shared(parameters)
         self._compared = 0
         self._reported: set[str] = set()
-
-    @abstractmethod
-    def capture(self, batch: Any) -> ExampleCapture:
-        """Return the capture of one batch."""
-
-    @abstractmethod
-    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
-        """Add the gradient of one example of the batch, for a parameter that the capture does not cover."""
-
-    def wanted(self, trial: Trial) -> dict[str, Tensor]:
-        """Return the parameters to compute, after a trial's forward pass."""
-        return self.parameters
-
-    def after_trial(self, trial: Trial) -> None:
-        """Store the findings of a trial."""
-        self.findings.learn(trial)
-        self.uses |= trial.uses
-        self.mark_unknown(trial.unknown)
+        self._source_forms: dict[Source, Hashable] = {}  # the form of the batches that a source reads
+        self._not_static: set[Hashable] = set()  # forms
+        self._graphed = Graphed(
+            self.run_static,
+            make_backend(execution.cuda_graphs, device_of(network), loss_fn),
+            eager=self._run,
+            state=lambda: {**consumer.state(), **self.checks.tensors()},
+            is_frequent=is_frequent(loader, 1, execution.cuda_graphs),
+            watched=(network,),
+        )
 
     def add(self, batch: Any) -> int:
         """Add one batch and return its number of examples."""
+        if not isinstance(batch, Indexed):
+            batch = detached(batch if self.loss_fn is not None else split_batch(batch)[1:])
+        form = self._form(batch)
+        if self._graphed.backend is not None and form not in self._not_static and self.is_static(batch):
+            try:
+                losses, result = self._graphed(batch)
+                self.consumer.take(result)
+                return len(losses)
+            except NotStatic:
+                self._not_static.add(form)
+        return len(self._run(batch)[0])
+
+    def _run(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add one batch. Return its losses (N,), and what the consumer's receiver made."""
+        source = batch.source if isinstance(batch, Indexed) else None
         batch = detached(batch)
+        if source is not None:
+            self._source_forms[source] = self._form(batch)
         with self.ready(batch):
-            capture, losses = self._pass(self.capture, batch)
-            if not capture.examples:
-                return 0
-            if self.parameters and not self.unknown and not capture.repeats:
+            run, losses = self._pass(lambda: self.batch_run(batch, self.consumer.receiver()), batch)
+            if not run.examples:
+                return losses.detach()[:0], {}
+            if self.parameters and not self.unknown and not run.capture.repeats:
                 check_differentiable(losses)
-            capture.finish()
-            self.mark_unknown(capture.unknown)
-            self.end_batch(capture)
-            missing = sorted({*self.unknown, *capture.missing})
+            run.finish()
+            self.mark_unknown(run.capture.unknown)
+            self.end_batch(run)
+            missing = sorted({*self.unknown, *run.missing} & self.parameters.keys())
             if missing:
                 self._one_by_one(missing, batch, losses.detach())
-            return capture.examples
+            return losses.detach(), self.consumer.result()
+
+    def is_static(self, batch: Any) -> bool:
+        """Return whether ``run_static`` can add this batch, which ``add`` has seen the like of.
+
+        The trial of its form is done, every example axis is known, and no other pass over the batch is needed.
+        """
+        count = examples_in(batch, self.loss_fn)
+        findings = self._findings_by_form.get(self._form(batch))
+        if count is None or count < 2 or findings is None or findings.is_due_for(count):
+            return False
+        if findings.ambiguous or self.unknown:
+            return False
+        used = [name for name in self.parameters if self.uses.get(name) or name in findings.axes]
+        return findings.trace is not None and count != findings.trace.examples and findings.axes.keys() >= {*used}
+
+    def run_static(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add a batch that ``is_static``, as a function of its tensors and of the consumer's state alone.
+
+        Nothing is read from the device, and nothing depends on values in Python, so that the call can be recorded and
+        repeated. Returns the losses (N,), and what the consumer's receiver made. Raises NotStatic if the passes differ
+        from the trial's; the caller puts the state back.
+        """
+        batch = detached(batch)
+        with self._grads_off():
+            self.findings = self._findings_by_form[self._form(batch)]
+            run = self.batch_run(batch, self.consumer.receiver())
+            with _requiring_grad(self.parameters.values()):
+                with run.capture:
+                    losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
+                if run.capture.repeats or run.capture.unknown or run.capture.unseen(losses):
+                    raise NotStatic("uses a parameter where it cannot be captured")
+            run.examples = losses.numel()
+            if not losses.requires_grad or not run.matches_trial(run.examples) or not self._has_axes(run):
+                raise NotStatic("makes other calls than its trial")
+            run.backward(losses.sum())
+            run.finish()
+            if run.missing:
+                raise NotStatic("has other example axes than its trial")
+            return losses.detach(), self.consumer.result()
+
+    def _form(self, batch: Any) -> Hashable:
+        """Return the shapes and dtypes of a batch without the examples' dim; None for one that cannot be cut."""
+        if isinstance(batch, Indexed):
+            return self._source_forms.get(batch.source)
+        return (
+            None if examples_in(batch, self.loss_fn) is None else tuple((t.shape[1:], t.dtype) for t in _tensors(batch))
+        )
+
+    def _has_axes(self, run: BatchRun) -> bool:
+        return all(name in self.findings.axes and self.uses.get(name) == n for name, n in run.capture.uses.items())
 
     @contextmanager
     def ready(self, batch: Any) -> Iterator[None]:
@@ -238,6 +220,12 @@ class ExamplePasses(ABC):
 
         If a trial of this form of batches is due, run it on this batch first.
         """
+        with self._grads_off():
+            self._try(batch)
+            yield
+
+    @contextmanager
+    def _grads_off(self) -> Iterator[None]:
         flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -248,82 +236,97 @@ class ExamplePasses(ABC):
             try:
                 for parameter, _ in flags:
                     parameter.requires_grad_(False)
-                self._try(batch)
                 yield
             finally:
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
 
-    def trace(self, batch: Any, reference: Trace | None) -> Trace | None:
+    def batch_run(self, batch: Any, receiver: Receiver) -> BatchRun:
+        """Return the pass of a batch, by the findings of its form, for a receiver."""
+        capture_for = self._capture_for(self._trace(batch, self.findings.trace) if self.findings.trace else None)
+        return BatchRun(capture_for, self.findings, receiver, self._comparison)
+
+    def _capture_for(self, trace: Trace | None) -> Callable[[Taps], Capture]:
+        return lambda taps: Capture(self.parameters, self.unknown, trace, taps, self._shared)
+
+    def _trace(self, batch: Any, reference: Trace | None) -> Trace | None:
         """Return a record for a batch's calls; None for a batch that cannot be cut, or has fewer than two examples."""
         count = examples_in(batch, self.loss_fn)
         return None if count is None or count < 2 else Trace(count, _tensors(batch), self._owned, reference)
 
-    def compared(self) -> int:
-        """Count this batch among those that needed a comparison, and return the count."""
+    def _comparison(self, losses: Tensor, dtypes: set[torch.dtype]) -> Comparison:
         self._compared += 1
-        return self._compared
+        return Comparison(losses, dtypes, self._compared)
 
     def _try(self, batch: Any) -> None:
-        """Run a trial if one is due: on at most four examples, and on fewer than the batch has.
+        """Run a trial if one is due: on at most four examples, and on another number than the batch has.
 
-        Dims that grow with the number of examples then differ between the trial and the batch. A batch that cannot be
-        cut is used whole.
+        Dims that grow with the number of examples then differ between the trial and the batch. A batch of two or three
+        repeats its examples in the trial. A batch that cannot be cut is used whole.
         """
         count = examples_in(batch, self.loss_fn)
-        form = None if count is None else tuple((t.shape[1:], t.dtype) for t in _tensors(batch))
+        form = self._form(batch)
         if count == 1 and self._findings_by_form:
             return  # a single example needs no axis
         if form not in self._findings_by_form and len(self._findings_by_form) == MAX_FORMS:
             del self._findings_by_form[next(iter(self._findings_by_form))]
         self.findings = self._findings_by_form.setdefault(form, Findings())
-        if not self.findings.is_due or (count is not None and self.findings.trials and count <= self.findings.count):
+        if not self.findings.is_due_for(count):
             return
         self.findings.count = count or 0
-        if count is not None and count > 2:
-            few = min(TRIAL_EXAMPLES, count - 1)
-            batch = cut(batch, [i * (count - 1) // (few - 1) for i in range(few)], self.loss_fn)
-        trial, _ = self._pass(lambda b: Trial(self.parameters, self.unknown, self.trace(b, None)), batch)
-        self.after_trial(trial)
+        if count is not None and count > TRIAL_EXAMPLES:
+            batch = cut(batch, [i * (count - 1) // (TRIAL_EXAMPLES - 1) for i in range(TRIAL_EXAMPLES)], self.loss_fn)
+        elif count == TRIAL_EXAMPLES:
+            batch = cut(batch, [0, 1, 3], self.loss_fn)
+        elif count is not None and count > 1:
+            batch = cut(batch, [i % count for i in range(TRIAL_EXAMPLES)], self.loss_fn)
+        trial, _ = self._pass(lambda: Trial(self._capture_for(self._trace(batch, None))), batch)
+        self.parameters = self.consumer.learn(trial, self.parameters)
+        self.findings.learn(trial)
+        self.uses |= trial.capture.uses
+        self.mark_unknown(trial.capture.unknown)
 
-    def _pass(self, make: Callable[[Any], C], batch: Any) -> tuple[C, Tensor]:
+    def _pass(self, make: Callable[[], P], batch: Any) -> tuple[P, Tensor]:
         """Run a forward and a backward pass; repeat them if a parameter has a use that was not captured.
 
         The parameters require grad in the forward pass, so that uses which are not captured are in the graph. Captured
         uses are detached, so that no parameter's gradient is computed.
         """
         while True:
-            capture = make(batch)
+            made = make()
+            capture = made.capture
             wanted = [parameter for name, parameter in self.parameters.items() if name not in self.unknown]
             with _requiring_grad(wanted):
                 with capture:
                     losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
-                if isinstance(capture, Trial):
-                    self.parameters = self.wanted(capture)
+                if isinstance(made, Trial):
+                    self.parameters = self.consumer.wanted(made, self.parameters)
                 unseen = capture.unseen(losses)
                 if not unseen and not capture.repeats:  # with the flags of the forward pass, which recomputing expects
-                    capture.run(losses)
+                    made.run(losses)
             if not unseen:
                 if capture.repeats:  # with the flags off, so that no repeated use reaches a parameter
-                    capture.run(losses)
-                return capture, losses
+                    made.run(losses)
+                return made, losses
             reason = "is used by an operation that cannot be captured"
             self.mark_unknown({name: capture.unknown.get(name, reason) for name in unseen})
 
-    def end_batch(self, capture: ExampleCapture) -> None:
+    def end_batch(self, run: BatchRun) -> None:
         """Finish a batch: request a trial for the next batch of its form if this one had something new."""
-        if capture.undecided and not self.findings.request_trial():
-            self.mark_unknown(dict.fromkeys(capture.undecided, "has no example axis that could be found"))
-        if capture.trace is not None and capture.trace.is_other:
+        if run.undecided and not self.findings.request_trial():
+            self.mark_unknown(dict.fromkeys(run.undecided, "has no example axis that could be found"))
+        if run.capture.trace is not None and run.capture.trace.is_other:
             self.findings.request_trial()  # a first pass may create tensors that later passes reuse
         self.report(
-            {name: f"{why} in some batches" for name, why in capture.elsewhere.items() if name not in self._reported}
+            {name: f"{why} in some batches" for name, why in run.elsewhere.items() if name not in self._reported}
         )
-        self._reported |= set(capture.elsewhere)
+        self._reported |= set(run.elsewhere)
 
     def mark_unknown(self, unknown: Mapping[str, str]) -> None:
         """Compute these parameters example by example from now on. ``unknown``: parameter -> the reason."""
-        new = {name: reason for name, reason in unknown.items() if name not in self.unknown}
+        kept = self.consumer.reported(unknown)
+        self.parameters = {n: p for n, p in self.parameters.items() if n not in unknown or n in kept}
+        new = {name: reason for name, reason in kept.items() if name not in self.unknown}
         self.unknown |= new
         self.report(new)
 
@@ -344,7 +347,7 @@ class ExamplePasses(ABC):
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
                 for name, gradient in zip(names, gradients, strict=True):
                     if gradient is not None:
-                        self.accumulate(name, example, gradient.to_dense() if gradient.is_sparse else gradient)
+                        self.consumer.accumulate(name, example, gradient.to_dense() if gradient.is_sparse else gradient)
 
     def _single_losses(self, batch: Any, losses: Tensor) -> Iterator[Tensor]:
         """Yield the loss of each example: computed alone where that gives the same loss, else within its batch."""

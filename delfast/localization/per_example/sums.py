@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from delfast.batches import LossFn
 from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
-from delfast.localization.per_example.capture import Use
-from delfast.localization.per_example.contributions import Contribution, Epilogue, Gradients, epsilon, widened
-from delfast.localization.per_example.passes import ExampleCapture, ExamplePasses
+from delfast.localization.per_example.batch import BatchRun, Findings
+from delfast.localization.per_example.capture import Layer, Use
+from delfast.localization.per_example.contributions import (
+    ChannelGradients,
+    Contribution,
+    Epilogue,
+    Gradients,
+    epsilon,
+    wide,
+    widened,
+)
+from delfast.localization.per_example.passes import ExamplePasses
+from delfast.localization.per_example.trial import Trial
 
 
-class PerExampleGradients(ExamplePasses):
-    """Passes that accumulate Σ_x ε(g_x), with g_x the gradient of example x alone and ε(g) = |g| or g²."""
+class PerExampleGradients:
+    """The consumer that accumulates Σ_x ε(g_x), with g_x the gradient of example x alone and ε(g) = |g| or g²."""
 
     def __init__(
         self,
@@ -28,16 +38,16 @@ class PerExampleGradients(ExamplePasses):
         execution: Execution = DEFAULT_EXECUTION,
         loader: object = None,
     ) -> None:
-        super().__init__(network, parameters, loss_fn, execution)
+        self.parameters = dict(parameters)
         self.epilogue = epilogue
+        self.passes = ExamplePasses(network, parameters, loss_fn, self, execution, loader)
+        self.checks = self.passes.checks
         with torch.inference_mode(False):  # the sums are changed outside inference mode
             self.sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
 
-    def capture(self, batch: Any) -> ExampleCapture:
-        return _SumCapture(self, batch)
-
-    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
-        self.sums[name] += epsilon(widened(gradient), self.epilogue)
+    def add(self, batch: Any) -> int:
+        """Add one batch and return its number of examples."""
+        return self.passes.add(batch)
 
     def mean(self, examples: int) -> dict[str, Tensor]:
         """Return plain name -> mean, in the parameter's shape and strides; float32 (float64 for float64 parameters)."""
@@ -48,77 +58,129 @@ class PerExampleGradients(ExamplePasses):
             for name, parameter in self.parameters.items()
         }
 
+    @property
+    def uses(self) -> dict[str, int]:
+        """How often an example uses each parameter."""
+        return self.passes.uses
+
+    @property
+    def findings(self) -> Findings:
+        """The findings of the trial of the last batch's form."""
+        return self.passes.findings
+
+    @property
+    def unknown(self) -> dict[str, str]:
+        """The parameters that are computed example by example, each with the reason."""
+        return self.passes.unknown
+
+    def wanted(self, trial: Trial, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parameters)
+
+    def learn(self, trial: Trial, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parameters)
+
+    def reported(self, unknown: Mapping[str, str]) -> dict[str, str]:
+        return dict(unknown)
+
+    def receiver(self) -> _SumReceiver:
+        return _SumReceiver(self.sums, self.epilogue, self.uses)
+
+    def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
+        self.sums[name] += epsilon(widened(gradient), self.epilogue)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.sums
+
+    def result(self) -> dict[str, Tensor]:
+        return {}
+
+    def take(self, result: dict[str, Tensor]) -> None:
+        """Do nothing: all results are in the sums."""
+
 
 def _zeros(parameter: Tensor) -> Tensor:
     """Return zeros with dim 1 innermost in memory, as the kernel expects, for any strides of the parameter."""
-    wide = torch.promote_types(parameter.dtype, torch.float32)
     moved = torch.zeros_like(
         parameter.movedim(1, -1) if parameter.ndim > 2 else parameter,
-        dtype=wide,
+        dtype=wide(parameter.dtype),
         memory_format=torch.contiguous_format,
         requires_grad=False,
     )
     return moved.movedim(-1, 1) if parameter.ndim > 2 else moved
 
 
-class _SumCapture(ExampleCapture):
-    """A capture that adds each contribution as it is received, so that memory does not grow.
+class _SumReceiver:
+    """The receiver that adds each contribution when it arrives, so that memory does not grow.
 
-    The contributions of a parameter with several uses are kept until all of them are received.
+    The contributions of a parameter with several uses are kept until all of them have arrived. ``known_uses``: how
+    often each parameter was used in the trials.
     """
 
-    def __init__(self, passes: PerExampleGradients, batch: Any) -> None:
-        super().__init__(passes, batch)
-        self.sums, self.epilogue = passes.sums, passes.epilogue
+    def __init__(self, sums: Mapping[str, Tensor], epilogue: Epilogue, known_uses: Mapping[str, int]) -> None:
+        self.sums, self.epilogue, self.known_uses = sums, epilogue, known_uses
         self._apart: dict[str, Tensor] = {}  # sums of a batch whose comparison is not finished
         self._added: set[str] = set()
         self._waiting: dict[str, list[Contribution]] = {}
 
-    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        output = function({**use.call, "input": inputs}, use.rule)
-        return self.tap(use, output, inputs if use.weight is not None else None)
+    def compute(self, use: Use, layer: Layer, inputs: Tensor, run: BatchRun) -> Tensor:
+        output = layer({**use.call, "input": inputs})
+        return run.capture.tap(use, output, inputs if use.weight is not None else None)
 
-    def arrived(self, use: Use, saved: Any, deltas: Tensor) -> None:
-        for name, is_weight in ((use.weight, True), (use.bias, False)):
-            axis = None if name is None else self.axis(name, deltas, use.leading)
-            if name is None or axis is None:
-                continue
-            contribution: Contribution | None
-            if is_weight:
-                contribution = use.rule.weight(use.call, saved, deltas, axis)
-            else:
-                contribution = use.rule.bias(use.call, deltas, axis)
-            if contribution is None:
-                self.unknown[name] = f"has several images of {deltas.ndim - 2} dimensions per example"
-            else:
-                self._receive(name, contribution)
+    def receive(self, use: Use, saved: Tensor | None, deltas: Tensor, run: BatchRun) -> None:
+        weight = bias = None
+        if use.weight is not None and (axis := run.axis(use.weight, deltas, use.leading)) is not None:
+            assert saved is not None
+            weight = use.rule.weight(use.call, saved, deltas, axis)
+            if weight is None:
+                run.capture.unknown[use.weight] = f"has several images of {deltas.ndim - 2} dimensions per example"
+        if use.bias is not None and (axis := run.axis(use.bias, deltas, use.leading)) is not None:
+            bias = use.rule.bias(use.call, deltas, axis)
+        if (
+            isinstance(weight, ChannelGradients)
+            and bias is not None
+            and not any(self._waits(n, run) for n in use.names)
+        ):
+            both = [self._sums_of(name, run) for name in use.names]  # one op reads δ for both
+            return weight.add_with_bias(both, self.epilogue)
+        for name, contribution in ((use.weight, weight), (use.bias, bias)):
+            if name is not None and contribution is not None:
+                self._receive(name, contribution, run)
 
-    def _receive(self, name: str, contribution: Contribution) -> None:
-        if max(self.passes.uses.get(name, 0), self.uses[name]) > 1:
-            self._waiting.setdefault(name, []).append(contribution)
-        elif name in self._added:
-            raise self._changed(name)
-        else:
-            self._added.add(name)
-            if self.comparison is not None:
-                self._apart[name] = torch.zeros_like(self.sums[name])
-            contribution.add(self._apart.get(name, self.sums[name]), self.epilogue)
-
-    def finish(self) -> None:
-        for (name, _), copies in self.free.copies.items():
-            axis = None if copies.grad is None else self.axis(name, copies.grad, 1)
+    def finish(self, run: BatchRun) -> None:
+        for (name, _), copies in run.capture.free.copies.items():
+            axis = None if copies.grad is None else run.axis(name, copies.grad, 1)
             if copies.grad is not None and axis is not None:
-                self._receive(name, Gradients(axis.split(copies.grad).sum(dim=1)))
-        missing = self.missing
+                self._receive(name, Gradients(axis.split(copies.grad).sum(dim=1)), run)
+        missing = run.missing
         if missing & self._added - set(self._apart):
             raise self._changed(min(missing & self._added))
         for name in set(self._apart) - missing:
             self.sums[name] += self._apart[name]
         for name in set(self._waiting) - missing:
             uses = self._waiting[name]
-            for example in range(self.examples):  # an example's uses are added before ε
+            for example in range(run.examples):  # an example's uses are added before ε
                 gradient = sum((use.of(example) for use in uses[1:]), start=uses[0].of(example))
                 self.sums[name] += epsilon(gradient, self.epilogue)
+
+    def _waits(self, name: str, run: BatchRun) -> bool:
+        """Return whether an example uses the parameter several times."""
+        return max(self.known_uses.get(name, 0), run.capture.uses[name]) > 1
+
+    def _receive(self, name: str, contribution: Contribution, run: BatchRun) -> None:
+        if self._waits(name, run):
+            self._waiting.setdefault(name, []).append(contribution)
+        else:
+            contribution.add(self._sums_of(name, run), self.epilogue)
+
+    def _sums_of(self, name: str, run: BatchRun) -> Tensor:
+        """Return the sums for the only contribution to a parameter in this batch."""
+        if name in self._added:
+            raise self._changed(name)
+        self._added.add(name)
+        if run.comparison is None:
+            return self.sums[name]
+        self._apart[name] = torch.zeros_like(self.sums[name])
+        return self._apart[name]
 
     def _changed(self, name: str) -> InputError:
         return InputError(

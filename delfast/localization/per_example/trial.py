@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from delfast.errors import InputError
-from delfast.localization.per_example.capture import Capture, Use
+from delfast.localization.per_example.capture import Capture, Layer, Taps, Use
 from delfast.localization.per_example.layers import ExampleAxis
-from delfast.localization.per_example.trace import Trace
 
 TRIAL_EXAMPLES = 4  # with fewer examples a trial is not conclusive
 
 
-class Trial(Capture):
-    """A capture that taps every use. If δ of one example's loss is zero outside a block, the block is that example's.
+class Trial:
+    """The pass of a trial, which taps every use. If δ of one example's loss is zero outside a block, the block is its.
 
     After ``run``:
 
     - ``axes``: parameter -> the example axis of its outputs; missing if the δ of an example was zero everywhere.
     - ``each``: parameter -> the numbers of entries of an example along that axis.
     - ``ambiguous``: whether δ was zero in so much of a layer that several axes are possible.
-    - ``unknown``: parameters with a use that no rule covers, and those that mix the examples.
-    - ``uses``: how many uses reach the loss.
+    - ``capture.unknown``: parameters with a use that no rule covers, and those that mix the examples.
+    - ``capture.uses``: how many uses reach the loss.
     - ``channelwise``: weights of convolutions and linear layers.
     - ``output_dims``: weight -> the dim along which the outputs of its last use lie.
     - ``rewritten``: parameters whose output is changed in place by a later operation.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], unknown: Mapping[str, str], trace: Trace | None) -> None:
-        super().__init__(parameters, unknown, trace)
+    def __init__(self, capture_for: Callable[[Taps], Capture]) -> None:
+        self.capture = capture_for(self)
         self.axes: dict[str, ExampleAxis] = {}
         self.each: dict[str, set[int]] = {}
         self.ambiguous = False
@@ -65,28 +64,28 @@ class Trial(Capture):
             if example in others and not any(len(possible) > 1 for possible in self._possible.values()):
                 break
             self._example, self._reached = example, Counter()
-            self.backward(losses[example], retain_graph=True)
+            self.capture.backward(losses[example], retain_graph=True)
             self._read_copies()
             self._read_deltas()
-            self.uses |= self._reached
+            self.capture.uses |= self._reached
         for use, output, version in self._written:
             if output._version != version:
                 self.rewritten.update(use.names)
         self._written = []
         for name, possible in self._possible.items():
             if not possible:
-                self.unknown.setdefault(name, "mixes the examples, or has them along no axis that is known")
+                self.capture.unknown.setdefault(name, "mixes the examples, or has them along no axis that is known")
             elif self.examples > 1 and self._evidence[name].issuperset(tried):
                 axis = self.axes[name] = min(possible)
                 self.each[name] = {shape[axis.dim] // self.examples for shape in self._shapes[name]}
                 self.ambiguous = self.ambiguous or len(possible) > 1
 
-    def compute(self, use: Use, function: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        output = function({**use.call, "input": inputs}, use.rule)
+    def compute(self, use: Use, layer: Layer, inputs: Tensor, capture: Capture) -> Tensor:
+        output = layer({**use.call, "input": inputs})
         mismatch = use.rule.mismatch(use.call, inputs, output)
         if mismatch is not None:
             raise InputError(f"expected the function registered for '{use.names[0]}' to compute {mismatch}")
-        output = self.tap(use, output, None)
+        output = capture.tap(use, output, None)
         self._written.append((use, output.detach(), output._version))
         if use.weight is not None:
             (self.channelwise if use.rule.is_channelwise else self.otherwise).add(use.weight)
@@ -95,11 +94,11 @@ class Trial(Capture):
             self.otherwise.add(use.bias)
         return output
 
-    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor) -> None:
+    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
         self._record(use.names, deltas, use.leading)
 
     def _read_copies(self) -> None:
-        for (name, _), copies in self.free.copies.items():
+        for (name, _), copies in self.capture.free.copies.items():
             self.otherwise.add(name)
             if copies.grad is not None:
                 self._record((name,), copies.grad, 1)

@@ -94,3 +94,62 @@ def channel_dot(deltas: Tensor, values: Tensor | None) -> Tensor:
     wide = torch.promote_types(deltas.dtype, torch.float32)
     product = deltas.to(wide) if values is None else deltas.to(wide) * values.to(wide)
     return product.flatten(2).sum(dim=2) if deltas.ndim > 2 else product.clone()
+
+
+def channel_accumulate_(
+    sums: Sequence[Tensor],
+    deltas: Tensor,
+    values: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    epilogue: str,
+) -> None:
+    """Add the sum over examples of ``|g_x|`` or ``g_x²`` to ``sums``, for the gradients of a norm's weight and bias.
+
+    Of channel c, the weight's gradient is Σ_t δ (v - mean) / sqrt(variance + eps) and the bias's is Σ_t δ, over the
+    positions t of example x.
+
+    Parameters
+    ----------
+    sums : sequence of Tensor
+        Changed in place, C elements each, float32 or float64, the dtype of computation: those of the weight, if
+        ``values`` are given, then those of the bias; either may be left out.
+    deltas : Tensor
+        Output gradients (N, C, *positions).
+    values : Tensor or None
+        Tensor of the same shape, by which the deltas are multiplied; None adds up the bias's gradient alone.
+    mean : Tensor or None
+        The mean of each channel's values (C,); None if the values are normalized already.
+    variance : Tensor or None
+        The variance of each channel's values (C,); given together with ``mean``.
+    eps : float
+        The number added to the variance.
+    epilogue : {"abs", "square"}
+        Whether to add ``|g_x|`` or ``g_x²``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> weight, bias = torch.zeros(1), torch.zeros(1)
+    >>> deltas, values = torch.tensor([[[1.0, 1.0]], [[-1.0, 0.0]]]), torch.tensor([[[3.0, 4.0]], [[5.0, 6.0]]])
+    >>> torch.ops.delfast.channel_accumulate_([weight, bias], deltas, values, None, None, 0.0, "abs")
+    >>> weight, bias
+    (tensor([12.]), tensor([3.]))
+    """
+    wide = sums[0].dtype
+    deltas = deltas.to(wide)
+    gradients = []
+    if values is not None:
+        values = values.to(wide)
+        if mean is not None:
+            values = values - mean.to(wide).view(-1, *[1] * (deltas.ndim - 2))
+        product = deltas * values
+        gradients.append(product.flatten(2).sum(dim=2) if deltas.ndim > 2 else product)
+        if variance is not None:
+            gradients[0] = gradients[0] * (variance.to(wide) + eps).rsqrt()
+    if len(sums) > len(gradients):
+        gradients.append(deltas.flatten(2).sum(dim=2) if deltas.ndim > 2 else deltas)
+    for total, gradient in zip(sums, gradients, strict=True):
+        total += (gradient.abs() if epilogue == "abs" else gradient * gradient).sum(dim=0).view(total.shape)

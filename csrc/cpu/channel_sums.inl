@@ -1,0 +1,106 @@
+// The gradients of a normalization's weight and bias, summed over the examples. Included by per_example.inl.
+//
+// A unit is a slab of examples by 16 channels: deltas and values are read once, and both sums are taken of them.
+//
+// Numerics. Of an example, as channel_dot: partial sums in float32, added up in double. Its epsilon and the sum over
+// the examples are in double. The mean is subtracted from every value, since sum(delta value) - mean sum(delta) would
+// cancel where the mean is large against the deviation.
+
+namespace {
+
+struct LanePair {
+  double weighted[16] = {}, plain[16] = {};
+};
+
+template <class Delta, class Value>
+struct Pairs {
+  const Delta* deltas;
+  const Value* values;  // null: only the plain sums are wanted
+  const float* mean;    // null: 0
+
+  // Of `channels` neighbours, `pitch` elements between positions.
+  void add_columns(int64_t positions, int64_t pitch, int channels, int64_t at, int64_t channel, LanePair& sums) const {
+    float first[16] = {};
+    if (mean)
+      for (int l = 0; l < channels; l++) first[l] = mean[channel + l];
+    const Vec center = Vec::load(first);
+    for (int64_t p = 0; p < positions; p += kRun) {
+      const int64_t end = positions - p < kRun ? positions : p + kRun;
+      Vec weighted = Vec::broadcast(0), plain = Vec::broadcast(0);
+      for (int64_t q = p; q < end; q++) {
+        const Delta* const d = deltas + at + q * pitch;
+        const Vec delta = channels == 16 ? Vec::load(d) : Vec::load_first(d, channels);
+        plain = plain + delta;
+        if (!values) continue;
+        const Value* const v = values + at + q * pitch;
+        const Vec value = channels == 16 ? Vec::load(v) : Vec::load_first(v, channels);
+        weighted = weighted + delta * (value - center);
+      }
+      float run[2][16];
+      weighted.store(run[0]);
+      plain.store(run[1]);
+      for (int l = 0; l < 16; l++) {
+        sums.weighted[l] += double(run[0][l]);
+        sums.plain[l] += double(run[1][l]);
+      }
+    }
+  }
+
+  // Of a row of positions one after another.
+  void add_row(int64_t positions, int64_t at, int64_t channel, double& weighted, double& plain) const {
+    const Vec center = Vec::broadcast(mean ? mean[channel] : 0.0f);
+    Sum products, alone;
+    for (int64_t i = 0; i < positions; i += 16) {
+      const int n = positions - i < 16 ? int(positions - i) : 16;
+      const Vec delta = n == 16 ? Vec::load(deltas + at + i) : Vec::load_first(deltas + at + i, n);
+      alone.add(delta);
+      if (!values) continue;
+      const Vec value = n == 16 ? Vec::load(values + at + i) : Vec::load_first(values + at + i, n);
+      products.add(delta * (value - center));
+    }
+    plain = alone.total();
+    if (values) weighted = products.total();
+  }
+};
+
+template <class Delta, class Value>
+void add_unit(const ChannelSums& p, const ChannelSumsPlan& plan, int64_t unit, double* out) {
+  const Pairs<Delta, Value> pairs = {static_cast<const Delta*>(p.deltas), static_cast<const Value*>(p.values), p.mean};
+  const int64_t slab = unit / plan.blocks, c = unit % plan.blocks * 16;
+  const int channels = int(p.channels - c < 16 ? p.channels - c : 16);
+  const int64_t first = slab * plan.slab_examples;
+  const int64_t end = p.examples - first < plan.slab_examples ? p.examples : first + plan.slab_examples;
+  double scale[16];
+  for (int l = 0; l < 16; l++)
+    scale[l] = p.variance && l < channels ? 1 / __builtin_sqrt(double(p.variance[c + l]) + p.eps) : 1;
+  LanePair totals;
+  for (int64_t x = first; x < end; x++) {
+    LanePair sums;
+    if (p.channels_last) {
+      pairs.add_columns(p.positions, p.channels, channels, x * p.positions * p.channels + c, c, sums);
+    } else {
+      for (int l = 0; l < channels; l++)
+        pairs.add_row(p.positions, (x * p.channels + c + l) * p.positions, c + l, sums.weighted[l], sums.plain[l]);
+    }
+    for (int l = 0; l < 16; l++) {
+      const double weighted = sums.weighted[l] * scale[l], plain = sums.plain[l];
+      totals.weighted[l] += p.epilogue == Epilogue::abs ? __builtin_fabs(weighted) : weighted * weighted;
+      totals.plain[l] += p.epilogue == Epilogue::abs ? __builtin_fabs(plain) : plain * plain;
+    }
+  }
+  for (int l = 0; l < 16; l++) {
+    out[l] = totals.weighted[l];
+    out[16 + l] = totals.plain[l];
+  }
+}
+
+void channel_sums(const ChannelSums& p, const ChannelSumsPlan& plan, double* workspace, int64_t begin, int64_t end) {
+  with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
+    with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
+      for (int64_t unit = begin; unit < end; unit++)
+        add_unit<Delta, Value>(p, plan, unit, workspace + unit * 2 * ChannelSumsPlan::kLanes);
+    });
+  });
+}
+
+}  // namespace
