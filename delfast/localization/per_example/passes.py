@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from delfast.batches import LossFn, check_differentiable, cut, detached, examples_in, map_tensors, per_example_losses
+from delfast.errors import InputError
 from delfast.localization.per_example.batch import BatchRun, Findings, Receiver
 from delfast.localization.per_example.capture import Capture, Shared, Taps
 from delfast.localization.per_example.comparison import Comparison
@@ -116,7 +117,7 @@ class ExamplePasses:
         findings = self._findings_by_form.get(_form(batch, count))
         if count is None or count < 2 or findings is None or findings.is_due_for(count):
             return False
-        if findings.ambiguous or self.unknown:
+        if findings.ambiguous or findings.is_compared or self.unknown:
             return False
         used = [name for name in self.parameters if self.uses.get(name) or name in findings.axes]
         return findings.trace is not None and count != findings.trace.examples and findings.axes.keys() >= {*used}
@@ -140,6 +141,11 @@ class ExamplePasses:
             if not losses.requires_grad or not run.matches_trial(run.examples) or not self._has_axes(run):
                 raise NotStatic("makes other calls than its trial")
             run.backward(losses.sum())
+            if run.missing:  # which the same calls exclude
+                raise InputError(
+                    f"expected '{min(run.missing)}' to be used alike for every batch, got a batch that uses it in "
+                    "another way than the first; use per_example=False"
+                )
             run.finish()
 
     def state(self) -> list[Tensor]:
@@ -147,7 +153,11 @@ class ExamplePasses:
         return self.consumer.state()
 
     def _has_axes(self, run: BatchRun) -> bool:
-        return all(name in self.findings.axes and self.uses.get(name) == n for name, n in run.capture.uses.items())
+        """Return whether every use of the forward pass has an example axis, and is one of those of a trial."""
+        copied = {name for name, _ in run.capture.free.copies}
+        return self.findings.axes.keys() >= {*run.capture.uses, *copied} and all(
+            count <= self.uses.get(name, 0) for name, count in run.capture.uses.items()
+        )
 
     @contextmanager
     def ready(self, batch: Any) -> Iterator[None]:
@@ -248,6 +258,7 @@ class ExamplePasses:
 
     def end_batch(self, run: BatchRun) -> None:
         """Finish a batch: request a trial for the next batch of its form if this one had something new."""
+        self.findings.is_compared = run.comparison is not None
         if run.undecided and not self.findings.request_trial():
             self.mark_unknown(dict.fromkeys(run.undecided, "has no example axis that could be found"))
         if run.capture.trace is not None and run.capture.trace.is_other:
