@@ -189,13 +189,9 @@ class Search:
     def _keep(self, zeroed: Tensor) -> dict[str, Tensor]:
         """Return weight name -> bool (n, C) of channels to keep, for weights with a zeroed channel of some example."""
         sizes = list(self.channel_counts.values())
-        removed = zip(
-            self.passes.parameters,
-            torch.split(zeroed, sizes, dim=1),
-            torch.split(zeroed.any(dim=0), sizes),
-            strict=True,
-        )
-        return {name: ~part for name, part, columns in removed if bool(columns.any())}
+        parts = dict(zip(self.passes.parameters, torch.split(zeroed, sizes, dim=1), strict=True))
+        some = torch.stack([part.any() for part in parts.values()]).tolist()  # one read for all weights
+        return {name: ~part for (name, part), is_some in zip(parts.items(), some, strict=True) if is_some}
 
     def _scores(self, head: str | None) -> Tensor:
         rows = self.sums.rows

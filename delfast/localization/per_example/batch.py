@@ -31,6 +31,7 @@ class Findings:
     trace: Trace | None = None
     ambiguous: bool = False
     trials: int = 0
+    is_compared: bool = False  # whether the last batch took a comparison
     count: int = 0  # examples in the last trial's batch; with few, several axes are possible
     is_due: bool = True  # whether the next batch begins with a trial, if it has more than ``count`` examples
 

@@ -173,7 +173,7 @@ class ExamplePasses:
         findings = self._findings_by_form.get(self._form(batch))
         if count is None or count < 2 or findings is None or findings.is_due_for(count):
             return False
-        if findings.ambiguous or self.unknown:
+        if findings.ambiguous or findings.is_compared or self.unknown:
             return False
         used = [name for name in self.parameters if self.uses.get(name) or name in findings.axes]
         return findings.trace is not None and count != findings.trace.examples and findings.axes.keys() >= {*used}
@@ -198,9 +198,9 @@ class ExamplePasses:
             if not losses.requires_grad or not run.matches_trial(run.examples) or not self._has_axes(run):
                 raise NotStatic("makes other calls than its trial")
             run.backward(losses.sum())
-            run.finish()
             if run.missing:
                 raise NotStatic("has other example axes than its trial")
+            run.finish()
             return losses.detach(), self.consumer.result()
 
     def _form(self, batch: Any) -> Hashable:
@@ -212,7 +212,11 @@ class ExamplePasses:
         )
 
     def _has_axes(self, run: BatchRun) -> bool:
-        return all(name in self.findings.axes and self.uses.get(name) == n for name, n in run.capture.uses.items())
+        """Return whether every use of the forward pass has an example axis, and is one of those of a trial."""
+        copied = {name for name, _ in run.capture.free.copies}
+        return self.findings.axes.keys() >= {*run.capture.uses, *copied} and all(
+            count <= self.uses.get(name, 0) for name, count in run.capture.uses.items()
+        )
 
     @contextmanager
     def ready(self, batch: Any) -> Iterator[None]:
@@ -313,6 +317,7 @@ class ExamplePasses:
 
     def end_batch(self, run: BatchRun) -> None:
         """Finish a batch: request a trial for the next batch of its form if this one had something new."""
+        self.findings.is_compared = run.comparison is not None
         if run.undecided and not self.findings.request_trial():
             self.mark_unknown(dict.fromkeys(run.undecided, "has no example axis that could be found"))
         if run.capture.trace is not None and run.capture.trace.is_other:

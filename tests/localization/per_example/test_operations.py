@@ -137,9 +137,9 @@ def test_critmem_reads_as_often_as_it_searches() -> None:
     batch = (images, model(images).argmax(dim=1))
     for steps in (1, 2):
         operations, reads = of_one_more_batch(lambda n, steps=steps: critmem(model, [batch] * n, max_channels=steps))
-        # a step: which examples are wrong, go on and with which channel; whether losses and scores are finite; labels
-        assert reads <= 10 * (steps + 1) + 62 * steps
-        assert operations <= 2.4 * plain(model, batch) * (steps + 1)
+        # a pass: whether losses and scores are finite, which weights have channels to zero, the examples to go on with
+        assert reads <= 4 * (steps + 1)
+        assert operations <= 1.5 * plain(model, batch) * (steps + 1)
 
 
 # Static passes
@@ -158,13 +158,14 @@ def summed(model: nn.Module, batches: list[Any], static: list[bool]) -> tuple[Pe
     return sums, reads, runs
 
 
-@pytest.mark.parametrize("name", ["resnet18-thin", "everything", "attention"])
+@pytest.mark.parametrize("name", ["resnet18-thin", "vit", "everything", "attention"])
 def test_a_static_pass_adds_what_an_ordinary_one_adds(name: str) -> None:
     torch.manual_seed(0)
     model, batches = {
         "resnet18-thin": lambda: (build("resnet18-thin", 10, 3, 8).eval(), [
             (torch.randn(n, 3, 8, 8), torch.randint(0, 10, (n,))) for n in (6, 6, 5, 6)
         ]),
+        "vit": lambda: (build("vit", 10, 3, 8).eval(), [(torch.randn(6, 3, 8, 8), torch.randint(0, 10, (6,)))] * 2),
         "everything": lambda: (cases.Everything().eval(), cases.everything_batches(6) * 3),
         "attention": lambda: (Attention().eval(), [(torch.randn(n, 5, 8), torch.arange(n) % 3) for n in (6, 6, 5)]),
     }[name]()  # fmt: skip
@@ -216,9 +217,7 @@ def test_what_is_not_static() -> None:
     model, batches = routed("shuffled values", 0)
     sums = PerExampleGradients(model, trainable_parameters(model), cross_entropy, "abs")
     sums.add(batches[0])
-    if sums.passes.is_static(batches[0]):
-        with pytest.raises(NotStatic):
-            sums.passes.run_static(batches[0])
+    assert not sums.passes.is_static(batches[0])  # it routes by data: a comparison checks every batch
 
 
 def test_layers_on_one_input_share_its_conversion_by_autocast() -> None:
