@@ -18,6 +18,7 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
 from delfast.loaders import is_frequent
+from delfast.naming import unwrap
 
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
 Predictions = tuple[Tensor, Tensor]  # log-probabilities (N, classes), targets (N,)
@@ -91,6 +92,8 @@ def collect(
     The models, which the function runs, are in eval mode without gradients, and are left as they were. The host does
     not wait for a device before the end of the set. The texts of errors begin with ``where``.
     """
+    for model in models:
+        unwrap(model)  # refuses what is no module
     device = device_of(models[0])
     checks = DeviceChecks(device)
     run = Graphed(

@@ -33,55 +33,11 @@ from delfast.experiments.run import commit, load_model, read_summary
 from delfast.localization import STRATEGIES
 from delfast.unlearning import METHODS
 from tests import ROOT, cases
-
-HEAD = """
-title = "tiny"
-seeds = [0, 1]
-[train]
-data = "digits"
-epochs = 1
-lr = 0.02
-batch_size = 64
-train_examples = 300
-test_examples = 100
-[settings.non-iid]
-forget = "non-iid:2,5"
-[unlearn]
-epochs = 1
-[methods.ssd]
-alpha = 2
-"""
-TINY = (
-    HEAD
-    + """
-[[compare]]
-strategies = ["del", "salloc", "random"]
-budgets = [0.1, 0.3]
-[[compare]]
-methods = ["finetune", "ssd", "retrain"]
-strategies = ["everything"]
-[[compare]]
-methods = ["finetune"]
-strategies = ["del", "salloc"]
-"""
-)
-
-
-def write(directory: Path, text: str) -> Path:
-    path = directory / "grid.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
+from tests.experiments.grids import HEAD, TINY, measured, write
 
 
 def run(grid: Path, output_dir: Path) -> None:
     assert main(["compare", str(grid), "--output-dir", str(output_dir), "--workers", "1"]) == 0
-
-
-def measured(output_dir: Path) -> list[dict[str, str]]:
-    """The rows of results.csv without their times."""
-    with open(output_dir / RESULTS, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return [{k: v for k, v in row.items() if "seconds" not in k and k != "relative_time"} for row in rows]
 
 
 # ---- the grid

@@ -24,7 +24,7 @@ from delfast.experiments.grid.definition import read_grid
 from delfast.experiments.grid.summary import ANYTIME
 from delfast.experiments.grid.workers import Stage, run_stages
 from tests import ROOT
-from tests.experiments.test_grid import HEAD, TINY, measured, write
+from tests.experiments.grids import HEAD, TINY, measured, write
 
 # ---- the order
 
