@@ -166,6 +166,18 @@ def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
     return value
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors that ``map_tensors`` finds, in its order."""
+    found: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(value, keep)
+    return found
+
+
 def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
     """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None."""
     if isinstance(batch, Indexed):

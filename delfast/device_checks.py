@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from delfast.errors import InputError
 
-SLOTS = 4  # errors of a device that can be told apart without another allocation, which no captured graph may make
+SLOTS = 16  # different errors of a device; allocated at once, since a captured graph may not allocate
 
 _entered = threading.local()
+_threads: Counter[int] = Counter()  # the threads inside a pass
+_lock = threading.RLock()
 
 
 class DeviceChecks:
@@ -29,11 +32,14 @@ class DeviceChecks:
         self._prepare(device)
 
     def __enter__(self) -> DeviceChecks:
+        with _lock:  # not while another thread captures
+            _threads[threading.get_ident()] += 1
         _stack().append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
         _stack().pop()
+        _threads[threading.get_ident()] -= 1
 
     def add(self, failed: Tensor, error: str) -> None:
         """Remember ``error`` if ``failed``, a bool scalar tensor, is true."""
@@ -42,8 +48,7 @@ class DeviceChecks:
         errors = self._errors[failed.device]
         if error not in errors:
             if len(errors) == SLOTS:
-                self.read()
-                errors.clear()
+                raise RuntimeError(f"more than {SLOTS} different checks in one pass")
             errors.append(error)
         self._slots[failed.device][errors.index(error)].logical_or_(failed)
 
@@ -64,6 +69,13 @@ class DeviceChecks:
         with torch.inference_mode(False):
             self._slots[device] = torch.zeros(SLOTS, dtype=torch.bool, device=device)
         self._errors[device] = []
+
+
+@contextmanager
+def alone() -> Iterator[bool]:
+    """Let no other thread begin a pass inside the context. Yields whether none has begun one."""
+    with _lock:
+        yield not any(count for thread, count in _threads.items() if thread != threading.get_ident())
 
 
 @contextmanager

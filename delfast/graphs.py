@@ -10,35 +10,30 @@ from __future__ import annotations
 
 import functools
 import logging
-import random
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules import module as module_hooks
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
-from torch.optim import optimizer as optimizer_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from delfast.batches import Indexed, LossFn, map_tensors
+from delfast.batches import Indexed, LossFn, map_tensors, tensors_of
+from delfast.device_checks import alone
 from delfast.errors import InputError, one_line
 from delfast.execution import CudaGraphs
+from delfast.hooks import foreign_hooks
 from delfast.naming import is_parallel
 from delfast.recording import Recorder
+from delfast.snapshots import Fingerprint, Snapshot, State
 
 Function = Callable[[Any], Any]
-State = dict[Hashable, Tensor]
 
 MAX_SHAPES = 16  # captured for one function: each holds its activations
-# Maximum difference of a replay, relative to the norm of the change that the run makes: far above the rounding of
-# kernels that add in any order, far below the effect of a step that is missing or made with another value
-MAX_DIFFERENCE = 2**-6
-ROUNDING = 2**-20  # relative to the norm of the values, whose rounding a small change has too
-SUMS = 14  # interleaved sums of a change that are compared
 
 log = logging.getLogger("delfast")
 
@@ -73,7 +68,7 @@ class CudaBackend:
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may train another network meanwhile
+        # thread_local: what other threads do meanwhile, pinning memory for example, is their own
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result
@@ -107,6 +102,8 @@ class Graphed:
         and the job's settings alone: a resumed job must capture what the uninterrupted job captures.
     settings: returns the values that a capture fixes; if they change, another graph is captured.
     vary: changes values in ``state()`` that the caller sets for each run, learning rates for example.
+    release: frees what a run leaves behind, gradients for example, before a capture allocates it again.
+    after_replay: records in Python that a run has been.
     watched: the modules and the optimizer whose hooks would not run in a replay.
     """
 
@@ -120,6 +117,8 @@ class Graphed:
         is_frequent: Callable[[Any], bool] = lambda batch: True,
         settings: Callable[[], Hashable] = lambda: None,
         vary: Callable[[], None] = lambda: None,
+        release: Callable[[], None] = lambda: None,
+        after_replay: Callable[[], None] = lambda: None,
         watched: tuple[nn.Module | Optimizer, ...] = (),
     ) -> None:
         self.function = function
@@ -129,6 +128,8 @@ class Graphed:
         self.is_frequent = is_frequent
         self.settings = settings
         self.vary = vary
+        self.release = release
+        self.after_replay = after_replay
         self.watched = watched
         self._graphs: dict[Hashable, _Graph] = {}
         self._refused: set[Hashable] = set()
@@ -138,38 +139,51 @@ class Graphed:
         """Return the function's result for a batch: in a replay, a copy of the graph's."""
         if self.backend is None or not self.is_frequent(batch):
             return self.eager(batch)
+        odd = _odd_part(batch)
+        if odd is not None:
+            self._report(f"batches with {odd}")
+            return self.eager(batch)
         key = (_form(batch), self.settings())
         if key in self._refused:
             return self.eager(batch)
         graph = self._graphs.get(key)
         if graph is not None and graph.addresses == _addresses(self.state()):
-            return graph.run(batch)
+            found = graph.run(batch)
+            self.after_replay()
+            return found
         self._graphs.pop(key, None)  # the state was replaced, by load_state_dict() for example
-        reason = self._obstacle(batch)
-        if reason is not None:
-            self._refuse(key, reason)
+        if len(self._graphs) >= MAX_SHAPES:
+            self._refuse(key, f"more than {MAX_SHAPES} shapes of batches")
             return self.eager(batch)
-        return self._first(key, batch, self.backend)
+        with alone() as is_alone:
+            reason = self._obstacle() if is_alone else "a pass of another thread at the same time"
+            if reason is None:
+                return self._first(key, batch, self.backend)
+        self._report(reason)
+        self.backend = None  # for all shapes
+        return self.eager(batch)
 
     def check_hooks(self) -> None:
-        """Drop the graphs if there are foreign hooks by now, which replays would not run."""
-        if self._graphs:
-            reason = foreign_hooks(self.watched)
-            if reason is not None:
-                for key in self._graphs:
-                    self._refuse(key, reason)
-                self._graphs.clear()
+        """Capture and replay nothing any more if there are foreign hooks now, which replays would not run.
 
-    def _obstacle(self, batch: Any) -> str | None:
-        """Return why this batch's shape cannot be captured now."""
-        odd = _odd_part(batch)
-        if odd is not None:
-            return f"batches with parts of type {odd}"
-        if len(self._graphs) >= MAX_SHAPES:
-            return f"more than {MAX_SHAPES} shapes of batches"
+        For the beginning of each pass: a hook that is registered within a pass runs from the next pass on.
+        """
+        reason = foreign_hooks(self.watched) if self._graphs else None
+        if reason is not None:
+            self._report(reason)
+            self._graphs.clear()
+            self.backend = None
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for each in self.watched if isinstance(each, nn.Module) for module in each.modules()]
+
+    def _obstacle(self) -> str | None:
+        """Return why nothing can be captured now."""
+        if torch.is_inference_mode_enabled():
+            return "torch.inference_mode()"
         if any(isinstance(each, nn.Module) and is_parallel(each) for each in self.watched):
             return "a model in DistributedDataParallel or DataParallel"
-        if any(_is_compiled(m) for each in self.watched if isinstance(each, nn.Module) for m in each.modules()):
+        if any(map(_is_compiled, self._modules())):
             return "a model compiled by torch.compile"
         modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
         if modes:
@@ -178,6 +192,9 @@ class Graphed:
 
     def _refuse(self, key: Hashable, reason: str) -> None:
         self._refused.add(key)
+        self._report(reason)
+
+    def _report(self, reason: str) -> None:
         if reason not in self._reasons:
             self._reasons.add(reason)
             log.warning("no CUDA graph is used, each step is launched by the host: %s", reason)
@@ -188,25 +205,26 @@ class Graphed:
         Of the runs before, which do not count, nothing is kept but a copy of the state from which all of them begin.
         """
         static = map_tensors(batch, lambda t: t.detach().to(backend.device, copy=True))
-        before = _Snapshot(self.state(), backend.device)
-        expected: _Fingerprint | None = None
+        before = Snapshot(self.state(), backend.device, self._modules())
+        expected: Fingerprint | None = None
         try:
             runs = [Recorder(self.state().values(), backend.device)]
             with runs[0]:
                 result = backend.run(lambda: self.function(static))
-            expected = _Fingerprint(result, before, self.state())
+            expected = Fingerprint(result, before, self.state())
             moved = before.moved(self.state())
-            reason = self._difference(runs, batch, static, before, backend)
-            if reason is None and before.drew_on_the_host():
-                reason = "it draws from Python's or numpy's generator"
+            reason = before.changed_on_the_host()
+            reason = reason or runs[0].reason or self._difference(runs, batch, static, before, backend)
             if reason is None:
                 before.restore(self.state())
+                self.release()
                 replay, result = backend.capture(lambda: self.function(static))
                 before.restore(self.state())
                 graph = _Graph(static, replay, result, moved, _addresses(self.state()))
                 found = graph.run(batch)
-                if expected.is_near(_Fingerprint(found, before, self.state())):
+                if expected.is_near(Fingerprint(found, before, self.state())):
                     self._graphs[key] = graph
+                    self.after_replay()
                     return found
                 reason = "a replay differs from the run that it was captured from"
         except Exception as error:
@@ -220,7 +238,7 @@ class Graphed:
         return self.eager(batch)
 
     def _difference(
-        self, runs: list[Recorder], batch: Any, static: Any, before: _Snapshot, backend: Backend
+        self, runs: list[Recorder], batch: Any, static: Any, before: Snapshot, backend: Backend
     ) -> str | None:
         """Record the function with other batches and values, and return what differs.
 
@@ -260,108 +278,6 @@ class _Graph:
         return map_tensors(self.result, lambda t: t.detach().clone())
 
 
-class _Snapshot:
-    """Copies of the tensors of a state, and the states of the generators."""
-
-    def __init__(self, state: State, device: torch.device) -> None:
-        self.values = {name: tensor.detach().clone() for name, tensor in state.items()}
-        self._versions = {name: (tensor, tensor._version) for name, tensor in state.items()}
-        self.device = device
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._host = (random.getstate(), numpy.random.get_state(legacy=False))
-
-    def restore(self, state: State) -> None:
-        """Put the values back; fill with zeros what the state has more. Version counters do not move."""
-        for name, tensor in state.items():
-            if name in self.values:
-                tensor.data.copy_(self.values[name])
-            else:
-                tensor.data.zero_()
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self.device)
-
-    def moved(self, state: State) -> list[Tensor]:
-        """Return the tensors of ``state`` that were written since, as autograd's version counters have it."""
-        known = self._versions
-        same = {name for name, t in state.items() if name in known and known[name][0] is t}
-        return [t for name, t in state.items() if name not in same or known[name][1] != t._version]
-
-    def drew_on_the_host(self) -> bool:
-        """Return whether Python's or numpy's generator moved since."""
-        drawn, numpys = self._host
-        return random.getstate() != drawn or repr(numpy.random.get_state(legacy=False)) != repr(numpys)
-
-
-class _Fingerprint:
-    """A few numbers for each tensor of a result and of a state: enough to tell a wrong replay from a right one.
-
-    Copies of all tensors to compare would raise the peak of memory. Changes of the state are measured from a snapshot,
-    so that a replay which changes nothing differs.
-    """
-
-    def __init__(self, result: Any, before: _Snapshot, state: State) -> None:
-        with torch.no_grad():
-            parts = [_digest(tensor) for tensor in _tensors(result)]
-            parts += [_digest(tensor, before.values.get(name)) for name, tensor in state.items()]
-            self.names = tuple(state)
-            self.numbers = torch.cat([part.to(before.device) for part in parts]) if parts else torch.zeros(0)
-
-    def is_near(self, other: _Fingerprint) -> bool:
-        """Return whether the numbers of ``other``, which repeats this run, differ by rounding alone."""
-        if self.names != other.names or self.numbers.shape != other.numbers.shape:
-            return False
-        own, others = self.numbers.view(-1, 2 + SUMS), other.numbers.view(-1, 2 + SUMS)
-        limit = MAX_DIFFERENCE * own[:, 0] + ROUNDING * own[:, 1]
-        differences = (own[:, 2:] - others[:, 2:]).norm(dim=1), (own[:, 0] - others[:, 0]).abs()
-        return bool(torch.stack([each <= limit for each in differences]).all())  # NaN counts as different
-
-
-def _digest(tensor: Tensor, start: Tensor | None = None) -> Tensor:
-    """Return the norm of the change from ``start``, the norm of the value, and SUMS sums of the change: float64."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    value = tensor.detach().to(wide).flatten()
-    change = value if start is None else value - start.to(wide).flatten()
-    padded = functional.pad(change, [0, -len(change) % SUMS]).view(-1, SUMS)
-    return torch.cat([torch.stack([change.norm(), value.norm()]).double(), padded.sum(dim=0, dtype=torch.float64)])
-
-
-def foreign_hooks(watched: Iterable[nn.Module | Optimizer]) -> str | None:
-    """Return the first hook, as text, that a replay would not run; None if there is none but delfast's own."""
-    for name, hook in _hooks(watched):
-        own = getattr(hook, "func", hook)  # of a functools.partial
-        if not str(getattr(own, "__module__", "")).startswith("delfast."):
-            return f"{name} ({getattr(own, '__qualname__', type(own).__name__)})"
-    return None
-
-
-def _hooks(watched: Iterable[nn.Module | Optimizer]) -> Iterator[tuple[str, Any]]:
-    tables: list[tuple[str, Any]] = [
-        ("a hook of all modules", module_hooks._global_forward_hooks),
-        ("a hook of all modules", module_hooks._global_forward_pre_hooks),
-        ("a hook of all modules", module_hooks._global_backward_hooks),
-        ("a hook of all modules", module_hooks._global_backward_pre_hooks),
-        ("a hook of all optimizers", optimizer_hooks._global_optimizer_pre_hooks),
-        ("a hook of all optimizers", optimizer_hooks._global_optimizer_post_hooks),
-    ]
-    for each in watched:
-        if isinstance(each, Optimizer):
-            tables += [("a hook of the optimizer", each._optimizer_step_pre_hooks)]
-            tables += [("a hook of the optimizer", each._optimizer_step_post_hooks)]
-            continue
-        for name, module in each.named_modules():
-            what = f"a hook of module '{name}'"
-            tables += [(what, module._forward_hooks), (what, module._forward_pre_hooks)]
-            tables += [(what, module._backward_hooks), (what, module._backward_pre_hooks)]
-        for name, parameter in each.named_parameters():
-            what = f"a hook of '{name}'"
-            tables += [(what, parameter._backward_hooks), (what, parameter._post_accumulate_grad_hooks)]
-    for what, table in tables:
-        for hook in (table or {}).values():
-            yield what, hook
-
-
 def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
@@ -372,14 +288,8 @@ def _addresses(state: State) -> list[int]:
 
 def copy_into(static: Any, batch: Any) -> None:
     """Copy every tensor of ``batch`` into the tensor of ``static``, a batch of the same form, at its place."""
-    source = iter(_tensors(batch))
+    source = iter(tensors_of(batch))
     map_tensors(static, lambda t: t.copy_(next(source), non_blocking=True))
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(batch, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return found
 
 
 def _form(value: Any) -> Hashable:
@@ -387,7 +297,7 @@ def _form(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, Indexed):
-        return (value.source, _form(value.rows))  # the graph reads from this source
+        return (weakref.ref(value.source), _form(value.rows))  # the graph reads from this source
     if isinstance(value, Mapping):
         return tuple((name, _form(item)) for name, item in value.items())
     if isinstance(value, (tuple, list)):
@@ -398,13 +308,20 @@ def _form(value: Any) -> Hashable:
 
 
 def _odd_part(value: Any) -> str | None:
-    """Return the type of a part of a batch whose tensors, if any, could not be found."""
+    """Return a part of a batch, as text, that cannot be copied into a graph, or whose tensors cannot be found."""
+    if isinstance(value, PackedSequence):
+        return "a PackedSequence"
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and not value.is_nested and not value.requires_grad
+        return None if plain else "sparse or nested tensors, or tensors that require a gradient"
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         return next((odd for odd in map(_odd_part, value) if odd is not None), None)
-    known = (Tensor, Indexed, bool, int, float, str, bytes, type(None), numpy.ndarray)
-    return None if isinstance(value, known) else type(value).__name__
+    if isinstance(value, numpy.ndarray):
+        return None if value.dtype.kind in "biuf" else "arrays that are no numbers"
+    known = (Indexed, bool, int, float, str, bytes, type(None))
+    return None if isinstance(value, known) else f"parts of type {type(value).__name__}"
 
 
 def _varied(value: Any) -> Any:
@@ -413,7 +330,9 @@ def _varied(value: Any) -> Any:
         return value.flip(0) if value.ndim else value + value.new_ones(())
     if isinstance(value, bool):
         return value
-    if isinstance(value, (int, float, numpy.ndarray)):
+    if isinstance(value, numpy.ndarray):
+        return value if value.dtype.kind == "b" else value + 1
+    if isinstance(value, (int, float)):
         return value + 1
     if isinstance(value, dict):
         return {name: _varied(item) for name, item in value.items()}
@@ -425,5 +344,5 @@ def _varied(value: Any) -> Any:
 def _with_tensors_of(static: Any, values: Any) -> Any:
     """Return ``values`` with its tensors replaced by those of ``static``, into which they are copied."""
     copy_into(static, values)
-    tensors = iter(_tensors(static))
+    tensors = iter(tensors_of(static))
     return map_tensors(values, lambda _: next(tensors))

@@ -53,20 +53,21 @@ def is_frequent(loader: Any, epochs: int, cuda_graphs: CudaGraphs) -> Callable[[
     if cuda_graphs is True:
         return lambda batch: True
     count = functools.cache(functools.partial(batches_of_size, loader))
-    return lambda batch: epochs * count(examples_in(batch, _any_form) or 0) >= MIN_BATCHES
+    return lambda batch: epochs * count(examples_in(batch, _any_form)) >= MIN_BATCHES
 
 
-def batches_of_size(loader: Any, examples: int) -> int:
-    """Return how many batches of a pass over the loader have this number of examples, as far as that is known.
+def batches_of_size(loader: Any, examples: int | None) -> int:
+    """Return how many batches of a pass over the loader have this number of examples.
 
-    All of a loader whose sizes are not known count; none of a loader without a length.
+    If that number or the sizes of the loader's batches are not known, all batches count; if the loader has no length,
+    none.
     """
     try:
         count = len(loader)
     except (TypeError, NotImplementedError):
         return 0
     sizes = batch_sizes(loader)
-    if sizes is None:
+    if sizes is None or examples is None:
         return count
     if isinstance(loader, (list, tuple)):
         return sum(examples_in(batch, _any_form) == examples for batch in loader)

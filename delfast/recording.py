@@ -52,7 +52,7 @@ class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         outputs = list(tensors_in(result))
         if self.reason is None:
-            self.reason = self._refusal(func, args, kwargs, outputs)
+            self.reason = self._refusal(func, args, kwargs, inputs, outputs)
         known = {_storage(tensor) for tensor in inputs}
         for tensor in outputs:
             if _storage(tensor) not in known:  # else a view, or one of the arguments
@@ -93,7 +93,9 @@ class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
         else:
             described += (type(value), value.hex() if isinstance(value, float) else value)  # NaN equals itself
 
-    def _refusal(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: list[Tensor]) -> str | None:
+    def _refusal(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
+    ) -> str | None:
         facts = _facts(func)
         if facts.indexes:
             reads = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _indices(args))
@@ -106,7 +108,7 @@ class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
         if facts.draws and any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             return f"it draws from a generator of its own ({func})"
         written = list(tensors_in(facts.written(args, kwargs)))
-        for tensor in (*outputs, *written):
+        for tensor in (*inputs, *outputs, *written):
             if tensor.device.type != self._device:
                 return f"it computes on the {tensor.device.type} ({func})"
         if any(_storage(tensor) not in self._made and _storage(tensor) not in self._state for tensor in written):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from delfast import InputError
 from delfast.batches import IGNORED, clamped, class_indices, per_example_losses
-from delfast.device_checks import SLOTS, DeviceChecks, prefixed, refuse_if
+from delfast.device_checks import SLOTS, DeviceChecks, alone, prefixed, refuse_if
 from tests.dispatch import Dispatched
 
 CPU = torch.device("cpu")
@@ -29,15 +31,36 @@ def test_checks_are_collected_and_read_once() -> None:
     DeviceChecks(CPU).read()
 
 
-def test_more_errors_than_slots_are_still_told_apart() -> None:
+def test_no_error_takes_the_place_of_another() -> None:
     checks = DeviceChecks(CPU)
     with checks:
-        for number in range(3 * SLOTS):
-            refuse_if(FALSE, str(number))
-        refuse_if(TRUE, "last")
-        with pytest.raises(InputError, match=r"^last$"):
-            for number in range(SLOTS):
-                refuse_if(FALSE, f"more {number}")
+        for number in range(SLOTS):
+            refuse_if(torch.tensor(number == 3), str(number))
+        with pytest.raises(RuntimeError, match="more than 16 different checks"):
+            refuse_if(FALSE, "one more")
+    with pytest.raises(InputError, match=r"^3$"):
+        checks.read()
+
+
+def test_a_pass_of_another_thread_is_noticed() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with DeviceChecks(CPU):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=run)
+    with DeviceChecks(CPU), alone() as is_alone:
+        assert is_alone
+    thread.start()
+    entered.wait(10)
+    with alone() as is_alone:
+        assert not is_alone
+    leave.set()
+    thread.join()
+    with alone() as is_alone:
+        assert is_alone
 
 
 def test_texts_begin_with_where_they_come_from() -> None:

@@ -126,6 +126,11 @@ class CompactLayer(nn.Module):
         elif known[0] != weight._version:
             self.read_rows()  # directly or through state_dict()
 
+    def notice_changes(self) -> None:
+        """Read the rows from a weight that other code has changed, as the next forward pass would."""
+        if self.row_index is not None:
+            self.compare_versions()
+
     def record_versions(self) -> None:
         """Record that the weight now contains the rows."""
         self.row_home = (self.whole,)
@@ -219,13 +224,13 @@ def write_rows_of(layers: Sequence[CompactLayer]) -> None:
         layer.record_versions()
 
 
-def record_versions(model: nn.Module) -> None:
-    """Record that the weights of all compact layers contain their rows, as after an optimizer's step.
+def record_versions(modules: Iterable[nn.Module]) -> None:
+    """Record that the weights of the compact layers among the modules contain their rows, as after an optimizer's step.
 
     For code that has written both by other means and incremented their versions: the replay of a captured step, or
     values that were put back. Nothing is written, and no operation is dispatched.
     """
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, CompactLayer):
             module.record_versions()
             if module.row_index is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from delfast.arguments import check_choice, check_int, check_number
 from delfast.batches import LossFn, check_differentiable, device_of, per_example_losses
+from delfast.compaction.layers import CompactLayer, record_versions
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
@@ -26,11 +27,14 @@ from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import Graphed, make_backend
 from delfast.loaders import is_frequent
 from delfast.plain import as_json, unboxed
+from delfast.snapshots import plain_attributes
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
 from delfast.unlearning.loaders import Randomness, batch_count, refuse_persistent_workers, set_epoch
 from delfast.unlearning.steps import Steps
 from delfast.unlearning.stopping import EarlyStop
+
+log = logging.getLogger("delfast")
 
 Schedule = Literal["cosine", "constant"]
 BatchNormMode = Literal["train", "frozen"]
@@ -246,16 +250,28 @@ class _Step:
         self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the losses in an epoch
         self.checks = DeviceChecks(device)
         backend = make_backend(execution.cuda_graphs, device, loss_fn)
+        if backend is not None and not all(map(_reads_rate_on_device, optimizer.param_groups)):
+            log.warning(
+                "no CUDA graph is used, each step is launched by the host: %s reads its learning rate on the host; "
+                "pass fused=True to torch.optim.SGD, Adam or AdamW",
+                type(optimizer).__name__,
+            )
+            backend = None
         self.rates = [] if backend is None else [_device_rate(group, device) for group in optimizer.param_groups]
         self._modules: list[nn.Module] = []
         self._network: dict[Hashable, Tensor] = {}  # the network's parameters and buffers
+        self._compact: list[CompactLayer] = []
+        self._attributes: Hashable = None
         self._graphed = Graphed(
-            self._run,
+            self._run_on_device,
             backend,
+            eager=self._run,
             state=self._state,
             is_frequent=is_frequent,
             settings=self._settings,
             vary=self._vary,
+            release=lambda: model.zero_grad(set_to_none=True),
+            after_replay=self._after_replay,
             watched=(model, optimizer),
         )
 
@@ -266,6 +282,10 @@ class _Step:
         # once an epoch: to walk through the modules in every step would take longer than to launch a graph
         self._modules = list(self.model.modules())
         self._network = dict((*self.model.named_parameters(), *self.model.named_buffers()))
+        self._attributes = tuple(tuple(plain_attributes(module).items()) for module in self._modules)
+        self._compact = [module for module in self._modules if isinstance(module, CompactLayer)]
+        for layer in self._compact:
+            layer.notice_changes()  # a captured step does not look for what other code has written
         examples = 0
         with self.checks:
             for batch in batches:
@@ -284,22 +304,23 @@ class _Step:
         losses.mean().backward()  # type: ignore[no-untyped-call]
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
-        with self._rates_on_device():
-            self.optimizer.step()
+        self.optimizer.step()
         self.total += losses.detach().double().sum().to(self.total.device)
         return losses.detach()
 
-    @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
-        """Let the optimizer read its learning rates on the device, if steps are captured: a replay repeats a number."""
+    def _run_on_device(self, batch: Any) -> Tensor:
+        """Take one step with learning rates that the optimizer reads on the device: a replay repeats a number."""
         numbers = [group["lr"] for group in self.optimizer.param_groups]
         try:
-            for rate, group in zip(self.rates, self.optimizer.param_groups, strict=False):
+            for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
                 group["lr"] = rate
-            yield
+            return self._run(batch)
         finally:
             for number, group in zip(numbers, self.optimizer.param_groups, strict=True):
                 group["lr"] = number
+
+    def _after_replay(self) -> None:
+        record_versions(self._compact)
 
     def _vary(self) -> None:
         for rate in self.rates:
@@ -323,7 +344,12 @@ class _Step:
             for group in self.optimizer.param_groups
         )
         flags = tuple(tensor.requires_grad for tensor in self._network.values())
-        return groups, flags, tuple(module.training for module in self._modules)
+        return groups, flags, self._attributes, tuple(module.training for module in self._modules)
+
+
+def _reads_rate_on_device(group: dict[str, Any]) -> bool:
+    """Return whether an optimizer accepts a tensor for a group's learning rate, and reads it on its device."""
+    return bool("mask_digest" in group or group.get("fused") or group.get("capturable"))
 
 
 def _device_rate(group: dict[str, Any], device: torch.device) -> Tensor:

@@ -131,7 +131,7 @@ class Method:
         """Return the tensors that ``loss`` reads from a step besides its batches. By default none.
 
         A step that is captured in a CUDA graph repeats every Python value that it was captured with. So a value that
-        changes from step to step, or from epoch to epoch, is a tensor of these.
+        changes from step to step, or from epoch to epoch, must be returned here as a tensor.
 
         Parameters
         ----------

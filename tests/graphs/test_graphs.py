@@ -120,7 +120,7 @@ def test_batches_whose_tensors_cannot_be_found_are_refused(caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING, "delfast"):
         for value in (1.0, 2.0):
             graphed((Bag(torch.full((2,), value)), torch.zeros(1)))
-    assert state[0].tolist() == [3, 3] and "parts of type Bag" in caplog.text and not backend.captures
+    assert state[0].tolist() == [3, 3] and "batches with parts of type Bag" in caplog.text and not backend.captures
 
 
 def test_a_wrong_replay_is_found_and_does_not_count(

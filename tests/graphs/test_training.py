@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 import delfast
 from delfast import TrainingOptions, feeding
+from delfast.graphs import Graphed
 from delfast.unlearning import METHODS, Method, train
 from tests.graphs.double import Double
 
@@ -116,15 +119,123 @@ def test_optimizers_that_read_their_rate_on_the_device(name: str, backends: list
     assert backends[0].replays == 12 and equal(found, expected)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
-def test_a_baked_rate_is_found(foreach: bool, backends: list[Double], caplog: pytest.LogCaptureFixture) -> None:
+HOST_RATES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": torch.optim.SGD,
+    "SGD foreach": functools.partial(torch.optim.SGD, foreach=True, momentum=0.9),
+    "Adam foreach": functools.partial(torch.optim.Adam, foreach=True),
+    "NAdam": torch.optim.NAdam,
+}
+
+
+@pytest.mark.parametrize("name", HOST_RATES)
+def test_optimizers_that_read_their_rate_on_the_host_are_not_captured(
+    name: str, backends: list[Double], caplog: pytest.LogCaptureFixture
+) -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=0.125, foreach=foreach)
+        return HOST_RATES[name](model.parameters(), lr=0.1)
 
     with caplog.at_level(logging.WARNING, "delfast"):
-        found = trained(make, captured=True, schedule="constant")
-    assert not backends[0].captures and equal(found, trained(make, captured=False, schedule="constant"))
-    assert "reads values on the host" in caplog.text and len(caplog.records) == 1
+        found = trained(make, captured=True)
+    assert not backends[0].captures and equal(found, trained(make, captured=False))
+    assert "reads its learning rate on the host" in caplog.text and len(caplog.records) == 1
+
+
+def test_a_baked_rate_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    """A rate that Python passes to the optimizer's operations differs between the recorded runs."""
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.125)
+
+    def step(batch: Tensor) -> Tensor:
+        layer.zero_grad()
+        layer(batch).sum().backward()
+        optimizer.step()
+        return batch.sum()
+
+    def vary() -> None:
+        optimizer.param_groups[0]["lr"] /= 2
+
+    backend = Double(torch.device("cpu"))
+    graphed = Graphed(step, backend, state=lambda: dict(layer.named_parameters()), vary=vary, watched=(layer,))
+    with caplog.at_level(logging.WARNING, "delfast"):
+        graphed(torch.ones(4, 3))
+    assert not backend.captures and "the arguments of aten.add_.Tensor change" in caplog.text
+
+
+def test_a_module_that_counts_or_draws_is_not_captured_and_runs_once_a_step(
+    backends: list[Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Counts(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.count, self.how, self.generator = 0, how, torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.how == "count":
+                self.count += 1
+                return x * self.count
+            if self.how == "generator":
+                return x * torch.rand((), generator=self.generator)
+            return x * random.random()
+
+    for how, reason in (
+        ("count", "changes the attribute 'count' of a Counts"),
+        ("generator", "draws from a module's generator"),
+        ("python", "draws from Python's or numpy's generator"),
+    ):
+        states = []
+        for captured in (False, True):
+            model = nn.Sequential(make_model(), Counts(how))
+            torch.manual_seed(5)
+            random.seed(5)
+            with caplog.at_level(logging.WARNING, "delfast"):
+                train(model, batches(4, 1), OPTIMIZERS["MaskedSGD"](model), epochs=2, cuda_graphs=captured)
+            states.append(model.state_dict())
+        assert equal(*states) and reason in caplog.text and not backends[-1].captures
+
+
+def test_attributes_that_change_between_epochs_are_captured_again(backends: list[Double]) -> None:
+    class Scaled(nn.Module):
+        scale = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    states = []
+    for captured in (False, True):
+        model = nn.Sequential(make_model(), Scaled())
+
+        def progress(found: Any, description: str, total: int, of: Any = model) -> Any:
+            of[1].scale, of[0][1].momentum = 1.0 + int(description[6]), 0.1 * int(description[6])
+            return found
+
+        torch.manual_seed(5)
+        train(model, batches(4, 1), OPTIMIZERS["MaskedSGD"](model), epochs=3, cuda_graphs=captured, progress=progress)
+        states.append(model.state_dict())
+    assert equal(*states) and backends[0].captures == 6 and backends[0].replays == 12
+
+
+def test_a_weight_that_is_changed_between_epochs_keeps_the_change_in_compact_training(backends: list[Double]) -> None:
+    states = []
+    for captured in (False, True):
+        model = make_model()
+
+        def progress(found: Any, description: str, total: int, of: Any = model) -> Any:
+            with torch.no_grad():
+                of[0].weight.clamp_(-0.1, 0.1)
+            return found
+
+        torch.manual_seed(5)
+        delfast.unlearn(
+            model, retain=batches(4, 1), forget=batches(3, 2), method="finetune", epochs=3,
+            mask=delfast.localize(make_model(), batches(3, 2), 0.3),
+            training=TrainingOptions(cuda_graphs=captured, progress=progress),
+        )  # fmt: skip
+        states.append(model.state_dict())
+    assert equal(*states) and backends[-1].replays == 12
 
 
 def test_precision_and_frozen_statistics(backends: list[Double]) -> None:
