@@ -22,6 +22,8 @@ from PIL import Image
 
 from benchmarks.gpu_kernels import COLUMNS, row
 from benchmarks.gpu_report import GOALS, RATIOS, SIDES, goal_rows, ratio_rows, read_kept, side_rows
+from benchmarks.precision import RESULTS as PRECISION
+from benchmarks.precision import table as precision_table
 from delfast.errors import InputError
 from delfast.experiments.grid.definition import EVERYTHING
 from delfast.experiments.grid.report import FIELDS
@@ -269,7 +271,11 @@ def pages() -> dict[Path, dict[str, str]]:
             "gpu": gpu(kept["GPU"]),
             "sectors": sectors(SECTORS.read_text(encoding="utf-8")),
         },
-        RESULTS: {"demo": demo(read_json(DEMO)), "cifar10": cifar10(CIFAR10.read_text(encoding="utf-8"))},
+        RESULTS: {
+            "demo": demo(read_json(DEMO)),
+            "precision": "\n".join(precision_table(result) for _, result in sorted(read_json(PRECISION).items())),
+            "cifar10": cifar10(CIFAR10.read_text(encoding="utf-8")),
+        },
     }
 
 

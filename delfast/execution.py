@@ -40,10 +40,17 @@ class Execution:
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context of a forward pass on ``device``. In float32 a caller's own autocast stays in effect."""
-        if self.precision == "fp32":
+        dtype = torch.bfloat16 if self.precision == "bf16" else _callers_autocast(device)
+        if dtype is None:
             return nullcontext()
-        # without the cache, which a captured graph must not share with other passes
-        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        # without the cache of converted weights: inside a caller's autocast it outlives the steps that change the
+        # weights, and a captured graph must not share it with other passes
+        return torch.autocast(device.type, dtype, cache_enabled=False)
+
+    def computed_in(self, device: torch.device) -> str:
+        """Return the precision of forward passes on ``device``, for a mask's metadata: a caller's autocast counts."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else _callers_autocast(device)
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))
 
     def laid_out(self, inputs: Any, network: nn.Module) -> Any:
         """Return the input in the memory format of ``channels_last``, if it is a tensor of images."""
@@ -54,6 +61,13 @@ class Execution:
 
 
 DEFAULT_EXECUTION = Execution()
+
+
+def _callers_autocast(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the autocast that is in effect for a device; None if there is none."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _has_channels_last(network: nn.Module) -> bool:

@@ -84,11 +84,16 @@ def make_backend(cuda_graphs: CudaGraphs, device: torch.device, loss_fn: LossFn 
     function with a true attribute ``is_pure`` is one of delfast's own.
     InputError for True on a device without graphs.
     """
+    check_cuda_graphs(cuda_graphs, device)
     make = BACKENDS.get(device.type)
-    if make is None and cuda_graphs is True:
-        raise InputError(f"expected a model on a CUDA device for cuda_graphs=True, got {device}; pass 'auto'")
     is_pure = cuda_graphs is True or loss_fn is None or getattr(loss_fn, "is_pure", False)
     return make(device) if make is not None and cuda_graphs is not False and is_pure else None
+
+
+def check_cuda_graphs(cuda_graphs: CudaGraphs, device: torch.device) -> None:
+    """Raise InputError for True on a device without graphs."""
+    if cuda_graphs is True and device.type not in BACKENDS:
+        raise InputError(f"expected a model on a CUDA device for cuda_graphs=True, got {device}; pass 'auto'")
 
 
 class Graphed:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from delfast.cli.names import STRATEGIES
 from delfast.errors import InputError
+
+if TYPE_CHECKING:  # imports torch
+    from delfast.execution import CudaGraphs
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, as `delfast train` writes it")]
 OutputDir = Annotated[Path, typer.Option(help="directory that the results are written to")]
@@ -21,6 +24,10 @@ DataDir = Annotated[
     Path | None, typer.Option(help="directory of downloaded data and decoded images (default: ~/.cache/delfast)")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Graphs = Annotated[
+    str, typer.Option(help="on, off, or auto: capture passes in CUDA graphs where a device has them and that pays")
+]
+PassPrecision = Annotated[str, typer.Option(help="fp32, or bf16: the forward pass under autocast")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of everything random")]
 StepSeed = Annotated[
     int | None, typer.Option(min=0, max=2**31 - 1, help="seed of this step (default: derived from the run's)")
@@ -38,6 +45,14 @@ def channels_last_for(choice: str, model: str) -> bool:
     if choice not in ("auto", "on", "off"):
         raise InputError(f"expected --channels-last to be auto, on or off, got '{choice}'")
     return choice == "on" or (choice == "auto" and model.startswith("resnet"))
+
+
+def cuda_graphs_for(choice: str) -> CudaGraphs:
+    """Return the library's value of --cuda-graphs."""
+    values: dict[str, CudaGraphs] = {"auto": "auto", "on": True, "off": False}
+    if choice not in values:
+        raise InputError(f"expected --cuda-graphs to be auto, on or off, got '{choice}'")
+    return values[choice]
 
 
 def hyperparameters(method: str, settings: list[str]) -> dict[str, Any]:

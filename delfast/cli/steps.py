@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -13,12 +13,15 @@ from delfast.cli.names import BUDGET, CRITERIA, METHODS, NETWORKS, STRATEGIES
 from delfast.cli.options import (
     DataDir,
     Device,
+    Graphs,
     OptionalOutputDir,
     OutputDir,
+    PassPrecision,
     RunDir,
     Seed,
     StepSeed,
     channels_last_for,
+    cuda_graphs_for,
     hyperparameters,
     localization,
     resolved,
@@ -42,12 +45,13 @@ def train(
     image_size: Annotated[int | None, typer.Option(help="side in pixels, only for folder:PATH and hub:NAME")] = None,
     train_examples: Annotated[int | None, typer.Option(help="number of training images to use (default: all)")] = None,
     test_examples: Annotated[int | None, typer.Option(help="number of test images to use (default: all)")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16: the forward pass under autocast")] = "fp32",
+    precision: PassPrecision = "fp32",
     channels_last: Annotated[
         str, typer.Option(help="on, off, or auto: channels-last memory format for networks of convolutions")
     ] = "auto",
     data_dir: DataDir = None,
     device: Device = "auto",
+    cuda_graphs: Graphs = "auto",
     seed: Seed = 0,
 ) -> None:
     """Train a network on the whole training set, forget set included, and write a run directory."""
@@ -74,7 +78,8 @@ def train(
         precision=precision,
         channels_last=channels_last_for(channels_last, model),
     )
-    result = pipeline.train(start(config, choose_device(device)), output_dir)
+    run = start(config, choose_device(device), cuda_graphs=cuda_graphs_for(cuda_graphs))
+    result = pipeline.train(run, output_dir)
     print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
@@ -83,6 +88,7 @@ def oracle(
     output_dir: OutputDir,
     data_dir: DataDir = None,
     device: Device = "auto",
+    cuda_graphs: Graphs = "auto",
     seed: StepSeed = None,
 ) -> None:
     """Train a newly initialized network on the run's retain set only, and write a run directory."""
@@ -90,7 +96,7 @@ def oracle(
     from delfast.experiments.run import check_own_directory, choose_device, open_run
 
     check_own_directory(output_dir, run_dir)
-    opened = open_run(run_dir, choose_device(device), data_dir)
+    opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs))
     result = pipeline.oracle(opened, output_dir, seed)
     print_methods("retrained", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
@@ -114,11 +120,14 @@ def localize(
     stop_when_stable: Annotated[
         float | None, typer.Option(help="stop once the masks after n and 2n examples overlap by this, such as 0.99")
     ] = None,
+    precision: PassPrecision = "fp32",
     data_dir: DataDir = None,
     device: Device = "auto",
+    cuda_graphs: Graphs = "auto",
     seed: StepSeed = None,
 ) -> None:
     """Find the channels that hold what the network memorised of its forget set, and write mask.safetensors."""
+    from delfast.execution import Precision
     from delfast.experiments import pipeline
     from delfast.experiments.run import check_own_directory, choose_device, load_model, open_run
 
@@ -126,7 +135,7 @@ def localize(
         strategy, top_h, criterion=criterion, granularity=granularity, aggregate=aggregate, policy=policy
     )
     check_own_directory(output_dir, run_dir)
-    opened = open_run(run_dir, choose_device(device), data_dir)
+    opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs))
     found = pipeline.localize(
         opened,
         load_model(opened, run_dir),
@@ -136,6 +145,7 @@ def localize(
         preset=preset,
         per_example=per_example,
         stop_when_stable=stop_when_stable,
+        precision=cast(Precision, precision),
         seed=seed,
         **options,
     )
@@ -176,6 +186,7 @@ def unlearn(
     ] = False,
     data_dir: DataDir = None,
     device: Device = "auto",
+    cuda_graphs: Graphs = "auto",
     seed: StepSeed = None,
 ) -> None:
     """Unlearn the run's forget set and write a run directory.
@@ -190,7 +201,7 @@ def unlearn(
 
     check_own_directory(output_dir, run_dir, *([] if mask is None else [mask.parent]))
     loaded = None if mask is None else load_mask(mask)
-    opened = open_run(run_dir, choose_device(device), data_dir)
+    opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs))
     opened = opened.with_config(
         precision=opened.config.precision if precision is None else precision,
         channels_last=channels_last_for(channels_last, opened.config.model)
@@ -226,29 +237,35 @@ def evaluate(
         Path | None, typer.Option(help="run directory of the oracle, for the gaps Δ = oracle - method")
     ] = None,
     output_dir: OptionalOutputDir = None,
+    precision: PassPrecision = "fp32",
     data_dir: DataDir = None,
     device: Device = "auto",
+    cuda_graphs: Graphs = "auto",
     seed: StepSeed = None,
 ) -> None:
     """Measure a network on the run's forget, retain and test sets, and its gaps to an oracle."""
+    from delfast.arguments import check_choice
     from delfast.evaluation import gaps
+    from delfast.execution import Precision
     from delfast.experiments import pipeline
     from delfast.experiments.run import check_own_directory, choose_device, load_model, open_run
     from delfast.files import make_output_dir
 
+    check_choice("precision", precision, Precision)
+    chosen = cast(Precision, precision)
     source = run_dir if model_from is None else model_from
     if output_dir is not None:
         check_own_directory(output_dir, run_dir, source, *([oracle] if oracle else []))
-    opened = open_run(run_dir, choose_device(device), data_dir)
+    opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs))
     networks = {str(source): load_model(opened, source)}
     if oracle is not None:
         networks["oracle"] = load_model(opened, oracle)
     if output_dir is not None:
         make_output_dir(output_dir)
-    measured = {name: opened.measure(network, seed) for name, network in networks.items()}
+    measured = {name: opened.measure(network, seed, chosen) for name, network in networks.items()}
     methods: dict[str, dict[str, Any]] = {name: metrics.as_dict() for name, metrics in measured.items()}
     if oracle is not None:
         methods = {name: {**methods[name], **gaps(metrics, measured["oracle"])} for name, metrics in measured.items()}
     print_methods(f"{run_dir}", methods)
     if output_dir is not None:
-        pipeline.write_evaluation(opened, output_dir, seed, methods)
+        pipeline.write_evaluation(opened, output_dir, seed, chosen, methods)

@@ -10,7 +10,17 @@ import typer
 
 from delfast.cli.console import print_line, print_methods, print_table, watching
 from delfast.cli.names import BUDGET, NETWORKS
-from delfast.cli.options import DataDir, Device, OptionalOutputDir, OutputDir, Seed, channels_last_for, resolved
+from delfast.cli.options import (
+    DataDir,
+    Device,
+    Graphs,
+    OptionalOutputDir,
+    OutputDir,
+    Seed,
+    channels_last_for,
+    cuda_graphs_for,
+    resolved,
+)
 
 
 def compare(
@@ -24,6 +34,7 @@ def compare(
         int, typer.Option(min=1, help="threads of each process; with 1 every run gives the same bits")
     ] = 1,
     device: Device = "auto",
+    cuda_graphs: Graphs = "auto",
     report_only: Annotated[
         bool, typer.Option("--report-only", help="run nothing; report the cells that are finished")
     ] = False,
@@ -40,7 +51,8 @@ def compare(
 
     with watching() as watch:
         source = None if data is None else resolved(data)
-        found = grids.compare(grid, output_dir, workers, threads, device, watch, source, report_only, pack)
+        graphs = cuda_graphs_for(cuda_graphs)
+        found = grids.compare(grid, output_dir, workers, threads, device, watch, source, report_only, pack, graphs)
     print_line(f"{len(found.cells)} cells: see {output_dir / grids.HTML}")
 
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from delfast.arguments import check_choice
 from delfast.errors import InputError
 from delfast.evaluation import Metrics
 from delfast.execution import Precision
@@ -32,6 +33,7 @@ from delfast.experiments.run import (
     MASK,
     MODEL,
     SUMMARY,
+    Config,
     Run,
     commit,
     output_directory,
@@ -118,14 +120,28 @@ def _train(
         result = train_model(
             model,
             batches,
-            torch.optim.SGD(model.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay),
+            _sgd(model, config, run.device),
             epochs=config.epochs,
             precision=cast(Precision, config.precision),
+            cuda_graphs=run.cuda_graphs,
             progress=Progress(title) if progress else None,
         )
         trained = Trained(model, run.measure(model), {"train": result.seconds})
         _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
     return trained
+
+
+def _sgd(model: nn.Module, config: Config, device: torch.device) -> torch.optim.SGD:
+    """The optimizer of a training. On CUDA devices it is fused: torch's other SGDs read the learning rate on the host,
+    and no CUDA graph can hold them.
+    """
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=MOMENTUM,
+        weight_decay=config.weight_decay,
+        fused=True if device.type == "cuda" else None,
+    )
 
 
 def find_mask(
@@ -148,6 +164,7 @@ def find_mask(
         own = STRATEGIES.get(strategy, {}).items()  # ``localize`` refuses an unknown name
         options = {name: value for name, value in options.items() if (name, value) not in own} | {"strategy": strategy}
     indices = torch.arange(len(run.forget.targets)) if strategy in WHOLE_TRAINING_SET else run.forget.indices
+    options |= {"cuda_graphs": run.cuda_graphs}
     started = time.perf_counter()
     batches = run.batches(indices, batch_size)
     if stop_when_stable is None:
@@ -168,12 +185,14 @@ def localize(
     strategy: str | None = None,
     seed: int | None = None,
     stop_when_stable: float | None = None,
+    precision: Precision = "fp32",
     **options: Any,
 ) -> Localized:
     """Localize the run's forget set in ``model`` and write ``mask.safetensors`` and ``summary.json``.
 
     Arguments are those of ``find_mask``; ``seed`` defaults to the run's.
     """
+    check_choice("precision", precision, Precision)
     seed, batch_size = _or_default(seed, run.config.seed), run.config.batch_size
     options = {"preset": preset, **STRATEGIES.get(strategy or "", {}), **options}
     with output_directory(output_dir):
@@ -185,6 +204,7 @@ def localize(
             seed=seed,
             strategy=strategy,
             stop_when_stable=stop_when_stable,
+            precision=precision,
             **options,
         )
         seconds = {"localize": duration}
@@ -199,7 +219,7 @@ def localize(
         summary = {
             "command": "localize",
             "config": asdict(run.config),
-            "options": {"budget": budget, **options, "seed": seed},
+            "options": {"budget": budget, **options, "seed": seed, "precision": precision},
             "forget": run.describe_forget(),
             "mask": description,
             "seconds": seconds,
@@ -275,6 +295,7 @@ def run_method(
         head=head,
         training=TrainingOptions(
             precision=cast(Precision, run.config.precision),
+            cuda_graphs=run.cuda_graphs,
             batchnorm=cast(BatchNormMode, batchnorm),
             validation=validation,
             patience=patience,
@@ -405,11 +426,13 @@ def _write_run(
     write_json(output_dir / SUMMARY, {**origin, **results})
 
 
-def write_evaluation(run: Run, output_dir: Path, seed: int | None, methods: Mapping[str, Mapping[str, Any]]) -> None:
+def write_evaluation(
+    run: Run, output_dir: Path, seed: int | None, precision: Precision, methods: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Write the ``summary.json`` of `delfast evaluate`: the metrics of each network by name."""
     summary = {
         "command": "evaluate",
-        "options": {"seed": _or_default(seed, run.config.seed)},
+        "options": {"seed": _or_default(seed, run.config.seed), "precision": precision},
         "config": asdict(run.config),
         "forget": run.describe_forget(),
         "methods": methods,

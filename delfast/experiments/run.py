@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_choice
 from delfast.errors import InputError
-from delfast.evaluation import Metrics, evaluate
-from delfast.execution import Precision
+from delfast.evaluation import Metrics, evaluate, predictions
+from delfast.execution import CudaGraphs, Precision
 from delfast.experiments.datasets import (
     Batches,
     ForgetSet,
@@ -37,9 +37,11 @@ from delfast.experiments.datasets.pictures import IN_MEMORY
 from delfast.experiments.networks import check_model, factory
 from delfast.experiments.schema import Each, Number, check_record, check_table, kinds_of
 from delfast.files import load_state, make_output_dir, read_json
+from delfast.graphs import check_cuda_graphs
 from delfast.provenance import digest_state
 
 EVALUATION_BATCH = 512
+SETS = ("forget", "retain", "test")
 MAX_RUN_SEED = 2**31 - 1  # a step's seed is this plus a constant, and must fit into 64 bits
 MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
     "model.safetensors",
@@ -73,7 +75,7 @@ NETWORK: dict[str, Any] = {  # the part of a network's summary that is read
 class Config:
     """The data and settings of a run's training: SGD with momentum 0.9, the rate falling by a cosine to 1 %.
 
-    ``precision`` and ``channels_last`` apply to training and unlearning; metrics are measured in float32.
+    ``precision`` and ``channels_last`` apply to training and unlearning; ``localize`` and ``evaluate`` have their own.
     """
 
     data: str
@@ -130,12 +132,16 @@ def check_batch_size(batch_size: int) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration with its loaded data and forget set, and the device to compute on."""
+    """A configuration with its loaded data and forget set, and the device to compute on.
+
+    ``cuda_graphs``: whether passes are captured; see ``delfast.graphs``. No result depends on it, up to rounding.
+    """
 
     config: Config
     data: ImageData
     forget: ForgetSet
     device: torch.device
+    cuda_graphs: CudaGraphs = "auto"
 
     @property
     def factory(self) -> Callable[[], nn.Module]:
@@ -166,11 +172,22 @@ class Run:
         ahead = images.device.type == "cpu" and (self.device.type != "cpu" or images.nbytes > IN_MEMORY)
         return Batches(images, targets, self.data.mean, self.data.std, ahead=ahead, **options)
 
-    def measure(self, model: nn.Module, seed: int | None = None) -> Metrics:
-        """The network's metrics on the run's forget, retain and test sets; ``seed`` as for ``evaluate``."""
+    def measure(self, model: nn.Module, seed: int | None = None, precision: Precision = "fp32") -> Metrics:
+        """The network's metrics on the run's forget, retain and test sets; ``seed``, ``precision``: of ``evaluate``."""
         sets = self.sets()
-        chosen = self.config.seed if seed is None else seed
-        return evaluate(model, sets["forget"], sets["retain"], sets["test"], seed=chosen)
+        return evaluate(
+            model,
+            sets["forget"],
+            sets["retain"],
+            sets["test"],
+            seed=self.config.seed if seed is None else seed,
+            precision=precision,
+            cuda_graphs=self.cuda_graphs,
+        )
+
+    def predictions(self, model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+        """The network's log-probabilities and the targets of one of ``sets``, as ``delfast.evaluation.predictions``."""
+        return predictions(model, self.sets()[name], cuda_graphs=self.cuda_graphs)
 
     def sets(self) -> dict[str, Batches]:
         """The batches of the forget, retain and test sets, in order, for measurements."""
@@ -261,19 +278,23 @@ def _data(config: Config, load_data: LoadData = load_data) -> ImageData:
     return load_data(config.data, config.data_dir, config.image_size, config.train_examples, config.test_examples)
 
 
-def start(config: Config, device: torch.device, load_data: LoadData = load_data) -> Run:
+def start(
+    config: Config, device: torch.device, load_data: LoadData = load_data, cuda_graphs: CudaGraphs = "auto"
+) -> Run:
     """Check a configuration, load its data and choose its forget set; write nothing."""
     commit()
     config.check()
+    check_cuda_graphs(cuda_graphs, device)
     data = _data(config, load_data)
     check_model(config.model, data.image_size)
     forget = choose(config.forget, config.forget_ratio, data.train_targets, data.num_classes, config.seed)
-    return Run(config, data, forget, device)
+    return Run(config, data, forget, device, cuda_graphs)
 
 
-def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> Run:
+def open_run(path: Path, device: torch.device, data_dir: Path | None = None, cuda_graphs: CudaGraphs = "auto") -> Run:
     """Read a run directory and load its data; check both against the digests of its summary."""
     commit()
+    check_cuda_graphs(cuda_graphs, device)
     summary = read_summary(path)
     kinds = kinds_of(Config)
     stored = {name: value for name, value in summary["config"].items() if name in kinds}
@@ -293,7 +314,7 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
         raise InputError(f"'{path / FORGET}' is not the forget set of the '{SUMMARY}' beside it; restore it")
     if not 0 <= forget.targets.min() <= forget.targets.max() < data.num_classes:
         raise InputError(f"'{path / FORGET}' has labels of classes that '{config.data}' does not have; train again")
-    return Run(config, data, forget, device)
+    return Run(config, data, forget, device, cuda_graphs)
 
 
 def load_model(run: Run, path: Path) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from delfast.arguments import check_number, is_scalar
-from delfast.batches import LossFn, sampler_fault, warn_about_loader
+from delfast.batches import LossFn, device_of, sampler_fault, warn_about_loader
 from delfast.errors import InputError
 from delfast.execution import Execution
 from delfast.layer_types import output_dims
@@ -86,7 +86,7 @@ def localize_until_stable(
             seed,
             per_example,
             dims=output_dims(network),
-            precision=execution.precision,
+            precision=execution.computed_in(device_of(network)),
         )
         selection = scores.choose(budget, **settings)
         mask = selection.mask

@@ -14,7 +14,6 @@ from torch import Tensor
 from delfast._version import __version__
 from delfast.arguments import check_choice
 from delfast.errors import InputError
-from delfast.execution import Precision
 from delfast.localization.criteria import (
     Aggregate,
     Criterion,
@@ -55,8 +54,8 @@ class Scores:
         The scores of units for a criterion that scores no elements: float32 (rows,). Missing parameters score 0.
     dims : mapping of str to int, or None, default None
         The dimension of a parameter's channels where it is not 0; see ``register_layer``.
-    precision : {"fp32", "bf16"}, default "fp32"
-        The precision of the forward passes.
+    precision : str, default "fp32"
+        The precision of the forward passes: "fp32", "bf16", or "fp16" under a caller's autocast.
 
     Examples
     --------
@@ -76,7 +75,7 @@ class Scores:
         per_example: bool = False,
         units: Mapping[str, Tensor] | None = None,
         dims: Mapping[str, int] | None = None,
-        precision: Precision = "fp32",
+        precision: str = "fp32",
     ) -> None:
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self.gradients = None if gradients is None else dict(gradients)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_count, check_loader, check_seed
-from delfast.batches import LossFn, warn_about_loader
+from delfast.batches import LossFn, device_of, warn_about_loader
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.graphs import check_cuda_graphs
 from delfast.layer_types import output_dims
 from delfast.localization.criteria import (
     BY_DEPTH,
@@ -121,6 +122,8 @@ def score(
     seed = check_seed(seed)
     execution = Execution(precision, channels_last, cuda_graphs)
     execution.check()
+    device = device_of(unwrap(model))
+    check_cuda_graphs(cuda_graphs, device)
     if loader is not None:
         check_loader(loader, "loader")
     parameters = trainable_parameters(unwrap(model))
@@ -142,13 +145,20 @@ def score(
             seed,
             units=found.unit_scores(),
             dims=dims,
-            precision=precision,
+            precision=execution.computed_in(device),
         )
     warn_about_loader(loader, "forget set")
     sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn, execution, loader)
     examples = add_all(sums, unwrap(model), loader, "forget set")
     return Scores(
-        parameters, sums.mean(examples), criterion, examples, seed, per_example, dims=dims, precision=precision
+        parameters,
+        sums.mean(examples),
+        criterion,
+        examples,
+        seed,
+        per_example,
+        dims=dims,
+        precision=execution.computed_in(device),
     )
 
 

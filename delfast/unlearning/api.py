@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from delfast.arguments import check_flag, check_function, check_loader, check_path, check_seed, check_type
-from delfast.batches import LossFn, Versions, refuse_writing_layers
+from delfast.batches import LossFn, Versions, device_of, refuse_writing_layers
 from delfast.compaction import compact
 from delfast.copies import copy_of
 from delfast.errors import InputError
+from delfast.execution import Execution
+from delfast.graphs import check_cuda_graphs
 from delfast.localization import localize
 from delfast.mask import Mask
 from delfast.naming import is_parallel, trainable_parameters, unique_parameters, unwrap
@@ -184,8 +186,9 @@ def unlearn(
     chosen = _choose(method, hyperparameters)
     _check_needs(chosen, retain, forget, mask, init, loss_fn)
     check_options(training, chosen)
-
     network = unwrap(model)
+    check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
+
     everything_may_change = mask is None and not chosen.localizes
     sets = {"retain": () if retain is None else retain, "forget": () if forget is None else forget}
     steps = Steps(chosen.step_plan, **sets, forget_epochs=chosen.forget_epochs) if chosen.epochs else None
@@ -202,6 +205,7 @@ def unlearn(
         seed=seed,
         loss_fn=loss_fn,
         teacher=teacher,
+        execution=Execution(channels_last=training.channels_last),  # ``train`` sets the precision
     )
 
     first = check_first_batches(
@@ -217,7 +221,8 @@ def unlearn(
     heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
     selected = widest
     if mask is None and chosen.localizes:
-        selected = localize(network, required(forget), loss_fn=loss_fn, cuda_graphs=training.cuda_graphs)
+        layout, graphs = training.channels_last, training.cuda_graphs
+        selected = localize(network, required(forget), loss_fn=loss_fn, channels_last=layout, cuda_graphs=graphs)
     widened = _widened(selected, heads) if chosen.trains_head else selected
     task = replace(task, model=model, mask=selected, classes=first.classes)
 

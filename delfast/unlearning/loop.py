@@ -24,7 +24,7 @@ from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
-from delfast.graphs import Graphed, make_backend
+from delfast.graphs import Graphed, check_cuda_graphs, make_backend
 from delfast.loaders import is_frequent
 from delfast.plain import as_json, unboxed
 from delfast.snapshots import plain_attributes
@@ -181,6 +181,7 @@ def train(
     max_norm = None if max_norm is None else check_number("max_norm", max_norm)
     execution = Execution(precision, channels_last, cuda_graphs)
     execution.check()
+    check_cuda_graphs(cuda_graphs, device_of(model))
     check_choice("batchnorm", batchnorm, BatchNormMode)
     step_count = batch_count(loader, "training")
     for group in optimizer.param_groups:  # numpy's numbers: a checkpoint with them cannot be read, and float32 rounds

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from delfast.batches import LossFn, class_indices, device_of, move, per_example_losses, split_batch
 from delfast.errors import InputError
+from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.mask import Mask
 from delfast.reset import Init
 from delfast.unlearning.loop import Schedule
@@ -22,7 +23,7 @@ class UnlearningTask:
 
     ``model``: as the caller passed it; ``network``: the module inside its wrappers. ``mask``: what may change.
     ``teacher``: a copy of the network before unlearning, in eval mode, for methods that need it. ``classes``: the
-    number of the network's outputs, if the method needs logits.
+    number of the network's outputs, if the method needs logits. ``execution``: the memory format of the inputs.
     """
 
     model: nn.Module
@@ -35,15 +36,16 @@ class UnlearningTask:
     loss_fn: LossFn | None = None
     teacher: nn.Module | None = None
     classes: int | None = None
+    execution: Execution = DEFAULT_EXECUTION
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch."""
-        return per_example_losses(self.model, batch, self.loss_fn).mean()
+        return per_example_losses(self.model, batch, self.loss_fn, self.execution).mean()
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs, logits (N, classes) and int64 targets (N,) of a batch."""
         _, inputs, targets = split_batch(batch)
-        inputs = move(inputs, device_of(self.network))
+        inputs = self.execution.laid_out(move(inputs, device_of(self.network)), self.network)
         logits = self.model(inputs)
         return inputs, logits, class_indices(targets, logits)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from delfast.errors import InputError
+from delfast.execution import CudaGraphs
 from delfast.experiments.grid.cells import check_networks, finished, run_grid
 from delfast.experiments.grid.definition import Grid, read_grid
 from delfast.experiments.grid.records import cell_path, check_packable, has_record, pack
@@ -16,6 +17,7 @@ from delfast.experiments.grid.report import FIGURES, make_report
 from delfast.experiments.grid.summary import origins, rows_of, to_csv
 from delfast.experiments.run import check_own_directory, choose_device
 from delfast.files import make_output_dir, write_json, write_text
+from delfast.graphs import check_cuda_graphs
 from delfast.provenance import provenance
 
 RESULTS, MARKDOWN, HTML, SUMMARY = "results.csv", "report.md", "report.html", "summary.json"
@@ -31,6 +33,7 @@ def compare(
     data: str | None = None,
     report_only: bool = False,
     pack_dir: Path | None = None,
+    cuda_graphs: CudaGraphs = "auto",
 ) -> Grid:
     """Run the cells of a grid that ``output_dir`` does not hold, and write results and report to ``output_dir``.
 
@@ -39,10 +42,11 @@ def compare(
     or a device's name. data: replaces the grid's data. report_only: run nothing and report the finished cells; the
     grid that is returned has only these. pack_dir: a directory for a copy to keep in git: results.csv, report.md, the
     figures, and the records packed into cells.jsonl and networks.jsonl. It may not hold a run's own files.
+    cuda_graphs: whether passes are captured on CUDA devices.
 
     Raises InputError for a bad grid or device, or nothing to report, before anything is written.
     """
-    choose_device(device)  # raises before anything is written
+    check_cuda_graphs(cuda_graphs, choose_device(device))  # both raise before anything is written
     whole = grid = read_grid(path, data, data_is_read=not report_only)
     if report_only:
         grid = replace(whole, cells=[cell for cell in whole.cells if has_record(cell_path(output_dir, cell))])
@@ -54,7 +58,10 @@ def compare(
         check_packable(pack_dir)
     make_output_dir(output_dir)
     count = max(1, (os.cpu_count() or 1) // threads) if workers is None else workers
-    results = finished(output_dir, grid) if report_only else run_grid(grid, output_dir, count, threads, device, watch)
+    if report_only:
+        results = finished(output_dir, grid)
+    else:
+        results = run_grid(grid, output_dir, count, threads, device, watch, cuda_graphs)
     rows = rows_of(grid, results, output_dir)
     some = "" if len(grid.cells) == len(whole.cells) else f" of {len(whole.cells)}"
     footer = f"{len(grid.cells)}{some} cells of {path.name}, by {origins(results)}."

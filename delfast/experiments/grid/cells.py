@@ -24,10 +24,10 @@ from delfast.evaluation import (
     gaps,
     kl_divergence,
     logit_confidences,
-    predictions,
     svc_attacks,
     u_lira_leave_one_out,
 )
+from delfast.execution import CudaGraphs
 from delfast.experiments import pipeline
 from delfast.experiments.grid.definition import ORIGINAL, STOP, Cell, Grid, NetworkSpec
 from delfast.experiments.grid.records import (
@@ -50,6 +50,7 @@ from delfast.experiments.run import (
     ORIGIN,
     PERCENT,
     SECONDS,
+    SETS,
     SHARE,
     SUMMARY,
     Config,
@@ -88,18 +89,24 @@ MIN_SHADOWS = 64  # for a variance of each example in LiRA; below it all share o
 
 
 def run_grid(
-    grid: Grid, directory: Path, workers: int, threads: int, device: str, watch: Watch
+    grid: Grid,
+    directory: Path,
+    workers: int,
+    threads: int,
+    device: str,
+    watch: Watch,
+    cuda_graphs: CudaGraphs = "auto",
 ) -> list[dict[str, Any]]:
     """Run the cells that have no result yet; return the results of all, in the grid's order: see ``measure_cell``.
 
-    ``device``: as for ``choose_device``, which each worker calls. All settings of the first seed come first; a setting
-    and seed is finished before the next begins, so that a run that is stopped has whole tables. On the CPU a worker
-    that would wait for it goes ahead.
+    ``device``: as for ``choose_device``, which each worker calls. ``cuda_graphs``: see ``Run``. All settings of the
+    first seed come first; a setting and seed is finished before the next begins, so that a run that is stopped has
+    whole tables. On the CPU a worker that would wait for it goes ahead.
     """
     (directory / NETWORKS).mkdir(exist_ok=True)
     (directory / CELLS).mkdir(exist_ok=True)
     finished(directory, grid)  # raises before anything is trained
-    stages = [_stage(directory, part, device) for part in _parts(grid)]
+    stages = [_stage(directory, part, device, cuda_graphs) for part in _parts(grid)]
     run_stages(stages, workers, threads, ahead=choose_device(device).type == "cpu", watch=watch)
     return finished(directory, grid)
 
@@ -116,14 +123,14 @@ def _parts(grid: Grid) -> list[Grid]:
     return [replace(grid, cells=cells) for cells in parts if cells]
 
 
-def _stage(directory: Path, part: Grid, device: str) -> Stage:
+def _stage(directory: Path, part: Grid, device: str, cuda_graphs: CudaGraphs) -> Stage:
     """Return the tasks of what the part lacks: first networks, after which its finished cells are checked again."""
     cells = [cell for cell in part.cells if not has_record(cell_path(directory, cell))]
     in_use = {network.key for cell in cells for network in cell.networks()}
     networks = [n for n in part.trained if not _is_trained(directory, n, whole=n.key in in_use)]
     return Stage(
-        deque(partial(_train, directory, network, device) for network in networks),
-        deque(partial(run_cell, directory, cell, device) for cell in cells),
+        deque(partial(_train, directory, network, device, cuda_graphs) for network in networks),
+        deque(partial(run_cell, directory, cell, device, cuda_graphs) for cell in cells),
         partial(finished, directory, part),  # raises before hours of cells
     )
 
@@ -188,7 +195,7 @@ def check_networks(directory: Path, grid: Grid) -> None:
             raise InputError(f"expected '{path}' to hold {SUMMARY} and {MEMBERSHIP}, it does not; run the grid first")
 
 
-def _train(directory: Path, network: NetworkSpec, device: str) -> None:
+def _train(directory: Path, network: NetworkSpec, device: str, cuda_graphs: CudaGraphs = "auto") -> None:
     """Train a network into a run directory, whole or not at all, and run the attacks on it.
 
     InputError if the directory held the network's results without ``model.safetensors``, and the new network differs:
@@ -197,12 +204,12 @@ def _train(directory: Path, network: NetworkSpec, device: str) -> None:
     path = network_path(directory, network)
     partial = path.with_name(f".{path.name}")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    run = _run(network.config, device)
+    run = _run(network.config, device, cuda_graphs)
     train = pipeline.train if network.which == ORIGINAL else pipeline.oracle
     remedy = "another batch_size in [train]"
     model = train(run, partial, shadow=network.shadow, progress=False, remedy=remedy).model
     if not network.shadow:
-        found = {name: predictions(model, loader) for name, loader in run.sets().items()}
+        found = {name: run.predictions(model, name) for name in SETS}
         write_json(partial / MEMBERSHIP, _attacks(run, found))
     if _digest(path) not in (None, _digest(partial)):
         raise InputError(
@@ -213,24 +220,24 @@ def _train(directory: Path, network: NetworkSpec, device: str) -> None:
     partial.rename(path)
 
 
-def run_cell(directory: Path, cell: Cell, device: str) -> None:
+def run_cell(directory: Path, cell: Cell, device: str, cuda_graphs: CudaGraphs = "auto") -> None:
     """Measure a cell and write its result.
 
     A cell that diverges, or that its method refuses, is written as ``failed`` with the reason, and the report lists it.
     Errors of the data, the networks and the device end the run.
     """
-    run = _run(cell.config, device)
+    run = _run(cell.config, device, cuda_graphs)
     for network in cell.networks():
         load_model(run, network_path(directory, network))
     content: dict[str, Any] = {"cell": _described(cell), "networks": _digests(directory, cell)}
     try:
-        content |= measure_cell(directory, cell, device)
+        content |= measure_cell(directory, cell, device, cuda_graphs)
     except (InputError, Diverged) as error:
         content |= {"failed": one_line(error)}
     write_json(cell_path(directory, cell), content)
 
 
-def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
+def measure_cell(directory: Path, cell: Cell, device: str, cuda_graphs: CudaGraphs = "auto") -> dict[str, Any]:
     """Unlearn and measure.
 
     ``metrics``: percentages, the gaps to the oracle, and, in nats, losses and divergences from the oracle on the forget
@@ -238,13 +245,13 @@ def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
     the parameters that may change; ``changed``: the fraction that did. ``seconds``: by stage. ``u_lira``: with shadows,
     its accuracy in percent. ``anytime``: see ``_anytime``.
     """
-    run = _run(cell.config, device)
+    run = _run(cell.config, device, cuda_graphs)
     model = load_model(run, network_path(directory, cell.original()))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     result, mask, seconds = _unlearn(run, cell, model, shadow=0)
     metrics = run.measure(model)
-    found = {name: predictions(model, loader) for name, loader in run.sets().items()}
-    reference = _oracle_predictions(directory, cell.oracle(), device)
+    found = {name: run.predictions(model, name) for name in SETS}
+    reference = _oracle_predictions(directory, cell.oracle(), device, cuda_graphs)
     kl = {f"kl_{name}": kl_divergence(found[name][0], reference[name][0]) for name in ("forget", "test")}
     changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
     content: dict[str, Any] = {
@@ -259,7 +266,7 @@ def measure_cell(directory: Path, cell: Cell, device: str) -> dict[str, Any]:
     if mask is not None and STOP in (cell.localize or {}):
         content["anytime"] = _anytime(run, cell, load_model(run, network_path(directory, cell.original())), mask)
     if cell.shadows:
-        content["u_lira"] = _u_lira(directory, cell, device, logit_confidences(*found["forget"]))
+        content["u_lira"] = _u_lira(directory, cell, device, cuda_graphs, logit_confidences(*found["forget"]))
     return content
 
 
@@ -333,19 +340,20 @@ def _seed(cell: Cell, shadow: int) -> int:
     return cell.config.seed + pipeline.SHADOW_SEED * shadow
 
 
-def _u_lira(directory: Path, cell: Cell, device: str, own: Tensor) -> float:
+def _u_lira(directory: Path, cell: Cell, device: str, cuda_graphs: CudaGraphs, own: Tensor) -> float:
     """Accuracy of U-LiRA in telling unlearned networks from retrained ones, each left out of its own shadows.
 
     ``own``: (examples,) logit-scaled confidences of the cell's network.
     """
-    run = _run(cell.config, device)
+    run = _run(cell.config, device, cuda_graphs)
     unlearned, retrained = [own], []
     for shadow in range(cell.shadows + 1):
         if shadow:
             model = load_model(run, network_path(directory, cell.original(shadow)))
             _unlearn(run, cell, model, shadow)
-            unlearned.append(logit_confidences(*predictions(model, run.sets()["forget"])))
-        retrained.append(logit_confidences(*_oracle_predictions(directory, cell.oracle(shadow), device)["forget"]))
+            unlearned.append(logit_confidences(*run.predictions(model, "forget")))
+        reference = _oracle_predictions(directory, cell.oracle(shadow), device, cuda_graphs)
+        retrained.append(logit_confidences(*reference["forget"]))
     few = cell.shadows < MIN_SHADOWS
     return u_lira_leave_one_out(torch.stack(unlearned), torch.stack(retrained), fixed_variance=few).accuracy
 
@@ -365,12 +373,13 @@ def attacks_on(directory: Path, network: NetworkSpec) -> dict[str, float]:
 
 
 @lru_cache(maxsize=32)
-def _oracle_predictions(directory: Path, network: NetworkSpec, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _oracle_predictions(
+    directory: Path, network: NetworkSpec, device: str, cuda_graphs: CudaGraphs
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The oracle's predictions on the forget and test sets: cells of one setting and seed share them."""
-    run = _run(network.config, device)
+    run = _run(network.config, device, cuda_graphs)
     oracle = load_model(run, network_path(directory, network))
-    sets = run.sets()
-    return {name: predictions(oracle, sets[name]) for name in ("forget", "test")}
+    return {name: run.predictions(oracle, name) for name in ("forget", "test")}
 
 
 # all settings and seeds share the data, and decoding a folder of images again is slower than some cells
@@ -378,6 +387,6 @@ _load_data = lru_cache(maxsize=1)(load_data)
 
 
 @lru_cache(maxsize=2)
-def _run(config: Config, device: str) -> Run:
+def _run(config: Config, device: str, cuda_graphs: CudaGraphs = "auto") -> Run:
     """A configuration with its data and forget set: cells of one setting and seed share them."""
-    return start(config, choose_device(device), _load_data)
+    return start(config, choose_device(device), _load_data, cuda_graphs)
