@@ -1,4 +1,4 @@
-"""Whole calls and kernels on the card that is here: `python -m benchmarks.gpu`. Takes at most six minutes.
+"""Whole calls and kernels on the card that is here: `python -m benchmarks.gpu`. Its limits add up to six minutes.
 
 Builds the extension for this card, then runs sections, all of them or those that are named:
 
@@ -10,8 +10,8 @@ Builds the extension for this card, then runs sections, all of them or those tha
 
 Both sides run as they are and captured in CUDA graphs. Wall: the median of whole calls; busy: the sum of the times of
 kernels and copies; launches: their number, both by torch.profiler in a call of its own; peak: the most memory that
-torch's allocator reserved. Each section has a time limit: what is left out for want of time is named, and so is what
-fails. The JSON keeps the sections of earlier runs that were not run again. Exit code 1 without a device or on a
+torch's allocator reserved. Each section has a time limit: the cases that it leaves out are named, and so are those that
+fail. The JSON keeps the sections of earlier runs that were not run again. Exit code 1 without a device or on a
 failure.
 """
 
@@ -109,7 +109,7 @@ def print_section(name: str, section: dict[str, Any]) -> None:
         print(markdown_table(SIDES, list(side_rows(section))))
         print(markdown_table(RATIOS, list(ratio_rows(section))))
     for each in section["skipped"]:
-        print(f"skipped for want of time: {each}")
+        print(f"skipped because the time limit was reached: {each}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

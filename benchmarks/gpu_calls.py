@@ -35,7 +35,7 @@ LR = 1e-5  # of single steps: on random images a larger one may diverge within a
 
 @dataclass(frozen=True)
 class Setup:
-    """Where to run, in which modes, and whether with networks and sets small enough for the CPU."""
+    """The device, the modes, and whether networks and sets are small enough for the CPU."""
 
     device: torch.device
     modes: Sequence[str]

@@ -1,4 +1,4 @@
-"""What benchmarks.gpu measures of a call: wall and busy time, launches, peak memory; float32's modes; CUDA graphs.
+"""Measurements of a call for benchmarks.gpu: wall and busy time, launches, peak memory; float32's modes; CUDA graphs.
 
 Runs on any device. On the CPU nothing is captured, and busy time, launches and peak memory are None.
 """
@@ -115,7 +115,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class Effort:
-    """How often a call is timed: ``most`` rounds, ``least`` if they take longer than ``seconds``, after a warm-up."""
+    """The rounds in which a call is timed: ``most``, or ``least`` if they take longer than ``seconds``; one before."""
 
     least: int = 2
     most: int = 10

@@ -160,7 +160,7 @@ def calls(sections: dict[str, Any]) -> str:
     """Return the targets of the whole calls on a card, measured or not, then the tables of every kept section."""
     parts = [markdown_table(GOALS, list(goal_rows(sections)))]
     for name, section in sections.items():
-        if name != "kernels":
+        if name != "kernels" and not (section.get("skipped") and not section["results"]):
             made = _checked(section)["provenance"]
             parts += [f"`{name}`: {section['device']}; torch {made['torch']}, CUDA {made['cuda']}.\n"]
             parts += [

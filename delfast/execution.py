@@ -1,4 +1,4 @@
-"""How passes over batches run: precision, memory format of the inputs, and CUDA graphs."""
+"""Options of every function that passes batches through a network: precision, memory format, CUDA graphs."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
 
 namespace delfast::bindings {
 
-// Indices are not looked at. Versions of the weights do not move, since callers write the same rows again between a
-// forward pass and its backward pass: variable_data() has a version of its own.
+// Each device checks the indices itself. Versions of the weights do not move, since callers write the same rows again
+// between a forward pass and its backward pass: variable_data() has a version of its own.
 class WrittenRowsList {
  public:
   WrittenRowsList(at::TensorList weights, at::TensorList rows, at::TensorList indices, at::IntArrayRef dims)

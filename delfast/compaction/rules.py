@@ -37,7 +37,7 @@ MIN_CHANNELS_PER_POSITION = {torch.float32: 16, torch.bfloat16: 4}
 
 @dataclass(frozen=True)
 class Rule:
-    """When to gather, for one kind of layer on one kind of device.
+    """The conditions for gathering, for one kind of layer on one kind of device.
 
     ``max_gathered_fraction``: the largest share of blocks of 16 channels (of groups, in a convolution with groups) that
     is gathered; 0: never. ``min_positions``: from how many positions on, by dtype; 0 for a dtype that is not listed.

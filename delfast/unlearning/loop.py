@@ -122,7 +122,7 @@ def train(
     channels_last : {"auto", True, False}, default "auto"
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
-        Whether to capture the steps in CUDA graphs. "auto" does so on a GPU for batch shapes of which at least 8 come
+        Whether to capture the steps in CUDA graphs. "auto" does so on a GPU for shapes with at least 8 batches
         in all epochs, without a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. A step
         that cannot be captured is launched by the host; the reason is logged.
     batchnorm : {"train", "frozen"}, default "train"

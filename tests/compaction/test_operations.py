@@ -1,4 +1,4 @@
-"""What a compact step asks of a device: operations by the rules of a CUDA device, and when rows are written."""
+"""The operations that a compact step dispatches: by the rules of a CUDA device, and when rows are written."""
 
 import copy
 from collections import Counter

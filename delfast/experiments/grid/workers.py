@@ -63,9 +63,8 @@ def run_stages(stages: Sequence[Stage], workers: int, threads: int, *, ahead: bo
         while True:
             while len(running) < workers and (found := _next(stages, ahead)) is not None:
                 stage, what, task = found
-                with (
-                    interrupts_held()
-                ):  # a terminal sends Ctrl-C to the workers too, which must leave it to this process
+                # a terminal sends Ctrl-C to the workers too, which must leave it to this process
+                with interrupts_held():
                     running[pool.submit(task)] = stage, what
                 stage.running[what] += 1
                 if sum(each.running[what] for each in stages) == 1 and not finished[what]:

@@ -60,7 +60,7 @@ class Findings:
 
 
 class Receiver(Protocol):
-    """What one consumer makes of the uses of parameters in one batch."""
+    """The part of a consumer that receives the uses of parameters in one batch."""
 
     def compute(self, use: Use, layer: Layer, inputs: Tensor, run: BatchRun) -> Tensor:
         """Compute the layer, tap it by ``run.capture.tap``, and return its output."""

@@ -57,7 +57,7 @@ class Taps(Protocol):
 
 
 class Shared:
-    """What the captures of all batches of one network share: the parameters, detached, and the taps' anchor."""
+    """State that the captures of all batches of one network share: the parameters, detached, and the taps' anchor."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = dict(parameters)
@@ -231,7 +231,8 @@ class Capture(TorchFunctionMode):
     def _autocast(self, inputs: Tensor) -> Tensor:
         """Convert the input of a convolution or linear layer as autocast does, because the weight gradient uses that.
 
-        Layers that follow each other on one input (queries, keys, values) share one conversion.
+        Layers that follow each other on one input (queries, keys, values) share the converted values. Their gradients
+        are converted back one by one, and added in the input's dtype, as under autocast.
         """
         kind = inputs.device.type
         if not torch.is_autocast_enabled(kind) or inputs.dtype == torch.float64:
@@ -241,9 +242,10 @@ class Capture(TorchFunctionMode):
             return inputs
         last, version, converted = self._converted
         if last is not inputs or version != inputs._version or converted is None or converted.dtype != dtype:
-            converted = inputs.to(dtype)
+            converted = inputs.detach().to(dtype)
             self._converted = (inputs, inputs._version, converted)
-        return converted
+        result: Tensor = _Converted.apply(inputs, converted)
+        return result
 
     def _free(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Any:
         handled, output = self.free.use(func, args, kwargs)
@@ -266,6 +268,8 @@ def _run_backward(
     roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
     given = grad_variables if grad_tensors is None else grad_tensors
     given = (given,) if isinstance(given, Tensor) else (None,) * len(roots) if given is None else tuple(given)
+    if any(g is None and root.requires_grad and root.numel() != 1 for root, g in zip(roots, given, strict=True)):
+        raise RuntimeError("grad can be implicitly created only for scalar outputs")  # torch's own error
     gradients = tuple(
         torch.ones_like(root) if gradient is None and root.requires_grad else gradient
         for root, gradient in zip(roots, given, strict=True)
@@ -273,6 +277,19 @@ def _run_backward(
     leaves = () if inputs is None else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     keep = create_graph if retain_graph is None else retain_graph
     _engine_run_backward(roots, gradients, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True)
+
+
+class _Converted(torch.autograd.Function):
+    """``inputs`` in the dtype of ``converted``, which has their values."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, converted: Tensor) -> Tensor:
+        ctx.dtype = inputs.dtype
+        return converted.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].to(ctx.dtype), None
 
 
 class _Tap(torch.autograd.Function):

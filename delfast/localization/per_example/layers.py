@@ -2,7 +2,7 @@
 
 A layer is identified by the function that computes it (``torch.conv2d``, ``functional.layer_norm``), not by its module.
 So functional calls, subclasses and the projections inside ``MultiheadAttention`` have a rule too. The rules are in
-``rules``, a file a family of layers.
+``rules``, one file for each family of layers.
 """
 
 from __future__ import annotations

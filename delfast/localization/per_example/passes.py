@@ -47,7 +47,7 @@ MAX_FORMS = 64  # forms of batches (shapes without the examples' dim) whose tria
 
 
 class Consumer(Protocol):
-    """What the per-example gradients are for: it chooses parameters, and makes a receiver for each batch."""
+    """The user of the per-example gradients. It chooses parameters, and makes a receiver for each batch."""
 
     def wanted(self, trial: Trial, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those of the parameters to compute, after a trial's forward pass."""
@@ -165,7 +165,7 @@ class ExamplePasses:
             return losses.detach(), self.consumer.result()
 
     def is_static(self, batch: Any) -> bool:
-        """Return whether ``run_static`` can add this batch, which ``add`` has seen the like of.
+        """Return whether ``run_static`` can add this batch, after ``add`` has run one of its form.
 
         The trial of its form is done, every example axis is known, and no other pass over the batch is needed.
         """

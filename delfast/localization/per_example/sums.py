@@ -60,7 +60,7 @@ class PerExampleGradients:
 
     @property
     def uses(self) -> dict[str, int]:
-        """How often an example uses each parameter."""
+        """Return the number of uses of each parameter by an example."""
         return self.passes.uses
 
     @property

@@ -16,7 +16,8 @@ TRIAL_EXAMPLES = 4  # with fewer examples a trial is not conclusive
 
 
 class Trial:
-    """The pass of a trial, which taps every use. If δ of one example's loss is zero outside a block, the block is its.
+    """The pass of a trial, which taps every use. If δ of one example's loss is zero outside a block, the block belongs
+    to that example.
 
     After ``run``:
 

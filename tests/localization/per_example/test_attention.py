@@ -143,3 +143,34 @@ def test_the_rule_computes_what_the_function_computes(
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
             assert mine.is_contiguous() or mine is found[1]
+
+
+def test_an_empty_batch_adds_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+
+    def loss_fn(network: nn.Module, batch: Any) -> Tensor:
+        return network(batch[0]).square().flatten(1).sum(dim=1)
+
+    full, empty = (torch.randn(5, 3, 8),), (torch.zeros(0, 3, 8),)
+    expected = delfast.score(model, [full], "grad", per_example=True, loss_fn=loss_fn).gradients
+    found = delfast.score(model, [full, empty], "grad", per_example=True, loss_fn=loss_fn).gradients
+    assert expected is not None and found is not None
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_gradients_of_a_shared_input_are_added_as_under_autocast() -> None:
+    """Layers on one float32 input: each converts its own gradient back before they are added."""
+    torch.manual_seed(0)
+    norm, layers = nn.LayerNorm(16), nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+    model = nn.ModuleDict({"norm": norm, "layers": layers})
+    x = torch.randn(1, 16)
+
+    def loss_fn(network: Any, batch: Any) -> Tensor:
+        y = network["norm"](batch[0])
+        return torch.stack([layer(y).float() for layer in network["layers"]]).square().sum(dim=(0, 2))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected,) = torch.autograd.grad(loss_fn(model, (x,)).sum(), [norm.bias])
+    found = delfast.score(model, [(x,)], "grad", per_example=True, loss_fn=loss_fn, precision="bf16").gradients
+    assert found is not None and torch.equal(found["norm.bias"], expected.abs())

@@ -1,4 +1,4 @@
-"""What one more batch costs the host: dispatched operations, and reads from the device, which wait for it."""
+"""The host's cost of one more batch: dispatched operations, and reads from the device, which wait for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The layer rules, a file a family of layers. Importing this package registers them (``layer_types.register_rule``)."""
+"""The layer rules, one file for each family of layers.
+
+Importing this package registers them (``layer_types.register_rule``).
+"""
 
 from __future__ import annotations
 

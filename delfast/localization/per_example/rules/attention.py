@@ -64,7 +64,9 @@ def multi_head_attention(
     mask = _merged_mask(attn_mask, key_padding_mask if is_batched else _first(key_padding_mask), q, num_heads)
     if bias_k is not None and bias_v is not None:
         k, v, mask = _longer(k, v, mask, *(t.expand(len(k), 1, -1) for t in (bias_k, bias_v)))
-    q, k, v = (t.reshape(*t.shape[:2], num_heads, -1).transpose(1, 2) for t in (q, k, v))  # (N, heads, T, E / heads)
+    q, k, v = (
+        t.reshape(*t.shape[:2], num_heads, t.shape[2] // num_heads).transpose(1, 2) for t in (q, k, v)
+    )  # (N, heads, T, E / heads)
     if static_k is not None:
         k = static_k.view(len(q), num_heads, *static_k.shape[1:])
     if static_v is not None:
