@@ -46,7 +46,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Indexed(Sequence[Any]):
-    """A batch of which only the rows are stored; the examples are read from their source where they are used.
+    """A batch that stores the rows of its examples alone. They are read from their source where they are used.
 
     ``rows``: int64 (B,), on the device of ``source``. As a sequence it is the batch that ``source`` reads, so that
     ``inputs, targets = batch`` unpacks it; every access reads again.

@@ -25,9 +25,9 @@ from delfast.batches import (
     detached,
     device_of,
     examples_in,
-    map_tensors,
     per_example_losses,
     split_batch,
+    tensors_of,
 )
 from delfast.device_checks import DeviceChecks
 from delfast.execution import DEFAULT_EXECUTION, Execution
@@ -208,7 +208,9 @@ class ExamplePasses:
         if isinstance(batch, Indexed):
             return self._source_forms.get(batch.source)
         return (
-            None if examples_in(batch, self.loss_fn) is None else tuple((t.shape[1:], t.dtype) for t in _tensors(batch))
+            None
+            if examples_in(batch, self.loss_fn) is None
+            else tuple((t.shape[1:], t.dtype) for t in tensors_of(batch))
         )
 
     def _has_axes(self, run: BatchRun) -> bool:
@@ -256,7 +258,7 @@ class ExamplePasses:
     def _trace(self, batch: Any, reference: Trace | None) -> Trace | None:
         """Return a record for a batch's calls; None for a batch that cannot be cut, or has fewer than two examples."""
         count = examples_in(batch, self.loss_fn)
-        return None if count is None or count < 2 else Trace(count, _tensors(batch), self._owned, reference)
+        return None if count is None or count < 2 else Trace(count, tensors_of(batch), self._owned, reference)
 
     def _comparison(self, losses: Tensor, dtypes: set[torch.dtype]) -> Comparison:
         self._compared += 1
@@ -386,17 +388,6 @@ def _requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    map_tensors(batch, keep)
-    return found
 
 
 def _is_compiled(module: nn.Module) -> bool:

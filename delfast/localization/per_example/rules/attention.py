@@ -1,4 +1,4 @@
-"""Multi-head attention: a function made of projections, each of which is a linear layer with a rule of its own."""
+"""Multi-head attention: a function made of projections. Each projection is a linear layer, which has a rule."""
 
 from __future__ import annotations
 
