@@ -34,11 +34,12 @@ from torch.utils.data import (
 import delfast
 from delfast import InputError, feeding
 from delfast.batches import Indexed, cut, detached, examples_in, map_tensors, move, plain, split_batch
-from delfast.evaluation import kl_to_oracle, predictions
+from delfast.evaluation import kl_to_oracle, outputs, predictions
 from delfast.experiments.datasets import Batches, Examples
 from delfast.feeding import Feed, feed, fits
-from delfast.localization import critmem, signed_channels
-from delfast.unlearning import train
+from delfast.localization import critical_channels, critmem, gradient, signed_channels
+from delfast.localization.per_example import channels
+from delfast.unlearning import loop, one_shot, steps, train
 from delfast.unlearning.loaders import generators, set_epoch
 from tests.conftest import seed_all
 
@@ -578,3 +579,23 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path: Path) -> None
     for number, wraps in enumerate(([indexed, indexed], [indexed, lambda loader: loader])):
         parts = run([1, 3], wraps, tmp_path / f"parts{number}")
         assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_the_library_feeds_its_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every place that reads a set."""
+    expected = list(results(lambda loader: loader))
+    fed: list[str] = []
+
+    for module in (channels, critical_channels, gradient, loop, one_shot, outputs, steps):
+
+        def forced(loader: Any, device: torch.device, name: str = module.__name__) -> Feed:
+            fed.append(name)
+            return indexed(loader)
+
+        monkeypatch.setattr(module, "feed", forced)
+    for found, other in zip(results(lambda loader: loader), expected, strict=True):
+        same = (
+            torch.equal(torch.as_tensor(found), torch.as_tensor(other)) if hasattr(other, "dtype") else found == other
+        )
+        assert same
+    assert len(set(fed)) == 7
