@@ -1,9 +1,9 @@
 """Captured passes: a function of a batch, recorded in a CUDA graph for each shape of batch, and replayed.
 
-A pass of many small kernels waits for the host that launches them. A graph launches them all at once. Before a shape is
-captured, its first batch runs as it is; then the function is recorded twice (see ``recording``), captured, replayed
-from the same state, and the replay is compared with the first result. Where any of these steps finds a difference, that
-shape runs as it is from then on, and the reason is logged once.
+A pass of many small kernels waits for the host that launches them. A graph launches them all at once. The function is
+first recorded twice, on the first batch of a shape and on another of its form (see ``recording``). Then it is captured,
+replayed from the same state, and the replay is compared with the first run (see ``snapshots``). The replay counts; the
+runs before do not. Where a step finds a difference, that shape runs as it is from then on, and the reason is logged.
 """
 
 from __future__ import annotations
