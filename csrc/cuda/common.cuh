@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "delfast/params.h"
 
@@ -45,12 +46,18 @@ constexpr int kThreads = 256;  // a block's, unless it says otherwise
 __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
-// ---- tables: what a launch works on, in the kernel's arguments, which hold 4 KiB
+// ---- tables: what a launch works on, in the kernel's arguments
 
-template <class Entry>
+// Bytes of a kernel's arguments: at most 4 KiB, and since CUDA 12.1 at most 32,764 bytes on sm_70 and later (CUDA C++
+// Programming Guide, "__global__ function parameters").
+constexpr int kSmallTable = 4096, kLargeTable = 32764;
+constexpr bool kLargeTables = CUDART_VERSION >= 12010;
+
+template <class Entry, int kBytes_ = kSmallTable>
 struct Table {
+  static constexpr int kBytes = kBytes_;
   // leaves room for a kernel's other arguments
-  static constexpr int kEntries = int((4096 - 128) / (sizeof(Entry) + sizeof(uint32_t)) - 1);
+  static constexpr int kEntries = int((kBytes - 128) / (sizeof(Entry) + sizeof(uint32_t)) - 1);
   int count = 0;
   uint32_t first_block[kEntries + 1] = {};  // of each entry; then how many blocks there are in all
   Entry entries[kEntries] = {};
@@ -59,8 +66,8 @@ struct Table {
 };
 
 // The entry that this block works on.
-template <class Entry>
-__device__ __forceinline__ int find_entry(const Table<Entry>& table) {
+template <class Entry, int kBytes>
+__device__ __forceinline__ int find_entry(const Table<Entry, kBytes>& table) {
   int low = 0, high = table.count;  // first_block[low] <= blockIdx.x < first_block[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -70,13 +77,13 @@ __device__ __forceinline__ int find_entry(const Table<Entry>& table) {
 }
 
 // Collects entries and calls launch(table) whenever the table is full, and at the end.
-template <class Entry, class Launch>
+template <class Entry, class Launch, int kBytes = kSmallTable>
 class Chunks {
  public:
   explicit Chunks(Launch launch) : launch_(launch) {}
   void add(const Entry& entry, int64_t blocks) {
     // a grid has at most 2^31 - 1 blocks
-    if (table_.count == Table<Entry>::kEntries || int64_t(table_.blocks()) + blocks > INT32_MAX) flush();
+    if (table_.count == Table<Entry, kBytes>::kEntries || int64_t(table_.blocks()) + blocks > INT32_MAX) flush();
     table_.entries[table_.count] = entry;
     table_.first_block[table_.count + 1] = table_.blocks() + uint32_t(blocks);
     table_.count++;
@@ -88,8 +95,29 @@ class Chunks {
 
  private:
   Launch launch_;
-  Table<Entry> table_;
+  Table<Entry, kBytes> table_;
 };
+
+inline bool driver_takes_large_tables() {
+  int driver = 0;
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+}
+
+// Calls for_entries(add), which calls add(entry, blocks) for each of at most `count` entries in order, and
+// launch(table) for every full table and the last one. One table holds the entries of most networks: they are small
+// if these fit, else large, where toolkit and driver have large ones.
+template <class Entry, class ForEntries, class Launch>
+void launch_tables(int64_t count, ForEntries for_entries, Launch launch) {
+  const auto fill = [&]<int kBytes>(std::integral_constant<int, kBytes>) {
+    Chunks<Entry, Launch, kBytes> chunks(launch);
+    for_entries([&](const Entry& entry, int64_t blocks) { chunks.add(entry, blocks); });
+    chunks.flush();
+  };
+  if constexpr (kLargeTables)
+    if (count > Table<Entry>::kEntries && driver_takes_large_tables())
+      return fill(std::integral_constant<int, kLargeTable>());
+  fill(std::integral_constant<int, kSmallTable>());
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

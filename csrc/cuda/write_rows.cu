@@ -15,18 +15,18 @@ int word_size(const WrittenRows& w) {
 }  // namespace
 
 Error write_rows(const WrittenRows* weights, int64_t count, Stream stream) {
-  const auto launch = [&](const Table<Written>& table) {
-    DELFAST_LAUNCH(write_rows_words, table.blocks(), kThreads, 0, stream, table);
+  const auto for_entries = [&](auto add) {
+    for (int64_t i = 0; i < count; i++) {
+      const WrittenRows& w = weights[i];
+      const int size = word_size(w);
+      const int64_t words = w.bytes / size, total = w.outer * w.count * words;
+      if (total)
+        add({w.weight, w.rows, w.index, words, w.count, w.channels, total, size}, ceil_div(total, kWrittenTile));
+    }
   };
-  Chunks<Written, decltype(launch)> chunks(launch);
-  for (int64_t i = 0; i < count; i++) {
-    const WrittenRows& w = weights[i];
-    const int size = word_size(w);
-    const int64_t words = w.bytes / size, total = w.outer * w.count * words;
-    if (total)
-      chunks.add({w.weight, w.rows, w.index, words, w.count, w.channels, total, size}, ceil_div(total, kWrittenTile));
-  }
-  chunks.flush();
+  launch_tables<Written>(count, for_entries, [&]<int kBytes>(const Table<Written, kBytes>& table) {
+    DELFAST_LAUNCH(write_rows_words<kBytes>, table.blocks(), kThreads, 0, stream, table);
+  });
   return last_error();
 }
 

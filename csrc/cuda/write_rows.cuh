@@ -46,7 +46,8 @@ __device__ __forceinline__ void write_words_of(const Written& w, int64_t begin) 
     write_words<Word, uint64_t>(w, begin);
 }
 
-__global__ void __launch_bounds__(kThreads) write_rows_words(const __grid_constant__ Table<Written> table) {
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads) write_rows_words(const __grid_constant__ Table<Written, kBytes> table) {
   const int entry = find_entry(table);
   const Written& w = table.entries[entry];
   const int64_t begin = int64_t(blockIdx.x - table.first_block[entry]) * kWrittenTile;

@@ -77,8 +77,8 @@ Error channel_dot(const ChannelDot& p, Stream stream);
 int64_t channel_sums_workspace(const ChannelSums& p);
 Error channel_sums(const ChannelSums& p, void* workspace, Stream stream);
 
-// Writes the rows of all weights, in one launch for as many weights as a table holds (50 or so). An index outside its
-// weight traps on the device.
+// Writes the rows of all weights, in one launch for as many weights as a table holds (450 or so; 50 or so under a driver
+// before CUDA 12.1). An index outside its weight traps on the device.
 Error write_rows(const WrittenRows* weights, int64_t count, Stream stream);
 
 }  // namespace delfast::cuda

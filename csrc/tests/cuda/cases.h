@@ -35,6 +35,9 @@ inline std::vector<uint64_t> seeds(int argc, char** argv) {
   return list;
 }
 
+// The last driver whose kernels take small tables only, and one of those that take large tables.
+inline constexpr int kDrivers[] = {12000, 13000};
+
 // Uninitialized memory, as a kernel gets it, with 16-byte alignment.
 class Workspace {
  public:

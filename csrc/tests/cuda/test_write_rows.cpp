@@ -10,17 +10,23 @@ int main(int argc, char** argv) {
   std::vector<WrittenCase> cases = written_cases(random);
   for (uint64_t seed : seeds(argc, argv)) {
     cuda_on_cpu::set_seed(seed);
-    std::vector<WrittenCase> changed = cases;
-    std::vector<WrittenRows> all;
-    for (WrittenCase& c : changed) all.push_back(c.written());
-    describe("all, seed ", seed);
-    CHECK(cuda::write_rows(all.data(), int64_t(all.size()), kStream) == nullptr);
+    for (int driver : kDrivers) {
+      cuda_on_cpu::device.driver_version = driver;
+      std::vector<WrittenCase> changed = cases;
+      std::vector<WrittenRows> all;
+      for (WrittenCase& c : changed) all.push_back(c.written());
+      describe("all, seed ", seed, ", driver ", driver);
+      const uint64_t launches = cuda_on_cpu::device.launches;
+      CHECK(cuda::write_rows(all.data(), int64_t(all.size()), kStream) == nullptr);
+      CHECK_EQUAL(cuda_on_cpu::device.launches - launches, driver == kDrivers[0] ? uint64_t(2) : uint64_t(1));
+      for (size_t i = 0; i < cases.size(); i++)
+        CHECK(changed[i].is(cases[i].expected(0, cases[i].outer * cases[i].count)));
+    }
     for (size_t i = 0; i < cases.size(); i++) {
       WrittenCase alone = cases[i];
       const auto expected = alone.expected(0, alone.outer * alone.count);
       describe("seed ", seed, ", ", alone.outer, " x ", alone.count, " of ", alone.channels, " pieces of ", alone.bytes,
                " bytes");
-      CHECK(changed[i].is(expected));
       const WrittenRows written = alone.written();
       CHECK(cuda::write_rows(&written, 1, kStream) == nullptr);
       CHECK(alone.is(expected));

@@ -63,7 +63,8 @@ struct Device {
   Fiber scheduler;
   std::vector<Fiber*> idle_fibers, all_fibers;
   uint64_t launches = 0;
-  uint64_t blocks_run = 0;  // in all launches: static shared memory is poisoned when it changes
+  int driver_version = 13000;  // what cudaDriverGetVersion says
+  uint64_t blocks_run = 0;     // in all launches: static shared memory is poisoned when it changes
   unsigned meetings = 0;
   char barrier_events[2] = {};
   char block_events[2] = {};       // what the threads of a block did; those of the next one come after it
