@@ -1,0 +1,86 @@
+// The scores c_j of a parameter, four neighbours at a time: loaded as raw words, so that many loads can be under way
+// before the first is needed, and turned into non-negative floats, whose bits sort as they do.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace delfast::cuda {
+
+template <class T>
+using FourWords = typename WordOf<4 * int(sizeof(T))>::type;
+
+template <class T>
+__device__ __forceinline__ bool aligned_to_four(const T* address) {
+  return reinterpret_cast<uintptr_t>(address) % (4 * sizeof(T)) == 0;
+}
+
+template <class T>
+__device__ __forceinline__ FourWords<T> load_words(const T* address) {
+  return global_load_const(reinterpret_cast<const FourWords<T>*>(address));
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const FourWords<T>& words, float (&out)[4]) {
+  T values[4];
+  memcpy(values, &words, sizeof values);
+  for (int j = 0; j < 4; j++) out[j] = to_float(values[j]);
+}
+
+template <class Theta, class Grad>
+struct WeightedGrads {  // |theta g|, the product rounded once, to float32
+  struct Raw {
+    FourWords<Theta> theta;
+    FourWords<Grad> grad;
+  };
+  const Theta* theta;
+  const Grad* grad;
+
+  __device__ __forceinline__ WeightedGrads from(int64_t i) const { return {theta + i, grad + i}; }
+  // Whether four scores from element i on can be loaded at once.
+  __device__ __forceinline__ bool aligned(int64_t i) const {
+    return aligned_to_four(theta + i) && aligned_to_four(grad + i);
+  }
+  __device__ __forceinline__ Raw load(int64_t i) const { return {load_words(theta + i), load_words(grad + i)}; }
+  static __device__ __forceinline__ void scores(const Raw& raw, float (&out)[4]) {
+    float gradients[4];
+    unpack<Theta>(raw.theta, out);
+    unpack<Grad>(raw.grad, gradients);
+    for (int j = 0; j < 4; j++) out[j] = fabsf(out[j] * gradients[j]);
+  }
+  __device__ __forceinline__ float one(int64_t i) const { return fabsf(load_one(theta + i) * load_one(grad + i)); }
+};
+
+template <class T>
+struct Magnitudes {  // |g| or |theta|
+  struct Raw {
+    FourWords<T> values;
+  };
+  const T* values;
+
+  __device__ __forceinline__ Magnitudes from(int64_t i) const { return {values + i}; }
+  __device__ __forceinline__ bool aligned(int64_t i) const { return aligned_to_four(values + i); }
+  __device__ __forceinline__ Raw load(int64_t i) const { return {load_words(values + i)}; }
+  static __device__ __forceinline__ void scores(const Raw& raw, float (&out)[4]) {
+    unpack<T>(raw.values, out);
+    for (int j = 0; j < 4; j++) out[j] = fabsf(out[j]);
+  }
+  __device__ __forceinline__ float one(int64_t i) const { return fabsf(load_one(values + i)); }
+};
+
+// Calls f with the reader of this parameter's scores under this criterion, typed.
+template <class F>
+__device__ __forceinline__ void with_scores(const Operands& p, Criterion criterion, F f) {
+  if (criterion == Criterion::weighted_grad) {
+    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
+      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
+        f(WeightedGrads<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+      });
+    });
+    return;
+  }
+  const bool by_grad = criterion == Criterion::grad;
+  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
+             [&]<class T>(const T*) { f(Magnitudes<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
+}
+
+}  // namespace delfast::cuda
