@@ -7,6 +7,8 @@ Builds the extension for this card, then runs sections, all of them or those tha
 - ``step``: a training step of ``unlearn``, dense and compact, beside torch's dense step with a fused optimizer.
 - ``job``: a whole DEL job, beside ``benchmarks/naive.py`` on the same card.
 - ``kernels``: every op, verified and timed beside what people write (``benchmarks/gpu_kernels.py``).
+- ``bandwidth``: the kernels on 1.07 G parameters and on single layers, beside the card's own copy and the kernels of an
+  older commit (``benchmarks/gpu_bandwidth.py``).
 
 Both sides run as they are and captured in CUDA graphs. Wall: the median of whole calls; busy: the sum of the times of
 kernels and copies; launches: their number, both by torch.profiler in a call of its own; peak: the most memory that
@@ -33,7 +35,14 @@ from delfast.errors import InputError, one_line
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/gpu.json"
 BUILT = "DELFAST_BENCHMARK_BUILT"  # set for the process that measures, once the build is done
-SECONDS = {"localize": 30, "per_example": 60, "step": 60, "job": 75, "kernels": 45}  # at most, and one case more
+SECONDS = {
+    "localize": 30,
+    "per_example": 60,
+    "step": 60,
+    "job": 75,
+    "kernels": 45,
+    "bandwidth": 45,
+}  # at most, and one case more
 # without these, profiling a process that replays CUDA graphs can fail when the profiler is started a second time
 PROFILER = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
 
@@ -48,6 +57,7 @@ def build() -> None:
 def run_section(name: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """Run one section for at most ``seconds`` and a case; return its results, failures and what was skipped."""
     from benchmarks import gpu_calls
+    from benchmarks.gpu_bandwidth import bandwidth
     from benchmarks.gpu_kernels import kernels
     from benchmarks.gpu_measure import MODE_ORDER, MODES
     from delfast.provenance import provenance
@@ -55,6 +65,8 @@ def run_section(name: str, options: argparse.Namespace, seconds: float) -> dict[
     device, began = torch.device(options.device), time.perf_counter()
     if name == "kernels":
         found = kernels(device, options.tiny, options.quick, seconds)
+    elif name == "bandwidth":
+        found = bandwidth(device, options.tiny, seconds)
     else:
         modes = [mode for mode in MODE_ORDER if mode in options.modes]
         setup = gpu_calls.Setup(device, modes, options.tiny)
@@ -97,14 +109,15 @@ def _facts(device: torch.device) -> dict[str, Any]:
 
 
 def print_section(name: str, section: dict[str, Any]) -> None:
-    from benchmarks.gpu_kernels import COLUMNS, row
+    from benchmarks import gpu_bandwidth, gpu_kernels
     from benchmarks.gpu_report import RATIOS, SIDES, ratio_rows, side_rows
     from delfast.experiments.reports import markdown_table
 
     print(f"\n{name}: {section['device']}, {section['seconds']:.0f} s\n")
-    if name == "kernels":
+    if name in ("kernels", "bandwidth"):
+        made = gpu_kernels if name == "kernels" else gpu_bandwidth
         print(f"copy {section['copy_gb_per_s']:.0f} GB/s\n")
-        print(markdown_table(COLUMNS, [row(result) for result in section["results"]]))
+        print(markdown_table(made.COLUMNS, [made.row(result) for result in section["results"]]))
     else:
         print(markdown_table(SIDES, list(side_rows(section))))
         print(markdown_table(RATIOS, list(ratio_rows(section))))

@@ -216,7 +216,7 @@ def logged_warnings() -> Iterator[list[str]]:
 
 def _whole(side: Whole, device: torch.device, effort: Effort) -> Figures:
     wall, rounds = _median(side.prepare, device, effort)
-    busy, launches = _profile((side.profiled or side.prepare)(), device)
+    busy, launches = profile_call((side.profiled or side.prepare)(), device)
     figures = {"wall_ms": wall, "busy_ms": busy, "launches": launches, "rounds": rounds}
     return figures | ({"profiled": "a shorter call"} if side.profiled and captures(device) else {})
 
@@ -226,7 +226,7 @@ def _marginal(side: Marginal, device: torch.device, effort: Effort) -> Figures:
     (few, _), (many, rounds) = (
         _median(partial(partial, run, count), device, effort) for count in (side.few, side.many)
     )
-    least, next_to_it = (_profile(partial(run, count), device) for count in (side.few, side.few + 1))
+    least, next_to_it = (profile_call(partial(run, count), device) for count in (side.few, side.few + 1))
     busy, launches = (None if None in pair else pair[1] - pair[0] for pair in zip(least, next_to_it, strict=True))
     return {"wall_ms": (many - few) / batches, "busy_ms": busy, "launches": launches, "rounds": rounds}
 
@@ -251,7 +251,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _profile(call: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
+def profile_call(call: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
     """Return the milliseconds that kernels and copies take in a call, and how many there are.
 
     Two kernels at once count twice. (None, None) on the CPU, and where the profiler has seen nothing.
@@ -259,10 +259,10 @@ def _profile(call: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
     if not captures(device):
         return None, None
     _wait(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
         call()
         _wait(device)
-    return busy(profile.events(), DeviceType.CUDA)
+    return busy(recorded.events(), DeviceType.CUDA)
 
 
 def busy(events: Iterable[Any], kind: DeviceType) -> tuple[Any, Any]:
@@ -277,7 +277,7 @@ def busy(events: Iterable[Any], kind: DeviceType) -> tuple[Any, Any]:
 
 def warm_up_profiler(device: torch.device) -> None:
     """Start the profiler once, before any capture: it may not see the kernels of graphs that are older than itself."""
-    _profile(lambda: torch.ones(1, device=device) + 1, device)
+    profile_call(lambda: torch.ones(1, device=device) + 1, device)
 
 
 def row_of(case: Case, device: torch.device, effort: Effort) -> dict[str, Any]:

@@ -13,6 +13,7 @@ SIDES = ("case", "on", "mode", "side", "wall, ms", "busy, ms", "launches", "peak
 RATIOS = ("case", "on", "mode", "sides", "wall", "busy")
 GOALS = ("whole call", "measured", "target")
 NOT_MEASURED = "not measured since passes are captured: no card could be started"
+NO_CARD = "not measured: no card could be started"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ TARGETS = (
            "delfast, captured", "usual loop", 0.6),
     Target("the same in bfloat16", "localize", _R18, "bf16", "delfast, captured", "usual loop", 0.4),
     Target("per-example scores of a batch, of forward + backward, both captured, bfloat16, ResNet-18", "per_example",
-           _R18, "bf16", *_BOTH, 1.7),
-    Target("the same, ResNet-50", "per_example", _R50, "bf16", *_BOTH, 1.7),
-    Target("the same, ViT-B/16", "per_example", _VIT, "bf16", *_BOTH, 1.0),
+           _R18, "bf16", *_BOTH, 1.4),
+    Target("the same, ResNet-50", "per_example", _R50, "bf16", *_BOTH, 1.4),
+    Target("the same, ViT-B/16", "per_example", _VIT, "bf16", *_BOTH, 0.9),
     Target("a captured step of `unlearn`, of torch's eager dense step, bfloat16, ResNet-18", "step", _R18, "bf16",
            "delfast, compact, captured", "torch, dense", 0.4),
     Target("compact, of the dense step, both captured, bfloat16, ResNet-18", "step", _R18, "bf16", *_COMPACT, 1.05),
@@ -49,6 +50,38 @@ TARGETS = (
     Target("the same, of the naive bfloat16 loop", "job", "resnet18, batch 128", "of the side",
            "delfast, bf16", "naive, bf16", 0.5),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelTarget:
+    """A figure of the section "bandwidth" and the value that was aimed at: the least, or for "us" the most."""
+
+    name: str
+    on: str
+    figure: str
+    aim: float
+
+    @property
+    def text(self) -> str:
+        unit = {"of_copy": "of the card's copy", "speedup": "x the speed of the older kernels", "us": "µs"}[self.figure]
+        return f"{'<=' if self.figure == 'us' else '>='} {self.aim:g} {unit}"
+
+
+_LARGE = [f"1.07 G parameters, {dtype}" for dtype in ("bfloat16", "float32")]
+_SMALL = "resnet18, float32"
+KERNEL_TARGETS = (
+    *(KernelTarget("criticality, mean", on, "of_copy", 0.95) for on in _LARGE),
+    *(KernelTarget("criticality, mean of the top tenth", on, "of_copy", 0.88) for on in _LARGE),
+    *(KernelTarget("selection of elements", on, "speedup", 3) for on in _LARGE),
+    *(KernelTarget("masked SGD", on, "of_copy", 0.88) for on in _LARGE),
+    *(KernelTarget("masked AdamW", on, "of_copy", 0.88) for on in _LARGE),
+    KernelTarget("criticality, mean of the top tenth", _SMALL, "speedup", 2),
+    KernelTarget("selection of elements", _SMALL, "speedup", 1.25),
+    KernelTarget("masked SGD", _SMALL, "speedup", 1),
+    KernelTarget("masked AdamW", _SMALL, "speedup", 1),
+    KernelTarget("a channel mask after the gradients", _SMALL, "us", 80),
+)
+KERNEL_GOALS = ("kernel", "on", "measured", "target", "a prototype")
 
 
 def read_kept(path: Path) -> dict[str, Any]:
@@ -91,6 +124,21 @@ def _found(sections: Mapping[str, Any], target: Target) -> str | None:
             warned = any(result["sides"][name]["warnings"] for name in (target.ours, target.other))
             return f"{ratio:.2f}{' (see its warnings)' if warned else ''}"
     return None
+
+
+def kernel_goal_rows(section: Mapping[str, Any] | None, kept: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of ``KERNEL_GOALS`` for every target. ``kept``: the older kernels' and the prototype's times."""
+    measured = {} if section is None else {(r["name"], r["on"]): r for r in section["results"]}
+    cases = {(case["name"], case["on"]): case for case in kept["cases"]}
+    for target in KERNEL_TARGETS:
+        result = measured.get((target.name, target.on), {})
+        figure = _number(result.get(target.figure), ".2f") or NO_CARD
+        case, prototype = cases.get((target.name, target.on)), None
+        if case is not None and target.figure == "speedup":
+            prototype = case["before_us"] / case["prototype_us"]
+        elif case is not None and target.figure == "of_copy":
+            prototype = case["prototype_gb_per_s"] / kept["copy_gb_per_s"]
+        yield [target.name, target.on, figure, target.text, _number(prototype, ".2f")]
 
 
 def _number(value: float | None, form: str) -> str:

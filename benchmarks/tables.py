@@ -20,8 +20,19 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks import gpu_bandwidth
 from benchmarks.gpu_kernels import COLUMNS, row
-from benchmarks.gpu_report import GOALS, RATIOS, SIDES, goal_rows, ratio_rows, read_kept, side_rows
+from benchmarks.gpu_report import (
+    GOALS,
+    KERNEL_GOALS,
+    RATIOS,
+    SIDES,
+    goal_rows,
+    kernel_goal_rows,
+    ratio_rows,
+    read_kept,
+    side_rows,
+)
 from benchmarks.precision import RESULTS as PRECISION
 from benchmarks.precision import table as precision_table
 from delfast.errors import InputError
@@ -160,13 +171,24 @@ def calls(sections: dict[str, Any]) -> str:
     """Return the targets of the whole calls on a card, measured or not, then the tables of every kept section."""
     parts = [markdown_table(GOALS, list(goal_rows(sections)))]
     for name, section in sections.items():
-        if name != "kernels" and not (section.get("skipped") and not section["results"]):
+        if name not in ("kernels", "bandwidth") and not (section.get("skipped") and not section["results"]):
             made = _checked(section)["provenance"]
             parts += [f"`{name}`: {section['device']}; torch {made['torch']}, CUDA {made['cuda']}.\n"]
             parts += [
                 markdown_table(SIDES, list(side_rows(section))),
                 markdown_table(RATIOS, list(ratio_rows(section))),
             ]
+    return "\n".join(parts)
+
+
+def bandwidth(sections: dict[str, Any], kept: dict[str, Any]) -> str:
+    """Return the targets of the kernels beside the prototype's figures, then what a card gave, where one did."""
+    section = sections.get("bandwidth")
+    parts = [markdown_table(KERNEL_GOALS, list(kernel_goal_rows(section, kept)))]
+    if section is not None:
+        made = _checked(section)["provenance"]
+        parts += [f"{section['device']}, copy {section['copy_gb_per_s']:.0f} GB/s; torch {made['torch']}.\n"]
+        parts += [markdown_table(gpu_bandwidth.COLUMNS, [gpu_bandwidth.row(result) for result in section["results"]])]
     return "\n".join(parts)
 
 
@@ -269,6 +291,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "memory": measured(read_json(MEMORY), MEMORY.name),
             "calls": calls(card),
             "gpu": gpu(kept["GPU"]),
+            "bandwidth": bandwidth(card, read_json(gpu_bandwidth.BEFORE)),
             "sectors": sectors(SECTORS.read_text(encoding="utf-8")),
         },
         RESULTS: {

@@ -16,13 +16,14 @@ import torch
 from torch.autograd import DeviceType
 
 import delfast
-from benchmarks import gpu, gpu_calls, gpu_kernels, gpu_measure, gpu_report, naive
+from benchmarks import gpu, gpu_bandwidth, gpu_calls, gpu_kernels, gpu_measure, gpu_report, naive
 from benchmarks.gpu_cases import cases
 from benchmarks.gpu_measure import Captured, Effort, Marginal, Whole, arithmetic, delfast_keywords, keywords
 from benchmarks.gpu_networks import Workload
 from benchmarks.job import images_of
 from delfast.errors import InputError
 from delfast.experiments.networks import build
+from delfast.files import read_json
 from delfast.unlearning import TrainingOptions
 
 CPU = torch.device("cpu")
@@ -98,11 +99,38 @@ def test_the_job_runs_on_the_cpu(tmp_path: Path) -> None:
     assert set(result["ratios"]) == {"delfast, fp32 / naive, fp32"}
 
 
+def test_kernels_are_verified_before_they_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, found = run(tmp_path, "--device", "cpu", "bandwidth")
+    results = found["bandwidth"]["results"]
+    assert code == 0 and all(result["us"] > 0 and result["speedup"] is None for result in results)
+    named = {(result["name"], result["on"]) for result in results}
+    assert {(target.name, target.on) for target in gpu_report.KERNEL_TARGETS} <= named
+    original = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: original(a, b) and a.ndim != 1)
+    code, found = run(tmp_path, "--device", "cpu", "bandwidth")
+    assert code == 1 and "criticality, mean on resnet18, float32" in found["bandwidth"]["failures"][0]
+
+
+def test_a_speedup_is_known_on_the_card_of_the_kept_times_alone() -> None:
+    kept = read_json(gpu_bandwidth.BEFORE)
+    assert gpu_bandwidth.before_us(kept["device"], "criticality, mean", "resnet18, float32") == 52.4
+    assert gpu_bandwidth.before_us("another card", "criticality, mean", "resnet18, float32") is None
+
+
+def test_kernel_targets_show_what_was_measured_and_the_prototype() -> None:
+    kept = read_json(gpu_bandwidth.BEFORE)
+    target = gpu_report.KERNEL_TARGETS[0]
+    section = {"results": [{"name": target.name, "on": target.on, "of_copy": 0.5}]}
+    first, second, *_ = gpu_report.kernel_goal_rows(section, kept)
+    assert first == [target.name, target.on, "0.50", ">= 0.95 of the card's copy", "0.99"]
+    assert second[2] == gpu_report.NO_CARD
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 def test_every_section_runs_and_captures_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gpu.BUILT, "1")
-    code, found = run(tmp_path, "--modes", "fp32,tf32,bf16", *SECTIONS, "kernels")
+    code, found = run(tmp_path, "--modes", "fp32,tf32,bf16", *SECTIONS, "kernels", "bandwidth")
     check_sections(found, captures=True)
     assert code == 0, [section["failures"] for section in found.values()]
     for result in found["step"]["results"]:
@@ -293,7 +321,7 @@ class Graph:
 def test_a_side_that_was_not_captured_is_not_reported_as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """delfast logs a warning of what it cannot capture; a function that ignores the keyword replays nothing."""
     monkeypatch.setattr(gpu_measure, "captures", lambda device: True)
-    monkeypatch.setattr(gpu_measure, "_profile", lambda call, device: (None, None))
+    monkeypatch.setattr(gpu_measure, "profile_call", lambda call, device: (None, None))
     monkeypatch.setattr(gpu_measure, "_wait", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_reserved"):
