@@ -81,6 +81,20 @@ KERNEL_TARGETS = (
     KernelTarget("masked AdamW", _SMALL, "speedup", 1),
     KernelTarget("a channel mask after the gradients", _SMALL, "us", 80),
 )
+_LAYERS = {
+    "ResNet-18's layers, batch 128": (2.2, 2.0),
+    "ResNet-50's layers, batch 64": (2.2, 2.0),
+    "ViT-B's layers, batch 64": (3.4, 2.8),
+}
+KERNEL_TARGETS += tuple(
+    KernelTarget(f"per-example sums, {kind}", on, "speedup", aim)
+    for on, aims in _LAYERS.items()
+    for kind, aim in zip(("bfloat16", "tf32"), aims, strict=True)
+)
+LEFT_OUT = (
+    "layers, each as often as the network has it",
+    *("older, ms", "mma.sync, ms", "wgmma, ms", "wgmma saves, of a pass", "three tf32 products, of float32's time"),
+)
 KERNEL_GOALS = ("kernel", "on", "measured", "target", "a prototype")
 
 
@@ -139,6 +153,24 @@ def kernel_goal_rows(section: Mapping[str, Any] | None, kept: Mapping[str, Any])
         elif case is not None and target.figure == "of_copy":
             prototype = case["prototype_gb_per_s"] / kept["copy_gb_per_s"]
         yield [target.name, target.on, figure, target.text, _number(prototype, ".2f")]
+
+
+def left_out_rows(kept: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of ``LEFT_OUT``: bfloat16, the fastest kernel of each kind or the older one for every layer.
+
+    A pass that sums per example takes at least two thirds of an ordinary one, whose weight gradients it leaves out, and
+    the sums. The last column compares three times the tf32 kernel with the float32 kernel.
+    """
+    for network in kept["networks"]:
+        times = [(layer["count"], layer["bfloat16"]) for layer in network["layers"]]
+        older = sum(count * ms["before_ms"] for count, ms in times)
+        mma = sum(count * min(ms["before_ms"], ms["mma_ms"]) for count, ms in times)
+        wgmma = sum(count * min(ms.values()) for count, ms in times)
+        share = (mma - wgmma) / (2 / 3 * network["forward_backward_ms"] + mma)
+        three = sum(3 * layer["count"] * layer["tf32"]["mma_ms"] for layer in network["layers"])
+        one = sum(layer["count"] * layer["tf32"]["float32_ms"] for layer in network["layers"])
+        cells = [f"{ms:.2f}" for ms in (older, mma, wgmma)]
+        yield [network["on"], *cells, f"{100 * share:.0f} %", f"{three / one:.2f}"]
 
 
 def _number(value: float | None, form: str) -> str:

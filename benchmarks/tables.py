@@ -25,10 +25,12 @@ from benchmarks.gpu_kernels import COLUMNS, row
 from benchmarks.gpu_report import (
     GOALS,
     KERNEL_GOALS,
+    LEFT_OUT,
     RATIOS,
     SIDES,
     goal_rows,
     kernel_goal_rows,
+    left_out_rows,
     ratio_rows,
     read_kept,
     side_rows,
@@ -292,6 +294,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "calls": calls(card),
             "gpu": gpu(kept["GPU"]),
             "bandwidth": bandwidth(card, read_json(gpu_bandwidth.BEFORE)),
+            "left-out": markdown_table(LEFT_OUT, list(left_out_rows(read_json(gpu_bandwidth.BEFORE)))),
             "sectors": sectors(SECTORS.read_text(encoding="utf-8")),
         },
         RESULTS: {
