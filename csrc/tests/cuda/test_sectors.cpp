@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "delfast/cuda_launch.h"
+#include "delfast/mask_plan.h"
 
 namespace delfast::test {
 namespace {
