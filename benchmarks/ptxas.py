@@ -30,7 +30,7 @@ ARCHITECTURES = ("80", "90", "100", "120")
 
 # Kernels that read parameters or gradients: threads and bytes of dynamic shared memory of a block, at the most.
 # criticality_block_rows: two ways to run, for rows of up to 8192 and of up to 16384 elements.
-ROW, BINS, PART = 1024 + 32, 256, 4096 + 4  # words: csrc/cuda/criticality.cuh, masked_update.cuh
+ROW, BINS = 1024 + 32, 256  # words: csrc/cuda/criticality.cuh
 STREAMING = {
     "criticality_elements": [(256, 0)],
     "criticality_warp_rows": [(256, 8 * (ROW + BINS) * 4)],
@@ -40,15 +40,18 @@ STREAMING = {
     "selection_count": [(256, 0)],
     "selection_mark": [(256, 0)],
     "selection_settle": [(256, 0)],
-    "masked_update<ResetRule>": [(256, 0)],
-    "masked_update<PlainSgdRule>": [(256, 0)],
-    "masked_update<SgdRule>": [(256, PART * 4)],
-    "masked_update<AdamWRule>": [(256, 2 * PART * 4)],
     "channel_dot_rows": [(256, 0)],
     "channel_dot_columns": [(256, 0)],
     "channel_sums_rows": [(256, 0)],
     "channel_sums_columns<true>": [(256, 0)],
     "channel_sums_columns<false>": [(256, 0)],
+}
+# The same for kernels that keep four packs of every array in flight in each warp: fewer warps reach the bandwidth.
+ROUNDS = {
+    "masked_update<ResetRule>": [(256, 0)],
+    "masked_update<PlainSgdRule>": [(256, 0)],
+    "masked_update<SgdRule>": [(256, 0)],
+    "masked_update<AdamWRule>": [(256, 0)],
 }
 # The same for kernels that read activations and their gradients, many products of each. Their sums stay in registers,
 # so fewer warps fit; each has as many independent products at a time as hide their own latency.
@@ -219,7 +222,7 @@ def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
 
 
 def occupancies(kernel: Kernel) -> list[float]:
-    return [occupancy(kernel, *shape) for shape in (STREAMING | MULTIPLYING)[kernel.name]]
+    return [occupancy(kernel, *shape) for shape in (STREAMING | ROUNDS | MULTIPLYING)[kernel.name]]
 
 
 def table(compiled: list[Compiled], version: str) -> str:
@@ -243,7 +246,7 @@ def table(compiled: list[Compiled], version: str) -> str:
             for k in (by_architecture[architecture] for architecture in ARCHITECTURES)
         ]
         hopper = by_architecture["90"]
-        reads = name in STREAMING | MULTIPLYING
+        reads = name in STREAMING | ROUNDS | MULTIPLYING
         cells.append(str(hopper.wide_loads) if reads else "")
         cells.append(", ".join(f"{share:.0%}" for share in occupancies(hopper)) if reads else "")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")

@@ -15,7 +15,7 @@ from delfast.arguments import check_flag, check_number, check_type, describe
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import plain_name, unique_parameters
-from delfast.ops.layout import as_rows, flat_rows
+from delfast.ops.layout import as_rows, flat_rows, padded_state
 from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
 
@@ -114,7 +114,7 @@ class MaskedOptimizer(Optimizer):
         for number, group in enumerate(self.param_groups):
             for call in self._cached_calls(number, group):
                 gradients = [parameter.grad for parameter in call.parameters]
-                self._update(group, call.parameters, gradients, call.state, call.steps, call.bits, call.by_row, amp)
+                self._update(group, call.parameters, gradients, call.state, call.steps, call.plan, call.by_row, amp)
         return loss
 
     @abstractmethod
@@ -163,28 +163,20 @@ class MaskedOptimizer(Optimizer):
         """Join all state in one flat tensor and all step counts in another; ``self.state`` keeps views of them."""
         none = torch.zeros((), dtype=torch.float32, device=device)
         steps = torch.stack([self.state[parameter].get("step", none) for parameter, _ in entries])
-        pieces = []
-        for parameter, part in entries:
-            old = self.state[parameter].get(self.state_name)
-            if old is None or not count:
-                pieces.append(torch.zeros(count * part.selected, dtype=dtype, device=device))
-            else:
-                pieces.append(flat_rows(old, parameter) if part.by_row else old)
-        state = torch.cat(pieces)
-        for (parameter, part), step, piece in zip(
-            entries, steps.unbind(), torch.split(state, [piece.numel() for piece in pieces]), strict=True
-        ):
-            self.state[parameter]["step"] = step
+        sizes = [count * part.selected for _, part in entries]
+        state = torch.zeros(sum(map(padded_state, sizes)), dtype=dtype, device=device)
+        start = 0
+        for (parameter, part), step, size in zip(entries, steps.unbind(), sizes, strict=True):
+            piece, start = state[start : start + size], start + padded_state(size)
+            kept = self.state[parameter]
+            if count and (old := kept.get(self.state_name)) is not None:
+                piece.copy_((flat_rows(old, parameter) if part.by_row else old).view(size))
+            kept["step"] = step
             if count:
-                self.state[parameter][self.state_name] = as_rows(piece, parameter) if part.by_row else piece
-        return OpCall(
-            key,
-            [parameter for parameter, _ in entries],
-            state,
-            steps,
-            torch.cat([part.bits.to(device) for _, part in entries]),
-            [part.by_row for _, part in entries],
-        )
+                kept[self.state_name] = as_rows(piece, parameter) if part.by_row else piece
+        parameters, by_row = [parameter for parameter, _ in entries], [part.by_row for _, part in entries]
+        bits = torch.cat([part.bits.to(device) for _, part in entries])
+        return OpCall(key, parameters, state, steps, torch.ops.delfast.masked_plan(parameters, bits, by_row), by_row)
 
     @torch.no_grad()
     def replace_mask(self, mask: Mask) -> None:
@@ -260,14 +252,15 @@ def _move_state(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
 class OpCall:
     """The arguments of one call of a masked op, except gradients and settings.
 
-    ``key``: the number of state values, and the parameters that had gradients when the call was made.
+    ``key``: the number of state values, and the parameters that had gradients when the call was made; ``plan``: what
+    the mask selects, listed once for all steps.
     """
 
     key: list[Any]
     parameters: list[Tensor]
     state: Tensor
     steps: Tensor
-    bits: Tensor
+    plan: Tensor
     by_row: list[bool]
 
 

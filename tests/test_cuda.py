@@ -165,6 +165,38 @@ def test_found_inf_and_grad_scale_stay_on_the_device(op: str) -> None:
     assert not arguments[2]["steps"].any() and not arguments[2]["state"].any()
 
 
+@pytest.mark.parametrize("op", UPDATES)
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_plan_made_outside_or_inside_a_captured_graph(op: str, by_rows: bool) -> None:
+    theta, grads = (on_device(t) for t in cases.parameters())
+    host = masked_arguments(cases.parameters()[0], op, by_rows=by_rows)
+    run, expected = getattr(NATIVE, op), on_device(theta)
+    plain = on_device(host)
+    for _ in range(2):
+        run_update(run, expected, grads, plain, HYPER[op][0])
+    plan = NATIVE.masked_plan(theta, on_device(host["bits"]), host["by_row"])
+    for form in ("bits", "outside", "inside"):
+        params, arguments = on_device(theta), on_device(host)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            if form != "bits":
+                inside = form == "inside"
+                arguments["bits"] = NATIVE.masked_plan(params, arguments["bits"], host["by_row"]) if inside else plan
+            run_update(run, params, grads, arguments, HYPER[op][0])
+        for _ in range(2):
+            graph.replay()
+        assert_same(params, expected, form)
+        assert_same(arguments["state"], plain["state"], form)
+
+
+def test_a_step_of_a_planned_mask_is_two_launches() -> None:
+    theta, grads = (on_device(t) for t in cases.parameters())
+    arguments = on_device(masked_arguments(cases.parameters()[0], "masked_sgd_"))
+    arguments["bits"] = NATIVE.masked_plan(theta, arguments["bits"], arguments["by_row"])
+    step = launches(lambda: run_update(NATIVE.masked_sgd_, theta, grads, arguments, HYPER["masked_sgd_"][0]))
+    assert step == 2
+
+
 @pytest.mark.slow
 def test_more_than_2_31_elements() -> None:
     free, _ = torch.cuda.mem_get_info()

@@ -155,6 +155,36 @@ def test_state_is_compact(granularity: Any) -> None:
         assert ratio <= 0.35
 
 
+@pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("granularity", ["channel", "param"])
+def test_a_mask_is_planned_once_and_each_state_begins_at_16_bytes(
+    kind: Any, granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = cases.SmallNet()
+    scores = delfast.score(model, cases.image_batches())
+    masks = [scores.select(budget, granularity) for budget in (0.3, 0.5)]
+    plans = []
+
+    def counted(*arguments: Any, plan: Any = torch.ops.delfast.masked_plan) -> torch.Tensor:
+        plans.append(plan(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(torch.ops.delfast, "masked_plan", counted)
+    settings = dict(momentum=0.9) if kind is MaskedSGD else {}
+    optimizer = kind(model.named_parameters(), masks[0], **settings)
+    for mask in masks:
+        optimizer.replace_mask(mask)
+        for step in range(3):
+            optimizer.zero_grad()
+            scaled_loss(model, step).backward()
+            optimizer.step()
+        states = [state[optimizer.state_name] for state in optimizer.state.values()]
+        assert all(state.data_ptr() % 16 == states[0].data_ptr() % 16 for state in states)
+        assert any(state.numel() % 4 for state in states)
+    assert len(plans) == 2 and plans[0].numel() == plans[1].numel()
+
+
 def test_state_of_another_mask_is_refused_and_changes_nothing() -> None:
     model = cases.SmallNet()
     scores = delfast.score(model, cases.image_batches())

@@ -1,4 +1,6 @@
-// delfast::masked_{reset,sgd,adamw}_ on the CPU.
+// delfast::masked_plan and masked_{reset,sgd,adamw}_ on the CPU, whose kernels read the bits alone.
+
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -37,22 +39,28 @@ class UpdateTasks {
  public:
   UpdateTasks(at::TensorList params, at::TensorList sources, const at::Tensor& bits, const c10::List<bool>& by_row)
       : list_(params, sources, bits, by_row) {
+    const int64_t count = int64_t(list_.params.size());
+    DELFAST_CHECK_VALUE(
+        !list_.plan || is_of_shapes(MaskPlan(const_cast<void*>(list_.plan), count), list_.params.data(), count),
+        "expected a plan of these ", count, " parameters, got one of other shapes; pass what ",
+        "masked_plan returned for them");
     entries_.reserve(list_.params.size());
     for (size_t i = 0; i < list_.params.size(); i++) entries_.push_back(add_tasks(list_.params[i], i));
   }
 
   const UpdateList& list() const { return list_; }
 
-  // state: flat, `count` values per masked entry, parameter after parameter.
+  // state: flat, `count` values per masked entry, parameter after parameter, each at a multiple of 4.
   void set_state(const at::Tensor& state, int count) {
     int64_t all = 0;
-    for (int64_t entries : entries_) all += count * entries;
+    for (int64_t entries : entries_) all += padded_state(count * entries);
     DELFAST_CHECK_VALUE(state.numel() == all, "expected state to be contiguous float32 (", all, ",), got ",
                         state.scalar_type(), " ", shape_text(state.sizes()),
                         "; the optimizer state is of another mask");
     float* next = state.mutable_data_ptr<float>();
     for (size_t i = 0; i < list_.params.size(); i++) {
-      for (int s = 0; s < count; s++, next += entries_[i]) list_.params[i].state[s] = next;
+      for (int s = 0; s < count; s++) list_.params[i].state[s] = next + s * entries_[i];
+      next += padded_state(count * entries_[i]);
     }
     list_.also_changes(state);
   }
@@ -68,7 +76,7 @@ class UpdateTasks {
  private:
   // Returns the number of masked entries.
   int64_t add_tasks(const Updated& u, size_t i) {
-    const int64_t units = UpdateList::units(u), bytes = (units + 7) / 8, length = UpdateList::unit_length(u);
+    const int64_t units = units_of(u), bytes = (units + 7) / 8, length = unit_length_of(u);
     const int64_t step = std::max<int64_t>(8, cpu::kChunk / length / 8 * 8);
     int64_t rank = 0;
     for (int64_t begin = 0; begin < units; begin += step) {
@@ -104,6 +112,16 @@ std::vector<double> advance(const at::Tensor& steps, size_t params) {
 }
 
 }  // namespace
+
+at::Tensor masked_plan(at::TensorList params, const at::Tensor& bits, const c10::List<bool>& by_row) {
+  const std::vector<Updated> list = planned_list(params, bits, by_row);
+  const int64_t count = int64_t(list.size());
+  const MaskPlanShape shape(list.data(), count);
+  const at::Tensor plan = at::zeros({shape.bytes()}, bits.options());
+  plan.narrow(0, 0, bits.numel()).copy_(bits);
+  write_shapes(MaskPlan(plan.mutable_data_ptr<uint8_t>() + shape.head_offset(), count), list.data(), count);
+  return plan;
+}
 
 void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row) {
   UpdateTasks tasks(params, fresh, bits, by_row);

@@ -34,6 +34,7 @@ TORCH_LIBRARY_IMPL(delfast, CPU, m) {
   serve<"criticality", &bindings::criticality>(m);
   serve<"select_elements", &bindings::select_elements>(m);
   serve<"select_units", &bindings::select_units>(m);
+  serve<"masked_plan", &bindings::masked_plan>(m);
   serve<"masked_reset_", &bindings::masked_reset_>(m);
   serve<"masked_sgd_", &bindings::masked_sgd_>(m);
   serve<"masked_adamw_", &bindings::masked_adamw_>(m);

@@ -21,6 +21,7 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
 std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
                                                 at::IntArrayRef lengths, int64_t k, bool cut_last);
 
+at::Tensor masked_plan(at::TensorList params, const at::Tensor& bits, const c10::List<bool>& by_row);
 void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row);
 void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
                  const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,

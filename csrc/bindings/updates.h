@@ -4,10 +4,59 @@
 #include <ATen/core/List.h>
 
 #include "bindings/checks.h"
+#include "delfast/mask_plan.h"
 
 namespace delfast::bindings {
 
-// The parameters to change in place. Bits are not looked at: where they lie, and how many there must be, is all.
+// The lists' lengths, and what bits must be on every device.
+inline void check_bits(c10::Device device, const at::Tensor& bits, size_t params, size_t sources, size_t by_row) {
+  check_device(device, bits, "bits");
+  DELFAST_CHECK_VALUE(sources == params && by_row == params, "expected lists of equal length, got ", params,
+                      " parameters, ", sources, " gradients (or fresh values) and ", by_row,
+                      " values of by_row; pass one each");
+  DELFAST_CHECK_TYPE(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous(),
+                     "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ",
+                     shape_text(bits.sizes()), "; concatenate the masks' packed bits");
+}
+
+// Sets each parameter's bits; returns how many bytes follow the last's. Their values are not looked at.
+inline int64_t place_bits(const at::Tensor& bits, std::vector<Updated>& params) {
+  const uint8_t* next = bits.const_data_ptr<uint8_t>();
+  int64_t left = bits.numel();
+  for (size_t i = 0; i < params.size(); i++) {
+    const int64_t bytes = (units_of(params[i]) + 7) / 8;
+    DELFAST_CHECK_VALUE(bytes <= left, "expected ", bytes, " bytes of bits for parameter #", i, ", got ", left,
+                        "; the mask is of other parameters");
+    params[i].bits = next;
+    next += bytes;
+    left -= bytes;
+  }
+  return left;
+}
+
+inline void check_no_more_bits(int64_t left, size_t params) {
+  DELFAST_CHECK_VALUE(left == 0, "expected bits for ", params, " parameters, got ", left,
+                      " bytes more; the mask is of other parameters");
+}
+
+// The parameters of a mask, whose plan looks at their shapes alone.
+inline std::vector<Updated> planned_list(at::TensorList param_tensors, const at::Tensor& bits,
+                                         const c10::List<bool>& by_row) {
+  const c10::Device device = param_tensors.empty() ? bits.device() : param_tensors.front().device();
+  const size_t count = param_tensors.size();
+  check_devices(device, param_tensors, "parameter");
+  check_bits(device, bits, count, count, by_row.size());
+  std::vector<Updated> params(count);
+  for (size_t i = 0; i < count; i++) {
+    params[i].param_dtype = dtype_of(param_tensors[i], "parameter #", i);
+    params[i].layout = usable_layout(param_tensors[i]);
+    params[i].by_row = by_row.get(i);
+  }
+  check_no_more_bits(place_bits(bits, params), count);
+  return params;
+}
+
+// The parameters to change in place.
 class UpdateList {
  public:
   UpdateList(at::TensorList param_tensors, at::TensorList sources, const at::Tensor& bits,
@@ -15,35 +64,23 @@ class UpdateList {
       : device(param_tensors.empty() ? bits.device() : param_tensors.front().device()) {
     check_devices(device, param_tensors, "parameter");
     check_devices(device, sources, "gradient");
-    check_device(device, bits, "bits");
     const size_t count = param_tensors.size();
-    DELFAST_CHECK_VALUE(sources.size() == count && by_row.size() == count, "expected lists of equal length, got ",
-                        count, " parameters, ", sources.size(), " gradients (or fresh values) and ", by_row.size(),
-                        " values of by_row; pass one each");
-    DELFAST_CHECK_TYPE(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous(),
-                       "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ",
-                       shape_text(bits.sizes()), "; concatenate the masks' packed bits");
-    const uint8_t* next = bits.const_data_ptr<uint8_t>();
-    int64_t left = bits.numel();
+    check_bits(device, bits, count, sources.size(), by_row.size());
     params.reserve(count);
     changed_.reserve(count + 2);
     for (size_t i = 0; i < count; i++) {
       params.push_back(checked(param_tensors[i], sources[i], by_row.get(i), i));
       changed_.push_back(param_tensors[i].unsafeGetTensorImpl());
-      const int64_t bytes = (units(params[i]) + 7) / 8;
-      DELFAST_CHECK_VALUE(bytes <= left, "expected ", bytes, " bytes of bits for parameter #", i, ", got ", left,
-                          "; the mask is of other parameters");
-      params[i].bits = next;
-      next += bytes;
-      left -= bytes;
     }
-    DELFAST_CHECK_VALUE(left == 0, "expected bits for ", count, " parameters, got ", left,
-                        " bytes more; the mask is of other parameters");
+    if (const int64_t left = place_bits(bits, params)) {
+      const MaskPlanShape shape(params.data(), int64_t(count));
+      if (left != shape.bytes() - shape.bit_bytes) check_no_more_bits(left, count);
+      plan = bits.const_data_ptr<uint8_t>() + shape.head_offset();
+      DELFAST_CHECK_VALUE(reinterpret_cast<uintptr_t>(plan) % 16 == 0,
+                          "expected a plan to begin at a multiple of 16 bytes, got ", bits.storage_offset(),
+                          " bytes into its storage; pass what masked_plan returned");
+    }
   }
-
-  // What the parameter's bits stand for: rows, or elements.
-  static int64_t units(const Updated& u) { return u.by_row ? u.layout.rows : u.layout.numel(); }
-  static int64_t unit_length(const Updated& u) { return u.by_row ? u.layout.length : 1; }
 
   // Another tensor that the update changes.
   void also_changes(const at::Tensor& t) { changed_.push_back(t.unsafeGetTensorImpl()); }
@@ -56,6 +93,7 @@ class UpdateList {
 
   c10::Device device;
   std::vector<Updated> params;
+  const void* plan = nullptr;  // its head, if the bits are those of a plan
 
  private:
   Updated checked(const at::Tensor& param, const at::Tensor& source, bool by_row, size_t i) {

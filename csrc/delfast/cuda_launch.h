@@ -38,9 +38,16 @@ int64_t select_units_workspace(const int64_t* counts, int64_t count);
 Error select_units(const float* scores, const int64_t* counts, const int64_t* lengths, int64_t count, int64_t k,
                    bool cut_last, uint8_t* bits, int64_t* info, void* workspace, Stream stream);
 
-// Masked updates. Of each Updated, `bits` points to its own packed bits; its `state` is not looked at: `state` here is
-// the whole flat array, of state_numel float32 in all, laid out as for the CPU (parameter after parameter, in each all
-// of state[0] before state[1]). A state_numel that is not that of the mask traps on the device.
+// Lists the masked entries of parameters: writes what follows the bits of a plan (delfast/mask_plan.h), from its head
+// on; `plan` is aligned to 16 bytes. Of each Updated, `bits` points to its own packed bits; tensors are not looked at.
+int64_t mask_plan_workspace(const Updated* params, int64_t count);
+Error mask_plan(const Updated* params, int64_t count, void* plan, void* workspace, Stream stream);
+
+// Masked updates, of the entries that `plan`, the head of a plan of these bits, lists: at most two launches for as many
+// parameters as a table holds (540 or so; 65 or so under a driver before CUDA 12.1). An Updated's own `state` is not
+// looked at: `state` here is the whole flat array, of state_numel float32 in all, laid out as for the CPU (parameter
+// after parameter, each at a multiple of 4, in each all of state[0] before state[1]). A state_numel that is not that of
+// the mask traps on the device, and so does a plan of other shapes.
 struct StepInputs {
   float* state;
   int64_t state_numel;
@@ -57,12 +64,12 @@ struct AdamWOptions {
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
 };
-Error masked_reset(const Updated* params, int64_t count, Stream stream);
-int64_t masked_update_workspace(const Updated* params, int64_t count);
+int64_t masked_update_workspace(int64_t count);
+Error masked_reset(const Updated* params, int64_t count, const void* plan, void* workspace, Stream stream);
 Error masked_sgd(const Updated* params, int64_t count, const StepInputs& inputs, const SgdOptions& options,
-                 void* workspace, Stream stream);
+                 const void* plan, void* workspace, Stream stream);
 Error masked_adamw(const Updated* params, int64_t count, const StepInputs& inputs, const AdamWOptions& options,
-                   void* workspace, Stream stream);
+                   const void* plan, void* workspace, Stream stream);
 
 // Adds to p.sums what each example contributes, in at most two launches; the workspace does not grow with the examples
 // beyond 32 MB. Products and sums are float32's; with tensor_cores, operands of 16 bits and one dtype are
@@ -77,8 +84,8 @@ Error channel_dot(const ChannelDot& p, Stream stream);
 int64_t channel_sums_workspace(const ChannelSums& p);
 Error channel_sums(const ChannelSums& p, void* workspace, Stream stream);
 
-// Writes the rows of all weights, in one launch for as many weights as a table holds (450 or so; 50 or so under a driver
-// before CUDA 12.1). An index outside its weight traps on the device.
+// Writes the rows of all weights, in one launch for as many weights as a table holds (450 or so; 50 or so under a
+// driver before CUDA 12.1). An index outside its weight traps on the device.
 Error write_rows(const WrittenRows* weights, int64_t count, Stream stream);
 
 }  // namespace delfast::cuda

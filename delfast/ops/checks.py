@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from delfast.ops.layout import packed_bytes, unit_count
+from delfast.ops.layout import packed_bytes, plan_bytes, unit_count
 
 CRITERIA = ("weighted_grad", "grad", "weight")
 AGGREGATES = ("topk_mean", "mean", "sum", "max")
@@ -80,6 +80,11 @@ def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[
         raise ValueError(
             f"expected counts that sum to the {scores.numel()} scores, got {scores.numel() - left}; {what}"
         )
+
+
+def check_masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
+    """Raise ValueError or TypeError for arguments that ``masked_plan`` refuses."""
+    _check_no_more_bits(_check_bits(params, params, bits, by_row), params)
 
 
 def check_masked_reset(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
@@ -312,6 +317,15 @@ def _check_scored(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: st
 
 
 def _check_updates(params: Sequence[Tensor], sources: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
+    left = _check_bits(params, sources, bits, by_row)
+    if left and bits.numel() != plan_bytes([param.shape for param in params], by_row):
+        _check_no_more_bits(left, params)
+    for param in params:
+        _check_own_memory(param)
+
+
+def _check_bits(params: Sequence[Tensor], sources: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> int:
+    """Return the number of bytes that follow the bits of the last parameter."""
     _check_devices(params, sources)
     _check_device(params[0].device if params else bits.device, bits, "bits")
     if not len(params) == len(sources) == len(by_row):
@@ -338,7 +352,10 @@ def _check_updates(params: Sequence[Tensor], sources: Sequence[Tensor], bits: Te
                 f"expected {size} bytes of bits for parameter #{index}, got {left}; the mask is of other parameters"
             )
         left -= size
-        _check_own_memory(param)
+    return left
+
+
+def _check_no_more_bits(left: int, params: Sequence[Tensor]) -> None:
     if left:
         raise ValueError(
             f"expected bits for {len(params)} parameters, got {left} bytes more; the mask is of other parameters"

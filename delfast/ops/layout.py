@@ -35,6 +35,25 @@ def packed_bytes(count: int) -> int:
     return (count + 7) // 8
 
 
+def padded_state(values: int) -> int:
+    """Return the number of floats that ``values`` state values of one parameter occupy: a multiple of 4."""
+    return (values + 3) // 4 * 4
+
+
+def plan_bytes(shapes: Sequence[Sequence[int]], by_row: Sequence[bool]) -> int:
+    """Return the size of the plan of a mask of parameters of these shapes (csrc/delfast/mask_plan.h)."""
+    piece_length = 512 if sum(math.prod(shape) for shape in shapes) < 2**25 else 2048
+    bits = pieces = 0
+    for shape, rows in zip(shapes, by_row, strict=True):
+        units, length = (unit_count(shape), row_length(shape)) if rows else (math.prod(shape), 1)
+        bits += packed_bytes(units)
+        if length >= 64:
+            pieces += units * -(-length // piece_length)
+        elif units:
+            pieces += -(-units // max(32, 1024 >> (length - 1).bit_length()))
+    return (bits + 15) // 16 * 16 + 16 + 24 * (len(shapes) + pieces)
+
+
 def pack(flags: Tensor) -> Tensor:
     """Pack bool (n,) into uint8 (ceil(n/8),), least significant bit first, on the same device."""
     padded = torch.zeros(packed_bytes(flags.numel()) * 8, dtype=torch.uint8, device=flags.device)

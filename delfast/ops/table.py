@@ -8,6 +8,7 @@ Op                           Result
 ``criticality``              A score per unit: an aggregate over the unit of ``|θ g|``, ``|g|`` or ``|θ|``.
 ``select_elements``          Packed bits of the k scalars with the highest scores.
 ``select_units``             Packed bits of the units with the highest scores that fit into k scalars.
+``masked_plan``              Packed bits and a list of what they mask, for many steps of one mask.
 ``masked_reset_``            Masked entries replaced by new values, in place.
 ``masked_sgd_``              One step of SGD on the masked entries, in place.
 ``masked_adamw_``            One step of AdamW on the masked entries, in place.
@@ -34,10 +35,10 @@ import torch
 from torch import Tensor
 
 from delfast.ops import checks
-from delfast.ops.layout import packed_bytes, unit_count
+from delfast.ops.layout import packed_bytes, plan_bytes, unit_count
 from delfast.ops.reference.criticality import criticality
 from delfast.ops.reference.gather import gather_columns
-from delfast.ops.reference.masked_update import masked_adamw_, masked_reset_, masked_sgd_
+from delfast.ops.reference.masked_update import masked_adamw_, masked_plan, masked_reset_, masked_sgd_
 from delfast.ops.reference.per_example import channel_accumulate_, channel_dot, per_example_accumulate_
 from delfast.ops.reference.selection import select_elements, select_units
 from delfast.ops.reference.write_rows import write_rows_
@@ -101,6 +102,10 @@ def _fake_select_units(
     )
 
 
+def _fake_masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> Tensor:
+    return bits.new_empty(plan_bytes([param.shape for param in params], by_row))
+
+
 def _fake_channel_dot(deltas: Tensor, values: Tensor | None) -> Tensor:
     wide = torch.promote_types(deltas.dtype, torch.float32)
     return torch.empty(deltas.shape[:2], dtype=wide, device=deltas.device)
@@ -132,6 +137,12 @@ OPS = (
         checks.check_select_units,
         _fake_select_units,
         select_units,
+    ),
+    Op(
+        "masked_plan(Tensor[] params, Tensor bits, bool[] by_row) -> Tensor",
+        checks.check_masked_plan,
+        _fake_masked_plan,
+        masked_plan,
     ),
     Op(
         "masked_reset_(Tensor(a!)[] params, Tensor[] fresh, Tensor bits, bool[] by_row) -> ()",

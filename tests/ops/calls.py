@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from delfast.ops import BACKEND, OPS
-from delfast.ops.layout import pack, unit_count
+from delfast.ops.layout import pack, padded_state, unit_count
 from delfast.parameter_mask import ParameterMask
 from tests import cases
 
@@ -48,7 +48,7 @@ def masked_arguments(tensors: list[Tensor], op: str, momentum: float = 1.0, by_r
     return {
         "bits": torch.cat([torch.empty(0, dtype=torch.uint8), *(part.bits for part in parts)]),
         "by_row": [part.by_row for part in parts],
-        "state": torch.zeros(count * sum(part.selected for part in parts)),
+        "state": torch.zeros(sum(padded_state(count * part.selected) for part in parts)),
         "steps": torch.zeros(len(tensors)),
         "chosen": chosen,
     }
@@ -76,6 +76,7 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         (NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}),
         (NATIVE.select_elements, (theta, grad, "weighted_grad", 100), {}),
         (NATIVE.select_units, (scores, [len(scores) - 3, 3], [2, 1], 5, True), {}),
+        (NATIVE.masked_plan, (theta, sgd["bits"], sgd["by_row"]), {}),
         (NATIVE.masked_reset_, (theta, grad, sgd["bits"], sgd["by_row"]), {}),
         (
             NATIVE.masked_sgd_,
@@ -127,6 +128,7 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
         "criticality": partial(NATIVE.criticality, theta, grad, "weighted_grad", "topk_mean", h),
         "select_elements": partial(NATIVE.select_elements, theta, grad, "weighted_grad", 100),
         "select_units": partial(NATIVE.select_units, torch.rand(sum(counts)), counts, lengths, 50, True),
+        "masked_plan": partial(NATIVE.masked_plan, theta, sgd["bits"], sgd["by_row"]),
         "masked_reset_": partial(NATIVE.masked_reset_, theta, grad, sgd["bits"], sgd["by_row"]),
         "masked_sgd_": partial(
             NATIVE.masked_sgd_, theta, grad, *(sgd[n] for n in names), **HYPER["masked_sgd_"][0], **amp

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from delfast.ops import BACKEND, OPS
 from delfast.ops.checks import check_write_rows
-from delfast.ops.layout import as_rows, flat_rows, pack, row_length, unit_count, unpack
+from delfast.ops.layout import as_rows, flat_rows, pack, padded_state, plan_bytes, row_length, unit_count, unpack
 from tests import cases
 from tests.ops.calls import (
     AGGREGATES,
@@ -19,6 +21,7 @@ from tests.ops.calls import (
     NATIVE,
     OF_ONE_LAYER,
     REFERENCE,
+    STATES,
     calls_on,
     masked_arguments,
     needs_native,
@@ -279,7 +282,7 @@ def test_state_follows_the_rows_own_memory_order(isa: str) -> None:
             rows = chosen.flatten(1)[:, 0]
             torch.testing.assert_close(as_rows(values, t), -grad[rows])
             assert torch.equal(flat_rows(as_rows(values, t), t), values)
-        start += len(values)
+        start += padded_state(len(values))
 
 
 def test_reset_copies_exactly(isa: str) -> None:
@@ -292,6 +295,58 @@ def test_reset_copies_exactly(isa: str) -> None:
             expected = [t.clone() for t in theta]
             REFERENCE["masked_reset_"](expected, fresh, mask["bits"], mask["by_row"])
             assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
+def test_a_plan_takes_the_place_of_bits_and_padding_is_left_alone(isa: str, op: str, by_rows: bool) -> None:
+    for run in (getattr(NATIVE, op), REFERENCE[op]):
+        theta, grads = cases.parameters()
+        params = [t.clone() for t in theta]
+        mine, theirs = (masked_arguments(theta, op, by_rows=by_rows) for _ in range(2))
+        used = torch.zeros(len(mine["state"]), dtype=torch.bool)
+        start = 0
+        for chosen in mine["chosen"]:
+            assert start % 4 == 0
+            size = STATES[op] * int(chosen.sum())
+            used[start : start + size] = True
+            start += padded_state(size)
+        assert start == len(used) and not used.all()
+        mine["state"][~used] = theirs["state"][~used] = float("nan")
+        mine["bits"] = NATIVE.masked_plan(theta, mine["bits"], mine["by_row"])
+        for _ in range(2):
+            run_update(run, params, grads, mine, HYPER[op][0])
+            run_update(run, theta, grads, theirs, HYPER[op][0])
+        assert all(torch.equal(a, b) for a, b in zip(params, theta, strict=True))
+        assert torch.equal(mine["state"].view(torch.int32), theirs["state"].view(torch.int32))
+        assert mine["state"][~used].isnan().all() and not mine["state"][used].isnan().any()
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    shapes=st.lists(
+        st.one_of(
+            st.tuples(st.integers(0, 5000)),
+            st.tuples(st.integers(0, 300), st.integers(0, 70)),
+            st.tuples(st.integers(0, 5), st.integers(500, 3000), st.just(3)),
+        ),
+        max_size=4,
+    ),
+    rows=st.integers(0, 15),
+    large=st.booleans(),
+)
+def test_plans_begin_with_the_bits_and_their_size_is_that_of_the_shapes(
+    shapes: list[tuple[int, ...]], rows: int, large: bool
+) -> None:
+    if large:
+        shapes = [*shapes, (2**13, 2**12 + 5)]  # more than 2^25 elements
+    params = [torch.empty(1).expand(shape) for shape in shapes]
+    by_row = [bool(rows >> i & 1) for i in range(len(params))]
+    units = [unit_count(p.shape) if row else p.numel() for p, row in zip(params, by_row, strict=True)]
+    bits = torch.cat([torch.empty(0, dtype=torch.uint8), *(pack(torch.arange(n) % 3 == 0) for n in units)])
+    plan, expected = NATIVE.masked_plan(params, bits, by_row), REFERENCE["masked_plan"](params, bits, by_row)
+    assert torch.equal(plan, expected) and plan.numel() == plan_bytes(shapes, by_row)
+    assert torch.equal(plan[: bits.numel()], bits) and plan.numel() > bits.numel()
 
 
 @pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
@@ -426,7 +481,7 @@ def test_write_rows_refuses_what_does_not_fit(function: Any) -> None:
     if function == "reference":
         function = _reference_with_checks
     weight, rows, index = torch.zeros(4, 3), torch.ones(2, 3), torch.tensor([0, 3])
-    for error, message, given in (
+    for error, message, passed in (
         (IndexError, r"index #1 in \[0, 4\), got 4", ([rows, rows], [index, index + 1], [0, 0])),
         (IndexError, r"index #0 in \[0, 4\), got -1", ([rows], [index - 1], [0])),
         (ValueError, r"rows #0 of shape \(2, 3\), got \(3, 2\)", ([rows.t()], [index], [0])),
@@ -436,9 +491,9 @@ def test_write_rows_refuses_what_does_not_fit(function: Any) -> None:
         (TypeError, "rows #0 to be .*loat.* like their weight", ([rows.double()], [index], [0])),
         (ValueError, "lists of equal length, got 1 weights, 1 rows, 2 indices and 1 dims", ([rows], [index] * 2, [0])),
     ):
-        weights = [weight] * len(given[0])
+        weights = [weight] * len(passed[0])
         with pytest.raises(error, match=message):
-            function(weights, *given)
+            function(weights, *passed)
         assert not weight.any()
     expanded = torch.zeros(1, 3).expand(4, 3)
     with pytest.raises(ValueError, match="memory of their own"):
@@ -496,8 +551,16 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         with pytest.raises(ValueError, match=message):
             NATIVE.masked_reset_(theta, theta, bits, [by_row])
     arguments = {"state": torch.zeros(4), "steps": torch.zeros(1), "bits": some, "by_row": [True]}
-    with pytest.raises(ValueError, match=r"state to be contiguous float32 \(10,\), got Float \(4\)"):
+    with pytest.raises(ValueError, match=r"state to be contiguous float32 \(12,\), got Float \(4\)"):
         run_update(NATIVE.masked_sgd_, theta, theta, arguments, HYPER["masked_sgd_"][0])
+    other = NATIVE.masked_plan([theta[0].flatten()], torch.zeros(3, dtype=torch.uint8), [False])
+    for reset in (NATIVE.masked_reset_, REFERENCE["masked_reset_"]):  # of the same size
+        with pytest.raises(ValueError, match="expected a plan of these 1 parameters, got one of other shapes"):
+            reset(theta, theta, other, [True])
+    with pytest.raises(ValueError, match=f"got {other.numel() - 2} bytes more"):
+        NATIVE.masked_reset_(theta, theta, other[:-1], [True])
+    with pytest.raises(ValueError, match="got 2 bytes more; the mask is of other parameters"):
+        NATIVE.masked_plan(theta, torch.zeros(3, dtype=torch.uint8), [True])
     with pytest.raises(ValueError, match="expected lists of equal length, got 1 parameters, 2 gradients"):
         NATIVE.masked_reset_(theta, theta * 2, some, [True])
     assert torch.equal(theta[0], before)

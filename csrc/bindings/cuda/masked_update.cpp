@@ -1,7 +1,8 @@
-// delfast::masked_{reset,sgd,adamw}_ on CUDA devices. The host never waits for the device, so it does not learn how
-// many entries a mask has: that the state fits the mask is checked there, and a state that does not stops the device,
-// as a failed assertion in a kernel does. Bits past a parameter's last are ignored. Nor does the host know of
-// found_inf: versions are bumped even where the device then changes nothing.
+// delfast::masked_plan and masked_{reset,sgd,adamw}_ on CUDA devices. Where the bits are not those of a plan, one is
+// made for the call. The host never waits for the device, so it does not learn how many entries a mask has: that the
+// state and the plan fit the mask is checked there, and what does not stops the device, as a failed assertion in a
+// kernel does. Bits past a parameter's last are ignored. Nor does the host know of found_inf: versions are bumped even
+// where the device then changes nothing.
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/ops.h"
 #include "bindings/updates.h"
@@ -18,9 +19,15 @@ class Step {
   const Updated* params() const { return list_.params.data(); }
   int64_t count() const { return int64_t(list_.params.size()); }
   cuda::Stream stream() const { return device_.stream(); }
-  void* workspace() {
-    workspace_ = device_.empty({cuda::masked_update_workspace(params(), count())}, at::kByte);
-    return workspace_.mutable_data_ptr();
+  void* workspace() { return memory(cuda::masked_update_workspace(count())); }
+  const void* plan() {
+    if (list_.plan || !count()) return list_.plan;
+    const MaskPlanShape shape(params(), count());
+    void* const plan = memory(shape.bytes() - shape.head_offset());
+    check_launch(
+        cuda::mask_plan(params(), count(), plan, memory(cuda::mask_plan_workspace(params(), count())), stream()),
+        "masked_plan");
+    return plan;
   }
 
   cuda::StepInputs inputs(const at::Tensor& state, const at::Tensor& steps, const OptionalTensor& grad_scale,
@@ -46,17 +53,34 @@ class Step {
     return t ? numbers_.emplace_back(t->to(at::kFloat)).const_data_ptr<float>() : nullptr;
   }
 
+  void* memory(int64_t bytes) { return workspaces_.emplace_back(device_.empty({bytes}, at::kByte)).mutable_data_ptr(); }
+
   UpdateList list_;
   OnDevice device_;
-  at::Tensor workspace_;
+  std::vector<at::Tensor> workspaces_;
   std::vector<at::Tensor> numbers_;
 };
 
 }  // namespace
 
+at::Tensor masked_plan(at::TensorList params, const at::Tensor& bits, const c10::List<bool>& by_row) {
+  const std::vector<Updated> list = planned_list(params, bits, by_row);
+  const int64_t count = int64_t(list.size());
+  const OnDevice device(bits.device());
+  const MaskPlanShape shape(list.data(), count);
+  const at::Tensor plan = device.empty({shape.bytes()}, at::kByte).zero_();  // as many pieces as the mask may have
+  plan.narrow(0, 0, bits.numel()).copy_(bits);
+  const at::Tensor workspace = device.empty({cuda::mask_plan_workspace(list.data(), count)}, at::kByte);
+  check_launch(cuda::mask_plan(list.data(), count, plan.mutable_data_ptr<uint8_t>() + shape.head_offset(),
+                               workspace.mutable_data_ptr(), device.stream()),
+               "masked_plan");
+  return plan;
+}
+
 void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row) {
   Step step(params, fresh, bits, by_row);
-  step.finish(cuda::masked_reset(step.params(), step.count(), step.stream()), "masked_reset_");
+  step.finish(cuda::masked_reset(step.params(), step.count(), step.plan(), step.workspace(), step.stream()),
+              "masked_reset_");
 }
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
@@ -67,7 +91,7 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& 
   const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf, lr_tensor);
   step.finish(
       cuda::masked_sgd(step.params(), step.count(), inputs, {lr, momentum, dampening, weight_decay, nesterov, maximize},
-                       step.workspace(), step.stream()),
+                       step.plan(), step.workspace(), step.stream()),
       "masked_sgd_");
 }
 
@@ -78,7 +102,7 @@ void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor
   Step step(params, grads, bits, by_row);
   const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf, lr_tensor);
   step.finish(cuda::masked_adamw(step.params(), step.count(), inputs, {lr, beta1, beta2, eps, weight_decay, maximize},
-                                 step.workspace(), step.stream()),
+                                 step.plan(), step.workspace(), step.stream()),
               "masked_adamw_");
 }
 

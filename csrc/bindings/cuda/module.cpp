@@ -8,6 +8,7 @@ TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
   serve<"criticality", &bindings::on_cuda::criticality>(m);
   serve<"select_elements", &bindings::on_cuda::select_elements>(m);
   serve<"select_units", &bindings::on_cuda::select_units>(m);
+  serve<"masked_plan", &bindings::on_cuda::masked_plan>(m);
   serve<"masked_reset_", &bindings::on_cuda::masked_reset_>(m);
   serve<"masked_sgd_", &bindings::on_cuda::masked_sgd_>(m);
   serve<"masked_adamw_", &bindings::on_cuda::masked_adamw_>(m);

@@ -8,6 +8,7 @@ namespace delfast::bindings::on_cuda {
 decltype(bindings::criticality) criticality;
 decltype(bindings::select_elements) select_elements;
 decltype(bindings::select_units) select_units;
+decltype(bindings::masked_plan) masked_plan;
 decltype(bindings::masked_reset_) masked_reset_;
 decltype(bindings::masked_sgd_) masked_sgd_;
 decltype(bindings::masked_adamw_) masked_adamw_;

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "delfast/cuda_launch.h"
+#include "delfast/mask_plan.h"
 
 namespace delfast::test {
 namespace {
@@ -125,15 +126,14 @@ enum class Update { reset, sgd, adamw };
 Results update(Model& model, Update kind, bool by_row) {
   std::vector<std::vector<uint8_t>> bits;
   std::vector<Updated> params;
-  int64_t entries = 0;
+  const int states = kind == Update::adamw ? 2 : 1;
+  int64_t entries = 0;  // of the state
   for (size_t p = 0; p < model.layouts.size(); p++) {
     const Layout& layout = model.layouts[p];
     const int64_t units = by_row ? layout.rows : layout.numel();
     bits.emplace_back(size_t((units + 7) / 8));
-    for (int64_t i = 0; i < units; i += 3) {
-      bits.back()[size_t(i / 8)] |= uint8_t(1u << i % 8);
-      entries += by_row ? layout.length : 1;
-    }
+    for (int64_t i = 0; i < units; i += 3) bits.back()[size_t(i / 8)] |= uint8_t(1u << i % 8);
+    entries += padded_state((units + 2) / 3 * (by_row ? layout.length : 1) * states);
     Updated u;
     u.param = model.theta[p].data();
     u.source = model.grad[p].data();
@@ -142,18 +142,22 @@ Results update(Model& model, Update kind, bool by_row) {
     u.by_row = by_row;
     params.push_back(u);
   }
-  const int states = kind == Update::adamw ? 2 : 1;
-  Memory state(entries * states, 0);
+  Memory state(entries, 0);
   std::vector<float> steps(params.size());
-  std::vector<uint4> workspace(size_t(cuda::masked_update_workspace(params.data(), model.count())) / 16 + 1);
-  const cuda::StepInputs inputs = {state.data(), entries * states, steps.data(), nullptr, nullptr};
+  const MaskPlanShape shape(params.data(), model.count());
+  std::vector<uint4> plan(size_t(shape.bytes()) / 16 + 1);
+  std::vector<uint4> of_plan(size_t(cuda::mask_plan_workspace(params.data(), model.count())) / 16 + 1);
+  CHECK(!cuda::mask_plan(params.data(), model.count(), plan.data(), of_plan.data(), nullptr));
+  std::vector<uint4> workspace(size_t(cuda::masked_update_workspace(model.count())) / 16 + 1);
+  const cuda::StepInputs inputs = {state.data(), entries, steps.data(), nullptr, nullptr};
   cuda_on_cpu::sectors.start();
-  const char* error = kind == Update::reset ? cuda::masked_reset(params.data(), model.count(), nullptr)
+  const char* error = kind == Update::reset
+                          ? cuda::masked_reset(params.data(), model.count(), plan.data(), workspace.data(), nullptr)
                       : kind == Update::sgd
                           ? cuda::masked_sgd(params.data(), model.count(), inputs, {0.1, 0.9, 0, 0, false, false},
-                                             workspace.data(), nullptr)
+                                             plan.data(), workspace.data(), nullptr)
                           : cuda::masked_adamw(params.data(), model.count(), inputs, {1e-3, 0.9, 0.999, 1e-8, 0, false},
-                                               workspace.data(), nullptr);
+                                               plan.data(), workspace.data(), nullptr);
   CHECK(!error);
   return cuda_on_cpu::sectors.stop();
 }

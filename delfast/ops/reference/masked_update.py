@@ -2,9 +2,11 @@
 
 ``bits`` has the packed bits of all parameters, each padded to whole bytes (delfast.ops.layout). A bit of ``params[p]``
 stands for a row (a slice along dim 0) if ``by_row[p]``, else for an element in row-major order. ``state`` is one flat
-tensor, float32 (float64 for float64 parameters), with the optimizer's state for masked entries only: for each parameter
-and each kind of state, the values in the order of the set bits, and a row's values in the row's memory order
-(``as_rows``).
+tensor, float32 (float64 for float64 parameters), with the optimizer's state for masked entries only: for each
+parameter, from a multiple of 4 on, each kind of state one after another, the values in the order of the set bits, and a
+row's values in the row's memory order (``as_rows``). The values between the parameters' are neither read nor written.
+
+In place of ``bits`` the updates take the plan that ``masked_plan`` makes of them, which begins with the bits.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from delfast.ops.layout import as_rows, packed_bytes, row_length, unit_count, unpack
+from delfast.ops.layout import as_rows, packed_bytes, padded_state, plan_bytes, row_length, unit_count, unpack
 
 Update = Callable[[Tensor, Tensor], Tensor]
 
 
 def _masked(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> Iterator[Tensor]:
     """Yield for each parameter the indices of its masked rows or elements: int64 (n,)."""
+    _check_plan(params, bits, by_row)
     start = 0
     for index, (param, rows) in enumerate(zip(params, by_row, strict=True)):
         units = unit_count(param.shape) if rows else param.numel()
@@ -36,6 +39,29 @@ def _masked(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> I
         start += size
 
 
+def _shapes(params: Sequence[Tensor], by_row: Sequence[bool]) -> tuple[int, Tensor]:
+    """Return where a plan says of which shapes it is, in bytes, and what it says if it lists nothing: int64 (n,)."""
+    numbers, size = [len(params), -1], 0
+    for param, rows in zip(params, by_row, strict=True):
+        units, length = (unit_count(param.shape), row_length(param.shape)) if rows else (param.numel(), 1)
+        numbers += [units, length if units else 1, 0]
+        size += packed_bytes(units)
+    return (size + 15) // 16 * 16, torch.tensor(numbers)
+
+
+def _check_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
+    """Raise ValueError for a plan of other shapes."""
+    start, expected = _shapes(params, by_row)
+    if bits.numel() <= start:
+        return
+    found = bits[start : start + 8 * len(expected)].cpu().clone().view(torch.int64)
+    if any(not torch.equal(found[part], expected[part]) for part in (slice(1), slice(2, None, 3), slice(3, None, 3))):
+        raise ValueError(
+            f"expected a plan of these {len(params)} parameters, got one of other shapes; pass what masked_plan "
+            "returned for them"
+        )
+
+
 def _state_of(
     state: Tensor, count: int, params: Sequence[Tensor], masked: Sequence[Tensor], by_row: Sequence[bool]
 ) -> list[list[Tensor]]:
@@ -44,16 +70,16 @@ def _state_of(
         entries.numel() * (row_length(param.shape) if rows else 1)
         for param, entries, rows in zip(params, masked, by_row, strict=True)
     ]
-    if count and state.numel() != count * sum(sizes):
+    total = sum(padded_state(count * size) for size in sizes)
+    if count and state.numel() != total:
         raise ValueError(
-            f"expected state of {count * sum(sizes)} values, got {state.numel()}; "
-            "the optimizer state is of another mask"
+            f"expected state of {total} values, got {state.numel()}; the optimizer state is of another mask"
         )
     start, views = 0, []
     for param, size, rows in zip(params, sizes, by_row, strict=True):
         pieces = state[start : start + count * size].split(size) if size else [state[:0]] * count  # type: ignore[no-untyped-call]
         views.append([as_rows(piece, param) if rows else piece for piece in pieces])
-        start += count * size
+        start += padded_state(count * size)
     return views
 
 
@@ -68,6 +94,43 @@ def _apply(param: Tensor, source: Tensor, entries: Tensor, rows: bool, update: U
     param.copy_(flat.view_as(param))
 
 
+def masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> Tensor:
+    """List what a mask selects, once for many updates of the same parameters.
+
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Parameters; only their shapes are looked at.
+    bits : Tensor
+        Packed bits (uint8) of all parameters, concatenated.
+    by_row : sequence of bool
+        For each parameter, whether a bit stands for a row or for an element.
+
+    Returns
+    -------
+    Tensor
+        A plan (csrc/delfast/mask_plan.h): the bits, the shapes and, made by a CUDA device's kernel, a list of the
+        masked rows and the stretches with masked elements. The updates take it in place of ``bits``, on the device on
+        which it was made; a CUDA device makes one in each call that is given bits alone. Its size depends on the
+        shapes alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> bias, bits = torch.ones(3), torch.tensor([0b101], dtype=torch.uint8)
+    >>> plan = torch.ops.delfast.masked_plan([bias], bits, [False])
+    >>> torch.ops.delfast.masked_reset_([bias], [torch.zeros(3)], plan, [False])
+    >>> bias
+    tensor([0., 1., 0.])
+    """
+    plan = bits.new_zeros(plan_bytes([param.shape for param in params], by_row))
+    plan[: bits.numel()] = bits
+    start, numbers = _shapes(params, by_row)
+    plan[start : start + 8 * len(numbers)] = numbers.view(torch.uint8).to(plan.device)
+    return plan
+
+
 def masked_reset_(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
     """Replace the masked entries of parameters by new values: theta_j <- fresh_j.
 
@@ -78,7 +141,7 @@ def masked_reset_(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tenso
     fresh : sequence of Tensor
         New values of the same shape for each parameter.
     bits : Tensor
-        Packed bits (uint8) of all parameters, concatenated.
+        Packed bits (uint8) of all parameters, concatenated, or their plan.
     by_row : sequence of bool
         For each parameter, whether a bit stands for a row or for an element.
 
@@ -134,11 +197,12 @@ def masked_sgd_(
     grads : sequence of Tensor
         A gradient of the same shape for each parameter.
     state : Tensor
-        Momentum buffers of the masked entries; unused if ``momentum`` is 0; changed in place.
+        Momentum buffers of the masked entries, each parameter's from a multiple of 4 on; unused if ``momentum`` is 0;
+        changed in place.
     steps : Tensor
         Float32 (parameters,): the number of steps taken, incremented in place.
     bits : Tensor
-        Packed bits (uint8) of all parameters, concatenated.
+        Packed bits (uint8) of all parameters, concatenated, or their plan.
     by_row : sequence of bool
         For each parameter, whether a bit stands for a row or for an element.
     lr : float
@@ -223,11 +287,12 @@ def masked_adamw_(
     grads : sequence of Tensor
         A gradient of the same shape for each parameter.
     state : Tensor
-        For each parameter the running means of its gradients, then of their squares; changed in place.
+        For each parameter, from a multiple of 4 on, the running means of its gradients, then of their squares; changed
+        in place.
     steps : Tensor
         Float32 (parameters,): the number of steps taken, incremented in place.
     bits : Tensor
-        Packed bits (uint8) of all parameters, concatenated.
+        Packed bits (uint8) of all parameters, concatenated, or their plan.
     by_row : sequence of bool
         For each parameter, whether a bit stands for a row or for an element.
     lr : float
