@@ -1,4 +1,7 @@
 // Launchers of the per-example sums: which kernel suits a layer, and how many slabs.
+#include <atomic>
+#include <cstring>
+
 #include "cuda/per_example.cuh"
 #include "cuda/per_example_dot.cuh"
 #include "cuda/per_example_segments.h"
@@ -122,7 +125,25 @@ void launch_depthwise(const PerExample& p, const Layer& layer, const Plan& plan,
 
 // ---- the choice between these kernels and per_example_segments
 
-int forced_variant = -1;  // -1: what was measured to be the fastest
+std::atomic<int> forced_variant = -1;  // -1: what was measured to be the fastest
+
+// The current device's name if the table of variants has it, else the first name there. Asked once for each device.
+const char* card() {
+  constexpr int kDevices = 64;
+  static std::atomic<const char*> known[kDevices] = {};
+  const char* const first = kMeasuredLayers[0].card;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return first;
+  if (!known[device]) {
+    const char* name = first;
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, device) == cudaSuccess)
+      for (const MeasuredLayer& layer : kMeasuredLayers)
+        if (!std::strcmp(layer.card, properties.name)) name = layer.card;
+    known[device] = name;
+  }
+  return known[device];
+}
 
 // Calls f.template operator()<Operand>() for operands that tensor cores multiply as they are, or as tf32.
 template <class F>
@@ -136,7 +157,9 @@ auto with_operand(Dtype dtype, F f) {
 // Whether per_example_segments is to sum this up, and how.
 bool plan_of_segments(const PerExample& p, bool tensor_cores, SegmentsPlan& plan) {
   if (!tensor_cores || p.inputs_dtype != p.deltas_dtype || is_empty(p.shape) || folds(p.shape)) return false;
-  const Variant variant = forced_variant >= 0 ? Variant(forced_variant) : fastest_variant(p);
+  const int forced = forced_variant;
+  const Variant variant =
+      forced >= 0 ? Variant(forced) : nearest_variant(card(), p.inputs_dtype != Dtype::float32, p.shape);
   if (variant == Variant::wmma) return false;
   return with_operand(p.inputs_dtype, [&]<class Operand>() { return plan_segments<Operand>(p, variant, plan); });
 }

@@ -22,8 +22,35 @@ inline bool is_direct(const ConvShape& s) {
   return direct;
 }
 
-inline Variant fastest_variant(const PerExample& p) {
-  return p.shape.out_channels > 64 && p.shape.positions() > 16 ? Variant::tile_128x128 : Variant::tile_64x64;
+// The fastest variant of a layer, as measured. halves: operands of 16 bits, else float32 as tf32.
+struct MeasuredLayer {
+  const char* card;
+  bool halves, direct;
+  int64_t out_channels, columns, positions;  // columns: of the weight, flattened
+  Variant fastest;
+};
+inline constexpr MeasuredLayer kMeasuredLayers[] = {
+#include "cuda/per_example_variants.inc"
+};
+
+// Of the layers measured on this card (or on the first one, if it is not in the table) with operands of this kind and
+// as direct as this one, the fastest variant of the nearest: whose output channels, columns and positions differ by the
+// smallest factors, multiplied. How many examples there are does not count.
+inline Variant nearest_variant(const char* card, bool halves, const ConvShape& s) {
+  const auto factor = [](int64_t a, int64_t b) { return a < b ? double(b) / double(a) : double(a) / double(b); };
+  const bool direct = is_direct(s);
+  for (const char* const of : {card, kMeasuredLayers[0].card}) {
+    double least = 0;
+    const MeasuredLayer* nearest = nullptr;
+    for (const MeasuredLayer& layer : kMeasuredLayers) {
+      if (std::strcmp(layer.card, of) || layer.halves != halves || layer.direct != direct) continue;
+      const double distance = factor(layer.out_channels, s.out_channels) * factor(layer.columns, s.row()) *
+                              factor(layer.positions, s.positions());
+      if (!nearest || distance < least) nearest = &layer, least = distance;
+    }
+    if (nearest) return nearest->fastest;
+  }
+  return Variant::wmma;
 }
 
 }  // namespace delfast::cuda

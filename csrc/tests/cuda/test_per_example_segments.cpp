@@ -2,6 +2,7 @@
 // blocks, against a loop in double precision; the same bits for every schedule and every time at which asynchronous
 // copies may complete, no bank conflict, and at most two launches. What the kernel does not take goes to
 // per_example_tiles.
+#include "cuda/per_example_variants.h"
 #include "per_example_problems.h"
 
 namespace delfast::test {
@@ -95,6 +96,28 @@ void every_layer(const std::vector<uint64_t>& seeds, Random& random) {
     }
 }
 
+// Whatever a layer's geometry; each layer in one schedule.
+void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
+  for (int i = 0; i < (kFewCases ? 10 : 100); i++) {
+    const Dtype dtype = operands()[size_t(random.below(int64_t(operands().size())))];
+    const int64_t pack = dtype == Dtype::float32 ? 4 : 8;
+    Geometry geometry = {"", random_layer(random, 2000)};
+    ConvShape& s = geometry.shape;
+    s.groups = 1;
+    s.in_channels = pack * (1 + random.below(6));
+    s.out_channels = pack * (1 + random.below(10));
+    const std::string layer = text(s), variant = variants()[size_t(random.below(int64_t(variants().size())))];
+    geometry.name = layer.c_str();
+    const Problem problem(s, dtype, dtype, true, 0, random);
+    Guarded<float> sums(int64_t(problem.before.size()));
+    CHECK(cuda::force_per_example_variant(variant.c_str()));
+    if (cuda::per_example_variant(arguments(problem, sums.data(), Epilogue::abs), true) == std::string("wmma"))
+      continue;
+    const Epilogue epilogue = random.below(2) ? Epilogue::abs : Epilogue::square;
+    check(geometry, problem, variant, epilogue, int(1 + random.below(9)), {seeds[size_t(i) % seeds.size()]});
+  }
+}
+
 // Every count of blocks gives the sums, whether examples are fewer or more.
 void every_count(const std::vector<uint64_t>& seeds, Random& random) {
   const Geometry geometry = {"split", conv(4, 24, 72, {5, 5}, {3, 3}, {1, 1}, {1, 1})};
@@ -115,13 +138,13 @@ void what_is_left(Random& random) {
     return std::string(cuda::per_example_variant(p, tensor_cores));
   };
   const auto bf16 = Dtype::bfloat16, f32 = Dtype::float32;
-  const ConvShape usual = conv(3, 16, 24, {6, 5}, {3, 3}, {1, 1}, {1, 1});
+  const ConvShape usual = conv(3, 64, 64, {6, 5}, {3, 3}, {1, 1}, {1, 1});
   for (const char* forced : {"64x64", "64x192", "measured"}) {
     describe("what is left to other kernels, ", forced);
     CHECK(cuda::force_per_example_variant(forced));
     const bool measured = forced == std::string("measured");
     CHECK(measured ? variant_of(usual, bf16, bf16) != "wmma" : variant_of(usual, bf16, bf16) == forced);
-    const ConvShape fours = conv(3, 12, 20, {6, 5}, {3, 3}, {1, 1}, {1, 1});
+    const ConvShape fours = conv(3, 60, 68, {6, 5}, {3, 3}, {1, 1}, {1, 1});
     CHECK(measured ? variant_of(fours, f32, f32) != "wmma" : variant_of(fours, f32, f32) == forced);
     CHECK(variant_of(fours, bf16, bf16) == "wmma");
     CHECK(variant_of(usual, bf16, bf16, 0, false) == "wmma");
@@ -157,6 +180,23 @@ void what_is_left(Random& random) {
   for (size_t i = 0; i < sums[0].size(); i++) CHECK_NEAR(double(sums[0][i]), double(sums[1][i]), 1e-4);
 }
 
+// A layer that was measured has what was fastest there, on its card and on one that is not in the table.
+void nearest() {
+  using cuda::nearest_variant;
+  for (const cuda::MeasuredLayer& m : cuda::kMeasuredLayers) {
+    const ConvShape shape = m.direct ? linear(64, m.positions, m.columns, m.out_channels)
+                                     : conv(64, m.columns, m.out_channels, {2 * m.positions}, {1}, {2}, {0});
+    describe("nearest to ", m.out_channels, " x ", m.columns, " x ", m.positions, ", ", m.card);
+    CHECK(nearest_variant(m.card, m.halves, shape) == m.fastest);
+    if (!std::strcmp(m.card, cuda::kMeasuredLayers[0].card))
+      CHECK(nearest_variant("unknown", m.halves, shape) == m.fastest);
+    ConvShape close = shape;
+    close.examples = 3;
+    close.out_channels += 1;
+    CHECK(nearest_variant(m.card, m.halves, close) == m.fastest);
+  }
+}
+
 }  // namespace
 }  // namespace delfast::test
 
@@ -166,7 +206,9 @@ int main(int argc, char** argv) {
   if (!kFewCases && list.size() < 3) list = {0, 1, 2};  // late, eager and mixed completion of copies
   Random random(9);
   every_layer(list, random);
+  random_layers(list, random);
   every_count(list, random);
   what_is_left(random);
+  nearest();
   return report();
 }
