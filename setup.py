@@ -104,6 +104,7 @@ class Build(BuildExtension):
         extension.sources += [
             str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
         ]
+        extension.define_macros.append(("DELFAST_WITH_CUDA", None))
         extension.include_dirs.append(str(found.include))
         extension.library_dirs.append(libraries)
         extension.libraries += ["c10_cuda", "cudart"]

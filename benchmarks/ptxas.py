@@ -62,7 +62,20 @@ MULTIPLYING = {
     "per_example_tiles<TensorCores<__half>, 8>": [(128, 0)],
     "per_example_depthwise<4>": [(256, 0)],
     "per_example_add_slabs<4>": [(256, 0)],
+    "per_example_add_segments<64, 64>": [(256, 0)],
+    "per_example_add_segments<64, 128>": [(256, 0)],
+    "per_example_add_segments<128, 128>": [(256, 0)],
+    "per_example_add_segments<64, 192>": [(256, 0)],
 }
+# The same for kernels whose operands go to shared memory by asynchronous copies: a tile's channels, columns and the
+# channels of a warp, and what a block has of both, in 4 stages of 32 positions of 16 bits or 16 of 32 bits.
+COPYING = {
+    f"per_example_segments<Tile<{operand}, {m}, {n}, {warp}, {direct}> >": [(m // warp * n, 4 * 32 * 2 * (m + n))]
+    for operand in ("__nv_bfloat16", "__half", "nvcuda::wmma::precision::tf32")
+    for m, n, warp in ((64, 64, 64), (64, 128, 64), (128, 128, 64), (64, 192, 32))
+    for direct in ("false", "true")
+}
+READING = STREAMING | ROUNDS | MULTIPLYING | COPYING
 # A kernel may spill or have a stack frame only if it is here, with its reason.
 ALLOWED: dict[str, str] = {}
 
@@ -173,7 +186,7 @@ def demangled(symbol: str) -> str:
 
 
 def _wide_loads(cubin: Path) -> dict[str, int]:
-    """Count 128-bit global loads inside loops, by kernel: between a label and a later jump back to it."""
+    """Count 128-bit global loads and asynchronous copies in loops, by kernel: from a label to a later jump back."""
     text = subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
@@ -184,8 +197,9 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
             target = re.search(r"BRA.*`\((\.L_x_\w+)\)", line)
             if target and labels[target[1]] < n:
                 in_loop[labels[target[1]] : n] = [True] * (n - labels[target[1]])
+        wide = re.compile(r"LDG\.E\.128|LDGSTS\.\S*\.128")
         found[demangled(symbol)] = sum(
-            "LDG.E.128" in line for line, inside in zip(lines, in_loop, strict=True) if inside
+            bool(wide.search(line)) for line, inside in zip(lines, in_loop, strict=True) if inside
         )
     return found
 
@@ -222,7 +236,7 @@ def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
 
 
 def occupancies(kernel: Kernel) -> list[float]:
-    return [occupancy(kernel, *shape) for shape in (STREAMING | ROUNDS | MULTIPLYING)[kernel.name]]
+    return [occupancy(kernel, *shape) for shape in READING[kernel.name]]
 
 
 def table(compiled: list[Compiled], version: str) -> str:
@@ -231,7 +245,8 @@ def table(compiled: list[Compiled], version: str) -> str:
         "",
         f"Written by `python -m benchmarks.ptxas` with nvcc {version}. Of each kernel: registers / static shared",
         "memory in bytes / stack frame and spills in bytes. Then, for the kernels that read what a model has:",
-        "128-bit global loads inside loops and theoretical occupancy, both on sm_90 (of two, for short and long rows).",
+        "128-bit global loads (or asynchronous copies) inside loops and theoretical occupancy, both on sm_90 (of two,",
+        "for short and long rows).",
         "",
         f"| kernel | {' | '.join(f'sm_{a}' for a in ARCHITECTURES)} | 128-bit loads | occupancy |",
         f"|---|{'---|' * len(ARCHITECTURES)}---|---|",
@@ -246,7 +261,7 @@ def table(compiled: list[Compiled], version: str) -> str:
             for k in (by_architecture[architecture] for architecture in ARCHITECTURES)
         ]
         hopper = by_architecture["90"]
-        reads = name in STREAMING | ROUNDS | MULTIPLYING
+        reads = name in READING
         cells.append(str(hopper.wide_loads) if reads else "")
         cells.append(", ".join(f"{share:.0%}" for share in occupancies(hopper)) if reads else "")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")

@@ -7,6 +7,9 @@
 #include "bindings/ops.h"
 #include "bindings/serving.h"
 #include "delfast/cpu_dispatch.h"
+#ifdef DELFAST_WITH_CUDA
+#include "delfast/cuda_launch.h"
+#endif
 
 namespace {
 
@@ -25,6 +28,14 @@ void force_isa(const std::string& name) {
   DELFAST_CHECK_VALUE(delfast::cpu::force_isa(name.c_str()), "expected an instruction set of this CPU, got '", name,
                       "'; see delfast.status()['isas']");
 }
+
+#ifdef DELFAST_WITH_CUDA
+void force_per_example_variant(const std::string& name) {
+  DELFAST_CHECK_VALUE(delfast::cuda::force_per_example_variant(name.c_str()),
+                      "expected a variant of the per-example kernels or 'measured', got '", name,
+                      "'; see csrc/cuda/per_example_variants.h");
+}
+#endif
 
 }  // namespace
 
@@ -51,4 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa_in_use, "The instruction set in use on the CPU.");
   m.def("isas", &supported_isas, "The instruction sets of this build that this CPU has.");
   m.def("force_isa", &force_isa, "Use this instruction set from now on (tests and benchmarks).");
+#ifdef DELFAST_WITH_CUDA
+  m.def("force_per_example_variant", &force_per_example_variant,
+        "Use this variant of the per-example kernels on CUDA devices from now on (tests and benchmarks).");
+#endif
 }

@@ -1,6 +1,10 @@
 // Launchers of the per-example sums: which kernel suits a layer, and how many slabs.
+#include <atomic>
+#include <cstring>
+
 #include "cuda/per_example.cuh"
 #include "cuda/per_example_dot.cuh"
+#include "cuda/per_example_segments.h"
 #include "cuda/per_example_sums.cuh"
 #include "delfast/cuda_launch.h"
 
@@ -119,11 +123,72 @@ void launch_depthwise(const PerExample& p, const Layer& layer, const Plan& plan,
   by_packs ? launch_depthwise<4>(layer, plan, stream) : launch_depthwise<1>(layer, plan, stream);
 }
 
+// ---- the choice between these kernels and per_example_segments
+
+std::atomic<int> forced_variant = -1;  // -1: what was measured to be the fastest
+
+// The current device's name if the table of variants has it, else the first name there. Asked once for each device.
+const char* card() {
+  constexpr int kDevices = 64;
+  static std::atomic<const char*> known[kDevices] = {};
+  const char* const first = kMeasuredLayers[0].card;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return first;
+  if (!known[device]) {
+    const char* name = first;
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, device) == cudaSuccess)
+      for (const MeasuredLayer& layer : kMeasuredLayers)
+        if (!std::strcmp(layer.card, properties.name)) name = layer.card;
+    known[device] = name;
+  }
+  return known[device];
+}
+
+// Calls f.template operator()<Operand>() for operands that tensor cores multiply as they are, or as tf32.
+template <class F>
+auto with_operand(Dtype dtype, F f) {
+  if constexpr (!kFewInstances)
+    if (dtype == Dtype::float16) return f.template operator()<__half>();
+  return dtype == Dtype::float32 ? f.template operator()<nvcuda::wmma::precision::tf32>()
+                                 : f.template operator()<__nv_bfloat16>();
+}
+
+// Whether per_example_segments is to sum this up, and how.
+bool plan_of_segments(const PerExample& p, bool tensor_cores, SegmentsPlan& plan) {
+  if (!tensor_cores || p.inputs_dtype != p.deltas_dtype || is_empty(p.shape) || folds(p.shape)) return false;
+  const int forced = forced_variant;
+  const Variant variant =
+      forced >= 0 ? Variant(forced) : nearest_variant(card(), p.inputs_dtype != Dtype::float32, p.shape);
+  if (variant == Variant::wmma) return false;
+  return with_operand(p.inputs_dtype, [&]<class Operand>() { return plan_segments<Operand>(p, variant, plan); });
+}
+
 }  // namespace
 
-int64_t per_example_workspace(const ConvShape& shape) {
-  if (is_empty(shape)) return 0;
-  const ConvShape s = folds(shape) ? folded(shape) : shape;
+bool force_per_example_variant(const char* name) {
+  if (!std::strcmp(name, "measured")) {
+    forced_variant = -1;
+    return true;
+  }
+  for (int i = 0; i < kVariants; i++)
+    if (!std::strcmp(name, kVariantNames[i])) {
+      forced_variant = i;
+      return true;
+    }
+  return false;
+}
+
+const char* per_example_variant(const PerExample& p, bool tensor_cores) {
+  SegmentsPlan plan;
+  return kVariantNames[int(plan_of_segments(p, tensor_cores, plan) ? plan.variant : Variant::wmma)];
+}
+
+int64_t per_example_workspace(const PerExample& p, bool tensor_cores) {
+  if (is_empty(p.shape)) return 0;
+  SegmentsPlan segments;
+  if (plan_of_segments(p, tensor_cores, segments)) return segments.workspace;
+  const ConvShape s = folds(p.shape) ? folded(p.shape) : p.shape;
   const Plan plan(s);
   return plan.slabs > 1 ? plan.slabs * slab_pitch(s) * int64_t(sizeof(float)) : 0;
 }
@@ -137,6 +202,11 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
   for (int d = 0; d < 3; d++)
     if (s.in[d] + 2 * s.padding[d] > kMostPadded)
       return "expected inputs of at most 2^31 - 1 positions with their padding, got more; leave that layer out";
+  SegmentsPlan segments;
+  if (plan_of_segments(p, tensor_cores, segments)) {
+    with_operand(p.inputs_dtype, [&]<class Operand>() { launch_segments<Operand>(p, segments, workspace, stream); });
+    return last_error();
+  }
   const Plan plan(s);
   if (plan.tiles * plan.slabs > INT32_MAX) return kTooManyBlocks;
   Layer layer = layer_of(p, s, plan, workspace);

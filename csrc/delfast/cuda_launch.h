@@ -78,9 +78,15 @@ Error masked_adamw(const Updated* params, int64_t count, const StepInputs& input
 // Adds to p.sums what each example contributes, in at most two launches; the workspace does not grow with the examples
 // beyond 32 MB. Products and sums are float32's; with tensor_cores, operands of 16 bits and one dtype are
 // multiplied as they are, all others rounded to tf32 (except in depthwise layers), and their products summed in
-// float32.
-int64_t per_example_workspace(const ConvShape& shape);
+// float32. How many blocks work depends on the current device, and with it the order of some additions.
+int64_t per_example_workspace(const PerExample& p, bool tensor_cores);
 Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* workspace, Stream stream);
+
+// Of the ways to use tensor cores (cuda/per_example_variants.h) the one that is used for this: the fastest where it was
+// measured, or the one that is forced, where it can take the layer; else "wmma". For measurements and tests: a name
+// forces a way from now on, "measured" ends that; false if there is no such way.
+const char* per_example_variant(const PerExample& p, bool tensor_cores);
+bool force_per_example_variant(const char* name);
 
 Error channel_dot(const ChannelDot& p, Stream stream);
 

@@ -76,6 +76,10 @@ CAUGHT = [
     ("out-of-bounds-static", "address", "out of bounds"),
     ("out-of-bounds-dynamic", "address", "use-after-poison"),
     ("divergent-barrier", "release", "divergent __syncthreads"),
+    ("missing-wait", "release", "whose asynchronous copy was not waited for"),
+    ("missing-barrier-after-wait", "thread", "data race"),
+    ("wrong-swizzle", "release", "bank conflicts"),
+    ("stale-accumulator", "release", "wrong results"),
 ]
 
 

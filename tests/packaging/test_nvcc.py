@@ -67,7 +67,7 @@ def test_multiplying_loops_load_128_bits(compiled: list[ptxas.Compiled]) -> None
     multiplying = kernels(compiled, ptxas.MULTIPLYING)
     assert {kernel.name for kernel in multiplying} == set(ptxas.MULTIPLYING)
     for kernel in multiplying:
-        operands = 1 if "slabs" in kernel.name else 2
+        operands = 1 if "_add_" in kernel.name else 2
         assert kernel.wide_loads >= operands, kernel
 
 
@@ -75,6 +75,19 @@ def test_twelve_multiplying_warps_fit_on_hopper(compiled: list[ptxas.Compiled]) 
     for kernel in kernels(compiled, ptxas.MULTIPLYING):
         if kernel.architecture == "90":
             assert 64 * min(ptxas.occupancies(kernel)) >= 12, kernel
+
+
+def test_loops_that_copy_ahead_copy_128_bits(compiled: list[ptxas.Compiled]) -> None:
+    copying = kernels(compiled, ptxas.COPYING)
+    assert {kernel.name for kernel in copying} == set(ptxas.COPYING)
+    for kernel in copying:
+        assert kernel.wide_loads >= 2, kernel
+
+
+def test_as_many_warps_that_copy_ahead_fit_on_hopper_as_their_registers_allow(compiled: list[ptxas.Compiled]) -> None:
+    for kernel in kernels(compiled, ptxas.COPYING):
+        if kernel.architecture == "90":
+            assert 64 * min(ptxas.occupancies(kernel)) >= (12 if "192" in kernel.name else 8), kernel
 
 
 def test_the_table_in_the_repository_is_of_these_kernels(compiled: list[ptxas.Compiled]) -> None:

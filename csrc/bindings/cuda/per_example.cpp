@@ -25,8 +25,9 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
   PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
   const OnDevice device(sums.device());
   const PerExample& p = checked.operands;
-  const at::Tensor workspace = device.empty({cuda::per_example_workspace(p.shape)}, at::kByte);
-  check_launch(cuda::per_example_accumulate(p, use_tensor_cores(p), workspace.mutable_data_ptr(), device.stream()),
+  const bool tensor_cores = use_tensor_cores(p);
+  const at::Tensor workspace = device.empty({cuda::per_example_workspace(p, tensor_cores)}, at::kByte);
+  check_launch(cuda::per_example_accumulate(p, tensor_cores, workspace.mutable_data_ptr(), device.stream()),
                "per_example_accumulate_");
   checked.finish();
 }

@@ -1,47 +1,11 @@
 // Per-example sums by the CUDA kernels, run on the CPU, against a loop in double precision: within the error that their
 // arithmetic allows, and the same bits for every schedule of threads and order of blocks.
-//
-// The bounds. u = 2^-24 is float32's unit roundoff. A sum of T terms in any order takes at most T roundings of each:
-// relative to the sum A of the terms' magnitudes the error of one example's gradient g is at most gamma(T) = T u /
-// (1 - T u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.1 and 4.2; products are not rounded). Tensor
-// cores may cut off instead of rounding, so theirs counts 2 u; and a float32 operand becomes tf32, an error of 2^-11.
-// g^2 errs by at most e (2 |g| + e), and the sum over n examples takes n + 2 additions more.
 #include <limits>
 
-#include "cases.h"
-#include "layers.h"
+#include "per_example_problems.h"
 
 namespace delfast::test {
 namespace {
-
-struct Geometry {
-  const char* name;
-  ConvShape shape;
-};
-
-// in, kernel, stride, padding and dilation are of the last dimensions.
-ConvShape conv(int64_t examples, int64_t in_channels, int64_t out_channels, std::vector<int64_t> in,
-               std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
-               std::vector<int64_t> dilation = {}, int64_t groups = 1) {
-  ConvShape s;
-  s.examples = examples;
-  s.in_channels = in_channels;
-  s.out_channels = out_channels;
-  s.groups = groups;
-  for (size_t i = 0; i < in.size(); i++) {
-    const size_t d = 3 - in.size() + i;
-    s.in[d] = in[i];
-    s.kernel[d] = kernel[i];
-    s.stride[d] = stride[i];
-    s.padding[d] = padding[i];
-    s.dilation[d] = dilation.empty() ? 1 : dilation[i];
-    s.out[d] = (s.in[d] + 2 * s.padding[d] - s.dilation[d] * (s.kernel[d] - 1) - 1) / s.stride[d] + 1;
-  }
-  return s;
-}
-ConvShape linear(int64_t examples, int64_t positions, int64_t in_channels, int64_t out_channels) {
-  return conv(examples, in_channels, out_channels, {positions}, {1}, {1}, {0});
-}
 
 const std::vector<Geometry>& geometries() {
   static const std::vector<Geometry> list = {
@@ -73,67 +37,6 @@ const std::vector<Geometry>& geometries() {
   return list;
 }
 
-// A layer's operands, and the sums and their bounds for both epilogues, by the definition.
-struct Problem {
-  ConvShape shape;
-  Array inputs, deltas;
-  std::vector<float> before;  // what the sums were
-  std::vector<double> sums[2], gradient_errors[2];
-  bool tensor_cores;
-
-  Problem(const ConvShape& s, Dtype inputs_dtype, Dtype deltas_dtype, bool tensor_cores, int64_t shift, Random& random)
-      : shape(s),
-        inputs(inputs_dtype, s.examples * s.in[0] * s.in[1] * s.in[2] * s.in_channels, shift),
-        deltas(deltas_dtype, s.examples * s.positions() * s.out_channels, shift),
-        tensor_cores(tensor_cores) {
-    fill(inputs, Kind::ordinary, random);
-    fill(deltas, Kind::ordinary, random);
-    before.resize(size_t(s.out_channels * s.row()));
-    for (float& sum : before) sum = random.unit();
-    for (auto* list : {&sums[0], &sums[1], &gradient_errors[0], &gradient_errors[1]}) list->resize(before.size());
-    for (int64_t i = 0; i < int64_t(before.size()); i++) define(i);
-  }
-
-  double unit() const { return tensor_cores ? 0x1p-23 : 0x1p-24; }
-
-  // Element i of the sums.
-  void define(int64_t i) {
-    const ConvShape& s = shape;
-    const int64_t m = i / s.row(), tap = i % s.row() / (s.in_channels / s.groups);
-    const int64_t channel =
-        m / (s.out_channels / s.groups) * (s.in_channels / s.groups) + i % (s.in_channels / s.groups);
-    const int64_t taps[3] = {tap / s.kernel[2] / s.kernel[1], tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
-    const bool folded = s.positions() == 1;  // then squares are what is rounded
-    double operand_error = 0;
-    for (Dtype dtype : {inputs.dtype(), deltas.dtype()})
-      if (tensor_cores && (dtype == Dtype::float32 || folded)) operand_error += 0x1p-11 * (1 + 0x1p-11);
-    const double terms = double(s.positions()) * unit(), gamma = terms / (1 - terms);
-    for (int64_t x = 0; x < s.examples; x++) {
-      double gradient = 0, magnitude = 0;
-      for (int64_t t = 0; t < s.positions(); t++) {
-        const int64_t at[3] = {t / s.out[2] / s.out[1], t / s.out[2] % s.out[1], t % s.out[2]};
-        int64_t source = x;
-        bool inside = true;
-        for (int d = 0; d < 3; d++) {
-          const int64_t coordinate = at[d] * s.stride[d] + taps[d] * s.dilation[d] - s.padding[d];
-          inside &= coordinate >= 0 && coordinate < s.in[d];
-          source = source * s.in[d] + coordinate;
-        }
-        if (!inside) continue;
-        const double product = double(deltas.get((x * s.positions() + t) * s.out_channels + m)) *
-                               double(inputs.get(source * s.in_channels + channel));
-        gradient += product;
-        magnitude += std::fabs(product);
-      }
-      const double error = (gamma + operand_error) * (1 + gamma) * magnitude;
-      sums[0][size_t(i)] += std::fabs(gradient);
-      sums[1][size_t(i)] += gradient * gradient;
-      gradient_errors[0][size_t(i)] += error;
-      gradient_errors[1][size_t(i)] += error * (2 * std::fabs(gradient) + error);
-    }
-  }
-};
-
 void check(const std::string& what, const Problem& problem, int64_t shift, const std::vector<uint64_t>& seeds) {
   for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
     std::vector<float> first;
@@ -144,10 +47,10 @@ void check(const std::string& what, const Problem& problem, int64_t shift, const
       cuda_on_cpu::set_seed(seed);
       Guarded<float> sums(int64_t(problem.before.size()), shift);
       std::copy(problem.before.begin(), problem.before.end(), sums.begin());
-      Workspace workspace(cuda::per_example_workspace(problem.shape));
       const PerExample p = {problem.inputs.data(),  problem.deltas.data(),  sums.data(),
                             problem.inputs.dtype(), problem.deltas.dtype(), epilogue,
                             problem.shape};
+      Workspace workspace(cuda::per_example_workspace(p, problem.tensor_cores));
       CHECK(cuda::per_example_accumulate(p, problem.tensor_cores, workspace.get(), kStream) == nullptr);
       if (!first.empty()) {
         CHECK(std::equal(first.begin(), first.end(), sums.begin(), same));
@@ -217,7 +120,7 @@ void nothing_to_add() {
     describe("nothing to add");
     PerExample p;
     p.shape = shape;
-    CHECK_EQUAL(cuda::per_example_workspace(shape), int64_t(0));
+    CHECK_EQUAL(cuda::per_example_workspace(p, false), int64_t(0));
     CHECK(cuda::per_example_accumulate(p, false, nullptr, kStream) == nullptr);
   }
   describe("too many positions");
@@ -241,9 +144,9 @@ void nonfinite(Random& random) {
         problem.deltas.set(problem.shape.positions() / 2 * problem.shape.out_channels + 1, bad);
         Guarded<float> sums(int64_t(problem.before.size()));
         std::fill(sums.begin(), sums.end(), 0.0f);
-        Workspace workspace(cuda::per_example_workspace(problem.shape));
         const PerExample p = {problem.inputs.data(),  problem.deltas.data(), sums.data(),  problem.inputs.dtype(),
                               problem.deltas.dtype(), Epilogue::abs,         problem.shape};
+        Workspace workspace(cuda::per_example_workspace(p, o.tensor_cores));
         CHECK(cuda::per_example_accumulate(p, o.tensor_cores, workspace.get(), kStream) == nullptr);
         describe("not finite, ", geometry.name, ", inputs ", name(o.inputs), o.tensor_cores ? ", tensor cores" : "");
         const int64_t row = problem.shape.row();
@@ -430,8 +333,8 @@ void far_apart(Random& random) {
                               Dtype::bfloat16,
                               Epilogue::abs,
                               far ? shape : near};
-        CHECK_EQUAL(cuda::per_example_workspace(p.shape), int64_t(0));
-        CHECK(cuda::per_example_accumulate(p, tensor_cores, nullptr, kStream) == nullptr);
+        Workspace workspace(cuda::per_example_workspace(p, tensor_cores));
+        CHECK(cuda::per_example_accumulate(p, tensor_cores, workspace.get(), kStream) == nullptr);
         sums[far].assign(result.begin(), result.end());
       }
       describe("inputs of 2^32 elements, ", groups, " groups", tensor_cores ? ", tensor cores" : "");
@@ -443,26 +346,34 @@ void far_apart(Random& random) {
 // Slabs are written and read, but how many there are does not depend on how many examples.
 void bounded_workspace() {
   describe("workspace");
-  for (int64_t examples : {10, 1000, 1000000}) {
-    CHECK(cuda::per_example_workspace(conv(examples, 64, 64, {32, 32}, {3, 3}, {1, 1}, {1, 1})) <= 18 << 20);
-    CHECK(cuda::per_example_workspace(conv(examples, 512, 512, {4, 4}, {3, 3}, {1, 1}, {1, 1})) <= 20 << 20);
-    CHECK(cuda::per_example_workspace(conv(examples, 96, 96, {8, 8}, {7, 7}, {1, 1}, {3, 3}, {}, 96)) <= 2 << 20);
-    CHECK_EQUAL(cuda::per_example_workspace(linear(examples, 1, 4096, 1000)), int64_t(0));
-  }
+  const auto bytes = [](const ConvShape& shape, bool tensor_cores) {
+    PerExample p;
+    p.shape = shape;
+    return cuda::per_example_workspace(p, tensor_cores);
+  };
+  for (bool tensor_cores : {false, true})
+    for (int64_t examples : {10, 1000, 1000000}) {
+      CHECK(bytes(conv(examples, 64, 64, {32, 32}, {3, 3}, {1, 1}, {1, 1}), tensor_cores) <= 18 << 20);
+      CHECK(bytes(conv(examples, 512, 512, {4, 4}, {3, 3}, {1, 1}, {1, 1}), tensor_cores) <= 20 << 20);
+      CHECK(bytes(conv(examples, 96, 96, {8, 8}, {7, 7}, {1, 1}, {3, 3}, {}, 96), tensor_cores) <= 2 << 20);
+      CHECK_EQUAL(bytes(linear(examples, 1, 4096, 1000), tensor_cores), int64_t(0));
+    }
 }
 
 // Where one tile is all there is and one tap, no sector is asked for twice.
 void coalesced(Random& random) {
   cuda_on_cpu::set_seed(0);
-  const auto check_sectors = [&](const char* kernel, auto run) {
+  // twice: how many sectors are read and written by halves
+  const auto check_sectors = [&](const char* kernel, uint64_t twice, auto run) {
     cuda_on_cpu::sectors.start();
     run();
     const auto result = cuda_on_cpu::sectors.stop().at(kernel);
     CHECK(result.loads.asked > 0);
-    CHECK_EQUAL(result.loads.asked, result.loads.least);
+    CHECK_EQUAL(result.loads.asked, result.loads.least + twice);
     if (std::string(kernel) != "channel_dot_rows")  // whose sums are written by a lane of each team
-      CHECK_EQUAL(result.stores.asked, result.stores.least);
+      CHECK_EQUAL(result.stores.asked, result.stores.least + twice);
   };
+  cuda_on_cpu::device.number = 1;  // so that one block has all examples
   for (const Operands& o : kOperands)
     for (int64_t groups : {1, 64}) {
       const Problem problem(conv(2, 64, 64, {64}, {1}, {1}, {0}, {}, groups), o.inputs, o.deltas, o.tensor_cores, 0,
@@ -472,7 +383,10 @@ void coalesced(Random& random) {
       const PerExample p = {problem.inputs.data(),  problem.deltas.data(), sums.data(),  problem.inputs.dtype(),
                             problem.deltas.dtype(), Epilogue::abs,         problem.shape};
       describe("sectors, ", name(o.inputs), " and ", name(o.deltas), ", ", groups, " groups");
-      check_sectors(groups == 1 ? "per_example_tiles" : "per_example_depthwise",
+      const bool segments = o.tensor_cores && o.inputs == o.deltas;
+      const char* const kernel = segments ? "per_example_segments" : "per_example_tiles";
+      const bool halves = segments && groups == 1 && o.inputs == Dtype::float32;  // a lane has 4 of 8 neighbours
+      check_sectors(groups == 1 ? kernel : "per_example_depthwise", halves ? 64 * 64 * 4 / 32 : 0,
                     [&] { cuda::per_example_accumulate(p, o.tensor_cores, nullptr, kStream); });
     }
   for (bool channels_last : {false, true})
@@ -483,7 +397,8 @@ void coalesced(Random& random) {
       Guarded<float> out(2 * 64);
       const ChannelDot p = {deltas.data(), values.data(), out.data(), dtype, dtype, 2, 64, 64, channels_last};
       describe("sectors, channel_dot, ", name(dtype), channels_last ? ", channels-last" : "");
-      check_sectors(channels_last ? "channel_dot_columns" : "channel_dot_rows", [&] { cuda::channel_dot(p, kStream); });
+      check_sectors(channels_last ? "channel_dot_columns" : "channel_dot_rows", 0,
+                    [&] { cuda::channel_dot(p, kStream); });
     }
 }
 
@@ -495,9 +410,9 @@ void paths_differ(Random& random) {
   for (bool tensor_cores : {false, true}) {
     Guarded<float> result(int64_t(problem.before.size()));
     std::fill(result.begin(), result.end(), 0.0f);
-    Workspace workspace(cuda::per_example_workspace(shape));
     const PerExample p = {problem.inputs.data(), problem.deltas.data(), result.data(), Dtype::float32,
                           Dtype::float32,        Epilogue::abs,         shape};
+    Workspace workspace(cuda::per_example_workspace(p, tensor_cores));
     CHECK(cuda::per_example_accumulate(p, tensor_cores, workspace.get(), kStream) == nullptr);
     sums[tensor_cores].assign(result.begin(), result.end());
   }

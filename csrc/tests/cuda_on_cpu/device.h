@@ -64,6 +64,7 @@ struct Device {
   std::vector<Fiber*> idle_fibers, all_fibers;
   uint64_t launches = 0;
   int driver_version = 13000;  // what cudaDriverGetVersion says
+  int number = 3;              // what cudaGetDevice says; it has as many multiprocessors, of one resident block each
   uint64_t blocks_run = 0;     // in all launches: static shared memory is poisoned when it changes
   unsigned meetings = 0;
   char barrier_events[2] = {};

@@ -1,0 +1,131 @@
+// Launchers of per_example_segments: which layers it takes, and how its tiles are shared out over the card's blocks.
+#include <atomic>
+
+#include "cuda/per_example_segments.cuh"
+#include "cuda/per_example_segments.h"
+
+namespace delfast::cuda {
+
+namespace {
+
+// Calls f with a null pointer of the variant's tile. Builds with few instances have the two that differ in control
+// flow.
+template <class Operand, class F>
+auto with_tile(Variant variant, bool direct, F f) {
+  const auto with_direct = [&]<int kM, int kN, int kWarpM>() {
+    return direct ? f(static_cast<Tile<Operand, kM, kN, kWarpM, true>*>(nullptr))
+                  : f(static_cast<Tile<Operand, kM, kN, kWarpM, false>*>(nullptr));
+  };
+  if (variant == Variant::tile_64x192) return with_direct.template operator()<64, 192, 32>();
+  if constexpr (!kFewInstances) {
+    if (variant == Variant::tile_64x128) return with_direct.template operator()<64, 128, 64>();
+    if (variant == Variant::tile_128x128) return with_direct.template operator()<128, 128, 64>();
+  }
+  return with_direct.template operator()<64, 64, 64>();
+}
+
+// How many blocks of the kernel the current device runs at once; 0 if it cannot run it. Asked once for each device.
+template <class T>
+int resident_blocks() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices] = {};  // and 1 more
+  int device = 0, multiprocessors = 0, blocks = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (device < kDevices && known[device]) return known[device] - 1;
+  const auto kernel = per_example_segments<T>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kShared) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, T::kThreads, T::kShared) != cudaSuccess)
+    blocks = 0;
+  const int resident = blocks * multiprocessors;
+  if (!resident) cudaGetLastError();  // so that no later launch is blamed for it
+  if (device < kDevices) known[device] = resident + 1;
+  return resident;
+}
+
+// The layer, with one dimension as columns of height; false if it is none of at most two, or counts do not fit.
+template <class T>
+bool describe_layer(const PerExample& x, SegmentsLayer& p) {
+  constexpr int64_t kMost = INT32_MAX - 4096;  // the last stage may reach beyond the last example
+  const ConvShape& s = x.shape;
+  const auto is_missing = [&](int d) { return s.in[d] == 1 && s.out[d] == 1 && s.kernel[d] == 1 && s.padding[d] == 0; };
+  if (!T::kDirect && !is_missing(0)) return false;
+  const int y = is_missing(1) ? 2 : 1, x_or_none = is_missing(1) ? -1 : 2;
+  const auto along_x = [&](const int64_t (&values)[3], int none) { return x_or_none < 0 ? none : int(values[2]); };
+  const int64_t in_size = s.in[0] * s.in[1] * s.in[2], out_width = along_x(s.out, 1);
+  if ((s.examples + 1) * s.positions() >= kMost || (s.examples + 1) * in_size >= kMost) return false;
+  if (!T::kDirect) {
+    // the division by out_width is exact for positions below 2^31 / out_width; rows after an example's last are
+    // positions too
+    if ((s.positions() + T::kStep) * out_width >= kMost) return false;
+    if ((s.out[y] + T::kStep) * s.stride[y] + s.kernel[y] * s.dilation[y] + s.padding[y] >= kMost) return false;
+  }
+  p = {};
+  p.deltas = static_cast<const char*>(x.deltas);
+  p.inputs = static_cast<const char*>(x.inputs);
+  p.sums = x.sums;
+  p.out_channels = int(s.out_channels), p.in_channels = int(s.in_channels), p.row = int(s.row());
+  p.examples = int(s.examples), p.positions = int(s.positions());
+  p.padded = int(ceil_div(s.positions(), T::kStep) * T::kStep);
+  p.in_height = int(s.in[y]), p.in_width = along_x(s.in, 1), p.in_size = int(in_size);
+  p.kernel_width = along_x(s.kernel, 1);
+  p.stride_y = int(s.stride[y]), p.stride_x = along_x(s.stride, 1);
+  p.padding_y = int(s.padding[y]), p.padding_x = along_x(s.padding, 0);
+  p.dilation_y = int(s.dilation[y]), p.dilation_x = along_x(s.dilation, 1);
+  p.out_width = int(out_width);
+  p.out_width_magic = uint32_t(ceil_div(int64_t(1) << 31, out_width));
+  return true;
+}
+
+template <class T>
+bool plan_tiles(const PerExample& x, SegmentsPlan& plan) {
+  const ConvShape& s = x.shape;
+  const auto is_aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  if (s.groups != 1 || s.in_channels % T::kPack || s.out_channels % T::kPack) return false;
+  if (!is_aligned(x.deltas) || !is_aligned(x.inputs) || !is_aligned(x.sums)) return false;
+  SegmentsLayer& p = plan.layer;
+  const int64_t m_tiles = ceil_div(s.out_channels, T::kM), tiles = m_tiles * ceil_div(s.row(), T::kN);
+  if (s.row() > INT32_MAX / 2 || s.out_channels > INT32_MAX / 2 || tiles > INT32_MAX / 2) return false;
+  if (!describe_layer<T>(x, p)) return false;
+  const int64_t resident = resident_blocks<T>();
+  if (!resident) return false;
+  p.m_tiles = int(m_tiles), p.tiles = int(tiles);
+  const int64_t whole = tiles / resident * resident, units = (tiles - whole) * s.examples;
+  if (units > INT32_MAX) return false;
+  p.split_tiles = int(tiles - whole);
+  p.split_blocks = int(units < resident ? units : resident);
+  plan.blocks = whole ? int(resident) : p.split_blocks;
+  plan.workspace = units ? int64_t(p.split_blocks + p.split_tiles) * T::kM * T::kN * int64_t(sizeof(float)) : 0;
+  return true;
+}
+
+}  // namespace
+
+template <class Operand>
+bool plan_segments(const PerExample& p, Variant variant, SegmentsPlan& plan) {
+  plan.variant = variant;
+  return with_tile<Operand>(variant, is_direct(p.shape), [&]<class T>(T*) { return plan_tiles<T>(p, plan); });
+}
+
+template <class Operand>
+void launch_segments(const PerExample& p, const SegmentsPlan& plan, void* workspace, Stream stream) {
+  SegmentsLayer layer = plan.layer;
+  layer.partial = static_cast<float*>(workspace);
+  with_tile<Operand>(plan.variant, is_direct(p.shape), [&]<class T>(T*) {
+    DELFAST_LAUNCH(per_example_segments<T>, unsigned(plan.blocks), T::kThreads, T::kShared, stream, layer, p.epilogue);
+    if (layer.split_tiles)
+      DELFAST_LAUNCH((per_example_add_segments<T::kM, T::kN>),
+                     unsigned(layer.split_tiles * (T::kM * T::kN / 4 / kThreads)), kThreads, 0, stream, layer);
+  });
+}
+
+#define DELFAST_INSTANTIATE(Operand)                                               \
+  template bool plan_segments<Operand>(const PerExample&, Variant, SegmentsPlan&); \
+  template void launch_segments<Operand>(const PerExample&, const SegmentsPlan&, void*, Stream)
+DELFAST_INSTANTIATE(__nv_bfloat16);
+DELFAST_INSTANTIATE(nvcuda::wmma::precision::tf32);
+#ifndef DELFAST_FEW_INSTANCES
+DELFAST_INSTANTIATE(__half);
+#endif
+
+}  // namespace delfast::cuda

@@ -1,0 +1,231 @@
+// Per-example sums by mma.sync, part 1: what a block works on, and the copies that bring it to shared memory.
+#pragma once
+
+#include "cuda/ptx.cuh"
+#include "delfast/per_example.h"
+
+namespace delfast::cuda {
+
+// A layer of at most two dimensions and one group: PerExample as these kernels need it. All counts fit in an int
+// (per_example_segments.cu sees to that).
+struct SegmentsLayer {
+  const char* deltas;
+  const char* inputs;
+  float* sums;
+  float* partial;  // tiles of segments that are not all of their tile's examples
+  int out_channels, in_channels, row;
+  int examples, positions, padded;  // padded: positions, rounded up to a product's depth
+  int in_height, in_width, in_size;
+  int kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  int out_width;
+  uint32_t out_width_magic;  // ceil(2^31 / out_width)
+  int m_tiles, tiles;        // tiles: m_tiles of output channels, then the next columns
+  int split_tiles;           // the first tiles, whose examples are shared out evenly ...
+  int split_blocks;          // ... over this many blocks, each of which gets at least one example
+};
+
+struct Segment {
+  int tile, begin, end;  // examples
+};
+
+// The first of the split tiles' examples, counted one tile after the other, that is this block's.
+__host__ __device__ __forceinline__ int first_unit(const SegmentsLayer& p, int block) {
+  return int(int64_t(p.split_tiles) * p.examples * block / p.split_blocks);
+}
+
+// The segments of a block: first its share of the split tiles, then whole tiles.
+class Schedule {
+ public:
+  __device__ __forceinline__ explicit Schedule(const SegmentsLayer& p) : unit_(0), unit_end_(0) {
+    if (int(blockIdx.x) < p.split_blocks) {
+      unit_ = first_unit(p, int(blockIdx.x));
+      unit_end_ = first_unit(p, int(blockIdx.x) + 1);
+    }
+    tile_ = p.split_tiles + int(blockIdx.x);
+  }
+  __device__ __forceinline__ bool next(const SegmentsLayer& p, Segment& s) {
+    if (unit_ < unit_end_) {
+      s.tile = unit_ / p.examples;
+      s.begin = unit_ - s.tile * p.examples;
+      const int left = unit_end_ - unit_;
+      s.end = s.begin + left < p.examples ? s.begin + left : p.examples;
+      unit_ += s.end - s.begin;
+      return true;
+    }
+    if (tile_ >= p.tiles) return false;
+    s = {tile_, 0, p.examples};
+    tile_ += int(gridDim.x);
+    return true;
+  }
+
+ private:
+  int unit_, unit_end_, tile_;
+};
+
+// The shape of a block's work. Operand: __nv_bfloat16, __half, or tf32 for float32. A tile is of kM output channels by
+// kN columns (a tap and an input channel); a warp multiplies kWarpM of them by 32. kDirect: a position's source is the
+// position itself.
+template <class Operand_, int kM_, int kN_, int kWarpM_, bool kDirect_>
+struct Tile {
+  using Operand = Operand_;
+  static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = 32;
+  static constexpr bool kDirect = kDirect_, kTf32 = std::is_same_v<Operand, nvcuda::wmma::precision::tf32>;
+  static constexpr int kBytes = kTf32 ? 4 : 2, kPack = 16 / kBytes;                  // of a channel; channels of a copy
+  static constexpr int kStep = kTf32 ? 8 : 16, kSteps = 2, kDepth = kSteps * kStep;  // positions of a product, a stage
+  static constexpr int kStages = 4;
+  static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
+  static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN, kThreads = kWarp * kWarpsM * kWarpsN;
+  static constexpr int kResident = kThreads <= 64 ? 4 : kThreads <= 128 ? 2 : 1;  // blocks at once, by their registers
+  // Fragments are read one step ahead of their use; else there are other warps to fill the wait.
+  static constexpr bool kAhead = kWarpM == 64;
+
+  // Of a stage: kDepth rows of the deltas' chunks of 16 bytes, then as many of the inputs'. A pass copies one chunk a
+  // thread.
+  static constexpr int kDeltaChunks = kM / kPack, kInputChunks = kN / kPack;
+  static constexpr int kDeltaPitch = (kDeltaChunks + 7) / 8 * 128, kInputPitch = (kInputChunks + 7) / 8 * 128;
+  static constexpr int kDeltaRows = kThreads / kDeltaChunks, kInputRows = kThreads / kInputChunks;  // of a pass
+  static constexpr int kDeltaPasses = (kDepth + kDeltaRows - 1) / kDeltaRows,
+                       kInputPasses = (kDepth + kInputRows - 1) / kInputRows;
+  static constexpr int kDeltaBytes = kDepth * kDeltaPitch, kStageBytes = kDeltaBytes + kDepth * kInputPitch;
+  static constexpr int kShared = kStages * kStageBytes;
+  static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kThreads % kDeltaChunks == 0 && kThreads % kInputChunks == 0);
+
+  // Where in its row a chunk lies, in bytes: the eight lanes that read at one time find theirs in different banks.
+  // (ldmatrix: eight rows of a chunk; tf32: two neighbouring chunks of four rows.)
+  static constexpr int kPeriod = kTf32 ? 4 : 8;
+  static __host__ __device__ __forceinline__ int swizzled(int row, int chunk) {
+    return (chunk ^ (kTf32 ? (row & 3) << 1 : row & 7)) * 16;
+  }
+};
+
+// Copies a block's stages, in their order, over the ends of examples and of segments.
+template <class T>
+class StageLoader {
+ public:
+  __device__ __forceinline__ explicit StageLoader(const SegmentsLayer& layer)
+      : p(layer),
+        schedule_(layer),
+        start_(0),
+        index_(0),
+        image_(0),
+        end_(0),
+        deltas_(nullptr),
+        inputs_(nullptr),
+        delta_end_(0),
+        input_end_(0),
+        tap_y_(0),
+        tap_x_(0),
+        delta_to_(delta_row() * T::kDeltaPitch + T::swizzled(delta_row(), delta_chunk())),
+        input_to_(T::kDeltaBytes + input_row() * T::kInputPitch + T::swizzled(input_row(), input_chunk())) {
+    begin_segment();
+  }
+
+  // Issues the copies of the next stage; none if there is none.
+  __device__ __forceinline__ void load(ptx::Shared stage) {
+    if (index_ >= end_) return;
+    // All addresses first: to the compiler a copy may change anything in memory.
+    const int padding = p.padded - p.positions;
+    const int delta_pitch = p.out_channels * T::kBytes, input_pitch = p.in_channels * T::kBytes;
+    const char *delta_from[T::kDeltaPasses], *input_from[T::kInputPasses];
+    bool delta_exists[T::kDeltaPasses], input_exists[T::kInputPasses];
+#pragma unroll
+    for (int i = 0; i < T::kDeltaPasses; i++) {
+      const Row row = row_of(delta_row() + i * T::kDeltaRows, padding);
+      delta_exists[i] = row.position < p.positions && row.index < delta_end_;
+      delta_from[i] = deltas_ + int64_t(row.index) * delta_pitch;
+    }
+#pragma unroll
+    for (int i = 0; i < T::kInputPasses; i++) {
+      const Row row = row_of(input_row() + i * T::kInputRows, padding);
+      input_exists[i] = row.position < p.positions && row.index < input_end_;
+      int source = row.index;
+      if (!T::kDirect) {
+        const int y = int(__umulhi(2u * unsigned(row.position), p.out_width_magic));
+        const int x = row.position - y * p.out_width;
+        const int in_y = y * p.stride_y + tap_y_, in_x = x * p.stride_x + tap_x_;
+        input_exists[i] &= unsigned(in_y) < unsigned(p.in_height) && unsigned(in_x) < unsigned(p.in_width);
+        source = in_y * p.in_width + in_x + (row.next ? image_ + p.in_size : image_);
+      }
+      input_from[i] = inputs_ + int64_t(source) * input_pitch;
+    }
+#pragma unroll
+    for (int i = 0; i < T::kDeltaPasses; i++) {
+      const int row = delta_row() + i * T::kDeltaRows;
+      if (T::kDepth % T::kDeltaRows != 0 && row >= T::kDepth) break;
+      ptx::copy_async(
+          stage + (T::kDeltaRows % T::kPeriod == 0 ? delta_to_ + i * (T::kDeltaRows * T::kDeltaPitch)
+                                                   : row * T::kDeltaPitch + T::swizzled(row, delta_chunk())),
+          delta_from[i], delta_exists[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < T::kInputPasses; i++) {
+      const int row = input_row() + i * T::kInputRows;
+      if (T::kDepth % T::kInputRows != 0 && row >= T::kDepth) break;
+      ptx::copy_async(stage + (T::kInputRows % T::kPeriod == 0
+                                   ? input_to_ + i * (T::kInputRows * T::kInputPitch)
+                                   : T::kDeltaBytes + row * T::kInputPitch + T::swizzled(row, input_chunk())),
+                      input_from[i], input_exists[i]);
+    }
+    start_ += T::kDepth;
+    index_ += T::kDepth;
+    while (start_ >= p.padded) {
+      start_ -= p.padded;
+      index_ -= padding;
+      image_ += p.in_size;
+    }
+    if (index_ >= end_) begin_segment();
+  }
+
+ private:
+  static __device__ __forceinline__ int delta_chunk() { return int(threadIdx.x) % T::kDeltaChunks; }
+  static __device__ __forceinline__ int input_chunk() { return int(threadIdx.x) % T::kInputChunks; }
+  static __device__ __forceinline__ int delta_row() { return int(threadIdx.x) / T::kDeltaChunks; }
+  static __device__ __forceinline__ int input_row() { return int(threadIdx.x) / T::kInputChunks; }
+
+  struct Row {
+    int position, index;  // in its example, over all examples
+    bool next;            // it is of the next example
+  };
+  // Row `row` of the next stage. An example has at least a stage's rows less one product's depth, so that no row is of
+  // the example after the next, other than rows beyond the segment's last example.
+  __device__ __forceinline__ Row row_of(int row, int padding) const {
+    Row r = {start_ + row, index_ + row, false};
+    r.next = r.position >= p.padded;
+    if (r.next) r.position -= p.padded, r.index -= padding;
+    return r;
+  }
+
+  __device__ __forceinline__ void begin_segment() {
+    Segment segment;
+    if (!schedule_.next(p, segment)) return;  // index_ >= end_ stays
+    start_ = 0;
+    index_ = segment.begin * p.positions;
+    end_ = segment.end * p.positions;
+    image_ = segment.begin * p.in_size;
+    const int column_tile = segment.tile / p.m_tiles;
+    const int m = (segment.tile - column_tile * p.m_tiles) * T::kM + delta_chunk() * T::kPack;
+    const int column = column_tile * T::kN + input_chunk() * T::kPack;
+    const int tap = column < p.row ? column / p.in_channels : 0;
+    deltas_ = p.deltas + int64_t(m) * T::kBytes;
+    inputs_ = p.inputs + int64_t(column - tap * p.in_channels) * T::kBytes;
+    delta_end_ = m < p.out_channels ? end_ : 0;
+    input_end_ = column < p.row ? end_ : 0;
+    if (!T::kDirect) {
+      const int y = tap / p.kernel_width, x = tap - y * p.kernel_width;
+      tap_y_ = y * p.dilation_y - p.padding_y;
+      tap_x_ = x * p.dilation_x - p.padding_x;
+    }
+  }
+
+  const SegmentsLayer& p;
+  Schedule schedule_;
+  int start_, index_,
+      image_;  // of the next stage's first row: its position, that over all examples, its example's input
+  int end_;    // of the segment, as index_ is counted
+  const char *deltas_, *inputs_;  // this thread's channels of row 0 and of input 0
+  int delta_end_, input_end_;     // end_, or 0: no such channels
+  int tap_y_, tap_x_;             // the source of position 0
+  int delta_to_, input_to_;       // where this thread's first row goes in a stage
+};
+
+}  // namespace delfast::cuda
