@@ -76,7 +76,7 @@ __device__ __forceinline__ void add_sums(const Rows& p, const LongRow& row, int6
 // Rows of Reduce::top and, among such rows, Reduce::mean.
 template <int kBytes>
 __global__ void __launch_bounds__(kRowThreads, kMeanResident)
-    criticality_long_sum(const __grid_constant__ Table<Rows, kBytes> table, Criterion criterion,
+    criticality_long_sum(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion,
                          unsigned char* workspace) {
   const int entry = find_entry(table);
   const Rows& p = table.entries[entry];
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kRowThreads, kMeanResident)
 // A block per row.
 template <int kBytes>
 __global__ void __launch_bounds__(kRowThreads)
-    criticality_long_add(const __grid_constant__ Table<Rows, kBytes> table, unsigned char* workspace) {
+    criticality_long_add(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, unsigned char* workspace) {
   const int entry = find_entry(table);
   const Rows& p = table.entries[entry];
   const int64_t number = blockIdx.x - table.first_block[entry];

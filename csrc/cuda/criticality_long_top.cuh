@@ -158,7 +158,7 @@ __device__ __forceinline__ Threshold long_threshold(const Rows& p, Criterion cri
 // Rows of Reduce::max and Reduce::top: the score of the former, the threshold of the latter.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads, kCountResident)
-    criticality_long_count(const __grid_constant__ Table<Rows, kBytes> table, Criterion criterion,
+    criticality_long_count(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion,
                            unsigned char* workspace) {
   const int entry = find_entry(table);
   const Rows& p = table.entries[entry];

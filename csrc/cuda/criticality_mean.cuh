@@ -14,7 +14,7 @@ __host__ __device__ constexpr int rows_of_mean_block(int length) { return kGroup
 
 template <int kBytes>
 __global__ void __launch_bounds__(kRowThreads, kMeanResident)
-    criticality_mean(const __grid_constant__ Table<Rows, kBytes> table, Criterion criterion, unsigned char* workspace) {
+    criticality_mean(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion, unsigned char* workspace) {
   const int entry = find_entry(table);
   const Rows& p = table.entries[entry];
   const int64_t block = blockIdx.x - table.first_block[entry];

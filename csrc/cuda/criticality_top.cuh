@@ -177,7 +177,7 @@ __device__ __forceinline__ void begin_long_row(const Rows& p, Criterion criterio
 // Dynamic shared memory: a row for each warp, or one for the block.
 template <int kBytes>
 __global__ void __launch_bounds__(kRowThreads, kTopResident)
-    criticality_top(const __grid_constant__ Table<Rows, kBytes> table, Criterion criterion, unsigned char* workspace) {
+    criticality_top(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion, unsigned char* workspace) {
   const int entry = find_entry(table);
   const Rows& p = table.entries[entry];
   const int64_t block = blockIdx.x - table.first_block[entry];
