@@ -29,14 +29,14 @@ KEPT = ROOT / "build" / "ptxas"
 ARCHITECTURES = ("80", "90", "100", "120")
 
 # Kernels that read parameters or gradients: threads and bytes of dynamic shared memory of a block, at the most.
-# criticality_block_rows: two ways to run, for rows of up to 8192 and of up to 16384 elements.
-ROW, BINS = 1024 + 32, 256  # words: csrc/cuda/criticality.cuh
+# criticality_top: with rows of up to 4608 and of up to 16384 elements.
+ROW, LONGEST_ROW = 4752 + 576, 16896 + 2048  # words: csrc/cuda/criticality_top.cuh
+TABLES = (4096, 32764)  # bytes of a kernel's arguments: csrc/cuda/common.cuh
 STREAMING = {
-    "criticality_elements": [(256, 0)],
-    "criticality_warp_rows": [(256, 8 * (ROW + BINS) * 4)],
-    "criticality_block_rows": [(256, (8 * ROW + BINS + 256) * 4), (512, (16 * ROW + BINS + 512) * 4)],
-    "criticality_long_count": [(256, 0)],
-    "criticality_long_sum": [(256, 0)],
+    **{f"criticality_mean<{table}>": [(128, 0)] for table in TABLES},
+    **{f"criticality_top<{table}>": [(128, ROW * 4), (128, LONGEST_ROW * 4)] for table in TABLES},
+    **{f"criticality_long_count<{table}>": [(256, 0)] for table in TABLES},
+    **{f"criticality_long_sum<{table}>": [(128, 0)] for table in TABLES},
     "selection_count": [(256, 0)],
     "selection_mark": [(256, 0)],
     "selection_settle": [(256, 0)],
@@ -76,6 +76,13 @@ COPYING = {
     for direct in ("false", "true")
 }
 READING = STREAMING | ROUNDS | MULTIPLYING | COPYING
+# What must fit of an sm_90 multiprocessor's warps: half, or less where a thread has four to eight packs under way.
+LEAST_OCCUPANCY = {
+    "criticality_mean": 3 / 8,
+    "criticality_top": 3 / 16,  # of rows of 16384 elements, which take a third of the shared memory
+    "criticality_long_count": 3 / 8,
+    "criticality_long_sum": 3 / 8,
+}
 # A kernel may spill or have a stack frame only if it is here, with its reason.
 ALLOWED: dict[str, str] = {}
 
@@ -237,6 +244,10 @@ def occupancy(kernel: Kernel, threads: int, dynamic_shared: int) -> float:
 
 def occupancies(kernel: Kernel) -> list[float]:
     return [occupancy(kernel, *shape) for shape in READING[kernel.name]]
+
+
+def least_occupancy(name: str) -> float:
+    return LEAST_OCCUPANCY.get(name.split("<")[0], 0.5)
 
 
 def table(compiled: list[Compiled], version: str) -> str:

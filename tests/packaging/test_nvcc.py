@@ -51,10 +51,10 @@ def test_streaming_loops_load_128_bits(compiled: list[ptxas.Compiled]) -> None:
         assert kernel.wide_loads >= ptxas.least_wide_loads(kernel.name), kernel
 
 
-def test_at_least_half_of_hoppers_warps_fit(compiled: list[ptxas.Compiled]) -> None:
+def test_enough_of_hoppers_warps_fit(compiled: list[ptxas.Compiled]) -> None:
     for kernel in kernels(compiled, ptxas.STREAMING):
         if kernel.architecture == "90":
-            assert min(ptxas.occupancies(kernel)) >= 0.5, kernel
+            assert min(ptxas.occupancies(kernel)) >= ptxas.least_occupancy(kernel.name), kernel
 
 
 def test_a_quarter_fits_of_those_with_several_packs_in_flight(compiled: list[ptxas.Compiled]) -> None:

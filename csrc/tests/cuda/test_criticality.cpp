@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "cases.h"
+#include "cuda/criticality_plan.cuh"
 
 namespace delfast::test {
 namespace {
@@ -96,6 +97,129 @@ void nonfinite(const std::vector<uint64_t>& seeds, Random& random) {
   for (const Question& question : kQuestions) check(params, question, seeds, "not finite");
 }
 
+uint64_t launches(const Params& params, const Question& question, int driver) {
+  cuda_on_cpu::device.driver_version = driver;
+  const uint64_t before = cuda_on_cpu::device.launches;
+  check(params, question, {0}, "launches, driver " + std::to_string(driver));
+  cuda_on_cpu::device.driver_version = kDrivers[1];
+  return cuda_on_cpu::device.launches - before;
+}
+
+void launch_counts(Random& random) {
+  Params params;
+  const auto add = [&](int64_t rows, int64_t length) {
+    params.push_back(
+        std::make_unique<Scores>(Layout{rows, length, 1}, Criterion::weighted_grad, Dtype::float32, Dtype::float32));
+    params.back()->fill(Kind::ordinary, random);
+  };
+  for (int i = 0; i < 300; i++) add(1 + i % 3, i % 4 ? 1 + i % 90 : 1);
+  for (int64_t length : {2048, 2049, 16384}) add(2, length);
+  constexpr int kEntries = cuda::Table<cuda::Rows>::kEntries;
+  for (const Question& question : kQuestions) {
+    const bool whole = question.aggregate == Aggregate::mean || question.aggregate == Aggregate::sum;
+    describe(question.name);
+    if (kFewCases && question.aggregate != Aggregate::topk_mean) continue;
+    CHECK_EQUAL(launches(params, question, kDrivers[1]), uint64_t(1));
+    CHECK_EQUAL(launches(params, question, kDrivers[0]), uint64_t(cuda::ceil_div(303, kEntries)));
+    Params more;
+    for (int64_t length : {16385, 40000}) {
+      add(2, length);
+      more.push_back(std::move(params.back()));
+      params.pop_back();
+    }
+    for (auto& param : more) params.push_back(std::move(param));
+    describe(question.name, ", with long rows");
+    CHECK_EQUAL(launches(params, question, kDrivers[1]),
+                uint64_t(whole || question.aggregate == Aggregate::max ? 2 : 3));
+    params.resize(303);
+  }
+}
+
+// How the search for a row's top h ended.
+enum class End { tie, list, whole_row };
+
+// Scores one long row, which check() has compared with the CPU's, and reads from the workspace what was counted.
+End end_of_search(const Params& params, int64_t top, uint64_t seed) {
+  const std::vector<Scored> list = scored(params);
+  cuda_on_cpu::set_seed(seed);
+  Workspace workspace(cuda::criticality_workspace(list.data(), &top, 1, Aggregate::topk_mean));
+  Guarded<float> out(1);
+  CHECK(!cuda::criticality(list.data(), &top, 1, params[0]->criterion, Aggregate::topk_mean, out.data(),
+                           workspace.get(), kStream));
+  const cuda::LongState& state = *static_cast<const cuda::LongState*>(workspace.get());
+  const int64_t length = list[0].layout.length, from_hi = int64_t(state.above) + state.at_hi;
+  const int64_t from_lo = from_hi + state.inside + state.at_lo;
+  CHECK(from_lo <= length);
+  if (top <= state.above || top > from_lo) return End::whole_row;
+  if (top <= from_hi || top > from_hi + state.inside) return End::tie;
+  return state.inside <= cuda::long_capacity(uint32_t(length), uint32_t(top)) ? End::list : End::whole_row;
+}
+
+// The ways a bracket can go: independent scores and ties end without a second look at the row, and a sample that
+// misleads ends right.
+void brackets(const std::vector<uint64_t>& seeds, Random& random) {
+  const auto row = [](int64_t length, auto value) {
+    Params params;
+    params.push_back(std::make_unique<Scores>(Layout{1, length, 1}, Criterion::weight, Dtype::float32, Dtype::float32));
+    for (int64_t i = 0; i < length; i++) params[0]->theta.set(i, value(i));
+    return params;
+  };
+  int cases = 0;
+  const auto expect = [&](const char* what, const Params& params, int64_t top, End end) {
+    if (kFewCases && cases++ % 4) return;
+    const int64_t length = params[0]->layout.length;
+    check(params, kQuestions[0], {seeds.back()}, what, {top});
+    describe(what, ", the top ", top, " of ", length);
+    CHECK_EQUAL(int(end_of_search(params, top, seeds.back())), int(end));
+  };
+  const int64_t length = kFewCases ? 20000 : 40000;
+  const auto ordinary = row(length, [&](int64_t) { return random.value(); });
+  for (int64_t top : {int64_t(2), int64_t(50), length / 10, length / 2, length - 1000, length - 1})
+    expect("independent", ordinary, top, End::list);
+  const auto equal = row(length, [](int64_t) { return 0.5f; });
+  for (int64_t top : {int64_t(2), length / 10, length - 1}) expect("equal", equal, top, End::tie);
+  // nine in ten are zero: the top tenth ends about where they begin
+  const auto zeros = row(length, [&](int64_t) { return random.below(10) ? 0.0f : 1 + random.unit(); });
+  expect("mostly zero", zeros, length * 3 / 40, End::list);
+  for (int64_t top : {length / 9, length / 8, length - 1}) expect("mostly zero", zeros, top, End::tie);
+  for (int64_t top : {38, 39, 40, 41, 42})
+    check(zeros, kQuestions[0], {seeds.back()}, "mostly zero", {top * length / 400});
+  const auto two = row(length, [&](int64_t) { return random.below(2) ? 0.5f : 0.25f; });
+  for (int64_t top : {length / 4, length * 3 / 4}) expect("two values", two, top, End::tie);
+
+  // where the sample looks, and nowhere else, the scores are larger, smaller, or rarely of the middle
+  std::vector<int> sampled(static_cast<size_t>(length));
+  const int runs = cuda::sample_runs(uint32_t(length));
+  for (int u = 0; u < runs; u++)
+    for (int j = 0; j < 4; j++) sampled[4 * cuda::sampled_pack(uint32_t(length), runs, u) + size_t(j)] = 1;
+  const auto larger = row(length, [&](int64_t i) { return float(sampled[size_t(i)]) + random.unit(); });
+  expect("a sample of large scores", larger, length / 10, End::whole_row);
+  const auto smaller = row(length, [&](int64_t i) { return random.unit() * (sampled[size_t(i)] ? 0.01f : 1.0f); });
+  expect("a sample of small scores", smaller, length / 10, End::whole_row);
+  const auto gap = row(length, [&](int64_t i) {
+    if (!sampled[size_t(i)]) return 2 + random.unit();
+    return random.below(10) ? random.unit() : 4 + random.unit();
+  });
+  expect("a sample without the middle", gap, length / 10, End::whole_row);
+}
+
+// Sums of long rows whose order shows, and whose order does not, in double.
+void long_sums(const std::vector<uint64_t>& seeds, Random& random) {
+  for (int64_t length : {16385, 50003}) {
+    if (kFewCases && length > 20000) continue;
+    Params params;
+    params.push_back(
+        std::make_unique<Scores>(Layout{2, length, 1}, Criterion::weight, Dtype::float32, Dtype::float32, 3));
+    for (int spread : {1, 10, 60}) {
+      if (kFewCases && spread == 10) continue;
+      for (int64_t i = 0; i < params[0]->theta.size(); i++)
+        params[0]->theta.set(i, std::ldexp(random.unit(), int(random.below(2 * spread)) - spread));
+      for (const Question& question : kQuestions)
+        check(params, question, seeds, "spread over 2^" + std::to_string(2 * spread));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace delfast::test
 
@@ -108,9 +232,16 @@ int main(int argc, char** argv) {
   for (const Question& question : kQuestions) check(awkward, question, list, "awkward");
   for (Criterion criterion : kCriteria) {
     const Params many = many_params(criterion, random);
-    for (const Question& question : kQuestions) check(many, question, list, "300 parameters");
+    for (int driver : kDrivers) {
+      if (kFewCases && driver == kDrivers[0]) continue;  // launch_counts() has both
+      cuda_on_cpu::device.driver_version = driver;
+      for (const Question& question : kQuestions) check(many, question, list, "300 parameters");
+    }
   }
   check({}, kQuestions[0], list, "no parameters");
+  launch_counts(random);
+  brackets(list, random);
+  long_sums(list, random);
   every_kind(list, random);
   nonfinite(list, random);
   return report();
