@@ -40,18 +40,15 @@ STREAMING = {
     "selection_count": [(256, 0)],
     "selection_mark": [(256, 0)],
     "selection_settle": [(256, 0)],
+    "masked_update<ResetRule>": [(256, 0)],
+    "masked_update<PlainSgdRule>": [(256, 0)],
+    "masked_update<SgdRule>": [(256, 0)],
+    "masked_update<AdamWRule>": [(256, 0)],
     "channel_dot_rows": [(256, 0)],
     "channel_dot_columns": [(256, 0)],
     "channel_sums_rows": [(256, 0)],
     "channel_sums_columns<true>": [(256, 0)],
     "channel_sums_columns<false>": [(256, 0)],
-}
-# The same for kernels that keep four packs of every array in flight in each warp: fewer warps reach the bandwidth.
-ROUNDS = {
-    "masked_update<ResetRule>": [(256, 0)],
-    "masked_update<PlainSgdRule>": [(256, 0)],
-    "masked_update<SgdRule>": [(256, 0)],
-    "masked_update<AdamWRule>": [(256, 0)],
 }
 # The same for kernels that read activations and their gradients, many products of each. Their sums stay in registers,
 # so fewer warps fit; each has as many independent products at a time as hide their own latency.
@@ -75,13 +72,14 @@ COPYING = {
     for m, n, warp in ((64, 64, 64), (64, 128, 64), (128, 128, 64), (64, 192, 32))
     for direct in ("false", "true")
 }
-READING = STREAMING | ROUNDS | MULTIPLYING | COPYING
+READING = STREAMING | MULTIPLYING | COPYING
 # What must fit of an sm_90 multiprocessor's warps: half, or less where a thread has four to eight packs under way.
 LEAST_OCCUPANCY = {
     "criticality_mean": 3 / 8,
     "criticality_top": 3 / 16,  # of rows of 16384 elements, which take a third of the shared memory
     "criticality_long_count": 3 / 8,
     "criticality_long_sum": 3 / 8,
+    "masked_update": 1 / 4,
 }
 # A kernel may spill or have a stack frame only if it is here, with its reason.
 ALLOWED: dict[str, str] = {}
