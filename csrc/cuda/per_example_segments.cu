@@ -8,15 +8,16 @@ namespace delfast::cuda {
 
 namespace {
 
-// Calls f with a null pointer of the variant's tile. Builds with few instances have the two that differ in control
-// flow.
+// Calls f with a null pointer of the variant's tile. Builds with few instances have what differs in control flow: two
+// shapes of tiles, one of them for direct layers too.
 template <class Operand, class F>
 auto with_tile(Variant variant, bool direct, F f) {
-  const auto with_direct = [&]<int kM, int kN, int kWarpM>() {
-    return direct ? f(static_cast<Tile<Operand, kM, kN, kWarpM, true>*>(nullptr))
-                  : f(static_cast<Tile<Operand, kM, kN, kWarpM, false>*>(nullptr));
+  const auto with_direct = [&]<int kM, int kN, int kWarpM, bool kEither = true>() {
+    if constexpr (kEither)
+      if (direct) return f(static_cast<Tile<Operand, kM, kN, kWarpM, true>*>(nullptr));
+    return f(static_cast<Tile<Operand, kM, kN, kWarpM, false>*>(nullptr));
   };
-  if (variant == Variant::tile_64x192) return with_direct.template operator()<64, 192, 32>();
+  if (variant == Variant::tile_64x192) return with_direct.template operator()<64, 192, 32, !kFewInstances>();
   if constexpr (!kFewInstances) {
     if (variant == Variant::tile_64x128) return with_direct.template operator()<64, 128, 64>();
     if (variant == Variant::tile_128x128) return with_direct.template operator()<128, 128, 64>();

@@ -118,7 +118,7 @@ def test_cuda_kernels_touch_few_sectors() -> None:
 
 @x86_only
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["criticality", "selection", "masked_update", "per_example"])
+@pytest.mark.parametrize("family", ["criticality", "selection", "masked_update", "per_example", "per_example_segments"])
 def test_cuda_kernels_under_many_schedules(family: str) -> None:
     print(run(str(build("release") / "cuda" / f"test_{family}"), *map(str, range(2, 40))))
     print(run(str(build("address_full") / "cuda" / f"test_{family}"), "0", "1", "2"))
