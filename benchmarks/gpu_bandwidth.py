@@ -19,6 +19,17 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_kernels import Clock, copy_rate, graph_of
 from benchmarks.gpu_measure import captures, profile_call
+from benchmarks.per_example_variants import (
+    KINDS,
+    TIMES,
+    Layer,
+    accumulate,
+    check_sums,
+    empty_sums,
+    expected_sums,
+    operands,
+    tf32,
+)
 from delfast.errors import one_line
 from delfast.experiments.networks import build
 from delfast.files import read_json
@@ -33,7 +44,8 @@ BEFORE = Path(__file__).parent / "results/gpu_before.json"
 BUDGET = 0.3
 BLOCKS, WIDTH = 16, 2048
 LARGE = "1.07 G parameters"
-KINDS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NETWORKS = {"ResNet-18": 128, "ResNet-50": 64, "ViT-B": 64}  # how the measured layers' names begin; examples
 UPDATES: tuple[tuple[str, Any, int, dict[str, Any]], ...] = (
     ("masked SGD", MaskedSGD, 1, {"momentum": 0.9}),
     ("masked AdamW", MaskedAdamW, 2, {"weight_decay": 0.0}),
@@ -78,8 +90,35 @@ def bandwidth(device: torch.device, tiny: bool, seconds: float) -> dict[str, Any
 def _cases(device: torch.device, tiny: bool) -> Iterator[Timed]:
     network = build("resnet18-thin" if tiny else "resnet18", 10, 3, 32).to(device)
     yield from _cases_of({n: p.detach() for n, p in network.named_parameters()}, "resnet18, float32", device, few=None)
-    for kind, dtype in KINDS.items():
+    for kind, dtype in DTYPES.items():
         yield from _cases_of(_large(dtype, device, tiny), f"{LARGE}, {kind}", device, few=1 if tiny else 7)
+
+    layers = read_json(TIMES)["layers"]
+    for network, examples in NETWORKS.items():
+        chosen = [layer for layer in layers if layer["name"].startswith(network)]
+        if tiny:
+            chosen = [{**layer, "examples": 2, "in_channels": 8, "out_channels": 8} for layer in chosen[-1:]]
+        for kind in KINDS:
+            yield _sums(chosen, f"{network}'s layers, batch {examples}", kind, device)
+
+
+def _sums(layers: list[Layer], on: str, kind: str, device: torch.device) -> Timed:
+    """Return the per-example sums of all these layers, one after the other."""
+    made = [(layer, empty_sums(layer, device), operands(layer, KINDS[kind], device)) for layer in layers]
+
+    def call() -> None:
+        with tf32(True):
+            for layer, sums, (inputs, deltas) in made:
+                accumulate(layer, sums, inputs, deltas)
+
+    def verify() -> None:
+        for _, sums, _ in made:
+            sums.zero_()
+        call()
+        for layer, sums, (inputs, deltas) in made:
+            check_sums(layer, kind, sums, expected_sums(layer, inputs, deltas), "the measured variant")
+
+    return Timed(f"per-example sums, {kind}", on, call, verify)
 
 
 def _large(dtype: torch.dtype, device: torch.device, tiny: bool) -> dict[str, Tensor]:

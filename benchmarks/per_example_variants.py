@@ -28,6 +28,7 @@ TABLE = ROOT / "csrc" / "cuda" / "per_example_variants.inc"
 
 VARIANTS = ("wmma", "64x64", "64x128", "128x128", "64x192")  # csrc/cuda/per_example_variants.h: kVariantNames
 TOLERANCE = {"bfloat16": 3e-5, "tf32": 3e-3}  # of the sums, relative, in the Euclidean norm, by kind of operands
+KINDS = {"bfloat16": torch.bfloat16, "tf32": torch.float32}  # the operands of each kind
 DATA = 150 << 20  # bytes of different operands that successive launches read, more than a card's L2 cache holds
 Layer = dict[str, Any]
 Times = dict[str, Any]
@@ -127,26 +128,41 @@ def operands(layer: Layer, dtype: torch.dtype, device: torch.device) -> tuple[Te
     return inputs, deltas
 
 
+def empty_sums(layer: Layer, device: torch.device) -> Tensor:
+    shape = layer["out_channels"], *layer["kernel"], layer["in_channels"]
+    return torch.zeros(shape, device=device).movedim(-1, 1)
+
+
+def expected_sums(layer: Layer, inputs: Tensor, deltas: Tensor) -> Tensor:
+    """Return the sums of the same operands in float32."""
+    expected = empty_sums(layer, inputs.device)
+    with tf32(False):
+        accumulate(layer, expected, inputs.float(), deltas.float())
+    return expected
+
+
+def check_sums(layer: Layer, kind: str, sums: Tensor, expected: Tensor, variant: str) -> None:
+    """Raise RuntimeError if the sums are further from the expected ones than ``TOLERANCE`` allows."""
+    error = float((sums - expected).norm() / expected.norm())
+    if not error < TOLERANCE[kind]:
+        raise RuntimeError(
+            f"expected {variant}'s sums of {layer['name']} within {TOLERANCE[kind]}, got {error:.1e}; "
+            "the kernel is wrong on this card"
+        )
+
+
 def time_layer(layer: Layer, kind: str, device: torch.device) -> dict[str, float]:
     """Return each variant's time in milliseconds: of 9 calls the median, after 3 more. Wrong sums raise."""
-    first = operands(layer, torch.bfloat16 if kind == "bfloat16" else torch.float32, device)
+    first = operands(layer, KINDS[kind], device)
     copies = 1 + min(7, DATA // sum(t.numel() * t.element_size() for t in first))
     data = [first, *(tuple(t.clone() for t in first) for _ in range(copies - 1))]
-    shape = layer["out_channels"], *layer["kernel"], layer["in_channels"]
-    expected = torch.zeros(shape, device=device).movedim(-1, 1)
-    with tf32(False):
-        accumulate(layer, expected, *(t.float() for t in first))
+    expected = expected_sums(layer, *first)
     found = {}
     for variant in VARIANTS:
         with forced(variant), tf32(True):
             sums = torch.zeros_like(expected)
             accumulate(layer, sums, *first)
-            error = float((sums - expected).norm() / expected.norm())
-            if not error < TOLERANCE[kind]:
-                raise RuntimeError(
-                    f"expected {variant}'s sums of {layer['name']} within {TOLERANCE[kind]}, got {error:.1e}; "
-                    "the kernel is wrong on this card"
-                )
+            check_sums(layer, kind, sums, expected, variant)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(13)]
             events[0].record()
             for n, event in enumerate(events[1:]):
