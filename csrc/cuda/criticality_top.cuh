@@ -191,12 +191,7 @@ __device__ __forceinline__ void begin_long_row(const Rows& p, Criterion criterio
 }
 
 // Dynamic shared memory: a row for each warp, or one for the block.
-template <int kBytes>
-__global__ void __launch_bounds__(kRowThreads, kTopResident)
-    criticality_top(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion, unsigned char* workspace) {
-  const int entry = find_entry(table);
-  const Rows& p = table.entries[entry];
-  const int64_t block = blockIdx.x - table.first_block[entry];
+DELFAST_BODY void top_rows(const Rows& p, Criterion criterion, int64_t block, unsigned char* workspace) {
   if (p.length == 1) return score_elements(p, criterion, block);
   DELFAST_DYNAMIC_SHARED(uint32_t, shared);
   DELFAST_SHARED(uint32_t, room, [2 * kRowWarps]);
@@ -205,6 +200,13 @@ __global__ void __launch_bounds__(kRowThreads, kTopResident)
   const int64_t row = block * kRowWarps + warp();
   if (row >= p.rows) return;  // the whole warp: warps do not wait for one another
   score_row<WarpTeam>(p, criterion, row, shared + warp() * row_words(int(p.length)), room);
+}
+
+template <int kBytes>
+__global__ void __launch_bounds__(kRowThreads, kTopResident)
+    criticality_top(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion, unsigned char* workspace) {
+  const int entry = find_entry(table);
+  top_rows(table.entries[entry], criterion, blockIdx.x - table.first_block[entry], workspace);
 }
 
 }  // namespace delfast::cuda
