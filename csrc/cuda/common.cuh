@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 #define DELFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define DELFAST_BODY __device__ __forceinline__  // of kernels that differ by their table's size alone
 #define DELFAST_GRID_CONSTANT(...) const __grid_constant__ __VA_ARGS__
 #define DELFAST_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 #define DELFAST_DYNAMIC_SHARED(T, name)                            \

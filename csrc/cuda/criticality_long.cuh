@@ -1,16 +1,16 @@
 // Rows of more than kBlockRow elements: several blocks each, two readings for the top h, one for all else.
 //
 // Mapping. A block takes a segment of a row. The last block of a row to be done ends the row's part of the launch.
-//   criticality_top          a block per row: the bracket of the h-th largest, from a sample (criticality_top.cuh)
-//   criticality_long_count   counts the scores above the bracket and lists those inside; the last block searches the
-//   list criticality_long_sum     the 16 float32 sums of every kBlock elements; the last block adds them up
-//   criticality_mean         the same sums, of all scores (criticality_mean.cuh); criticality_long_add then adds them
-//   up
+// - criticality_top takes a sample of each row, which gives the bracket of its h-th largest (criticality_top.cuh).
+// - criticality_long_count counts the scores above the bracket and lists those inside; the last block searches these.
+// - criticality_long_sum makes the 16 float32 sums of every kBlock elements; the last block adds them up.
+// - criticality_mean makes the same sums, of all scores (criticality_mean.cuh), and criticality_long_add adds them up.
+//
 // Both ends of the bracket are scores that occur, and scores equal to them are counted apart: of many equal scores none
 // is listed. Where the sample misleads, the last block searches the whole row by itself: slow and right. At five
 // standard deviations of a sample of independent scores that does not happen.
-// Memory. What the blocks of a row share lies in the workspace. Candidates are first gathered in shared memory, by
-// warp. Numerics: criticality_rows.cuh. Which block is the last, and the order of the list, do not show in the result.
+// Memory. What the blocks of a row share lies in the workspace. Candidates are first gathered in shared memory.
+// Numerics: criticality_rows.cuh. Which block is the last, and the order of the list, do not show in the result.
 #pragma once
 
 #include <cmath>

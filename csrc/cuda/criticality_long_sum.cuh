@@ -74,19 +74,22 @@ __device__ __forceinline__ void add_sums(const Rows& p, const LongRow& row, int6
 }
 
 // Rows of Reduce::top and, among such rows, Reduce::mean.
-template <int kBytes>
-__global__ void __launch_bounds__(kRowThreads, kMeanResident)
-    criticality_long_sum(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion,
-                         unsigned char* workspace) {
-  const int entry = find_entry(table);
-  const Rows& p = table.entries[entry];
-  const Segment segment(p, blockIdx.x - table.first_block[entry]);
+DELFAST_BODY void sum_segment(const Rows& p, Criterion criterion, int64_t block, unsigned char* workspace) {
+  const Segment segment(p, block);
   const LongRow row(p, workspace, segment.row);
   if (p.reduce == Reduce::top && global_load(&row.state->largest) >= kInfinity) return;  // its score is known
   DELFAST_SHARED(uint4, sums, [kGroups * 4]);
   sum_rows<true>(p, criterion, segment.first, segment.length, 1, global_load(&row.state->threshold.bits), sums);
   store_sums(segment, sums, row);
   if (is_last_block(&row.state->summed, p.segments())) add_sums(p, row, segment.row);
+}
+
+template <int kBytes>
+__global__ void __launch_bounds__(kRowThreads, kMeanResident)
+    criticality_long_sum(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion,
+                         unsigned char* workspace) {
+  const int entry = find_entry(table);
+  sum_segment(table.entries[entry], criterion, blockIdx.x - table.first_block[entry], workspace);
 }
 
 // A block per row.

@@ -156,13 +156,8 @@ __device__ __forceinline__ Threshold long_threshold(const Rows& p, Criterion cri
 }
 
 // Rows of Reduce::max and Reduce::top: the score of the former, the threshold of the latter.
-template <int kBytes>
-__global__ void __launch_bounds__(kThreads, kCountResident)
-    criticality_long_count(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion,
-                           unsigned char* workspace) {
-  const int entry = find_entry(table);
-  const Rows& p = table.entries[entry];
-  const Segment segment(p, blockIdx.x - table.first_block[entry]);
+DELFAST_BODY void count_segment(const Rows& p, Criterion criterion, int64_t block, unsigned char* workspace) {
+  const Segment segment(p, block);
   const LongRow row(p, workspace, segment.row);
   DELFAST_SHARED(uint32_t, staged, [kCountWarps * kStaged]);
   DELFAST_SHARED(uint32_t, counts, [4]);
@@ -219,6 +214,14 @@ __global__ void __launch_bounds__(kThreads, kCountResident)
     global_store(&row.state->threshold.tie, threshold.tie);
     global_store(&row.state->threshold.ties, threshold.ties);
   }
+}
+
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads, kCountResident)
+    criticality_long_count(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion,
+                           unsigned char* workspace) {
+  const int entry = find_entry(table);
+  count_segment(table.entries[entry], criterion, blockIdx.x - table.first_block[entry], workspace);
 }
 
 }  // namespace delfast::cuda

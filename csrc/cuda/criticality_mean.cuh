@@ -12,12 +12,7 @@ namespace delfast::cuda {
 
 __host__ __device__ constexpr int rows_of_mean_block(int length) { return kGroups / blocks_of_row(length); }
 
-template <int kBytes>
-__global__ void __launch_bounds__(kRowThreads, kMeanResident)
-    criticality_mean(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion, unsigned char* workspace) {
-  const int entry = find_entry(table);
-  const Rows& p = table.entries[entry];
-  const int64_t block = blockIdx.x - table.first_block[entry];
+DELFAST_BODY void mean_rows(const Rows& p, Criterion criterion, int64_t block, unsigned char* workspace) {
   if (p.length == 1) return score_elements(p, criterion, block);
   DELFAST_SHARED(uint4, partial, [kGroups * 4]);
   if (p.is_long()) {
@@ -38,6 +33,13 @@ __global__ void __launch_bounds__(kRowThreads, kMeanResident)
     sum = add_pairwise(sum);
     if (lane() % 16 == 0 && row < rows) global_store(&p.out[first_row + row], reduced(p, sum, {0, 0, 0}));
   }
+}
+
+template <int kBytes>
+__global__ void __launch_bounds__(kRowThreads, kMeanResident)
+    criticality_mean(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, Criterion criterion, unsigned char* workspace) {
+  const int entry = find_entry(table);
+  mean_rows(table.entries[entry], criterion, blockIdx.x - table.first_block[entry], workspace);
 }
 
 }  // namespace delfast::cuda

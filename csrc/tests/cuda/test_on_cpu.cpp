@@ -124,6 +124,15 @@ __global__ void leftover(float* out) {
 
 __global__ void order_of_blocks(int* order, int* next) { order[(*next)++] = int(blockIdx.x); }
 
+// The last block to be done sees what all have written.
+__global__ void last_block_adds(int* written, unsigned* done, int* sum) {
+  written[blockIdx.x] = int(blockIdx.x) + 1;
+  __threadfence();
+  if (atomicAdd(done, 1u) + 1 != gridDim.x) return;
+  __threadfence();
+  for (unsigned b = 0; b < gridDim.x; b++) *sum += written[b];
+}
+
 void check_blocks() {
   for (uint64_t seed : {0, 5}) {
     set_seed(seed);
@@ -143,6 +152,10 @@ void check_blocks() {
     for (int i = 0; i < 50; i++) sorted[size_t(i)] = i;
     CHECK_EQUAL(order == sorted, seed == 0);
     CHECK(std::is_permutation(order.begin(), order.end(), sorted.begin()));
+    unsigned done = 0;
+    int sum = 0;
+    DELFAST_LAUNCH(last_block_adds, 50, 1, 0, nullptr, order.data(), &done, &sum);
+    CHECK_EQUAL(sum, 50 * 51 / 2);
   }
 }
 
@@ -201,6 +214,7 @@ void check_failures() {
                 [] { DELFAST_LAUNCH(shuffle_from_outside, 1, 32, 0, nullptr); });
     check_fails("too many threads", {"1025 threads"}, [] { DELFAST_LAUNCH(nothing, 1, 1025, 0, nullptr); });
     check_fails("no blocks", {"a grid of impossible size"}, [] { DELFAST_LAUNCH(nothing, 0, 32, 0, nullptr); });
+    cudaFuncSetAttribute(nothing, cudaFuncAttributePreferredSharedMemoryCarveout, 100);  // allows no more
     check_fails("too much shared memory", {"49153 bytes", "49152 allowed"},
                 [] { DELFAST_LAUNCH(nothing, 1, 32, 49153, nullptr); });
     describe("after all these a launch works");
