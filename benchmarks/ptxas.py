@@ -37,6 +37,7 @@ STREAMING = {
     "criticality_block_rows": [(256, (8 * ROW + BINS + 256) * 4), (512, (16 * ROW + BINS + 512) * 4)],
     "criticality_long_count": [(256, 0)],
     "criticality_long_sum": [(256, 0)],
+    "selection_read": [(256, 0)],
     "selection_count": [(256, 0)],
     "selection_mark": [(256, 0)],
     "selection_settle": [(256, 0)],

@@ -98,8 +98,24 @@ def test_a_nonfinite_score_is_named_on_the_device() -> None:
     theta, grad = cases.parameters()
     grad[7].view(-1)[3] = float("nan")
     grad[12][5, 6] = float("inf")
-    bits, nonfinite = NATIVE.select_elements(on_device(theta), on_device(grad), "weighted_grad", 10)
-    assert int(nonfinite) == 7 and not bits.any()
+    bits, info = NATIVE.select_elements(on_device(theta), on_device(grad), "weighted_grad", 10)
+    assert info.tolist() == [7, 0] and not bits.any()
+
+
+@pytest.mark.parametrize("shares", [(0.3,), (0.0001, 0.9999)])
+@pytest.mark.parametrize("values", ["random", "few", "nonfinite"])
+def test_many_elements_are_selected_as_on_the_cpu(shares: tuple[float, ...], values: str) -> None:
+    """So many that a bracket is sampled; it misses where values are few."""
+    generator = torch.Generator().manual_seed(0)
+    theta = [torch.randn(count, generator=generator) for count in (700_001, 10, 1_500_000)]
+    if values == "few":
+        theta = [t.round() for t in theta]
+    if values == "nonfinite":
+        theta[2][77] = float("nan")
+    total = sum(t.numel() for t in theta)
+    for share in shares:
+        expected = NATIVE.select_elements(theta, [], "weight", int(share * total))
+        assert_same(NATIVE.select_elements(on_device(theta), [], "weight", int(share * total)), expected, share)
 
 
 @pytest.mark.parametrize("cut_last", [False, True])

@@ -19,6 +19,7 @@ from torch.nn import functional
 import delfast
 from delfast.evaluation import accuracy_and_loss, kl_to_oracle, predictions
 from delfast.experiments.networks import build
+from delfast.localization.criteria import Granularity, Policy
 from delfast.unlearning import METHODS, train
 from tests.dispatch import Dispatched, per_batch
 
@@ -50,6 +51,34 @@ def forward_and_backward() -> int:
 def test_localization_adds_few_operations_and_reads_nothing() -> None:
     operations, reads = per_batch(lambda count: delfast.score(network(), batches(count)))
     assert not reads and operations <= MAX_LOCALIZATION * forward_and_backward()
+
+
+@pytest.mark.parametrize("granularity", ["channel", "param"])
+@pytest.mark.parametrize("policy", ["whole", "exact"])
+def test_a_selection_reads_one_tensor(
+    granularity: Granularity, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = delfast.score(network(), batches(1))
+    lists: list[torch.Size] = []
+    tolist = Tensor.tolist
+
+    def counted(tensor: Tensor) -> Any:
+        lists.append(tensor.shape)
+        return tolist(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    with Dispatched() as found:
+        scores.select(0.3, granularity, policy=policy)
+    channels = granularity == "channel"
+    assert lists == [(5 if channels else 2,)] and not found.reads
+    expected = {"delfast.select_elements.default": 1, "aten.split_with_sizes.default": 1}
+    if channels:
+        expected = {"delfast.criticality.default": 1, "delfast.select_units.default": 1} | expected
+        del expected["delfast.select_elements.default"]
+    if channels and policy == "exact":  # and the bits of the one parameter whose last channel is cut
+        assert expected.items() <= found.counts.items() and found.total <= 30
+    else:
+        assert found.counts == expected
 
 
 PASSES: dict[str, Callable[[list[Batch]], Any]] = {

@@ -83,18 +83,21 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
   }
   at::Tensor bits = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
   uint8_t* bits_data = bits.mutable_data_ptr<uint8_t>();
-  at::Tensor nonfinite = at::empty({}, at::TensorOptions().dtype(at::kLong));
-  int64_t& first_bad = *nonfinite.mutable_data_ptr<int64_t>();
-  first_bad = -1;
+  at::Tensor info = at::empty({2}, at::TensorOptions().dtype(at::kLong));
+  int64_t* const out = info.mutable_data_ptr<int64_t>();
+  const auto report = [&](int64_t nonfinite, int64_t positive) {
+    out[0] = nonfinite;
+    out[1] = positive;
+    return std::tuple(std::move(bits), std::move(info));
+  };
 
   cpu::RadixSearch search(k);
   bool everything = false;
   for (int pass = 0; pass < cpu::RadixSearch::kPasses && !everything; pass++) {
     const std::vector<int64_t> counts = count_digits(list.params, tasks, criterion, search.pass());
     if (pass == 0 && any_nonfinite(counts)) {
-      first_bad = first_nonfinite(list.params, criterion);
       bits.zero_();
-      return {std::move(bits), std::move(nonfinite)};
+      return report(first_nonfinite(list.params, criterion), 0);
     }
     everything = !search.descend(counts.data());
   }
@@ -106,15 +109,17 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
     task.ties = kernels.mark(list.params[task.param], criterion, threshold, task.begin, task.end,
                              bits_data + first_byte[task.param]);
   });
-  int64_t left = everything ? tasks.elements : search.left();
+  int64_t left = everything ? tasks.elements : search.left(), ties = 0;
   for (const ElementTask& task : tasks.list) {
+    ties += task.ties;
     const int64_t keep = std::min(left, task.ties);
     if (keep < task.ties)
       kernels.clear_ties(list.params[task.param], criterion, threshold, keep, task.begin, task.end,
                          bits_data + first_byte[task.param]);
     left -= keep;
   }
-  return {std::move(bits), std::move(nonfinite)};
+  // a threshold above 0 selects k elements above 0; else all above 0 are selected
+  return report(-1, threshold ? k : everything ? tasks.elements - ties : k - search.left());
 }
 
 std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
@@ -124,14 +129,15 @@ std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::In
   groups.reserve(counts.size());
   for (size_t p = 0; p < counts.size(); p++) groups.push_back({counts[p], lengths[p]});
   at::Tensor bits = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
-  at::Tensor info = at::empty({3}, at::TensorOptions().dtype(at::kLong));
+  at::Tensor info = at::empty({5}, at::TensorOptions().dtype(at::kLong));
   const at::Tensor scores_row = scores.contiguous();
-  const cpu::UnitSelection selection = cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(),
-                                                         int64_t(groups.size()), k, bits.mutable_data_ptr<uint8_t>());
+  const cpu::UnitSelection selection =
+      cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(), int64_t(groups.size()), k, cut_last,
+                        bits.mutable_data_ptr<uint8_t>());
   int64_t* out = info.mutable_data_ptr<int64_t>();
-  out[0] = cut_last ? selection.cut_unit : -1;
-  out[1] = cut_last ? selection.cut_size : 0;
-  out[2] = selection.nonfinite;
+  for (int64_t value :
+       {selection.cut_unit, selection.cut_size, selection.nonfinite, selection.selected, selection.positive})
+    *out++ = value;
   return {std::move(bits), std::move(info)};
 }
 

@@ -21,7 +21,7 @@ void for_units(const float* scores, const UnitGroup* groups, int64_t group_count
 }  // namespace
 
 UnitSelection select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget,
-                           uint8_t* bits) {
+                           bool cut_last, uint8_t* bits) {
   UnitSelection result;
   const auto each = [&](auto f) { for_units(scores, groups, group_count, bits, f); };
   each([&](int64_t unit, uint32_t score, int64_t, uint8_t* byte, uint8_t) {
@@ -42,22 +42,29 @@ UnitSelection select_units(const float* scores, const UnitGroup* groups, int64_t
     everything = !search.descend(histogram);
   }
 
-  int64_t left = search.left();
+  int64_t left = search.left(), cut_is_positive = 0;
   bool fits = true;  // a tie that does not fit ends the prefix, even if a later, smaller one would fit
   each([&](int64_t unit, uint32_t score, int64_t size, uint8_t* byte, uint8_t bit) {
-    if (everything || score > search.threshold()) {
-      *byte |= bit;
-    } else if (fits && score == search.threshold()) {
-      fits = size <= left;
+    bool selected = everything || score > search.threshold();
+    if (!selected && fits && score == search.threshold()) {
+      selected = fits = size <= left;
       if (fits) {
-        *byte |= bit;
         left -= size;
       } else if (left > 0) {
         result.cut_unit = unit;
         result.cut_size = left;
+        cut_is_positive = score > 0;
       }
     }
+    if (!selected) return;
+    *byte |= bit;
+    result.selected++;
+    result.positive += score > 0;
   });
+  if (cut_last)
+    result.positive += cut_is_positive;
+  else
+    result.cut_unit = -1, result.cut_size = 0;
   return result;
 }
 

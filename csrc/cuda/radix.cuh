@@ -18,6 +18,16 @@ __host__ __device__ constexpr RadixPass radix_pass(int pass) {
   return pass == 0 ? RadixPass{20, 11} : pass == 1 ? RadixPass{10, 10} : RadixPass{0, 10};
 }
 
+// The pass when the scores are known to lie in [lo, lo + width) and are counted as differences to lo: 11 bits each, the
+// last one fewer. Without bits left to find its width is 0.
+__device__ __forceinline__ RadixPass radix_pass(int pass, uint32_t width) {
+  int bits = 0;
+  while (bits < 31 && (width - 1) >> bits) bits++;
+  const int above = bits - 11 * pass, shift = above - 11;
+  if (above <= 0) return {0, 0};
+  return {shift > 0 ? shift : 0, shift > 0 ? 11 : above};
+}
+
 // Clears a block's bins; count_digit may follow at once.
 __device__ __forceinline__ void clear_bins(uint32_t* bins) {
   for (int bin = int(threadIdx.x); bin < kRadixBins; bin += int(blockDim.x)) bins[bin] = 0;
@@ -37,17 +47,13 @@ __device__ __forceinline__ void add_bins(const uint32_t* bins, Count weight, Cou
     if (bins[bin]) global_add(&histogram[bin], bins[bin] * weight);
 }
 
-// For a block of kThreads: finds the highest digit at which the histogram's sum from the top exceeds `left`, and calls
-// found(digit, the sum above it, its own count) in one thread, in none if all of it is within `left`. Clears the
-// histogram for the next pass. Shared memory: `bins` of kRadixBins, `totals` of 32.
-template <class Count, class F>
-__device__ __forceinline__ void descend(Count* histogram, Count left, Count* bins, Count* totals, F found) {
-  for (int bin = int(threadIdx.x); bin < kRadixBins; bin += kThreads) {
-    bins[bin] = global_load(&histogram[bin]);
-    global_store(&histogram[bin], Count(0));
-  }
+// Finds the highest digit at which the sum of the block's bins from the top exceeds `left`, and calls found(digit, the
+// sum above it, its own count) in one thread, in none if all of it is within `left`. Blocks of up to kRadixBins
+// threads, a power of two; `totals` is shared memory for 32.
+template <int kBlock, class Count, class F>
+__device__ __forceinline__ void find_digit(const Count* bins, Count left, Count* totals, F found) {
   __syncthreads();
-  constexpr int kBins = kRadixBins / kThreads;
+  constexpr int kBins = kRadixBins / kBlock;
   const int top = kRadixBins - 1 - int(threadIdx.x) * kBins;  // this thread's bins are [top - kBins + 1, top]
   Count sum = 0;
   for (int i = 0; i < kBins; i++) sum += bins[top - i];
@@ -58,6 +64,17 @@ __device__ __forceinline__ void descend(Count* histogram, Count left, Count* bin
     if (above + bins[top - i] > left) return found(uint32_t(top - i), above, bins[top - i]);
     above += bins[top - i];
   }
+}
+
+// The same for a histogram in global memory, which is cleared for the next pass, by a block of kThreads. Shared memory:
+// `bins` of kRadixBins, `totals` of 32.
+template <class Count, class F>
+__device__ __forceinline__ void descend(Count* histogram, Count left, Count* bins, Count* totals, F found) {
+  for (int bin = int(threadIdx.x); bin < kRadixBins; bin += kThreads) {
+    bins[bin] = global_load(&histogram[bin]);
+    global_store(&histogram[bin], Count(0));
+  }
+  find_digit<kThreads>(bins, left, totals, found);
 }
 
 }  // namespace delfast::cuda

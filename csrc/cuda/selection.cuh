@@ -1,244 +1,180 @@
-// The k-th largest score over all parameters, and the packed bits of the scores at or above it. Elements and units
-// (channels) are selected by the same kernels: a unit is an element of its parameter's list of scores that weighs as
-// much as it has scalars, an element weighs 1.
+// The k-th largest score over all parameters, and the packed bits of the scores at or above it: what the kernels of all
+// stages share. Elements and units (channels) are selected by the same kernels: a unit is an element of its parameter's
+// list of scores that weighs as much as it has scalars, an element weighs 1. (Few units: selection_units.cuh.)
 //
-// Mapping. A block takes a tile of kTile elements of one parameter in every pass. Three passes count digits
-// (radix.cuh), each followed by one block that descends; then the bits of all scores >= T are written and the ties with
-// T counted per tile, one block adds up the tiles' ties in order, and the tiles whose ties are not all within the
-// budget are done again. The host is not asked in between: what a pass finds, the next one reads in SelectionState.
-// Memory. |theta g| is computed again in each of the four readings, by 16-byte loads; only the answer is written. A
-// tile's bits are gathered in shared memory: a lane ors in those of the four or eight neighbours that it reads; where
-// lanes read one element each (memory not aligned, or not in logical order: channels-last), a ballot makes a word.
-// Numerics. Integers only: the result does not depend on the order of blocks.
+// Stages, of which the host asks nothing in between:
+//   begin     the sources (parameters) and the owner of every tile are written to the workspace; counters are cleared.
+//   sample    of many elements: a bracket that holds the k-th score except by a rare accident (selection_sample.cuh).
+//   read      the one reading: the bits of all scores above the bracket, and a list of those inside, the candidates
+//             (selection_read.cuh).
+//   count x 3, mark, settle   three radix passes, the ties in order, the last bits (selection_passes.cuh): among the
+//             candidates if they hold the k-th score. If not (few elements and no sample, units, a bracket that missed,
+//             a list that ran over, a score that is not finite), over all scores, read again by each of the stages.
+// What one block has to do between two stages, the last block to finish the stage before does (is_last_block).
+// Memory. The workspace: the state, then arrays by source, tile and candidate (Selection).
+// Numerics. Integers only: the result does not depend on the order of blocks, nor on the sample.
 #pragma once
 
 #include "cuda/radix.cuh"
 
 namespace delfast::cuda {
 
-constexpr int64_t kTile = 8192;  // a multiple of 32: tiles do not share bytes of bits, nor warps words
+constexpr int64_t kTile = 8192;  // elements; a multiple of 32: tiles do not share bytes of bits, nor warps words
+constexpr int kTileWords = int(kTile / 32);
+constexpr int kWarps = kThreads / kWarp;
+// Blocks of a multiprocessor that the kernels leave room for: half of its warps. Without being told, the compiler aims
+// at more and spills.
+constexpr int kResident = 4;
+constexpr int kSegment = kThreads;  // tiles whose ties are summed as one
 
-struct Candidates {
+struct Source {
   Operands operands;
   Layout layout;
   int64_t weight;  // of each
   uint8_t* bits;
-  int64_t first_tile;          // of all parameters' tiles
   int64_t id, id_per_element;  // what a bad score is reported as: the parameter, or the unit
+  uint32_t first_tile;         // of all sources' tiles
 };
+
+constexpr unsigned long long kNone = ~0ull;
+constexpr int kSampleShift = 15;  // a bin of the sample: scores with the same upper 16 bits; 256 bins are a group
+constexpr int kSampleBins = 1 << (31 - kSampleShift), kSampleGroups = kSampleBins / kThreads;
+constexpr int kStages = 5;  // that end with a last block: the sample, three passes, mark
 
 struct SelectionState {
-  unsigned long long histogram[kRadixBins];
-  unsigned long long left;       // of the budget, once what lies above the digits found so far is taken
+  // written by `begin`
   unsigned long long nonfinite;  // the least id with a NaN or infinite score, or kNone
-  uint32_t threshold;            // the digits found so far
+  unsigned long long left;       // of the budget, once what lies above the digits found so far is taken
+  unsigned long long above;      // candidates: scores at or above `hi`
+  unsigned long long higher;     // mark over all scores: those above the threshold
+  unsigned long long rest;       // of the budget, for a part of the unit after the last one
+  uint32_t cut_tile;             // where the ties end; past the last tile: all of them are kept
+  uint32_t keep;                 // of that tile's ties
+  uint32_t lo, hi;               // the bracket: lo <= score < hi
+  uint32_t listed;               // candidates
+  uint32_t failed;               // there is no bracket, a list ran over, or a score is not finite
+  uint32_t digits;               // of the threshold, less `lo`
   uint32_t everything;           // fits in the budget
+  // cleared
+  alignas(16) uint32_t tickets[kStages + 3];
+  unsigned long long histogram[kRadixBins];
+  uint32_t sample_groups[kSampleGroups];
+  uint32_t sample[kSampleBins];
 };
-constexpr unsigned long long kNone = ~0ull;
 
-struct Tile {
-  int64_t begin, end;
+struct TileRecord {
+  uint32_t first, count;  // the tile's candidates
 };
-__device__ __forceinline__ Tile tile_of(const Candidates& p, uint32_t block) {
-  const int64_t begin = int64_t(block) * kTile, numel = p.layout.numel();
-  return {begin, begin + kTile < numel ? begin + kTile : numel};
+
+struct Selection {
+  SelectionState* state;
+  Source* sources;
+  uint32_t* owners;                    // a tile's source
+  uint32_t* ties;                      // of a tile with the threshold
+  unsigned long long* segment_weight;  // what they weigh, of kSegment tiles
+  TileRecord* records;                 // of tiles
+  uint32_t* scores;                    // of candidates
+  uint16_t* places;                    // of candidates, in their tiles
+  unsigned long long budget;
+  int64_t* info;  // {nonfinite, positive}; of units {cut_unit, cut_size, nonfinite, selected, positive}
+  uint32_t tiles;
+  uint32_t capacity;  // candidates
+  bool units, cut_last;
+};
+
+// A tile, for the threads that work on it.
+struct Tile {
+  const Source* source;
+  Operands operands;  // from its first element on
+  uint8_t* bits;      // of its elements
+  int64_t begin;      // in its source
+  int length;
+  bool in_order;  // in memory as logically
+
+  __device__ __forceinline__ int64_t id_of(int i) const { return source->id + (begin + i) * source->id_per_element; }
+  // Where its logical element i is in memory, from its first element on.
+  __device__ __forceinline__ int64_t offset(const Layout& layout, int i) const {
+    return layout.offset(begin + i) - begin;
+  }
+};
+__device__ __forceinline__ const void* shifted(const void* values, Dtype dtype, int64_t elements) {
+  if (!values) return nullptr;
+  return static_cast<const unsigned char*>(values) + elements * (dtype == Dtype::float32 ? 4 : 2);
+}
+__device__ __forceinline__ Tile tile_of(const Selection& s, uint32_t number) {
+  const Source* const p = s.sources + global_load_const(&s.owners[number]);
+  const int64_t begin = int64_t(number - p->first_tile) * kTile, rest = p->layout.numel() - begin;
+  const Operands& o = p->operands;
+  return {p,
+          {shifted(o.theta, o.theta_dtype, begin), shifted(o.grad, o.grad_dtype, begin), o.theta_dtype, o.grad_dtype},
+          p->bits + begin / 8,
+          begin,
+          int(rest < kTile ? rest : kTile),
+          p->layout.spatial == 1};
 }
 
-__global__ void __launch_bounds__(kThreads) selection_begin(SelectionState* state, int64_t budget) {
-  for (int bin = int(threadIdx.x); bin < kRadixBins; bin += kThreads) global_store(&state->histogram[bin], 0ull);
-  if (threadIdx.x) return;
-  global_store(&state->left, static_cast<unsigned long long>(budget));
+// True in the block that comes here last of a launch; it sees what all others have written before.
+__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
+  DELFAST_SHARED(uint32_t, order);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) order = atomicAdd(ticket, 1u);
+  __syncthreads();
+  if (order != gridDim.x - 1) return false;
+  __threadfence();
+  return true;
+}
+
+// Every table of sources is one launch; the first one clears what is to begin with zeros.
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads) selection_begin(const __grid_constant__ Table<Source, kBytes> table,
+                                                            Selection s, uint32_t first_source, bool sampled) {
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
+  for (uint32_t i = thread; i < uint32_t(table.count); i += threads) s.sources[first_source + i] = table.entries[i];
+  for (uint32_t i = thread; i < table.first_block[table.count]; i += threads) {
+    int low = 0, high = table.count;  // first_block[low] <= i < first_block[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (table.first_block[middle] <= i ? low : high) = middle;
+    }
+    global_store(&s.owners[table.entries[0].first_tile + i], first_source + uint32_t(low));
+  }
+  if (first_source) return;
+  const size_t bytes = sampled ? sizeof(SelectionState) : offsetof(SelectionState, sample_groups);
+  const uint32_t words = uint32_t((bytes - offsetof(SelectionState, tickets)) / sizeof(uint4));
+  uint4* const cleared = reinterpret_cast<uint4*>(s.state->tickets);
+  for (uint32_t i = thread; i < words; i += threads) global_store(&cleared[i], uint4{0, 0, 0, 0});
+  for (uint32_t i = thread; i * kSegment < s.tiles; i += threads) global_store(&s.segment_weight[i], 0ull);
+  if (thread) return;
+  SelectionState* const state = s.state;
   global_store(&state->nonfinite, kNone);
-  global_store(&state->threshold, 0u);
+  global_store(&state->left, s.budget);
+  global_store(&state->above, 0ull);
+  global_store(&state->higher, 0ull);
+  global_store(&state->rest, 0ull);
+  global_store(&state->cut_tile, s.tiles);
+  global_store(&state->keep, 0u);
+  global_store(&state->lo, 0u);
+  global_store(&state->hi, 0u);
+  global_store(&state->listed, 0u);
+  global_store(&state->failed, sampled ? 0u : 1u);
+  global_store(&state->digits, 0u);
   global_store(&state->everything, 0u);
 }
 
-__global__ void __launch_bounds__(kThreads) selection_count(const __grid_constant__ Table<Candidates> table,
-                                                            Criterion criterion, SelectionState* state, int pass) {
-  if (global_load(&state->everything)) return;
-  const int entry = find_entry(table);
-  const Candidates& p = table.entries[entry];
-  const Tile tile = tile_of(p, blockIdx.x - table.first_block[entry]);
-  const uint32_t threshold = global_load(&state->threshold);
-  DELFAST_SHARED(uint32_t, bins, [kRadixBins]);
-  clear_bins(bins);
-  with_score(p.operands, criterion, [&](auto score) {
-    for_each_score(score, tile.begin, tile.end, int(threadIdx.x), kThreads, [&](int64_t i, uint32_t bits) {
-      count_digit(bits, radix_pass(pass), threshold, bins);
-      if (pass == 0 && bits >= 0x7f800000)
-        atomicMin(&state->nonfinite, static_cast<unsigned long long>(p.id + i * p.id_per_element));
-    });
-  });
-  add_bins(bins, static_cast<unsigned long long>(p.weight), state->histogram);
-}
-
-__global__ void __launch_bounds__(kThreads) selection_descend(SelectionState* state, int pass) {
-  DELFAST_SHARED(unsigned long long, bins, [kRadixBins]);
-  DELFAST_SHARED(unsigned long long, totals, [kWarp]);
-  DELFAST_SHARED(uint32_t, found_one);
-  if (threadIdx.x == 0) found_one = 0;
-  const unsigned long long left = global_load(&state->left);
-  const uint32_t digits = global_load(&state->threshold);
-  __syncthreads();
-  descend(state->histogram, left, bins, totals, [&](uint32_t digit, unsigned long long above, unsigned long long) {
-    global_store(&state->threshold, digits | digit << radix_pass(pass).shift);
-    global_store(&state->left, left - above);
-    found_one = 1;
-  });
-  __syncthreads();
-  if (threadIdx.x == 0 && pass == 0 && !found_one) global_store(&state->everything, 1u);
-}
-
-// ---- bits in logical order
-
-constexpr int kTileWords = int(kTile / 32);
-
-// Calls selected(scores, valid, element) with packs of neighbours, of which the bits of `valid` say which belong to the
-// tile, and keeps the mask that it returns. All threads of the block call it equally often, for ascending elements.
-template <class Score, class F>
-__device__ __forceinline__ void select_packs(const Score& score, Tile tile, uint32_t* words, F selected) {
-  constexpr int kPack = Score::kPack;
-  for (int64_t window = tile.begin - score.offset(); window < tile.end; window += kThreads * kPack) {
-    const int64_t i = window + int64_t(threadIdx.x) * kPack;
-    uint32_t bits[kPack] = {}, valid = 0;
-    if (i >= tile.begin && i + kPack <= tile.end) {
-      valid = (1u << kPack) - 1;
-      score.pack(i, bits);
-    } else {
-      for (int j = 0; j < kPack; j++) {
-        if (i + j < tile.begin || i + j >= tile.end) continue;
-        valid |= 1u << j;
-        bits[j] = score.one(i + j);
-      }
-    }
-    const uint32_t mask = selected(bits, valid, i);
-    if (!mask) continue;
-    const int skipped = i < tile.begin ? int(tile.begin - i) : 0, first = int(i + skipped - tile.begin);
-    const uint64_t placed = uint64_t(mask >> skipped) << first % 32;
-    atomicOr(&words[first / 32], uint32_t(placed));
-    if (placed >> 32) atomicOr(&words[first / 32 + 1], uint32_t(placed >> 32));
-  }
-}
-
-template <class Score, class F>
-__device__ __forceinline__ void select_ones(const Score& score, const Layout& layout, Tile tile, uint32_t* words,
-                                            F selected) {
-  for (int64_t window = tile.begin; window < tile.end; window += kThreads) {
-    const int64_t i = window + int64_t(threadIdx.x);
-    const uint32_t valid = i < tile.end;
-    uint32_t bits[1] = {valid ? score.one(layout.offset(i)) : 0};
-    const uint32_t word = __ballot_sync(kAllLanes, int(selected(bits, valid, i)));
-    if (lane() == 0) words[(i - tile.begin) / 32] = word;
-  }
-}
-
-// Writes the bits of the tile's elements that `selected` says.
-template <class F>
-__device__ __forceinline__ void write_bits(const Candidates& p, Criterion criterion, Tile tile, F selected) {
-  DELFAST_SHARED(uint32_t, words, [kTileWords]);
-  for (int word = int(threadIdx.x); word < kTileWords; word += kThreads) words[word] = 0;
-  __syncthreads();
-  with_score(p.operands, criterion, [&](auto score) {
-    if (p.layout.spatial == 1 && score.offset() >= 0)
-      select_packs(score, tile, words, selected);
-    else
-      select_ones(score, p.layout, tile, words, selected);
-  });
-  __syncthreads();
-  const int bytes = int((tile.end - tile.begin + 7) / 8);
-  uint8_t* const out = p.bits + tile.begin / 8;
-  for (int byte = int(threadIdx.x); byte < bytes; byte += kThreads)
-    global_store(&out[byte], reinterpret_cast<const uint8_t*>(words)[byte]);
-}
-
-// Writes the bits of scores >= T (none if a score is not finite), and how much the tile's ties with T weigh.
-__global__ void __launch_bounds__(kThreads)
-    selection_mark(const __grid_constant__ Table<Candidates> table, Criterion criterion, const SelectionState* state,
-                   unsigned long long* ties) {
-  const int entry = find_entry(table);
-  const Candidates& p = table.entries[entry];
-  const uint32_t block = blockIdx.x - table.first_block[entry];
-  const bool nothing = global_load(&state->nonfinite) != kNone;
-  const uint32_t threshold = nothing                           ? UINT32_MAX
-                             : global_load(&state->everything) ? 0
-                                                               : global_load(&state->threshold);
-  DELFAST_SHARED(uint32_t, tied);
-  if (threadIdx.x == 0) tied = 0;
-  __syncthreads();
-  uint32_t count = 0;
-  write_bits(p, criterion, tile_of(p, block), [&](const auto& bits, uint32_t valid, int64_t) {
-    uint32_t mask = 0;
-    for (int j = 0; j < int(sizeof(bits) / 4); j++) {
-      mask |= uint32_t(bits[j] >= threshold) << j;
-      count += (valid >> j & 1) && bits[j] == threshold;
-    }
-    return mask & valid;
-  });
-  count = __reduce_add_sync(kAllLanes, count);
-  if (lane() == 0 && count) atomicAdd(&tied, count);
-  __syncthreads();
-  if (threadIdx.x == 0) global_store(&ties[p.first_tile + block], tied * static_cast<unsigned long long>(p.weight));
-}
-
-// One block: turns the tiles' ties into sums over the tiles before, ties[tiles] included, and reports.
-__global__ void __launch_bounds__(kThreads)
-    selection_place_ties(const SelectionState* state, unsigned long long* ties, int64_t tiles, int64_t* nonfinite,
-                         int64_t* cut /* two, or null */) {
-  DELFAST_SHARED(unsigned long long, totals, [kWarp]);
-  unsigned long long before = 0;
-  for (int64_t begin = 0; begin < tiles; begin += kThreads) {
-    const int64_t i = begin + int64_t(threadIdx.x);
-    const unsigned long long mine = i < tiles ? global_load(&ties[i]) : 0;
-    unsigned long long total;
-    const unsigned long long sum = before + block_exclusive_scan(mine, totals, total);
-    if (i < tiles) global_store(&ties[i], sum);
-    before += total;
-  }
-  if (threadIdx.x) return;
-  global_store(&ties[tiles], before);
-  const unsigned long long bad = global_load(&state->nonfinite);
-  global_store(nonfinite, bad == kNone ? int64_t(-1) : int64_t(bad));
-  if (!cut) return;
-  global_store(&cut[0], int64_t(-1));
-  global_store(&cut[1], int64_t(0));
-}
-
-// Takes back the ties that are not within the budget: of a tile that lies past it all, of the one where it ends the
-// last ones. There the next unit may be cut: cut = {unit, how much of it is left of the budget}.
-__global__ void __launch_bounds__(kThreads)
-    selection_settle(const __grid_constant__ Table<Candidates> table, Criterion criterion, const SelectionState* state,
-                     const unsigned long long* ties, int64_t* cut) {
-  const int entry = find_entry(table);
-  const Candidates& p = table.entries[entry];
-  const uint32_t block = blockIdx.x - table.first_block[entry];
-  const unsigned long long left = global_load(&state->left), before = global_load(&ties[p.first_tile + block]),
-                           after = global_load(&ties[p.first_tile + block + 1]);
-  if (after <= left || before == after || global_load(&state->everything) || global_load(&state->nonfinite) != kNone)
-    return;
-  const bool ends_here = before <= left;
-  const unsigned long long weight = static_cast<unsigned long long>(p.weight);
-  const uint32_t keep = ends_here ? uint32_t((left - before) / weight) : 0;
-  const unsigned long long rest = ends_here ? (left - before) % weight : 0;
-  const uint32_t threshold = global_load(&state->threshold);
-  DELFAST_SHARED(uint32_t, totals, [kWarp]);
-  uint32_t rank = 0;  // of a window's first tie
-  write_bits(p, criterion, tile_of(p, block), [&](const auto& bits, uint32_t valid, int64_t i) {
-    uint32_t mask = 0, mine = 0, total;
-    for (int j = 0; j < int(sizeof(bits) / 4); j++) mine += (valid >> j & 1) && bits[j] == threshold;
-    uint32_t tie = rank + block_exclusive_scan(mine, totals, total);
-    for (int j = 0; j < int(sizeof(bits) / 4); j++) {
-      if (!(valid >> j & 1)) continue;
-      const bool tied = bits[j] == threshold;
-      mask |= uint32_t(bits[j] > threshold || (tied && tie < keep)) << j;
-      if (cut && rest && tied && tie == keep) {
-        global_store(&cut[0], p.id + (i + j) * p.id_per_element);
-        global_store(&cut[1], int64_t(rest));
-      }
-      tie += tied;
-    }
-    rank += total;
-    return mask;
-  });
+// Where the threshold is searched: among the candidates, or among all scores.
+struct Search {
+  bool listed;
+  uint32_t lo, width;        // the scores' range
+  unsigned long long above;  // it
+};
+__device__ __forceinline__ Search search_of(const Selection& s) {
+  const SelectionState* const state = s.state;
+  const uint32_t failed = global_load(&state->failed), listed = global_load(&state->listed),
+                 lo = global_load(&state->lo), hi = global_load(&state->hi);
+  const unsigned long long above = global_load(&state->above);
+  if (!failed && above <= s.budget && s.budget < above + listed) return {true, lo, hi - lo, above};
+  return {false, 0, 1u << 31, 0};
 }
 
 }  // namespace delfast::cuda

@@ -26,15 +26,19 @@ Error criticality(const Scored* params, const int64_t* top, int64_t count, Crite
                   float* out, void* workspace, Stream stream);
 
 // The bits of the k highest-scoring elements, each parameter's padded to whole bytes, in logical order;
-// *nonfinite = the first parameter with a NaN or infinite score (then all bits are zero), or -1.
-int64_t select_elements_workspace(const Scored* params, int64_t count);
-Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits,
-                      int64_t* nonfinite, void* workspace, Stream stream);
+// info = {nonfinite, positive}: the first parameter with a NaN or infinite score (then all bits are zero), or -1, and
+// how many of the selected elements score above 0. Of `min_sampled` elements or more a sample is taken first, so that
+// most are read once.
+inline constexpr int64_t kMinSampled = 1 << 20;
+int64_t select_elements_workspace(const Scored* params, int64_t count, int64_t min_sampled = kMinSampled);
+Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits, int64_t* info,
+                      void* workspace, Stream stream, int64_t min_sampled = kMinSampled);
 
 // The longest prefix of the units, in falling score, whose sizes sum to at most k: counts[i] units of lengths[i]
-// scalars each, their scores one group after the other. info = {cut_unit, cut_size, nonfinite} as in UnitSelection of
-// the CPU; without cut_last the first two are -1 and 0.
-int64_t select_units_workspace(const int64_t* counts, int64_t count);
+// scalars each, their scores one group after the other. info = {cut_unit, cut_size, nonfinite, selected, positive} as
+// in UnitSelection of the CPU; without cut_last the first two are -1 and 0. In one launch for up to 28,672 units or so
+// of fewer than 2^32 scalars in all.
+int64_t select_units_workspace(const int64_t* counts, const int64_t* lengths, int64_t count);
 Error select_units(const float* scores, const int64_t* counts, const int64_t* lengths, int64_t count, int64_t k,
                    bool cut_last, uint8_t* bits, int64_t* info, void* workspace, Stream stream);
 
@@ -77,8 +81,8 @@ Error channel_dot(const ChannelDot& p, Stream stream);
 int64_t channel_sums_workspace(const ChannelSums& p);
 Error channel_sums(const ChannelSums& p, void* workspace, Stream stream);
 
-// Writes the rows of all weights, in one launch for as many weights as a table holds (450 or so; 50 or so under a driver
-// before CUDA 12.1). An index outside its weight traps on the device.
+// Writes the rows of all weights, in one launch for as many weights as a table holds (450 or so; 50 or so under a
+// driver before CUDA 12.1). An index outside its weight traps on the device.
 Error write_rows(const WrittenRows* weights, int64_t count, Stream stream);
 
 }  // namespace delfast::cuda

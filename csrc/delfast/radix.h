@@ -44,7 +44,9 @@ class RadixSearch {
 struct UnitSelection {
   int64_t cut_unit = -1;   // the unit after the prefix, if part of the budget is left for it
   int64_t cut_size = 0;    // how many of its parameters that covers
-  int64_t nonfinite = -1;  // the first unit with a NaN or infinite score; if any, the rest means nothing
+  int64_t nonfinite = -1;  // the first unit with a NaN or infinite score; if any, nothing is selected
+  int64_t selected = 0;    // whole units
+  int64_t positive = 0;    // of these and the cut one: how many score above 0
 };
 
 // The units of one parameter: `count` of them, of `length` scalars each.
@@ -54,8 +56,9 @@ struct UnitGroup {
 };
 
 // The longest prefix of the units, in falling score (ties by index), whose sizes sum to at most budget. Scores are
-// non-negative, of all groups one after the other; so are the packed bits, each group padded to whole bytes.
+// non-negative, of all groups one after the other; so are the packed bits, each group padded to whole bytes. Without
+// cut_last no unit is cut.
 UnitSelection select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget,
-                           uint8_t* bits);
+                           bool cut_last, uint8_t* bits);
 
 }  // namespace delfast::cpu

@@ -22,9 +22,9 @@ from delfast.localization.criteria import (
     check_selection,
     resolve_top_h,
 )
-from delfast.localization.selection import Selection, positive_count, positive_left_out
+from delfast.localization.selection import Selection
 from delfast.mask import Mask
-from delfast.ops.layout import pack, packed_bytes, row_length, unit_count, unpack
+from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
 from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
 
@@ -254,21 +254,16 @@ class Scores:
         if self.criterion == "random":
             values = [self._uniform(name, t.numel()).view(t.shape) for name, t in self.parameters.items()]
             gradients, criterion = [], "weight"
-        bits, nonfinite = torch.ops.delfast.select_elements(values, gradients, criterion, k)
-        sizes = [packed_bytes(t.numel()) for t in self.parameters.values()]
-        pieces = torch.split(bits, sizes)
-        left_out = positive_left_out(values, gradients, criterion, pieces)
-        nonfinite, left_out = torch.stack([nonfinite, left_out.to(nonfinite.dtype)]).tolist()
+        bits, info = torch.ops.delfast.select_elements(values, gradients, criterion, k)
+        pieces = torch.split(bits, [packed_bytes(t.numel()) for t in self.parameters.values()])
+        nonfinite, positive = info.tolist()
         if nonfinite >= 0:
             self._refuse_nonfinite(list(self.parameters)[nonfinite])
-        positive = k
-        if not left_out and self.criterion != "random":
-            positive = min(k, int(positive_count(values, gradients, criterion)))
         parts = {
             name: ParameterMask(tuple(t.shape), "row" if t.ndim <= 1 else "element", part, self.dims.get(name, 0))
             for (name, t), part in zip(self.parameters.items(), pieces, strict=True)
         }
-        return parts, k, positive
+        return parts, k, k if self.criterion == "random" else positive
 
     def _select_units(
         self, budgeted: int, aggregate: Aggregate, top_h: int | float | Literal["published"], cut_last: bool
@@ -279,12 +274,11 @@ class Scores:
         counts = [unit_count(shape) for shape in shapes.values()]
         lengths = [row_length(shape) for shape in shapes.values()]
         bits, info = torch.ops.delfast.select_units(scores, counts, lengths, budgeted, cut_last)
-        counted = torch.stack([unpack(bits, 8 * bits.numel()).sum(), (scores > 0).sum()])
-        cut_unit, cut_size, nonfinite, selected, positive = torch.cat([info, counted.to(info.dtype)]).tolist()
+        cut_unit, cut_size, nonfinite, selected, positive = info.tolist()
         if nonfinite >= 0:
             self._refuse_nonfinite(self._owner(nonfinite, counts)[0])
         selected += cut_unit >= 0
-        if positive and not selected:
+        if not selected and bool((scores > 0).any()):
             name, _ = self._owner(int(scores.argmax()), counts)
             raise self._too_small(1 if cut_last else row_length(shapes[name]), "channel")
         parts = {
@@ -299,7 +293,7 @@ class Scores:
             cut = flags.movedim(self.dims.get(name, 0), 0)[row]
             cut.copy_((torch.arange(cut.numel(), device=cut.device) < cut_size).view(cut.shape))
             parts[name] = replace(parts[name], unit="element", bits=pack(flags))
-        return parts, selected, selected if self.criterion == "random" else min(selected, positive)
+        return parts, selected, selected if self.criterion == "random" else positive
 
     @property
     def _op_criterion(self) -> str:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from delfast.errors import InputError
 from delfast.mask import Mask
-from delfast.ops.layout import packed_bytes, unpack
-from delfast.ops.reference.criticality import element_scores
 
 WHY_ZERO = {
     "weight": "every weight is zero",
     "critmem": "the network gets no example right, or needs no channel for any",
 }
-SAMPLED_PARAMETERS, SAMPLED_ELEMENTS = 8, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -47,35 +40,3 @@ class Selection:
                 "their position in the model alone; lower the budget to leave them out",
                 stacklevel=stacklevel,
             )
-
-
-def positive_count(values: list[Tensor], gradients: list[Tensor], criterion: str) -> Tensor:
-    """Count the elements that score above 0: an int64 scalar tensor."""
-    counts = [
-        element_scores(value, gradients[index] if gradients else None, criterion).count_nonzero()
-        for index, value in enumerate(values)
-    ]
-    return torch.stack(counts).sum()
-
-
-def positive_left_out(values: list[Tensor], gradients: list[Tensor], criterion: str, bits: Sequence[Tensor]) -> Tensor:
-    """Return whether a sample of the largest parameters has an unselected element above 0: a bool scalar tensor.
-
-    If so, no selected element scores 0, because the highest are selected. The sample saves a count over all elements,
-    which takes more than half as long as the selection.
-    """
-    found = [torch.zeros((), dtype=torch.bool, device=values[0].device)]
-    for index in sorted(range(len(values)), key=lambda i: -values[i].numel())[:SAMPLED_PARAMETERS]:
-        value = values[index] if values[index].ndim else values[index][None]
-        if not value.numel():
-            continue
-        length = value[0].numel()
-        rows = -(-SAMPLED_ELEMENTS // length)
-        first = max(0, (len(value) - rows) // 2)
-        sample = slice(first, first + rows)
-        grad = gradients[index].reshape(value.shape)[sample] if gradients else None
-        scores = element_scores(value[sample], grad, criterion).flatten()
-        start, stop = first * length, first * length + len(scores)
-        flags = unpack(bits[index][start // 8 : packed_bytes(stop)], packed_bytes(stop) * 8)[start % 8 :][: len(scores)]
-        found.append(((scores > 0) & ~flags).any())
-    return torch.stack(found).any()

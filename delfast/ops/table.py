@@ -89,7 +89,7 @@ def _fake_select_elements(
 ) -> tuple[Tensor, Tensor]:
     device = _device(theta)
     bits = torch.empty(sum(packed_bytes(t.numel()) for t in theta), dtype=torch.uint8, device=device)
-    return bits, torch.empty((), dtype=torch.int64, device=device)
+    return bits, torch.empty(2, dtype=torch.int64, device=device)
 
 
 def _fake_select_units(
@@ -97,7 +97,7 @@ def _fake_select_units(
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(sum(packed_bytes(count) for count in counts), dtype=torch.uint8, device=scores.device),
-        torch.empty(3, dtype=torch.int64, device=scores.device),
+        torch.empty(5, dtype=torch.int64, device=scores.device),
     )
 
 

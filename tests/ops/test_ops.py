@@ -132,7 +132,7 @@ def test_criticality_never_hides_a_nan_with_its_sign_bit_set(isa: str, criterion
         values.view(torch.int32)[2, 57] = -0x400000  # 0xffc00000
     result = NATIVE.criticality([theta], [grad], criterion, aggregate, [10])
     assert result.isfinite().tolist() == [True, True, False, True]
-    assert int(NATIVE.select_elements([theta], [grad], criterion, 10)[1]) == 0
+    assert int(NATIVE.select_elements([theta], [grad], criterion, 10)[1][0]) == 0
 
 
 # selection
@@ -144,11 +144,23 @@ def test_select_elements_equals_the_reference(isa: str, dtype: torch.dtype, crit
     theta, grad = cases.parameters(dtype=dtype)  # 16-bit values tie often
     total = sum(t.numel() for t in theta)
     for k in (0, 1, total // 3, total - 1, total, total + 5):
-        result, nonfinite = NATIVE.select_elements(theta, grad, criterion, k)
-        expected, _ = REFERENCE["select_elements"](theta, grad, criterion, k)
-        assert int(nonfinite) == -1
+        result, info = NATIVE.select_elements(theta, grad, criterion, k)
+        expected, expected_info = REFERENCE["select_elements"](theta, grad, criterion, k)
+        assert info.tolist() == expected_info.tolist() == [-1, min(k, total)]
         assert torch.equal(result, expected)
         assert int(unpack(result, 8 * result.numel()).sum()) == min(k, total)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_select_elements_counts_what_scores_above_0(isa: str, dtype: torch.dtype) -> None:
+    theta = [(torch.arange(count) % 3).to(dtype) for count in (5, 0, 70_000)]
+    total = sum(t.numel() for t in theta)
+    above = sum(int(t.count_nonzero()) for t in theta)
+    for k in (0, 1, above - 1, above, above + 1, total - 1, total, total + 5):
+        bits, info = NATIVE.select_elements(theta, [], "weight", k)
+        expected, expected_info = REFERENCE["select_elements"](theta, [], "weight", k)
+        assert info.tolist() == expected_info.tolist() == [-1, min(k, above)]
+        assert torch.equal(bits, expected)
 
 
 def test_select_elements_counts_in_logical_order_whatever_the_strides(isa: str) -> None:
@@ -173,8 +185,8 @@ def test_select_elements_names_the_first_nonfinite_parameter(isa: str, bad: floa
     theta, grad = cases.parameters()
     grad[7].view(-1)[3] = bad
     grad[12][5, 6] = bad
-    _, nonfinite = NATIVE.select_elements(theta, grad, "weighted_grad", 10)
-    assert int(nonfinite) == 7 == int(REFERENCE["select_elements"](theta, grad, "weighted_grad", 10)[1])
+    _, info = NATIVE.select_elements(theta, grad, "weighted_grad", 10)
+    assert int(info[0]) == 7 == int(REFERENCE["select_elements"](theta, grad, "weighted_grad", 10)[1][0])
 
 
 @pytest.mark.parametrize("cut_last", [False, True])
@@ -195,7 +207,7 @@ def test_select_units_takes_a_prefix_and_stops_at_the_first_that_does_not_fit() 
     scores = torch.tensor([5.0, 4.0, 3.0, 2.0])
     bits, info = NATIVE.select_units(scores, [1, 1, 2], [3, 10, 1], 5, True)
     assert bits.tolist() == [1, 0, 0]  # not the smaller ones behind it
-    assert info.tolist() == [1, 2, -1]
+    assert info.tolist() == [1, 2, -1, 1, 2]
 
 
 # masked updates

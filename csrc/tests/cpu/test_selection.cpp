@@ -147,9 +147,12 @@ void check_units(const std::vector<float>& scores, const std::vector<cpu::UnitGr
     }
     bytes += (group.count + 7) / 8;
   }
-  Bits bits(bytes);
-  const cpu::UnitSelection selection =
-      cpu::select_units(given_scores.data(), given_groups.data(), int64_t(groups.size()), budget, bits.data());
+  Bits bits(bytes), uncut_bits(bytes);
+  const auto select = [&](bool cut_last, Bits& into) {
+    return cpu::select_units(given_scores.data(), given_groups.data(), int64_t(groups.size()), budget, cut_last,
+                             into.data());
+  };
+  const cpu::UnitSelection selection = select(true, bits), uncut = select(false, uncut_bits);
 
   const auto bad = std::find_if(scores.begin(), scores.end(), [](float x) { return !std::isfinite(x); });
   CHECK_EQUAL(selection.nonfinite, bad == scores.end() ? int64_t(-1) : int64_t(bad - scores.begin()));
@@ -159,7 +162,7 @@ void check_units(const std::vector<float>& scores, const std::vector<cpu::UnitGr
   std::iota(order.begin(), order.end(), size_t(0));
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return scores[a] > scores[b]; });
   std::vector<bool> expected(size_t(8 * bytes));
-  int64_t left = budget, cut_unit = -1;
+  int64_t left = budget, cut_unit = -1, selected = 0, positive = 0;
   for (size_t unit : order) {
     if (sizes[unit] > left) {
       if (left > 0) cut_unit = int64_t(unit);
@@ -167,10 +170,19 @@ void check_units(const std::vector<float>& scores, const std::vector<cpu::UnitGr
     }
     expected[size_t(places[unit])] = true;
     left -= sizes[unit];
+    selected++;
+    positive += std::fabs(scores[unit]) > 0;
   }
   CHECK_EQUAL(selection.cut_unit, cut_unit);
   CHECK_EQUAL(selection.cut_size, cut_unit < 0 ? int64_t(0) : left);
+  CHECK_EQUAL(selection.selected, selected);
+  CHECK_EQUAL(selection.positive, positive + (cut_unit >= 0 && std::fabs(scores[size_t(cut_unit)]) > 0));
   for (int64_t i = 0; i < bits.size() * 8; i++) CHECK_EQUAL(bit(bits, i), bool(expected[size_t(i)]));
+  CHECK(equal(bits, uncut_bits));
+  CHECK_EQUAL(uncut.cut_unit, int64_t(-1));
+  CHECK_EQUAL(uncut.cut_size, int64_t(0));
+  CHECK_EQUAL(uncut.selected, selected);
+  CHECK_EQUAL(uncut.positive, positive);
 }
 
 void units(Random& random) {

@@ -29,16 +29,17 @@ def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: 
     -------
     bits : Tensor
         Packed bits (uint8) of all parameters, concatenated; each in row-major order and padded to whole bytes.
-    nonfinite : Tensor
-        Int64 scalar: the first parameter with a NaN or infinite score, or -1. If it is not -1, ``bits`` is meaningless.
+    info : Tensor
+        Int64 (2,): the first parameter with a NaN or infinite score or -1, and how many of the selected scalars score
+        above 0. If the first is not -1, the rest of the result is meaningless.
 
     Examples
     --------
     >>> import torch
     >>> import delfast
-    >>> bits, nonfinite = torch.ops.delfast.select_elements([torch.tensor([3.0, 1.0, -2.0])], [], "weight", 2)
-    >>> bin(bits.item()), nonfinite.item()
-    ('0b101', -1)
+    >>> bits, info = torch.ops.delfast.select_elements([torch.tensor([3.0, 1.0, -2.0])], [], "weight", 2)
+    >>> bin(bits.item()), info.tolist()
+    ('0b101', [-1, 2])
     """
     scores = [
         element_scores(parameter, grad[index] if grad else None, criterion).reshape(-1)
@@ -50,7 +51,8 @@ def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: 
     chosen[torch.sort(flat, descending=True, stable=True).indices[:k]] = True
     bits = [pack(flags) for flags in torch.split(chosen, [score.numel() for score in scores])] if scores else []
     nonfinite = _first_nonfinite([bool(score.isfinite().all()) for score in scores], device)
-    return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *bits]), nonfinite
+    positive = flat[chosen].count_nonzero()
+    return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *bits]), torch.stack([nonfinite, positive])
 
 
 def select_units(
@@ -78,8 +80,9 @@ def select_units(
     bits : Tensor
         Packed bits (uint8) of the units that are selected whole; each parameter is padded to whole bytes.
     info : Tensor
-        Int64 (3,): the unit to cut or -1, the number of its scalars, and the first unit with a NaN or infinite score or
-        -1. If the last is not -1, the rest of the result is meaningless.
+        Int64 (5,): the unit to cut or -1, the number of its scalars, the first unit with a NaN or infinite score or -1,
+        the number of units selected whole, and how many of these and the cut one score above 0. If the third is not -1,
+        the rest of the result is meaningless.
 
     Examples
     --------
@@ -88,7 +91,7 @@ def select_units(
     >>> scores = torch.tensor([0.5, 2.0, 1.0])
     >>> bits, info = torch.ops.delfast.select_units(scores, counts=[3], lengths=[4], k=9, cut_last=True)
     >>> bin(bits.item()), info.tolist()
-    ('0b110', [0, 1, -1])
+    ('0b110', [0, 1, -1, 2, 3])
     """
     device = scores.device
     sizes = torch.tensor(lengths, dtype=torch.int64, device=device).repeat_interleave(
@@ -103,11 +106,12 @@ def select_units(
     cut_unit, cut_size = -1, 0
     if cut_last and count < scores.numel() and spent < k:
         cut_unit, cut_size = int(order[count]), k - spent
+    positive = int(scores[order[: count + (cut_unit >= 0)]].count_nonzero())
     nonfinite = int(_first_nonfinite(scores.isfinite(), device))
     bits = [pack(flags) for flags in torch.split(chosen, list(counts))] if len(counts) else []
     return (
         torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *bits]),
-        torch.tensor([cut_unit, cut_size, nonfinite], device=device),
+        torch.tensor([cut_unit, cut_size, nonfinite, count, positive], device=device),
     )
 
 
