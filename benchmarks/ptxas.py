@@ -37,6 +37,7 @@ STREAMING = {
     **{f"criticality_top<{table}>": [(128, ROW * 4), (128, LONGEST_ROW * 4)] for table in TABLES},
     **{f"criticality_long_count<{table}>": [(256, 0)] for table in TABLES},
     **{f"criticality_long_sum<{table}>": [(128, 0)] for table in TABLES},
+    "selection_read": [(256, 0)],
     "selection_count": [(256, 0)],
     "selection_mark": [(256, 0)],
     "selection_settle": [(256, 0)],

@@ -39,9 +39,9 @@ Error select(int64_t count, ForSources for_sources, Criterion criterion, int run
              Stream stream) {
   uint32_t first_source = 0;
   const auto begin = [&]<int kBytes>(const Table<Source, kBytes>& table) {
-    const unsigned blocks = at_most(ceil_div(table.blocks(), kThreads), 1024);
-    DELFAST_LAUNCH(selection_begin<kBytes>, blocks < 64 ? 64 : blocks, kThreads, 0, stream, table, s, first_source,
-                   runs != 0);
+    const int64_t wanted = ceil_div(table.blocks(), kThreads), least = runs ? 64 : 4;  // for what is to be cleared
+    DELFAST_LAUNCH(selection_begin<kBytes>, at_most(wanted > least ? wanted : least, 1024), kThreads, 0, stream, table,
+                   s, first_source, runs != 0);
     first_source += uint32_t(table.count);
   };
   if (s.tiles)

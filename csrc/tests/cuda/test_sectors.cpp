@@ -170,12 +170,13 @@ void check_model(const char* what, int theta_shift, int grad_shift, double bound
   CHECK(report_family(what, "criticality", score(model)) <= bound);
   const Results selected = select(model);
   describe(what, ", selection_read");
-  CHECK(report_family(what, "selection_read", selected) <= bound);
+  const bool aligned = !theta_shift && !grad_shift;  // else a warp loads one element a lane: five sectors, not four
+  CHECK(report_family(what, "selection_read", selected) <= (aligned ? bound : 1.30));
   uint64_t asked = 0;
   for (const auto& [name, r] : selected) asked += r.loads.asked + r.stores.asked;
   const double readings = double(asked) / (double(model.numel) * 8 / 32);
   std::printf("| %s | `selection_*`, times one reading | | | %.3f |\n", what, readings);
-  CHECK(readings <= bound + 0.3);  // the sample, the candidates, the bits
+  CHECK(readings < 2);  // with the sample, its counts, the candidates and the bits: no second reading
   const std::pair<Update, const char*> updates[] = {
       {Update::reset, "reset"}, {Update::sgd, "SGD with momentum"}, {Update::adamw, "AdamW"}};
   for (const auto& [kind, name] : updates)
