@@ -222,7 +222,7 @@ struct Ones {
                     (i - int(unit * unit_length));
       if (!(bits >> unit % 32 & 1)) place.entry = -1;
     }
-    if (i >= end) place.entry = -1;
+    if (i < 0 || i >= end) place.entry = -1;
     if (scattered && place.entry >= 0) place.at = layout.offset(first + i);
     return place;
   }
@@ -239,6 +239,7 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
     float entries[kOneRounds][1] = {}, gradients[kOneRounds][1] = {}, state[kOneRounds][kStates + 1] = {};
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
+      __syncwarp();  // what lanes ask for together is one request
       places[u] = ones(begin + kWarp * u + lane());
       if (places[u].entry < 0) continue;
       load_pack(source + places[u].at, gradients[u]);
@@ -247,6 +248,7 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
     }
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
+      __syncwarp();
       if (places[u].entry < 0) continue;
       entries[u][0] = rule(entries[u][0], gradients[u][0], state[u]);
       store_pack(param + places[u].at, entries[u]);
@@ -290,7 +292,10 @@ __device__ __forceinline__ void update_piece(const Masked& m, const Rule& rule, 
     const uint32_t set = uint32_t(__popc(ones.word));
     ones.before = warp_inclusive_scan(set) - set;
   }
-  update_ones(param, source, states, ones, packs * 4, rule);
+  // the warp's requests of the parameter begin at sectors of 32 bytes
+  const auto place = reinterpret_cast<uintptr_t>(param + ones.first);
+  const int lead = packs || ones.scattered ? 0 : int(place % 32 / sizeof(Param));
+  update_ones(param, source, states, ones, packs * 4 - lead, rule);
 }
 
 template <class Rule>
@@ -303,6 +308,7 @@ __global__ void __launch_bounds__(kThreads, Rule::kResident)
   MaskPiece next = load_piece(plan.pieces + i);
 #pragma unroll 1
   for (; i < pieces; i += stride) {
+    __syncwarp();
     const MaskPiece piece = next;
     if (i + stride < pieces) next = load_piece(plan.pieces + i + stride);
     const Prepared<Rule>& p = prepared[piece.param];  // of many pieces: not streamed
