@@ -173,7 +173,10 @@ def demangled(symbol: str) -> str:
 
 
 def _wide_loads(cubin: Path) -> dict[str, int]:
-    """Count 128-bit global loads inside loops, by kernel: between a label and a later jump back to it."""
+    """Count 128-bit global loads inside loops, by kernel: between a label and a later jump back to it.
+
+    A pointer that a kernel reads from memory is generic to nvcc: it loads from it by LD, not by LDG.
+    """
     text = subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
@@ -185,7 +188,7 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
             if target and labels[target[1]] < n:
                 in_loop[labels[target[1]] : n] = [True] * (n - labels[target[1]])
         found[demangled(symbol)] = sum(
-            "LDG.E.128" in line for line, inside in zip(lines, in_loop, strict=True) if inside
+            bool(re.search(r"\bLDG?\.E\.128", line)) for line, inside in zip(lines, in_loop, strict=True) if inside
         )
     return found
 

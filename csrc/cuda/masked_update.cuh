@@ -239,17 +239,15 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
     float entries[kOneRounds][1] = {}, gradients[kOneRounds][1] = {}, state[kOneRounds][kStates + 1] = {};
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
-      __syncwarp();  // what lanes ask for together is one request
       places[u] = ones(begin + kWarp * u + lane());
-      if (places[u].entry < 0) continue;
+      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
       load_pack(source + places[u].at, gradients[u]);
       load_pack<true>(param + places[u].at, entries[u]);
       for (int s = 0; s < kStates; s++) state[u][s] = global_load(states[s] + places[u].entry);
     }
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
-      __syncwarp();
-      if (places[u].entry < 0) continue;
+      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
       entries[u][0] = rule(entries[u][0], gradients[u][0], state[u]);
       store_pack(param + places[u].at, entries[u]);
       for (int s = 0; s < kStates; s++) global_store(states[s] + places[u].entry, state[u][s]);
