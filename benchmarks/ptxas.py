@@ -192,7 +192,10 @@ def demangled(symbol: str) -> str:
 
 
 def _wide_loads(cubin: Path) -> dict[str, int]:
-    """Count 128-bit global loads and asynchronous copies in loops, by kernel: from a label to a later jump back."""
+    """Count 128-bit global loads and asynchronous copies in loops, by kernel: from a label to a later jump back.
+
+    A pointer that a kernel reads from memory is generic to nvcc: it loads from it by LD, not by LDG.
+    """
     text = subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
@@ -203,7 +206,7 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
             target = re.search(r"BRA.*`\((\.L_x_\w+)\)", line)
             if target and labels[target[1]] < n:
                 in_loop[labels[target[1]] : n] = [True] * (n - labels[target[1]])
-        wide = re.compile(r"LDG\.E\.128|LDGSTS\.\S*\.128")
+        wide = re.compile(r"\bLDG?\.E\.128|LDGSTS\.\S*\.128")
         found[demangled(symbol)] = sum(
             bool(wide.search(line)) for line, inside in zip(lines, in_loop, strict=True) if inside
         )

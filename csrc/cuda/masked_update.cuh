@@ -222,7 +222,7 @@ struct Ones {
                     (i - int(unit * unit_length));
       if (!(bits >> unit % 32 & 1)) place.entry = -1;
     }
-    if (i >= end) place.entry = -1;
+    if (i < 0 || i >= end) place.entry = -1;
     if (scattered && place.entry >= 0) place.at = layout.offset(first + i);
     return place;
   }
@@ -240,14 +240,14 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
       places[u] = ones(begin + kWarp * u + lane());
-      if (places[u].entry < 0) continue;
+      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
       load_pack(source + places[u].at, gradients[u]);
       load_pack<true>(param + places[u].at, entries[u]);
       for (int s = 0; s < kStates; s++) state[u][s] = global_load(states[s] + places[u].entry);
     }
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
-      if (places[u].entry < 0) continue;
+      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
       entries[u][0] = rule(entries[u][0], gradients[u][0], state[u]);
       store_pack(param + places[u].at, entries[u]);
       for (int s = 0; s < kStates; s++) global_store(states[s] + places[u].entry, state[u][s]);
@@ -290,7 +290,10 @@ __device__ __forceinline__ void update_piece(const Masked& m, const Rule& rule, 
     const uint32_t set = uint32_t(__popc(ones.word));
     ones.before = warp_inclusive_scan(set) - set;
   }
-  update_ones(param, source, states, ones, packs * 4, rule);
+  // the warp's requests of the parameter begin at sectors of 32 bytes
+  const auto place = reinterpret_cast<uintptr_t>(param + ones.first);
+  const int lead = packs || ones.scattered ? 0 : int(place % 32 / sizeof(Param));
+  update_ones(param, source, states, ones, packs * 4 - lead, rule);
 }
 
 template <class Rule>
@@ -303,6 +306,7 @@ __global__ void __launch_bounds__(kThreads, Rule::kResident)
   MaskPiece next = load_piece(plan.pieces + i);
 #pragma unroll 1
   for (; i < pieces; i += stride) {
+    __syncwarp();
     const MaskPiece piece = next;
     if (i + stride < pieces) next = load_piece(plan.pieces + i + stride);
     const Prepared<Rule>& p = prepared[piece.param];  // of many pieces: not streamed

@@ -156,7 +156,7 @@ class Plan {
     Workspace workspace(cuda::mask_plan_workspace(params.data(), count(params)));
     CHECK(cuda::mask_plan(params.data(), count(params), memory_.get(), workspace.get(), kStream) == nullptr);
   }
-  const void* get() { return memory_.get(); }
+  void* get() { return memory_.get(); }
 
   // Compares it with a plain list.
   void check(const std::vector<Updated>& params) {
@@ -346,6 +346,8 @@ void what_is_of_another_mask(Random& random) {
   traps("a plan of other shapes", turned, own, numel, kUpdates[1]);
   traps("a plan by rows, a call by elements", elements, own, numel, kUpdates[2]);
   traps("a plan of more parameters", rows, of_two, numel, kUpdates[1]);
+  static_cast<MaskPlanHead*>(own.get())->pieces = -1;
+  traps("a plan of the CPU", rows, own, numel, kUpdates[1]);
 }
 
 }  // namespace
