@@ -158,6 +158,18 @@ __device__ __forceinline__ T block_exclusive_scan(T value, T* totals /* [32] */,
   return before + inclusive - value;
 }
 
+// Whether this block is the last of `blocks` to come here; then it sees what the others have written before. `done` has
+// to be 0 at first.
+__device__ __forceinline__ bool is_last_block(uint32_t* done, uint32_t blocks) {
+  DELFAST_SHARED(bool, last);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(done, 1u) + 1 == blocks;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
 // ---- packs: as many neighbours as make 16 bytes of the wider dtype, read by one instruction
 
 template <int kBytes>
@@ -225,92 +237,6 @@ __device__ __forceinline__ void with_dtype(Dtype dtype, F f) {
         __trap();
       else
         return f(static_cast<const float16*>(nullptr));
-  }
-}
-
-// ---- the scores c_j of a parameter, as bits of a non-negative float: these sort as the scores do
-
-template <class Theta, class Grad>
-struct WeightedGrad {  // |theta g|, the product rounded once, to float32
-  static constexpr int kPack = 16 / int(sizeof(Theta) > sizeof(Grad) ? sizeof(Theta) : sizeof(Grad));
-  const Theta* theta;
-  const Grad* grad;
-
-  __device__ __forceinline__ uint32_t one(int64_t i) const {
-    return float_bits(load_one(theta + i) * load_one(grad + i)) & 0x7fffffff;
-  }
-  __device__ __forceinline__ void pack(int64_t i, uint32_t (&bits)[kPack]) const {
-    float weights[kPack], gradients[kPack];
-    load_pack(theta + i, weights);
-    load_pack(grad + i, gradients);
-    for (int j = 0; j < kPack; j++) bits[j] = float_bits(weights[j] * gradients[j]) & 0x7fffffff;
-  }
-  // How far element 0 is from the start of a pack, or -1 if theta and its gradient disagree about that.
-  __device__ __forceinline__ int offset() const {
-    const int offset = pack_offset<kPack>(theta);
-    return offset == pack_offset<kPack>(grad) ? offset : -1;
-  }
-};
-
-template <class T>
-struct Magnitude {  // |g| or |theta|
-  static constexpr int kPack = 16 / int(sizeof(T));
-  const T* values;
-
-  __device__ __forceinline__ uint32_t one(int64_t i) const { return float_bits(load_one(values + i)) & 0x7fffffff; }
-  __device__ __forceinline__ void pack(int64_t i, uint32_t (&bits)[kPack]) const {
-    float loaded[kPack];
-    load_pack(values + i, loaded);
-    for (int j = 0; j < kPack; j++) bits[j] = float_bits(loaded[j]) & 0x7fffffff;
-  }
-  __device__ __forceinline__ int offset() const { return pack_offset<kPack>(values); }
-};
-
-// What a score needs of a parameter.
-struct Operands {
-  const void* theta;
-  const void* grad;
-  Dtype theta_dtype, grad_dtype;
-};
-
-// Calls f with the score of this parameter under this criterion, typed.
-template <class F>
-__device__ __forceinline__ void with_score(const Operands& p, Criterion criterion, F f) {
-  if (criterion == Criterion::weighted_grad) {
-    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
-      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
-        f(WeightedGrad<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
-      });
-    });
-    return;
-  }
-  const bool by_grad = criterion == Criterion::grad;
-  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
-             [&]<class T>(const T*) { f(Magnitude<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
-}
-
-// Calls f(i, bits) for each element of [begin, end) in memory, shared out among `threads` threads of which this is
-// number `thread`; by packs, the incomplete ones at both ends element by element. Where theta and its gradient are
-// aligned differently there are no packs: neighbouring threads take neighbouring elements.
-template <class Score, class F>
-__device__ __forceinline__ void for_each_score(const Score& score, int64_t begin, int64_t end, int thread, int threads,
-                                               F f) {
-  constexpr int kPack = Score::kPack;
-  const int offset = score.offset();
-  if (offset < 0) {
-    for (int64_t i = begin + thread; i < end; i += threads) f(i, score.one(i));
-    return;
-  }
-  int64_t i = begin - (begin + offset) % kPack + int64_t(thread) * kPack;
-  for (; i < end; i += int64_t(threads) * kPack) {
-    if (i >= begin && i + kPack <= end) {
-      uint32_t bits[kPack];
-      score.pack(i, bits);
-      for (int j = 0; j < kPack; j++) f(i + j, bits[j]);
-    } else {
-      for (int j = 0; j < kPack; j++)
-        if (i + j >= begin && i + j < end) f(i + j, score.one(i + j));
-    }
   }
 }
 

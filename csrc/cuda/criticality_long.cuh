@@ -69,17 +69,6 @@ struct Segment {
   }
 };
 
-// Whether this block is the last one to come here; then it sees what the others have written.
-__device__ __forceinline__ bool is_last_block(uint32_t* done, uint32_t blocks) {
-  DELFAST_SHARED(bool, last);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(done, 1u) + 1 == blocks;
-  __syncthreads();
-  if (last) __threadfence();
-  return last;
-}
-
 // ---- the sample
 
 constexpr int kMaxRuns = 2048;

@@ -67,6 +67,13 @@ struct Magnitudes {  // |g| or |theta|
   __device__ __forceinline__ float one(int64_t i) const { return fabsf(load_one(values + i)); }
 };
 
+// What a score needs of a parameter.
+struct Operands {
+  const void* theta;
+  const void* grad;
+  Dtype theta_dtype, grad_dtype;
+};
+
 // Calls f with the reader of this parameter's scores under this criterion, typed.
 template <class F>
 __device__ __forceinline__ void with_scores(const Operands& p, Criterion criterion, F f) {
@@ -81,6 +88,18 @@ __device__ __forceinline__ void with_scores(const Operands& p, Criterion criteri
   const bool by_grad = criterion == Criterion::grad;
   with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
              [&]<class T>(const T*) { f(Magnitudes<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
+}
+
+// Calls f(i, bits) for each of the first `length` scores, shared out among the threads of a block of kThreads.
+template <class Scores, class F>
+__device__ __forceinline__ void for_each_score(const Scores& score, int length, F f) {
+  const int packs = score.aligned(0) ? length / 4 : 0;
+  for (int pack = int(threadIdx.x); pack < packs; pack += kThreads) {
+    float values[4];
+    Scores::scores(score.load(4 * pack), values);
+    for (int j = 0; j < 4; j++) f(4 * pack + j, float_bits(values[j]));
+  }
+  for (int i = 4 * packs + int(threadIdx.x); i < length; i += kThreads) f(i, float_bits(score.one(i)));
 }
 
 }  // namespace delfast::cuda

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "cuda/radix.cuh"
+#include "cuda/scores.cuh"
 
 namespace delfast::cuda {
 
@@ -111,18 +112,6 @@ __device__ __forceinline__ Tile tile_of(const Selection& s, uint32_t number) {
           begin,
           int(rest < kTile ? rest : kTile),
           p->layout.spatial == 1};
-}
-
-// True in the block that comes here last of a launch; it sees what all others have written before.
-__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
-  DELFAST_SHARED(uint32_t, order);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) order = atomicAdd(ticket, 1u);
-  __syncthreads();
-  if (order != gridDim.x - 1) return false;
-  __threadfence();
-  return true;
 }
 
 // Every table of sources is one launch; the first one clears what is to begin with zeros.

@@ -7,7 +7,7 @@
 // mark: the ties are counted per tile; over all scores, the bits of those at or above the threshold are written. The
 // last block finds the tile where the ties end, by sums over segments of tiles, and reports. settle: the candidates'
 // bits are set; over all scores, ties past the end are taken back. Memory. A pass over all scores reads their operands
-// again, by 16-byte loads. A tile's bits are gathered in shared memory: a lane ors in those of the four or eight
+// again, by 16-byte loads. A tile's bits are gathered in shared memory: a lane ors in those of the four
 // neighbours that it reads; where lanes read one element each (memory not aligned, or not in logical order:
 // channels-last), a ballot makes a word.
 #pragma once
@@ -39,10 +39,10 @@ __device__ __forceinline__ void count_all(const Selection& s, Criterion criterio
   for (uint32_t number = blockIdx.x; number < s.tiles; number += gridDim.x) {
     const Tile tile = tile_of(s, number);
     int bad = tile.length;  // the first element whose score is not finite
-    with_score(tile.operands, criterion, [&](auto score) {
-      for_each_score(score, 0, tile.length, int(threadIdx.x), kThreads, [&](int64_t i, uint32_t bits) {
+    with_scores(tile.operands, criterion, [&](auto score) {
+      for_each_score(score, tile.length, [&](int i, uint32_t bits) {
         count_digit(bits, digit, digits, bins);
-        if (bits >= 0x7f800000 && int(i) < bad) bad = int(i);
+        if (bits >= 0x7f800000 && i < bad) bad = i;
       });
     });
     if (bad < tile.length) atomicMin(&s.state->nonfinite, static_cast<unsigned long long>(tile.id_of(bad)));
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_count(Selection
   else
     count_all(s, criterion, digit, digits, bins);
   add_bins(bins, weight_of(s, blockIdx.x), state->histogram);  // a block of many tiles is one of elements, that weigh 1
-  if (!is_last_block(&state->tickets[1 + pass])) return;
+  if (!is_last_block(&state->tickets[1 + pass], gridDim.x)) return;
   descend_pass(s, pass);
 }
 
@@ -91,38 +91,35 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_count(Selection
 
 // Calls selected(scores, valid, element) with packs of neighbours, of which the bits of `valid` say which belong to the
 // tile, and keeps the mask that it returns. All threads of the block call it equally often, for ascending elements.
-template <class Score, class F>
-__device__ __forceinline__ void select_packs(const Score& score, int length, uint32_t* words, F selected) {
-  constexpr int kPack = Score::kPack;
-  for (int window = -score.offset(); window < length; window += kThreads * kPack) {
-    const int i = window + int(threadIdx.x) * kPack;
-    uint32_t bits[kPack] = {}, valid = 0;
-    if (i >= 0 && i + kPack <= length) {
-      valid = (1u << kPack) - 1;
-      score.pack(i, bits);
+template <class Scores, class F>
+__device__ __forceinline__ void select_packs(const Scores& score, int length, uint32_t* words, F selected) {
+  for (int window = 0; window < length; window += kThreads * 4) {
+    const int i = window + int(threadIdx.x) * 4;
+    uint32_t bits[4] = {}, valid = 0;
+    if (i + 4 <= length) {
+      valid = 15;
+      float values[4];
+      Scores::scores(score.load(i), values);
+      for (int j = 0; j < 4; j++) bits[j] = float_bits(values[j]);
     } else {
-      for (int j = 0; j < kPack; j++) {
-        if (i + j < 0 || i + j >= length) continue;
+      for (int j = 0; j < 4; j++) {
+        if (i + j >= length) continue;
         valid |= 1u << j;
-        bits[j] = score.one(i + j);
+        bits[j] = float_bits(score.one(i + j));
       }
     }
     const uint32_t mask = selected(bits, valid, i);
-    if (!mask) continue;
-    const int skipped = i < 0 ? -i : 0, first = i + skipped;
-    const uint64_t placed = uint64_t(mask >> skipped) << first % 32;
-    atomicOr(&words[first / 32], uint32_t(placed));
-    if (placed >> 32) atomicOr(&words[first / 32 + 1], uint32_t(placed >> 32));
+    if (mask) atomicOr(&words[i / 32], mask << i % 32);
   }
 }
 
-template <class Score, class F>
-__device__ __forceinline__ void select_ones(const Score& score, const Tile& tile, uint32_t* words, F selected) {
+template <class Scores, class F>
+__device__ __forceinline__ void select_ones(const Scores& score, const Tile& tile, uint32_t* words, F selected) {
   const Layout layout = tile.source->layout;
   for (int window = 0; window < tile.length; window += kThreads) {
     const int i = window + int(threadIdx.x);
     const uint32_t valid = i < tile.length;
-    uint32_t bits[1] = {valid ? score.one(tile.offset(layout, i)) : 0};
+    uint32_t bits[1] = {valid ? float_bits(score.one(tile.offset(layout, i))) : 0};
     const uint32_t word = __ballot_sync(kAllLanes, int(selected(bits, valid, i)));
     if (lane() == 0) words[i / 32] = word;
   }
@@ -135,8 +132,8 @@ __device__ __forceinline__ void write_bits(const Tile& tile, Criterion criterion
   __syncthreads();  // whoever still reads those of an earlier tile
   for (int word = int(threadIdx.x); word < kTileWords; word += kThreads) words[word] = 0;
   __syncthreads();
-  with_score(tile.operands, criterion, [&](auto score) {
-    if (tile.in_order && score.offset() >= 0)
+  with_scores(tile.operands, criterion, [&](auto score) {
+    if (tile.in_order && score.aligned(0))
       select_packs(score, tile.length, words, selected);
     else
       select_ones(score, tile, words, selected);
@@ -276,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_mark(Selection 
     mark_candidates(s, threshold);
   else
     mark_all(s, criterion, threshold);
-  if (is_last_block(&s.state->tickets[kStages - 1])) place_ties(s, search, threshold);
+  if (is_last_block(&s.state->tickets[kStages - 1], gridDim.x)) place_ties(s, search, threshold);
 }
 
 // ---- settle

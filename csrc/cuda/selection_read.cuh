@@ -8,7 +8,6 @@
 // share one list, the tiles in any order; a tile's place there is kept in its record.
 #pragma once
 
-#include "cuda/scores.cuh"
 #include "cuda/selection.cuh"
 
 namespace delfast::cuda {

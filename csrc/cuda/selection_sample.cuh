@@ -10,7 +10,6 @@
 
 #include <cmath>
 
-#include "cuda/scores.cuh"
 #include "cuda/selection.cuh"
 
 namespace delfast::cuda {
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   __syncthreads();
   for (int group = int(threadIdx.x); group < kSampleGroups; group += kThreads)
     if (groups[group]) global_add(&s.state->sample_groups[group], groups[group]);
-  if (is_last_block(&s.state->tickets[0])) find_bracket(s, share);
+  if (is_last_block(&s.state->tickets[0], gridDim.x)) find_bracket(s, share);
 }
 
 }  // namespace delfast::cuda
