@@ -135,7 +135,7 @@ __device__ __forceinline__ Threshold long_threshold(const Rows& p, Criterion cri
   if (above_lo < top && top <= from_lo) return tied(lo, above_lo, from_lo);
   const bool listed = from_hi < top && top <= above_lo && inside <= p.capacity;
   const uint32_t base = listed ? lo + 1 : 0;
-  int width = listed ? 0 : 31;
+  int width = listed ? 1 : 31;  // one pass at least, which counts the ties
   while (listed && (hi - base - 1) >> width) width++;
   const auto for_each = [&](auto f) {
     if (listed) {

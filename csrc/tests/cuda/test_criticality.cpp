@@ -187,6 +187,12 @@ void brackets(const std::vector<uint64_t>& seeds, Random& random) {
   const auto two = row(length, [&](int64_t) { return random.below(2) ? 0.5f : 0.25f; });
   for (int64_t top : {length / 4, length * 3 / 4}) expect("two values", two, top, End::tie);
 
+  // the list holds a single score between the ends of the bracket, all of it among the top or not
+  const uint32_t least = 0x3f2048cd;
+  const auto neighbours =
+      row(131072, [&](int64_t i) { return bits_float(i < 1024 ? least + 1 + uint32_t(random.below(2)) : least); });
+  for (int64_t top : {1023, 1024}) expect("three neighbours", neighbours, top, End::list);
+
   // where the sample looks, and nowhere else, the scores are larger, smaller, or rarely of the middle
   std::vector<int> sampled(static_cast<size_t>(length));
   const int runs = cuda::sample_runs(uint32_t(length));
