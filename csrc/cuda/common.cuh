@@ -67,13 +67,13 @@ struct Table {
   uint32_t blocks() const { return first_block[count]; }
 };
 
-// The entry that this block works on.
+// The entry that a block works on, this one if no other is named.
 template <class Entry, int kBytes>
-__device__ __forceinline__ int find_entry(const Table<Entry, kBytes>& table) {
-  int low = 0, high = table.count;  // first_block[low] <= blockIdx.x < first_block[high]
+__device__ __forceinline__ int find_entry(const Table<Entry, kBytes>& table, uint32_t block = blockIdx.x) {
+  int low = 0, high = table.count;  // first_block[low] <= block < first_block[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (table.first_block[middle] <= blockIdx.x ? low : high) = middle;
+    (table.first_block[middle] <= block ? low : high) = middle;
   }
   return low;
 }

@@ -40,8 +40,9 @@ void launch_tops(const Plan& plan, Criterion criterion, unsigned char* workspace
   for (const Rows& p : plan.list) words = std::max(words, words_of(p));
   plan.launch(int64_t(plan.list.size()), blocks, [&]<int kBytes>(const Table<Rows, kBytes>& table) {
     const auto kernel = criticality_top<kBytes>;
-    // more than a kernel gets unasked; always as much, since other threads launch it too
-    if (words * 4 > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxWords * 4);
+    // more than a kernel gets unasked, which is 48 KiB with its static part; always as much, since other threads launch
+    // it too
+    if (words * 4 > 40 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxWords * 4);
     cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     DELFAST_LAUNCH(criticality_top<kBytes>, table.blocks(), kRowThreads, size_t(words) * 4, stream, table, criterion,
                    workspace);

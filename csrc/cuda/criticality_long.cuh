@@ -6,7 +6,7 @@
 // - criticality_long_sum makes the 16 float32 sums of every kBlock elements; the last block adds them up.
 // - criticality_mean makes the same sums, of all scores (criticality_mean.cuh), and criticality_long_add adds them up.
 //
-// Both ends of the bracket are scores that occur, and scores equal to them are counted apart: of many equal scores none
+// Scores equal to an end of the bracket are counted apart: of many equal scores none
 // is listed. Where the sample misleads, the last block searches the whole row by itself: slow and right. At five
 // standard deviations of a sample of independent scores that does not happen.
 // Memory. What the blocks of a row share lies in the workspace. Candidates are first gathered in shared memory.

@@ -86,28 +86,19 @@ template <class ForEach>
 __device__ __forceinline__ Threshold search_keys(ForEach for_each, int width, uint32_t left, uint32_t* bins) {
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
   DELFAST_SHARED(uint32_t, found, [3]);
-  constexpr int kDigit = 11, kBins = kRadixBins / kThreads;
+  constexpr int kDigit = 11;
   static_assert(kRadixBins == 1 << kDigit);
   uint32_t key = 0, equal = 0;
 #pragma unroll 1
   for (int above = width; above > 0;) {  // the bits from there on are known
     const int shift = above > kDigit ? above - kDigit : 0;
     clear_bins(bins);
-    for_each([&](uint32_t k) {
-      if (k >> above == key >> above) atomicAdd(&bins[k >> shift & ((1u << (above - shift)) - 1)], 1u);
+    for_each([&](uint32_t k) { count_digit(k, {shift, above - shift}, key, bins); });
+    find_digit<kThreads>(bins, left, totals, [&](uint32_t digit, uint32_t higher, uint32_t count) {
+      found[0] = digit;
+      found[1] = higher;
+      found[2] = count;
     });
-    __syncthreads();
-    const int top = kRadixBins - 1 - int(threadIdx.x) * kBins;
-    uint32_t sum = 0, total = 0;
-    for (int i = 0; i < kBins; i++) sum += bins[top - i];
-    uint32_t before = block_exclusive_scan(sum, totals, total);
-    if (before <= left && left - before < sum) {
-      int i = 0;
-      for (; left - before >= bins[top - i]; i++) before += bins[top - i];
-      found[0] = uint32_t(top - i);
-      found[1] = before;
-      found[2] = bins[top - i];
-    }
     __syncthreads();
     key |= found[0] << shift;
     left -= found[1];

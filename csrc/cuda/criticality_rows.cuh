@@ -19,8 +19,6 @@ constexpr int kRowWarps = kRowThreads / kWarp;
 constexpr int kGroups = kRowThreads / 4;  // of four lanes, one for each kBlock elements
 static_assert(kGroups * kBlock == kBlockRow);
 
-constexpr uint32_t kInfinity = 0x7f800000;  // the scores from these bits on are infinite or NaN
-
 template <class Int>
 __host__ __device__ constexpr Int blocks_of_row(Int length) {
   return (length + kBlock - 1) / kBlock;

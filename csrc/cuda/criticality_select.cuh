@@ -2,8 +2,8 @@
 //
 // A guess from a sample of the scores, then passes that count the scores at or above a pivot, narrow the bracket until
 // few candidates are inside. These are listed, each thread's at places that its own counts give, and one warp narrows
-// the bracket to the end on the list alone. Pivots by interpolation, by bisection where that shrinks the bracket too
-// little. Typically three or four passes; how the search goes does not show in its result.
+// the bracket to the end on the list alone. Pivots come from interpolation, and from bisection where that shrinks the
+// bracket too little. Three or four passes are usual; how the search goes does not show in its result.
 #pragma once
 
 #include <cmath>
@@ -101,7 +101,7 @@ __device__ __forceinline__ void finish(const uint32_t* list, int size, int top, 
   }
 }
 
-// The threshold of the `top` largest of the scores, all finite, the largest of which is given; 0 < top < length. The
+// The threshold of the `top` largest of the scores, all finite; `largest` is their largest; 0 < top < length. The
 // scores are padded with kPad to whole packs.
 template <class Team>
 __device__ __forceinline__ Threshold top_threshold(const uint32_t* scores, uint32_t* list, int length, int top,
@@ -147,7 +147,7 @@ __device__ __forceinline__ Threshold top_threshold(const uint32_t* scores, uint3
       first = false;
     }
   }
-  if (!b.found(top)) {  // gather the candidates, of which every thread knows how many it has
+  if (!b.found(top)) {  // gather the candidates; every thread knows how many it has
     uint32_t* next = list + team.exclusive_scan(uint32_t(mine_lo - mine_hi));
     const uint32_t width = uint32_t(b.hi - b.lo), lo = uint32_t(b.lo);
     for_packs(scores, packs, team, [&](const uint4& bits) {

@@ -68,14 +68,14 @@ struct BlockTeam {
   }
 };
 
-static_assert(4 * kWarp * 4 == kBlock && 4 * kRowThreads == kBlock);  // of which the steps are made
+static_assert(4 * kWarp * 4 == kBlock && 4 * kRowThreads == kBlock);  // the steps are made of these
 
 template <class Team>
 __host__ __device__ constexpr int step_words(int step) {
   return step / 4 * Team::kFourSteps + step % 4 * Team::kStep;
 }
 
-// Calls f(four scores) for each of the thread's packs, of which `packs` there are in all.
+// Calls f(four scores) for each of the thread's packs; there are `packs` in all.
 template <class Team, class F>
 __device__ __forceinline__ void for_packs(const uint32_t* scores, int packs, const Team& team, F f) {
   const uint32_t* at = scores + 4 * team.thread();

@@ -42,7 +42,7 @@ struct CountedBits {
 // counts[block] = masked entries, pieces[block] = their pieces.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    mask_plan_count(const __grid_constant__ Table<PlannedBits, kBytes> table, int64_t piece_length, long long* counts,
+    mask_plan_count(DELFAST_GRID_CONSTANT(Table<PlannedBits, kBytes>) table, int64_t piece_length, long long* counts,
                     long long* pieces) {
   const int entry = find_entry(table);
   const PlannedBits& p = table.entries[entry];
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kSumThreads)
 // `first` is the number of the table's first parameter.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads)
-    mask_plan_list(const __grid_constant__ Table<PlannedBits, kBytes> table, int64_t piece_length, int first,
+    mask_plan_list(DELFAST_GRID_CONSTANT(Table<PlannedBits, kBytes>) table, int64_t piece_length, int first,
                    const long long* counts, const long long* pieces, MaskedParam* params, MaskPiece* list) {
   const int entry = find_entry(table);
   const PlannedBits& p = table.entries[entry];

@@ -113,7 +113,7 @@ struct alignas(16) Prepared {
 // other shapes traps, and so does the optimizer state of another mask.
 template <class Options, class Rule, int kBytes>
 __global__ void __launch_bounds__(kPrepareThreads)
-    masked_update_prepare(const __grid_constant__ Table<Masked, kBytes> table, Options options, StepInputs in,
+    masked_update_prepare(DELFAST_GRID_CONSTANT(Table<Masked, kBytes>) table, Options options, StepInputs in,
                           MaskPlan plan, int first, int params, Prepared<Rule>* prepared) {
   static_assert(Table<Masked, kBytes>::kEntries <= kPrepareThreads);
   if (is_skipped(in.found_inf)) return;

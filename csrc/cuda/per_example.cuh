@@ -212,7 +212,7 @@ class Loader {
 
 template <class Multiply, int kPack>
 __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResident)
-    per_example_tiles(const __grid_constant__ Layer layer) {
+    per_example_tiles(DELFAST_GRID_CONSTANT(Layer) layer) {
   using Memory = TileMemory<typename Multiply::Staged>;
   DELFAST_SHARED(Memory, memory);
   // neighbouring blocks read the same inputs: those of one tile of columns
@@ -264,7 +264,7 @@ constexpr int kTaps = 9;
 
 // kPack channels are a thread's; kThreads / kLanes * kPack strands share out the positions.
 template <int kPack>
-__global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(const __grid_constant__ Layer layer) {
+__global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(DELFAST_GRID_CONSTANT(Layer) layer) {
   constexpr int kPacks = kLanes / kPack, kWarps = kThreads / kWarp, kSums = (kTaps * kLanes + kThreads - 1) / kThreads;
   DELFAST_SHARED(Position, taps, [kTaps]);
   DELFAST_SHARED(float, parts, [kWarps * kTaps * kLanes]);

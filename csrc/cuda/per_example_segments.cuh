@@ -20,7 +20,7 @@ namespace delfast::cuda {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kResident)
-    per_example_segments(const __grid_constant__ SegmentsLayer layer, Epilogue epilogue) {
+    per_example_segments(DELFAST_GRID_CONSTANT(SegmentsLayer) layer, Epilogue epilogue) {
   DELFAST_DYNAMIC_SHARED(unsigned char, memory);
   const ptx::Shared shared = ptx::shared_address(memory);
   Schedule schedule(layer);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
 
 // Adds the segments of every split tile to the sums, in the order of their examples: 4 columns a thread.
 template <int kM, int kN>
-__global__ void __launch_bounds__(kThreads) per_example_add_segments(const __grid_constant__ SegmentsLayer layer) {
+__global__ void __launch_bounds__(kThreads) per_example_add_segments(DELFAST_GRID_CONSTANT(SegmentsLayer) layer) {
   constexpr int kBlocksPerTile = kM * kN / 4 / kThreads;
   static_assert(kM * kN % (4 * kThreads) == 0);
   const int tile = int(blockIdx.x) / kBlocksPerTile;

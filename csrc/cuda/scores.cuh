@@ -6,6 +6,11 @@
 
 namespace delfast::cuda {
 
+constexpr uint32_t kInfinity = 0x7f800000;  // the scores from these bits on are infinite or NaN
+
+// |x|, of a NaN too: scores are ranked by their bits.
+__device__ __forceinline__ float without_sign(float x) { return bits_float(float_bits(x) & 0x7fffffff); }
+
 template <class T>
 using FourWords = typename WordOf<4 * int(sizeof(T))>::type;
 
@@ -45,9 +50,11 @@ struct WeightedGrads {  // |theta g|, the product rounded once, to float32
     float gradients[4];
     unpack<Theta>(raw.theta, out);
     unpack<Grad>(raw.grad, gradients);
-    for (int j = 0; j < 4; j++) out[j] = fabsf(out[j] * gradients[j]);
+    for (int j = 0; j < 4; j++) out[j] = without_sign(out[j] * gradients[j]);
   }
-  __device__ __forceinline__ float one(int64_t i) const { return fabsf(load_one(theta + i) * load_one(grad + i)); }
+  __device__ __forceinline__ float one(int64_t i) const {
+    return without_sign(load_one(theta + i) * load_one(grad + i));
+  }
 };
 
 template <class T>
@@ -62,9 +69,9 @@ struct Magnitudes {  // |g| or |theta|
   __device__ __forceinline__ Raw load(int64_t i) const { return {load_words(values + i)}; }
   static __device__ __forceinline__ void scores(const Raw& raw, float (&out)[4]) {
     unpack<T>(raw.values, out);
-    for (int j = 0; j < 4; j++) out[j] = fabsf(out[j]);
+    for (int j = 0; j < 4; j++) out[j] = without_sign(out[j]);
   }
-  __device__ __forceinline__ float one(int64_t i) const { return fabsf(load_one(values + i)); }
+  __device__ __forceinline__ float one(int64_t i) const { return without_sign(load_one(values + i)); }
 };
 
 // What a score needs of a parameter.

@@ -22,7 +22,7 @@ int64_t lay_out(void* workspace, int64_t sources, int64_t tiles, int64_t capacit
   take(s.sources, sources);
   take(s.owners, tiles);
   take(s.ties, tiles);
-  take(s.segment_weight, ceil_div(tiles, kSegment));
+  take(s.segment_weight, ceil_div(tiles, kTieTiles));
   take(s.records, capacity ? tiles : 0);
   take(s.scores, capacity);
   take(s.places, capacity);

@@ -2,7 +2,7 @@
 // stages share. Elements and units (channels) are selected by the same kernels: a unit is an element of its parameter's
 // list of scores that weighs as much as it has scalars, an element weighs 1. (Few units: selection_units.cuh.)
 //
-// Stages, of which the host asks nothing in between:
+// Stages; the host asks nothing in between:
 //   begin     the sources (parameters) and the owner of every tile are written to the workspace; counters are cleared.
 //   sample    of many elements: a bracket that holds the k-th score except by a rare accident (selection_sample.cuh).
 //   read      the one reading: the bits of all scores above the bracket, and a list of those inside, the candidates
@@ -26,7 +26,7 @@ constexpr int kWarps = kThreads / kWarp;
 // Blocks of a multiprocessor that the kernels leave room for: half of its warps. Without being told, the compiler aims
 // at more and spills.
 constexpr int kResident = 4;
-constexpr int kSegment = kThreads;  // tiles whose ties are summed as one
+constexpr int kTieTiles = kThreads;  // tiles whose ties are summed as one
 
 struct Source {
   Operands operands;
@@ -57,7 +57,7 @@ struct SelectionState {
   uint32_t digits;               // of the threshold, less `lo`
   uint32_t everything;           // fits in the budget
   // cleared
-  alignas(16) uint32_t tickets[kStages + 3];
+  alignas(16) uint32_t tickets[kStages + 3];  // rounded up to 16 bytes
   unsigned long long histogram[kRadixBins];
   uint32_t sample_groups[kSampleGroups];
   uint32_t sample[kSampleBins];
@@ -72,7 +72,7 @@ struct Selection {
   Source* sources;
   uint32_t* owners;                    // a tile's source
   uint32_t* ties;                      // of a tile with the threshold
-  unsigned long long* segment_weight;  // what they weigh, of kSegment tiles
+  unsigned long long* segment_weight;  // what they weigh, of kTieTiles tiles
   TileRecord* records;                 // of tiles
   uint32_t* scores;                    // of candidates
   uint16_t* places;                    // of candidates, in their tiles
@@ -116,24 +116,19 @@ __device__ __forceinline__ Tile tile_of(const Selection& s, uint32_t number) {
 
 // Every table of sources is one launch; the first one clears what is to begin with zeros.
 template <int kBytes>
-__global__ void __launch_bounds__(kThreads) selection_begin(const __grid_constant__ Table<Source, kBytes> table,
+__global__ void __launch_bounds__(kThreads) selection_begin(DELFAST_GRID_CONSTANT(Table<Source, kBytes>) table,
                                                             Selection s, uint32_t first_source, bool sampled) {
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
   for (uint32_t i = thread; i < uint32_t(table.count); i += threads) s.sources[first_source + i] = table.entries[i];
   for (uint32_t i = thread; i < table.first_block[table.count]; i += threads) {
-    int low = 0, high = table.count;  // first_block[low] <= i < first_block[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (table.first_block[middle] <= i ? low : high) = middle;
-    }
-    global_store(&s.owners[table.entries[0].first_tile + i], first_source + uint32_t(low));
+    global_store(&s.owners[table.entries[0].first_tile + i], first_source + uint32_t(find_entry(table, i)));
   }
   if (first_source) return;
   const size_t bytes = sampled ? sizeof(SelectionState) : offsetof(SelectionState, sample_groups);
   const uint32_t words = uint32_t((bytes - offsetof(SelectionState, tickets)) / sizeof(uint4));
   uint4* const cleared = reinterpret_cast<uint4*>(s.state->tickets);
   for (uint32_t i = thread; i < words; i += threads) global_store(&cleared[i], uint4{0, 0, 0, 0});
-  for (uint32_t i = thread; i * kSegment < s.tiles; i += threads) global_store(&s.segment_weight[i], 0ull);
+  for (uint32_t i = thread; i * kTieTiles < s.tiles; i += threads) global_store(&s.segment_weight[i], 0ull);
   if (thread) return;
   SelectionState* const state = s.state;
   global_store(&state->nonfinite, kNone);

@@ -6,7 +6,8 @@
 // count: blocks count digits in shared memory and add them up; the last block descends into a digit.
 // mark: the ties are counted per tile; over all scores, the bits of those at or above the threshold are written. The
 // last block finds the tile where the ties end, by sums over segments of tiles, and reports. settle: the candidates'
-// bits are set; over all scores, ties past the end are taken back. Memory. A pass over all scores reads their operands
+// bits are set; over all scores, ties past the end are taken back.
+// Memory. A pass over all scores reads their operands
 // again, by 16-byte loads. A tile's bits are gathered in shared memory: a lane ors in those of the four
 // neighbours that it reads; where lanes read one element each (memory not aligned, or not in logical order:
 // channels-last), a ballot makes a word.
@@ -42,7 +43,7 @@ __device__ __forceinline__ void count_all(const Selection& s, Criterion criterio
     with_scores(tile.operands, criterion, [&](auto score) {
       for_each_score(score, tile.length, [&](int i, uint32_t bits) {
         count_digit(bits, digit, digits, bins);
-        if (bits >= 0x7f800000 && i < bad) bad = i;
+        if (bits >= kInfinity && i < bad) bad = i;
       });
     });
     if (bad < tile.length) atomicMin(&s.state->nonfinite, static_cast<unsigned long long>(tile.id_of(bad)));
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_count(Selection
 
 // ---- bits in logical order
 
-// Calls selected(scores, valid, element) with packs of neighbours, of which the bits of `valid` say which belong to the
-// tile, and keeps the mask that it returns. All threads of the block call it equally often, for ascending elements.
+// Calls selected(scores, valid, element) with packs of neighbours; the bits of `valid` say which of them belong to the
+// tile. Keeps the mask that it returns. All threads of the block call it equally often, for ascending elements.
 template <class Scores, class F>
 __device__ __forceinline__ void select_packs(const Scores& score, int length, uint32_t* words, F selected) {
   for (int window = 0; window < length; window += kThreads * 4) {
@@ -148,7 +149,7 @@ __device__ __forceinline__ void write_bits(const Tile& tile, Criterion criterion
 // For one thread.
 __device__ __forceinline__ void keep_ties(const Selection& s, uint32_t tile, uint32_t ties) {
   global_store(&s.ties[tile], ties);
-  if (ties) global_add(&s.segment_weight[tile / kSegment], ties * weight_of(s, tile));
+  if (ties) global_add(&s.segment_weight[tile / kTieTiles], ties * weight_of(s, tile));
 }
 
 __device__ __forceinline__ void mark_candidates(const Selection& s, uint32_t threshold) {
@@ -198,9 +199,9 @@ __device__ __forceinline__ void find_last_ties(const Selection& s, unsigned long
   DELFAST_SHARED(uint32_t, segment);
   if (threadIdx.x == 0) segment = UINT32_MAX;
   unsigned long long running = 0, total;
-  for (uint32_t first = 0; first * kSegment < s.tiles; first += kThreads) {
+  for (uint32_t first = 0; first * kTieTiles < s.tiles; first += kThreads) {
     const uint32_t i = first + threadIdx.x;
-    const unsigned long long mine = i * kSegment < s.tiles ? global_load(&s.segment_weight[i]) : 0;
+    const unsigned long long mine = i * kTieTiles < s.tiles ? global_load(&s.segment_weight[i]) : 0;
     const unsigned long long before = running + block_exclusive_scan(mine, totals, total);
     if (before <= left && left < before + mine) {
       segment = i;
@@ -210,7 +211,7 @@ __device__ __forceinline__ void find_last_ties(const Selection& s, unsigned long
   }
   __syncthreads();
   if (segment == UINT32_MAX) return;
-  const uint32_t tile = segment * kSegment + threadIdx.x;
+  const uint32_t tile = segment * kTieTiles + threadIdx.x;
   const unsigned long long weight = tile < s.tiles ? weight_of(s, tile) : 0,
                            mine = tile < s.tiles ? global_load(&s.ties[tile]) * weight : 0;
   const unsigned long long before = before_segment + block_exclusive_scan(mine, totals, total);

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_read(Selection 
     else
       read_ones(score, tile, lo, hi, words, candidates, found);
   });
-  if (found.largest >= 0x7f800000) global_store(&state->failed, 1u);
+  if (found.largest >= kInfinity) global_store(&state->failed, 1u);
   const uint32_t mine = __reduce_add_sync(kAllLanes, found.above);
   if (lane() == 0 && mine) atomicAdd(&above, mine);
   __syncthreads();

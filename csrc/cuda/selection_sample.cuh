@@ -2,8 +2,10 @@
 //
 // Mapping. A warp takes `runs` runs of 32 elements of a tile, one at a random place in each of as many parts, and
 // counts the scores' upper bits; neighbours often share them, so that the warp's most common ones are added at once.
-// The last block finds the bins of the bracket's ends: their groups of 256 bins first, then the bins. Memory. Less than
-// one thirtieth of the elements is read. Counts are in global memory, of groups in shared memory first. Numerics. The
+// The last block finds the bins of the bracket's ends: their groups of 256 bins first, then the bins.
+// Memory. Less than
+// one thirtieth of the elements is read. Counts are in global memory, of groups in shared memory first.
+// Numerics. The
 // bracket reaches 8 standard deviations of an independent sample to both sides: runs of 32 neighbours are worth fewer
 // than 32 independent elements. Where it misses all the same, the passes read all scores again.
 #pragma once

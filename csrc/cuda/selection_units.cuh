@@ -25,7 +25,7 @@ struct UnitWord {
 
 template <int kBytes>
 __global__ void __launch_bounds__(kUnitThreads)
-    selection_few_units(const __grid_constant__ Table<UnitsOfParam, kBytes> table, const float* scores, uint32_t budget,
+    selection_few_units(DELFAST_GRID_CONSTANT(Table<UnitsOfParam, kBytes>) table, const float* scores, uint32_t budget,
                         bool cut_last, uint8_t* bits, int64_t* info) {
   DELFAST_SHARED(UnitWord, words, [kUnitWords]);
   DELFAST_SHARED(uint32_t, bins, [kRadixBins]);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kUnitThreads)
   }
 #pragma unroll
   for (int r = 0; r < kUnitRounds; r++)
-    if (keys[r] >= 0x7f800000) atomicMin(&bad, own[r].first_unit + uint32_t(lane()));
+    if (keys[r] >= kInfinity) atomicMin(&bad, own[r].first_unit + uint32_t(lane()));
 
   bool everything = false;
 #pragma unroll 1

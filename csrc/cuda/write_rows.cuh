@@ -47,7 +47,7 @@ __device__ __forceinline__ void write_words_of(const Written& w, int64_t begin) 
 }
 
 template <int kBytes>
-__global__ void __launch_bounds__(kThreads) write_rows_words(const __grid_constant__ Table<Written, kBytes> table) {
+__global__ void __launch_bounds__(kThreads) write_rows_words(DELFAST_GRID_CONSTANT(Table<Written, kBytes>) table) {
   const int entry = find_entry(table);
   const Written& w = table.entries[entry];
   const int64_t begin = int64_t(blockIdx.x - table.first_block[entry]) * kWrittenTile;

@@ -30,7 +30,9 @@ struct KernelError : std::runtime_error {
 inline constexpr int kWarp = 32;
 // CUDA C++ Programming Guide, "Compute Capabilities"; shared memory of a block: the least of 8.0 to 12.0, which
 // is 12.0's
-inline constexpr size_t kMaxThreads = 1024, kSharedUnasked = 48 << 10, kMaxShared = 99 << 10;
+inline constexpr size_t kMaxThreads = 1024, kMaxShared = 99 << 10;
+// 48 KiB, less what a kernel with dynamic shared memory may have of static
+inline constexpr size_t kSharedUnasked = 47 << 10;
 
 enum class Wait : uint8_t { none, block, warp, done };
 
