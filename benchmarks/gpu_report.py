@@ -14,6 +14,7 @@ RATIOS = ("case", "on", "mode", "sides", "wall", "busy")
 GOALS = ("whole call", "measured", "target")
 NOT_MEASURED = "not measured since passes are captured: no card could be started"
 NO_CARD = "not measured: no card could be started"
+NOT_HERE = "not measured on this card"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def kernel_goal_rows(section: Mapping[str, Any] | None, kept: Mapping[str, Any])
     cases = {(case["name"], case["on"]): case for case in kept["cases"]}
     for target in KERNEL_TARGETS:
         result = measured.get((target.name, target.on), {})
-        figure = _number(result.get(target.figure), ".2f") or NO_CARD
+        figure = _number(result.get(target.figure), ".2f") or (NO_CARD if section is None else NOT_HERE)
         case, prototype = cases.get((target.name, target.on)), None
         if case is not None and target.figure == "speedup":
             prototype = case["before_us"] / case["prototype_us"]

@@ -187,7 +187,7 @@ def bandwidth(sections: dict[str, Any], kept: dict[str, Any]) -> str:
     """Return the targets of the kernels beside the prototype's figures, then what a card gave, where one did."""
     section = sections.get("bandwidth")
     parts = [markdown_table(KERNEL_GOALS, list(kernel_goal_rows(section, kept)))]
-    if section is not None:
+    if section is not None and section["results"]:
         made = _checked(section)["provenance"]
         parts += [f"{section['device']}, copy {section['copy_gb_per_s']:.0f} GB/s; torch {made['torch']}.\n"]
         parts += [markdown_table(gpu_bandwidth.COLUMNS, [gpu_bandwidth.row(result) for result in section["results"]])]

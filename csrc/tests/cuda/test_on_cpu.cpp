@@ -216,7 +216,7 @@ void check_failures() {
     check_fails("no blocks", {"a grid of impossible size"}, [] { DELFAST_LAUNCH(nothing, 0, 32, 0, nullptr); });
     cudaFuncSetAttribute(nothing, cudaFuncAttributePreferredSharedMemoryCarveout, 100);  // allows no more
     check_fails("too much shared memory", {"48129 bytes", "48128 allowed"},
-                [] { DELFAST_LAUNCH(nothing, 1, 32, 49153, nullptr); });
+                [] { DELFAST_LAUNCH(nothing, 1, 32, 48129, nullptr); });
     describe("after all these a launch works");
     CHECK_EQUAL(results(warp_operations<5>, 32, 1)[0] > 0, true);
   }
