@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kUnitThreads)
   }
 #pragma unroll
   for (int r = 0; r < kUnitRounds; r++)
-    if (keys[r] >= kInfinity) atomicMin(&bad, own[r].first_unit + uint32_t(lane()));
+    if (keys[r] >= int32_t(kInfinity)) atomicMin(&bad, own[r].first_unit + uint32_t(lane()));
 
   bool everything = false;
 #pragma unroll 1
