@@ -14,6 +14,7 @@ from torch import nn
 import delfast
 from delfast import InputError, Mask
 from delfast.optim import MaskedAdamW, MaskedSGD
+from delfast.parameter_mask import ParameterMask
 from tests import cases
 
 SGD = dict(lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -415,3 +416,19 @@ def test_a_rate_in_a_tensor_is_the_rate(kind: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     with pytest.raises(InputError, match="lr >= 0"):
         kind(one.named_parameters(), mask, lr=torch.tensor(-1.0))
+
+
+def test_a_parameter_that_moves_to_another_device_is_stepped_there() -> None:
+    weight = nn.Parameter(torch.zeros(8, 6, device="meta"))
+    mask = Mask({"weight": ParameterMask((8, 6), "row", torch.tensor([0b101], dtype=torch.uint8))})
+    optimizer = MaskedSGD([("weight", weight)], mask, lr=0.5, momentum=0.9)
+    optimizer.replace_mask(mask)
+    assert optimizer._parts["weight"].bits.device == weight.device
+    layer = nn.Linear(6, 8, bias=False)
+    optimizer = MaskedSGD(layer.named_parameters(), mask, lr=0.5, momentum=0.9)
+    layer.to("meta")  # which makes another Parameter; from device to device it would be the same
+    optimizer.param_groups[0]["params"] = [layer.weight]
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    state = optimizer.state[layer.weight]
+    assert optimizer._parts["weight"].bits.device == state["momentum_buffer"].device == torch.device("meta")
