@@ -224,7 +224,8 @@ class MaskedOptimizer(Optimizer):
         Raises
         ------
         InputError
-            For the state of another mask; nothing is changed.
+            For the state of another mask, and for state with another number of values than the mask selects; nothing
+            is changed.
         """
         for group in state_dict["param_groups"]:
             if group.get("mask_digest") != self.mask.digest:
@@ -232,6 +233,7 @@ class MaskedOptimizer(Optimizer):
                     f"expected optimizer state of the mask {self.mask.digest[:12]}, got that of "
                     f"{str(group.get('mask_digest'))[:12]}; build the optimizer with the mask it was saved with"
                 )
+        self._check_sizes(state_dict)
         self._calls = {}
         super().load_state_dict(state_dict)
         # torch has cast the state to each parameter's dtype; restore the saved dtype, which is float32 or float64
@@ -240,6 +242,22 @@ class MaskedOptimizer(Optimizer):
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def _check_sizes(self, state_dict: dict[str, Any]) -> None:
+        """Raise InputError for a state that has not as many values as this optimizer's mask selects."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for name, index in zip(group["param_names"], saved["params"], strict=False):
+                held = state_dict["state"].get(index, {}).get(self.state_name)
+                if held is None:
+                    continue
+                part = self._parts.get(plain_name(name))
+                count = max(1, self._state_count(saved))  # a schedule may have set the momentum to zero since
+                expected = 0 if part is None else count * part.selected
+                if held.numel() != expected:
+                    raise InputError(
+                        f"expected {expected} values of state for '{name}', got {held.numel()}; the optimizer state is "
+                        "of another mask"
+                    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -196,6 +197,33 @@ def test_state_of_another_mask_is_refused_and_changes_nothing() -> None:
     assert second.param_groups[0]["lr"] == 0.2
     with pytest.raises(InputError, match="got that of None"):
         second.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+
+
+@pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
+def test_state_of_another_size_is_refused_and_changes_nothing(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = cases.SmallNet()
+    mask = delfast.score(model, criterion="random").select(0.5, "param")
+    settings = dict(lr=0.1, momentum=0.9) if kind is MaskedSGD else dict(lr=0.1)
+    optimizer = kind(model.named_parameters(), mask, **settings)
+    take_steps(model, optimizer, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    name, last = list(zip(optimizer.param_groups[0]["param_names"], model.parameters(), strict=True))[-1]
+    for change in (lambda values: values[:-1], lambda values: values.repeat(2)):
+        wrong = copy.deepcopy(before)
+        wrong["param_groups"][0]["lr"] = 0.5
+        entry = wrong["state"][max(wrong["state"])]
+        entry[kind.state_name] = change(entry[kind.state_name])
+        count = optimizer.state[last][kind.state_name].numel()
+        expected = f"expected {count} values of state for '{name}', got {entry[kind.state_name].numel()}"
+        with pytest.raises(InputError, match=f"{re.escape(expected)}; the optimizer state is of another mask"):
+            optimizer.load_state_dict(wrong)
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for index, values in before["state"].items():
+            assert all(torch.equal(after["state"][index][key], value) for key, value in values.items())
+    optimizer.load_state_dict(before)
+    take_steps(model, optimizer, range(1))
 
 
 def test_state_stays_float32_for_16_bit_parameters() -> None:
