@@ -209,6 +209,10 @@ class MaskedOptimizer(Optimizer):
                 self.state.pop(parameter, None)
             elif held is not None and old is not None:
                 self.state[parameter][self.state_name] = _move_state(held, old, new.for_ops)
+            # a captured step reads the old mask's plan: other memory tells it that it cannot be replayed any more, and
+            # not even where a later mask is equal to the old one
+            if (step := self.state.get(parameter, {}).get("step")) is not None:
+                self.state[parameter]["step"] = step.clone()
         self.mask, self._parts, self._calls = mask, _parts_of(mask, named), {}
         for settings in (self.defaults, *self.param_groups):
             settings["mask_digest"] = mask.digest

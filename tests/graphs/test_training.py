@@ -353,6 +353,28 @@ def test_a_state_that_is_replaced_is_captured_again(backends: list[Double]) -> N
     assert equal(*states) and backends[0].captures == 4 and backends[0].replays == 12
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_mask_that_is_replaced_and_put_back_is_captured_again(momentum: float, backends: list[Double]) -> None:
+    """The plan that the captured step reads is freed with the first mask, and no state need have changed since."""
+    model = make_model()
+    first, second = (delfast.score(model, criterion="weight").select(budget) for budget in (0.5, 0.9))
+    states: list[dict[str, Tensor]] = []
+    for captured in (False, True):
+        model = make_model()
+        optimizer = delfast.optim.MaskedSGD(model.named_parameters(), first, lr=0.1, momentum=momentum)
+
+        def progress(found: Any, description: str, total: int, of: Any = optimizer) -> Any:
+            if description.startswith("epoch 2/"):
+                of.replace_mask(second)
+                of.replace_mask(first)
+            return found
+
+        torch.manual_seed(5)
+        train(model, batches(4, 1), optimizer, epochs=3, cuda_graphs=captured, progress=progress)
+        states.append(model.state_dict())
+    assert equal(*states) and backends[0].captures == 4 and backends[0].replays == 12
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_examples_on_the_device_give_the_same_bits(
     method: str, backends: list[Double], monkeypatch: pytest.MonkeyPatch
