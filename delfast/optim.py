@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,13 +84,14 @@ class MaskedOptimizer(Optimizer):
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
         list(mask.match(dict(unique_parameters(pairs))))
         self.mask = mask
+        self._parts = _parts_of(mask, pairs)
         self._calls: dict[int, list[OpCall]] = {}
         super().__init__(groups, {**defaults, "mask_digest": mask.digest})
         for group in self.param_groups:  # torch.load(weights_only=True) refuses numpy's numbers in a state dict
             group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "mask": self.mask, "_calls": {}}
+        return {**super().__getstate__(), "mask": self.mask, "_parts": self._parts, "_calls": {}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,14 +142,16 @@ class MaskedOptimizer(Optimizer):
         return calls
 
     def _make_calls(self, group: dict[str, Any], key: list[Any]) -> list[OpCall]:
-        batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ParameterMask]]] = {}
+        batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, OpPart]]] = {}
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            part = self.mask.parameters.get(plain_name(name))
-            if parameter.grad is None or part is None or not part.selected:
+            part = self._parts.get(plain_name(name))
+            if parameter.grad is None or part is None:
                 continue
             check_dense(name, parameter.grad)
+            if part.bits.device != parameter.device:  # the parameter has moved since the mask was given
+                part = self._parts[plain_name(name)] = replace(part, bits=part.bits.to(parameter.device))
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            batches.setdefault((parameter.device, wide), []).append((parameter, part.for_ops))
+            batches.setdefault((parameter.device, wide), []).append((parameter, part))
         count = self._state_count(group)
         return [self._make_call(device, wide, count, entries, key) for (device, wide), entries in batches.items()]
 
@@ -157,12 +160,12 @@ class MaskedOptimizer(Optimizer):
         device: torch.device,
         dtype: torch.dtype,
         count: int,
-        entries: list[tuple[Tensor, ParameterMask]],
+        entries: list[tuple[Tensor, OpPart]],
         key: list[Any],
     ) -> OpCall:
         """Join all state in one flat tensor and all step counts in another; ``self.state`` keeps views of them."""
         none = torch.zeros((), dtype=torch.float32, device=device)
-        steps = torch.stack([self.state[parameter].get("step", none) for parameter, _ in entries])
+        steps = torch.stack([self.state[parameter].get("step", none).to(device) for parameter, _ in entries])
         sizes = [count * part.selected for _, part in entries]
         state = torch.zeros(sum(map(padded_state, sizes)), dtype=dtype, device=device)
         start = 0
@@ -175,7 +178,7 @@ class MaskedOptimizer(Optimizer):
             if count:
                 kept[self.state_name] = as_rows(piece, parameter) if part.by_row else piece
         parameters, by_row = [parameter for parameter, _ in entries], [part.by_row for _, part in entries]
-        bits = torch.cat([part.bits.to(device) for _, part in entries])
+        bits = torch.cat([part.bits for _, part in entries])
         return OpCall(key, parameters, state, steps, torch.ops.delfast.masked_plan(parameters, bits, by_row), by_row)
 
     @torch.no_grad()
@@ -206,7 +209,11 @@ class MaskedOptimizer(Optimizer):
                 self.state.pop(parameter, None)
             elif held is not None and old is not None:
                 self.state[parameter][self.state_name] = _move_state(held, old, new.for_ops)
-        self.mask, self._calls = mask, {}
+            # a captured step reads the old mask's plan: other memory tells it that it cannot be replayed any more, and
+            # not even where a later mask is equal to the old one
+            if (step := self.state.get(parameter, {}).get("step")) is not None:
+                self.state[parameter]["step"] = step.clone()
+        self.mask, self._parts, self._calls = mask, _parts_of(mask, named), {}
         for settings in (self.defaults, *self.param_groups):
             settings["mask_digest"] = mask.digest
 
@@ -221,7 +228,8 @@ class MaskedOptimizer(Optimizer):
         Raises
         ------
         InputError
-            For the state of another mask; nothing is changed.
+            For the state of another mask, and for state with another number of values than the mask selects; nothing
+            is changed.
         """
         for group in state_dict["param_groups"]:
             if group.get("mask_digest") != self.mask.digest:
@@ -229,6 +237,7 @@ class MaskedOptimizer(Optimizer):
                     f"expected optimizer state of the mask {self.mask.digest[:12]}, got that of "
                     f"{str(group.get('mask_digest'))[:12]}; build the optimizer with the mask it was saved with"
                 )
+        self._check_sizes(state_dict)
         self._calls = {}
         super().load_state_dict(state_dict)
         # torch has cast the state to each parameter's dtype; restore the saved dtype, which is float32 or float64
@@ -237,6 +246,45 @@ class MaskedOptimizer(Optimizer):
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def _check_sizes(self, state_dict: dict[str, Any]) -> None:
+        """Raise InputError for a state that has not as many values as this optimizer's mask selects."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for name, index in zip(group["param_names"], saved["params"], strict=False):
+                held = state_dict["state"].get(index, {}).get(self.state_name)
+                if held is None:
+                    continue
+                part = self._parts.get(plain_name(name))
+                count = max(1, self._state_count(saved))  # a schedule may have set the momentum to zero since
+                expected = 0 if part is None else count * part.selected
+                if held.numel() != expected:
+                    raise InputError(
+                        f"expected {expected} values of state for '{name}', got {held.numel()}; the optimizer state is "
+                        "of another mask"
+                    )
+
+
+@dataclass(frozen=True)
+class OpPart:
+    """What a mask selects of one parameter, as the masked ops take it; ``selected``: the number of masked entries."""
+
+    bits: Tensor
+    by_row: bool
+    selected: int
+
+
+def _parts_of(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, OpPart]:
+    """Return the parts with masked entries by plain name, their bits on the parameter's device.
+
+    All that a step needs of a mask is computed here: a captured step may neither copy from the host nor read there.
+    """
+    parts = {}
+    for name, parameter in named:
+        part = mask.parameters.get(plain_name(name))
+        if part is not None and part.selected:
+            for_ops = part.for_ops
+            parts[plain_name(name)] = OpPart(for_ops.bits.to(parameter.device), for_ops.by_row, part.selected)
+    return parts
 
 
 def _move_state(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:

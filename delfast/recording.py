@@ -111,7 +111,9 @@ class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
         for tensor in (*inputs, *outputs, *written):
             if tensor.device.type != self._device:
                 return f"it computes on the {tensor.device.type} ({func})"
-        if any(_storage(tensor) not in self._made and _storage(tensor) not in self._state for tensor in written):
+        # an empty one holds nothing that a step may change: the state of an optimizer without momentum
+        changed = [_storage(tensor) for tensor in written if tensor.numel()]
+        if any(key not in self._made and key not in self._state for key in changed):
             return f"it changes a tensor that is not part of its known state ({func})"
         return None
 

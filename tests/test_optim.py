@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import delfast
 from delfast import InputError, Mask
 from delfast.optim import MaskedAdamW, MaskedSGD
+from delfast.parameter_mask import ParameterMask
 from tests import cases
 
 SGD = dict(lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -195,6 +197,33 @@ def test_state_of_another_mask_is_refused_and_changes_nothing() -> None:
     assert second.param_groups[0]["lr"] == 0.2
     with pytest.raises(InputError, match="got that of None"):
         second.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+
+
+@pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
+def test_state_of_another_size_is_refused_and_changes_nothing(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = cases.SmallNet()
+    mask = delfast.score(model, criterion="random").select(0.5, "param")
+    settings = dict(lr=0.1, momentum=0.9) if kind is MaskedSGD else dict(lr=0.1)
+    optimizer = kind(model.named_parameters(), mask, **settings)
+    take_steps(model, optimizer, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    name, last = list(zip(optimizer.param_groups[0]["param_names"], model.parameters(), strict=True))[-1]
+    for change in (lambda values: values[:-1], lambda values: values.repeat(2)):
+        wrong = copy.deepcopy(before)
+        wrong["param_groups"][0]["lr"] = 0.5
+        entry = wrong["state"][max(wrong["state"])]
+        entry[kind.state_name] = change(entry[kind.state_name])
+        count = optimizer.state[last][kind.state_name].numel()
+        expected = f"expected {count} values of state for '{name}', got {entry[kind.state_name].numel()}"
+        with pytest.raises(InputError, match=f"{re.escape(expected)}; the optimizer state is of another mask"):
+            optimizer.load_state_dict(wrong)
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for index, values in before["state"].items():
+            assert all(torch.equal(after["state"][index][key], value) for key, value in values.items())
+    optimizer.load_state_dict(before)
+    take_steps(model, optimizer, range(1))
 
 
 def test_state_stays_float32_for_16_bit_parameters() -> None:
@@ -415,3 +444,19 @@ def test_a_rate_in_a_tensor_is_the_rate(kind: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     with pytest.raises(InputError, match="lr >= 0"):
         kind(one.named_parameters(), mask, lr=torch.tensor(-1.0))
+
+
+def test_a_parameter_that_moves_to_another_device_is_stepped_there() -> None:
+    weight = nn.Parameter(torch.zeros(8, 6, device="meta"))
+    mask = Mask({"weight": ParameterMask((8, 6), "row", torch.tensor([0b101], dtype=torch.uint8))})
+    optimizer = MaskedSGD([("weight", weight)], mask, lr=0.5, momentum=0.9)
+    optimizer.replace_mask(mask)
+    assert optimizer._parts["weight"].bits.device == weight.device
+    layer = nn.Linear(6, 8, bias=False)
+    optimizer = MaskedSGD(layer.named_parameters(), mask, lr=0.5, momentum=0.9)
+    layer.to("meta")  # which makes another Parameter; from device to device it would be the same
+    optimizer.param_groups[0]["params"] = [layer.weight]
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    state = optimizer.state[layer.weight]
+    assert optimizer._parts["weight"].bits.device == state["momentum_buffer"].device == torch.device("meta")

@@ -50,7 +50,8 @@ class UpdateTasks {
 
   const UpdateList& list() const { return list_; }
 
-  // state: flat, `count` values per masked entry, parameter after parameter, each at a multiple of 4.
+  // state: flat, `count` values per masked entry, parameter after parameter, each at a multiple of 4. The state of
+  // another mask with the same rounded sizes is not noticed.
   void set_state(const at::Tensor& state, int count) {
     int64_t all = 0;
     for (int64_t entries : entries_) all += padded_state(count * entries);

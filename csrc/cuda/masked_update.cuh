@@ -5,9 +5,10 @@
 // Memory. A part of a long row goes by packs of four neighbours, of parameter, gradient and state, kPackRounds of them
 // a lane in flight, where all of these are aligned to packs; else neighbouring lanes take neighbouring elements. So
 // they do in a stretch of elements or short rows, whose bits the warp's lanes hold a word each; an element's place in
-// the state is the number of bits set before it. What is not masked costs its bits in these stretches alone. Numerics.
-// float32, every product and sum rounded (the files are compiled without fused multiply-add), in the CPU kernels'
-// order; the result is rounded once to the parameter's dtype.
+// the state is the number of bits set before it. Unmasked units cost nothing but their bits, and those only in
+// stretches.
+// Numerics. float32, every product and sum rounded (the files are compiled without fused multiply-add), in the CPU
+// kernels' order; the result is rounded once to the parameter's dtype.
 #pragma once
 
 #include "cuda/mask_bits.cuh"
@@ -72,7 +73,7 @@ struct AdamWRule {
 
 // ---- before the update: one block for each table
 
-struct ResetOptions {};  // nor does a reset count steps
+struct ResetOptions {};  // a reset has no options and counts no steps
 
 __device__ __forceinline__ float unscale_factor(const StepInputs& in, bool maximize) {
   const float factor = in.grad_scale ? float(1.0 / double(global_load_const(in.grad_scale))) : 1.0f;
@@ -240,6 +241,7 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
       places[u] = ones(begin + kWarp * u + lane());
+      // the ballot is the warp's: a round without masked elements is skipped by one uniform branch
       if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
       load_pack(source + places[u].at, gradients[u]);
       load_pack<true>(param + places[u].at, entries[u]);

@@ -52,7 +52,8 @@ Error mask_plan(const Updated* params, int64_t count, void* plan, void* workspac
 // parameters as a table holds (540 or so; 65 or so under a driver before CUDA 12.1). An Updated's own `state` is not
 // looked at: `state` here is the whole flat array, of state_numel float32 in all, laid out as for the CPU (parameter
 // after parameter, each at a multiple of 4, in each all of state[0] before state[1]). A state_numel that is not that of
-// the mask traps on the device, and so does a plan of other shapes.
+// the mask, each parameter's values rounded up to a multiple of 4, traps on the device, and so does a plan of other
+// shapes; the state of another mask with the same rounded sizes is not noticed.
 struct StepInputs {
   float* state;
   int64_t state_numel;

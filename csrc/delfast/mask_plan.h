@@ -1,7 +1,7 @@
 // The plan of a mask: its masked entries listed as pieces, once per mask. In memory the packed bits of all parameters,
 // padded to 16 bytes, then MaskPlanHead, a MaskedParam for each parameter and the MaskPieces. It holds no pointers and
 // depends on the bits and the parameters' shapes alone; its size on the shapes alone. The CUDA kernels make and read
-// the list; a plan of the CPU says of which shapes it is, and lists nothing.
+// the list; a plan made on the CPU holds the shapes and no list.
 #pragma once
 
 #include "delfast/params.h"

@@ -40,18 +40,26 @@ def padded_state(values: int) -> int:
     return (values + 3) // 4 * 4
 
 
+def plan_head(shapes: Sequence[Sequence[int]], by_row: Sequence[bool]) -> tuple[int, list[tuple[int, int]]]:
+    """Return the offset of a plan's head in bytes, and each parameter's number of units and elements of a unit."""
+    units = [
+        (unit_count(shape), row_length(shape) if math.prod(shape) else 1) if rows else (math.prod(shape), 1)
+        for shape, rows in zip(shapes, by_row, strict=True)
+    ]
+    return (sum(packed_bytes(count) for count, _ in units) + 15) // 16 * 16, units
+
+
 def plan_bytes(shapes: Sequence[Sequence[int]], by_row: Sequence[bool]) -> int:
     """Return the size of the plan of a mask of parameters of these shapes (csrc/delfast/mask_plan.h)."""
     piece_length = 512 if sum(math.prod(shape) for shape in shapes) < 2**25 else 2048
-    bits = pieces = 0
-    for shape, rows in zip(shapes, by_row, strict=True):
-        units, length = (unit_count(shape), row_length(shape)) if rows else (math.prod(shape), 1)
-        bits += packed_bytes(units)
+    head, units_of = plan_head(shapes, by_row)
+    pieces = 0
+    for units, length in units_of:
         if length >= 64:
             pieces += units * -(-length // piece_length)
         elif units:
             pieces += -(-units // max(32, 1024 >> (length - 1).bit_length()))
-    return (bits + 15) // 16 * 16 + 16 + 24 * (len(shapes) + pieces)
+    return head + 16 + 24 * (len(shapes) + pieces)
 
 
 def pack(flags: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from torch.nn import functional
 import delfast
 from delfast import TrainingOptions, feeding
 from delfast.graphs import Graphed
+from delfast.ops.layout import pack
+from delfast.parameter_mask import ParameterMask
+from delfast.recording import Recorder
 from delfast.unlearning import METHODS, Method, train
 from tests.graphs.double import Double
 
@@ -350,6 +353,28 @@ def test_a_state_that_is_replaced_is_captured_again(backends: list[Double]) -> N
     assert equal(*states) and backends[0].captures == 4 and backends[0].replays == 12
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_mask_that_is_replaced_and_put_back_is_captured_again(momentum: float, backends: list[Double]) -> None:
+    """The plan that the captured step reads is freed with the first mask, and no state need have changed since."""
+    model = make_model()
+    first, second = (delfast.score(model, criterion="weight").select(budget) for budget in (0.5, 0.9))
+    states: list[dict[str, Tensor]] = []
+    for captured in (False, True):
+        model = make_model()
+        optimizer = delfast.optim.MaskedSGD(model.named_parameters(), first, lr=0.1, momentum=momentum)
+
+        def progress(found: Any, description: str, total: int, of: Any = optimizer) -> Any:
+            if description.startswith("epoch 2/"):
+                of.replace_mask(second)
+                of.replace_mask(first)
+            return found
+
+        torch.manual_seed(5)
+        train(model, batches(4, 1), optimizer, epochs=3, cuda_graphs=captured, progress=progress)
+        states.append(model.state_dict())
+    assert equal(*states) and backends[0].captures == 4 and backends[0].replays == 12
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_examples_on_the_device_give_the_same_bits(
     method: str, backends: list[Double], monkeypatch: pytest.MonkeyPatch
@@ -378,3 +403,32 @@ def test_examples_on_the_device_give_the_same_bits(
     )
     assert equal(run(captured=True), expected)
     assert sum(backend.captures for backend in backends) < sum(backend.replays for backend in backends)
+
+
+def test_a_mask_by_input_channels_is_captured(backends: list[Double]) -> None:
+    """Channels along another dimension become elements once, where the mask is given, and not in a captured step."""
+    found = []
+    for captured in (False, True):
+        model = make_model()
+        parts = {
+            name: ParameterMask(tuple(p.shape), "row", pack(torch.arange(p.shape[1]) % 2 == 0), dim=1)
+            for name, p in model.named_parameters()
+            if p.ndim > 1
+        }
+        optimizer = delfast.optim.MaskedSGD(model.named_parameters(), delfast.Mask(parts), lr=0.1, momentum=0.9)
+        torch.manual_seed(5)
+        train(model, batches(4, seed=1), optimizer, epochs=3, cuda_graphs=captured)
+        found.append(model.state_dict())
+    assert equal(*found) and backends[0].captures == 2 and backends[0].replays == 12
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_first_step_with_a_mask_of_the_host_computes_on_the_device_alone(dim: int) -> None:
+    weight = nn.Parameter(torch.zeros(8, 6, device="meta"))
+    weight.grad = torch.zeros_like(weight)
+    mask = delfast.Mask({"weight": ParameterMask((8, 6), "row", torch.tensor([0b101], dtype=torch.uint8), dim)})
+    optimizer = delfast.optim.MaskedAdamW([("weight", weight)], mask)
+    recorder = Recorder([weight], weight.device)
+    with recorder:
+        optimizer.step()
+    assert recorder.reason is None and optimizer.state[weight]["step"].device == weight.device

@@ -68,7 +68,8 @@ at::Tensor masked_plan(at::TensorList params, const at::Tensor& bits, const c10:
   const int64_t count = int64_t(list.size());
   const OnDevice device(bits.device());
   const MaskPlanShape shape(list.data(), count);
-  const at::Tensor plan = device.empty({shape.bytes()}, at::kByte).zero_();  // as many pieces as the mask may have
+  // room for as many pieces as any mask has; zeroed, so that equal masks have equal plans
+  const at::Tensor plan = device.empty({shape.bytes()}, at::kByte).zero_();
   plan.narrow(0, 0, bits.numel()).copy_(bits);
   const at::Tensor workspace = device.empty({cuda::mask_plan_workspace(list.data(), count)}, at::kByte);
   check_launch(cuda::mask_plan(list.data(), count, plan.mutable_data_ptr<uint8_t>() + shape.head_offset(),

@@ -5,6 +5,8 @@ stands for a row (a slice along dim 0) if ``by_row[p]``, else for an element in 
 tensor, float32 (float64 for float64 parameters), with the optimizer's state for masked entries only: for each
 parameter, from a multiple of 4 on, each kind of state one after another, the values in the order of the set bits, and a
 row's values in the row's memory order (``as_rows``). The values between the parameters' are neither read nor written.
+Its size is checked: that of the mask, each parameter's values rounded up to a multiple of 4. So the state of another
+mask with the same rounded sizes is not noticed.
 
 In place of ``bits`` the updates take the plan that ``masked_plan`` makes of them, which begins with the bits.
 """
@@ -17,7 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from delfast.ops.layout import as_rows, packed_bytes, padded_state, plan_bytes, row_length, unit_count, unpack
+from delfast.ops.layout import (
+    as_rows,
+    packed_bytes,
+    padded_state,
+    plan_bytes,
+    plan_head,
+    row_length,
+    unit_count,
+    unpack,
+)
 
 Update = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,13 +51,9 @@ def _masked(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> I
 
 
 def _shapes(params: Sequence[Tensor], by_row: Sequence[bool]) -> tuple[int, Tensor]:
-    """Return where a plan says of which shapes it is, in bytes, and what it says if it lists nothing: int64 (n,)."""
-    numbers, size = [len(params), -1], 0
-    for param, rows in zip(params, by_row, strict=True):
-        units, length = (unit_count(param.shape), row_length(param.shape)) if rows else (param.numel(), 1)
-        numbers += [units, length if units else 1, 0]
-        size += packed_bytes(units)
-    return (size + 15) // 16 * 16, torch.tensor(numbers)
+    """Return the offset of a plan's head in bytes, and the head and shapes of a plan without a list: int64 (n,)."""
+    start, units = plan_head([param.shape for param in params], by_row)
+    return start, torch.tensor([len(params), -1, *(number for pair in units for number in (*pair, 0))])
 
 
 def _check_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
@@ -111,8 +118,9 @@ def masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) 
     Tensor
         A plan (csrc/delfast/mask_plan.h): the bits, the shapes and, made by a CUDA device's kernel, a list of the
         masked rows and the stretches with masked elements. The updates take it in place of ``bits``, on the device on
-        which it was made; a CUDA device makes one in each call that is given bits alone. Its size depends on the
-        shapes alone.
+        which it was made, and trust it: a plan is not to be changed. A CUDA device makes one in each call that is
+        given bits alone. Its size depends on the shapes alone: beside the bits 24 bytes a parameter, 24 bytes a row of
+        64 to 512 elements, and less for shorter rows and single elements.
 
     Examples
     --------
