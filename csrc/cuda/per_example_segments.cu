@@ -86,7 +86,8 @@ bool plan_tiles(const PerExample& x, SegmentsPlan& plan) {
   if (!is_aligned(x.deltas) || !is_aligned(x.inputs) || !is_aligned(x.sums)) return false;
   SegmentsLayer& p = plan.layer;
   const int64_t m_tiles = ceil_div(s.out_channels, T::kM), tiles = m_tiles * ceil_div(s.row(), T::kN);
-  if (s.row() > INT32_MAX / 2 || s.out_channels > INT32_MAX / 2 || tiles > INT32_MAX / 2) return false;
+  constexpr int64_t kMostRow = INT32_MAX / T::kBytes;  // a position's channels, whose bytes are counted in int
+  if (s.row() > kMostRow || s.out_channels > kMostRow || tiles > INT32_MAX / 2) return false;  // in_channels <= row
   if (!describe_layer<T>(x, p)) return false;
   const int64_t resident = resident_blocks<T>();
   if (!resident) return false;
