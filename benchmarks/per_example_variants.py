@@ -1,4 +1,4 @@
-"""Which way to use tensor cores is the fastest for the per-example sums of which layer, on which card.
+"""The fastest way to use tensor cores for each layer's per-example sums, by card.
 
 ``python -m benchmarks.per_example_variants`` writes csrc/cuda/per_example_variants.inc, from which the launcher of the
 kernels chooses, from the times in benchmarks/results/per_example_variants.json. With ``--measure`` it first times every
@@ -113,6 +113,7 @@ def forced(variant: str) -> Iterator[None]:
 
 
 def accumulate(layer: Layer, sums: Tensor, inputs: Tensor, deltas: Tensor) -> None:
+    """Add the absolute value of each example's gradient of the layer's weight to the sums, by the op."""
     dilation = [1] * len(layer["kernel"])
     geometry = layer["stride"], layer["padding"], dilation, 1
     torch.ops.delfast.per_example_accumulate_(sums, inputs, deltas, *geometry, "abs")

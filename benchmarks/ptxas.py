@@ -191,14 +191,17 @@ def demangled(symbol: str) -> str:
     return f"{match[1]}<{arguments}>" if arguments else match[1]
 
 
+def disassembled(cubin: Path) -> str:
+    return subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
 def _wide_loads(cubin: Path) -> dict[str, int]:
     """Count 128-bit global loads and asynchronous copies in loops, by kernel: from a label to a later jump back.
 
     A pointer that a kernel reads from memory is generic to nvcc: it loads from it by LD, not by LDG.
     """
-    text = subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
-    for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^\.text\.", disassembled(cubin), flags=re.MULTILINE)[1:]:
         symbol, lines = section.split(":", 1)[0], section.splitlines()
         labels = {match[1]: n for n, line in enumerate(lines) if (match := re.match(r"(\.L_x_\w+):", line))}
         in_loop = [False] * len(lines)

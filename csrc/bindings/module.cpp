@@ -64,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &force_isa, "Use this instruction set from now on (tests and benchmarks).");
 #ifdef DELFAST_WITH_CUDA
   m.def("force_per_example_variant", &force_per_example_variant,
-        "Use this variant of the per-example kernels on CUDA devices from now on (tests and benchmarks).");
+        "Use this variant of the per-example kernels on CUDA devices from now on; 'measured' ends that (tests and "
+        "benchmarks).");
 #endif
 }

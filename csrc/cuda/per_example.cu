@@ -4,6 +4,7 @@
 
 #include "cuda/per_example.cuh"
 #include "cuda/per_example_dot.cuh"
+#include "cuda/per_example_launch.h"
 #include "cuda/per_example_segments.h"
 #include "cuda/per_example_sums.cuh"
 #include "delfast/cuda_launch.h"
@@ -92,8 +93,6 @@ Layer layer_of(const PerExample& p, const ConvShape& s, const Plan& plan, void* 
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % size_t(bytes) == 0; }
-
 // Whether a pack of this many elements is aligned wherever the operands' channels are taken by packs.
 bool aligned_packs(const PerExample& p, int64_t count) {
   return aligned(p.inputs, count * bytes_of(p.inputs_dtype)) && aligned(p.deltas, count * bytes_of(p.deltas_dtype));
@@ -127,22 +126,17 @@ void launch_depthwise(const PerExample& p, const Layer& layer, const Plan& plan,
 
 std::atomic<int> forced_variant = -1;  // -1: what was measured to be the fastest
 
-// The current device's name if the table of variants has it, else the first name there. Asked once for each device.
+// The current device's name if the table of variants has it, else the first name there.
 const char* card() {
-  constexpr int kDevices = 64;
-  static std::atomic<const char*> known[kDevices] = {};
-  const char* const first = kMeasuredLayers[0].card;
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return first;
-  if (!known[device]) {
-    const char* name = first;
+  static ByDevice<const char*> known;
+  return known.get(kMeasuredLayers[0].card, [](int device, const char*& name) {
     cudaDeviceProp properties;
-    if (cudaGetDeviceProperties(&properties, device) == cudaSuccess)
+    const cudaError_t error = cudaGetDeviceProperties(&properties, device);
+    if (error == cudaSuccess)
       for (const MeasuredLayer& layer : kMeasuredLayers)
         if (!std::strcmp(layer.card, properties.name)) name = layer.card;
-    known[device] = name;
-  }
-  return known[device];
+    return error;
+  });
 }
 
 // Calls f.template operator()<Operand>() for operands that tensor cores multiply as they are, or as tf32.

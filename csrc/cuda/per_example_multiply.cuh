@@ -83,7 +83,7 @@ class FusedMultiplyAdd {
 };
 
 // Operands: tf32 (float32 rounded to 11 significant bits, to nearest), __half or __nv_bfloat16; products are exact and
-// summed in float32. A warp: 32 x 32, as 2 x 2 fragments, of which it knows only that two of one type hold the same
+// summed in float32. A warp: 32 x 32, as 2 x 2 fragments. It knows only that two fragments of one type hold the same
 // elements at the same places.
 template <class Operand>
 class TensorCores {

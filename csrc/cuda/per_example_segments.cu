@@ -1,6 +1,5 @@
 // Launchers of per_example_segments: which layers it takes, and how its tiles are shared out over the card's blocks.
-#include <atomic>
-
+#include "cuda/per_example_launch.h"
 #include "cuda/per_example_segments.cuh"
 #include "cuda/per_example_segments.h"
 
@@ -25,41 +24,38 @@ auto with_tile(Variant variant, bool direct, F f) {
   return with_direct.template operator()<64, 64, 64>();
 }
 
-// How many blocks of the kernel the current device runs at once; 0 if it cannot run it. Asked once for each device.
+// How many blocks of the kernel the current device runs at once; 0 if it cannot run it.
 template <class T>
 int resident_blocks() {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices] = {};  // and 1 more
-  int device = 0, multiprocessors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (device < kDevices && known[device]) return known[device] - 1;
-  const auto kernel = per_example_segments<T>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kShared) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, T::kThreads, T::kShared) != cudaSuccess)
-    blocks = 0;
-  const int resident = blocks * multiprocessors;
-  if (!resident) cudaGetLastError();  // so that no later launch is blamed for it
-  if (device < kDevices) known[device] = resident + 1;
-  return resident;
+  static ByDevice<int> known;
+  return known.get(0, [](int device, int& resident) {
+    const auto kernel = per_example_segments<T>;
+    int multiprocessors = 0, blocks = 0;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kShared);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, T::kThreads, T::kShared);
+    resident = blocks * multiprocessors;
+    return error;
+  });
 }
 
 // The layer, with one dimension as columns of height; false if it is none of at most two, or counts do not fit.
-template <class T>
+template <bool kDirect, int kStep>
 bool describe_layer(const PerExample& x, SegmentsLayer& p) {
   constexpr int64_t kMost = INT32_MAX - 4096;  // the last stage may reach beyond the last example
   const ConvShape& s = x.shape;
   const auto is_missing = [&](int d) { return s.in[d] == 1 && s.out[d] == 1 && s.kernel[d] == 1 && s.padding[d] == 0; };
-  if (!T::kDirect && !is_missing(0)) return false;
+  if (!kDirect && !is_missing(0)) return false;
   const int y = is_missing(1) ? 2 : 1, x_or_none = is_missing(1) ? -1 : 2;
   const auto along_x = [&](const int64_t (&values)[3], int none) { return x_or_none < 0 ? none : int(values[2]); };
   const int64_t in_size = s.in[0] * s.in[1] * s.in[2], out_width = along_x(s.out, 1);
   if ((s.examples + 1) * s.positions() >= kMost || (s.examples + 1) * in_size >= kMost) return false;
-  if (!T::kDirect) {
+  if (!kDirect) {
     // the division by out_width is exact for positions below 2^31 / out_width; rows after an example's last are
     // positions too
-    if ((s.positions() + T::kStep) * out_width >= kMost) return false;
-    if ((s.out[y] + T::kStep) * s.stride[y] + s.kernel[y] * s.dilation[y] + s.padding[y] >= kMost) return false;
+    if ((s.positions() + kStep) * out_width >= kMost) return false;
+    if ((s.out[y] + kStep) * s.stride[y] + s.kernel[y] * s.dilation[y] + s.padding[y] >= kMost) return false;
   }
   p = {};
   p.deltas = static_cast<const char*>(x.deltas);
@@ -67,7 +63,7 @@ bool describe_layer(const PerExample& x, SegmentsLayer& p) {
   p.sums = x.sums;
   p.out_channels = int(s.out_channels), p.in_channels = int(s.in_channels), p.row = int(s.row());
   p.examples = int(s.examples), p.positions = int(s.positions());
-  p.padded = int(ceil_div(s.positions(), T::kStep) * T::kStep);
+  p.padded = int(ceil_div(s.positions(), kStep) * kStep);
   p.in_height = int(s.in[y]), p.in_width = along_x(s.in, 1), p.in_size = int(in_size);
   p.kernel_width = along_x(s.kernel, 1);
   p.stride_y = int(s.stride[y]), p.stride_x = along_x(s.stride, 1);
@@ -81,13 +77,13 @@ bool describe_layer(const PerExample& x, SegmentsLayer& p) {
 template <class T>
 bool plan_tiles(const PerExample& x, SegmentsPlan& plan) {
   const ConvShape& s = x.shape;
-  const auto is_aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   if (s.groups != 1 || s.in_channels % T::kPack || s.out_channels % T::kPack) return false;
-  if (!is_aligned(x.deltas) || !is_aligned(x.inputs) || !is_aligned(x.sums)) return false;
+  if (!aligned(x.deltas, 16) || !aligned(x.inputs, 16) || !aligned(x.sums, 16)) return false;
   SegmentsLayer& p = plan.layer;
   const int64_t m_tiles = ceil_div(s.out_channels, T::kM), tiles = m_tiles * ceil_div(s.row(), T::kN);
-  if (s.row() > INT32_MAX / 2 || s.out_channels > INT32_MAX / 2 || tiles > INT32_MAX / 2) return false;
-  if (!describe_layer<T>(x, p)) return false;
+  constexpr int64_t kMostRow = INT32_MAX / T::kBytes;  // a position's channels, whose bytes are counted in int
+  if (s.row() > kMostRow || s.out_channels > kMostRow || tiles > INT32_MAX / 2) return false;  // in_channels <= row
+  if (!describe_layer<T::kDirect, T::kStep>(x, p)) return false;
   const int64_t resident = resident_blocks<T>();
   if (!resident) return false;
   p.m_tiles = int(m_tiles), p.tiles = int(tiles);

@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kThreads) per_example_add_segments(DELFAST_GRI
   const int tile = int(blockIdx.x) / kBlocksPerTile;
   const int at = (int(blockIdx.x) % kBlocksPerTile * kThreads + int(threadIdx.x)) * 4;
   // block b has the units from units * b / blocks on
-  const int64_t units = int64_t(layer.split_tiles) * layer.examples, first_unit = int64_t(tile) * layer.examples;
-  const int first = int(((first_unit + 1) * layer.split_blocks - 1) / units),
-            last = int(((first_unit + layer.examples) * layer.split_blocks - 1) / units);
+  const int64_t units = int64_t(layer.split_tiles) * layer.examples, tile_begin = int64_t(tile) * layer.examples;
+  const int first = int(((tile_begin + 1) * layer.split_blocks - 1) / units),
+            last = int(((tile_begin + layer.examples) * layer.split_blocks - 1) / units);
   if (first == last) return;  // that block has added all to the sums
   const int column_tile = tile / layer.m_tiles;
   const int channel = (tile - column_tile * layer.m_tiles) * kM + at / kN, column = column_tile * kN + at % kN;

@@ -29,7 +29,7 @@ struct Segment {
 };
 
 // The first of the split tiles' examples, counted one tile after the other, that is this block's.
-__host__ __device__ __forceinline__ int first_unit(const SegmentsLayer& p, int block) {
+__device__ __forceinline__ int first_unit(const SegmentsLayer& p, int block) {
   return int(int64_t(p.split_tiles) * p.examples * block / p.split_blocks);
 }
 
@@ -93,7 +93,7 @@ struct Tile {
   // Where in its row a chunk lies, in bytes: the eight lanes that read at one time find theirs in different banks.
   // (ldmatrix: eight rows of a chunk; tf32: two neighbouring chunks of four rows.)
   static constexpr int kPeriod = kTf32 ? 4 : 8;
-  static __host__ __device__ __forceinline__ int swizzled(int row, int chunk) {
+  static __device__ __forceinline__ int swizzled(int row, int chunk) {
     return (chunk ^ (kTf32 ? (row & 3) << 1 : row & 7)) * 16;
   }
 };
@@ -144,7 +144,9 @@ class StageLoader {
         const int x = row.position - y * p.out_width;
         const int in_y = y * p.stride_y + tap_y_, in_x = x * p.stride_x + tap_x_;
         input_exists[i] &= unsigned(in_y) < unsigned(p.in_height) && unsigned(in_x) < unsigned(p.in_width);
-        source = in_y * p.in_width + in_x + (row.next ? image_ + p.in_size : image_);
+        // unsigned: that of a source that does not exist may overflow
+        source = int(unsigned(in_y) * unsigned(p.in_width) + unsigned(in_x) +
+                     unsigned(row.next ? image_ + p.in_size : image_));
       }
       input_from[i] = inputs_ + int64_t(source) * input_pitch;
     }

@@ -33,9 +33,9 @@ inline constexpr MeasuredLayer kMeasuredLayers[] = {
 #include "cuda/per_example_variants.inc"
 };
 
-// Of the layers measured on this card (or on the first one, if it is not in the table) with operands of this kind and
-// as direct as this one, the fastest variant of the nearest: whose output channels, columns and positions differ by the
-// smallest factors, multiplied. How many examples there are does not count.
+// Returns the fastest variant of the nearest measured layer: on this card (else the table's first card), with operands
+// of this kind, and direct if this one is. Nearest: the product of the factors by which output channels, columns and
+// positions differ is least.
 inline Variant nearest_variant(const char* card, bool halves, const ConvShape& s) {
   const auto factor = [](int64_t a, int64_t b) { return a < b ? double(b) / double(a) : double(a) / double(b); };
   const bool direct = is_direct(s);

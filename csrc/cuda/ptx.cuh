@@ -47,8 +47,7 @@ __device__ __forceinline__ void load_16_bytes(uint32_t (&words)[4], Shared from)
                : "memory");
 }
 
-// d = a b + c: 16 x 8 float32, of operands of 16 bits (16 deep) or tf32 (8 deep), of which the last 13 bits are
-// ignored.
+// d = a b + c: 16 x 8 float32, of operands of 16 bits (16 deep) or tf32 (8 deep). tf32's last 13 bits are ignored.
 template <class Operand>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                          const float (&c)[4]) {
@@ -73,12 +72,14 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 
 namespace delfast::cuda {
 
-// A float32 of which the first 19 bits are it rounded to tf32: to nearest, ties away from zero, as cvt.rna.tf32.f32
-// does, which is slower. The addition carries the largest floats to infinity and would carry NaNs of only ones to zero:
-// each maximum keeps those of one sign. (Of all NaNs the signaling ones with a payload below 2^12, which no arithmetic
-// yields, become infinities.)
+// Rounds a float32 to tf32 in its first 19 bits; the other 13 are arbitrary. To nearest, ties away from zero, as
+// cvt.rna.tf32.f32 does, which is slower. The addition carries the largest floats to infinity and would carry NaNs of
+// only ones to zero. The signed maximum keeps positive NaNs, the unsigned one negative NaNs. The addition must be
+// unsigned: a signed one may not overflow, so that the compiler would drop the maximum, as below sm_90 it does that of
+// __viaddmax_s32. (Of all NaNs the signaling ones with a payload below 2^12, which no arithmetic yields, become
+// infinities.)
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
-  const uint32_t rounded = uint32_t(__viaddmax_s32(int(bits), 0x1000, int(bits)));
+  const uint32_t rounded = uint32_t(max(int(bits + 0x1000u), int(bits)));
   return rounded > bits ? rounded : bits;
 }
 

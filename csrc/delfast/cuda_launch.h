@@ -85,9 +85,10 @@ int64_t per_example_workspace(const PerExample& p, bool tensor_cores);
 Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* workspace, Stream stream);
 
 // Of the ways to use tensor cores (cuda/per_example_variants.h) the one that is used for this: the fastest where it was
-// measured, or the one that is forced, where it can take the layer; else "wmma". For measurements and tests: a name
-// forces a way from now on, "measured" ends that; false if there is no such way.
+// measured, or the one that is forced, where it can take the layer; else "wmma", which stands for every other kernel.
 const char* per_example_variant(const PerExample& p, bool tensor_cores);
+// For measurements and tests, not while another thread runs the op: a name forces a way from now on, "measured" ends
+// that; false if there is no such way.
 bool force_per_example_variant(const char* name);
 
 Error channel_dot(const ChannelDot& p, Stream stream);

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from benchmarks import ptxas
@@ -82,6 +86,23 @@ def test_as_many_warps_that_copy_ahead_fit_on_hopper_as_their_registers_allow(co
     for kernel in kernels(compiled, ptxas.COPYING):
         if kernel.architecture == "90":
             assert 64 * min(ptxas.occupancies(kernel)) >= (12 if "192" in kernel.name else 8), kernel
+
+
+ROUNDING = """
+#include "cuda/ptx.cuh"
+__global__ void round(unsigned* bits) { *bits = delfast::cuda::round_to_tf32(*bits); }
+"""
+
+
+@pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
+def test_rounding_to_tf32_keeps_nans_of_both_signs(architecture: str, tmp_path: Path) -> None:
+    """By a signed and an unsigned maximum, which no compiler may take for superfluous."""
+    source, cubin = tmp_path / "round.cu", tmp_path / "round.cubin"
+    source.write_text(ROUNDING, encoding="utf-8")
+    command = [str(TOOLKIT.nvcc), *ptxas.FLAGS, "-cubin", f"-arch=sm_{architecture}", "-o", cubin, source]
+    subprocess.run(command, check=True)
+    maxima = re.findall(r"\b(?:VIADD|VI|I)MNMX(\.U32)?\b", ptxas.disassembled(cubin))
+    assert sorted(maxima) == ["", ".U32"]
 
 
 def test_the_table_in_the_repository_is_of_these_kernels(compiled: list[ptxas.Compiled]) -> None:

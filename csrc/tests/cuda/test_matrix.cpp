@@ -105,7 +105,7 @@ void check_misuse() {
 
 // ---- products
 
-// a: [k][16], b: [k][16] of which 8 columns count, of 16 bits, by ldmatrix; out = 2 a^T b + 1.
+// a: [k][16], b: [k][16], whose first 8 columns count; of 16 bits, by ldmatrix; out = 2 a^T b + 1.
 template <class T>
 __global__ void multiply_halves(const T* a, const T* b, float* out) {
   DELFAST_DYNAMIC_SHARED(char, memory);

@@ -157,6 +157,8 @@ void what_is_left(Random& random) {
     CHECK(variant_of(conv(3, 16, 24, {1, 6, 5}, {1, 3, 3}, {3, 1, 1}, {1, 1, 1}), bf16, bf16) == "wmma");
     CHECK(variant_of(linear(64, 1, 16, 24), bf16, bf16) == "wmma");
     CHECK(variant_of(linear(int64_t(1) << 20, 2048, 16, 24), bf16, bf16) == "wmma");
+    CHECK(variant_of(linear(2, 2, 1 << 29, 24), f32, f32) == "wmma");
+    CHECK(variant_of(linear(2, 2, 24, 1 << 29), f32, f32) == "wmma");
     CHECK(variant_of(conv(1, 16, 24, {8, 1 << 20}, {3, 3}, {1, 1}, {1, 1}), bf16, bf16) == "wmma");
     CHECK(variant_of(conv(1, 16, 24, {(1 << 29) + 1}, {1}, {1 << 29}, {0}), bf16, bf16) == "wmma");
   }

@@ -120,6 +120,3 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
 }
 
 }  // namespace ptx
-
-inline int __viaddmax_s32(int a, int b, int c) { return std::max(int(unsigned(a) + unsigned(b)), c); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
