@@ -217,8 +217,13 @@ def _wide_loads(cubin: Path) -> dict[str, int]:
 
 
 def least_wide_loads(name: str) -> int:
-    """Return the minimum of 128-bit loads of a streaming kernel: two for a pair of dtypes, one if the widths differ."""
+    """Return the minimum of 128-bit loads of a streaming kernel: two for a pair of dtypes, one if the widths differ.
+
+    The passes that read all scores once more where the one reading failed take packs of four: 128 bits of float32.
+    """
     pairs = 2 * (1 + 4) + (2 + 2)
+    if name in ("selection_count", "selection_mark", "selection_settle"):
+        return 2 * 3 + 1
     if not name.startswith("masked_update"):
         return pairs + 3  # and one a dtype for |g| and |theta|
     return pairs // 2 if name == "masked_update<ResetRule>" else pairs  # a reset does not read what it replaces

@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kSumThreads)
     mask_plan_sum(int64_t blocks, int64_t params, long long* counts, long long* pieces, MaskPlanHead* head) {
   DELFAST_SHARED(long long, totals, [kWarp]);
-  for (long long* list : {counts, pieces}) {
+  for (int which = 0; which < 2; which++) {
+    long long* const list = which ? pieces : counts;
     long long before = 0;
     for (int64_t begin = 0; begin < blocks; begin += kSumThreads) {
       const int64_t i = begin + int64_t(threadIdx.x);
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kSumThreads)
     }
     if (threadIdx.x) continue;
     global_store(&list[blocks], before);
-    if (list == pieces) *head = {params, int64_t(before)};
+    if (which) *head = {params, int64_t(before)};
   }
 }
 

@@ -29,7 +29,7 @@ __device__ __forceinline__ void find_bracket(const Selection& s, double share) {
   static_assert(kSampleGroups == kThreads && kSampleBins == kSampleGroups * kThreads);
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
   DELFAST_SHARED(uint32_t, groups, [2]);
-  DELFAST_SHARED(uint32_t, befores, [2]);
+  DELFAST_SHARED(uint32_t, starts, [2]);
   const uint32_t from_top = kThreads - 1 - threadIdx.x;
   const uint32_t count = global_load(&s.state->sample_groups[from_top]);
   uint32_t total;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void find_bracket(const Selection& s, double share) {
   for (int end = 0; end < 2; end++) {
     if (before > targets[end] || targets[end] >= before + count) continue;
     groups[end] = from_top;
-    befores[end] = before;
+    starts[end] = before;
   }
   if (!wanted[1] && threadIdx.x == 0) global_store(&s.state->hi, 1u << 31);
   __syncthreads();
@@ -49,7 +49,7 @@ __device__ __forceinline__ void find_bracket(const Selection& s, double share) {
     if (!wanted[end]) continue;
     const uint32_t bin = groups[end] * kThreads + from_top, mine = global_load(&s.state->sample[bin]);
     uint32_t all;
-    const uint32_t first = befores[end] + block_exclusive_scan(mine, totals, all);
+    const uint32_t first = starts[end] + block_exclusive_scan(mine, totals, all);
     if (first <= targets[end] && targets[end] < first + mine)
       global_store(end ? &s.state->hi : &s.state->lo, (bin + uint32_t(end)) << kSampleShift);
   }

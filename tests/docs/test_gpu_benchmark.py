@@ -159,7 +159,8 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as ended:
         gpu.main(["steps"])
     assert ended.value.code == 2
-    assert "expected a section localize, per_example, step, job, kernels, got 'steps'" in capsys.readouterr().err
+    expected = f"expected a section {', '.join(gpu.SECONDS)}, got 'steps'"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
