@@ -266,7 +266,7 @@ class MaskedOptimizer(Optimizer):
 
 @dataclass(frozen=True)
 class OpPart:
-    """What a mask selects of one parameter, as the masked ops take it; ``selected``: the number of masked entries."""
+    """The masked part of one parameter, as the masked ops take it; ``selected``: the number of masked entries."""
 
     bits: Tensor
     by_row: bool

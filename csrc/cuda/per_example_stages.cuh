@@ -21,7 +21,7 @@ struct SegmentsLayer {
   uint32_t out_width_magic;  // ceil(2^31 / out_width)
   int m_tiles, tiles;        // tiles: m_tiles of output channels, then the next columns
   int split_tiles;           // the first tiles, whose examples are shared out evenly ...
-  int split_blocks;          // ... over this many blocks, each of which gets at least one example
+  int split_blocks;          // ... over this many blocks; each gets at least one example
 };
 
 struct Segment {
