@@ -1,21 +1,24 @@
-"""Builds delfast: CMake builds the archives of the kernels, then torch's BuildExtension the extension that links them.
+"""Builds delfast: CMake builds the library of the ops, setuptools the Python module beside it.
 
 Environment:
-  DELFAST_NATIVE=auto|0|1  auto (the default) installs without the extension if it cannot be built, and prints why; 1
+  DELFAST_NATIVE=auto|0|1  auto (the default) installs without native kernels if they cannot be built, and prints why; 1
                            fails instead; 0 does not try.
   DELFAST_CUDA=auto|0|1    auto builds the CUDA kernels too if torch is a CUDA build and a toolkit of the same major
-                           version is found (no GPU is needed), and prints why not; 1 fails instead; 0 does not try.
+                           version is found (no GPU is needed), and prints why not; 1 fails instead, and takes any
+                           toolkit if torch is a CPU build; 0 does not try.
   TORCH_CUDA_ARCH_LIST     the architectures to build for, as for torch: build_support/toolkit.py has the default.
   MAX_JOBS                 the number of compilers at once, as for torch (default: one for each CPU).
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -25,15 +28,14 @@ from build_support.toolkit import CudaUnavailable, Toolkit  # noqa: E402
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
-    sys.exit(
-        "delfast's build needs the torch it will run with: install torch, then `pip install --no-build-isolation .`"
-    )
+    sys.exit("delfast's build needs torch 2.10 or newer: install it, or build without --no-build-isolation")
+
+TORCH = Path(torch.__file__).parent
 
 
-class Build(BuildExtension):
-    """Build the kernels' archives with CMake; BuildExtension compiles the bindings and links both."""
+class Build(build_ext):
+    """Build the library of the ops with CMake, and the module that links it."""
 
     info: dict[str, object]
 
@@ -43,6 +45,8 @@ class Build(BuildExtension):
         package = (ROOT if self.inplace else Path(self.build_lib)) / "delfast"
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build_info.json").write_text(json.dumps(self.info) + "\n", encoding="utf-8")
+        if self.extensions:
+            shutil.copy2(self.library, package)
 
     def build_extensions(self) -> None:
         try:
@@ -54,11 +58,12 @@ class Build(BuildExtension):
                 "compiler": _first_line([compiler, "--version"]),
                 "cuda": None,
             }
-            found = self._find_toolkit()
-            os.environ["PATH"] = kernels.tools_path()  # BuildExtension's ninja, too, may lie beside this Python
-            self.extensions[0].extra_objects = self._build_archives(found)
+            self.library = self._build_library()
+            self.extensions[0].extra_objects = [str(self.library)]
+            if self.info["cuda"]:
+                self.extensions[0].define_macros = [("DELFAST_WITH_CUDA", None)]
             super().build_extensions()
-        except Exception as error:  # distutils, subprocess and torch raise unrelated kinds
+        except Exception as error:  # setuptools and subprocess raise unrelated kinds
             if os.environ.get("DELFAST_NATIVE", "auto") == "1" or os.environ.get("DELFAST_CUDA") == "1":
                 raise
             self.info = {"failure": (str(error).strip() or type(error).__name__).splitlines()[0]}
@@ -76,10 +81,12 @@ class Build(BuildExtension):
         try:
             if wanted == "0":
                 raise CudaUnavailable("DELFAST_CUDA=0 at install")
-            if not torch.version.cuda:
-                raise CudaUnavailable(f"expected a CUDA build of torch, this is {torch.__version__}; install one")
+            if not torch.version.cuda and wanted == "auto":
+                raise CudaUnavailable(f"torch {torch.__version__} is no CUDA build (DELFAST_CUDA=1 builds them anyway)")
             toolkit.architectures()  # raises at once for a value of another form
-            return toolkit.find_toolkit(torch.version.cuda.split(".")[0])
+            found = toolkit.find_toolkit(torch.version.cuda and torch.version.cuda.split(".")[0])
+            _ = found.libraries  # raises where the toolkit lacks what is linked
+            return found
         except CudaUnavailable as error:
             self._leave_cuda_out(error)
             return None
@@ -90,26 +97,18 @@ class Build(BuildExtension):
         self.info["cuda_failure"] = str(error)
         print(f"\n*** delfast: no CUDA kernels: {error}\n", file=sys.stderr)
 
-    def _build_archives(self, found: Toolkit | None) -> list[str]:
-        """Build the kernels, add the CUDA ones to the extension, and return the archives to link."""
+    def _build_library(self) -> Path:
+        """Build the library of the ops, with the CUDA kernels if they can be."""
+        found = self._find_toolkit()
         if found is None:
-            return kernels.build_archives(None)
+            return kernels.build_ops(TORCH, None)
         try:
-            libraries = str(found.libraries)
-            archives = kernels.build_archives(found)
+            library = kernels.build_ops(TORCH, found)
         except CudaUnavailable as error:
             self._leave_cuda_out(error)
-            return kernels.build_archives(None)
-        extension = self.extensions[0]
-        extension.sources += [
-            str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
-        ]
-        extension.define_macros.append(("DELFAST_WITH_CUDA", None))
-        extension.include_dirs.append(str(found.include))
-        extension.library_dirs.append(libraries)
-        extension.libraries += ["c10_cuda", "cudart"]
+            return kernels.build_ops(TORCH, None)
         self.info["cuda"] = {"toolkit": found.version, "architectures": toolkit.architectures()}
-        return archives
+        return library
 
 
 def _first_line(command: list[str]) -> str:
@@ -118,20 +117,13 @@ def _first_line(command: list[str]) -> str:
 
 setup(
     ext_modules=[
-        CppExtension(
+        Extension(
             "delfast._C",
-            [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/bindings").glob("*.cpp"))],
-            include_dirs=[str(ROOT / "csrc")],
-            # at::parallel_for is serial without this macro
-            extra_compile_args=[
-                "-std=c++20",
-                "-O2",
-                "-fopenmp",
-                "-DAT_PARALLEL_OPENMP=1",
-                "-fvisibility=hidden",
-                "-g0",  # some Pythons ask for debug symbols, eight times the size
-            ],
-            extra_link_args=["-fopenmp"],
+            ["csrc/bindings/module.cpp"],
+            include_dirs=[str(ROOT / "csrc"), str(TORCH / "include")],  # the latter for its pybind11
+            # -g0: some Pythons ask for debug symbols, eight times the size
+            extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-g0"],
+            extra_link_args=["-Wl,-rpath,$ORIGIN"],  # where libdelfast_ops.so lies
         )
     ],
     cmdclass={"build_ext": Build},

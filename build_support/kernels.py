@@ -40,16 +40,19 @@ def find_tool(name: str) -> str:
     return found
 
 
-def configure(toolkit: Toolkit | None = None) -> None:
-    """Configure the project; with the CUDA kernels if ``toolkit`` is given, else as it was.
+def configure(torch: Path | None = None, toolkit: Toolkit | None = None) -> None:
+    """Configure the project; with the ops and the CUDA kernels if ``torch`` and ``toolkit`` are given, else as it was.
 
     Flags come from CMakeLists.txt alone: CXXFLAGS could break that every instruction set gives the same bits.
     """
     options = {"CMAKE_MAKE_PROGRAM": find_tool("ninja"), "CMAKE_CXX_FLAGS": "", "CMAKE_BUILD_TYPE": ""}
+    if torch:
+        options["DELFAST_TORCH"] = str(torch)
     if toolkit:
         host_compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
         flags = [*host_compiler, *generate_flags(architectures())]
         options |= {"DELFAST_NVCC": str(toolkit.nvcc), "DELFAST_NVCC_FLAGS": ";".join(flags)}
+        options["DELFAST_CUDART"] = str(toolkit.libraries / "libcudart_static.a")
     fixed = {"CMAKE_CXX_COMPILER": compiler()}
     command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja"]
     if not _was_configured_with(fixed | {"CMAKE_HOME_DIRECTORY": str(ROOT)}):
@@ -90,22 +93,21 @@ def _failure(log: str) -> str:
     return f"could not build {Path(failed[1]).name.removesuffix('.o')}: {message.strip()}"
 
 
-def build_archives(toolkit: Toolkit | None) -> list[str]:
-    """Build the archives that the extension links, in the order that a linker needs.
+def build_ops(torch: Path, toolkit: Toolkit | None) -> Path:
+    """Build the library of the ops against this torch package, and return its path.
 
-    BuildError if the CPU kernels cannot be built, CudaUnavailable if only the CUDA kernels, which ``toolkit`` asks for,
-    cannot.
+    BuildError if it cannot be built, CudaUnavailable if only the CUDA kernels, which ``toolkit`` asks for, cannot.
     """
-    configure(toolkit)
-    libraries = ["delfast_cuda", "delfast_cpu"] if toolkit else ["delfast_cpu"]
+    configure(torch, toolkit)
+    target = "delfast_ops_cuda" if toolkit else "delfast_ops"
     try:
-        build(*libraries)  # together, so that no processor waits
+        build(target)
     except BuildError as error:
         if not toolkit:
             raise
         build("delfast_cpu")
         raise CudaUnavailable(f"nvcc {error}") from error
-    return [str(FOLDER / "csrc" / f"lib{library}.a") for library in libraries]
+    return FOLDER / "csrc" / target / "libdelfast_ops.so"
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

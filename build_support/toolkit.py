@@ -34,12 +34,12 @@ class Toolkit:
 
     @property
     def libraries(self) -> Path:
-        """The folder of libcudart.so."""
+        """The folder of libcudart_static.a."""
         folders = [self.root / "lib64", self.root / "lib", *self.root.glob("targets/*/lib"), *self.root.glob("lib/*")]
         for folder in folders:
-            if (folder / "libcudart.so").exists():
+            if (folder / "libcudart_static.a").exists():
                 return folder
-        raise CudaUnavailable(f"the CUDA toolkit in {self.root} has no libcudart.so; install its development files")
+        raise CudaUnavailable(f"the CUDA toolkit in {self.root} has no libcudart_static.a; install its development files")
 
 
 def find_toolkit(wanted_major: str | None = None) -> Toolkit:

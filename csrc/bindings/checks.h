@@ -1,14 +1,10 @@
 // Everything that is checked or converted between torch tensors and the kernels' plain structs, once, in one place.
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_strided.h>
-
 #include <optional>
 #include <vector>
 
-#include "bindings/errors.h"
+#include "bindings/torch.h"
 #include "delfast/params.h"
 
 namespace delfast::bindings {
@@ -16,30 +12,30 @@ namespace delfast::bindings {
 // All tensors of an op lie on one device: that of its first, which picked the kernel. `role`, in parts, names the
 // tensor.
 template <class... Role>
-void check_device(c10::Device device, const at::Tensor& t, const Role&... role) {
-  DELFAST_CHECK_VALUE(t.device() == device, "expected ", role..., " on ", device, ", got it on ", t.device(),
+void check_device(Device device, const Tensor& t, const Role&... role) {
+  DELFAST_CHECK_VALUE(device_of(t) == device, "expected ", role..., " on ", device, ", got it on ", device_of(t),
                       "; move all tensors to one device");
 }
-inline void check_devices(c10::Device device, at::TensorList list, const char* role) {
+inline void check_devices(Device device, const TensorList& list, const char* role) {
   for (size_t i = 0; i < list.size(); i++) check_device(device, list[i], role, " #", i);
 }
 template <class... Role>
-Dtype dtype_of(const at::Tensor& t, const Role&... role) {
+Dtype dtype_of(const Tensor& t, const Role&... role) {
   switch (t.scalar_type()) {
-    case at::kFloat:
+    case ScalarType::Float:
       return Dtype::float32;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Dtype::bfloat16;
-    case at::kHalf:
+    case ScalarType::Half:
       return Dtype::float16;
     default:
-      DELFAST_CHECK_TYPE(false, "expected ", role..., " to be float32, bfloat16 or float16, got ", t.scalar_type(),
-                         "; convert the model (model.float())");
+      DELFAST_CHECK_VALUE(false, "expected ", role..., " to be float32, bfloat16 or float16, got ", t.scalar_type(),
+                          "; convert the model (model.float())");
   }
 }
 
 // Row-major over dims [from, ndim), dimensions of size 1 aside.
-inline bool packed_from(const at::Tensor& t, int64_t from, int64_t innermost_stride) {
+inline bool packed_from(const Tensor& t, int64_t from, int64_t innermost_stride) {
   int64_t expected = innermost_stride;
   for (int64_t d = t.dim() - 1; d >= from; d--) {
     if (t.size(d) != 1 && t.stride(d) != expected) return false;
@@ -49,7 +45,7 @@ inline bool packed_from(const at::Tensor& t, int64_t from, int64_t innermost_str
 }
 
 // The layout of a tensor whose rows are contiguous or channels-last, or nothing: then it needs a copy.
-inline std::optional<Layout> layout_of(const at::Tensor& t) {
+inline std::optional<Layout> layout_of(const Tensor& t) {
   if (t.numel() == 0) return Layout{0, 1, 1};
   if (t.dim() <= 1) {
     if (t.dim() == 1 && t.size(0) > 1 && t.stride(0) != 1) return std::nullopt;
@@ -69,8 +65,8 @@ inline bool same_layout(const Layout& a, const std::optional<Layout>& b) {
 }
 
 // The strides of rows laid out as `layout` says, for a tensor of these sizes.
-inline std::vector<int64_t> strides_for(at::IntArrayRef sizes, const Layout& layout) {
-  std::vector<int64_t> strides(sizes.size());
+inline IntList strides_for(Sizes sizes, const Layout& layout) {
+  IntList strides(sizes.size());
   const bool channels_last = layout.spatial != 1;
   int64_t next = channels_last ? sizes[1] : 1;
   for (size_t d = sizes.size(); d-- > (channels_last ? 2u : 0u);) {
@@ -84,42 +80,50 @@ inline std::vector<int64_t> strides_for(at::IntArrayRef sizes, const Layout& lay
   return strides;
 }
 
-inline bool is_in_layout(const at::Tensor& t, const Layout& layout) {
+inline bool is_in_layout(const Tensor& t, const Layout& layout) {
   if (layout.spatial == 1 && t.is_contiguous()) return true;
   return t.numel() == 0 || same_layout(layout, layout_of(t));
 }
 
-inline at::Tensor copy_in_layout(const at::Tensor& t, const Layout& layout) {
-  return at::empty_strided(t.sizes(), strides_for(t.sizes(), layout), t.options()).copy_(t);
+// Whether some dimension repeats the same elements.
+inline bool is_expanded(const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); d++)
+    if (t.size(d) > 1 && t.stride(d) == 0) return true;
+  return false;
+}
+
+inline Tensor copy_in_layout(const Tensor& t, const Layout& layout) {
+  Tensor copy = empty_strided(t.sizes(), strides_for(t.sizes(), layout), t.scalar_type(), device_of(t));
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 // Tensors that odd strides made necessary to copy, kept for as long as the kernels read them.
 class Copies {
  public:
   // The data of `t` in the given layout: its own where it is so already.
-  const void* read(const at::Tensor& t, const Layout& layout) {
+  const void* read(const Tensor& t, const Layout& layout) {
     if (is_in_layout(t, layout)) return t.const_data_ptr();
     return kept_.emplace_back(copy_in_layout(t, layout)).const_data_ptr();
   }
   // The same to write to; write_back() puts copies in place.
-  void* write(const at::Tensor& t, const Layout& layout) {
+  void* write(const Tensor& t, const Layout& layout) {
     if (is_in_layout(t, layout)) return t.mutable_data_ptr();
-    DELFAST_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, "expected elements to write in memory of ",
-                        "their own, got shape ", shape_text(t.sizes()), " with strides ", shape_text(t.strides()),
-                        "; clone() the expanded tensor");
+    DELFAST_CHECK_VALUE(!is_expanded(t), "expected elements to write in memory of ", "their own, got shape ", t.sizes(),
+                        " with strides ", t.strides(), "; clone() the expanded tensor");
     return written_.emplace_back(t, copy_in_layout(t, layout)).second.mutable_data_ptr();
   }
   void write_back() {
-    for (auto& [original, copy] : written_) original.copy_(copy);
+    for (auto& [original, copy] : written_) torch::stable::copy_(original, copy);
   }
 
  private:
-  std::vector<at::Tensor> kept_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> written_;
+  std::vector<Tensor> kept_;
+  std::vector<std::pair<Tensor, Tensor>> written_;
 };
 
 // The layout the kernels will see a parameter in: its own, or contiguous where that needs a copy.
-inline Layout usable_layout(const at::Tensor& t) {
+inline Layout usable_layout(const Tensor& t) {
   if (const std::optional<Layout> layout = layout_of(t)) return *layout;
   return t.dim() > 1 ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
 }
@@ -127,8 +131,8 @@ inline Layout usable_layout(const at::Tensor& t) {
 // A list of parameters as the kernels see them.
 class ScoredList {
  public:
-  ScoredList(at::TensorList theta, at::TensorList grad, Criterion criterion)
-      : device(theta.empty() ? grad.front().device() : theta.front().device()) {
+  ScoredList(const TensorList& theta, const TensorList& grad, Criterion criterion)
+      : device(device_of(theta.empty() ? grad.front() : theta.front())) {
     check_devices(device, theta, "parameter");
     check_devices(device, grad, "gradient");
     DELFAST_CHECK_VALUE(grad.size() == theta.size() || (grad.empty() && criterion == Criterion::weight),
@@ -142,7 +146,7 @@ class ScoredList {
       p.theta = copies_.read(theta[i], p.layout);
       if (!grad.empty()) {
         DELFAST_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",
-                            shape_text(theta[i].sizes()), " like its parameter, got ", shape_text(grad[i].sizes()),
+                            theta[i].sizes(), " like its parameter, got ", grad[i].sizes(),
                             "; pass the gradients in the parameters' order");
         p.grad_dtype = dtype_of(grad[i], "gradient #", i);
         p.grad = copies_.read(grad[i], p.layout);
@@ -150,14 +154,14 @@ class ScoredList {
       params.push_back(p);
     }
   }
-  c10::Device device;
+  Device device;
   std::vector<Scored> params;
 
  private:
   Copies copies_;
 };
 
-inline Criterion parse_criterion(c10::string_view name) {
+inline Criterion parse_criterion(std::string_view name) {
   if (name == "weighted_grad") return Criterion::weighted_grad;
   if (name == "grad") return Criterion::grad;
   if (name == "weight") return Criterion::weight;
@@ -165,7 +169,7 @@ inline Criterion parse_criterion(c10::string_view name) {
                       "'; pass one of these");
 }
 
-inline Aggregate parse_aggregate(c10::string_view name) {
+inline Aggregate parse_aggregate(std::string_view name) {
   if (name == "topk_mean") return Aggregate::topk_mean;
   if (name == "mean") return Aggregate::mean;
   if (name == "sum") return Aggregate::sum;
@@ -175,7 +179,7 @@ inline Aggregate parse_aggregate(c10::string_view name) {
 }
 
 // Returns the number of units of all parameters.
-inline int64_t check_top_h(const std::vector<Scored>& params, at::IntArrayRef top_h) {
+inline int64_t check_top_h(const std::vector<Scored>& params, const IntList& top_h) {
   DELFAST_CHECK_VALUE(top_h.size() == params.size(), "expected one top_h per parameter, got ", params.size(),
                       " parameters and ", top_h.size(), " values; pass one count each");
   int64_t units = 0;
@@ -193,12 +197,12 @@ inline void check_budget(int64_t k) {
 }
 
 // Returns the number of bytes of the units' bits.
-inline int64_t check_units(const at::Tensor& scores, at::IntArrayRef counts, at::IntArrayRef lengths, int64_t k) {
+inline int64_t check_units(const Tensor& scores, const IntList& counts, const IntList& lengths, int64_t k) {
   check_budget(k);
   DELFAST_CHECK_VALUE(counts.size() == lengths.size(), "expected one count and one length per parameter, got ",
                       counts.size(), " and ", lengths.size(), "; pass lists of equal length");
-  DELFAST_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == at::kFloat, "expected scores float32 (units,), got ",
-                      scores.scalar_type(), " ", shape_text(scores.sizes()),
+  DELFAST_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == ScalarType::Float,
+                      "expected scores float32 (units,), got ", scores.scalar_type(), " ", scores.sizes(),
                       "; pass what criticality returns for these parameters");
   int64_t left = scores.numel(), bytes = 0, scalars = 0;
   for (size_t p = 0; p < counts.size(); p++) {

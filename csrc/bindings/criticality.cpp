@@ -1,6 +1,4 @@
 // delfast::criticality on the CPU: checks, threads, one kernel call per task.
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "bindings/checks.h"
@@ -20,8 +18,8 @@ struct RowTask {
 
 }  // namespace
 
-at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_view criterion_name,
-                       c10::string_view aggregate_name, at::IntArrayRef top_h) {
+Tensor criticality(const TensorList& theta, const TensorList& grad, const std::string& criterion_name,
+                   const std::string& aggregate_name, const IntList& top_h) {
   const Criterion criterion = parse_criterion(criterion_name);
   const Aggregate aggregate = parse_aggregate(aggregate_name);
   const ScoredList list(theta, grad, criterion);
@@ -41,7 +39,7 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
     }
   }
 
-  at::Tensor scores = at::empty({all_units}, at::TensorOptions().dtype(at::kFloat));
+  Tensor scores = empty({all_units}, ScalarType::Float);
   float* out = scores.mutable_data_ptr<float>();
   const auto& kernels = cpu::criticality(cpu::isa());
   run_tasks(tasks, [&](const RowTask& task) {

@@ -2,9 +2,6 @@
 
 #include "delfast/gather.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "bindings/checks.h"
@@ -13,25 +10,25 @@
 
 namespace delfast::bindings {
 
-at::Tensor gather_columns(const at::Tensor& source, const at::Tensor& columns) {
+Tensor gather_columns(const Tensor& source, const Tensor& columns) {
   DELFAST_CHECK_VALUE(source.dim() == 2 && source.is_contiguous(), "expected source to be a contiguous matrix, got ",
-                      shape_text(source.sizes()), "; flatten it first");
-  DELFAST_CHECK_VALUE(columns.dim() == 1 && columns.scalar_type() == at::kLong && columns.is_contiguous(),
+                      source.sizes(), "; flatten it first");
+  DELFAST_CHECK_VALUE(columns.dim() == 1 && columns.scalar_type() == ScalarType::Long && columns.is_contiguous(),
                       "expected columns to be contiguous int64 (n,), got ", columns.scalar_type(), " ",
-                      shape_text(columns.sizes()));
-  check_device(source.device(), columns, "columns");
+                      columns.sizes());
+  check_device(device_of(source), columns, "columns");
   const int64_t* first = columns.const_data_ptr<int64_t>();
   const int64_t count = columns.numel(), length = source.size(1);
   for (int64_t j = 0; j < count; j++)
     DELFAST_CHECK_INDEX(first[j] >= 0 && first[j] < length, "expected columns in [0, ", length, "), got ", first[j]);
   const int size = int(source.element_size());
-  DELFAST_CHECK_TYPE(size == 2 || size == 4 || size == 8, "expected elements of 2, 4 or 8 bytes, got ",
-                     source.scalar_type());
-  at::Tensor target = at::empty({source.size(0), count}, source.options());
+  DELFAST_CHECK_VALUE(size == 2 || size == 4 || size == 8, "expected elements of 2, 4 or 8 bytes, got ",
+                      source.scalar_type());
+  Tensor target = empty({source.size(0), count}, source.scalar_type());
   const Gather gather{source.const_data_ptr(), target.mutable_data_ptr(), first, length, count, size};
   const int64_t grain = std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, count));
-  at::parallel_for(0, source.size(0), grain,
-                   [&](int64_t begin, int64_t end) { cpu::gather_columns(gather, begin, end); });
+  torch::stable::parallel_for(0, source.size(0), grain,
+                              [&](int64_t begin, int64_t end) { cpu::gather_columns(gather, begin, end); });
   return target;
 }
 

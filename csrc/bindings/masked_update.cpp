@@ -1,7 +1,5 @@
 // delfast::masked_plan and masked_{reset,sgd,adamw}_ on the CPU, whose kernels read the bits alone.
 
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -37,7 +35,7 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes) {
 // The list, cut into tasks at multiples of whole bytes of bits, without what has none set.
 class UpdateTasks {
  public:
-  UpdateTasks(at::TensorList params, at::TensorList sources, const at::Tensor& bits, const c10::List<bool>& by_row)
+  UpdateTasks(const TensorList& params, const TensorList& sources, const Tensor& bits, const BoolList& by_row)
       : list_(params, sources, bits, by_row) {
     const int64_t count = int64_t(list_.params.size());
     DELFAST_CHECK_VALUE(
@@ -52,18 +50,26 @@ class UpdateTasks {
 
   // state: flat, `count` values per masked entry, parameter after parameter, each at a multiple of 4. The state of
   // another mask with the same rounded sizes is not noticed.
-  void set_state(const at::Tensor& state, int count) {
+  void set_state(const Tensor& state, int count) {
     int64_t all = 0;
     for (int64_t entries : entries_) all += padded_state(count * entries);
     DELFAST_CHECK_VALUE(state.numel() == all, "expected state to be contiguous float32 (", all, ",), got ",
-                        state.scalar_type(), " ", shape_text(state.sizes()),
-                        "; the optimizer state is of another mask");
+                        state.scalar_type(), " ", state.sizes(), "; the optimizer state is of another mask");
     float* next = state.mutable_data_ptr<float>();
     for (size_t i = 0; i < list_.params.size(); i++) {
       for (int s = 0; s < count; s++) list_.params[i].state[s] = next + s * entries_[i];
       next += padded_state(count * entries_[i]);
     }
     list_.also_changes(state);
+  }
+
+  // Steps taken before this one, of each parameter; counts this one.
+  std::vector<double> advance(const Tensor& steps) {
+    float* const counts = steps.mutable_data_ptr<float>();
+    const std::vector<double> taken(counts, counts + list_.params.size());
+    for (size_t i = 0; i < taken.size(); i++) counts[i] += 1;
+    list_.also_changes(steps);
+    return taken;
   }
 
   template <class Kernel>  // kernel(parameter, its index, begin, end, rank)
@@ -96,49 +102,42 @@ class UpdateTasks {
   std::vector<int64_t> entries_;  // masked ones of each parameter
 };
 
-bool skipped(const OptionalTensor& found_inf) { return found_inf && found_inf->item<double>() != 0; }
+bool skipped(const OptionalTensor& found_inf) { return found_inf && number_in(*found_inf) != 0; }
 
 float unscale_factor(const OptionalTensor& grad_scale, bool maximize) {
-  const float factor = grad_scale ? float(1.0 / grad_scale->item<double>()) : 1.0f;
+  const float factor = grad_scale ? float(1.0 / number_in(*grad_scale)) : 1.0f;
   return maximize ? -factor : factor;
-}
-
-// Steps taken before this one, of each parameter; counts this one.
-std::vector<double> advance(const at::Tensor& steps, size_t params) {
-  float* counts = steps.mutable_data_ptr<float>();
-  const std::vector<double> taken(counts, counts + params);
-  for (size_t i = 0; i < params; i++) counts[i] += 1;
-  if (!steps.is_inference()) steps.unsafeGetTensorImpl()->bump_version();
-  return taken;
 }
 
 }  // namespace
 
-at::Tensor masked_plan(at::TensorList params, const at::Tensor& bits, const c10::List<bool>& by_row) {
+Tensor masked_plan(const TensorList& params, const Tensor& bits, const BoolList& by_row) {
   const std::vector<Updated> list = planned_list(params, bits, by_row);
   const int64_t count = int64_t(list.size());
   const MaskPlanShape shape(list.data(), count);
-  const at::Tensor plan = at::zeros({shape.bytes()}, bits.options());
-  plan.narrow(0, 0, bits.numel()).copy_(bits);
-  write_shapes(MaskPlan(plan.mutable_data_ptr<uint8_t>() + shape.head_offset(), count), list.data(), count);
+  const Tensor plan = empty({shape.bytes()}, ScalarType::Byte);
+  uint8_t* const bytes = plan.mutable_data_ptr<uint8_t>();
+  std::memset(std::copy_n(bits.const_data_ptr<uint8_t>(), bits.numel(), bytes), 0,
+              size_t(shape.bytes() - bits.numel()));
+  write_shapes(MaskPlan(bytes + shape.head_offset(), count), list.data(), count);
   return plan;
 }
 
-void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row) {
+void masked_reset_(const TensorList& params, const TensorList& fresh, const Tensor& bits, const BoolList& by_row) {
   UpdateTasks tasks(params, fresh, bits, by_row);
   const auto kernel = cpu::masked_update(cpu::isa()).reset;
   tasks.run([&](const Updated& u, size_t, int64_t begin, int64_t end, int64_t rank) { kernel(u, begin, end, rank); });
 }
 
-void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
-                 const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
+void masked_sgd_(const TensorList& params, const TensorList& grads, const Tensor& state, const Tensor& steps,
+                 const Tensor& bits, const BoolList& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
   UpdateTasks tasks(params, grads, bits, by_row);
   check_step(tasks.list(), state, steps, grad_scale, found_inf, lr_tensor);
   if (momentum != 0) tasks.set_state(state, 1);
   if (skipped(found_inf)) return;
-  if (lr_tensor) lr = lr_tensor->item<double>();
+  if (lr_tensor) lr = number_in(*lr_tensor);
   SgdStep step{float(lr),
                float(momentum),
                float(1 - dampening),
@@ -148,7 +147,7 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& 
                false};
   std::vector<SgdStep> step_of;
   step_of.reserve(params.size());
-  for (double taken : advance(steps, params.size())) {
+  for (double taken : tasks.advance(steps)) {
     step.first = taken == 0;
     step_of.push_back(step);
   }
@@ -158,18 +157,18 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& 
   });
 }
 
-void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
-                   const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
-                   double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
+void masked_adamw_(const TensorList& params, const TensorList& grads, const Tensor& state, const Tensor& steps,
+                   const Tensor& bits, const BoolList& by_row, double lr, double beta1, double beta2, double eps,
+                   double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
   UpdateTasks tasks(params, grads, bits, by_row);
   check_step(tasks.list(), state, steps, grad_scale, found_inf, lr_tensor);
   tasks.set_state(state, 2);
   if (skipped(found_inf)) return;
-  if (lr_tensor) lr = lr_tensor->item<double>();
+  if (lr_tensor) lr = number_in(*lr_tensor);
   std::vector<AdamWStep> step_of;
   step_of.reserve(params.size());
-  for (double taken : advance(steps, params.size()))
+  for (double taken : tasks.advance(steps))
     step_of.push_back({float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(eps),
                        float(lr / (1 - std::pow(beta1, taken + 1))), float(std::sqrt(1 - std::pow(beta2, taken + 1))),
                        float(1 - lr * weight_decay), unscale_factor(grad_scale, maximize)});

@@ -1,8 +1,6 @@
 // delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_accumulate_ on the CPU.
 #include "bindings/per_example.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "bindings/ops.h"
@@ -16,7 +14,7 @@ namespace {
 // Calls f(begin, end) for parts of [0, count), on all threads if there is enough to do. No result depends on the parts.
 template <class F>
 void run_range(int64_t count, int64_t work_each, F f) {
-  at::parallel_for(0, count, std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work_each)), f);
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work_each)), f);
 }
 
 // A product with its sum takes a vector unit a thirtieth of the time that an element in memory takes.
@@ -24,15 +22,15 @@ constexpr int64_t kProductsPerElement = 32;
 
 }  // namespace
 
-void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas,
-                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                             c10::string_view epilogue) {
+void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
+                             const IntList& padding, const IntList& dilation, int64_t groups,
+                             const std::string& epilogue, bool /*allow_tf32: for CUDA*/) {
   PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
   if (!checked.operands.shape.examples) return checked.finish();
   const cpu::Isa isa = cpu::isa();
   const auto& kernels = cpu::per_example(isa);
   const cpu::PerExamplePlan plan(checked.operands, isa);
-  const at::Tensor workspace = at::empty({plan.workspace}, at::TensorOptions().dtype(at::kFloat));
+  const Tensor workspace = empty({plan.workspace}, ScalarType::Float);
   const ConvShape& s = checked.operands.shape;
   const int64_t products = s.out_channels * s.row() * s.positions();  // of an example
   for (int64_t first = 0; first < s.examples; first += plan.block_examples) {
@@ -51,24 +49,24 @@ void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, c
   checked.finish();
 }
 
-at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values) {
+Tensor channel_dot(const Tensor& deltas, const OptionalTensor& values) {
   ChannelDotOperands checked(deltas, values);
   ChannelDot& dot = checked.dot;
-  at::Tensor out = at::empty({dot.examples, dot.channels}, at::TensorOptions().dtype(at::kFloat));
+  Tensor out = empty({dot.examples, dot.channels}, ScalarType::Float);
   dot.out = out.mutable_data_ptr<float>();
   const auto& kernels = cpu::per_example(cpu::isa());
   run_range(out.numel(), dot.positions, [&](int64_t begin, int64_t end) { kernels.channel_dot(dot, begin, end); });
   return out;
 }
 
-void channel_accumulate_(at::TensorList sums, const at::Tensor& deltas, const OptionalTensor& values,
+void channel_accumulate_(const TensorList& sums, const Tensor& deltas, const OptionalTensor& values,
                          const OptionalTensor& mean, const OptionalTensor& variance, double eps,
-                         c10::string_view epilogue) {
+                         const std::string& epilogue) {
   ChannelSumsOperands checked(sums, deltas, values, mean, variance, eps, epilogue);
   const ChannelSums& p = checked.operands;
   if (!deltas.numel()) return checked.finish();
   const cpu::ChannelSumsPlan plan(p);
-  const at::Tensor workspace = at::empty({plan.workspace()}, at::TensorOptions().dtype(at::kDouble));
+  const Tensor workspace = empty({plan.workspace()}, ScalarType::Double);
   double* const parts = workspace.mutable_data_ptr<double>();
   const auto& kernels = cpu::per_example(cpu::isa());
   run_range(plan.units(), plan.slab_examples * p.positions * cpu::ChannelSumsPlan::kLanes,

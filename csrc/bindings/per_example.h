@@ -4,18 +4,19 @@
 #include <limits>
 
 #include "bindings/checks.h"
+#include "bindings/versions.h"
 #include "delfast/per_example.h"
 
 namespace delfast::bindings {
 
-inline Epilogue parse_epilogue(c10::string_view name) {
+inline Epilogue parse_epilogue(std::string_view name) {
   if (name == "abs") return Epilogue::abs;
   if (name == "square") return Epilogue::square;
   DELFAST_CHECK_VALUE(false, "expected epilogue 'abs' or 'square', got '", name, "'; pass one of these");
 }
 
 // Dim 0 outermost, dim 1 innermost. (Where there is one channel or one position, contiguous is the same.)
-inline Layout channels_last_layout(const at::Tensor& t) {
+inline Layout channels_last_layout(const Tensor& t) {
   const int64_t rows = t.size(0), channels = t.size(1), length = rows && t.numel() ? t.numel() / rows : 1;
   return {rows, length, channels == 1 || !t.numel() ? 1 : length / channels};
 }
@@ -23,16 +24,16 @@ inline Layout channels_last_layout(const at::Tensor& t) {
 // The operands of per_example_accumulate_, channels-last: copied where they are not.
 class PerExampleOperands {
  public:
-  PerExampleOperands(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas, at::IntArrayRef stride,
-                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view epilogue)
-      : changed_(sums.unsafeGetTensorImpl()) {
-    check_device(sums.device(), inputs, "inputs");
-    check_device(sums.device(), deltas, "deltas");
+  PerExampleOperands(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
+                     const IntList& padding, const IntList& dilation, int64_t groups, const std::string& epilogue)
+      : changed_({sums}) {
+    check_device(device_of(sums), inputs, "inputs");
+    check_device(device_of(sums), deltas, "deltas");
     operands.epilogue = parse_epilogue(epilogue);
     operands.inputs_dtype = dtype_of(inputs, "inputs");
     operands.deltas_dtype = dtype_of(deltas, "deltas");
-    DELFAST_CHECK_TYPE(sums.scalar_type() == at::kFloat, "expected sums to be float32, got ", sums.scalar_type(),
-                       "; pass float32 zeros of the weight's shape");
+    DELFAST_CHECK_VALUE(sums.scalar_type() == ScalarType::Float, "expected sums to be float32, got ",
+                        sums.scalar_type(), "; pass float32 zeros of the weight's shape");
     operands.shape = checked_shape(sums, inputs, deltas, stride, padding, dilation, groups);
     if (sums.numel() == 0 || inputs.numel() == 0 || deltas.numel() == 0) {
       operands.shape = {};  // nothing to add, of any size
@@ -46,20 +47,19 @@ class PerExampleOperands {
   // To be called after the sums are taken.
   void finish() {
     copies_.write_back();
-    if (!changed_->is_inference()) changed_->bump_version();
+    increment_versions(changed_);
   }
 
   PerExample operands;
 
  private:
-  static ConvShape checked_shape(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas,
-                                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                 int64_t groups) {
+  static ConvShape checked_shape(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
+                                 const IntList& padding, const IntList& dilation, int64_t groups) {
     const int64_t dims = inputs.dim() - 2;
     DELFAST_CHECK_VALUE(dims >= 1 && dims <= 3 && deltas.dim() == inputs.dim() && sums.dim() == inputs.dim(),
                         "expected inputs (N, C, *in), deltas (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 "
                         "spatial dimensions, got ",
-                        shape_text(inputs.sizes()), ", ", shape_text(deltas.sizes()), " and ", shape_text(sums.sizes()),
+                        inputs.sizes(), ", ", deltas.sizes(), " and ", sums.sizes(),
                         "; pass the layer's input, its output's gradient and sums like its weight");
     DELFAST_CHECK_VALUE(
         int64_t(stride.size()) == dims && int64_t(padding.size()) == dims && int64_t(dilation.size()) == dims,
@@ -76,7 +76,7 @@ class PerExampleOperands {
     DELFAST_CHECK_VALUE(
         deltas.size(0) == s.examples && sums.size(0) == s.out_channels && sums.size(1) == s.in_channels / groups,
         "expected deltas of ", s.examples, " examples and sums (", s.out_channels, ", ", s.in_channels / groups,
-        ", *kernel), got deltas ", shape_text(deltas.sizes()), " and sums ", shape_text(sums.sizes()),
+        ", *kernel), got deltas ", deltas.sizes(), " and sums ", sums.sizes(),
         "; pass the layer's input, its output's gradient and sums like its weight");
     for (int64_t i = 0; i < dims; i++) {
       const int64_t to = 3 - dims + i;
@@ -96,27 +96,27 @@ class PerExampleOperands {
       const __int128 span = __int128(s.in[to]) + 2 * padding[i] - dilation[i] * (s.kernel[to] - 1) - 1;
       const int64_t out = span >= 0 ? int64_t(span / stride[i] + 1) : 0;
       DELFAST_CHECK_VALUE(s.kernel[to] >= 1 && out == s.out[to], "expected deltas of ", out, " positions in dimension ",
-                          i, ", given inputs ", shape_text(inputs.sizes()), " and sums ", shape_text(sums.sizes()),
-                          ", got ", shape_text(deltas.sizes()), "; pass the layer's stride, padding and dilation");
+                          i, ", given inputs ", inputs.sizes(), " and sums ", sums.sizes(), ", got ", deltas.sizes(),
+                          "; pass the layer's stride, padding and dilation");
     }
     return s;
   }
 
   Copies copies_;
-  c10::TensorImpl* changed_;
+  TensorList changed_;
 };
 
 // The operands of channel_dot in the layout of deltas, values copied to it where theirs differs.
 class ChannelDotOperands {
  public:
-  ChannelDotOperands(const at::Tensor& deltas, const std::optional<at::Tensor>& values) {
-    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", shape_text(deltas.sizes()),
+  ChannelDotOperands(const Tensor& deltas, const OptionalTensor& values) {
+    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", deltas.sizes(),
                         "; pass the gradient of a layer's output");
     dot.deltas_dtype = dtype_of(deltas, "deltas");
     if (values) {
-      check_device(deltas.device(), *values, "values");
-      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", shape_text(deltas.sizes()),
-                          " like deltas, got ", shape_text(values->sizes()), "; pass what the gradient is of");
+      check_device(device_of(deltas), *values, "values");
+      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", deltas.sizes(),
+                          " like deltas, got ", values->sizes(), "; pass what the gradient is of");
       dot.values_dtype = dtype_of(*values, "values");
     }
     dot.examples = deltas.size(0);
@@ -138,20 +138,21 @@ class ChannelDotOperands {
 // The operands of channel_accumulate_ in the layout of deltas, values copied to it where theirs differs.
 class ChannelSumsOperands {
  public:
-  ChannelSumsOperands(at::TensorList written, const at::Tensor& deltas, const std::optional<at::Tensor>& values,
-                      const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& variance, double eps,
-                      c10::string_view epilogue) {
+  ChannelSumsOperands(const TensorList& written, const Tensor& deltas, const OptionalTensor& values,
+                      const OptionalTensor& mean, const OptionalTensor& variance, double eps,
+                      const std::string& epilogue)
+      : changed_(written) {
     DELFAST_CHECK_VALUE(!written.empty() && written.size() <= (values ? 2 : 1), "expected one tensor of sums, or two ",
                         "with values, got ", written.size(), "; pass those of the weight and the bias");
     DELFAST_CHECK_VALUE(mean.has_value() == variance.has_value() && (values || !mean),
                         "expected mean and variance together and with values; pass both or neither");
-    const c10::Device device = written[0].device();
+    const Device device = device_of(written[0]);
     check_devices(device, written, "sums");
     check_device(device, deltas, "deltas");
     if (values) check_device(device, *values, "values");
     if (mean) check_device(device, *mean, "mean");
     if (variance) check_device(device, *variance, "variance");
-    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", shape_text(deltas.sizes()),
+    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", deltas.sizes(),
                         "; pass the gradient of a layer's output");
     operands.epilogue = parse_epilogue(epilogue);
     operands.deltas_dtype = dtype_of(deltas, "deltas");
@@ -159,22 +160,21 @@ class ChannelSumsOperands {
     operands.channels = deltas.size(1);
     operands.eps = eps;
     for (size_t i = 0; i < written.size(); i++) {
-      DELFAST_CHECK_TYPE(written[i].scalar_type() == at::kFloat, "expected sums #", i, " to be float32, got ",
-                         written[i].scalar_type(), "; pass float32 zeros");
+      DELFAST_CHECK_VALUE(written[i].scalar_type() == ScalarType::Float, "expected sums #", i, " to be float32, got ",
+                          written[i].scalar_type(), "; pass float32 zeros");
       DELFAST_CHECK_VALUE(written[i].numel() == operands.channels, "expected sums #", i, " of ", operands.channels,
-                          " channels, got ", shape_text(written[i].sizes()), "; pass zeros of the parameter's shape");
+                          " channels, got ", written[i].sizes(), "; pass zeros of the parameter's shape");
     }
     if (values) {
-      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", shape_text(deltas.sizes()),
-                          " like deltas, got ", shape_text(values->sizes()), "; pass what the gradient is of");
+      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", deltas.sizes(),
+                          " like deltas, got ", values->sizes(), "; pass what the gradient is of");
       operands.values_dtype = dtype_of(*values, "values");
     }
     if (mean) {
       operands.mean = statistic(*mean, "mean");
       operands.variance = statistic(*variance, "variance");
     }
-    for (const at::Tensor& sums : written) {
-      changed_.push_back(sums.unsafeGetTensorImpl());
+    for (const Tensor& sums : written) {
       float* const to = static_cast<float*>(copies_.write(sums, contiguous(sums)));
       (values && &sums == &written.front() ? operands.weighted : operands.plain) = to;
     }
@@ -189,26 +189,26 @@ class ChannelSumsOperands {
   // To be called after the sums are taken.
   void finish() {
     copies_.write_back();
-    for (c10::TensorImpl* sums : changed_)
-      if (!sums->is_inference()) sums->bump_version();
+    increment_versions(changed_);
   }
 
   ChannelSums operands;
 
  private:
-  static Layout contiguous(const at::Tensor& t) {
+  static Layout contiguous(const Tensor& t) {
     return t.dim() > 1 && t.numel() ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
   }
-  const float* statistic(const at::Tensor& t, const char* role) {
+  const float* statistic(const Tensor& t, const char* role) {
     DELFAST_CHECK_VALUE(t.dim() == 1 && t.numel() == operands.channels, "expected ", role, " of ", operands.channels,
-                        " channels, got ", shape_text(t.sizes()), "; pass the layer's");
+                        " channels, got ", t.sizes(), "; pass the layer's");
     dtype_of(t, role);
-    return statistics_.emplace_back(t.to(at::kFloat).contiguous()).const_data_ptr<float>();
+    return statistics_.emplace_back(torch::stable::contiguous(torch::stable::to(t, ScalarType::Float)))
+        .const_data_ptr<float>();
   }
 
   Copies copies_;
-  std::vector<at::Tensor> statistics_;
-  std::vector<c10::TensorImpl*> changed_;
+  TensorList statistics_;
+  TensorList changed_;
 };
 
 }  // namespace delfast::bindings

@@ -1,7 +1,4 @@
 // delfast::select_elements and delfast::select_units on the CPU.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 
 #include "bindings/checks.h"
@@ -39,10 +36,10 @@ struct ElementTasks {
 std::vector<int64_t> count_digits(const std::vector<Scored>& params, const ElementTasks& tasks, Criterion criterion,
                                   cpu::RadixPass pass) {
   const auto& kernels = cpu::selection(cpu::isa());
-  const int threads = tasks.elements <= kWorthThreads ? 1 : at::get_num_threads();
+  const int threads = tasks.elements <= kWorthThreads ? 1 : int(torch::stable::get_num_threads());
   std::vector<int64_t> counts(size_t(threads) * cpu::kRadixBins);
   run_tasks(tasks.list, [&](const ElementTask& task) {
-    int64_t* mine = counts.data() + (threads > 1 ? at::get_thread_num() : 0) * cpu::kRadixBins;
+    int64_t* mine = counts.data() + (threads > 1 ? thread_number() : 0) * cpu::kRadixBins;
     kernels.histogram(params[task.param], criterion, pass, task.begin, task.end, mine);
   });
   for (int thread = 1; thread < threads; thread++)
@@ -67,8 +64,8 @@ int64_t first_nonfinite(const std::vector<Scored>& params, Criterion criterion) 
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
-                                                   c10::string_view criterion_name, int64_t k) {
+std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const TensorList& grad,
+                                           const std::string& criterion_name, int64_t k) {
   check_budget(k);
   const Criterion criterion = parse_criterion(criterion_name);
   const ScoredList list(theta, grad, criterion);
@@ -81,9 +78,9 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
     first_byte.push_back(bytes);
     bytes += (p.layout.numel() + 7) / 8;
   }
-  at::Tensor bits = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+  Tensor bits = empty({bytes}, ScalarType::Byte);
   uint8_t* bits_data = bits.mutable_data_ptr<uint8_t>();
-  at::Tensor info = at::empty({2}, at::TensorOptions().dtype(at::kLong));
+  Tensor info = empty({2}, ScalarType::Long);
   int64_t* const out = info.mutable_data_ptr<int64_t>();
   const auto report = [&](int64_t nonfinite, int64_t positive) {
     out[0] = nonfinite;
@@ -96,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
   for (int pass = 0; pass < cpu::RadixSearch::kPasses && !everything; pass++) {
     const std::vector<int64_t> counts = count_digits(list.params, tasks, criterion, search.pass());
     if (pass == 0 && any_nonfinite(counts)) {
-      bits.zero_();
+      torch::stable::zero_(bits);
       return report(first_nonfinite(list.params, criterion), 0);
     }
     everything = !search.descend(counts.data());
@@ -122,15 +119,15 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
   return report(-1, threshold ? k : everything ? tasks.elements - ties : k - search.left());
 }
 
-std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
-                                                at::IntArrayRef lengths, int64_t k, bool cut_last) {
+std::tuple<Tensor, Tensor> select_units(const Tensor& scores, const IntList& counts, const IntList& lengths, int64_t k,
+                                        bool cut_last) {
   const int64_t bytes = check_units(scores, counts, lengths, k);
   std::vector<cpu::UnitGroup> groups;
   groups.reserve(counts.size());
   for (size_t p = 0; p < counts.size(); p++) groups.push_back({counts[p], lengths[p]});
-  at::Tensor bits = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
-  at::Tensor info = at::empty({5}, at::TensorOptions().dtype(at::kLong));
-  const at::Tensor scores_row = scores.contiguous();
+  Tensor bits = empty({bytes}, ScalarType::Byte);
+  Tensor info = empty({5}, ScalarType::Long);
+  const Tensor scores_row = torch::stable::contiguous(scores);
   const cpu::UnitSelection selection =
       cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(), int64_t(groups.size()), k, cut_last,
                         bits.mutable_data_ptr<uint8_t>());

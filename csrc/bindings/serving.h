@@ -1,17 +1,24 @@
-// Registers a kernel for every dtype but float64, which the op's reference serves.
+// Registers a kernel for every dtype but float64, which the op's reference serves. delfast/ops/table.py defines the ops
+// of the namespace delfast_python, which are written in Python.
 #pragma once
-
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
+#include "bindings/torch.h"
+
 namespace delfast::bindings {
 
-inline bool is_float64(const at::Tensor& t) { return t.scalar_type() == at::kDouble; }
-inline bool is_float64(at::TensorList list) {
-  return std::any_of(list.begin(), list.end(), [](const at::Tensor& t) { return is_float64(t); });
+// Calls an op of Python's with the arguments on the stack, which become its results. Throws what it raised.
+inline void call_python(const char* name, StableIValue* stack) {
+  if (!torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION)) return;
+  StableIValue raised;
+  check_torch(torch_call_dispatcher("delfast_python::last_error", "", &raised, TORCH_ABI_VERSION), "call Python");
+  const std::string error = torch::stable::detail::to<std::string>(raised);
+  const size_t colon = error.find(": ");
+  const std::string kind = error.substr(0, colon), message = colon == error.npos ? error : error.substr(colon + 2);
+  if (kind == "ValueError") throw std::invalid_argument(message);
+  if (kind == "IndexError") throw std::out_of_range(message);
+  throw std::runtime_error(error);
 }
 
 // An op's name as a template's argument.
@@ -21,26 +28,53 @@ struct Name {
   constexpr Name(const char (&name)[length]) { std::copy_n(name, length, text); }
 };
 
-template <Name name, auto kernel, class Function = std::remove_pointer_t<decltype(kernel)>>
-struct Served;
+// Looks at an argument that lies on the stack, and leaves it there.
+template <class Argument>
+struct Peeked;
 
-// float64 in the first argument (or, for a list, in any of its tensors) selects the reference. delfast/ops/table.py
-// registers the references as ops of the namespace delfast_reference, on every device.
-template <Name name, auto kernel, class Result, class First, class... Rest>
-struct Served<name, kernel, Result(First, Rest...)> {
-  static Result call(First first, Rest... rest) {
-    if (!is_float64(first)) return kernel(first, rest...);
-    static const auto reference = c10::Dispatcher::singleton()
-                                      .findSchemaOrThrow((std::string("delfast_reference::") + name.text).c_str(), "")
-                                      .template typed<Result(First, Rest...)>();
-    return reference.call(first, rest...);
+template <>
+struct Peeked<Tensor> {
+  static bool is_float64(StableIValue argument) {
+    int32_t dtype;
+    check_torch(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(argument), &dtype), "tell a dtype");
+    return dtype == aoti_torch_dtype_float64();
   }
 };
 
+template <>
+struct Peeked<TensorList> {
+  static bool is_float64(StableIValue argument) {
+    const auto list = torch::stable::detail::to<StableListHandle>(argument);
+    size_t size;
+    check_torch(torch_list_size(list, &size), "read a list");
+    for (size_t i = 0; i < size; i++) {
+      StableIValue item;
+      check_torch(torch_list_get_item(list, i, &item), "read a list");
+      if (Peeked<Tensor>::is_float64(item)) return true;
+    }
+    return false;
+  }
+};
+
+template <class Function>
+struct FirstOf;
+template <class Result, class First, class... Rest>
+struct FirstOf<Result(First, Rest...)> {
+  using type = std::remove_cvref_t<First>;
+};
+
+// float64 in the first argument (or, for a list, in any of its tensors) selects the reference.
 template <Name name, auto kernel>
-void serve(torch::Library& m) {
-  using Op = Served<name, kernel>;
-  m.impl(name.text, TORCH_FN(Op::call));
+void served(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  using First = typename FirstOf<std::remove_pointer_t<decltype(kernel)>>::type;
+  if (Peeked<First>::is_float64(stack[0]))
+    return call_python((std::string("delfast_python::") + name.text).c_str(), stack);
+  TORCH_BOX(kernel)(stack, arguments, results);
+}
+
+template <Name name, auto kernel>
+void serve(torch::stable::detail::StableLibrary& m) {
+  m.impl(name.text, &served<name, kernel>);
 }
 
 }  // namespace delfast::bindings

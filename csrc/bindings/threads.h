@@ -1,16 +1,23 @@
 // Tasks over torch's own threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#include "bindings/torch.h"
 
 namespace delfast::bindings {
 
 // Below this much work, waking the other threads costs more than they save (a few microseconds).
 inline constexpr int64_t kWorthThreads = 1 << 15;
+
+// The number of the calling thread, below torch::stable::get_num_threads().
+inline int thread_number() {
+  uint32_t number;
+  check_torch(torch_get_thread_idx(&number), "number its threads");
+  return int(number);
+}
 
 // Calls f(task) for every task, on all threads if there is enough to do. `task.work` is how many elements it touches:
 // every thread gets neighbouring tasks of about the same work. Tasks are cut by the data's shape alone, and no result
@@ -24,7 +31,7 @@ void run_tasks(Tasks& tasks, F f) {
     starts.push_back(total);
     total += std::max<int64_t>(1, task.work);
   }
-  at::parallel_for(0, total, kWorthThreads, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, total, kWorthThreads, [&](int64_t begin, int64_t end) {
     const auto first = std::lower_bound(starts.begin(), starts.end(), begin);
     for (size_t t = size_t(first - starts.begin()); t < tasks.size() && starts[t] < end; t++) f(tasks[t]);
   });

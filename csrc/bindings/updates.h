@@ -1,26 +1,25 @@
 // What the masked updates check on every device, and the list of parameters that comes out of it.
 #pragma once
 
-#include <ATen/core/List.h>
-
 #include "bindings/checks.h"
+#include "bindings/versions.h"
 #include "delfast/mask_plan.h"
 
 namespace delfast::bindings {
 
 // The lists' lengths, and what bits must be on every device.
-inline void check_bits(c10::Device device, const at::Tensor& bits, size_t params, size_t sources, size_t by_row) {
+inline void check_bits(Device device, const Tensor& bits, size_t params, size_t sources, size_t by_row) {
   check_device(device, bits, "bits");
   DELFAST_CHECK_VALUE(sources == params && by_row == params, "expected lists of equal length, got ", params,
                       " parameters, ", sources, " gradients (or fresh values) and ", by_row,
                       " values of by_row; pass one each");
-  DELFAST_CHECK_TYPE(bits.scalar_type() == at::kByte && bits.dim() == 1 && bits.is_contiguous(),
-                     "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ",
-                     shape_text(bits.sizes()), "; concatenate the masks' packed bits");
+  DELFAST_CHECK_VALUE(bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.is_contiguous(),
+                      "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ", bits.sizes(),
+                      "; concatenate the masks' packed bits");
 }
 
 // Sets each parameter's bits; returns how many bytes follow the last's. Their values are not looked at.
-inline int64_t place_bits(const at::Tensor& bits, std::vector<Updated>& params) {
+inline int64_t place_bits(const Tensor& bits, std::vector<Updated>& params) {
   const uint8_t* next = bits.const_data_ptr<uint8_t>();
   int64_t left = bits.numel();
   for (size_t i = 0; i < params.size(); i++) {
@@ -40,9 +39,8 @@ inline void check_no_more_bits(int64_t left, size_t params) {
 }
 
 // The parameters of a mask, whose plan looks at their shapes alone.
-inline std::vector<Updated> planned_list(at::TensorList param_tensors, const at::Tensor& bits,
-                                         const c10::List<bool>& by_row) {
-  const c10::Device device = param_tensors.empty() ? bits.device() : param_tensors.front().device();
+inline std::vector<Updated> planned_list(const TensorList& param_tensors, const Tensor& bits, const BoolList& by_row) {
+  const Device device = device_of(param_tensors.empty() ? bits : param_tensors.front());
   const size_t count = param_tensors.size();
   check_devices(device, param_tensors, "parameter");
   check_bits(device, bits, count, count, by_row.size());
@@ -50,7 +48,7 @@ inline std::vector<Updated> planned_list(at::TensorList param_tensors, const at:
   for (size_t i = 0; i < count; i++) {
     params[i].param_dtype = dtype_of(param_tensors[i], "parameter #", i);
     params[i].layout = usable_layout(param_tensors[i]);
-    params[i].by_row = by_row.get(i);
+    params[i].by_row = by_row[i];
   }
   check_no_more_bits(place_bits(bits, params), count);
   return params;
@@ -59,9 +57,8 @@ inline std::vector<Updated> planned_list(at::TensorList param_tensors, const at:
 // The parameters to change in place.
 class UpdateList {
  public:
-  UpdateList(at::TensorList param_tensors, at::TensorList sources, const at::Tensor& bits,
-             const c10::List<bool>& by_row)
-      : device(param_tensors.empty() ? bits.device() : param_tensors.front().device()) {
+  UpdateList(const TensorList& param_tensors, const TensorList& sources, const Tensor& bits, const BoolList& by_row)
+      : device(device_of(param_tensors.empty() ? bits : param_tensors.front())) {
     check_devices(device, param_tensors, "parameter");
     check_devices(device, sources, "gradient");
     const size_t count = param_tensors.size();
@@ -69,8 +66,8 @@ class UpdateList {
     params.reserve(count);
     changed_.reserve(count + 2);
     for (size_t i = 0; i < count; i++) {
-      params.push_back(checked(param_tensors[i], sources[i], by_row.get(i), i));
-      changed_.push_back(param_tensors[i].unsafeGetTensorImpl());
+      params.push_back(checked(param_tensors[i], sources[i], by_row[i], i));
+      changed_.push_back(param_tensors[i]);
     }
     if (const int64_t left = place_bits(bits, params)) {
       const MaskPlanShape shape(params.data(), int64_t(count));
@@ -83,23 +80,21 @@ class UpdateList {
   }
 
   // Another tensor that the update changes.
-  void also_changes(const at::Tensor& t) { changed_.push_back(t.unsafeGetTensorImpl()); }
+  void also_changes(const Tensor& t) { changed_.push_back(t); }
   // To be called after the update.
   void finish() {
     copies_.write_back();
-    for (c10::TensorImpl* changed : changed_)
-      if (!changed->is_inference()) changed->bump_version();
+    increment_versions(changed_);
   }
 
-  c10::Device device;
+  Device device;
   std::vector<Updated> params;
   const void* plan = nullptr;  // its head, if the bits are those of a plan
 
  private:
-  Updated checked(const at::Tensor& param, const at::Tensor& source, bool by_row, size_t i) {
+  Updated checked(const Tensor& param, const Tensor& source, bool by_row, size_t i) {
     DELFAST_CHECK_VALUE(source.sizes() == param.sizes(), "expected values for parameter #", i, " of shape ",
-                        shape_text(param.sizes()), ", got ", shape_text(source.sizes()),
-                        "; pass them in the parameters' order");
+                        param.sizes(), ", got ", source.sizes(), "; pass them in the parameters' order");
     Updated u;
     u.param_dtype = dtype_of(param, "parameter #", i);
     u.source_dtype = dtype_of(source, "gradient #", i);
@@ -111,32 +106,32 @@ class UpdateList {
   }
 
   Copies copies_;
-  std::vector<c10::TensorImpl*> changed_;
+  TensorList changed_;
 };
 
 // One number that a step reads: grad_scale, found_inf or lr_tensor.
-inline void check_number(c10::Device device, const std::optional<at::Tensor>& t, const char* role) {
+inline void check_number(Device device, const OptionalTensor& t, const char* role) {
   if (!t) return;
   check_device(device, *t, role);
-  DELFAST_CHECK_VALUE(t->numel() == 1, "expected ", role, " to be one number, got shape ", shape_text(t->sizes()),
+  DELFAST_CHECK_VALUE(t->numel() == 1, "expected ", role, " to be one number, got shape ", t->sizes(),
                       "; pass a tensor of one element");
 }
 
 // The state's place and dtype, and what a step reads beside the parameters. How many entries the state must have, the
 // host knows on the CPU only.
-inline void check_step(const UpdateList& list, const at::Tensor& state, const at::Tensor& steps,
-                       const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
-                       const std::optional<at::Tensor>& lr_tensor) {
+inline void check_step(const UpdateList& list, const Tensor& state, const Tensor& steps,
+                       const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                       const OptionalTensor& lr_tensor) {
   check_device(list.device, state, "state");
   check_device(list.device, steps, "steps");
-  DELFAST_CHECK_VALUE(state.scalar_type() == at::kFloat && state.dim() == 1 && state.is_contiguous(),
+  DELFAST_CHECK_VALUE(state.scalar_type() == ScalarType::Float && state.dim() == 1 && state.is_contiguous(),
                       "expected state to be contiguous float32 (values,), got ", state.scalar_type(), " ",
-                      shape_text(state.sizes()), "; the optimizer state is of another mask");
+                      state.sizes(), "; the optimizer state is of another mask");
   const size_t params = list.params.size();
-  DELFAST_CHECK_VALUE(
-      steps.scalar_type() == at::kFloat && steps.dim() == 1 && steps.is_contiguous() && size_t(steps.numel()) == params,
-      "expected steps to be contiguous float32 (", params, ",), got ", steps.scalar_type(), " ",
-      shape_text(steps.sizes()), "; pass one counter per parameter");
+  DELFAST_CHECK_VALUE(steps.scalar_type() == ScalarType::Float && steps.dim() == 1 && steps.is_contiguous() &&
+                          size_t(steps.numel()) == params,
+                      "expected steps to be contiguous float32 (", params, ",), got ", steps.scalar_type(), " ",
+                      steps.sizes(), "; pass one counter per parameter");
   check_number(list.device, grad_scale, "grad_scale");
   check_number(list.device, found_inf, "found_inf");
   check_number(list.device, lr_tensor, "lr_tensor");

@@ -19,7 +19,7 @@ struct Pieces {
 
 }  // namespace
 
-void write_rows_(at::TensorList weights, at::TensorList rows, at::TensorList indices, at::IntArrayRef dims) {
+void write_rows_(const TensorList& weights, const TensorList& rows, const TensorList& indices, const IntList& dims) {
   if (weights.empty()) return;
   WrittenRowsList list(weights, rows, indices, dims);
   std::vector<Pieces> tasks;

@@ -9,11 +9,11 @@
 namespace delfast::bindings {
 
 // Each device checks the indices itself. Versions of the weights do not move, since callers write the same rows again
-// between a forward pass and its backward pass: variable_data() has a version of its own.
+// between a forward pass and its backward pass: each is written through a view that has a version of its own.
 class WrittenRowsList {
  public:
-  WrittenRowsList(at::TensorList weights, at::TensorList rows, at::TensorList indices, at::IntArrayRef dims)
-      : device(weights.front().device()) {
+  WrittenRowsList(const TensorList& weights, const TensorList& rows, const TensorList& indices, const IntList& dims)
+      : device(device_of(weights.front())) {
     check_devices(device, weights, "weight");
     check_devices(device, rows, "rows");
     check_devices(device, indices, "index");
@@ -28,23 +28,22 @@ class WrittenRowsList {
   // To be called after the copies.
   void finish() { copies_.write_back(); }
 
-  c10::Device device;
+  Device device;
   std::vector<WrittenRows> written;
 
  private:
-  WrittenRows checked(const at::Tensor& weight, const at::Tensor& rows, const at::Tensor& index, int64_t dim,
-                      size_t i) {
+  WrittenRows checked(const Tensor& weight, const Tensor& rows, const Tensor& index, int64_t dim, size_t i) {
     DELFAST_CHECK_VALUE(dim >= 0 && dim < weight.dim(), "expected dim of weight #", i, " in [0, ", weight.dim(),
                         "), got ", dim, "; pass the dimension of its rows");
-    DELFAST_CHECK_VALUE(index.dim() == 1 && index.scalar_type() == at::kLong && index.is_contiguous(),
+    DELFAST_CHECK_VALUE(index.dim() == 1 && index.scalar_type() == ScalarType::Long && index.is_contiguous(),
                         "expected index #", i, " to be contiguous int64 (n,), got ", index.scalar_type(), " ",
-                        shape_text(index.sizes()), "; pass the rows' numbers");
-    DELFAST_CHECK_TYPE(rows.scalar_type() == weight.scalar_type(), "expected rows #", i, " to be ",
-                       weight.scalar_type(), " like their weight, got ", rows.scalar_type(), "; convert the rows");
-    std::vector<int64_t> sizes = weight.sizes().vec();
+                        index.sizes(), "; pass the rows' numbers");
+    DELFAST_CHECK_VALUE(rows.scalar_type() == weight.scalar_type(), "expected rows #", i, " to be ",
+                        weight.scalar_type(), " like their weight, got ", rows.scalar_type(), "; convert the rows");
+    IntList sizes = weight.sizes().vec();
     sizes[size_t(dim)] = index.numel();
-    DELFAST_CHECK_VALUE(rows.sizes() == at::IntArrayRef(sizes), "expected rows #", i, " of shape ", shape_text(sizes),
-                        ", got ", shape_text(rows.sizes()), "; pass one row for each index");
+    DELFAST_CHECK_VALUE(rows.sizes() == Sizes(sizes), "expected rows #", i, " of shape ", sizes, ", got ", rows.sizes(),
+                        "; pass one row for each index");
     WrittenRows w;
     w.index = index.const_data_ptr<int64_t>();
     w.count = index.numel();
@@ -52,7 +51,7 @@ class WrittenRowsList {
     if (rows.numel() == 0) return {};
     // rows along dim 0 may be channels-last; along others, everything is contiguous
     const Layout layout = dim == 0 ? usable_layout(weight) : Layout{weight.size(0), weight.numel() / weight.size(0), 1};
-    w.weight = copies_.write(weight.variable_data(), layout);
+    w.weight = copies_.write(without_version(weight), layout);
     w.rows = copies_.read(rows, layout);
     for (int64_t d = 0; d < dim; d++) w.outer *= weight.size(d);
     w.bytes = weight.numel() / (w.outer * w.channels) * int64_t(weight.element_size());

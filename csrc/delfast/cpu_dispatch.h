@@ -16,10 +16,14 @@ enum class Isa : int8_t { scalar, avx2, avx512, amx };
 inline constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx};
 inline constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "amx"};
 
-bool isa_supported(Isa isa);        // by this build and by this CPU (cpuid and XCR0)
-Isa isa();                          // the one in use: DELFAST_FORCE_ISA, or else the best supported
-bool force_isa(const char* name);   // false, and nothing changes, if unknown or not supported
-const char* isa_request_problem();  // why DELFAST_FORCE_ISA could not be honoured, or null
+// By this build and by this CPU (cpuid and XCR0).
+DELFAST_EXPORT bool isa_supported(Isa isa);
+// The one in use: DELFAST_FORCE_ISA, or else the best supported.
+DELFAST_EXPORT Isa isa();
+// False, and nothing changes, if unknown or not supported.
+DELFAST_EXPORT bool force_isa(const char* name);
+// Why DELFAST_FORCE_ISA could not be honoured, or null.
+DELFAST_EXPORT const char* isa_request_problem();
 
 // Elements of a parameter that one task covers: selection and element-wise updates cut parameters at its multiples.
 // A multiple of 512, so that the packed bits of two tasks never share a byte (or a cache line).

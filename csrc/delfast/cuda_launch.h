@@ -89,7 +89,7 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
 const char* per_example_variant(const PerExample& p, bool tensor_cores);
 // For measurements and tests, not while another thread runs the op: a name forces a way from now on, "measured" ends
 // that; false if there is no such way.
-bool force_per_example_variant(const char* name);
+DELFAST_EXPORT bool force_per_example_variant(const char* name);
 
 Error channel_dot(const ChannelDot& p, Stream stream);
 

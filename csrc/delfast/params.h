@@ -6,6 +6,9 @@
 
 #include "delfast/half.h"
 
+// What the Python module uses of the library of the ops.
+#define DELFAST_EXPORT __attribute__((visibility("default")))
+
 namespace delfast {
 
 // Sanitized builds of the tests are quick: DELFAST_FEW_INSTANCES leaves out the dtypes and tile sizes whose code has

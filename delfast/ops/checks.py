@@ -1,6 +1,6 @@
 """Checks of every op's arguments, for the fake kernels and the references; csrc/bindings has those of the kernels.
 
-Each function has the arguments of its op. It raises ValueError or TypeError, in one line, for tensors on several
+Each function has the arguments of its op. It raises ValueError, in one line, for tensors on several
 devices, sizes that do not fit each other, and numbers out of range. Only the ops themselves read values of tensors.
 """
 
@@ -23,7 +23,7 @@ MAX_GEOMETRY = 2**31 - 1  # maximum stride, padding, dilation and kernel size: n
 def check_criticality(
     theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, aggregate: str, top_h: Sequence[int]
 ) -> None:
-    """Raise ValueError or TypeError for arguments that ``criticality`` refuses."""
+    """Raise ValueError for arguments that ``criticality`` refuses."""
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("aggregate", aggregate, AGGREGATES)
     _check_scored(theta, grad, criterion)
@@ -40,7 +40,7 @@ def check_criticality(
 
 
 def check_select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, k: int) -> None:
-    """Raise ValueError or TypeError for arguments that ``select_elements`` refuses."""
+    """Raise ValueError for arguments that ``select_elements`` refuses."""
     _check_budget(k)
     _check_choice("criterion", criterion, CRITERIA)
     _check_scored(theta, grad, criterion)
@@ -83,12 +83,12 @@ def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[
 
 
 def check_masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
-    """Raise ValueError or TypeError for arguments that ``masked_plan`` refuses."""
+    """Raise ValueError for arguments that ``masked_plan`` refuses."""
     _check_no_more_bits(_check_bits(params, params, bits, by_row), params)
 
 
 def check_masked_reset(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
-    """Raise ValueError or TypeError for arguments that ``masked_reset_`` refuses."""
+    """Raise ValueError for arguments that ``masked_reset_`` refuses."""
     _check_updates(params, fresh, bits, by_row)
 
 
@@ -105,7 +105,7 @@ def check_step(
     lr_tensor: Tensor | None = None,
     **settings: object,
 ) -> None:
-    """Raise ValueError or TypeError for arguments that ``masked_sgd_`` and ``masked_adamw_`` refuse."""
+    """Raise ValueError for arguments that ``masked_sgd_`` and ``masked_adamw_`` refuse."""
     _check_updates(params, grads, bits, by_row)
     device = params[0].device if params else bits.device
     _check_device(device, state, "state")
@@ -140,8 +140,9 @@ def check_per_example(
     dilation: Sequence[int],
     groups: int,
     epilogue: str,
+    allow_tf32: bool = False,
 ) -> None:
-    """Raise ValueError or TypeError for arguments that ``per_example_accumulate_`` refuses."""
+    """Raise ValueError for arguments that ``per_example_accumulate_`` refuses."""
     _check_device(sums.device, inputs, "inputs")
     _check_device(sums.device, deltas, "deltas")
     _check_choice("epilogue", epilogue, EPILOGUES)
@@ -149,7 +150,7 @@ def check_per_example(
     _check_dtype(inputs, "inputs", allowed)
     _check_dtype(deltas, "deltas", allowed)
     if sums.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"expected sums to be float32 or float64, got {sums.dtype}; pass zeros of the weight's shape")
+        raise ValueError(f"expected sums to be float32 or float64, got {sums.dtype}; pass zeros of the weight's shape")
     layer = "pass the layer's input, its output's gradient and sums like its weight"
     dims = inputs.ndim - 2
     if dims not in (1, 2, 3) or not deltas.ndim == sums.ndim == inputs.ndim:
@@ -196,7 +197,7 @@ def check_per_example(
 
 
 def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
-    """Raise ValueError or TypeError for arguments that ``channel_dot`` refuses."""
+    """Raise ValueError for arguments that ``channel_dot`` refuses."""
     if deltas.ndim < 2:
         raise ValueError(
             f"expected deltas (N, C, *positions), got {_shape(deltas)}; pass the gradient of a layer's output"
@@ -221,7 +222,7 @@ def check_channel_accumulate(
     eps: float,
     epilogue: str,
 ) -> None:
-    """Raise ValueError or TypeError for arguments that ``channel_accumulate_`` refuses."""
+    """Raise ValueError for arguments that ``channel_accumulate_`` refuses."""
     if not 1 <= len(sums) <= (1 if values is None else 2):
         raise ValueError(
             f"expected one tensor of sums, or two with values, got {len(sums)}; pass those of the weight and the bias"
@@ -238,7 +239,7 @@ def check_channel_accumulate(
     channels, wide = deltas.shape[1], sums[0].dtype
     for name, total in totals:
         if total.dtype not in (torch.float32, torch.float64) or total.dtype != wide:
-            raise TypeError(f"expected {name} to be float32, or float64 as all are, got {total.dtype}; pass such zeros")
+            raise ValueError(f"expected {name} to be float32, or float64 as all are, got {total.dtype}; pass such zeros")
         if total.numel() != channels:
             raise ValueError(
                 f"expected {name} of {channels} channels, got {_shape(total)}; pass zeros of the parameter's shape"
@@ -252,7 +253,7 @@ def check_channel_accumulate(
 
 
 def check_gather_columns(source: Tensor, columns: Tensor) -> None:
-    """Raise ValueError or TypeError for arguments that ``gather_columns`` refuses."""
+    """Raise ValueError for arguments that ``gather_columns`` refuses."""
     if source.ndim != 2 or not source.is_contiguous():
         raise ValueError(f"expected source to be a contiguous matrix, got {_shape(source)}; flatten it first")
     if columns.ndim != 1 or columns.dtype != torch.int64 or not columns.is_contiguous():
@@ -262,13 +263,13 @@ def check_gather_columns(source: Tensor, columns: Tensor) -> None:
         )
     _check_device(source.device, columns, "columns")
     if source.element_size() not in (2, 4, 8):
-        raise TypeError(f"expected elements of 2, 4 or 8 bytes, got {source.dtype}; convert the source")
+        raise ValueError(f"expected elements of 2, 4 or 8 bytes, got {source.dtype}; convert the source")
 
 
 def check_write_rows(
     weights: Sequence[Tensor], rows: Sequence[Tensor], indices: Sequence[Tensor], dims: Sequence[int]
 ) -> None:
-    """Raise ValueError or TypeError for arguments that ``write_rows_`` refuses."""
+    """Raise ValueError for arguments that ``write_rows_`` refuses."""
     for name, tensors in (("weight", weights), ("rows", rows), ("index", indices)):
         for number, tensor in enumerate(tensors):
             _check_device((weights or rows or indices)[0].device, tensor, f"{name} #{number}")
@@ -288,7 +289,7 @@ def check_write_rows(
                 "pass the rows' numbers"
             )
         if source.dtype != weight.dtype:
-            raise TypeError(
+            raise ValueError(
                 f"expected rows #{number} to be {weight.dtype} like their weight, got {source.dtype}; convert the rows"
             )
         shape = (*weight.shape[:dim], index.shape[0], *weight.shape[dim + 1 :])
@@ -334,7 +335,7 @@ def _check_bits(params: Sequence[Tensor], sources: Sequence[Tensor], bits: Tenso
             f"and {len(by_row)} values of by_row; pass one each"
         )
     if bits.dtype != torch.uint8 or bits.ndim != 1 or not bits.is_contiguous():
-        raise TypeError(
+        raise ValueError(
             f"expected bits to be contiguous uint8 (bytes,), got {bits.dtype} {_shape(bits)}; "
             "concatenate the masks' packed bits"
         )
@@ -392,7 +393,7 @@ def _check_dtypes(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None
 def _check_dtype(tensor: Tensor, name: str, allowed: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in allowed:
         *first, last = map(_name, allowed)
-        raise TypeError(
+        raise ValueError(
             f"expected {name} to be {', '.join(first)} or {last}, got {tensor.dtype}; convert the model (model.float())"
         )
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"  # written by setup.py beside the extension
-REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps delfast` (from a clone: `.`)"
+LIBRARY = BUILD_INFO.with_name("libdelfast_ops.so")
+OLDEST_TORCH = (2, 10)  # whose stable interface has all that the library calls
+REBUILD = "install again with `pip install --force-reinstall --no-deps delfast` (from a clone: `.`)"
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,24 @@ def load_backend() -> Backend:
 
 
 def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
-    """Import ``delfast._C`` after checking what it was built against: another torch would crash, not raise."""
+    """Load the library of the ops and ``delfast._C`` beside it, if this torch is new enough for both."""
     if not BUILD_INFO.is_file():
         raise ImportError(f"the extension was not built (no C++20 compiler at install?); {REBUILD}")
     build_info: dict[str, Any] = json.loads(BUILD_INFO.read_text(encoding="utf-8"))
     if "torch" not in build_info:
         raise ImportError(f"the extension was not built: {build_info['failure']}; {REBUILD}")
-    built, running = build_info["torch"], torch.__version__
-    if _release(built) != _release(running):
-        raise ImportError(f"the extension was built against torch {built}, this is torch {running}; {REBUILD}")
+    if _release(torch.__version__) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(f"the extension needs torch {oldest} or newer, this is torch {torch.__version__}; upgrade torch")
     try:
+        torch.ops.load_library(LIBRARY)
         return importlib.import_module("delfast._C"), build_info
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         if "DELFAST_FORCE_ISA" in str(error):
             raise
         raise ImportError(f"the extension does not load: {str(error).splitlines()[0]}; {REBUILD}") from error
 
 
-def _release(version: str) -> tuple[str, ...]:
-    """Return ("2", "14") for "2.14.1+cu130": torch keeps its C++ interface stable within one such series only."""
-    return tuple(version.split("+")[0].split(".")[:2])
+def _release(version: str) -> tuple[int, ...]:
+    """Return (2, 14) for "2.14.1+cu130"."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])

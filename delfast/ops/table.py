@@ -19,14 +19,15 @@ Op                           Result
 ``write_rows_``              Rows written into many weights, in place.
 ============================ =========================================================================================
 
-The native kernels (csrc/bindings) register themselves for a device when the extension loads. The reference serves every
-device without native kernels, and float64 tensors on every device: a native kernel forwards these to
-``torch.ops.delfast_reference.NAME`` (csrc/bindings/serving.h).
+The native kernels (csrc/bindings) register themselves for a device when their library is loaded. The reference serves
+every device without native kernels, and float64 tensors on every device: a native kernel forwards these to
+``torch.ops.delfast_python.NAME`` (csrc/bindings/serving.h).
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ OPS = (
     ),
     Op(
         "per_example_accumulate_(Tensor(a!) sums, Tensor inputs, Tensor deltas, int[] stride, int[] padding, "
-        "int[] dilation, int groups, str epilogue) -> ()",
+        "int[] dilation, int groups, str epilogue, bool allow_tf32=False) -> ()",
         checks.check_per_example,
         _fake_in_place,
         per_example_accumulate_,
@@ -203,19 +204,27 @@ OPS = (
 
 # kept for the life of the process, because deleting a library removes its ops
 _library: Any = torch.library.Library("delfast", "DEF")  # type: ignore[no-untyped-call]
-_references: Any = torch.library.Library("delfast_reference", "DEF")  # type: ignore[no-untyped-call]
+_python: Any = torch.library.Library("delfast_python", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define_ops(native_devices: Sequence[str]) -> None:
     """Define every op; its reference becomes the kernel of each device ("CPU", "CUDA") without a native kernel."""
     for op in OPS:
         reference = _checked(op.check, op.reference)
-        for library in (_library, _references):
-            library.define(op.schema)
+        _library.define(op.schema)
+        _python.define(op.schema)
         torch.library.register_fake(f"delfast::{op.name}", _checked(op.check, op.fake), lib=_library)
         for device in ("CPU", "CUDA"):
-            is_native = device in native_devices and device in op.natively_on
-            (_references if is_native else _library).impl(op.name, reference, device)
+            if device in native_devices and device in op.natively_on:
+                _python.impl(op.name, _noted(reference), device)
+            else:
+                _library.impl(op.name, reference, device)
+    for schema, function in (
+        ("increment_versions(Tensor[] tensors) -> ()", _increment_versions),
+        ("last_error() -> str", _last_error),
+    ):
+        _python.define(schema)
+        _python.impl(schema.split("(", 1)[0], function, "CompositeImplicitAutograd")
 
 
 def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,3 +236,31 @@ def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable
         return kernel(*args, **kwargs)
 
     return checked
+
+
+# What native kernels call: torch's stable interface bumps no version, and says of an error that there was one.
+
+_errors = threading.local()
+
+
+def _noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that notes the error that ``kernel`` raises."""
+
+    @functools.wraps(kernel)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return kernel(*args, **kwargs)
+        except Exception as error:
+            _errors.last = f"{type(error).__name__}: {error}"
+            raise
+
+    return noted
+
+
+def _last_error() -> str:
+    last: str = _errors.last
+    return last
+
+
+def _increment_versions(tensors: Sequence[Tensor]) -> None:
+    torch.autograd.graph.increment_version(tensors)  # passes over inference tensors, which have none

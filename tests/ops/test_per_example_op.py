@@ -222,12 +222,12 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         ({"deltas": deltas.long()}, "expected deltas to be float32, bfloat16 or float16, got Long"),
         ({"sums": sums.bfloat16()}, "expected sums to be float32, got BFloat16"),
     ):
-        with pytest.raises(TypeError, match=message):
+        with pytest.raises(ValueError, match=message):
             NATIVE.per_example_accumulate_(**(good | change))
     assert torch.equal(sums, before)
     with pytest.raises(ValueError, match=r"values of shape \(2, 6, 5, 5\) like deltas, got \(2, 8, 5, 5\)"):
         NATIVE.channel_dot(deltas, inputs)
     with pytest.raises(ValueError, match=r"expected deltas \(N, C, \*positions\), got \(6\)"):
         NATIVE.channel_dot(torch.rand(6), None)
-    with pytest.raises(TypeError, match="expected values to be float32, bfloat16 or float16, got Double"):
+    with pytest.raises(ValueError, match="expected values to be float32, bfloat16 or float16, got Double"):
         NATIVE.channel_dot(deltas, deltas.double())

@@ -5,18 +5,18 @@
 
 namespace delfast::bindings::on_cuda {
 
-at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_view criterion_name,
-                       c10::string_view aggregate_name, at::IntArrayRef top_h) {
+Tensor criticality(const TensorList& theta, const TensorList& grad, const std::string& criterion_name,
+                   const std::string& aggregate_name, const IntList& top_h) {
   const Criterion criterion = parse_criterion(criterion_name);
   const Aggregate aggregate = parse_aggregate(aggregate_name);
   const ScoredList list(theta, grad, criterion);
   const int64_t units = check_top_h(list.params, top_h);
 
   const OnDevice device(list.device);
-  at::Tensor scores = device.empty({units}, at::kFloat);
+  Tensor scores = device.empty({units}, ScalarType::Float);
   const int64_t count = int64_t(list.params.size());
-  const at::Tensor workspace =
-      device.empty({cuda::criticality_workspace(list.params.data(), top_h.data(), count, aggregate)}, at::kByte);
+  const Tensor workspace =
+      device.empty({cuda::criticality_workspace(list.params.data(), top_h.data(), count, aggregate)}, ScalarType::Byte);
   check_launch(cuda::criticality(list.params.data(), top_h.data(), count, criterion, aggregate,
                                  scores.mutable_data_ptr<float>(), workspace.mutable_data_ptr(), device.stream()),
                "criticality");

@@ -2,35 +2,39 @@
 // all tensors are on that device is checked before (bindings/checks.h): what is refused needs no card.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/stable/accelerator.h>
 
-#include "bindings/errors.h"
+#include "bindings/torch.h"
 #include "delfast/cuda_launch.h"
+
+// Weak, since it is missing in a torch without CUDA, where nothing calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace delfast::bindings {
 
 // A device, made current for as long as this lives.
 class OnDevice {
  public:
-  explicit OnDevice(c10::Device device) : device_(device), guard_(device) {}
+  explicit OnDevice(Device device) : device_(device), guard_(device.index) {}
 
-  at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
-    return at::empty(sizes, at::TensorOptions().device(device_).dtype(dtype));
+  Tensor empty(const IntList& sizes, ScalarType dtype) const { return bindings::empty(sizes, dtype, device_); }
+  cuda::Stream stream() const {
+    void* stream = nullptr;
+    check_torch(aoti_torch_get_current_cuda_stream(device_.index, &stream), "tell the current stream");
+    return static_cast<cuda::Stream>(stream);
   }
-  cuda::Stream stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
 
  private:
-  c10::Device device_;
-  c10::cuda::CUDAGuard guard_;
+  Device device_;
+  torch::stable::accelerator::DeviceGuard guard_;
 };
 
 inline void check_launch(cuda::Error error, const char* op) {
-  TORCH_CHECK(!error, text("delfast::", op, ": '", error ? error : "",
-                           "'; delfast.status()['cuda'] says which cards it was built for; ",
-                           "CUDA_LAUNCH_BLOCKING=1 shows an error where it happens"));
+  if (error)
+    throw std::runtime_error(text("delfast::", op, ": '", error,
+                                  "'; delfast.status()['cuda'] says which cards it was built for; ",
+                                  "CUDA_LAUNCH_BLOCKING=1 shows an error where it happens"));
 }
 
 }  // namespace delfast::bindings

@@ -13,7 +13,7 @@ namespace {
 
 class Step {
  public:
-  Step(at::TensorList params, at::TensorList sources, const at::Tensor& bits, const c10::List<bool>& by_row)
+  Step(const TensorList& params, const TensorList& sources, const Tensor& bits, const BoolList& by_row)
       : list_(params, sources, bits, by_row), device_(list_.device) {}
 
   const Updated* params() const { return list_.params.data(); }
@@ -30,7 +30,7 @@ class Step {
     return plan;
   }
 
-  cuda::StepInputs inputs(const at::Tensor& state, const at::Tensor& steps, const OptionalTensor& grad_scale,
+  cuda::StepInputs inputs(const Tensor& state, const Tensor& steps, const OptionalTensor& grad_scale,
                           const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
     check_step(list_, state, steps, grad_scale, found_inf, lr_tensor);
     list_.also_changes(state);
@@ -50,42 +50,46 @@ class Step {
 
  private:
   const float* number(const OptionalTensor& t) {
-    return t ? numbers_.emplace_back(t->to(at::kFloat)).const_data_ptr<float>() : nullptr;
+    return t ? numbers_.emplace_back(torch::stable::to(*t, ScalarType::Float)).const_data_ptr<float>() : nullptr;
   }
 
-  void* memory(int64_t bytes) { return workspaces_.emplace_back(device_.empty({bytes}, at::kByte)).mutable_data_ptr(); }
+  void* memory(int64_t bytes) {
+    return workspaces_.emplace_back(device_.empty({bytes}, ScalarType::Byte)).mutable_data_ptr();
+  }
 
   UpdateList list_;
   OnDevice device_;
-  std::vector<at::Tensor> workspaces_;
-  std::vector<at::Tensor> numbers_;
+  TensorList workspaces_;
+  TensorList numbers_;
 };
 
 }  // namespace
 
-at::Tensor masked_plan(at::TensorList params, const at::Tensor& bits, const c10::List<bool>& by_row) {
+Tensor masked_plan(const TensorList& params, const Tensor& bits, const BoolList& by_row) {
   const std::vector<Updated> list = planned_list(params, bits, by_row);
   const int64_t count = int64_t(list.size());
-  const OnDevice device(bits.device());
+  const OnDevice device(device_of(bits));
   const MaskPlanShape shape(list.data(), count);
   // room for as many pieces as any mask has; zeroed, so that equal masks have equal plans
-  const at::Tensor plan = device.empty({shape.bytes()}, at::kByte).zero_();
-  plan.narrow(0, 0, bits.numel()).copy_(bits);
-  const at::Tensor workspace = device.empty({cuda::mask_plan_workspace(list.data(), count)}, at::kByte);
+  Tensor plan = device.empty({shape.bytes()}, ScalarType::Byte);
+  torch::stable::zero_(plan);
+  Tensor plan_bits = torch::stable::narrow(plan, 0, 0, bits.numel());
+  torch::stable::copy_(plan_bits, bits);
+  const Tensor workspace = device.empty({cuda::mask_plan_workspace(list.data(), count)}, ScalarType::Byte);
   check_launch(cuda::mask_plan(list.data(), count, plan.mutable_data_ptr<uint8_t>() + shape.head_offset(),
                                workspace.mutable_data_ptr(), device.stream()),
                "masked_plan");
   return plan;
 }
 
-void masked_reset_(at::TensorList params, at::TensorList fresh, const at::Tensor& bits, const c10::List<bool>& by_row) {
+void masked_reset_(const TensorList& params, const TensorList& fresh, const Tensor& bits, const BoolList& by_row) {
   Step step(params, fresh, bits, by_row);
   step.finish(cuda::masked_reset(step.params(), step.count(), step.plan(), step.workspace(), step.stream()),
               "masked_reset_");
 }
 
-void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
-                 const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double momentum, double dampening,
+void masked_sgd_(const TensorList& params, const TensorList& grads, const Tensor& state, const Tensor& steps,
+                 const Tensor& bits, const BoolList& by_row, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
   Step step(params, grads, bits, by_row);
@@ -96,9 +100,9 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, const at::Tensor& 
       "masked_sgd_");
 }
 
-void masked_adamw_(at::TensorList params, at::TensorList grads, const at::Tensor& state, const at::Tensor& steps,
-                   const at::Tensor& bits, const c10::List<bool>& by_row, double lr, double beta1, double beta2,
-                   double eps, double weight_decay, bool maximize, const OptionalTensor& grad_scale,
+void masked_adamw_(const TensorList& params, const TensorList& grads, const Tensor& state, const Tensor& steps,
+                   const Tensor& bits, const BoolList& by_row, double lr, double beta1, double beta2, double eps,
+                   double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
   Step step(params, grads, bits, by_row);
   const cuda::StepInputs inputs = step.inputs(state, steps, grad_scale, found_inf, lr_tensor);

@@ -1,8 +1,6 @@
 // delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_accumulate_ on CUDA devices.
 #include "bindings/per_example.h"
 
-#include <ATen/Context.h>
-
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/ops.h"
 
@@ -10,46 +8,44 @@ namespace delfast::bindings::on_cuda {
 
 namespace {
 
-// As a matrix product of these would: 16 bits of one kind as they are, float32 where torch may round it to tf32. (The
-// switch is named after cuBLAS, which is not used.)
-bool use_tensor_cores(const PerExample& p) {
-  if (p.inputs_dtype == p.deltas_dtype && p.inputs_dtype != Dtype::float32) return true;
-  return at::globalContext().allowTF32CuBLAS();
+// 16 bits of one kind as they are, all else where it may be rounded to tf32.
+bool use_tensor_cores(const PerExample& p, bool allow_tf32) {
+  return allow_tf32 || (p.inputs_dtype == p.deltas_dtype && p.inputs_dtype != Dtype::float32);
 }
 
 }  // namespace
 
-void per_example_accumulate_(const at::Tensor& sums, const at::Tensor& inputs, const at::Tensor& deltas,
-                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                             c10::string_view epilogue) {
+void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
+                             const IntList& padding, const IntList& dilation, int64_t groups,
+                             const std::string& epilogue, bool allow_tf32) {
   PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
-  const OnDevice device(sums.device());
+  const OnDevice device(device_of(sums));
   const PerExample& p = checked.operands;
-  const bool tensor_cores = use_tensor_cores(p);
-  const at::Tensor workspace = device.empty({cuda::per_example_workspace(p, tensor_cores)}, at::kByte);
+  const bool tensor_cores = use_tensor_cores(p, allow_tf32);
+  const Tensor workspace = device.empty({cuda::per_example_workspace(p, tensor_cores)}, ScalarType::Byte);
   check_launch(cuda::per_example_accumulate(p, tensor_cores, workspace.mutable_data_ptr(), device.stream()),
                "per_example_accumulate_");
   checked.finish();
 }
 
-at::Tensor channel_dot(const at::Tensor& deltas, const OptionalTensor& values) {
+Tensor channel_dot(const Tensor& deltas, const OptionalTensor& values) {
   ChannelDotOperands checked(deltas, values);
-  const OnDevice device(deltas.device());
+  const OnDevice device(device_of(deltas));
   ChannelDot& dot = checked.dot;
-  at::Tensor out = device.empty({dot.examples, dot.channels}, at::kFloat);
+  Tensor out = device.empty({dot.examples, dot.channels}, ScalarType::Float);
   dot.out = out.mutable_data_ptr<float>();
   check_launch(cuda::channel_dot(dot, device.stream()), "channel_dot");
   return out;
 }
 
-void channel_accumulate_(at::TensorList sums, const at::Tensor& deltas, const OptionalTensor& values,
+void channel_accumulate_(const TensorList& sums, const Tensor& deltas, const OptionalTensor& values,
                          const OptionalTensor& mean, const OptionalTensor& variance, double eps,
-                         c10::string_view epilogue) {
+                         const std::string& epilogue) {
   ChannelSumsOperands checked(sums, deltas, values, mean, variance, eps, epilogue);
   const ChannelSums& p = checked.operands;
   if (!deltas.numel()) return checked.finish();
-  const OnDevice device(deltas.device());
-  const at::Tensor workspace = device.empty({cuda::channel_sums_workspace(p)}, at::kByte);
+  const OnDevice device(device_of(deltas));
+  const Tensor workspace = device.empty({cuda::channel_sums_workspace(p)}, ScalarType::Byte);
   check_launch(cuda::channel_sums(p, workspace.mutable_data_ptr(), device.stream()), "channel_accumulate_");
   checked.finish();
 }

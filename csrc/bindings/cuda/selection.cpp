@@ -5,8 +5,8 @@
 
 namespace delfast::bindings::on_cuda {
 
-std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::TensorList grad,
-                                                   c10::string_view criterion_name, int64_t k) {
+std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const TensorList& grad,
+                                           const std::string& criterion_name, int64_t k) {
   check_budget(k);
   const Criterion criterion = parse_criterion(criterion_name);
   const ScoredList list(theta, grad, criterion);
@@ -14,24 +14,24 @@ std::tuple<at::Tensor, at::Tensor> select_elements(at::TensorList theta, at::Ten
   for (const Scored& p : list.params) bytes += (p.layout.numel() + 7) / 8;
 
   const OnDevice device(list.device);
-  at::Tensor bits = device.empty({bytes}, at::kByte), info = device.empty({2}, at::kLong);
+  Tensor bits = device.empty({bytes}, ScalarType::Byte), info = device.empty({2}, ScalarType::Long);
   const int64_t count = int64_t(list.params.size());
-  const at::Tensor workspace = device.empty({cuda::select_elements_workspace(list.params.data(), count)}, at::kByte);
+  const Tensor workspace = device.empty({cuda::select_elements_workspace(list.params.data(), count)}, ScalarType::Byte);
   check_launch(cuda::select_elements(list.params.data(), count, criterion, k, bits.mutable_data_ptr<uint8_t>(),
                                      info.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(), device.stream()),
                "select_elements");
   return {std::move(bits), std::move(info)};
 }
 
-std::tuple<at::Tensor, at::Tensor> select_units(const at::Tensor& scores, at::IntArrayRef counts,
-                                                at::IntArrayRef lengths, int64_t k, bool cut_last) {
+std::tuple<Tensor, Tensor> select_units(const Tensor& scores, const IntList& counts, const IntList& lengths, int64_t k,
+                                        bool cut_last) {
   const int64_t bytes = check_units(scores, counts, lengths, k);
-  const OnDevice device(scores.device());
-  at::Tensor bits = device.empty({bytes}, at::kByte), info = device.empty({5}, at::kLong);
-  const at::Tensor scores_row = scores.contiguous();
+  const OnDevice device(device_of(scores));
+  Tensor bits = device.empty({bytes}, ScalarType::Byte), info = device.empty({5}, ScalarType::Long);
+  const Tensor scores_row = torch::stable::contiguous(scores);
   const int64_t count = int64_t(counts.size());
-  const at::Tensor workspace =
-      device.empty({cuda::select_units_workspace(counts.data(), lengths.data(), count)}, at::kByte);
+  const Tensor workspace =
+      device.empty({cuda::select_units_workspace(counts.data(), lengths.data(), count)}, ScalarType::Byte);
   check_launch(cuda::select_units(scores_row.const_data_ptr<float>(), counts.data(), lengths.data(), count, k, cut_last,
                                   bits.mutable_data_ptr<uint8_t>(), info.mutable_data_ptr<int64_t>(),
                                   workspace.mutable_data_ptr(), device.stream()),

@@ -5,7 +5,7 @@
 
 namespace delfast::bindings::on_cuda {
 
-void write_rows_(at::TensorList weights, at::TensorList rows, at::TensorList indices, at::IntArrayRef dims) {
+void write_rows_(const TensorList& weights, const TensorList& rows, const TensorList& indices, const IntList& dims) {
   if (weights.empty()) return;
   WrittenRowsList list(weights, rows, indices, dims);
   const OnDevice device(list.device);

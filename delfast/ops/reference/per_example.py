@@ -21,6 +21,7 @@ def per_example_accumulate_(
     dilation: Sequence[int],
     groups: int,
     epilogue: str,
+    allow_tf32: bool = False,
 ) -> None:
     """Add the sum over examples of ``|g_x|`` or ``g_x²`` to ``sums``, with g_x the weight gradient of example x.
 
@@ -45,6 +46,9 @@ def per_example_accumulate_(
         The layer's groups.
     epilogue : {"abs", "square"}
         Whether to add ``|g_x|`` or ``g_x²``.
+    allow_tf32 : bool
+        Whether the CUDA kernel may round operands in float32 to tf32, which have 10 bits of mantissa. The reference
+        leaves that to ``torch.backends``.
 
     Examples
     --------

@@ -2,7 +2,7 @@
 #include "bindings/cuda/ops.h"
 #include "bindings/serving.h"
 
-TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
   namespace bindings = delfast::bindings;
   using bindings::serve;
   serve<"criticality", &bindings::on_cuda::criticality>(m);
@@ -15,5 +15,5 @@ TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
   serve<"per_example_accumulate_", &bindings::on_cuda::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::on_cuda::channel_dot>(m);
   serve<"channel_accumulate_", &bindings::on_cuda::channel_accumulate_>(m);
-  m.impl("write_rows_", TORCH_FN(bindings::on_cuda::write_rows_));  // of any dtype
+  m.impl("write_rows_", TORCH_BOX(&bindings::on_cuda::write_rows_));  // of any dtype
 }
