@@ -69,4 +69,4 @@ results: bench demo
 	$(BIN)/python -m benchmarks.tables
 
 clean:
-	rm -rf $(VENV) build *.egg-info delfast/_C*.so delfast/_build_info.json .coverage htmlcov
+	rm -rf $(VENV) build *.egg-info delfast/_C*.so delfast/libdelfast_ops.so delfast/_build_info.json .coverage htmlcov

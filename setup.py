@@ -8,10 +8,14 @@ Environment:
                            toolkit if torch is a CPU build; 0 does not try.
   TORCH_CUDA_ARCH_LIST     the architectures to build for, as for torch: build_support/toolkit.py has the default.
   MAX_JOBS                 the number of compilers at once, as for torch (default: one for each CPU).
+  DELFAST_TORCH            the folder of a torch package to take the headers of, in place of this Python's.
+  DELFAST_WHEEL            what the wheel is for, such as cpu or cu13: its local version, and what `delfast doctor` says.
 """
 
+import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,12 +30,19 @@ sys.path.insert(0, str(ROOT))  # pip's isolated front end leaves it out
 from build_support import kernels, toolkit  # noqa: E402
 from build_support.toolkit import CudaUnavailable, Toolkit  # noqa: E402
 
-try:
-    import torch
-except ImportError:
-    sys.exit("delfast's build needs torch 2.10 or newer: install it, or build without --no-build-isolation")
 
-TORCH = Path(torch.__file__).parent
+
+def find_torch() -> Path:
+    """Return the folder of the torch package, which is not imported."""
+    named, spec = os.environ.get("DELFAST_TORCH"), importlib.util.find_spec("torch")
+    if not named and (spec is None or spec.origin is None):
+        sys.exit("delfast's build needs torch 2.10 or newer: install it, or leave --no-build-isolation away")
+    return Path(named) if named else Path(spec.origin).parent
+
+
+TORCH = find_torch()
+VERSION = runpy.run_path(str(TORCH / "version.py"))  # __version__, and cuda: a version or None
+WHEEL = os.environ.get("DELFAST_WHEEL")
 
 
 class Build(build_ext):
@@ -54,9 +65,10 @@ class Build(build_ext):
                 raise RuntimeError("DELFAST_NATIVE=0 at install")
             compiler = kernels.compiler()
             self.info = {
-                "torch": torch.__version__,
+                "torch": VERSION["__version__"],
                 "compiler": _first_line([compiler, "--version"]),
                 "cuda": None,
+                "wheel": WHEEL,
             }
             self.library = self._build_library()
             self.extensions[0].extra_objects = [str(self.library)]
@@ -81,10 +93,10 @@ class Build(build_ext):
         try:
             if wanted == "0":
                 raise CudaUnavailable("DELFAST_CUDA=0 at install")
-            if not torch.version.cuda and wanted == "auto":
-                raise CudaUnavailable(f"torch {torch.__version__} is no CUDA build (DELFAST_CUDA=1 builds them anyway)")
+            if not VERSION["cuda"] and wanted == "auto":
+                raise CudaUnavailable(f"torch {VERSION['__version__']} is no CUDA build; DELFAST_CUDA=1 does not ask")
             toolkit.architectures()  # raises at once for a value of another form
-            found = toolkit.find_toolkit(torch.version.cuda and torch.version.cuda.split(".")[0])
+            found = toolkit.find_toolkit(VERSION["cuda"] and VERSION["cuda"].split(".")[0])
             _ = found.libraries  # raises where the toolkit lacks what is linked
             return found
         except CudaUnavailable as error:
@@ -116,6 +128,7 @@ def _first_line(command: list[str]) -> str:
 
 
 setup(
+    version=runpy.run_path(str(ROOT / "delfast/_version.py"))["__version__"] + (f"+{WHEEL}" if WHEEL else ""),
     ext_modules=[
         Extension(
             "delfast._C",

@@ -145,7 +145,7 @@ class ScoredList {
       p.layout = usable_layout(theta[i]);
       p.theta = copies_.read(theta[i], p.layout);
       if (!grad.empty()) {
-        DELFAST_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",
+        DELFAST_CHECK_VALUE(grad[i].sizes().equals(theta[i].sizes()), "expected gradient #", i, " to have shape ",
                             theta[i].sizes(), " like its parameter, got ", grad[i].sizes(),
                             "; pass the gradients in the parameters' order");
         p.grad_dtype = dtype_of(grad[i], "gradient #", i);

@@ -115,7 +115,7 @@ class ChannelDotOperands {
     dot.deltas_dtype = dtype_of(deltas, "deltas");
     if (values) {
       check_device(device_of(deltas), *values, "values");
-      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", deltas.sizes(),
+      DELFAST_CHECK_VALUE(values->sizes().equals(deltas.sizes()), "expected values of shape ", deltas.sizes(),
                           " like deltas, got ", values->sizes(), "; pass what the gradient is of");
       dot.values_dtype = dtype_of(*values, "values");
     }
@@ -166,7 +166,7 @@ class ChannelSumsOperands {
                           " channels, got ", written[i].sizes(), "; pass zeros of the parameter's shape");
     }
     if (values) {
-      DELFAST_CHECK_VALUE(values->sizes() == deltas.sizes(), "expected values of shape ", deltas.sizes(),
+      DELFAST_CHECK_VALUE(values->sizes().equals(deltas.sizes()), "expected values of shape ", deltas.sizes(),
                           " like deltas, got ", values->sizes(), "; pass what the gradient is of");
       operands.values_dtype = dtype_of(*values, "values");
     }

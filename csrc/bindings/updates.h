@@ -93,7 +93,7 @@ class UpdateList {
 
  private:
   Updated checked(const Tensor& param, const Tensor& source, bool by_row, size_t i) {
-    DELFAST_CHECK_VALUE(source.sizes() == param.sizes(), "expected values for parameter #", i, " of shape ",
+    DELFAST_CHECK_VALUE(source.sizes().equals(param.sizes()), "expected values for parameter #", i, " of shape ",
                         param.sizes(), ", got ", source.sizes(), "; pass them in the parameters' order");
     Updated u;
     u.param_dtype = dtype_of(param, "parameter #", i);

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from delfast.backend import status
+from delfast.ops import BACKEND
 
 EXPERIMENTS = ("torchvision", "scikit-learn", "matplotlib", "typer", "rich", "vit-pytorch")
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_bf16")
@@ -22,6 +23,7 @@ def examine() -> dict[str, Any]:
     """Return ``{"facts": ..., "advice": [...]}``, ready for JSON, with one line of advice for each problem."""
     facts: dict[str, Any] = {
         **status(),
+        "installed_as": _kind(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -49,17 +51,20 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
         advice.append(f"the native kernels are not in use: {facts['reason']}")
         if facts["compilers"]["c++"] is None:
             advice.append("there is no C++ compiler: install one with C++20 (Debian: apt install g++), then reinstall")
-    elif facts["built_against"] != facts["torch"]:
-        advice.append(
-            f"built against torch {facts['built_against']}, running with {facts['torch']}: reinstall delfast "
-            "with --no-build-isolation"
-        )
     if facts["cuda_available"] and "cuda" not in facts["devices"]:
         advice.append("there is a CUDA device and no native kernels for it: it runs on PyTorch's own operations")
     missing = [name for name, found in facts["experiments"].items() if found is None]
     if missing:
         advice.append(f"not installed: {', '.join(missing)}; pip install 'delfast[experiments]'")
     return advice
+
+
+def _kind() -> str:
+    """What was installed: a wheel and what it is for, or what was compiled here."""
+    info = BACKEND.build_info
+    if not info:
+        return "without native kernels"
+    return f"a wheel for {info['wheel']}" if info.get("wheel") else "compiled from source"
 
 
 def _cpu_flags() -> list[str]:
