@@ -1,6 +1,7 @@
 # make demo   train, forget, and compare with retraining, on real data, in three minutes
 # make check  lint, types and the fast tests, for the inner loop
 # make test   lint, types, C++ and Python tests; make test-all adds the wide sweeps, make coverage lists what no test runs
+# make wheels  wheels that need no compiler, for each Python that is there, in dist/: for CPUs, and for CUDA if there is a toolkit
 # make bench  every kernel, training step and whole job against its baseline, hours; make results also renews the README's tables
 # Both make .venv and build the extension first; a second call does no work twice.
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all demo check test test-all coverage lint bench results clean
+.PHONY: all demo check test test-all coverage lint wheels bench results clean
 
 all: $(VENV)/.built
 
@@ -53,6 +54,9 @@ coverage: all
 	$(PYTEST) --cov --cov-report=
 	$(BIN)/coverage html --quiet
 	$(BIN)/coverage report | awk 'NR == 1 || /^TOTAL/ || $$NF + 0 < 90 && /%$$/'
+
+wheels: all
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m build_support.wheels
 
 # both sides take turns on the same threads; the results are kept as JSON: of kernels, and of what takes longer
 LONGER := steps job memory
