@@ -1,11 +1,15 @@
 // In-place updates of the masked entries of parameters: reset, SGD, AdamW. Entries outside the mask are not written.
 //
 // Mapping. One small launch makes each parameter's rule and counts its step. Then as many blocks as run at once take
-// the pieces that the mask's plan lists (delfast/mask_plan.h), a warp one after another. No shared memory, no barriers.
-// Memory. A part of a long row goes by packs of four neighbours, of parameter, gradient and state, kPackRounds of them
-// a lane in flight, where all of these are aligned to packs; else neighbouring lanes take neighbouring elements. So
-// they do in a stretch of elements or short rows, whose bits the warp's lanes hold a word each; an element's place in
-// the state is the number of bits set before it. Unmasked units cost nothing but their bits, and those only in
+// the pieces that the mask's plan lists (delfast/mask_plan.h), a warp one after another. No barriers. In a part of a
+// long row a lane takes packs of four neighbours, kPackRounds of them in flight, where parameter, gradient and state
+// are aligned to packs; else elements, kOneRounds in flight. In a stretch of elements or short rows a lane takes masked
+// elements alone: first each lane writes the numbers of its word's masked units to its warp's list in shared memory,
+// one a time, which costs as many writes as the fullest word has; then the warp goes through the list. Of 128 elements
+// with n masked it makes n / 32 rounds, each with one request of the gradient, of the parameter and of each state and
+// as many stores, not four, and there are no shuffles.
+// Memory. Neighbouring lanes take neighbouring packs, or neighbours in the state: its requests begin at sectors of 32
+// bytes, and so do the parameter's in a part of a row. Unmasked units cost nothing but their bits, and those only in
 // stretches.
 // Numerics. float32, every product and sum rounded (the files are compiled without fused multiply-add), in the CPU
 // kernels' order; the result is rounded once to the parameter's dtype.
@@ -199,60 +203,74 @@ __device__ __forceinline__ void update_packs(Param* param, const Source* source,
   }
 }
 
-// A warp's elements, one a lane at a time: which of them are masked, and their places in memory and in the state.
-struct Ones {
-  const Layout& layout;
-  int64_t first;          // element, in logical order if scattered, else in memory
-  int end;                // elements
-  bool all;               // no bits: all are masked
-  bool scattered;         // in memory: an element mask of a channels-last parameter
-  uint32_t word, before;  // lane i has the bits of units [32 i, 32 i + 32), and the number of bits before these
-  uint32_t unit_length;
+// The numbers of the set bits of 1024, in order, in a warp's part of shared memory. Two places of each 34 stay empty,
+// so that lanes that write 32 places apart each write to a bank of their own.
+struct BitList {
+  static constexpr int kPlaces = kWarp * kWarp / 32 * 34;
+  uint16_t* places;
 
-  struct Place {
-    int64_t at;  // in memory
-    int entry;   // in the state, or -1: not masked
-  };
-  __device__ __forceinline__ Place operator()(int i) const {
-    Place place = {first + i, i};
-    if (!all) {
-      const uint32_t unit = unit_length == 1 ? uint32_t(i) : uint32_t(i) / unit_length;
-      const uint32_t bits = __shfl_sync(kAllLanes, word, int(unit / 32)),
-                     passed = __shfl_sync(kAllLanes, before, int(unit / 32));
-      place.entry = int((passed + uint32_t(__popc(bits & ((1u << unit % 32) - 1)))) * unit_length) +
-                    (i - int(unit * unit_length));
-      if (!(bits >> unit % 32 & 1)) place.entry = -1;
-    }
-    if (i < 0 || i >= end) place.entry = -1;
-    if (scattered && place.entry >= 0) place.at = layout.offset(first + i);
-    return place;
+  __device__ __forceinline__ uint16_t& operator[](uint32_t i) const { return places[i + i / 32 * 2]; }
+  // Lane i has bits [32 i, 32 i + 32) in `word`. Returns how many are set.
+  __device__ __forceinline__ int fill(uint32_t word) const {
+    const uint32_t set = uint32_t(__popc(word)), through = warp_inclusive_scan(set);
+    uint32_t next = through - set;
+    for (; word; word &= word - 1) (*this)[next++] = uint16_t(32 * lane() + __ffs(int(word)) - 1);
+    __syncwarp();
+    return int(__shfl_sync(kAllLanes, through, kWarp - 1));
   }
 };
 
-// Elements [begin, ones.end). `states` are those of element 0.
+// The masked elements of a piece, in the order of their state.
+struct Ones {
+  const Layout& layout;
+  int64_t first;  // element of the piece, in logical order if scattered, else in memory
+  int count;
+  bool all;        // elements of the piece are masked
+  bool scattered;  // in memory: an element mask of a channels-last parameter
+  BitList units;   // that are masked, if not all
+  uint32_t unit_length;
+
+  // Where number i is in memory.
+  __device__ __forceinline__ int64_t operator()(int i) const {
+    uint32_t element = uint32_t(i);
+    if (!all) {
+      const uint32_t unit = unit_length == 1 ? element : element / unit_length;
+      element += (units[unit] - unit) * unit_length;
+    }
+    return scattered ? layout.offset(first + element) : first + element;
+  }
+};
+
+// From number `begin` on, which may be negative: a warp's requests begin there. `states` are those of number 0.
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_ones(Param* param, const Source* source, float* const* states, const Ones& ones,
                                             int begin, const Rule& rule) {
   constexpr int kStates = Rule::kStates, kOneRounds = Rule::kOneRounds;
 #pragma unroll 1
-  for (; begin < ones.end; begin += kWarp * kOneRounds) {
-    Ones::Place places[kOneRounds];
+  for (; begin < ones.count; begin += kWarp * kOneRounds) {
+    int64_t places[kOneRounds] = {};
     float entries[kOneRounds][1] = {}, gradients[kOneRounds][1] = {}, state[kOneRounds][kStates + 1] = {};
+    // the ballot is the warp's: a round past the end is skipped by one uniform branch
+    const auto takes = [&](int i) {
+      const bool valid = uint32_t(i) < uint32_t(ones.count);
+      return __ballot_sync(kAllLanes, valid) && valid;
+    };
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
-      places[u] = ones(begin + kWarp * u + lane());
-      // the ballot is the warp's: a round without masked elements is skipped by one uniform branch
-      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
-      load_pack(source + places[u].at, gradients[u]);
-      load_pack<true>(param + places[u].at, entries[u]);
-      for (int s = 0; s < kStates; s++) state[u][s] = global_load(states[s] + places[u].entry);
+      const int i = begin + kWarp * u + lane();
+      if (!takes(i)) continue;
+      places[u] = ones(i);
+      load_pack(source + places[u], gradients[u]);
+      load_pack<true>(param + places[u], entries[u]);
+      for (int s = 0; s < kStates; s++) state[u][s] = global_load(states[s] + i);
     }
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
-      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
+      const int i = begin + kWarp * u + lane();
+      if (!takes(i)) continue;
       entries[u][0] = rule(entries[u][0], gradients[u][0], state[u]);
-      store_pack(param + places[u].at, entries[u]);
-      for (int s = 0; s < kStates; s++) global_store(states[s] + places[u].entry, state[u][s]);
+      store_pack(param + places[u], entries[u]);
+      for (int s = 0; s < kStates; s++) global_store(states[s] + i, state[u][s]);
     }
   }
 }
@@ -266,36 +284,39 @@ __device__ __forceinline__ MaskPiece load_piece(const MaskPiece* at) {
   return piece;
 }
 
+// How many elements past the start of a sector of 32 bytes `address` lies.
+template <class T>
+__device__ __forceinline__ int sector_offset(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) % 32 / sizeof(T));
+}
+
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_piece(const Masked& m, const Rule& rule, float* const* states,
-                                             const MaskPiece& piece) {
+                                             const MaskPiece& piece, const BitList& list) {
   Param* const param = static_cast<Param*>(m.param);
   const Source* const source = static_cast<const Source*>(m.source);
   const int64_t length = m.by_row ? m.layout.length : 1;
-  Ones ones = {m.layout, piece.first, piece.count, true, false, 0, 0, uint32_t(length)};
-  int packs = 0;
+  Ones ones = {m.layout, piece.first, piece.count, true, false, list, uint32_t(length)};
+  int begin = 0;
   if (has_long_units(length)) {
     const auto is_aligned = [](const auto* address) {
       return reinterpret_cast<uintptr_t>(address) % (4 * sizeof(*address)) == 0;
     };
     bool aligned = is_aligned(param + piece.first) && is_aligned(source + piece.first);
     for (int s = 0; s < Rule::kStates; s++) aligned &= is_aligned(states[s]);
-    packs = aligned ? piece.count / 4 : 0;
+    const int packs = aligned ? piece.count / 4 : 0;
     update_packs(param + piece.first, source + piece.first, states, packs, rule);
+    begin = packs ? 4 * packs : -sector_offset(param + piece.first);
   } else {
+    const int64_t units = m.by_row ? m.layout.rows : m.layout.numel();
+    const bool has_word = lane() * 32 < piece.count;
     ones.first = piece.first * length;
-    ones.end = piece.count * int(length);
+    ones.count = list.fill(has_word ? load_word(m.bits, units, piece.first / 32 + lane()) : 0) * int(length);
     ones.all = false;
     ones.scattered = !m.by_row && m.layout.spatial != 1;
-    const int64_t units = m.by_row ? m.layout.rows : m.layout.numel();
-    ones.word = lane() * 32 < piece.count ? load_word(m.bits, units, piece.first / 32 + lane()) : 0;
-    const uint32_t set = uint32_t(__popc(ones.word));
-    ones.before = warp_inclusive_scan(set) - set;
+    if constexpr (Rule::kStates > 0) begin = -sector_offset(states[0]);
   }
-  // the warp's requests of the parameter begin at sectors of 32 bytes
-  const auto place = reinterpret_cast<uintptr_t>(param + ones.first);
-  const int lead = packs || ones.scattered ? 0 : int(place % 32 / sizeof(Param));
-  update_ones(param, source, states, ones, packs * 4 - lead, rule);
+  update_ones(param, source, states, ones, begin, rule);
 }
 
 template <class Rule>
@@ -305,10 +326,12 @@ __global__ void __launch_bounds__(kThreads, Rule::kResident)
   const int pieces = int(plan.head->pieces), stride = int(gridDim.x) * (kThreads / kWarp);
   int i = int(blockIdx.x) * (kThreads / kWarp) + warp();
   if (i >= pieces) return;
+  DELFAST_SHARED(uint16_t, places, [kThreads / kWarp][BitList::kPlaces]);
+  const BitList list = {places[warp()]};
   MaskPiece next = load_piece(plan.pieces + i);
 #pragma unroll 1
   for (; i < pieces; i += stride) {
-    __syncwarp();
+    __syncwarp();  // nobody reads the list of the piece before
     const MaskPiece piece = next;
     if (i + stride < pieces) next = load_piece(plan.pieces + i + stride);
     const Prepared<Rule>& p = prepared[piece.param];  // of many pieces: not streamed
@@ -318,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, Rule::kResident)
     for (int s = 0; s < Rule::kStates; s++) states[s] = p.state + s * p.entries + piece.rank;
     with_dtype(m.param_dtype, [&]<class Param>(const Param*) {
       with_dtype(m.source_dtype,
-                 [&]<class Source>(const Source*) { update_piece<Param, Source>(m, rule, states, piece); });
+                 [&]<class Source>(const Source*) { update_piece<Param, Source>(m, rule, states, piece, list); });
     });
   }
 }
