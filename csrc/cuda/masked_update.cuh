@@ -1,16 +1,16 @@
 // In-place updates of the masked entries of parameters: reset, SGD, AdamW. Entries outside the mask are not written.
 //
-// Mapping. One small launch makes each parameter's rule and counts its step. Then as many blocks as run at once take
+// Mapping. One small launch makes each parameter's rates and counts its step. Then as many blocks as run at once take
 // the pieces that the mask's plan lists (delfast/mask_plan.h), a warp one after another. No barriers. In a part of a
 // long row a lane takes packs of four neighbours, kPackRounds of them in flight, where parameter, gradient and state
-// are aligned to packs; else elements, kOneRounds in flight. In a stretch of elements or short rows a lane takes masked
-// elements alone: first each lane writes the numbers of its word's masked units to its warp's list in shared memory,
-// one a time, which costs as many writes as the fullest word has; then the warp goes through the list. Of 128 elements
-// with n masked it makes n / 32 rounds, each with one request of the gradient, of the parameter and of each state and
-// as many stores, not four, and there are no shuffles.
-// Memory. Neighbouring lanes take neighbouring packs, or neighbours in the state: its requests begin at sectors of 32
-// bytes, and so do the parameter's in a part of a row. Unmasked units cost nothing but their bits, and those only in
-// stretches.
+// are aligned to packs; else elements, kOneRounds in flight. Of a stretch of elements or short rows a lane takes masked
+// elements alone: each lane first writes the numbers of its word's masked units to the warp's list in shared memory,
+// then the warp goes through the list. So 128 elements with n masked cost at most as many writes to the list as the
+// fullest word has bits, and n / 32 rounds, not four; a round is a read of the list, a request of the gradient, of the
+// parameter and of each state, the rule, and a store of all but the gradient. Shuffles: a few for a whole piece.
+// Memory. Neighbouring lanes take neighbouring packs, or elements that are neighbours in the state. Requests begin at
+// sectors of 32 bytes: of the state in a stretch, of the parameter in a part of a row. Unmasked units cost nothing but
+// their bits, and those only in stretches.
 // Numerics. float32, every product and sum rounded (the files are compiled without fused multiply-add), in the CPU
 // kernels' order; the result is rounded once to the parameter's dtype.
 #pragma once
@@ -22,7 +22,6 @@
 namespace delfast::cuda {
 
 constexpr int kPrepareThreads = 1024;
-constexpr int kPackRounds = 4;
 
 struct Masked {
   void* param;
@@ -33,16 +32,48 @@ struct Masked {
   bool by_row;
 };
 
+// ---- rates: what only the device knows of a step, for each parameter. The rest is an argument of the update:
+// constants take no registers
+
+struct NoRates {
+  template <class Rule>
+  __device__ __forceinline__ void set(Rule&) const {}
+};
+
+struct SgdRates {
+  float lr, unscale;
+  bool first;
+  template <class Rule>
+  __device__ __forceinline__ void set(Rule& rule) const {
+    rule.step.lr = lr;
+    rule.step.unscale = unscale;
+    rule.step.first = first;
+  }
+};
+
+struct AdamWRates {
+  float step_size, correction, decay, unscale;
+  template <class Rule>
+  __device__ __forceinline__ void set(Rule& rule) const {
+    rule.step.step_size = step_size;
+    rule.step.correction = correction;
+    rule.step.decay = decay;
+    rule.step.unscale = unscale;
+  }
+};
+
 // ---- rules: (entry, gradient, state) -> new entry and state. kResident: blocks that a multiprocessor runs at once,
 // with as many registers as kPackRounds packs and kOneRounds elements in flight need
 
 struct ResetRule {
-  static constexpr int kStates = 0, kResident = 3, kOneRounds = 6;
+  using Rates = NoRates;
+  static constexpr int kStates = 0, kResident = 3, kPackRounds = 4, kOneRounds = 6;
   __device__ __forceinline__ float operator()(float, float fresh, float*) const { return fresh; }
 };
 
 struct PlainSgdRule {  // without momentum there is no state
-  static constexpr int kStates = 0, kResident = 3, kOneRounds = 4;
+  using Rates = SgdRates;
+  static constexpr int kStates = 0, kResident = 3, kPackRounds = 4, kOneRounds = 4;
   SgdStep step;
   __device__ __forceinline__ float operator()(float entry, float gradient, float*) const {
     gradient = gradient * step.unscale;
@@ -52,7 +83,8 @@ struct PlainSgdRule {  // without momentum there is no state
 };
 
 struct SgdRule {
-  static constexpr int kStates = 1, kResident = 2, kOneRounds = 8;
+  using Rates = SgdRates;
+  static constexpr int kStates = 1, kResident = 3, kPackRounds = 3, kOneRounds = 4;
   SgdStep step;
   __device__ __forceinline__ float operator()(float entry, float gradient, float* state) const {
     gradient = gradient * step.unscale;
@@ -64,7 +96,8 @@ struct SgdRule {
 };
 
 struct AdamWRule {
-  static constexpr int kStates = 2, kResident = 2, kOneRounds = 6;
+  using Rates = AdamWRates;
+  static constexpr int kStates = 2, kResident = 3, kPackRounds = 2, kOneRounds = 3;
   AdamWStep step;
   __device__ __forceinline__ float operator()(float entry, float gradient, float* state) const {
     gradient = gradient * step.unscale;
@@ -90,15 +123,13 @@ __device__ __forceinline__ double rate(const Options& o, const StepInputs& in) {
   return in.lr ? double(global_load_const(in.lr)) : o.lr;
 }
 
-__device__ __forceinline__ SgdRule make_rule(const SgdOptions& o, const StepInputs& in, double taken) {
-  return {{float(rate(o, in)), float(o.momentum), float(1 - o.dampening), float(o.weight_decay),
-           unscale_factor(in, o.maximize), o.nesterov, taken == 0}};
+__device__ __forceinline__ SgdRates make_rates(const SgdOptions& o, const StepInputs& in, double taken) {
+  return {float(rate(o, in)), unscale_factor(in, o.maximize), taken == 0};
 }
-__device__ __forceinline__ AdamWRule make_rule(const AdamWOptions& o, const StepInputs& in, double taken) {
+__device__ __forceinline__ AdamWRates make_rates(const AdamWOptions& o, const StepInputs& in, double taken) {
   const double lr = rate(o, in);
-  return {{float(o.beta1), float(1 - o.beta1), float(o.beta2), float(1 - o.beta2), float(o.eps),
-           float(lr / (1 - pow(o.beta1, taken + 1))), float(sqrt(1 - pow(o.beta2, taken + 1))),
-           float(1 - lr * o.weight_decay), unscale_factor(in, o.maximize)}};
+  return {float(lr / (1 - pow(o.beta1, taken + 1))), float(sqrt(1 - pow(o.beta2, taken + 1))),
+          float(1 - lr * o.weight_decay), unscale_factor(in, o.maximize)};
 }
 
 __device__ __forceinline__ bool is_skipped(const float* found_inf) {
@@ -111,10 +142,10 @@ struct alignas(16) Prepared {
   Masked masked;
   float* state;
   int64_t entries;  // from one kind of state to the next
-  Rule rule;
+  typename Rule::Rates rates;
 };
 
-// Makes each parameter's rule and counts its step; `first` is the number of the table's first parameter. A plan of
+// Makes each parameter's rates and counts its step; `first` is the number of the table's first parameter. A plan of
 // other shapes traps, and so does the optimizer state of another mask.
 template <class Options, class Rule, int kBytes>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -151,7 +182,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     __syncthreads();  // nobody has trapped
     if (!has_param) return;
     const float taken = global_load(&in.steps[first + thread]);
-    own.rule.step = make_rule(options, in, double(taken)).step;
+    own.rates = make_rates(options, in, double(taken));
     global_store(&in.steps[first + thread], taken + 1);
   }
 }
@@ -162,7 +193,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_packs(Param* param, const Source* source, float* const* states, int packs,
                                              const Rule& rule) {
-  constexpr int kStates = Rule::kStates;
+  constexpr int kStates = Rule::kStates, kPackRounds = Rule::kPackRounds;
   using ParamWord = typename WordOf<4 * int(sizeof(Param))>::type;
   using SourceWord = typename WordOf<4 * int(sizeof(Source))>::type;
   const auto unpack = []<class T>(const T*, const auto& word, float (&out)[4]) {
@@ -275,14 +306,25 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
   }
 }
 
-__device__ __forceinline__ MaskPiece load_piece(const MaskPiece* at) {
-  constexpr int kWords = sizeof(MaskPiece) / sizeof(uint2);
-  uint2 words[kWords];
-  for (int i = 0; i < kWords; i++) words[i] = global_load_const(reinterpret_cast<const uint2*>(at) + i);
-  MaskPiece piece;
-  memcpy(&piece, words, sizeof piece);
-  return piece;
-}
+// A piece under way: each of three lanes holds 8 bytes of it, which takes two registers and not six.
+class NextPiece {
+ public:
+  __device__ __forceinline__ explicit NextPiece(const MaskPiece* at) {
+    if (lane() < kWords) word_ = global_load_const(reinterpret_cast<const uint2*>(at) + lane());
+  }
+  __device__ __forceinline__ MaskPiece get() const {
+    uint2 words[kWords];
+    for (int i = 0; i < kWords; i++)
+      words[i] = {__shfl_sync(kAllLanes, word_.x, i), __shfl_sync(kAllLanes, word_.y, i)};
+    MaskPiece piece;
+    memcpy(&piece, words, sizeof piece);
+    return piece;
+  }
+
+ private:
+  static constexpr int kWords = sizeof(MaskPiece) / sizeof(uint2);
+  uint2 word_ = {};
+};
 
 // How many elements past the start of a sector of 32 bytes `address` lies.
 template <class T>
@@ -321,22 +363,23 @@ __device__ __forceinline__ void update_piece(const Masked& m, const Rule& rule, 
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, Rule::kResident)
-    masked_update(MaskPlan plan, const Prepared<Rule>* prepared, const float* found_inf) {
+    masked_update(MaskPlan plan, const Prepared<Rule>* prepared, Rule common, const float* found_inf) {
   if (is_skipped(found_inf)) return;
   const int pieces = int(plan.head->pieces), stride = int(gridDim.x) * (kThreads / kWarp);
   int i = int(blockIdx.x) * (kThreads / kWarp) + warp();
   if (i >= pieces) return;
   DELFAST_SHARED(uint16_t, places, [kThreads / kWarp][BitList::kPlaces]);
   const BitList list = {places[warp()]};
-  MaskPiece next = load_piece(plan.pieces + i);
+  NextPiece next(plan.pieces + i);
 #pragma unroll 1
   for (; i < pieces; i += stride) {
     __syncwarp();  // nobody reads the list of the piece before
-    const MaskPiece piece = next;
-    if (i + stride < pieces) next = load_piece(plan.pieces + i + stride);
+    const MaskPiece piece = next.get();
+    if (i + stride < pieces) next = NextPiece(plan.pieces + i + stride);
     const Prepared<Rule>& p = prepared[piece.param];  // of many pieces: not streamed
     const Masked& m = p.masked;
-    const Rule rule = p.rule;
+    Rule rule = common;
+    p.rates.set(rule);
     float* states[Rule::kStates + 1];
     for (int s = 0; s < Rule::kStates; s++) states[s] = p.state + s * p.entries + piece.rank;
     with_dtype(m.param_dtype, [&]<class Param>(const Param*) {
