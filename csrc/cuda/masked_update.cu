@@ -12,6 +12,14 @@ unsigned multiprocessors() {
   return unsigned(count);
 }
 
+// What the options say of a step, in float32; the rates, 0 here, are set on the device.
+SgdStep constants(const SgdOptions& o) {
+  return {0, float(o.momentum), float(1 - o.dampening), float(o.weight_decay), 0, o.nesterov, false};
+}
+AdamWStep constants(const AdamWOptions& o) {
+  return {float(o.beta1), float(1 - o.beta1), float(o.beta2), float(1 - o.beta2), float(o.eps), 0, 0, 0, 0};
+}
+
 template <class Rule, class Options>
 Error update(const Updated* params, int64_t count, const StepInputs& inputs, const Options& options, const void* plan,
              void* workspace, Stream stream) {
@@ -34,8 +42,10 @@ Error update(const Updated* params, int64_t count, const StepInputs& inputs, con
   if (!max_pieces) return last_error();
   const int64_t needed = ceil_div(max_pieces, kThreads / kWarp),
                 resident = int64_t(multiprocessors()) * Rule::kResident;
+  Rule common = {};
+  if constexpr (!std::is_same_v<Rule, ResetRule>) common.step = constants(options);
   DELFAST_LAUNCH(masked_update<Rule>, unsigned(needed < resident ? needed : resident), kThreads, 0, stream, view,
-                 prepared, inputs.found_inf);
+                 prepared, common, inputs.found_inf);
   return last_error();
 }
 

@@ -1,12 +1,16 @@
 // In-place updates of the masked entries of parameters: reset, SGD, AdamW. Entries outside the mask are not written.
 //
-// Mapping. One small launch makes each parameter's rule and counts its step. Then as many blocks as run at once take
-// the pieces that the mask's plan lists (delfast/mask_plan.h), a warp one after another. No shared memory, no barriers.
-// Memory. A part of a long row goes by packs of four neighbours, of parameter, gradient and state, kPackRounds of them
-// a lane in flight, where all of these are aligned to packs; else neighbouring lanes take neighbouring elements. So
-// they do in a stretch of elements or short rows, whose bits the warp's lanes hold a word each; an element's place in
-// the state is the number of bits set before it. Unmasked units cost nothing but their bits, and those only in
-// stretches.
+// Mapping. One small launch makes each parameter's rates and counts its step. Then as many blocks as run at once take
+// the pieces that the mask's plan lists (delfast/mask_plan.h), a warp one after another. No barriers. In a part of a
+// long row a lane takes packs of four neighbours, kPackRounds of them in flight, where parameter, gradient and state
+// are aligned to packs; else elements, kOneRounds in flight. Of a stretch of elements or short rows a lane takes masked
+// elements alone: each lane first writes the numbers of its word's masked units to the warp's list in shared memory,
+// then the warp goes through the list. So 128 elements with n masked cost at most as many writes to the list as the
+// fullest word has bits, and n / 32 rounds, not four; a round is a read of the list, a request of the gradient, of the
+// parameter and of each state, the rule, and a store of all but the gradient. Shuffles: a few for a whole piece.
+// Memory. Neighbouring lanes take neighbouring packs, or elements that are neighbours in the state. Requests begin at
+// sectors of 32 bytes: of the state in a stretch, of the parameter in a part of a row. Unmasked units cost nothing but
+// their bits, and those only in stretches.
 // Numerics. float32, every product and sum rounded (the files are compiled without fused multiply-add), in the CPU
 // kernels' order; the result is rounded once to the parameter's dtype.
 #pragma once
@@ -18,7 +22,6 @@
 namespace delfast::cuda {
 
 constexpr int kPrepareThreads = 1024;
-constexpr int kPackRounds = 4;
 
 struct Masked {
   void* param;
@@ -29,16 +32,48 @@ struct Masked {
   bool by_row;
 };
 
+// ---- rates: what only the device knows of a step, for each parameter. The rest is an argument of the update:
+// constants take no registers
+
+struct NoRates {
+  template <class Rule>
+  __device__ __forceinline__ void set(Rule&) const {}
+};
+
+struct SgdRates {
+  float lr, unscale;
+  bool first;
+  template <class Rule>
+  __device__ __forceinline__ void set(Rule& rule) const {
+    rule.step.lr = lr;
+    rule.step.unscale = unscale;
+    rule.step.first = first;
+  }
+};
+
+struct AdamWRates {
+  float step_size, correction, decay, unscale;
+  template <class Rule>
+  __device__ __forceinline__ void set(Rule& rule) const {
+    rule.step.step_size = step_size;
+    rule.step.correction = correction;
+    rule.step.decay = decay;
+    rule.step.unscale = unscale;
+  }
+};
+
 // ---- rules: (entry, gradient, state) -> new entry and state. kResident: blocks that a multiprocessor runs at once,
 // with as many registers as kPackRounds packs and kOneRounds elements in flight need
 
 struct ResetRule {
-  static constexpr int kStates = 0, kResident = 3, kOneRounds = 6;
+  using Rates = NoRates;
+  static constexpr int kStates = 0, kResident = 3, kPackRounds = 4, kOneRounds = 6;
   __device__ __forceinline__ float operator()(float, float fresh, float*) const { return fresh; }
 };
 
 struct PlainSgdRule {  // without momentum there is no state
-  static constexpr int kStates = 0, kResident = 3, kOneRounds = 4;
+  using Rates = SgdRates;
+  static constexpr int kStates = 0, kResident = 3, kPackRounds = 4, kOneRounds = 4;
   SgdStep step;
   __device__ __forceinline__ float operator()(float entry, float gradient, float*) const {
     gradient = gradient * step.unscale;
@@ -48,7 +83,8 @@ struct PlainSgdRule {  // without momentum there is no state
 };
 
 struct SgdRule {
-  static constexpr int kStates = 1, kResident = 2, kOneRounds = 8;
+  using Rates = SgdRates;
+  static constexpr int kStates = 1, kResident = 3, kPackRounds = 3, kOneRounds = 4;
   SgdStep step;
   __device__ __forceinline__ float operator()(float entry, float gradient, float* state) const {
     gradient = gradient * step.unscale;
@@ -60,7 +96,8 @@ struct SgdRule {
 };
 
 struct AdamWRule {
-  static constexpr int kStates = 2, kResident = 2, kOneRounds = 6;
+  using Rates = AdamWRates;
+  static constexpr int kStates = 2, kResident = 3, kPackRounds = 2, kOneRounds = 3;
   AdamWStep step;
   __device__ __forceinline__ float operator()(float entry, float gradient, float* state) const {
     gradient = gradient * step.unscale;
@@ -86,15 +123,13 @@ __device__ __forceinline__ double rate(const Options& o, const StepInputs& in) {
   return in.lr ? double(global_load_const(in.lr)) : o.lr;
 }
 
-__device__ __forceinline__ SgdRule make_rule(const SgdOptions& o, const StepInputs& in, double taken) {
-  return {{float(rate(o, in)), float(o.momentum), float(1 - o.dampening), float(o.weight_decay),
-           unscale_factor(in, o.maximize), o.nesterov, taken == 0}};
+__device__ __forceinline__ SgdRates make_rates(const SgdOptions& o, const StepInputs& in, double taken) {
+  return {float(rate(o, in)), unscale_factor(in, o.maximize), taken == 0};
 }
-__device__ __forceinline__ AdamWRule make_rule(const AdamWOptions& o, const StepInputs& in, double taken) {
+__device__ __forceinline__ AdamWRates make_rates(const AdamWOptions& o, const StepInputs& in, double taken) {
   const double lr = rate(o, in);
-  return {{float(o.beta1), float(1 - o.beta1), float(o.beta2), float(1 - o.beta2), float(o.eps),
-           float(lr / (1 - pow(o.beta1, taken + 1))), float(sqrt(1 - pow(o.beta2, taken + 1))),
-           float(1 - lr * o.weight_decay), unscale_factor(in, o.maximize)}};
+  return {float(lr / (1 - pow(o.beta1, taken + 1))), float(sqrt(1 - pow(o.beta2, taken + 1))),
+          float(1 - lr * o.weight_decay), unscale_factor(in, o.maximize)};
 }
 
 __device__ __forceinline__ bool is_skipped(const float* found_inf) {
@@ -107,10 +142,10 @@ struct alignas(16) Prepared {
   Masked masked;
   float* state;
   int64_t entries;  // from one kind of state to the next
-  Rule rule;
+  typename Rule::Rates rates;
 };
 
-// Makes each parameter's rule and counts its step; `first` is the number of the table's first parameter. A plan of
+// Makes each parameter's rates and counts its step; `first` is the number of the table's first parameter. A plan of
 // other shapes traps, and so does the optimizer state of another mask.
 template <class Options, class Rule, int kBytes>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -147,7 +182,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     __syncthreads();  // nobody has trapped
     if (!has_param) return;
     const float taken = global_load(&in.steps[first + thread]);
-    own.rule.step = make_rule(options, in, double(taken)).step;
+    own.rates = make_rates(options, in, double(taken));
     global_store(&in.steps[first + thread], taken + 1);
   }
 }
@@ -158,7 +193,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_packs(Param* param, const Source* source, float* const* states, int packs,
                                              const Rule& rule) {
-  constexpr int kStates = Rule::kStates;
+  constexpr int kStates = Rule::kStates, kPackRounds = Rule::kPackRounds;
   using ParamWord = typename WordOf<4 * int(sizeof(Param))>::type;
   using SourceWord = typename WordOf<4 * int(sizeof(Source))>::type;
   const auto unpack = []<class T>(const T*, const auto& word, float (&out)[4]) {
@@ -199,126 +234,157 @@ __device__ __forceinline__ void update_packs(Param* param, const Source* source,
   }
 }
 
-// A warp's elements, one a lane at a time: which of them are masked, and their places in memory and in the state.
-struct Ones {
-  const Layout& layout;
-  int64_t first;          // element, in logical order if scattered, else in memory
-  int end;                // elements
-  bool all;               // no bits: all are masked
-  bool scattered;         // in memory: an element mask of a channels-last parameter
-  uint32_t word, before;  // lane i has the bits of units [32 i, 32 i + 32), and the number of bits before these
-  uint32_t unit_length;
+// The numbers of the set bits of 1024, in order, in a warp's part of shared memory. Two places of each 34 stay empty,
+// so that lanes that write 32 places apart each write to a bank of their own.
+struct BitList {
+  static constexpr int kPlaces = kWarp * kWarp / 32 * 34;
+  uint16_t* places;
 
-  struct Place {
-    int64_t at;  // in memory
-    int entry;   // in the state, or -1: not masked
-  };
-  __device__ __forceinline__ Place operator()(int i) const {
-    Place place = {first + i, i};
-    if (!all) {
-      const uint32_t unit = unit_length == 1 ? uint32_t(i) : uint32_t(i) / unit_length;
-      const uint32_t bits = __shfl_sync(kAllLanes, word, int(unit / 32)),
-                     passed = __shfl_sync(kAllLanes, before, int(unit / 32));
-      place.entry = int((passed + uint32_t(__popc(bits & ((1u << unit % 32) - 1)))) * unit_length) +
-                    (i - int(unit * unit_length));
-      if (!(bits >> unit % 32 & 1)) place.entry = -1;
-    }
-    if (i < 0 || i >= end) place.entry = -1;
-    if (scattered && place.entry >= 0) place.at = layout.offset(first + i);
-    return place;
+  __device__ __forceinline__ uint16_t& operator[](uint32_t i) const { return places[i + i / 32 * 2]; }
+  // Lane i has bits [32 i, 32 i + 32) in `word`. Returns how many are set.
+  __device__ __forceinline__ int fill(uint32_t word) const {
+    const uint32_t set = uint32_t(__popc(word)), through = warp_inclusive_scan(set);
+    uint32_t next = through - set;
+    for (; word; word &= word - 1) (*this)[next++] = uint16_t(32 * lane() + __ffs(int(word)) - 1);
+    __syncwarp();
+    return int(__shfl_sync(kAllLanes, through, kWarp - 1));
   }
 };
 
-// Elements [begin, ones.end). `states` are those of element 0.
+// The masked elements of a piece, in the order of their state.
+struct Ones {
+  const Layout& layout;
+  int64_t first;  // element of the piece, in logical order if scattered, else in memory
+  int count;
+  bool all;        // elements of the piece are masked
+  bool scattered;  // in memory: an element mask of a channels-last parameter
+  BitList units;   // that are masked, if not all
+  uint32_t unit_length;
+
+  // Where number i is in memory.
+  __device__ __forceinline__ int64_t operator()(int i) const {
+    uint32_t element = uint32_t(i);
+    if (!all) {
+      const uint32_t unit = unit_length == 1 ? element : element / unit_length;
+      element += (units[unit] - unit) * unit_length;
+    }
+    return scattered ? layout.offset(first + element) : first + element;
+  }
+};
+
+// From number `begin` on, which may be negative: a warp's requests begin there. `states` are those of number 0.
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_ones(Param* param, const Source* source, float* const* states, const Ones& ones,
                                             int begin, const Rule& rule) {
   constexpr int kStates = Rule::kStates, kOneRounds = Rule::kOneRounds;
 #pragma unroll 1
-  for (; begin < ones.end; begin += kWarp * kOneRounds) {
-    Ones::Place places[kOneRounds];
+  for (; begin < ones.count; begin += kWarp * kOneRounds) {
+    int64_t places[kOneRounds] = {};
     float entries[kOneRounds][1] = {}, gradients[kOneRounds][1] = {}, state[kOneRounds][kStates + 1] = {};
+    // the ballot is the warp's: a round past the end is skipped by one uniform branch
+    const auto takes = [&](int i) {
+      const bool valid = uint32_t(i) < uint32_t(ones.count);
+      return __ballot_sync(kAllLanes, valid) && valid;
+    };
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
-      places[u] = ones(begin + kWarp * u + lane());
-      // the ballot is the warp's: a round without masked elements is skipped by one uniform branch
-      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
-      load_pack(source + places[u].at, gradients[u]);
-      load_pack<true>(param + places[u].at, entries[u]);
-      for (int s = 0; s < kStates; s++) state[u][s] = global_load(states[s] + places[u].entry);
+      const int i = begin + kWarp * u + lane();
+      if (!takes(i)) continue;
+      places[u] = ones(i);
+      load_pack(source + places[u], gradients[u]);
+      load_pack<true>(param + places[u], entries[u]);
+      for (int s = 0; s < kStates; s++) state[u][s] = global_load(states[s] + i);
     }
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
-      if (!__ballot_sync(kAllLanes, places[u].entry >= 0) || places[u].entry < 0) continue;
+      const int i = begin + kWarp * u + lane();
+      if (!takes(i)) continue;
       entries[u][0] = rule(entries[u][0], gradients[u][0], state[u]);
-      store_pack(param + places[u].at, entries[u]);
-      for (int s = 0; s < kStates; s++) global_store(states[s] + places[u].entry, state[u][s]);
+      store_pack(param + places[u], entries[u]);
+      for (int s = 0; s < kStates; s++) global_store(states[s] + i, state[u][s]);
     }
   }
 }
 
-__device__ __forceinline__ MaskPiece load_piece(const MaskPiece* at) {
-  constexpr int kWords = sizeof(MaskPiece) / sizeof(uint2);
-  uint2 words[kWords];
-  for (int i = 0; i < kWords; i++) words[i] = global_load_const(reinterpret_cast<const uint2*>(at) + i);
-  MaskPiece piece;
-  memcpy(&piece, words, sizeof piece);
-  return piece;
+// A piece under way: each of three lanes holds 8 bytes of it, which takes two registers and not six.
+class NextPiece {
+ public:
+  __device__ __forceinline__ explicit NextPiece(const MaskPiece* at) {
+    if (lane() < kWords) word_ = global_load_const(reinterpret_cast<const uint2*>(at) + lane());
+  }
+  __device__ __forceinline__ MaskPiece get() const {
+    uint2 words[kWords];
+    for (int i = 0; i < kWords; i++)
+      words[i] = {__shfl_sync(kAllLanes, word_.x, i), __shfl_sync(kAllLanes, word_.y, i)};
+    MaskPiece piece;
+    memcpy(&piece, words, sizeof piece);
+    return piece;
+  }
+
+ private:
+  static constexpr int kWords = sizeof(MaskPiece) / sizeof(uint2);
+  uint2 word_ = {};
+};
+
+// How many elements past the start of a sector of 32 bytes `address` lies.
+template <class T>
+__device__ __forceinline__ int sector_offset(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) % 32 / sizeof(T));
 }
 
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_piece(const Masked& m, const Rule& rule, float* const* states,
-                                             const MaskPiece& piece) {
+                                             const MaskPiece& piece, const BitList& list) {
   Param* const param = static_cast<Param*>(m.param);
   const Source* const source = static_cast<const Source*>(m.source);
   const int64_t length = m.by_row ? m.layout.length : 1;
-  Ones ones = {m.layout, piece.first, piece.count, true, false, 0, 0, uint32_t(length)};
-  int packs = 0;
+  Ones ones = {m.layout, piece.first, piece.count, true, false, list, uint32_t(length)};
+  int begin = 0;
   if (has_long_units(length)) {
     const auto is_aligned = [](const auto* address) {
       return reinterpret_cast<uintptr_t>(address) % (4 * sizeof(*address)) == 0;
     };
     bool aligned = is_aligned(param + piece.first) && is_aligned(source + piece.first);
     for (int s = 0; s < Rule::kStates; s++) aligned &= is_aligned(states[s]);
-    packs = aligned ? piece.count / 4 : 0;
+    const int packs = aligned ? piece.count / 4 : 0;
     update_packs(param + piece.first, source + piece.first, states, packs, rule);
+    begin = packs ? 4 * packs : -sector_offset(param + piece.first);
   } else {
+    const int64_t units = m.by_row ? m.layout.rows : m.layout.numel();
+    const bool has_word = lane() * 32 < piece.count;
     ones.first = piece.first * length;
-    ones.end = piece.count * int(length);
+    ones.count = list.fill(has_word ? load_word(m.bits, units, piece.first / 32 + lane()) : 0) * int(length);
     ones.all = false;
     ones.scattered = !m.by_row && m.layout.spatial != 1;
-    const int64_t units = m.by_row ? m.layout.rows : m.layout.numel();
-    ones.word = lane() * 32 < piece.count ? load_word(m.bits, units, piece.first / 32 + lane()) : 0;
-    const uint32_t set = uint32_t(__popc(ones.word));
-    ones.before = warp_inclusive_scan(set) - set;
+    if constexpr (Rule::kStates > 0) begin = -sector_offset(states[0]);
   }
-  // the warp's requests of the parameter begin at sectors of 32 bytes
-  const auto place = reinterpret_cast<uintptr_t>(param + ones.first);
-  const int lead = packs || ones.scattered ? 0 : int(place % 32 / sizeof(Param));
-  update_ones(param, source, states, ones, packs * 4 - lead, rule);
+  update_ones(param, source, states, ones, begin, rule);
 }
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, Rule::kResident)
-    masked_update(MaskPlan plan, const Prepared<Rule>* prepared, const float* found_inf) {
+    masked_update(MaskPlan plan, const Prepared<Rule>* prepared, Rule common, const float* found_inf) {
   if (is_skipped(found_inf)) return;
   const int pieces = int(plan.head->pieces), stride = int(gridDim.x) * (kThreads / kWarp);
   int i = int(blockIdx.x) * (kThreads / kWarp) + warp();
   if (i >= pieces) return;
-  MaskPiece next = load_piece(plan.pieces + i);
+  DELFAST_SHARED(uint16_t, places, [kThreads / kWarp][BitList::kPlaces]);
+  const BitList list = {places[warp()]};
+  NextPiece next(plan.pieces + i);
 #pragma unroll 1
   for (; i < pieces; i += stride) {
-    __syncwarp();
-    const MaskPiece piece = next;
-    if (i + stride < pieces) next = load_piece(plan.pieces + i + stride);
+    __syncwarp();  // nobody reads the list of the piece before
+    const MaskPiece piece = next.get();
+    if (i + stride < pieces) next = NextPiece(plan.pieces + i + stride);
     const Prepared<Rule>& p = prepared[piece.param];  // of many pieces: not streamed
     const Masked& m = p.masked;
-    const Rule rule = p.rule;
+    Rule rule = common;
+    p.rates.set(rule);
     float* states[Rule::kStates + 1];
     for (int s = 0; s < Rule::kStates; s++) states[s] = p.state + s * p.entries + piece.rank;
     with_dtype(m.param_dtype, [&]<class Param>(const Param*) {
       with_dtype(m.source_dtype,
-                 [&]<class Source>(const Source*) { update_piece<Param, Source>(m, rule, states, piece); });
+                 [&]<class Source>(const Source*) { update_piece<Param, Source>(m, rule, states, piece, list); });
     });
   }
 }

@@ -2,7 +2,7 @@
 //
 // Mapping. A block takes a tile. A thread has the raw words of kRound packs of four elements under way; eight lanes put
 // their packs' bits together to a word. Where theta or its gradient is not aligned to four elements, or not in logical
-// order (channels-last), lanes take one element each and a ballot makes a word.
+// order (channels-last), lanes take one element each and a ballot makes a word, or the ends of two words.
 // Memory. Every score's operands are read once. The tile's bits and candidates are gathered in shared memory; of the
 // candidates, which the bracket keeps to one in fifty or fewer, there is room for one in eight. All tiles' candidates
 // share one list, the tiles in any order; a tile's place there is kept in its record.
@@ -86,20 +86,35 @@ __device__ __forceinline__ void read_packs(const Scores& score, int length, uint
   if (bits - lo < width) candidates.add(bits, place);
 }
 
+template <class Theta, class Grad>
+__device__ __forceinline__ const Theta* first_operand(const WeightedGrads<Theta, Grad>& score) {
+  return score.theta;
+}
+template <class T>
+__device__ __forceinline__ const T* first_operand(const Magnitudes<T>& score) {
+  return score.values;
+}
+
+// A warp's requests begin at sectors of 32 bytes where the tile is in order; then its ballot is of the ends of two
+// words.
 template <class Scores>
 __device__ __forceinline__ void read_ones(const Scores& score, const Tile& tile, uint32_t lo, uint32_t hi,
                                           uint32_t* words, const Candidates& candidates, Reading& found) {
   const Layout layout = tile.source->layout;
+  const auto* const first = first_operand(score);
+  const int lead = tile.in_order ? int(reinterpret_cast<uintptr_t>(first) % 32 / sizeof(*first)) : 0;
 #pragma unroll 4
-  for (int window = 0; window < tile.length; window += kThreads) {
+  for (int window = -lead; window < tile.length; window += kThreads) {
     const int place = window + int(threadIdx.x);
-    const bool valid = place < tile.length;
+    const bool valid = uint32_t(place) < uint32_t(tile.length);
     const uint32_t bits = valid ? float_bits(score.one(tile.offset(layout, place))) : 0;
     const uint32_t word = __ballot_sync(kAllLanes, valid && bits >= hi);
     found.largest = bits > found.largest ? bits : found.largest;
     if (valid && bits - lo < hi - lo) candidates.add(bits, place);
-    if (lane() == 0 && valid) {
-      words[place / 32] = word;
+    if (lane() == 0 && word) {
+      const int own = (place + lead) / 32;
+      if (word >> lead) atomicOr(&words[own], word >> lead);
+      if (lead && word << (32 - lead)) atomicOr(&words[own - 1], word << (32 - lead));
       found.above += uint32_t(__popc(word));
     }
   }

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from delfast.compaction.layers import ROWS, CompactLayer, write_rows_of
 from delfast.errors import InputError
-from delfast.optim import MaskedOptimizer, check_dense
+from delfast.masked_optimizer import MaskedOptimizer, check_dense
 
 
 class Guard:

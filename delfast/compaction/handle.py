@@ -25,9 +25,9 @@ from delfast.compaction.layers import (
 )
 from delfast.errors import InputError
 from delfast.mask import Mask
+from delfast.masked_optimizer import sparse_gradient
 from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
 from delfast.ops.layout import pack
-from delfast.optim import sparse_gradient
 from delfast.parameter_mask import ParameterMask
 from delfast.sole_use import used_alone
 

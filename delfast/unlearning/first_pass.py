@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from delfast.batches import check_differentiable, device_of, evaluating, per_example_losses
 from delfast.errors import InputError
 from delfast.mask import Mask
+from delfast.masked_optimizer import sparse_gradient
 from delfast.naming import trainable_parameters
-from delfast.optim import sparse_gradient
 from delfast.unlearning.batchnorm import BatchNormInputs
 from delfast.unlearning.head import HeadSearch, uncompiled, uncompiled_function
 from delfast.unlearning.loaders import first_batch, preserved, restarts

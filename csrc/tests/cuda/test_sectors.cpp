@@ -170,8 +170,7 @@ void check_model(const char* what, int theta_shift, int grad_shift, double bound
   CHECK(report_family(what, "criticality", score(model)) <= bound);
   const Results selected = select(model);
   describe(what, ", selection_read");
-  const bool aligned = !theta_shift && !grad_shift;  // else a warp loads one element a lane: five sectors, not four
-  CHECK(report_family(what, "selection_read", selected) <= (aligned ? bound : 1.30));
+  CHECK(report_family(what, "selection_read", selected) <= bound);
   uint64_t asked = 0;
   for (const auto& [name, r] : selected) asked += r.loads.asked + r.stores.asked;
   const double readings = double(asked) / (double(model.numel) * 8 / 32);
@@ -184,8 +183,7 @@ void check_model(const char* what, int theta_shift, int grad_shift, double bound
       const std::string title = std::string(what) + ", " + name + (by_row ? ", rows" : ", elements");
       describe(title);
       const double ratio = report_family(title.c_str(), "masked_update", update(model, kind, by_row));
-      // by elements, a warp asks for the state of 32 elements at a time, a stretch that may begin in any sector
-      CHECK(ratio <= (by_row ? bound : 1.25));
+      CHECK(ratio <= bound);
     }
 }
 
