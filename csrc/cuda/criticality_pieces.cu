@@ -7,7 +7,7 @@ namespace delfast::cuda {
 namespace {
 
 int words_of_pieces(const Rows& p) {
-  if (is_summed(p.reduce)) return kPieceRows * kChunkPitch;
+  if (in_chunks(p)) return kPieceRows * kChunkPitch;
   return rows_of_pieces_block(p) * pitch_of_pieces(row_words(int(p.length)));
 }
 // Of kBlockRow elements in all, and of each row its part of the list and of the padding, which are most for 16 rows.

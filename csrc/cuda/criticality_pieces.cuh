@@ -2,11 +2,11 @@
 //
 // Mapping. A block takes neighbouring rows, so that what it reads for an input is one stretch of memory: lanes take
 // packs of four along it, then the next input's.
-// - Means and sums: kPieceRows rows, kBlock elements of each at a time. A thread adds up one of the 16 sums of some
-// rows.
-// - The top h and the largest: a few whole rows, which warps take in turns, or the block one after the other if they
-//   are longer than kWarpRow. A stretch makes a sector unless rows are so long that too few fit; then the neighbouring
-//   blocks find the rest of a sector in the L2 cache.
+// - Means and sums: kPieceRows rows, kBlock elements of each at a time. A thread adds up one of a row's 16 sums, of
+//   two rows. An input that lies in two such chunks is read twice.
+// - The top h, the largest, and means and sums of long pieces: a few whole rows, which warps take in turns, or the
+//   block one after the other if they are longer than kWarpRow. A stretch makes a sector unless rows are so long that
+//   too few fit; then the neighbouring blocks find the rest of a sector in the L2 cache.
 // Memory. Scores are computed once and go to shared memory, each row's in its own order; kPieceLoads packs are under
 // way in a thread. Where a parameter's stretches are not made of aligned packs, its elements are read one by one.
 // Numerics: criticality_rows.cuh.
@@ -18,6 +18,7 @@ namespace delfast::cuda {
 
 constexpr int kPieceLoads = 4, kPieceResident = 6;  // as kTopLoads, kTopResident
 constexpr int kPieceRows = 16;                      // of a block, at the most
+constexpr int kMaxPieceInChunks = kBlock / 8;       // at most an eighth is read twice
 constexpr int kSector = 32;                         // bytes
 static_assert(kMaxRowInPieces == kBlockRow);
 
@@ -25,7 +26,9 @@ static_assert(kMaxRowInPieces == kBlockRow);
 __host__ __device__ constexpr int pitch_of_pieces(int words) { return words | 4; }
 constexpr int kChunkPitch = pitch_of_pieces(shared_slot(kBlock));
 
-__host__ __device__ constexpr bool is_summed(Reduce reduce) { return reduce == Reduce::sum || reduce == Reduce::mean; }
+__host__ __device__ constexpr bool in_chunks(const Rows& p) {
+  return (p.reduce == Reduce::sum || p.reduce == Reduce::mean) && p.piece <= kMaxPieceInChunks;
+}
 
 // How many whole rows a block takes: as many as make a sector, one for each warp at least, if so many fit.
 __host__ __device__ constexpr int whole_rows_in_pieces(int length, int piece, int bytes) {
@@ -36,7 +39,7 @@ __host__ __device__ constexpr int whole_rows_in_pieces(int length, int piece, in
 }
 __host__ __device__ constexpr int rows_of_pieces_block(const Rows& p) {
   const bool narrow = p.theta_dtype != Dtype::float32 || p.grad_dtype != Dtype::float32;
-  return is_summed(p.reduce) ? kPieceRows : whole_rows_in_pieces(int(p.length), int(p.piece), narrow ? 2 : 4);
+  return in_chunks(p) ? kPieceRows : whole_rows_in_pieces(int(p.length), int(p.piece), narrow ? 2 : 4);
 }
 
 // Whether all stretches are made of aligned packs. They are not longer in the last block than in the others.
@@ -129,9 +132,9 @@ DELFAST_BODY void score_pieces(const Rows& p, Criterion criterion, int64_t block
   DELFAST_DYNAMIC_SHARED(uint32_t, scores);
   DELFAST_SHARED(uint32_t, room, [2 * kRowWarps]);
   constexpr int kSums = kPieceRows * 16 / kRowThreads;  // of a thread
-  const bool summed = is_summed(p.reduce);
+  const bool chunks = in_chunks(p);
   const int length = int(p.length), most = rows_of_pieces_block(p);
-  const int pitch = summed ? kChunkPitch : pitch_of_pieces(row_words(length));
+  const int pitch = chunks ? kChunkPitch : pitch_of_pieces(row_words(length));
   const int64_t first_row = block * most;
   const int rows = p.rows - first_row < most ? int(p.rows - first_row) : most;
   const bool wide = in_packs(p, most);
@@ -139,7 +142,7 @@ DELFAST_BODY void score_pieces(const Rows& p, Criterion criterion, int64_t block
   double sum[kSums] = {};
 #pragma unroll 1
   for (int begin = 0; begin < length; begin += kBlock) {
-    const int end = summed && length - begin > kBlock ? begin + kBlock : length;
+    const int end = chunks && length - begin > kBlock ? begin + kBlock : length;
 #pragma unroll 1
     for (int from = 0; from < packs; from += kRowThreads) {
       const Share share(packs, from, piece, begin, end);
@@ -151,7 +154,7 @@ DELFAST_BODY void score_pieces(const Rows& p, Criterion criterion, int64_t block
           stage_share<1>(score, share, piece, at, apart, begin, end, scores, pitch);
       });
     }
-    if (!summed) break;
+    if (!chunks) break;
     __syncthreads();
     for (int i = 0; i < kSums; i++) {
       const int row = (i * kRowThreads + int(threadIdx.x)) / 16;
@@ -159,7 +162,7 @@ DELFAST_BODY void score_pieces(const Rows& p, Criterion criterion, int64_t block
     }
     __syncthreads();
   }
-  if (summed) {
+  if (chunks) {
     for (int i = 0; i < kSums; i++) {
       const int row = (i * kRowThreads + int(threadIdx.x)) / 16;
       const double total = add_pairwise(sum[i]);

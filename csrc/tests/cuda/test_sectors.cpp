@@ -201,8 +201,9 @@ void report_pieces() {
       {"256 to 128, transposed 4 x 4", {128, 4096, 1, 16}, 1.02, 1.02},
       // stretches of 4.5 sectors, and of 18; an input may lie in two of a mean's chunks
       {"256 to 128, transposed 3 x 3", {128, 2304, 1, 9}, 1.2, 1.1},
-      // element by element, from any place in a sector: five sectors of a warp's four, and where a stretch ends one
-      // more
+      {"8 experts, 512 to 256", {256, 4096, 1, 512}, 1.02, 1.02},
+      // element by element, from any place in a sector: a warp asks for five sectors, not four, or where a stretch ends
+      // six
       {"64 to 33, transposed 3 x 3", {33, 576, 1, 9}, 1.5, 1.4},
   };
   for (const Case& c : cases)
