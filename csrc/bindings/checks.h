@@ -64,8 +64,26 @@ inline std::optional<Layout> layout_of(const at::Tensor& t) {
   return layout;
 }
 
+// The layout of a tensor whose rows are in pieces, such as the view weight.movedim(dim, 0), or nothing.
+inline std::optional<Layout> layout_in_pieces(const at::Tensor& t) {
+  if (t.dim() <= 1 || t.numel() == 0) return std::nullopt;
+  Layout layout{t.size(0), t.numel() / t.size(0), 1, 0};
+  int64_t expected = 1;  // stride
+  for (int64_t d = t.dim() - 1; d > 0; d--) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != expected && !layout.piece) {
+      layout.piece = expected;
+      expected *= layout.rows;
+    }
+    if (t.stride(d) != expected) return std::nullopt;
+    expected *= t.size(d);
+  }
+  if (!layout.piece || t.stride(0) != layout.piece || layout.length > kMaxRowInPieces) return std::nullopt;
+  return layout;
+}
+
 inline bool same_layout(const Layout& a, const std::optional<Layout>& b) {
-  return b && a.length == b->length && a.spatial == b->spatial;
+  return b && a.length == b->length && a.spatial == b->spatial && a.piece == b->piece;
 }
 
 // The strides of rows laid out as `layout` says, for a tensor of these sizes.
@@ -73,7 +91,12 @@ inline std::vector<int64_t> strides_for(at::IntArrayRef sizes, const Layout& lay
   std::vector<int64_t> strides(sizes.size());
   const bool channels_last = layout.spatial != 1;
   int64_t next = channels_last ? sizes[1] : 1;
+  bool inside = layout.piece != 0;  // a piece
   for (size_t d = sizes.size(); d-- > (channels_last ? 2u : 0u);) {
+    if (inside && next == layout.piece) {
+      next *= layout.rows;
+      inside = false;
+    }
     strides[d] = next;
     next *= sizes[d];
   }
@@ -81,12 +104,13 @@ inline std::vector<int64_t> strides_for(at::IntArrayRef sizes, const Layout& lay
     strides[1] = 1;
     strides[0] = layout.length;
   }
+  if (layout.piece) strides[0] = layout.piece;
   return strides;
 }
 
 inline bool is_in_layout(const at::Tensor& t, const Layout& layout) {
-  if (layout.spatial == 1 && t.is_contiguous()) return true;
-  return t.numel() == 0 || same_layout(layout, layout_of(t));
+  if (layout.spatial == 1 && !layout.piece && t.is_contiguous()) return true;
+  return t.numel() == 0 || same_layout(layout, layout.piece ? layout_in_pieces(t) : layout_of(t));
 }
 
 inline at::Tensor copy_in_layout(const at::Tensor& t, const Layout& layout) {
@@ -118,16 +142,21 @@ class Copies {
   std::vector<std::pair<at::Tensor, at::Tensor>> written_;
 };
 
+// Whether the kernels read rows in pieces where they lie; else these are copied.
+enum class InPieces : bool { copied, read };
+
 // The layout the kernels will see a parameter in: its own, or contiguous where that needs a copy.
-inline Layout usable_layout(const at::Tensor& t) {
+inline Layout usable_layout(const at::Tensor& t, InPieces in_pieces = InPieces::copied) {
   if (const std::optional<Layout> layout = layout_of(t)) return *layout;
+  if (in_pieces == InPieces::read)
+    if (const std::optional<Layout> layout = layout_in_pieces(t)) return *layout;
   return t.dim() > 1 ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
 }
 
 // A list of parameters as the kernels see them.
 class ScoredList {
  public:
-  ScoredList(at::TensorList theta, at::TensorList grad, Criterion criterion)
+  ScoredList(at::TensorList theta, at::TensorList grad, Criterion criterion, InPieces in_pieces = InPieces::copied)
       : device(theta.empty() ? grad.front().device() : theta.front().device()) {
     check_devices(device, theta, "parameter");
     check_devices(device, grad, "gradient");
@@ -138,7 +167,7 @@ class ScoredList {
     for (size_t i = 0; i < theta.size(); i++) {
       Scored p;
       p.theta_dtype = dtype_of(theta[i], "parameter #", i);
-      p.layout = usable_layout(theta[i]);
+      p.layout = usable_layout(theta[i], in_pieces);
       p.theta = copies_.read(theta[i], p.layout);
       if (!grad.empty()) {
         DELFAST_CHECK_VALUE(grad[i].sizes() == theta[i].sizes(), "expected gradient #", i, " to have shape ",

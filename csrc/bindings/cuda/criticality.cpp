@@ -9,7 +9,7 @@ at::Tensor criticality(at::TensorList theta, at::TensorList grad, c10::string_vi
                        c10::string_view aggregate_name, at::IntArrayRef top_h) {
   const Criterion criterion = parse_criterion(criterion_name);
   const Aggregate aggregate = parse_aggregate(aggregate_name);
-  const ScoredList list(theta, grad, criterion);
+  const ScoredList list(theta, grad, criterion, InPieces::read);
   const int64_t units = check_top_h(list.params, top_h);
 
   const OnDevice device(list.device);
