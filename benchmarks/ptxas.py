@@ -31,10 +31,13 @@ ARCHITECTURES = ("80", "90", "100", "120")
 # Kernels that read parameters or gradients: threads and bytes of dynamic shared memory of a block, at the most.
 # criticality_top: with rows of up to 4608 and of up to 16384 elements.
 ROW, LONGEST_ROW = 4752 + 576, 16896 + 2048  # words: csrc/cuda/criticality_top.cuh
+# criticality_pieces: for means 16 rows of 512 elements at a time; else whole rows, of up to 16384 elements in all.
+CHUNKS, MOST_PIECES = 16 * 532, 16 * 1188  # words: csrc/cuda/criticality_pieces.cuh
 TABLES = (4096, 32764)  # bytes of a kernel's arguments: csrc/cuda/common.cuh
 STREAMING = {
     **{f"criticality_mean<{table}>": [(128, 0)] for table in TABLES},
     **{f"criticality_top<{table}>": [(128, ROW * 4), (128, LONGEST_ROW * 4)] for table in TABLES},
+    **{f"criticality_pieces<{table}>": [(128, CHUNKS * 4), (128, MOST_PIECES * 4)] for table in TABLES},
     **{f"criticality_long_count<{table}>": [(256, 0)] for table in TABLES},
     **{f"criticality_long_sum<{table}>": [(128, 0)] for table in TABLES},
     "selection_read": [(256, 0)],
@@ -78,6 +81,7 @@ READING = STREAMING | MULTIPLYING | COPYING
 LEAST_OCCUPANCY = {
     "criticality_mean": 3 / 8,
     "criticality_top": 3 / 16,  # of rows of 16384 elements, which take a third of the shared memory
+    "criticality_pieces": 3 / 16,
     "criticality_long_count": 3 / 8,
     "criticality_long_sum": 3 / 8,
     "masked_update": 3 / 8,

@@ -84,6 +84,24 @@ def test_criticality_equals_the_cpu_kernels(dtype: torch.dtype, aggregate: str) 
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_outputs_along_another_dimension_are_scored_without_a_copy(dtype: torch.dtype, aggregate: str) -> None:
+    """A Conv1D's weight (in, out), and a transposed convolution's (in, out, height, width) seen by its outputs."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(768, 1024), (3000, 256), (65, 33), (256, 64, 4, 4), (40, 20, 3, 3)]
+    theta, grad = ([torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(2))
+    host = [[t.movedim(1, 0) for t in tensors] for tensors in (theta, grad)]
+    device = [[t.movedim(1, 0) for t in on_device(tensors)] for tensors in (theta, grad)]
+    h = cases.top_h(host[0])
+    expected = NATIVE.criticality(*host, "weighted_grad", aggregate, h)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = NATIVE.criticality(*device, "weighted_grad", aggregate, h)
+    assert torch.cuda.max_memory_allocated() - before <= 2**13  # the scores: 1,397 floats
+    assert_same(result, expected)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_select_elements_equals_the_cpu_kernels(dtype: torch.dtype, criterion: str) -> None:
     theta, grad = cases.parameters(dtype=dtype)

@@ -60,8 +60,26 @@ inline std::optional<Layout> layout_of(const Tensor& t) {
   return layout;
 }
 
+// The layout of a tensor whose rows are in pieces, such as the view weight.movedim(dim, 0), or nothing.
+inline std::optional<Layout> layout_in_pieces(const Tensor& t) {
+  if (t.dim() <= 1 || t.numel() == 0) return std::nullopt;
+  Layout layout{t.size(0), t.numel() / t.size(0), 1, 0};
+  int64_t expected = 1;  // stride
+  for (int64_t d = t.dim() - 1; d > 0; d--) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != expected && !layout.piece) {
+      layout.piece = expected;
+      expected *= layout.rows;
+    }
+    if (t.stride(d) != expected) return std::nullopt;
+    expected *= t.size(d);
+  }
+  if (!layout.piece || t.stride(0) != layout.piece || layout.length > kMaxRowInPieces) return std::nullopt;
+  return layout;
+}
+
 inline bool same_layout(const Layout& a, const std::optional<Layout>& b) {
-  return b && a.length == b->length && a.spatial == b->spatial;
+  return b && a.length == b->length && a.spatial == b->spatial && a.piece == b->piece;
 }
 
 // The strides of rows laid out as `layout` says, for a tensor of these sizes.
@@ -69,7 +87,12 @@ inline IntList strides_for(Sizes sizes, const Layout& layout) {
   IntList strides(sizes.size());
   const bool channels_last = layout.spatial != 1;
   int64_t next = channels_last ? sizes[1] : 1;
+  bool inside = layout.piece != 0;  // a piece
   for (size_t d = sizes.size(); d-- > (channels_last ? 2u : 0u);) {
+    if (inside && next == layout.piece) {
+      next *= layout.rows;
+      inside = false;
+    }
     strides[d] = next;
     next *= sizes[d];
   }
@@ -77,12 +100,13 @@ inline IntList strides_for(Sizes sizes, const Layout& layout) {
     strides[1] = 1;
     strides[0] = layout.length;
   }
+  if (layout.piece) strides[0] = layout.piece;
   return strides;
 }
 
 inline bool is_in_layout(const Tensor& t, const Layout& layout) {
-  if (layout.spatial == 1 && t.is_contiguous()) return true;
-  return t.numel() == 0 || same_layout(layout, layout_of(t));
+  if (layout.spatial == 1 && !layout.piece && t.is_contiguous()) return true;
+  return t.numel() == 0 || same_layout(layout, layout.piece ? layout_in_pieces(t) : layout_of(t));
 }
 
 // Whether some dimension repeats the same elements.
@@ -122,16 +146,22 @@ class Copies {
   std::vector<std::pair<Tensor, Tensor>> written_;
 };
 
+// Whether the kernels read rows in pieces where they lie; else these are copied.
+enum class InPieces : bool { copied, read };
+
 // The layout the kernels will see a parameter in: its own, or contiguous where that needs a copy.
-inline Layout usable_layout(const Tensor& t) {
+inline Layout usable_layout(const Tensor& t, InPieces in_pieces = InPieces::copied) {
   if (const std::optional<Layout> layout = layout_of(t)) return *layout;
+  if (in_pieces == InPieces::read)
+    if (const std::optional<Layout> layout = layout_in_pieces(t)) return *layout;
   return t.dim() > 1 ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
 }
 
 // A list of parameters as the kernels see them.
 class ScoredList {
  public:
-  ScoredList(const TensorList& theta, const TensorList& grad, Criterion criterion)
+  ScoredList(const TensorList& theta, const TensorList& grad, Criterion criterion,
+             InPieces in_pieces = InPieces::copied)
       : device(device_of(theta.empty() ? grad.front() : theta.front())) {
     check_devices(device, theta, "parameter");
     check_devices(device, grad, "gradient");
@@ -142,7 +172,7 @@ class ScoredList {
     for (size_t i = 0; i < theta.size(); i++) {
       Scored p;
       p.theta_dtype = dtype_of(theta[i], "parameter #", i);
-      p.layout = usable_layout(theta[i]);
+      p.layout = usable_layout(theta[i], in_pieces);
       p.theta = copies_.read(theta[i], p.layout);
       if (!grad.empty()) {
         DELFAST_CHECK_VALUE(grad[i].sizes().equals(theta[i].sizes()), "expected gradient #", i, " to have shape ",

@@ -14,7 +14,7 @@ void launch_means(const Plan& plan, Criterion criterion, unsigned char* workspac
            : p.is_long() ? segment_blocks(p)
                          : ceil_div(p.rows, rows_of_mean_block(int(p.length)));
   };
-  plan.launch(int64_t(plan.list.size()), blocks, [&]<int kBytes>(const Table<Rows, kBytes>& table) {
+  launch_rows(plan.list, int64_t(plan.list.size()), blocks, [&]<int kBytes>(const Table<Rows, kBytes>& table) {
     DELFAST_LAUNCH(criticality_mean<kBytes>, table.blocks(), kRowThreads, 0, stream, table, criterion, workspace);
   });
   launch_long_sums(plan, workspace, stream);
@@ -38,7 +38,7 @@ void launch_tops(const Plan& plan, Criterion criterion, unsigned char* workspace
   };
   int words = 0;
   for (const Rows& p : plan.list) words = std::max(words, words_of(p));
-  plan.launch(int64_t(plan.list.size()), blocks, [&]<int kBytes>(const Table<Rows, kBytes>& table) {
+  launch_rows(plan.list, int64_t(plan.list.size()), blocks, [&]<int kBytes>(const Table<Rows, kBytes>& table) {
     const auto kernel = criticality_top<kBytes>;
     // more than a kernel gets unasked, which is 48 KiB with its static part; always as much, since other threads launch
     // it too
@@ -58,12 +58,16 @@ int64_t criticality_workspace(const Scored* params, const int64_t* top, int64_t 
 
 Error criticality(const Scored* params, const int64_t* top, int64_t count, Criterion criterion, Aggregate aggregate,
                   float* out, void* workspace, Stream stream) {
-  for (int64_t i = 0; i < count; i++)
+  for (int64_t i = 0; i < count; i++) {
     if (params[i].layout.length > UINT32_MAX)
       return "expected rows of fewer than 2^32 elements, got a longer one; leave that parameter out";
+    if (params[i].layout.piece && params[i].layout.length > kMaxRowInPieces)
+      return "expected rows in pieces of at most 16384 elements, got a longer one; pass a contiguous copy";
+  }
   const Plan plan(params, top, count, aggregate, out);
   const bool whole_rows = aggregate == Aggregate::mean || aggregate == Aggregate::sum;
   (whole_rows ? launch_means : launch_tops)(plan, criterion, static_cast<unsigned char*>(workspace), stream);
+  launch_pieces(plan, criterion, stream);
   return last_error();
 }
 

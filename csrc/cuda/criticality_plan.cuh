@@ -33,21 +33,35 @@ inline Reduce reduce_of(Aggregate aggregate, int64_t top, int64_t length) {
   return top == length ? Reduce::mean : top == 1 ? Reduce::max : Reduce::top;
 }
 
+// Launches one kernel over the rows of the first `count` entries for which blocks_of is not 0.
+template <class BlocksOf, class Launch>
+void launch_rows(const std::vector<Rows>& list, int64_t count, BlocksOf blocks_of, Launch launch) {
+  const auto for_entries = [&](auto add) {
+    for (int64_t i = 0; i < count; i++)
+      if (const int64_t blocks = blocks_of(list[size_t(i)])) add(list[size_t(i)], blocks);
+  };
+  launch_tables<Rows>(count, for_entries, launch);
+}
+
 struct Plan {
-  std::vector<Rows> list;  // the longest rows first, so that the last blocks are small ones
+  std::vector<Rows> list;  // contiguous rows, the longest first, so that the last blocks are small ones
+  std::vector<Rows> in_pieces;
   int64_t units = 0;       // of the workspace
   int64_t long_count = 0;  // entries of long rows; they come first
 
   Plan(const Scored* params, const int64_t* top, int64_t count, Aggregate aggregate, float* out) {
     for (int64_t i = 0; i < count; i++) {
       const Scored& p = params[i];
-      const int64_t rows = p.layout.rows, length = p.layout.length;
+      const int64_t rows = p.layout.rows, length = p.layout.length, piece = p.layout.piece;
       if (rows)
-        list.push_back({p.theta, p.grad, out, rows, uint32_t(length), uint32_t(top[i]), 0, 0, p.theta_dtype,
-                        p.grad_dtype, reduce_of(aggregate, top[i], length)});
+        (piece ? in_pieces : list)
+            .push_back({p.theta, p.grad, out, rows, uint32_t(length), uint32_t(top[i]), 0, 0, uint32_t(piece),
+                        p.theta_dtype, p.grad_dtype, reduce_of(aggregate, top[i], length)});
       if (out) out += rows;
     }
-    std::stable_sort(list.begin(), list.end(), [](const Rows& a, const Rows& b) { return a.length > b.length; });
+    for (auto* entries : {&list, &in_pieces})
+      std::stable_sort(entries->begin(), entries->end(),
+                       [](const Rows& a, const Rows& b) { return a.length > b.length; });
     for (Rows& p : list) {
       if (!p.is_long()) break;
       if (p.reduce == Reduce::top) p.capacity = long_capacity(p.length, p.top);
@@ -56,20 +70,12 @@ struct Plan {
       long_count++;
     }
   }
-
-  // Launches one kernel over the rows of the first `count` entries for which blocks_of is not 0.
-  template <class BlocksOf, class Launch>
-  void launch(int64_t count, BlocksOf blocks_of, Launch launch) const {
-    const auto for_entries = [&](auto add) {
-      for (int64_t i = 0; i < count; i++)
-        if (const int64_t blocks = blocks_of(list[size_t(i)])) add(list[size_t(i)], blocks);
-    };
-    launch_tables<Rows>(count, for_entries, launch);
-  }
 };
 
 inline int64_t segment_blocks(const Rows& p) { return p.rows * p.segments(); }
 
+// In criticality_pieces.cu: the rows in pieces, if there are any.
+void launch_pieces(const Plan& plan, Criterion criterion, Stream stream);
 // In criticality_long.cu: what follows the first launch where there are long rows.
 void launch_long_sums(const Plan& plan, unsigned char* workspace, Stream stream);
 void launch_long_tops(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream);

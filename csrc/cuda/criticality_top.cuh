@@ -126,15 +126,12 @@ __device__ __forceinline__ float partial_sum(const uint32_t* scores, int length,
   return total;
 }
 
+// The score of a row that the team has staged; `largest` is the thread's.
 template <class Team>
-__device__ __forceinline__ void score_row(const Rows& p, Criterion criterion, int64_t row, uint32_t* scores,
-                                          uint32_t* room) {
-  Team team(room);
+__device__ __forceinline__ void score_staged(const Rows& p, int64_t row, uint32_t* scores, uint32_t largest,
+                                             Team& team) {
   const int length = int(p.length);
   uint32_t* const list = scores + score_words(length);
-  uint32_t largest = 0;
-  with_scores(p.operands(), criterion,
-              [&](auto score) { largest = stage<Team>(score, row * length, length, scores, team); });
   largest = team.max(largest);
   if (p.reduce == Reduce::max || (p.reduce == Reduce::top && largest >= kInfinity)) {
     if (team.thread() == 0) global_store(&p.out[row], bits_float(largest));
@@ -163,6 +160,17 @@ __device__ __forceinline__ void score_row(const Rows& p, Criterion criterion, in
   }
   sum = add_pairwise(sum);
   if (lane() == 0) global_store(&p.out[row], reduced(p, sum, threshold));
+}
+
+template <class Team>
+__device__ __forceinline__ void score_row(const Rows& p, Criterion criterion, int64_t row, uint32_t* scores,
+                                          uint32_t* room) {
+  Team team(room);
+  const int length = int(p.length);
+  uint32_t largest = 0;
+  with_scores(p.operands(), criterion,
+              [&](auto score) { largest = stage<Team>(score, row * length, length, scores, team); });
+  score_staged(p, row, scores, largest, team);
 }
 
 // Of a long row: the bracket of its h-th largest, the order statistics of a sample on either side of it, and the counts

@@ -21,7 +21,8 @@ using Error = const char*;
 
 // out[unit] for every row of every parameter, one parameter after the other; top[i] in [1, length] is used by
 // topk_mean. Bit for bit what the CPU kernels compute. One launch for as many parameters as a table holds (540 or so;
-// 65 under a driver before CUDA 12.1); where rows are longer than 16,384 elements, one more, or two more for a top h.
+// 65 under a driver before CUDA 12.1); where rows are longer than 16,384 elements, one more, or two more for a top h;
+// rows in pieces have a launch of their own.
 int64_t criticality_workspace(const Scored* params, const int64_t* top, int64_t count, Aggregate aggregate);
 Error criticality(const Scored* params, const int64_t* top, int64_t count, Criterion criterion, Aggregate aggregate,
                   float* out, void* workspace, Stream stream);

@@ -9,7 +9,7 @@ Tensor criticality(const TensorList& theta, const TensorList& grad, const std::s
                    const std::string& aggregate_name, const IntList& top_h) {
   const Criterion criterion = parse_criterion(criterion_name);
   const Aggregate aggregate = parse_aggregate(aggregate_name);
-  const ScoredList list(theta, grad, criterion);
+  const ScoredList list(theta, grad, criterion, InPieces::read);
   const int64_t units = check_top_h(list.params, top_h);
 
   const OnDevice device(list.device);

@@ -64,7 +64,7 @@ std::vector<double> falling_scores(const Scores& scores, int64_t row) {
 void check_all(cpu::Isa isa, const Scores& scores, const std::string& what, Random& random) {
   const auto score_rows = cpu::criticality(isa).score_rows;
   const auto score_rows_scalar = cpu::criticality(cpu::Isa::scalar).score_rows;
-  const auto [rows, length, spatial] = scores.layout;
+  const int64_t rows = scores.layout.rows, length = scores.layout.length;
   std::vector<std::vector<double>> falling;
   for (int64_t row = 0; row < rows; row++) falling.push_back(falling_scores(scores, row));
   for (const Question& question : questions(length)) {

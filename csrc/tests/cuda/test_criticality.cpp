@@ -25,6 +25,18 @@ std::vector<int64_t> some_tops(const Params& params) {
   return tops;
 }
 
+// The CPU kernels take no rows in pieces.
+std::unique_ptr<Scores> contiguous_rows(const Scores& p) {
+  auto copy = std::make_unique<Scores>(p);
+  if (!p.layout.piece) return copy;
+  copy->layout.piece = 0;
+  for (int64_t i = 0; i < p.layout.numel(); i++) {
+    copy->theta.set_bits(i, p.theta.bits(p.layout.offset(i)));
+    copy->grad.set_bits(i, p.grad.bits(p.layout.offset(i)));
+  }
+  return copy;
+}
+
 void check(const Params& params, const Question& question, const std::vector<uint64_t>& seeds, const std::string& what,
            const std::vector<int64_t>& tops) {
   const std::vector<Scored> list = scored(params);
@@ -34,8 +46,10 @@ void check(const Params& params, const Question& question, const std::vector<uin
   for (int64_t p = 0; p < count; p++) {
     const int64_t rows = list[size_t(p)].layout.rows, first = int64_t(expected.size());
     expected.resize(size_t(first + rows));
+    const std::unique_ptr<Scores> contiguous = contiguous_rows(*params[size_t(p)]);
     cpu::criticality(cpu::Isa::scalar)
-        .score_rows(list[size_t(p)], criterion, question.aggregate, tops[size_t(p)], expected.data() + first, 0, rows);
+        .score_rows(contiguous->scored(), criterion, question.aggregate, tops[size_t(p)], expected.data() + first, 0,
+                    rows);
   }
   for (uint64_t seed : seeds) {
     cuda_on_cpu::set_seed(seed);
@@ -49,8 +63,9 @@ void check(const Params& params, const Question& question, const std::vector<uin
     for (int64_t p = 0; p < count; p++)
       for (int64_t row = 0; row < list[size_t(p)].layout.rows; row++, unit++) {
         describe(what, ", ", name(criterion), ", ", question.name, " ", tops[size_t(p)], ", seed ", seed,
-                 ", parameter ", p, ", row ", row, " of ", list[size_t(p)].layout.length, " elements, ",
-                 name(list[size_t(p)].theta_dtype), " and ", name(list[size_t(p)].grad_dtype));
+                 ", parameter ", p, ", row ", row, " of ", list[size_t(p)].layout.length, " elements, pieces of ",
+                 list[size_t(p)].layout.piece, ", ", name(list[size_t(p)].theta_dtype), " and ",
+                 name(list[size_t(p)].grad_dtype));
         CHECK_SAME(out[unit], expected[size_t(unit)]);
       }
   }
@@ -132,6 +147,66 @@ void launch_counts(Random& random) {
     CHECK_EQUAL(launches(params, question, kDrivers[1]),
                 uint64_t(whole || question.aggregate == Aggregate::max ? 2 : 3));
     params.resize(303);
+  }
+  for (int64_t pieces : {1, 200}) {  // all of rows in pieces, and together with contiguous rows
+    Params some;
+    for (int64_t i = 0; i < pieces; i++) {
+      some.push_back(std::make_unique<Scores>(Layout{4, 6, 1, 2}, Criterion::weight, Dtype::float32, Dtype::float32));
+      some.back()->fill(Kind::ordinary, random);
+    }
+    describe(pieces, " of rows in pieces");
+    CHECK_EQUAL(launches(some, kQuestions[0], kDrivers[1]), uint64_t(1));
+    CHECK_EQUAL(launches(some, kQuestions[0], kDrivers[0]), uint64_t(cuda::ceil_div(pieces, kEntries)));
+    some.push_back(std::make_unique<Scores>(Layout{4, 6, 1}, Criterion::weight, Dtype::float32, Dtype::float32));
+    some.back()->fill(Kind::ordinary, random);
+    CHECK_EQUAL(launches(some, kQuestions[1], kDrivers[1]), uint64_t(2));
+  }
+}
+
+void refusal() {
+  Scored p;
+  p.layout = {2, kMaxRowInPieces + 2, 1, 2};
+  const int64_t top = 1;
+  const char* error = cuda::criticality(&p, &top, 1, Criterion::weight, Aggregate::max, nullptr, nullptr, kStream);
+  CHECK(error && std::string(error).rfind("expected rows in pieces of at most 16384 elements", 0) == 0);
+}
+
+// Rows in pieces: of every piece a few lengths, those of a warp, of a block and the longest, some aligned to packs and
+// some not; a few contiguous and empty ones among them.
+void in_pieces(const std::vector<uint64_t>& seeds, Random& random) {
+  struct Shape {
+    int64_t rows, piece, inputs;
+  };
+  const Shape shapes[] = {{3, 1, 2},    {16, 1, 97},  {33, 1, 512}, {12, 1, 1000}, {9, 1, 2049},  {5, 1, 16384},
+                          {3, 4, 2},    {16, 4, 3},   {33, 4, 130}, {8, 4, 600},   {3, 9, 2},     {16, 9, 57},
+                          {33, 9, 58},  {4, 9, 250},  {3, 16, 3},   {33, 16, 32},  {20, 16, 129}, {6, 16, 512},
+                          {2, 300, 50}, {3, 513, 3},  {17, 40, 26}, {5, 64, 9},    {7, 65, 9},    {9, 72, 40},
+                          {100, 1, 31}, {2, 8192, 2}, {16, 1, 700}};
+  for (Criterion criterion : kCriteria) {
+    if (kFewCases && criterion != Criterion::weighted_grad) continue;
+    Params params;
+    const auto add = [&](const Layout& layout) {
+      const int64_t n = int64_t(params.size()) + int64_t(criterion);
+      params.push_back(std::make_unique<Scores>(layout, criterion, random.dtype(), random.dtype(), n % 3 ? 0 : n % 5,
+                                                n % 7 ? 0 : 3));
+      params.back()->fill(kKinds[n % int64_t(std::size(kKinds))], random);
+    };
+    for (const Shape& s : shapes) {
+      if (kFewCases && s.rows * s.piece * s.inputs > 30000) continue;
+      add({s.rows, s.piece * s.inputs, 1, s.piece});
+      if (random.below(3) == 0) add({random.below(4), 1 + random.below(99), 1});
+    }
+    for (const Question& question : kQuestions) check(params, question, seeds, "in pieces");
+    for (int turn = 0; turn < 3 && !kFewCases; turn++) {  // other tops, kinds and alignments
+      std::rotate(params.begin(), params.begin() + 5, params.end());
+      for (auto& param : params) param->fill(kKinds[random.below(int64_t(std::size(kKinds)))], random);
+      check(params, kQuestions[0], {seeds.back()}, "in pieces");
+    }
+    for (float bad : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::quiet_NaN()}) {
+      for (auto& param : params)
+        if (param->layout.piece) param->theta.set(random.below(param->theta.size()), bad);
+      for (const Question& question : kQuestions) check(params, question, {seeds.back()}, "in pieces, not finite");
+    }
   }
 }
 
@@ -245,6 +320,8 @@ int main(int argc, char** argv) {
     }
   }
   check({}, kQuestions[0], list, "no parameters");
+  in_pieces(list, random);
+  refusal();
   launch_counts(random);
   brackets(list, random);
   long_sums(list, random);

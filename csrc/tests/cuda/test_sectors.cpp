@@ -97,15 +97,13 @@ double report_family(const char* what, const std::string& family, const Results&
   return sum.ratio();
 }
 
-Results score(Model& model) {
+Results score(Model& model, Aggregate aggregate = Aggregate::topk_mean) {
   std::vector<float> out(20000);
   std::vector<uint4> workspace(
-      size_t(cuda::criticality_workspace(model.scored.data(), model.top.data(), model.count(), Aggregate::topk_mean)) /
-          16 +
-      1);
+      size_t(cuda::criticality_workspace(model.scored.data(), model.top.data(), model.count(), aggregate)) / 16 + 1);
   cuda_on_cpu::sectors.start();
-  CHECK(!cuda::criticality(model.scored.data(), model.top.data(), model.count(), Criterion::weighted_grad,
-                           Aggregate::topk_mean, out.data(), workspace.data(), nullptr));
+  CHECK(!cuda::criticality(model.scored.data(), model.top.data(), model.count(), Criterion::weighted_grad, aggregate,
+                           out.data(), workspace.data(), nullptr));
   return cuda_on_cpu::sectors.stop();
 }
 
@@ -187,6 +185,36 @@ void check_model(const char* what, int theta_shift, int grad_shift, double bound
     }
 }
 
+// Rows in pieces: GPT-2's two projections, outputs innermost, and transposed convolutions.
+void report_pieces() {
+  struct Case {
+    const char* what;
+    Layout layout;
+    double top_bound, mean_bound;
+  };
+  const Case cases[] = {
+      {"768 to 3072, outputs innermost", {3072, 768, 1, 1}, 1.02, 1.02},
+      // four rows of 3072 fit in a block: half a sector
+      {"3072 to 768, outputs innermost", {768, 3072, 1, 1}, 2.02, 1.02},
+      {"256 to 128, transposed 4 x 4", {128, 4096, 1, 16}, 1.02, 1.02},
+      // stretches of 4.5 sectors, and of 18; an input may lie in two of a mean's chunks
+      {"256 to 128, transposed 3 x 3", {128, 2304, 1, 9}, 1.2, 1.1},
+      {"8 experts, 512 to 256", {256, 4096, 1, 512}, 1.02, 1.02},
+      // element by element, from any place in a sector: a warp asks for five sectors, not four, or where a stretch ends
+      // six
+      {"64 to 33, transposed 3 x 3", {33, 576, 1, 9}, 1.5, 1.4},
+  };
+  for (const Case& c : cases)
+    for (Aggregate aggregate : {Aggregate::topk_mean, Aggregate::mean}) {
+      Model model({c.layout}, 0, 0);
+      const bool mean = aggregate == Aggregate::mean;
+      const std::string title = std::string(c.what) + (mean ? ", mean" : ", top tenth");
+      describe(title);
+      CHECK(report_family(title.c_str(), "criticality", score(model, aggregate)) <=
+            (mean ? c.mean_bound : c.top_bound));
+    }
+}
+
 }  // namespace
 }  // namespace delfast::test
 
@@ -221,6 +249,7 @@ int main() {
         double(asked) / once);
     CHECK(double(asked) / once < 2.5);
   }
+  report_pieces();
   if (failures) report();
   return failures ? 1 : 0;
 }

@@ -1,0 +1,34 @@
+// Launcher of the kernel for rows in pieces. A file of its own, compiled beside the others.
+#include "cuda/criticality_pieces.cuh"
+#include "cuda/criticality_plan.cuh"
+
+namespace delfast::cuda {
+
+namespace {
+
+int words_of_pieces(const Rows& p) {
+  if (in_chunks(p)) return kPieceRows * kChunkPitch;
+  return rows_of_pieces_block(p) * pitch_of_pieces(row_words(int(p.length)));
+}
+// Of kBlockRow elements in all, and of each row its part of the list and of the padding, which are most for 16 rows.
+constexpr int kMaxPieceWords = kPieceRows * pitch_of_pieces(row_words(kBlockRow / kPieceRows));
+
+}  // namespace
+
+void launch_pieces(const Plan& plan, Criterion criterion, Stream stream) {
+  int words = 0;
+  for (const Rows& p : plan.in_pieces) words = std::max(words, words_of_pieces(p));
+  const auto blocks = [](const Rows& p) { return ceil_div(p.rows, rows_of_pieces_block(p)); };
+  launch_rows(plan.in_pieces, int64_t(plan.in_pieces.size()), blocks,
+              [&]<int kBytes>(const Table<Rows, kBytes>& table) {
+                const auto kernel = criticality_pieces<kBytes>;
+                // as for criticality_top
+                if (words * 4 > 40 << 10)
+                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxPieceWords * 4);
+                cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+                DELFAST_LAUNCH(criticality_pieces<kBytes>, table.blocks(), kRowThreads, size_t(words) * 4, stream,
+                               table, criterion);
+              });
+}
+
+}  // namespace delfast::cuda
