@@ -9,7 +9,7 @@ Environment:
   TORCH_CUDA_ARCH_LIST     the architectures to build for, as for torch: build_support/toolkit.py has the default.
   MAX_JOBS                 the number of compilers at once, as for torch (default: one for each CPU).
   DELFAST_TORCH            the folder of a torch package to take the headers of, in place of this Python's.
-  DELFAST_WHEEL            what the wheel is for, such as cpu or cu13: its local version, and what `delfast doctor` says.
+  DELFAST_WHEEL            what the wheel is for, such as cpu or cu13: its local version, and named by `delfast doctor`.
 """
 
 import importlib.util
@@ -29,7 +29,6 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip's isolated front end leaves it out
 from build_support import kernels, toolkit  # noqa: E402
 from build_support.toolkit import CudaUnavailable, Toolkit  # noqa: E402
-
 
 
 def find_torch() -> Path:

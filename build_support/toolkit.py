@@ -39,7 +39,7 @@ class Toolkit:
         for folder in folders:
             if (folder / "libcudart_static.a").exists():
                 return folder
-        raise CudaUnavailable(f"the CUDA toolkit in {self.root} has no libcudart_static.a; install its development files")
+        raise CudaUnavailable(f"the CUDA toolkit in {self.root} has no libcudart_static.a; install its runtime")
 
 
 def find_toolkit(wanted_major: str | None = None) -> Toolkit:

@@ -1,7 +1,7 @@
 """Builds manylinux wheels for every Python found: ``python -m build_support.wheels [cpu] [cu13] [--output-dir dist]``.
 
-A wheel holds what serves one Python version and every torch from 2.10 on: a wheel for ``cpu``, or for one major version
-of CUDA, as ``cu13``, whose driver must be as new. auditwheel checks what it needs of the system, and names it after that.
+A wheel serves one version of Python and every torch from 2.10 on: for ``cpu``, or for one major version of CUDA, as
+``cu13``, whose driver must be as new. auditwheel checks what a wheel needs of the system, and names it after that.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def build(python: str, kind: str, torch: Path, output: Path) -> Path:
         command = [python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, str(ROOT)]
         subprocess.run(command, check=True, env=environment)
         (raw,) = Path(folder).glob("*.whl")
-        repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--wheel-dir", f"{folder}/repaired", str(raw)]
-        subprocess.run([*repair, *(part for name in EXCLUDED for part in ("--exclude", name))], check=True, env=environment)
+        excluded = (part for name in EXCLUDED for part in ("--exclude", name))
+        repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--wheel-dir", f"{folder}/repaired"]
+        subprocess.run([*repair, *excluded, str(raw)], check=True, env=environment)
         (repaired,) = Path(f"{folder}/repaired").glob("*.whl")
         output.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(repaired, output / repaired.name))
@@ -72,13 +73,14 @@ def with_tools(python: str, folder: Path) -> str:
         return python
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     made = str(folder / "bin" / "python")
-    subprocess.run([made, "-m", "pip", "install", "--quiet", "setuptools>=77", "cmake>=3.25", "ninja>=1.11"], check=True)
+    tools = ["setuptools>=77", "cmake>=3.25", "ninja>=1.11"]
+    subprocess.run([made, "-m", "pip", "install", "--quiet", *tools], check=True)
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("kinds", nargs="*", help="cpu, or cu and the major version of CUDA (default: what can be built)")
+    parser.add_argument("kinds", nargs="*", help="cpu, or cu13 and the like (default: all that can be built)")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "dist")
     arguments = parser.parse_args()
     import torch

@@ -82,11 +82,19 @@ else:
     def __getattr__(name):
         """Import a public name or module when it is first used, and keep it for the next use."""
         if name in _MODULES:
-            return importlib.import_module(f"delfast.{name}")
+            return _imported(f"delfast.{name}")
         if name not in _MODULE_OF:
             raise AttributeError(f"module 'delfast' has no attribute '{name}'")
-        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        value = globals()[name] = getattr(_imported(_MODULE_OF[name]), name)
         return value
+
+    def _imported(module):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError("delfast needs torch 2.10 or newer, and finds none; pip install torch") from None
 
     def __dir__():
         return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

@@ -42,8 +42,8 @@ class WrittenRowsList {
                         weight.scalar_type(), " like their weight, got ", rows.scalar_type(), "; convert the rows");
     IntList sizes = weight.sizes().vec();
     sizes[size_t(dim)] = index.numel();
-    DELFAST_CHECK_VALUE(rows.sizes().equals(Sizes(sizes)), "expected rows #", i, " of shape ", sizes, ", got ", rows.sizes(),
-                        "; pass one row for each index");
+    DELFAST_CHECK_VALUE(rows.sizes().equals(Sizes(sizes)), "expected rows #", i, " of shape ", sizes, ", got ",
+                        rows.sizes(), "; pass one row for each index");
     WrittenRows w;
     w.index = index.const_data_ptr<int64_t>();
     w.count = index.numel();

@@ -67,9 +67,9 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
         raise ImportError(f"the extension was not built: {build_info['failure']}; {REBUILD}")
     if _release(torch.__version__) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
-        raise ImportError(f"the extension needs torch {oldest} or newer, this is torch {torch.__version__}; upgrade torch")
+        raise ImportError(f"the extension needs torch {oldest} or newer, this is {torch.__version__}; upgrade torch")
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
         return importlib.import_module("delfast._C"), build_info
     except (ImportError, OSError) as error:
         if "DELFAST_FORCE_ISA" in str(error):

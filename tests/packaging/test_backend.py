@@ -109,7 +109,7 @@ def test_a_torch_without_the_interface_is_named_in_one_line() -> None:
     old = "import torch; torch.__version__ = '2.9.1+cu128'\n"
     result = python(old + STATUS)
     assert json.loads(result.stdout)["backend"] == "torch"
-    assert "the extension needs torch 2.10 or newer, this is torch 2.9.1+cu128; upgrade torch" in result.stderr
+    assert "the extension needs torch 2.10 or newer, this is 2.9.1+cu128; upgrade torch" in result.stderr
     newer = python("import torch; torch.__version__ = '3.0.0a0+git'\n" + STATUS)
     assert json.loads(newer.stdout)["backend"] == "native" and not newer.stderr
 
