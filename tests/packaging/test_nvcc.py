@@ -30,7 +30,8 @@ def test_every_source_compiles_quickly(compiled: list[ptxas.Compiled]) -> None:
     assert {unit.source for unit in compiled} == {path.name for path in ptxas.SOURCES} != set()
     assert {unit.architecture for unit in compiled} == set(ptxas.ARCHITECTURES)
     for unit in compiled:
-        assert unit.seconds < 20 * len(ptxas.ARCHITECTURES), f"{unit.source} took {unit.seconds:.0f} s of CPU time"
+        message = f"{unit.source} took {unit.seconds:.0f} s of CPU time; touch it and try again if the machine was busy"
+        assert unit.seconds < 20 * len(ptxas.ARCHITECTURES), message
 
 
 def test_no_torch_header_reaches_nvcc(compiled: list[ptxas.Compiled]) -> None:
