@@ -1,32 +1,32 @@
 """What nvcc makes of the CUDA kernels, for architectures that no machine here has: `python -m benchmarks.ptxas`.
 
-Compiles csrc/cuda for each of them and writes benchmarks/results/ptxas.md: registers, shared memory, stack frame,
-spills and 128-bit global loads of every kernel, and the theoretical occupancy on sm_90.
+Reads what the build of csrc/cuda for each of them keeps (build_support/nvcc.py) and writes benchmarks/results/ptxas.md:
+registers, shared memory, stack frame, spills and 128-bit global loads of every kernel, and the theoretical occupancy on
+sm_90.
 tests/packaging/test_nvcc.py checks the same.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from build_support.toolkit import find_toolkit
+from build_support import kernels, toolkit
+from build_support.toolkit import Toolkit, find_toolkit
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ("--options-file", ROOT / "csrc" / "cuda" / "nvcc_options.txt", f"-I{ROOT / 'csrc'}")  # as the build
 TABLE = ROOT / "benchmarks" / "results" / "ptxas.md"
-KEPT = ROOT / "build" / "ptxas"
-ARCHITECTURES = ("80", "90", "100", "120")
+OWN_FOLDER = ROOT / "build" / "ptxas"
+ARCHITECTURES = ("80", "90", "100", "120")  # toolkit.ARCHITECTURES
 
 # Kernels that read parameters or gradients: threads and bytes of dynamic shared memory of a block, at the most.
 # criticality_top: with rows of up to 4608 and of up to 16384 elements.
@@ -105,7 +105,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Compiled:
-    """``seconds`` are the CPU's: what else the machine does is not counted."""
+    """One source for one architecture; ``seconds`` are the CPU's for all architectures and the host's code together.
+
+    What else the machine does is not counted.
+    """
 
     source: str
     architecture: str
@@ -114,77 +117,52 @@ class Compiled:
     kernels: tuple[Kernel, ...]
 
 
-def compile_all(nvcc: str) -> list[Compiled]:
-    """Compile every source for every architecture, two at a time; results of unchanged sources are kept in KEPT."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    version = nvcc_version(nvcc)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
-        return list(pool.map(lambda job: _kept(nvcc, version, *job, Path(folder)), jobs))
+def compile_all(found: Toolkit) -> list[Compiled]:
+    """Compile every source for every architecture; ninja compiles only what is not there or not of the present sources.
 
-
-def _kept(nvcc: str, version: str, source: Path, architecture: str, folder: Path) -> Compiled:
-    """Return the kept result if what it was made of is unchanged, else a new one."""
-    path = KEPT / f"{source.stem}-{architecture}.json"
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        fields = kept["compiled"]
-        if kept["made_of"] == _made_of(version, fields["dependencies"]):
-            return Compiled(**fields | {"kernels": tuple(Kernel(**kernel) for kernel in fields["kernels"])})
-    compiled = _compile(nvcc, source, architecture, folder)
-    made_of = _made_of(version, compiled.dependencies)
-    path.write_text(json.dumps({"made_of": made_of, "compiled": asdict(compiled)}), encoding="utf-8")
-    return compiled
-
-
-def _made_of(version: str, dependencies: str) -> dict[str, str]:
-    """Return the tools' versions and the digest of each file of this repository that a result was made of."""
-    own = [Path(name) for name in dependencies.split() if name.startswith(str(ROOT))]
-    files = {*own, Path(__file__), ROOT / "csrc" / "cuda" / "nvcc_options.txt"}
-    digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()}
-    disassembler = _nvdisasm()
-    return {"nvcc": version, str(disassembler): str(disassembler.stat().st_size)} | digests
-
-
-def _compile(nvcc: str, source: Path, architecture: str, folder: Path) -> Compiled:
-    cubin = folder / f"{source.stem}-{architecture}.cubin"
-    depfile = cubin.with_suffix(".d")
-    command = [
-        *(nvcc, *FLAGS, "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"),
-        *("-MD", "-MF", depfile, "-o", cubin, source),
+    The extension's own kernels serve, if they are for all the architectures; else there are others in OWN_FOLDER.
+    """
+    wanted = toolkit.ARCHITECTURES.split()
+    folder = kernels.FOLDER if kernels.generates(found, wanted) else OWN_FOLDER
+    with kernels.locked(folder):
+        if folder == OWN_FOLDER:
+            kernels.configure(toolkit=found, wanted=wanted, folder=folder)
+        kernels.build("delfast_cuda", folder=folder)
+    jobs = [
+        (folder / "csrc" / "cuda" / source.stem, architecture) for source in SOURCES for architecture in ARCHITECTURES
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        log = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"nvcc could not compile {source.name} for sm_{architecture}:\n{log}")
-    loads = _wide_loads(cubin)
-    kernels = tuple(
-        Kernel(name, architecture, *numbers, loads.get(name, 0)) for name, numbers in _resources(log).items()
-    )
-    return Compiled(
-        source.name, architecture, usage.ru_utime + usage.ru_stime, depfile.read_text(encoding="utf-8"), kernels
-    )
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: _read(*job), jobs))
 
 
-def _resources(log: str) -> dict[str, tuple[int, int, int, int]]:
+def _read(folder: Path, architecture: str) -> Compiled:
+    """Read what build_support/nvcc.py has kept of one source."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    loads = _wide_loads(folder / f"sm_{architecture}.cubin")
+    resources = _resources(report["ptxas"], architecture)
+    found = tuple(Kernel(name, architecture, *numbers, loads.get(name, 0)) for name, numbers in resources.items())
+    return Compiled(f"{folder.name}.cu", architecture, report["seconds"], report["included"], found)
+
+
+def _resources(log: str, architecture: str) -> dict[str, tuple[int, int, int, int]]:
     """Return registers, shared memory, stack frame and spills (in bytes) of each kernel that ptxas reports."""
     found = {}
     # each report is complete before the next one begins
     for report in re.split(r"(?=Compiling entry function)", log)[1:]:
-        name = demangled(re.search(r"entry function '(\w+)'", report)[1])  # type: ignore[index]
+        symbol, compiled_for = re.search(r"entry function '(\w+)' for 'sm_(\w+)'", report).groups()  # type: ignore[union-attr]
+        if compiled_for != architecture:
+            continue
         stack, stores, loads = (
             int(re.search(pattern, report)[1])  # type: ignore[index]
             for pattern in (r"(\d+) bytes stack frame", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
         )
         registers = int(re.search(r"Used (\d+) registers", report)[1])  # type: ignore[index]
         shared = re.search(r"(\d+) bytes smem", report)
-        found[name] = (registers, int(shared[1]) if shared else 0, stack, stores + loads)
+        found[demangled(symbol)] = (registers, int(shared[1]) if shared else 0, stack, stores + loads)
     return found
 
 
+@functools.cache
 def demangled(symbol: str) -> str:
     """Return ``masked_update<SgdRule>`` for ``_ZN7delfast4cuda13masked_updateINS0_7SgdRuleEEEv...``."""
     text = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
@@ -299,8 +277,8 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def main() -> None:
-    nvcc = str(find_toolkit().nvcc)
-    TABLE.write_text(table(compile_all(nvcc), nvcc_version(nvcc)), encoding="utf-8")
+    found = find_toolkit()
+    TABLE.write_text(table(compile_all(found), nvcc_version(str(found.nvcc))), encoding="utf-8")
     print(f"wrote {TABLE.relative_to(ROOT)}", file=sys.stderr)
 
 

@@ -1,4 +1,7 @@
-"""Builds the CMake project of the kernels in build/kernels, a folder that stays, so that builds are incremental."""
+"""Builds the CMake project of the kernels in build/kernels, a folder that stays, so that builds are incremental.
+
+Another ``folder`` is for kernels of other architectures than the extension's: benchmarks/ptxas.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from build_support.toolkit import CudaUnavailable, Toolkit, architectures, generate_flags
@@ -40,22 +45,42 @@ def find_tool(name: str) -> str:
     return found
 
 
-def configure(torch: Path | None = None, toolkit: Toolkit | None = None) -> None:
+@contextmanager
+def locked(folder: Path | None = None) -> Iterator[None]:
+    """Wait until no other process holds this lock of the folder, and hold it."""
+    import fcntl  # not on Windows, where setup.py reads this module too
+
+    folder = folder or FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def configure(
+    torch: Path | None = None,
+    toolkit: Toolkit | None = None,
+    wanted: list[str] | None = None,
+    folder: Path | None = None,
+) -> None:
     """Configure the project; with the ops and the CUDA kernels if ``torch`` and ``toolkit`` are given, else as it was.
 
-    Flags come from CMakeLists.txt alone: CXXFLAGS could break that every instruction set gives the same bits.
+    ``wanted``: architectures to build for, if not architectures(). Flags come from CMakeLists.txt alone: CXXFLAGS could
+    break that every instruction set gives the same bits.
     """
     options = {"CMAKE_MAKE_PROGRAM": find_tool("ninja"), "CMAKE_CXX_FLAGS": "", "CMAKE_BUILD_TYPE": ""}
     if torch:
         options["DELFAST_TORCH"] = str(torch)
     if toolkit:
         host_compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
-        flags = [*host_compiler, *generate_flags(architectures())]
+        flags = [*host_compiler, *generate_flags(wanted or architectures())]
         options |= {"DELFAST_NVCC": str(toolkit.nvcc), "DELFAST_NVCC_FLAGS": ";".join(flags)}
-        options["DELFAST_CUDART"] = str(toolkit.libraries / "libcudart_static.a")
+        options |= {"DELFAST_CUDART": str(toolkit.libraries / "libcudart_static.a"), "DELFAST_PYTHON": sys.executable}
     fixed = {"CMAKE_CXX_COMPILER": compiler()}
-    command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja"]
-    if not _was_configured_with(fixed | {"CMAKE_HOME_DIRECTORY": str(ROOT)}):
+    folder = folder or FOLDER
+    command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+    cache = _read_cache(folder)
+    if cache and not cache.items() >= (fixed | {"CMAKE_HOME_DIRECTORY": str(ROOT)}).items():  # cannot change later
         command.append("--fresh")
     result = _run([*command, *(f"-D{name}={value}" for name, value in (fixed | options).items())])
     if result.returncode:
@@ -65,19 +90,25 @@ def configure(torch: Path | None = None, toolkit: Toolkit | None = None) -> None
         raise BuildError(f"cmake could not configure the kernels: {reason}")
 
 
-def _was_configured_with(wanted: dict[str, str]) -> bool:
-    """Whether the folder's cache, if there is one, has these values, which CMake cannot change later."""
-    cache = FOLDER / "CMakeCache.txt"
+def _read_cache(folder: Path) -> dict[str, str]:
+    """Return what the folder was configured with; nothing if it was not."""
+    cache = folder / "CMakeCache.txt"
     if not cache.exists():
-        return True
-    entries = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(encoding="utf-8"), re.MULTILINE))
-    return all(entries.get(name) == value for name, value in wanted.items())
+        return {}
+    return dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def build(*targets: str) -> None:
+def generates(toolkit: Toolkit, wanted: list[str]) -> bool:
+    """Whether the extension's kernels are configured for this toolkit and, among others, these architectures."""
+    cache = _read_cache(FOLDER)
+    flags = cache.get("DELFAST_NVCC_FLAGS", "").split(";")
+    return cache.get("DELFAST_NVCC") == str(toolkit.nvcc) and set(generate_flags(wanted)) <= set(flags)
+
+
+def build(*targets: str, folder: Path | None = None) -> None:
     """Build these targets of the configured project, on MAX_JOBS processes or as many as there are CPUs."""
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    result = _run([find_tool("cmake"), "--build", str(FOLDER), "--parallel", jobs, "--target", *targets])
+    result = _run([find_tool("cmake"), "--build", str(folder or FOLDER), "--parallel", jobs, "--target", *targets])
     if result.returncode:
         sys.stderr.write(result.stdout)
         raise BuildError(_failure(result.stdout))

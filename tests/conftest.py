@@ -14,8 +14,9 @@ from delfast.ops import BACKEND
 
 # Files that train networks by whole commands, build, or start many processes: more than ten seconds of CPU time each.
 # `make test` starts them first, the longest at the head, so that no process still runs one while the others are idle;
-# `make check` leaves them out.
+# `make check` leaves them out. test_nvcc.py would wait while test_cpp.py builds in the same folder, so it comes before.
 HEAVY = (
+    "packaging/test_nvcc.py",
     "packaging/test_cpp.py",
     "experiments/test_demo.py",
     "docs/test_examples.py",
@@ -25,7 +26,6 @@ HEAVY = (
     "experiments/test_records.py",
     "packaging/test_backend.py",
     "docs/test_readme.py",
-    "packaging/test_nvcc.py",
     "packaging/test_core_install.py",
     "experiments/test_profile.py",
     "cli/test_stop.py",

@@ -54,7 +54,8 @@ class WrittenRowsList {
     w.weight = copies_.write(without_version(weight), layout);
     w.rows = copies_.read(rows, layout);
     for (int64_t d = 0; d < dim; d++) w.outer *= weight.size(d);
-    w.bytes = weight.numel() / (w.outer * w.channels) * int64_t(weight.element_size());
+    w.bytes = int64_t(weight.element_size());
+    for (int64_t d = dim + 1; d < weight.dim(); d++) w.bytes *= weight.size(d);
     return w;
   }
 

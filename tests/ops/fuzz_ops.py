@@ -24,7 +24,7 @@ INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 64, 2**31 - 1, 2
 NAMES = ["", "abs", "square", "grad", "weight", "weighted_grad", "mean", "max", "sum", "topk_mean"]
 REFUSALS = (ValueError, IndexError)
 # what a kernel reads in a tensor; a fake kernel does not
-OF_VALUES = ("bits past the last", "expected state", "expected columns in", "index out of range")
+OF_VALUES = ("bits past the last", "expected state", "expected columns in", "expected index #", "index out of range")
 
 
 def changed_tensor(tensor: Tensor, draw: random.Random) -> Tensor:

@@ -2,7 +2,6 @@
 
 The CUDA kernels are among them: they are compiled by the C++ compiler and run on the CPU."""
 
-import fcntl
 import os
 import platform
 import re
@@ -48,9 +47,7 @@ def run(tool: str, *arguments: str) -> str:
 
 def build(variant: str) -> Path:
     """Build a variant's tests beside the extension's kernels; return the folder of its programs."""
-    kernels.FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(kernels.FOLDER / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of pytest may build here too
+    with kernels.locked():  # another worker of pytest may build here too
         try:
             kernels.configure()
             kernels.build(f"tests_{variant}")

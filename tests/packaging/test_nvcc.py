@@ -19,7 +19,7 @@ except CudaUnavailable as error:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[ptxas.Compiled]:
-    return ptxas.compile_all(str(TOOLKIT.nvcc))
+    return ptxas.compile_all(TOOLKIT)
 
 
 def kernels(compiled: list[ptxas.Compiled], names: object = None) -> list[ptxas.Kernel]:
@@ -30,7 +30,8 @@ def test_every_source_compiles_quickly(compiled: list[ptxas.Compiled]) -> None:
     assert {unit.source for unit in compiled} == {path.name for path in ptxas.SOURCES} != set()
     assert {unit.architecture for unit in compiled} == set(ptxas.ARCHITECTURES)
     for unit in compiled:
-        assert unit.seconds < 20, f"{unit.source} took {unit.seconds:.0f} s for sm_{unit.architecture}"
+        message = f"{unit.source} took {unit.seconds:.0f} s of CPU time; touch it and try again if the machine was busy"
+        assert unit.seconds < 20 * len(ptxas.ARCHITECTURES), message
 
 
 def test_no_torch_header_reaches_nvcc(compiled: list[ptxas.Compiled]) -> None:

@@ -52,17 +52,7 @@ void check(const std::string& what, const Problem& problem, int64_t shift, const
                             problem.shape};
       Workspace workspace(cuda::per_example_workspace(p, problem.tensor_cores));
       CHECK(cuda::per_example_accumulate(p, problem.tensor_cores, workspace.get(), kStream) == nullptr);
-      if (!first.empty()) {
-        CHECK(std::equal(first.begin(), first.end(), sums.begin(), same));
-        continue;
-      }
-      first.assign(sums.begin(), sums.end());
-      const double additions = double(problem.shape.examples + 2) * problem.unit();
-      for (size_t i = 0; i < first.size(); i++) {
-        const double exact = problem.sums[int(epilogue)][i], error = problem.gradient_errors[int(epilogue)][i];
-        const double before = double(problem.before[i]);
-        CHECK_NEAR(double(first[i]), before + exact, error + additions / (1 - additions) * (before + exact + error));
-      }
+      problem.check(epilogue, sums.data(), first);
     }
   }
 }

@@ -80,7 +80,7 @@ class AsyncCopies {
   Queue& mine() { return queues_[size_t(device.current)]; }
   void begin_block() {
     block_ = device.blocks_run;
-    queues_.assign(device.threads.size(), Queue{});
+    queues_.assign(size_t(device.block_threads), Queue{});
     pending_.assign(device.dynamic_bytes / kBytes + 1, -1);
   }
 

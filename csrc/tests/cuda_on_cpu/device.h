@@ -48,6 +48,7 @@ struct Thread {
   char event = 0;                  // its address stands for the thread's arrival at a __syncwarp
   Fiber* fiber = nullptr;
   Place place;
+  unsigned line = 0;  // place.line()
 };
 
 struct Device {
@@ -56,14 +57,17 @@ struct Device {
   const char* kernel = "";
   dim3 grid, block;
   uint3 thread_index{}, block_index{};
-  std::vector<Thread> threads;
-  std::vector<int> runnable;
-  int current = 0, alive = 0, arrived = 0;
+  Thread threads[kMaxThreads];  // of the block: block_threads
+  int runnable[kMaxThreads];    // runnable_count of them
+  int block_threads = 0, runnable_count = 0, current = 0, alive = 0, arrived = 0;
   const std::function<void()>* body = nullptr;
-  std::string error;
+  bool failed = false;
+  std::string error;  // if so
 
   Fiber scheduler;
-  std::vector<Fiber*> idle_fibers, all_fibers;
+  std::vector<Fiber*> all_fibers;
+  Fiber* idle_fibers[kMaxThreads] = {};  // idle_count of them
+  int idle_count = 0;
   uint64_t launches = 0;
   int driver_version = 13000;  // what cudaDriverGetVersion says
   int number = 3;              // what cudaGetDevice says; it has as many multiprocessors, of one resident block each
@@ -83,7 +87,7 @@ inline Device device;
 
 inline void set_seed(uint64_t seed) { device.seed = seed; }
 
-inline unsigned random_below(unsigned limit) {  // xorshift64
+CUDA_ON_CPU_NO_TSAN inline unsigned random_below(unsigned limit) {  // xorshift64
   device.random ^= device.random << 13;
   device.random ^= device.random >> 7;
   device.random ^= device.random << 17;
@@ -93,7 +97,7 @@ inline unsigned random_below(unsigned limit) {  // xorshift64
 // ---- failures
 
 inline std::string describe_thread(int i) {
-  const Thread& t = device.threads[size_t(i)];
+  const Thread& t = device.threads[i];
   std::string text = "thread " + std::to_string(i) + " of block " + std::to_string(device.block_index.x);
   if (t.wait == Wait::done) return text + " has exited";
   const char* what = t.wait == Wait::block ? " waits at __syncthreads" : t.wait == Wait::warp ? " waits at " : " is";
@@ -103,71 +107,65 @@ inline std::string describe_thread(int i) {
 }
 
 inline void report_failure(const std::string& message) {
-  if (device.error.empty()) device.error = std::string("kernel ") + device.kernel + ": " + message;
+  if (!device.failed) device.error = std::string("kernel ") + device.kernel + ": " + message;
+  device.failed = true;
 }
 
 // Ends the kernel from inside a thread, which is left where it is.
 [[noreturn]] inline void fail_here(const std::string& message, const Place& place) {
   const IgnoreAccesses ignore;
-  device.threads[size_t(device.current)].place = place;
+  device.threads[device.current].place = place;
   report_failure(message + ": " + describe_thread(device.current));
-  for (;;) switch_fiber(*device.threads[size_t(device.current)].fiber, device.scheduler);
+  for (;;) switch_fiber(*device.threads[device.current].fiber, device.scheduler);
 }
 
 // ---- threads
 
-inline void yield() { switch_fiber(*device.threads[size_t(device.current)].fiber, device.scheduler); }
+CUDA_ON_CPU_NO_TSAN inline void yield() { switch_fiber(*device.threads[device.current].fiber, device.scheduler); }
 
-inline void make_runnable(int i) {
-  device.threads[size_t(i)].wait = Wait::none;
-  device.runnable.push_back(i);
+CUDA_ON_CPU_NO_TSAN inline void make_runnable(int i) {
+  device.threads[i].wait = Wait::none;
+  device.runnable[device.runnable_count++] = i;
 }
 
-inline void thread_main() {
+CUDA_ON_CPU_NO_TSAN inline void thread_main() {
   fiber_has_begun(device.scheduler);
   for (;;) {  // a fiber serves many threads, one after the other
-    const std::function<void()>* body;
-    {
-      const IgnoreAccesses ignore;
-      body = device.body;
-      happens_after(&device.block_events[(device.blocks_run + 1) % 2]);
-    }
-    (*body)();
-    const IgnoreAccesses ignore;
+    happens_after(&device.block_events[(device.blocks_run + 1) % 2]);
+    (*device.body)();
     happens_before(&device.block_events[device.blocks_run % 2]);
-    Thread& thread = device.threads[size_t(device.current)];
+    Thread& thread = device.threads[device.current];
     thread.wait = Wait::done;
     device.alive--;
     switch_fiber(*thread.fiber, device.scheduler);
   }
 }
 
-inline void resume(int i) {
-  Thread& thread = device.threads[size_t(i)];
+CUDA_ON_CPU_NO_TSAN inline void resume(int i) {
+  Thread& thread = device.threads[i];
   if (!thread.fiber) {
-    if (device.idle_fibers.empty()) {
-      device.idle_fibers.push_back(new_fiber(thread_main));
-      device.all_fibers.push_back(device.idle_fibers.back());
+    if (device.idle_count == 0) {
+      device.idle_fibers[device.idle_count++] = new_fiber(thread_main);
+      device.all_fibers.push_back(device.idle_fibers[0]);
     }
-    thread.fiber = device.idle_fibers.back();
-    device.idle_fibers.pop_back();
+    thread.fiber = device.idle_fibers[--device.idle_count];
   }
   const dim3& block = device.block;
   device.current = i;
   device.thread_index = {unsigned(i) % block.x, unsigned(i) / block.x % block.y, unsigned(i) / (block.x * block.y)};
   switch_fiber(device.scheduler, *thread.fiber);
 #if !defined(__SANITIZE_THREAD__)  // to ThreadSanitizer a fiber is one thread of the block, until the block is done
-  if (thread.wait == Wait::done) device.idle_fibers.push_back(thread.fiber);
+  if (thread.wait == Wait::done) device.idle_fibers[device.idle_count++] = thread.fiber;
 #endif
 }
 
 // ---- barriers of the block
 
-inline void block_barrier(const Place& place) {
-  const IgnoreAccesses ignore;
-  Thread& thread = device.threads[size_t(device.current)];
+CUDA_ON_CPU_NO_TSAN inline void block_barrier(const Place& place) {
+  Thread& thread = device.threads[device.current];
   thread.wait = Wait::block;
   thread.place = place;
+  thread.line = place.line();
   thread.collectives++;
   device.arrived++;
   void* const event = &device.barrier_events[thread.barriers++ % 2];
@@ -177,14 +175,14 @@ inline void block_barrier(const Place& place) {
 }
 
 // With nobody runnable: lets the block go on if all of it waits at the same __syncthreads. False if not.
-inline bool release_block_barrier() {
+CUDA_ON_CPU_NO_TSAN inline bool release_block_barrier() {
   if (!device.arrived || device.arrived != device.alive) return false;
-  const int count = int(device.threads.size());
-  const auto waits = [](const Thread& t) { return t.wait == Wait::block; };
-  const int first = int(std::find_if(device.threads.begin(), device.threads.end(), waits) - device.threads.begin());
+  const int count = device.block_threads;
+  int first = 0;
+  while (device.threads[first].wait != Wait::block) first++;
   for (int i = 0; i < count; i++) {
-    const Thread& t = device.threads[size_t(i)];
-    if (waits(t) && t.place.line() == device.threads[size_t(first)].place.line()) continue;
+    const Thread& t = device.threads[i];
+    if (t.wait == Wait::block && t.line == device.threads[first].line) continue;
     report_failure("divergent __syncthreads: " + describe_thread(first) + ", but " + describe_thread(i));
     return false;
   }
@@ -196,24 +194,22 @@ inline bool release_block_barrier() {
 inline void report_deadlock() {
   std::string message = "deadlock";
   const auto& threads = device.threads;
-  for (size_t i = 0, shown = 0; i < threads.size() && shown < 6; i++) {
-    if (i && threads[i].wait == threads[i - 1].wait && threads[i].place.line() == threads[i - 1].place.line()) continue;
-    message += (shown++ ? ", " : ": ") + describe_thread(int(i));
+  for (int i = 0, shown = 0; i < device.block_threads && shown < 6; i++) {
+    if (i && threads[i].wait == threads[i - 1].wait && threads[i].line == threads[i - 1].line) continue;
+    message += (shown++ ? ", " : ": ") + describe_thread(i);
   }
   report_failure(message);
 }
 
 // ---- operations of the warp
 
-// A lane's part in an operation of the lanes in `mask`: the last one to arrive computes every lane's result by
-// combine(the warp's threads, mask). Only __syncwarp orders memory.
-template <class Combine>
-uint64_t warp_operation(const char* name, unsigned mask, uint64_t value, int source, const Place& place,
-                        bool orders_memory, Combine combine) {
-  const IgnoreAccesses ignore;
+// A lane's part in an operation of the lanes in `mask`, before its result. Returns whether it is the last one to
+// arrive, which has to compute every lane's result and to call leave(); if not, the result is there.
+CUDA_ON_CPU_NO_TSAN inline bool arrive(const char* name, unsigned& mask, uint64_t value, int source, const Place& place,
+                                       bool orders_memory) {
   const int me = device.current, first = me / kWarp * kWarp, lane = me - first;
-  const int lanes = std::min(kWarp, int(device.threads.size()) - first);
-  Thread* const warp = &device.threads[size_t(first)];
+  const int left = device.block_threads - first, lanes = left < kWarp ? left : kWarp;
+  Thread* const warp = &device.threads[first];
   Thread& thread = warp[lane];
   if (lanes < kWarp && mask == ~0u) mask = (1u << lanes) - 1;  // the last warp of a block may be incomplete
   if (!(mask >> lane & 1)) fail_here(std::string("a lane that is not in its own mask, at ") + name, place);
@@ -223,6 +219,7 @@ uint64_t warp_operation(const char* name, unsigned mask, uint64_t value, int sou
   thread.value = value;
   thread.source = source;
   thread.place = place;
+  thread.line = place.line();
   thread.collectives++;
   if (orders_memory) happens_before(&thread.event);
 
@@ -230,40 +227,58 @@ uint64_t warp_operation(const char* name, unsigned mask, uint64_t value, int sou
   for (int l = 0; l < lanes && complete; l++) {
     if (!(mask >> l & 1)) continue;
     const Thread& other = warp[l];
-    if (other.wait != Wait::warp || other.mask != mask) {
+    if (other.wait != Wait::warp || other.mask != mask)
       complete = false;
-    } else if (std::strcmp(other.operation, name) || other.place.line() != place.line()) {
+    else if ((other.operation != name && std::strcmp(other.operation, name)) || other.line != thread.line)
       fail_here("lanes of one mask in different operations, with " + describe_thread(first + l), place);
-    }
   }
-  if (!complete) {
-    yield();
-    if (orders_memory) happens_after(&device.meeting_events[thread.meeting]);
-    return thread.result;
-  }
-  combine(warp, mask);
+  if (complete) return true;
+  yield();
+  if (orders_memory) happens_after(&device.meeting_events[thread.meeting]);
+  return false;
+}
+
+// What the last lane does when all results are there.
+CUDA_ON_CPU_NO_TSAN inline void leave(unsigned mask, bool orders_memory) {
+  const int me = device.current, first = me / kWarp * kWarp;
+  Thread* const warp = &device.threads[first];
   const unsigned meeting = device.meetings++ % unsigned(sizeof device.meeting_events);
-  for (int l = 0; l < lanes; l++) {
+  for (int l = 0; l < kWarp && first + l < device.block_threads; l++) {
     if (!(mask >> l & 1)) continue;
     if (orders_memory) happens_after(&warp[l].event);
     warp[l].meeting = meeting;
-    if (l != lane) make_runnable(first + l);
+    if (first + l != me) make_runnable(first + l);
   }
   if (orders_memory) happens_before(&device.meeting_events[meeting]);
-  thread.wait = Wait::none;
-  return thread.result;
+  device.threads[me].wait = Wait::none;
+}
+
+// An operation of the lanes in `mask`: the last one to arrive computes every lane's result by combine(the warp's
+// threads, mask). Only __syncwarp orders memory.
+template <class Combine>
+CUDA_ON_CPU_NO_TSAN uint64_t warp_operation(const char* name, unsigned mask, uint64_t value, int source,
+                                            const Place& place, bool orders_memory, Combine combine) {
+  const IgnoreAccesses ignore;  // of combine's
+  if (arrive(name, mask, value, source, place, orders_memory)) {
+    combine(&device.threads[device.current / kWarp * kWarp], mask);
+    leave(mask, orders_memory);
+  }
+  return device.threads[device.current].result;
 }
 
 // ---- launches
 
-inline void run_block() {
+CUDA_ON_CPU_NO_TSAN inline void run_block() {
   const size_t count = size_t(device.block.x) * device.block.y * device.block.z;
   device.blocks_run++;
   device.alive = int(count);
   device.arrived = 0;
-  device.threads.assign(count, Thread{});
-  device.runnable.clear();
-  for (int i = int(count); i-- > 0;) device.runnable.push_back(i);
+  device.block_threads = int(count);
+  device.runnable_count = 0;
+  for (int i = int(count); i-- > 0;) {
+    device.threads[i] = Thread{};
+    device.runnable[device.runnable_count++] = i;
+  }
   constexpr size_t kRedZone = 64;
   if (device.dynamic_bytes) {
     device.dynamic_shared =
@@ -271,21 +286,22 @@ inline void run_block() {
     std::memset(device.dynamic_shared, 0xff, device.dynamic_bytes);  // as floats, NaN
     forbid_access(device.dynamic_shared + device.dynamic_bytes, kRedZone);
   }
-  while (device.error.empty()) {
-    if (device.runnable.empty()) {
+  while (!device.failed) {
+    if (device.runnable_count == 0) {
       if (device.alive == 0) break;
       if (!release_block_barrier()) report_deadlock();
       continue;
     }
-    if (device.random)
-      std::swap(device.runnable[random_below(unsigned(device.runnable.size()))], device.runnable.back());
-    const int next = device.runnable.back();
-    device.runnable.pop_back();
+    int& last = device.runnable[device.runnable_count - 1];
+    const int chosen = device.random ? int(random_below(unsigned(device.runnable_count))) : device.runnable_count - 1;
+    const int next = device.runnable[chosen];
+    device.runnable[chosen] = last;
+    device.runnable_count--;
     resume(next);
   }
 #if defined(__SANITIZE_THREAD__)
-  for (const Thread& t : device.threads)
-    if (t.wait == Wait::done) device.idle_fibers.push_back(t.fiber);
+  for (int i = 0; i < device.block_threads; i++)
+    if (device.threads[i].wait == Wait::done) device.idle_fibers[device.idle_count++] = device.threads[i].fiber;
 #endif
   if (device.dynamic_bytes) {
     allow_access(device.dynamic_shared, device.dynamic_bytes + kRedZone);
@@ -328,7 +344,7 @@ inline void launch(const void* kernel, const char* name, dim3 grid, dim3 block, 
   check_launch(kernel, name);
   device.launches++;
   device.body = &body;
-  device.error.clear();
+  device.failed = false;
   device.random = device.seed * 0x9e3779b97f4a7c15u;
 #if defined(__SANITIZE_THREAD__)
   device.scheduler.tsan_fiber = __tsan_get_current_fiber();
@@ -344,11 +360,11 @@ inline void launch(const void* kernel, const char* name, dim3 grid, dim3 block, 
     device.block_index = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y),
                           unsigned(number / grid.x / grid.y)};
     run_block();
-    if (!device.error.empty()) break;
+    if (device.failed) break;
   }
   happens_after(&device.block_events[device.blocks_run % 2]);
   device.running = false;
-  if (device.error.empty()) return;
+  if (!device.failed) return;
   order_abandoned_threads();
   throw KernelError(device.error);
 }
