@@ -174,7 +174,7 @@ def masked_reset_(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tenso
 
 def _unscaled(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     if grad_scale is not None:
-        grad = grad * grad_scale.double().reciprocal().to(grad.dtype)
+        grad = grad * grad_scale.double().reshape(()).reciprocal().to(grad.dtype)
     return -grad if maximize else grad
 
 
