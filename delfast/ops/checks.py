@@ -239,9 +239,7 @@ def check_channel_accumulate(
     channels, wide = deltas.shape[1], sums[0].dtype
     for name, total in totals:
         if total.dtype not in (torch.float32, torch.float64) or total.dtype != wide:
-            raise ValueError(
-                f"expected {name} in float32, or in float64 as all are, got {total.dtype}; pass zeros"
-            )
+            raise ValueError(f"expected {name} in float32, or in float64 as all are, got {total.dtype}; pass zeros")
         if total.numel() != channels:
             raise ValueError(
                 f"expected {name} of {channels} channels, got {_shape(total)}; pass zeros of the parameter's shape"

@@ -362,6 +362,18 @@ def test_plans_begin_with_the_bits_and_their_size_is_that_of_the_shapes(
 
 
 @pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
+def test_one_number_may_have_any_shape(isa: str, op: str) -> None:
+    theta, grads = cases.parameters()
+    numbers = dict(grad_scale=torch.tensor([[2.0]]), found_inf=torch.zeros(1, 1), lr_tensor=torch.tensor([0.5]))
+    for update in (getattr(NATIVE, op), REFERENCE[op]):
+        expected, actual = ([t.clone() for t in theta] for _ in range(2))
+        flat = {name: number.reshape(()) for name, number in numbers.items()}
+        run_update(update, expected, grads, masked_arguments(theta, op), HYPER[op][0], **flat)
+        run_update(update, actual, grads, masked_arguments(theta, op), HYPER[op][0], **numbers)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", ["masked_sgd_", "masked_adamw_"])
 def test_grad_scale_and_found_inf(isa: str, op: str) -> None:
     hyper = HYPER[op][0]
     theta, grads = cases.parameters()
@@ -507,6 +519,8 @@ def test_write_rows_refuses_what_does_not_fit(function: Any) -> None:
         with pytest.raises(error, match=message):
             function(weights, *passed)
         assert not weight.any()
+    with pytest.raises(IndexError, match=r"index #0 in \[0, 0\), got 0"):
+        function([torch.zeros(0)], [torch.ones(1)], [torch.tensor([0])], [0])
     expanded = torch.zeros(1, 3).expand(4, 3)
     with pytest.raises(ValueError, match="memory of their own"):
         function([expanded], [rows], [index], [0])
