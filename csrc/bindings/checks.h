@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "bindings/torch.h"
-#include "delfast/params.h"
+#include "delfast/layouts.h"
 
 namespace delfast::bindings {
 
@@ -34,79 +34,14 @@ Dtype dtype_of(const Tensor& t, const Role&... role) {
   }
 }
 
-// Row-major over dims [from, ndim), dimensions of size 1 aside.
-inline bool packed_from(const Tensor& t, int64_t from, int64_t innermost_stride) {
-  int64_t expected = innermost_stride;
-  for (int64_t d = t.dim() - 1; d >= from; d--) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
+inline Strided strided(const Tensor& t) { return {t.dim(), t.sizes().data(), t.strides().data()}; }
 
-// The layout of a tensor whose rows are contiguous or channels-last, or nothing: then it needs a copy.
-inline std::optional<Layout> layout_of(const Tensor& t) {
-  if (t.numel() == 0) return Layout{0, 1, 1};
-  if (t.dim() <= 1) {
-    if (t.dim() == 1 && t.size(0) > 1 && t.stride(0) != 1) return std::nullopt;
-    return Layout{t.numel(), 1, 1};
-  }
-  Layout layout{t.size(0), t.numel() / t.size(0), 1};
-  if (t.is_contiguous() || packed_from(t, 0, 1)) return layout;  // the first is a flag, and the usual case
-  const bool rows_apart = t.size(0) == 1 || t.stride(0) == layout.length;
-  const bool channels_inside = t.dim() > 2 && (t.size(1) == 1 || t.stride(1) == 1);
-  if (!rows_apart || !channels_inside || !packed_from(t, 2, t.size(1))) return std::nullopt;
-  layout.spatial = layout.length / t.size(1);
-  return layout;
-}
-
-// The layout of a tensor whose rows are in pieces, such as the view weight.movedim(dim, 0), or nothing.
-inline std::optional<Layout> layout_in_pieces(const Tensor& t) {
-  if (t.dim() <= 1 || t.numel() == 0) return std::nullopt;
-  Layout layout{t.size(0), t.numel() / t.size(0), 1, 0};
-  int64_t expected = 1;  // stride
-  for (int64_t d = t.dim() - 1; d > 0; d--) {
-    if (t.size(d) == 1) continue;
-    if (t.stride(d) != expected && !layout.piece) {
-      layout.piece = expected;
-      expected *= layout.rows;
-    }
-    if (t.stride(d) != expected) return std::nullopt;
-    expected *= t.size(d);
-  }
-  if (!layout.piece || t.stride(0) != layout.piece || layout.length > kMaxRowInPieces) return std::nullopt;
-  return layout;
-}
-
-inline bool same_layout(const Layout& a, const std::optional<Layout>& b) {
-  return b && a.length == b->length && a.spatial == b->spatial && a.piece == b->piece;
-}
-
-// The strides of rows laid out as `layout` says, for a tensor of these sizes.
-inline IntList strides_for(Sizes sizes, const Layout& layout) {
-  IntList strides(sizes.size());
-  const bool channels_last = layout.spatial != 1;
-  int64_t next = channels_last ? sizes[1] : 1;
-  bool inside = layout.piece != 0;  // a piece
-  for (size_t d = sizes.size(); d-- > (channels_last ? 2u : 0u);) {
-    if (inside && next == layout.piece) {
-      next *= layout.rows;
-      inside = false;
-    }
-    strides[d] = next;
-    next *= sizes[d];
-  }
-  if (channels_last) {
-    strides[1] = 1;
-    strides[0] = layout.length;
-  }
-  if (layout.piece) strides[0] = layout.piece;
-  return strides;
-}
-
-inline bool is_in_layout(const Tensor& t, const Layout& layout) {
-  if (layout.spatial == 1 && !layout.piece && t.is_contiguous()) return true;
-  return t.numel() == 0 || same_layout(layout, layout.piece ? layout_in_pieces(t) : layout_of(t));
+inline bool is_in_layout(const Tensor& t, const Layout& layout, int64_t piece = 0) {
+  if (t.numel() == 0) return true;
+  if (piece) return piece_of(strided(t)) == piece;
+  if (layout.spatial == 1 && t.is_contiguous()) return true;  // a flag, and the usual case
+  const std::optional<Layout> own = layout_of(strided(t));
+  return own && own->length == layout.length && own->spatial == layout.spatial;
 }
 
 // Whether some dimension repeats the same elements.
@@ -116,8 +51,9 @@ inline bool is_expanded(const Tensor& t) {
   return false;
 }
 
-inline Tensor copy_in_layout(const Tensor& t, const Layout& layout) {
-  Tensor copy = empty_strided(t.sizes(), strides_for(t.sizes(), layout), t.scalar_type(), device_of(t));
+inline Tensor copy_in_layout(const Tensor& t, const Layout& layout, int64_t piece = 0) {
+  const IntList strides = strides_for(t.dim(), t.sizes().data(), layout, piece);
+  Tensor copy = empty_strided(t.sizes(), strides, t.scalar_type(), device_of(t));
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -126,9 +62,9 @@ inline Tensor copy_in_layout(const Tensor& t, const Layout& layout) {
 class Copies {
  public:
   // The data of `t` in the given layout: its own where it is so already.
-  const void* read(const Tensor& t, const Layout& layout) {
-    if (is_in_layout(t, layout)) return t.const_data_ptr();
-    return kept_.emplace_back(copy_in_layout(t, layout)).const_data_ptr();
+  const void* read(const Tensor& t, const Layout& layout, int64_t piece = 0) {
+    if (is_in_layout(t, layout, piece)) return t.const_data_ptr();
+    return kept_.emplace_back(copy_in_layout(t, layout, piece)).const_data_ptr();
   }
   // The same to write to; write_back() puts copies in place.
   void* write(const Tensor& t, const Layout& layout) {
@@ -146,15 +82,20 @@ class Copies {
   std::vector<std::pair<Tensor, Tensor>> written_;
 };
 
-// Whether the kernels read rows in pieces where they lie; else these are copied.
+// The layout the kernels will see a parameter in: its own, or contiguous where that needs a copy.
+inline Layout usable_layout(const Tensor& t) {
+  if (const std::optional<Layout> layout = layout_of(strided(t))) return *layout;
+  return t.dim() > 1 ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
+}
+
+// Whether a kernel reads rows in pieces where they lie; else these are copied.
 enum class InPieces : bool { copied, read };
 
-// The layout the kernels will see a parameter in: its own, or contiguous where that needs a copy.
-inline Layout usable_layout(const Tensor& t, InPieces in_pieces = InPieces::copied) {
-  if (const std::optional<Layout> layout = layout_of(t)) return *layout;
-  if (in_pieces == InPieces::read)
-    if (const std::optional<Layout> layout = layout_in_pieces(t)) return *layout;
-  return t.dim() > 1 ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
+// The piece of rows that are best read where they lie, or 0. Of longer rows a block keeps so few that it would use
+// less than a quarter of each sector, and a copy reads and writes less.
+inline int64_t usable_piece(const Tensor& t, const Layout& layout) {
+  if (layout.length > 2048 * int64_t(t.element_size()) || layout_of(strided(t))) return 0;
+  return piece_of(strided(t));
 }
 
 // A list of parameters as the kernels see them.
@@ -172,14 +113,15 @@ class ScoredList {
     for (size_t i = 0; i < theta.size(); i++) {
       Scored p;
       p.theta_dtype = dtype_of(theta[i], "parameter #", i);
-      p.layout = usable_layout(theta[i], in_pieces);
-      p.theta = copies_.read(theta[i], p.layout);
+      p.layout = usable_layout(theta[i]);
+      if (in_pieces == InPieces::read) p.piece = usable_piece(theta[i], p.layout);
+      p.theta = copies_.read(theta[i], p.layout, p.piece);
       if (!grad.empty()) {
         DELFAST_CHECK_VALUE(grad[i].sizes().equals(theta[i].sizes()), "expected gradient #", i, " to have shape ",
                             theta[i].sizes(), " like its parameter, got ", grad[i].sizes(),
                             "; pass the gradients in the parameters' order");
         p.grad_dtype = dtype_of(grad[i], "gradient #", i);
-        p.grad = copies_.read(grad[i], p.layout);
+        p.grad = copies_.read(grad[i], p.layout, p.piece);
       }
       params.push_back(p);
     }

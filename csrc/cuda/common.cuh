@@ -224,6 +224,13 @@ __device__ __forceinline__ int pack_offset(const T* address) {
   return int(reinterpret_cast<uintptr_t>(address) / sizeof(T) % kCount);
 }
 
+constexpr int kSector = 32;  // bytes
+
+template <class T>
+__device__ __forceinline__ int sector_offset(const T* address) {
+  return pack_offset<kSector / sizeof(T)>(address);
+}
+
 // Calls f with a null pointer of the dtype's type.
 template <class F>
 __device__ __forceinline__ void with_dtype(Dtype dtype, F f) {

@@ -1,24 +1,10 @@
-// Launchers of the channel scores.
-#include "cuda/criticality_mean.cuh"
+// Launchers of the channel scores; those of means and sums are in criticality_mean.cu.
 #include "cuda/criticality_plan.cuh"
 #include "cuda/criticality_top.cuh"
 
 namespace delfast::cuda {
 
 namespace {
-
-// Means and sums: all rows, and the sums of long rows; then these are added up.
-void launch_means(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream) {
-  const auto blocks = [](const Rows& p) {
-    return p.length == 1 ? ceil_div(p.rows, kElementTile)
-           : p.is_long() ? segment_blocks(p)
-                         : ceil_div(p.rows, rows_of_mean_block(int(p.length)));
-  };
-  launch_rows(plan.list, int64_t(plan.list.size()), blocks, [&]<int kBytes>(const Table<Rows, kBytes>& table) {
-    DELFAST_LAUNCH(criticality_mean<kBytes>, table.blocks(), kRowThreads, 0, stream, table, criterion, workspace);
-  });
-  launch_long_sums(plan, workspace, stream);
-}
 
 // Words of dynamic shared memory.
 int words_of(const Rows& p) {
@@ -61,7 +47,7 @@ Error criticality(const Scored* params, const int64_t* top, int64_t count, Crite
   for (int64_t i = 0; i < count; i++) {
     if (params[i].layout.length > UINT32_MAX)
       return "expected rows of fewer than 2^32 elements, got a longer one; leave that parameter out";
-    if (params[i].layout.piece && params[i].layout.length > kMaxRowInPieces)
+    if (params[i].piece && params[i].layout.length > kMaxRowInPieces)
       return "expected rows in pieces of at most 16384 elements, got a longer one; pass a contiguous copy";
   }
   const Plan plan(params, top, count, aggregate, out);

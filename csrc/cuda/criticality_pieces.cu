@@ -10,7 +10,7 @@ int words_of_pieces(const Rows& p) {
   if (in_chunks(p)) return kPieceRows * kChunkPitch;
   return rows_of_pieces_block(p) * pitch_of_pieces(row_words(int(p.length)));
 }
-// Of kBlockRow elements in all, and of each row its part of the list and of the padding, which are most for 16 rows.
+// A block's rows have at most kBlockRow elements together. Lists and padding add most where there are 16 rows.
 constexpr int kMaxPieceWords = kPieceRows * pitch_of_pieces(row_words(kBlockRow / kPieceRows));
 
 }  // namespace

@@ -19,7 +19,6 @@ namespace delfast::cuda {
 constexpr int kPieceLoads = 4, kPieceResident = 6;  // as kTopLoads, kTopResident
 constexpr int kPieceRows = 16;                      // of a block, at the most
 constexpr int kMaxPieceInChunks = kBlock / 8;       // at most an eighth is read twice
-constexpr int kSector = 32;                         // bytes
 static_assert(kMaxRowInPieces == kBlockRow);
 
 // Words between the rows in shared memory. They are 4 past a multiple of 8: scores of 8 rows lie in different banks.
@@ -42,7 +41,7 @@ __host__ __device__ constexpr int rows_of_pieces_block(const Rows& p) {
   return in_chunks(p) ? kPieceRows : whole_rows_in_pieces(int(p.length), int(p.piece), narrow ? 2 : 4);
 }
 
-// Whether all stretches are made of aligned packs. They are not longer in the last block than in the others.
+// Whether all stretches are made of aligned packs; those of the last block, which may be shorter, too.
 __device__ __forceinline__ bool in_packs(const Rows& p, int rows_of_block) {
   const auto aligned = [](const void* address, Dtype dtype) {
     return reinterpret_cast<uintptr_t>(address) % (dtype == Dtype::float32 ? 16 : 8) == 0;

@@ -44,15 +44,15 @@ void launch_rows(const std::vector<Rows>& list, int64_t count, BlocksOf blocks_o
 }
 
 struct Plan {
-  std::vector<Rows> list;  // contiguous rows, the longest first, so that the last blocks are small ones
-  std::vector<Rows> in_pieces;
-  int64_t units = 0;       // of the workspace
-  int64_t long_count = 0;  // entries of long rows; they come first
+  std::vector<Rows> list;       // contiguous rows, the longest first, so that the last blocks are small ones
+  std::vector<Rows> in_pieces;  // the longest first, too
+  int64_t units = 0;            // of the workspace
+  int64_t long_count = 0;       // entries of long rows; they come first
 
   Plan(const Scored* params, const int64_t* top, int64_t count, Aggregate aggregate, float* out) {
     for (int64_t i = 0; i < count; i++) {
       const Scored& p = params[i];
-      const int64_t rows = p.layout.rows, length = p.layout.length, piece = p.layout.piece;
+      const int64_t rows = p.layout.rows, length = p.layout.length, piece = p.piece;
       if (rows)
         (piece ? in_pieces : list)
             .push_back({p.theta, p.grad, out, rows, uint32_t(length), uint32_t(top[i]), 0, 0, uint32_t(piece),
@@ -76,6 +76,9 @@ inline int64_t segment_blocks(const Rows& p) { return p.rows * p.segments(); }
 
 // In criticality_pieces.cu: the rows in pieces, if there are any.
 void launch_pieces(const Plan& plan, Criterion criterion, Stream stream);
+// In criticality_mean.cu.
+void launch_means(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream);
+
 // In criticality_long.cu: what follows the first launch where there are long rows.
 void launch_long_sums(const Plan& plan, unsigned char* workspace, Stream stream);
 void launch_long_tops(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream);

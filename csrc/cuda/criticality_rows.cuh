@@ -34,7 +34,7 @@ struct Rows {
   int64_t rows;
   uint32_t length, top;     // top in (1, length) for Reduce::top
   uint32_t room, capacity;  // of long rows: see criticality_long.cuh
-  uint32_t piece;           // of rows in pieces, else 0: see Layout
+  uint32_t piece;           // of rows in pieces, else 0: see Scored
   Dtype theta_dtype, grad_dtype;
   Reduce reduce;
 

@@ -25,20 +25,6 @@ __host__ __device__ constexpr int row_words(int length) { return score_words(len
 
 __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// How many elements past a multiple of 32 element i lies in memory; that of theta where there are two.
-template <class T>
-__device__ __forceinline__ int past_line(const T* address) {
-  return int(reinterpret_cast<uintptr_t>(address) / sizeof(T) % kWarp);
-}
-template <class Theta, class Grad>
-__device__ __forceinline__ int past_line(const WeightedGrads<Theta, Grad>& score, int64_t i) {
-  return past_line(score.theta + i);
-}
-template <class T>
-__device__ __forceinline__ int past_line(const Magnitudes<T>& score, int64_t i) {
-  return past_line(score.values + i);
-}
-
 // Scores of a row into shared memory, padded to whole packs; returns the thread's largest.
 template <class Team, class Score>
 __device__ __forceinline__ uint32_t stage(const Score& score, int64_t first, int length, uint32_t* scores,
@@ -77,7 +63,7 @@ __device__ __forceinline__ uint32_t stage(const Score& score, int64_t first, int
   } else {
     // a warp's lanes begin where a line of 32 elements does
 #pragma unroll 4
-    for (int e = team.thread() - past_line(score, first); e < end; e += T) {
+    for (int e = team.thread() - pack_offset<kWarp>(score.first() + first); e < end; e += T) {
       if (e < 0) continue;
       const uint32_t bits = e < length ? float_bits(score.one(first + e)) : kPad;
       scores[shared_slot(e)] = bits;

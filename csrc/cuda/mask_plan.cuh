@@ -2,7 +2,7 @@
 //
 // Mapping. A block takes kCountedBits bits of one parameter, a thread 32 of them. One launch counts the entries and
 // pieces of each block's bits, one block adds these counts up, and a third launch writes the pieces to their places.
-// Memory. The bits are read twice, a byte at a time; they may begin at any byte.
+// Memory. The bits are read twice, a word at a time where they are aligned, else a byte; they may begin at any byte.
 // Numerics. Integers only.
 #pragma once
 

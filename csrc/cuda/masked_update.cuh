@@ -5,11 +5,12 @@
 // long row a lane takes packs of four neighbours, kPackRounds of them in flight, where parameter, gradient and state
 // are aligned to packs; else elements, kOneRounds in flight. Of a stretch of elements or short rows a lane takes masked
 // elements alone: each lane first writes the numbers of its word's masked units to the warp's list in shared memory,
-// then the warp goes through the list. So 128 elements with n masked cost at most as many writes to the list as the
-// fullest word has bits, and n / 32 rounds, not four; a round is a read of the list, a request of the gradient, of the
-// parameter and of each state, the rule, and a store of all but the gradient. Shuffles: a few for a whole piece.
+// then the warp goes through the list. So a stretch of 1024 elements with n masked costs as many writes to the list as
+// its fullest word has bits, and n / 32 rounds, not 32; a round is a read of the list, a request of the gradient, of
+// the parameter and of each state, the rule, and a store of all but the gradient. Shuffles: a few for a whole piece.
 // Memory. Neighbouring lanes take neighbouring packs, or elements that are neighbours in the state. Requests begin at
-// sectors of 32 bytes: of the state in a stretch, of the parameter in a part of a row. Unmasked units cost nothing but
+// sectors of 32 bytes: of the first state in a stretch, of the parameter in a part of a row that is taken element by
+// element. Unmasked units cost nothing but
 // their bits, and those only in stretches.
 // Numerics. float32, every product and sum rounded (the files are compiled without fused multiply-add), in the CPU
 // kernels' order; the result is rounded once to the parameter's dtype.
@@ -281,15 +282,14 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
   for (; begin < ones.count; begin += kWarp * kOneRounds) {
     int64_t places[kOneRounds] = {};
     float entries[kOneRounds][1] = {}, gradients[kOneRounds][1] = {}, state[kOneRounds][kStates + 1] = {};
-    // the ballot is the warp's: a round past the end is skipped by one uniform branch
-    const auto takes = [&](int i) {
-      const bool valid = uint32_t(i) < uint32_t(ones.count);
-      return __ballot_sync(kAllLanes, valid) && valid;
+    // a round past the end is skipped by one branch, the same in all lanes
+    const auto takes = [&](int u) {
+      return begin + kWarp * u < ones.count && uint32_t(begin + kWarp * u + lane()) < uint32_t(ones.count);
     };
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
       const int i = begin + kWarp * u + lane();
-      if (!takes(i)) continue;
+      if (!takes(u)) continue;
       places[u] = ones(i);
       load_pack(source + places[u], gradients[u]);
       load_pack<true>(param + places[u], entries[u]);
@@ -298,7 +298,7 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
 #pragma unroll
     for (int u = 0; u < kOneRounds; u++) {
       const int i = begin + kWarp * u + lane();
-      if (!takes(i)) continue;
+      if (!takes(u)) continue;
       entries[u][0] = rule(entries[u][0], gradients[u][0], state[u]);
       store_pack(param + places[u], entries[u]);
       for (int s = 0; s < kStates; s++) global_store(states[s] + i, state[u][s]);
@@ -325,12 +325,6 @@ class NextPiece {
   static constexpr int kWords = sizeof(MaskPiece) / sizeof(uint2);
   uint2 word_ = {};
 };
-
-// How many elements past the start of a sector of 32 bytes `address` lies.
-template <class T>
-__device__ __forceinline__ int sector_offset(const T* address) {
-  return int(reinterpret_cast<uintptr_t>(address) % 32 / sizeof(T));
-}
 
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_piece(const Masked& m, const Rule& rule, float* const* states,

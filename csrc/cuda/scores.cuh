@@ -41,6 +41,7 @@ struct WeightedGrads {  // |theta g|, the product rounded once, to float32
   const Grad* grad;
 
   __device__ __forceinline__ WeightedGrads from(int64_t i) const { return {theta + i, grad + i}; }
+  __device__ __forceinline__ const Theta* first() const { return theta; }
   // Whether four scores from element i on can be loaded at once.
   __device__ __forceinline__ bool aligned(int64_t i) const {
     return aligned_to_four(theta + i) && aligned_to_four(grad + i);
@@ -65,6 +66,7 @@ struct Magnitudes {  // |g| or |theta|
   const T* values;
 
   __device__ __forceinline__ Magnitudes from(int64_t i) const { return {values + i}; }
+  __device__ __forceinline__ const T* first() const { return values; }
   __device__ __forceinline__ bool aligned(int64_t i) const { return aligned_to_four(values + i); }
   __device__ __forceinline__ Raw load(int64_t i) const { return {load_words(values + i)}; }
   static __device__ __forceinline__ void scores(const Raw& raw, float (&out)[4]) {

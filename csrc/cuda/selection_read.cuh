@@ -2,10 +2,10 @@
 //
 // Mapping. A block takes a tile. A thread has the raw words of kRound packs of four elements under way; eight lanes put
 // their packs' bits together to a word. Where theta or its gradient is not aligned to four elements, or not in logical
-// order (channels-last), lanes take one element each and a ballot makes a word, or the ends of two words.
-// Memory. Every score's operands are read once. The tile's bits and candidates are gathered in shared memory; of the
-// candidates, which the bracket keeps to one in fifty or fewer, there is room for one in eight. All tiles' candidates
-// share one list, the tiles in any order; a tile's place there is kept in its record.
+// order (channels-last), lanes take one element each and a ballot makes a word, or the end of one and the start of the
+// next. Memory. Every score's operands are read once. The tile's bits and candidates are gathered in shared memory; of
+// the candidates, which the bracket keeps to one in fifty or fewer, there is room for one in eight. All tiles'
+// candidates share one list, the tiles in any order; a tile's place there is kept in its record.
 #pragma once
 
 #include "cuda/selection.cuh"
@@ -86,23 +86,13 @@ __device__ __forceinline__ void read_packs(const Scores& score, int length, uint
   if (bits - lo < width) candidates.add(bits, place);
 }
 
-template <class Theta, class Grad>
-__device__ __forceinline__ const Theta* first_operand(const WeightedGrads<Theta, Grad>& score) {
-  return score.theta;
-}
-template <class T>
-__device__ __forceinline__ const T* first_operand(const Magnitudes<T>& score) {
-  return score.values;
-}
-
-// A warp's requests begin at sectors of 32 bytes where the tile is in order; then its ballot is of the ends of two
-// words.
+// A warp's requests begin at sectors where the tile is in order; then its ballot holds the end of one word and the
+// start of the next.
 template <class Scores>
 __device__ __forceinline__ void read_ones(const Scores& score, const Tile& tile, uint32_t lo, uint32_t hi,
                                           uint32_t* words, const Candidates& candidates, Reading& found) {
   const Layout layout = tile.source->layout;
-  const auto* const first = first_operand(score);
-  const int lead = tile.in_order ? int(reinterpret_cast<uintptr_t>(first) % 32 / sizeof(*first)) : 0;
+  const int lead = tile.in_order ? sector_offset(score.first()) : 0;
 #pragma unroll 4
   for (int window = -lead; window < tile.length; window += kThreads) {
     const int place = window + int(threadIdx.x);

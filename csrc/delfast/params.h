@@ -31,36 +31,33 @@ enum class Aggregate : int8_t { topk_mean, mean, sum, max };
 // parameter with ndim <= 1). A row is contiguous in memory; inside it, the element with row-major (logical) number
 // e = c * spatial + s lies at offset s * (length / spatial) + c. Contiguous rows have spatial = 1, channels-last
 // rows have spatial = the product of the dimensions after the second.
-//
-// Rows in pieces are those of a weight whose outputs lie along another dimension. Element e = i * piece + s of row r
-// lies at offset (i * rows + r) * piece + s; 0 < piece < length, spatial = 1. criticality on CUDA devices alone takes
-// them, of at most kMaxRowInPieces elements; to all else rows are contiguous, and piece is 0.
 struct Layout {
   int64_t rows = 0;
   int64_t length = 0;
   int64_t spatial = 1;
-  int64_t piece = 0;
 
   DELFAST_INLINE int64_t numel() const { return rows * length; }
   DELFAST_INLINE int64_t offset(int64_t logical) const {
-    if (spatial == 1 && !piece) return logical;
+    if (spatial == 1) return logical;
     const int64_t row = logical / length, e = logical % length;
-    if (piece) return (e / piece * rows + row) * piece + e % piece;
     return row * length + e % spatial * (length / spatial) + e / spatial;
   }
 };
 
-// Of one such row a block keeps all scores in its shared memory.
-inline constexpr int64_t kMaxRowInPieces = 1 << 14;
-
 // theta and its gradient, same layout; a pointer that the criterion does not need may be null.
+//
+// Where `piece` is not 0, rows are in pieces, as those of a weight whose outputs lie along another dimension: element
+// e = i * piece + s of row r lies at offset (i * rows + r) * piece + s; 0 < piece < length and spatial = 1. Only
+// criticality on CUDA devices takes such rows, up to kMaxRowInPieces elements, which a block keeps in shared memory.
 struct Scored {
   const void* theta = nullptr;
   const void* grad = nullptr;
   Dtype theta_dtype = Dtype::float32;
   Dtype grad_dtype = Dtype::float32;
   Layout layout;
+  int64_t piece = 0;
 };
+inline constexpr int64_t kMaxRowInPieces = 1 << 14;
 
 // A parameter to change in place, where its packed bits (least significant first) say so: one bit a row, or one a
 // logical element. `state` arrays hold float32 for masked entries only, in the order of the set bits; the entries of a

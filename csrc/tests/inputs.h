@@ -161,6 +161,7 @@ inline void fill(Array& array, Kind kind, Random& random) {
 struct Scores {
   Array theta, grad;
   Layout layout;
+  int64_t piece = 0;  // see Scored
   Criterion criterion;
 
   Scores(Layout layout, Criterion criterion, Dtype theta_dtype, Dtype grad_dtype, int64_t shift = 0)
@@ -180,7 +181,11 @@ struct Scores {
   // What the criterion does not need is null, as the kernels allow.
   Scored scored() const {
     return {criterion == Criterion::grad ? nullptr : theta.data(),
-            criterion == Criterion::weight ? nullptr : grad.data(), theta.dtype(), grad.dtype(), layout};
+            criterion == Criterion::weight ? nullptr : grad.data(),
+            theta.dtype(),
+            grad.dtype(),
+            layout,
+            piece};
   }
   // c_j of the element at this place in memory, without rounding: a double holds the product of two floats.
   double exact(int64_t i) const {

@@ -28,11 +28,13 @@ std::vector<int64_t> some_tops(const Params& params) {
 // The CPU kernels take no rows in pieces.
 std::unique_ptr<Scores> contiguous_rows(const Scores& p) {
   auto copy = std::make_unique<Scores>(p);
-  if (!p.layout.piece) return copy;
-  copy->layout.piece = 0;
+  if (!p.piece) return copy;
+  copy->piece = 0;
   for (int64_t i = 0; i < p.layout.numel(); i++) {
-    copy->theta.set_bits(i, p.theta.bits(p.layout.offset(i)));
-    copy->grad.set_bits(i, p.grad.bits(p.layout.offset(i)));
+    const int64_t row = i / p.layout.length, e = i % p.layout.length;
+    const int64_t from = (e / p.piece * p.layout.rows + row) * p.piece + e % p.piece;
+    copy->theta.set_bits(i, p.theta.bits(from));
+    copy->grad.set_bits(i, p.grad.bits(from));
   }
   return copy;
 }
@@ -64,7 +66,7 @@ void check(const Params& params, const Question& question, const std::vector<uin
       for (int64_t row = 0; row < list[size_t(p)].layout.rows; row++, unit++) {
         describe(what, ", ", name(criterion), ", ", question.name, " ", tops[size_t(p)], ", seed ", seed,
                  ", parameter ", p, ", row ", row, " of ", list[size_t(p)].layout.length, " elements, pieces of ",
-                 list[size_t(p)].layout.piece, ", ", name(list[size_t(p)].theta_dtype), " and ",
+                 list[size_t(p)].piece, ", ", name(list[size_t(p)].theta_dtype), " and ",
                  name(list[size_t(p)].grad_dtype));
         CHECK_SAME(out[unit], expected[size_t(unit)]);
       }
@@ -151,7 +153,8 @@ void launch_counts(Random& random) {
   for (int64_t pieces : {1, 200}) {  // all of rows in pieces, and together with contiguous rows
     Params some;
     for (int64_t i = 0; i < pieces; i++) {
-      some.push_back(std::make_unique<Scores>(Layout{4, 6, 1, 2}, Criterion::weight, Dtype::float32, Dtype::float32));
+      some.push_back(std::make_unique<Scores>(Layout{4, 6, 1}, Criterion::weight, Dtype::float32, Dtype::float32));
+      some.back()->piece = 2;
       some.back()->fill(Kind::ordinary, random);
     }
     describe(pieces, " of rows in pieces");
@@ -165,7 +168,8 @@ void launch_counts(Random& random) {
 
 void refusal() {
   Scored p;
-  p.layout = {2, kMaxRowInPieces + 2, 1, 2};
+  p.layout = {2, kMaxRowInPieces + 2, 1};
+  p.piece = 2;
   const int64_t top = 1;
   const char* error = cuda::criticality(&p, &top, 1, Criterion::weight, Aggregate::max, nullptr, nullptr, kStream);
   CHECK(error && std::string(error).rfind("expected rows in pieces of at most 16384 elements", 0) == 0);
@@ -185,16 +189,17 @@ void in_pieces(const std::vector<uint64_t>& seeds, Random& random) {
   for (Criterion criterion : kCriteria) {
     if (kFewCases && criterion != Criterion::weighted_grad) continue;
     Params params;
-    const auto add = [&](const Layout& layout) {
+    const auto add = [&](const Layout& layout, int64_t piece) {
       const int64_t n = int64_t(params.size()) + int64_t(criterion);
       params.push_back(std::make_unique<Scores>(layout, criterion, random.dtype(), random.dtype(), n % 3 ? 0 : n % 5,
                                                 n % 7 ? 0 : 3));
+      params.back()->piece = piece;
       params.back()->fill(kKinds[n % int64_t(std::size(kKinds))], random);
     };
     for (const Shape& s : shapes) {
       if (kFewCases && s.rows * s.piece * s.inputs > 30000) continue;
-      add({s.rows, s.piece * s.inputs, 1, s.piece});
-      if (random.below(3) == 0) add({random.below(4), 1 + random.below(99), 1});
+      add({s.rows, s.piece * s.inputs, 1}, s.piece);
+      if (random.below(3) == 0) add({random.below(4), 1 + random.below(99), 1}, 0);
     }
     for (const Question& question : kQuestions) check(params, question, seeds, "in pieces");
     for (int turn = 0; turn < 3 && !kFewCases; turn++) {  // other tops, kinds and alignments
@@ -204,7 +209,7 @@ void in_pieces(const std::vector<uint64_t>& seeds, Random& random) {
     }
     for (float bad : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::quiet_NaN()}) {
       for (auto& param : params)
-        if (param->layout.piece) param->theta.set(random.below(param->theta.size()), bad);
+        if (param->piece) param->theta.set(random.below(param->theta.size()), bad);
       for (const Question& question : kQuestions) check(params, question, {seeds.back()}, "in pieces, not finite");
     }
   }
