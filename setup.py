@@ -35,19 +35,27 @@ def find_torch() -> Path:
     """Return the folder of the torch package, which is not imported."""
     named, spec = os.environ.get("DELFAST_TORCH"), importlib.util.find_spec("torch")
     if not named and (spec is None or spec.origin is None):
-        sys.exit("delfast's build needs torch 2.10 or newer: install it, or leave --no-build-isolation away")
+        sys.exit("delfast's build needs torch 2.10 or newer: install it, or leave out --no-build-isolation")
     return Path(named) if named else Path(spec.origin).parent
 
 
 TORCH = find_torch()
 VERSION = runpy.run_path(str(TORCH / "version.py"))  # __version__, and cuda: a version or None
+if tuple(int(part) for part in VERSION["__version__"].split("+")[0].split(".")[:2]) < (2, 10):
+    sys.exit(f"delfast's build needs torch 2.10 or newer, this is {VERSION['__version__']}; upgrade torch")
 WHEEL = os.environ.get("DELFAST_WHEEL")
+LIBRARY = "libdelfast_ops.so"
 
 
 class Build(build_ext):
     """Build the library of the ops with CMake, and the module that links it."""
 
     info: dict[str, object]
+    library: Path | None = None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # headers, macros and the compiler change too, and setuptools compares sources alone
 
     def run(self) -> None:
         super().run()
@@ -55,8 +63,11 @@ class Build(build_ext):
         package = (ROOT if self.inplace else Path(self.build_lib)) / "delfast"
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build_info.json").write_text(json.dumps(self.info) + "\n", encoding="utf-8")
-        if self.extensions:
-            shutil.copy2(self.library, package)
+        for stale in [] if self.extensions else [*package.glob("_C*.so"), package / LIBRARY]:
+            stale.unlink(missing_ok=True)
+        if self.library:  # a process may have the former one open
+            shutil.copy2(self.library, package / f".{LIBRARY}")
+            (package / f".{LIBRARY}").replace(package / LIBRARY)
 
     def build_extensions(self) -> None:
         try:
@@ -82,7 +93,7 @@ class Build(build_ext):
                 f"\n*** delfast: NO NATIVE KERNELS, the slow PyTorch references will run: {self.info['failure']}\n",
                 file=sys.stderr,
             )
-            self.extensions = []
+            self.extensions, self.library = [], None
 
     def _find_toolkit(self) -> Toolkit | None:
         """Find the toolkit before anything is compiled; None where the CUDA kernels are left out."""
@@ -93,9 +104,11 @@ class Build(build_ext):
             if wanted == "0":
                 raise CudaUnavailable("DELFAST_CUDA=0 at install")
             if not VERSION["cuda"] and wanted == "auto":
-                raise CudaUnavailable(f"torch {VERSION['__version__']} is no CUDA build; DELFAST_CUDA=1 does not ask")
+                raise CudaUnavailable(
+                    f"torch {VERSION['__version__']} is a CPU build; DELFAST_CUDA=1 builds them anyway"
+                )
             toolkit.architectures()  # raises at once for a value of another form
-            found = toolkit.find_toolkit(VERSION["cuda"] and VERSION["cuda"].split(".")[0])
+            found = toolkit.find_toolkit(WHEEL.removeprefix("cu") if WHEEL else _major(VERSION["cuda"]))
             _ = found.libraries  # raises where the toolkit lacks what is linked
             return found
         except CudaUnavailable as error:
@@ -120,6 +133,10 @@ class Build(build_ext):
             return kernels.build_ops(TORCH, None)
         self.info["cuda"] = {"toolkit": found.version, "architectures": toolkit.architectures()}
         return library
+
+
+def _major(version: str | None) -> str | None:
+    return version.split(".")[0] if version else None
 
 
 def _first_line(command: list[str]) -> str:

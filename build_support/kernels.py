@@ -136,7 +136,7 @@ def build_ops(torch: Path, toolkit: Toolkit | None) -> Path:
     except BuildError as error:
         if not toolkit:
             raise
-        build("delfast_cpu")
+        build("delfast_ops")
         raise CudaUnavailable(f"nvcc {error}") from error
     return FOLDER / "csrc" / target / "libdelfast_ops.so"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def main() -> None:
     import torch
 
     kinds = arguments.kinds or buildable()
+    if unknown := [kind for kind in kinds if not re.fullmatch(r"cpu|cu\d+", kind)]:
+        parser.error(f"expected cpu, or cu and a number, got {', '.join(unknown)}")
     too_large = []
     for version, python in pythons().items():
         with tempfile.TemporaryDirectory() as folder:

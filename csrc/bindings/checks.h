@@ -21,17 +21,12 @@ inline void check_devices(Device device, const TensorList& list, const char* rol
 }
 template <class... Role>
 Dtype dtype_of(const Tensor& t, const Role&... role) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      DELFAST_CHECK_VALUE(false, "expected ", role..., " to be float32, bfloat16 or float16, got ", t.scalar_type(),
-                          "; convert the model (model.float())");
-  }
+  const TorchDtype type = type_of(t);
+  if (type == ScalarType::Float) return Dtype::float32;
+  if (type == ScalarType::BFloat16) return Dtype::bfloat16;
+  DELFAST_CHECK_VALUE(type == ScalarType::Half, "expected ", role..., " to be float32, bfloat16 or float16, got ", type,
+                      "; convert the model (model.float())");
+  return Dtype::float16;
 }
 
 inline Strided strided(const Tensor& t) { return {t.dim(), t.sizes().data(), t.strides().data()}; }
@@ -53,7 +48,7 @@ inline bool is_expanded(const Tensor& t) {
 
 inline Tensor copy_in_layout(const Tensor& t, const Layout& layout, int64_t piece = 0) {
   const IntList strides = strides_for(t.dim(), t.sizes().data(), layout, piece);
-  Tensor copy = empty_strided(t.sizes(), strides, t.scalar_type(), device_of(t));
+  Tensor copy = empty_strided(t.sizes(), strides, type_of(t), device_of(t));
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -173,8 +168,8 @@ inline int64_t check_units(const Tensor& scores, const IntList& counts, const In
   check_budget(k);
   DELFAST_CHECK_VALUE(counts.size() == lengths.size(), "expected one count and one length per parameter, got ",
                       counts.size(), " and ", lengths.size(), "; pass lists of equal length");
-  DELFAST_CHECK_VALUE(scores.dim() == 1 && scores.scalar_type() == ScalarType::Float,
-                      "expected scores float32 (units,), got ", scores.scalar_type(), " ", scores.sizes(),
+  DELFAST_CHECK_VALUE(scores.dim() == 1 && type_of(scores) == ScalarType::Float,
+                      "expected scores float32 (units,), got ", type_of(scores), " ", scores.sizes(),
                       "; pass what criticality returns for these parameters");
   int64_t left = scores.numel(), bytes = 0, scalars = 0;
   for (size_t p = 0; p < counts.size(); p++) {

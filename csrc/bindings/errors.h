@@ -25,8 +25,6 @@ std::string text_of(Number number) {
   return std::to_string(number);
 }
 
-inline std::string text_of(ScalarType type) { return torch::headeronly::toString(type); }
-
 inline std::string text_of(Sizes sizes) {
   std::string all = "(";
   for (size_t i = 0; i < sizes.size(); i++) all += (i ? ", " : "") + std::to_string(sizes[i]);

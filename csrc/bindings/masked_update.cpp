@@ -54,7 +54,7 @@ class UpdateTasks {
     int64_t all = 0;
     for (int64_t entries : entries_) all += padded_state(count * entries);
     DELFAST_CHECK_VALUE(state.numel() == all, "expected state to be contiguous float32 (", all, ",), got ",
-                        state.scalar_type(), " ", state.sizes(), "; the optimizer state is of another mask");
+                        type_of(state), " ", state.sizes(), "; the optimizer state is of another mask");
     float* next = state.mutable_data_ptr<float>();
     for (size_t i = 0; i < list_.params.size(); i++) {
       for (int s = 0; s < count; s++) list_.params[i].state[s] = next + s * entries_[i];

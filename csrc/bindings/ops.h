@@ -1,4 +1,4 @@
-// The CPU entry points of every op, as registered in module.cpp. Their meaning is their references' in
+// The CPU entry points of every op, as registered in register.cpp. Their meaning is their references' in
 // delfast/ops/reference; their schemas are in delfast/ops/table.py.
 #pragma once
 

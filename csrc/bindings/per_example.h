@@ -32,8 +32,8 @@ class PerExampleOperands {
     operands.epilogue = parse_epilogue(epilogue);
     operands.inputs_dtype = dtype_of(inputs, "inputs");
     operands.deltas_dtype = dtype_of(deltas, "deltas");
-    DELFAST_CHECK_VALUE(sums.scalar_type() == ScalarType::Float, "expected sums to be float32, got ",
-                        sums.scalar_type(), "; pass float32 zeros of the weight's shape");
+    DELFAST_CHECK_VALUE(type_of(sums) == ScalarType::Float, "expected sums to be float32, got ", type_of(sums),
+                        "; pass float32 zeros of the weight's shape");
     operands.shape = checked_shape(sums, inputs, deltas, stride, padding, dilation, groups);
     if (sums.numel() == 0 || inputs.numel() == 0 || deltas.numel() == 0) {
       operands.shape = {};  // nothing to add, of any size
@@ -160,8 +160,8 @@ class ChannelSumsOperands {
     operands.channels = deltas.size(1);
     operands.eps = eps;
     for (size_t i = 0; i < written.size(); i++) {
-      DELFAST_CHECK_VALUE(written[i].scalar_type() == ScalarType::Float, "expected sums #", i, " to be float32, got ",
-                          written[i].scalar_type(), "; pass float32 zeros");
+      DELFAST_CHECK_VALUE(type_of(written[i]) == ScalarType::Float, "expected sums #", i, " to be float32, got ",
+                          type_of(written[i]), "; pass float32 zeros");
       DELFAST_CHECK_VALUE(written[i].numel() == operands.channels, "expected sums #", i, " of ", operands.channels,
                           " channels, got ", written[i].sizes(), "; pass zeros of the parameter's shape");
     }

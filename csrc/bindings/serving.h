@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <csignal>
 
 #include "bindings/torch.h"
 
@@ -16,6 +17,7 @@ inline void call_python(const char* name, StableIValue* stack) {
   const std::string error = torch::stable::detail::to<std::string>(raised);
   const size_t colon = error.find(": ");
   const std::string kind = error.substr(0, colon), message = colon == error.npos ? error : error.substr(colon + 2);
+  if (kind == "KeyboardInterrupt") std::raise(SIGINT);  // Python raises it again as soon as it runs
   if (kind == "ValueError") throw std::invalid_argument(message);
   if (kind == "IndexError") throw std::out_of_range(message);
   throw std::runtime_error(error);

@@ -15,6 +15,9 @@
 
 #include "bindings/errors.h"
 
+// Weak, since it is missing before torch 2.13.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace delfast::bindings {
 
 using torch::stable::Tensor;
@@ -25,9 +28,36 @@ using OptionalTensor = std::optional<Tensor>;
 using IntList = std::vector<int64_t>;
 using BoolList = std::vector<bool>;
 
-// Throws what torch said of one of its own functions.
+// Throws where one of torch's own functions failed; why, torch says from 2.13 on.
 inline void check_torch(AOTITorchError error, const char* what) {
-  if (error) throw std::runtime_error(text("torch could not ", what));
+  if (!error) return;
+  const char* const why =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  throw std::runtime_error(text("torch could not ", what, why ? ": " : "", why ? why : ""));
+}
+
+// A dtype of torch's, also one that the stable interface does not name.
+struct TorchDtype {
+  int32_t code;
+
+  bool operator==(const TorchDtype&) const = default;
+  bool operator==(ScalarType type) const {
+    return code == torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  }
+};
+
+inline TorchDtype type_of(const Tensor& t) {
+  TorchDtype type;
+  check_torch(aoti_torch_get_dtype(t.get(), &type.code), "tell a tensor's dtype");
+  return type;
+}
+
+inline std::string text_of(TorchDtype type) {
+  try {
+    return torch::headeronly::toString(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(type.code)));
+  } catch (const std::runtime_error&) {
+    return text("dtype ", type.code);
+  }
 }
 
 struct Device {
@@ -55,19 +85,24 @@ inline std::string text_of(const Device& device) {
 
 // ---- tensors made here
 
-inline Tensor empty_strided(Sizes sizes, Sizes strides, ScalarType dtype, Device device) {
+inline Tensor empty_strided(Sizes sizes, Sizes strides, TorchDtype dtype, Device device) {
   AtenTensorHandle made = nullptr;
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, device.type,
+  check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype.code, device.type,
                                        device.index, &made),
               "allocate a tensor");
   return Tensor(made);
 }
 
-inline Tensor empty(const IntList& sizes, ScalarType dtype, Device device = {aoti_torch_device_type_cpu(), 0}) {
+inline const Device kCpu = {aoti_torch_device_type_cpu(), 0};
+
+inline Tensor empty(const IntList& sizes, TorchDtype dtype, Device device = kCpu) {
   IntList strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
   return empty_strided(sizes, strides, dtype, device);
+}
+
+inline Tensor empty(const IntList& sizes, ScalarType dtype, Device device = kCpu) {
+  return empty(sizes, TorchDtype{torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype))}, device);
 }
 
 // The same memory under a version counter of its own.

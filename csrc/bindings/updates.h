@@ -13,8 +13,8 @@ inline void check_bits(Device device, const Tensor& bits, size_t params, size_t 
   DELFAST_CHECK_VALUE(sources == params && by_row == params, "expected lists of equal length, got ", params,
                       " parameters, ", sources, " gradients (or fresh values) and ", by_row,
                       " values of by_row; pass one each");
-  DELFAST_CHECK_VALUE(bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.is_contiguous(),
-                      "expected bits to be contiguous uint8 (bytes,), got ", bits.scalar_type(), " ", bits.sizes(),
+  DELFAST_CHECK_VALUE(type_of(bits) == ScalarType::Byte && bits.dim() == 1 && bits.is_contiguous(),
+                      "expected bits to be contiguous uint8 (bytes,), got ", type_of(bits), " ", bits.sizes(),
                       "; concatenate the masks' packed bits");
 }
 
@@ -124,13 +124,13 @@ inline void check_step(const UpdateList& list, const Tensor& state, const Tensor
                        const OptionalTensor& lr_tensor) {
   check_device(list.device, state, "state");
   check_device(list.device, steps, "steps");
-  DELFAST_CHECK_VALUE(state.scalar_type() == ScalarType::Float && state.dim() == 1 && state.is_contiguous(),
-                      "expected state to be contiguous float32 (values,), got ", state.scalar_type(), " ",
-                      state.sizes(), "; the optimizer state is of another mask");
+  DELFAST_CHECK_VALUE(type_of(state) == ScalarType::Float && state.dim() == 1 && state.is_contiguous(),
+                      "expected state to be contiguous float32 (values,), got ", type_of(state), " ", state.sizes(),
+                      "; the optimizer state is of another mask");
   const size_t params = list.params.size();
-  DELFAST_CHECK_VALUE(steps.scalar_type() == ScalarType::Float && steps.dim() == 1 && steps.is_contiguous() &&
+  DELFAST_CHECK_VALUE(type_of(steps) == ScalarType::Float && steps.dim() == 1 && steps.is_contiguous() &&
                           size_t(steps.numel()) == params,
-                      "expected steps to be contiguous float32 (", params, ",), got ", steps.scalar_type(), " ",
+                      "expected steps to be contiguous float32 (", params, ",), got ", type_of(steps), " ",
                       steps.sizes(), "; pass one counter per parameter");
   check_number(list.device, grad_scale, "grad_scale");
   check_number(list.device, found_inf, "found_inf");

@@ -35,11 +35,11 @@ class WrittenRowsList {
   WrittenRows checked(const Tensor& weight, const Tensor& rows, const Tensor& index, int64_t dim, size_t i) {
     DELFAST_CHECK_VALUE(dim >= 0 && dim < weight.dim(), "expected dim of weight #", i, " in [0, ", weight.dim(),
                         "), got ", dim, "; pass the dimension of its rows");
-    DELFAST_CHECK_VALUE(index.dim() == 1 && index.scalar_type() == ScalarType::Long && index.is_contiguous(),
-                        "expected index #", i, " to be contiguous int64 (n,), got ", index.scalar_type(), " ",
-                        index.sizes(), "; pass the rows' numbers");
-    DELFAST_CHECK_VALUE(rows.scalar_type() == weight.scalar_type(), "expected rows #", i, " to be ",
-                        weight.scalar_type(), " like their weight, got ", rows.scalar_type(), "; convert the rows");
+    DELFAST_CHECK_VALUE(index.dim() == 1 && type_of(index) == ScalarType::Long && index.is_contiguous(),
+                        "expected index #", i, " to be contiguous int64 (n,), got ", type_of(index), " ", index.sizes(),
+                        "; pass the rows' numbers");
+    DELFAST_CHECK_VALUE(type_of(rows) == type_of(weight), "expected rows #", i, " to be ", type_of(weight),
+                        " like their weight, got ", type_of(rows), "; convert the rows");
     IntList sizes = weight.sizes().vec();
     sizes[size_t(dim)] = index.numel();
     DELFAST_CHECK_VALUE(rows.sizes().equals(Sizes(sizes)), "expected rows #", i, " of shape ", sizes, ", got ",

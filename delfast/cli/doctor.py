@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from delfast.backend import status
-from delfast.ops import BACKEND
+from delfast.ops.native import read_build_info
 
 EXPERIMENTS = ("torchvision", "scikit-learn", "matplotlib", "typer", "rich", "vit-pytorch")
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_bf16")
@@ -61,8 +61,8 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
 
 def _kind() -> str:
     """What was installed: a wheel and what it is for, or what was compiled here."""
-    info = BACKEND.build_info
-    if not info:
+    info = read_build_info()
+    if "torch" not in info:
         return "without native kernels"
     return f"a wheel for {info['wheel']}" if info.get("wheel") else "compiled from source"
 

@@ -60,9 +60,9 @@ def load_backend() -> Backend:
 
 def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
     """Load the library of the ops and ``delfast._C`` beside it, if this torch is new enough for both."""
-    if not BUILD_INFO.is_file():
+    build_info = read_build_info()
+    if not build_info:
         raise ImportError(f"the extension was not built (no C++20 compiler at install?); {REBUILD}")
-    build_info: dict[str, Any] = json.loads(BUILD_INFO.read_text(encoding="utf-8"))
     if "torch" not in build_info:
         raise ImportError(f"the extension was not built: {build_info['failure']}; {REBUILD}")
     if _release(torch.__version__) < OLDEST_TORCH:
@@ -75,6 +75,14 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
         if "DELFAST_FORCE_ISA" in str(error):
             raise
         raise ImportError(f"the extension does not load: {str(error).splitlines()[0]}; {REBUILD}") from error
+
+
+def read_build_info() -> dict[str, Any]:
+    """Return what setup.py wrote of the build; empty if there was none."""
+    if not BUILD_INFO.is_file():
+        return {}
+    info: dict[str, Any] = json.loads(BUILD_INFO.read_text(encoding="utf-8"))
+    return info
 
 
 def _release(version: str) -> tuple[int, ...]:

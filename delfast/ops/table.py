@@ -220,7 +220,7 @@ def define_ops(native_devices: Sequence[str]) -> None:
             else:
                 _library.impl(op.name, reference, device)
     for schema, function in (
-        ("increment_versions(Tensor[] tensors) -> ()", _increment_versions),
+        ("increment_versions(Tensor[] tensors) -> ()", _noted(_increment_versions)),
         ("last_error() -> str", _last_error),
     ):
         _python.define(schema)
@@ -238,7 +238,7 @@ def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable
     return checked
 
 
-# What native kernels call: torch's stable interface bumps no version, and says of an error that there was one.
+# What native kernels call: torch's stable interface bumps no version, and reports only that a call failed.
 
 _errors = threading.local()
 
@@ -250,7 +250,7 @@ def _noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def noted(*args: Any, **kwargs: Any) -> Any:
         try:
             return kernel(*args, **kwargs)
-        except Exception as error:
+        except BaseException as error:  # KeyboardInterrupt too
             _errors.last = f"{type(error).__name__}: {error}"
             raise
 
@@ -258,7 +258,8 @@ def _noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _last_error() -> str:
-    last: str = _errors.last
+    last: str = getattr(_errors, "last", "RuntimeError: torch could not call Python")
+    _errors.__dict__.clear()
     return last
 
 

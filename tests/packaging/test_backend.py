@@ -214,7 +214,7 @@ def test_what_nvcc_cannot_compile_is_named_in_one_line(tmp_path: Path, monkeypat
     (tmp_path / "CMakeLists.txt").write_text("""
         cmake_minimum_required(VERSION 3.25)
         project(kernels LANGUAGES NONE)
-        add_custom_target(delfast_cpu)
+        add_custom_target(delfast_ops)
         add_custom_command(OUTPUT bad.cu.o COMMAND cat ${CMAKE_SOURCE_DIR}/message.txt COMMAND false)
         add_custom_target(delfast_ops_cuda DEPENDS bad.cu.o)
     """)

@@ -1,4 +1,4 @@
-// The CUDA entry points of every op, as registered in cuda/module.cpp: functions like the CPU's of bindings/ops.h.
+// The CUDA entry points of every op, as registered in cuda/register.cpp: functions like the CPU's of bindings/ops.h.
 #pragma once
 
 #include "bindings/ops.h"

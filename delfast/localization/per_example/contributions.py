@@ -67,7 +67,8 @@ class Convolution:
     def add(self, sums: Tensor, epilogue: Epilogue) -> None:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         sums = sums if self.kernel == self.shape else sums.view(self.kernel)
-        allow_tf32 = torch.backends.cuda.matmul.allow_tf32  # as for a matrix product of these
+        # as for a matrix product of these; the switch's former name may not be read once the other has been set
+        allow_tf32 = sums.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
         torch.ops.delfast.per_example_accumulate_(sums, self.inputs, self.deltas, *geometry, epilogue, allow_tf32)
 
     def of(self, example: int) -> Tensor:
