@@ -71,9 +71,8 @@ def test_versions_move_for_tensors_that_have_one() -> None:
 
 @pytest.mark.parametrize(
     "switch",
-    ["torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'",
-     "torch.backends.cuda.matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('high')"],
-)  # fmt: skip
+    ["torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.cuda.matmul.allow_tf32 = True"],
+)
 def test_scores_whichever_way_tf32_was_chosen(switch: str) -> None:
     result = subprocess.run([sys.executable, "-c", TF32.format(switch=switch)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
