@@ -60,7 +60,7 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _kind() -> str:
-    """What was installed: a wheel and what it is for, or what was compiled here."""
+    """Say what was installed: a wheel and what it is for, or what was compiled here."""
     info = read_build_info()
     if "torch" not in info:
         return "without native kernels"

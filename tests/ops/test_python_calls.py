@@ -1,4 +1,4 @@
-"""What native kernels call in Python: the references in float64 and the version counters, and what comes of errors."""
+"""Calls from native kernels into Python: the references in float64 and the version counters, and their errors."""
 
 from __future__ import annotations
 
