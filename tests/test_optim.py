@@ -14,6 +14,7 @@ from torch import nn
 
 import delfast
 from delfast import InputError, Mask
+from delfast.masked_optimizer import OpPart
 from delfast.optim import MaskedAdamW, MaskedSGD
 from delfast.parameter_mask import ParameterMask
 from tests import cases
@@ -263,6 +264,10 @@ def test_groups_closures_schedulers_and_pickles() -> None:
     restored = pickle.loads(pickle.dumps(optimizer))
     assert restored.mask.digest == mask.digest
     assert restored.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_pickles_of_earlier_versions_find_the_parts_of_an_op() -> None:
+    assert delfast.optim.OpPart is OpPart
 
 
 def test_bad_input() -> None:

@@ -95,5 +95,6 @@ def test_ops_of_any_dtype_take_dtypes_that_the_stable_interface_does_not_name(na
 
 
 def test_memory_that_there_is_not_is_refused_with_torchs_reason() -> None:
-    with pytest.raises(RuntimeError, match=r"^torch could not allocate a tensor: .*memory"):
+    says_why = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    with pytest.raises(RuntimeError, match=r"^torch could not allocate a tensor" + (": .*memory" if says_why else "$")):
         NATIVE.channel_dot(torch.zeros(1 << 22, 1 << 22, 0), None)
