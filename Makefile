@@ -56,7 +56,7 @@ coverage: all
 	$(BIN)/coverage report | awk 'NR == 1 || /^TOTAL/ || $$NF + 0 < 90 && /%$$/'
 
 wheels: all
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m build_support.wheels
+	$(BIN)/python -m build_support.wheels
 
 # both sides take turns on the same threads; the results are kept as JSON: of kernels, and of what takes longer
 LONGER := steps job memory

