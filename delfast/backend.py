@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ def _cuda() -> str:
         why = BACKEND.build_info.get("cuda_failure", "the extension was built without")
         return f"not built: {why}; on a GPU the references run"
     text = f"built with CUDA {built['toolkit']} for {' '.join(built['architectures'])}"
+    driver = driver_cuda()
+    if driver is not None and driver[0] < int(built["toolkit"].split(".")[0]):
+        return f"{text}; they cannot run: the driver supports CUDA {'.'.join(map(str, driver))} at most; upgrade it"
     if not torch.cuda.is_available():
         return f"{text}; no CUDA device is here, so the CPU kernels run"
     cards = []
@@ -66,6 +70,22 @@ def _cuda() -> str:
             + ("" if able else f" (not: install again with TORCH_CUDA_ARCH_LIST={wanted})")
         )
     return f"{text}; runs on {', '.join(cards)}"
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the newest CUDA, (major, minor), that the driver supports; None without a driver that answers.
+
+    Kernels run on every driver of the major version that they were built with, or of a later one (CUDA C++ Best
+    Practices Guide, "CUDA Compatibility Developer's Guide").
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from delfast.backend import status
+from delfast.backend import driver_cuda, status
 from delfast.ops.native import read_build_info
 
 EXPERIMENTS = ("torchvision", "scikit-learn", "matplotlib", "typer", "rich", "vit-pytorch")
@@ -30,6 +30,7 @@ def examine() -> dict[str, Any]:
         "cpu_flags": _cpu_flags(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch_cuda": torch.version.cuda,
+        "driver_cuda": ".".join(map(str, driver_cuda() or ())) or None,
         "compilers": {name: _first_line(name) for name in ("c++", "nvcc", "ninja")},
         "experiments": {name: _version(name) for name in EXPERIMENTS},
     }
@@ -53,6 +54,8 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
             advice.append("there is no C++ compiler: install one with C++20 (Debian: apt install g++), then reinstall")
     if facts["cuda_available"] and "cuda" not in facts["devices"]:
         advice.append("there is a CUDA device and no native kernels for it: it runs on PyTorch's own operations")
+    if "they cannot run" in facts["cuda"]:
+        advice.append(f"the CUDA kernels are {facts['cuda']}, or install a wheel for its version of CUDA")
     missing = [name for name, found in facts["experiments"].items() if found is None]
     if missing:
         advice.append(f"not installed: {', '.join(missing)}; pip install 'delfast[experiments]'")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -16,12 +17,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from delfast import backend
 from delfast.cli import console, doctor, main
 from delfast.errors import InputError
 from delfast.experiments import progress, verification
 from delfast.experiments.verification import compare
 from delfast.files import load_state
 from delfast.mask import Mask
+from delfast.ops import BACKEND
 from delfast.provenance import digest_state
 from tests import cases
 
@@ -478,6 +481,23 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(bar, "EVERY", 0.0)
     list(bar([1], "epoch 2/3", 1))
     assert capsys.readouterr().err == "delfast: epoch 2/3\n"
+
+
+@pytest.mark.skipif(BACKEND.module is None, reason="no native kernels are here")
+def test_doctor_names_a_driver_that_is_too_old_for_the_kernels(monkeypatch):
+    class Driver:
+        def cuDriverGetVersion(self, version):
+            version._obj.value = 12060
+            return 0
+
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: Driver())
+    info = {"cuda": {"toolkit": "13.0", "architectures": ["9.0"]}, "torch": "2.14.1"}
+    monkeypatch.setattr(backend, "BACKEND", replace(BACKEND, build_info=info))
+    found = doctor.examine()
+    assert found["facts"]["driver_cuda"] == "12.6"
+    assert any("the driver supports CUDA 12.6 at most; upgrade it" in line for line in found["advice"])
+    monkeypatch.setattr(Driver, "cuDriverGetVersion", lambda self, version: 3)  # CUDA_ERROR_NOT_INITIALIZED
+    assert doctor.examine()["facts"]["driver_cuda"] is None
 
 
 def test_doctor_advises_how_to_install_what_is_missing(monkeypatch):
