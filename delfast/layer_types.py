@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_function, describe
 from delfast.errors import InputError
-from delfast.naming import unique_parameters
+from delfast.naming import model_parameters
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def output_dims(model: nn.Module) -> dict[str, int]:
         for name, parameter in module.named_parameters(recurse=False):
             known = layer_type_of(type(module)) if name == "weight" and parameter.ndim == 2 else None
             dims.setdefault(id(parameter), 0 if known is None else known.output_dim)
-    return {name: dims[id(p)] for name, p in unique_parameters(model.named_parameters()) if dims[id(p)]}
+    return {name: dims[id(p)] for name, p in model_parameters(model).items() if dims[id(p)]}
 
 
 def registered_functions() -> dict[Any, int]:

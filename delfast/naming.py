@@ -1,4 +1,4 @@
-"""Parameters by plain name: without wrappers' prefixes, each tied parameter once; DTensor is refused."""
+"""Parameters by plain name: without wrappers' prefixes, each tied parameter once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from delfast.errors import InputError
+from delfast.sharding import is_dtensor, refuse_partial, reshard
 
 
 def plain_name(name: str) -> str:
@@ -50,10 +51,12 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
             return
 
 
-def unique_parameters(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def unique_parameters(named: Iterable[tuple[str, Tensor]], *, sharded: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield (plain name, parameter), each tensor once under its first name, so that a tied parameter competes once.
 
-    Raises InputError for two parameters of one plain name, and for a DTensor.
+    sharded: whether the caller can use DTensors.
+
+    Raises InputError for two parameters of one plain name, and for a DTensor that the caller cannot use.
     """
     seen: set[int] = set()
     names: set[str] = set()
@@ -67,20 +70,29 @@ def unique_parameters(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
                 f"expected parameter names to be unique without wrapper prefixes, got '{name}' twice; rename one"
             )
         names.add(name)
-        refuse_dtensor(name, parameter)
+        if not sharded:
+            refuse_dtensor(name, parameter)
+        refuse_partial(name, parameter)
         yield name, parameter
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trainable parameters by plain name, each tensor once, in the model's order."""
-    return {
-        name: parameter for name, parameter in unique_parameters(model.named_parameters()) if parameter.requires_grad
-    }
+def model_parameters(model: nn.Module, *, sharded: bool = False) -> dict[str, Tensor]:
+    """Return the parameters by plain name, each tensor once, in the model's order; arguments and errors as above.
+
+    Parameters that FSDP2 has gathered are sharded again first. Raises InputError for FSDP1 and DeepSpeed's ZeRO-3.
+    """
+    reshard(model)
+    return dict(unique_parameters(model.named_parameters(), sharded=sharded))
+
+
+def trainable_parameters(model: nn.Module, *, sharded: bool = False) -> dict[str, Tensor]:
+    """Return the trainable parameters of ``model_parameters``."""
+    return {name: p for name, p in model_parameters(model, sharded=sharded).items() if p.requires_grad}
 
 
 def refuse_dtensor(name: str, parameter: Tensor) -> None:
     """Raise InputError for a sharded parameter, since the ops would silently use one shard only."""
-    if type(parameter).__name__ == "DTensor":
+    if is_dtensor(parameter):
         raise InputError(
             f"expected a plain tensor for '{name}', got a DTensor (FSDP2 or tensor parallelism), which is not "
             "supported yet; gather the model first (full_tensor())"

@@ -13,7 +13,7 @@ from delfast.arguments import check_seed, check_type
 from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.mask import Mask
-from delfast.naming import plain_name, unique_parameters, unwrap
+from delfast.naming import model_parameters, plain_name, unwrap
 from delfast.seeding import seeded
 from delfast.sole_use import used_alone
 
@@ -68,7 +68,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     """
     check_type("mask", mask, Mask, "a delfast.Mask")
     seed = check_seed(seed)
-    targets = dict(unique_parameters(unwrap(model).named_parameters()))
+    targets = model_parameters(unwrap(model))
     selected = [(name, parameter, part.for_ops) for name, parameter, part in mask.match(targets)]
     fresh = _fresh_values(model, init, seed, [name for name, _, _ in selected])
     for name, parameter, _ in selected:

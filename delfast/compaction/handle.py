@@ -26,7 +26,7 @@ from delfast.compaction.layers import (
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.masked_optimizer import sparse_gradient
-from delfast.naming import is_parallel, plain_name, trainable_parameters, unique_parameters, unwrap
+from delfast.naming import is_parallel, model_parameters, plain_name, trainable_parameters, unwrap
 from delfast.ops.layout import pack
 from delfast.parameter_mask import ParameterMask
 from delfast.sole_use import used_alone
@@ -191,7 +191,7 @@ class Compact:
             if isinstance(layer, CompactLayer):
                 restore(layer)
         frozen = set(self._names("frozen"))
-        for name, parameter in unique_parameters(self.model.named_parameters()):
+        for name, parameter in model_parameters(self.model).items():
             if name in frozen:
                 parameter.requires_grad_(True)
 
@@ -345,7 +345,7 @@ def _refuse_sparse(model: nn.Module, guarded: Collection[str]) -> None:
     """Raise InputError for an embedding with sparse gradients in part of the mask: a guard needs dense gradients."""
     for module in model.modules():
         if getattr(module, "sparse", False) is True:
-            for name, parameter in unique_parameters(model.named_parameters()):
+            for name, parameter in model_parameters(model).items():
                 if name in guarded and any(parameter is own for own in module.parameters(recurse=False)):
                     raise sparse_gradient(name)
 

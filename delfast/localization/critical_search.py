@@ -26,7 +26,7 @@ from delfast.localization.per_example.capture import Layer, Use
 from delfast.localization.per_example.channels import ChannelReceiver, ChannelSums
 from delfast.localization.per_example.layers import BatchAxis
 from delfast.localization.per_example.passes import ExamplePasses
-from delfast.naming import unique_parameters
+from delfast.naming import model_parameters
 
 log = logging.getLogger("delfast")
 
@@ -181,7 +181,7 @@ class Search:
 
     def _nonfinite_error(self) -> InputError:
         """Return the error for losses that are not finite. It names the first parameter that is not finite, if any."""
-        for name, parameter in unique_parameters(self.network.named_parameters()):
+        for name, parameter in model_parameters(self.network).items():
             if not bool(parameter.isfinite().all()):
                 return InputError(f"expected finite weights, got NaN or infinity in '{name}'; load or train it again")
         return InputError("expected finite losses, got NaN or infinity; check the inputs and the network's precision")

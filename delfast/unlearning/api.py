@@ -21,7 +21,7 @@ from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
 from delfast.localization import localize
 from delfast.mask import Mask
-from delfast.naming import is_parallel, trainable_parameters, unique_parameters, unwrap
+from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
 from delfast.reset import Init
 from delfast.sole_use import used_alone
@@ -405,7 +405,7 @@ def _finetune(
 
 def _outside(network: nn.Module, mask: Mask) -> dict[str, Tensor]:
     """Return the parameters in which the mask selects nothing."""
-    parameters = dict(unique_parameters(network.named_parameters()))
+    parameters = model_parameters(network)
     inside = {name for name, _, _ in mask.match(parameters)}
     return {name: parameter for name, parameter in parameters.items() if name not in inside}
 

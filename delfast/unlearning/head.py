@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from delfast.batches import LossFn, evaluating, per_example_losses
 from delfast.dispatch import ObservingMode
 from delfast.errors import InputError
-from delfast.naming import unique_parameters, unwrap
+from delfast.naming import model_parameters, unwrap
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)
 _FRESH = (torch.ops.aten.lift_fresh,)  # the tensors of ``torch.tensor(...)``, which no operation has made
@@ -166,7 +166,7 @@ def head_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
     own = {id(parameter) for parameter in modules[head].parameters()}
     return {
         name: parameter
-        for name, parameter in unique_parameters(network.named_parameters())
+        for name, parameter in model_parameters(network).items()
         if id(parameter) in own and parameter.requires_grad
     }
 
