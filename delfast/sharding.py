@@ -79,8 +79,8 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise InputError(
-                "expected parameters as whole tensors or DTensors, got FSDP1 (FullyShardedDataParallel), which flattens "
-                "them; use FSDP2 (torch.distributed.fsdp.fully_shard), or unwrap the model first"
+                "expected parameters as whole tensors or DTensors, got FSDP1 (FullyShardedDataParallel), which "
+                "flattens them; use FSDP2 (torch.distributed.fsdp.fully_shard), or unwrap the model first"
             )
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
