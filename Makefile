@@ -58,12 +58,12 @@ coverage: all
 wheels: all
 	$(BIN)/python -m build_support.wheels
 
-# both sides take turns on the same threads; the results are kept as JSON: of kernels, and of what takes longer
-LONGER := steps job memory
+# both sides take turns on the same threads; the results are kept as JSON: of kernels, and of each other subject
+SUBJECTS := calls steps job memory
 bench: all
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks $(LONGER:%=--ignore=benchmarks/test_%.py) -m "" --benchmark-json=benchmarks/results/cpu.json
-	for name in $(LONGER); do \
+	$(BIN)/python -m pytest benchmarks $(SUBJECTS:%=--ignore=benchmarks/test_%.py) -m "" --benchmark-json=benchmarks/results/cpu.json
+	for name in $(SUBJECTS); do \
 	  $(BIN)/python -m pytest benchmarks/test_$$name.py -m "" --benchmark-json=benchmarks/results/$$name.json || exit; \
 	done
 

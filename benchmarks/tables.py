@@ -50,6 +50,8 @@ BENCHMARKS = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "docs/results.md"
 FIGURE = ROOT / "docs/images/demo.png"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`: kernels
+CALLS = ROOT / "benchmarks/results/calls.json"  # of `make bench`: calls of ops
+CALLS_BEFORE = ROOT / "benchmarks/results/calls_before.json"  # the same, before torch's stable interface bound the ops
 STEPS = ROOT / "benchmarks/results/steps.json"  # of `make bench`: training steps
 JOB = ROOT / "benchmarks/results/job.json"  # of `make bench`: whole jobs
 MEMORY = ROOT / "benchmarks/results/memory.json"  # of `make bench`: memory of the finetune
@@ -160,6 +162,23 @@ def measured(results: dict[str, Any], source: str) -> str:
     head += f"Python {machine['python_version']}; {version}."
     lines = [f"| {test} | {'<br>'.join(cases)} | {target} |" for (test, target), cases in rows.items()]
     return "\n".join([head, "", "| benchmark | measured | target |", "|---|---|---|", *lines, ""])
+
+
+def call_costs(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return what a call of each op costs besides its kernel, in us, on both interfaces of torch."""
+    costs = [
+        {b["params"]["op"]: float(b["extra_info"]["measured"].partition(" us over")[0]) for b in results["benchmarks"]}
+        for results in (before, now)
+    ]
+    rows = [
+        (name, f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}")
+        for name, old in costs[0].items()
+        if (new := costs[1][name])
+    ]
+    commits = [results["commit_info"]["id"][:7] for results in (before, now)]
+    cpu = now["machine_info"]["cpu"]["brand_raw"]
+    head = f"{cpu}, {now['benchmarks'][0]['extra_info']['threads']} thread; commits {commits[0]} and {commits[1]}.\n\n"
+    return head + markdown_table(("op, 62 tensors", "internal interface, us", "stable interface, us", "more"), rows)
 
 
 def gpu(results: dict[str, Any]) -> str:
@@ -288,6 +307,7 @@ def pages() -> dict[Path, dict[str, str]]:
         README: {"speed": speed(kept)},
         BENCHMARKS: {
             "measured": measured(kept["CPU"], CPU.name),
+            "call-costs": call_costs(read_json(CALLS_BEFORE), read_json(CALLS)),
             "steps": measured(read_json(STEPS), STEPS.name),
             "job": measured(kept["JOB"], JOB.name),
             "memory": measured(read_json(MEMORY), MEMORY.name),
