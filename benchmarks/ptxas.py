@@ -174,7 +174,8 @@ def demangled(symbol: str) -> str:
 
 
 def disassembled(cubin: Path) -> str:
-    return subprocess.run([_nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    """Return the machine code; -ndf leaves out the dataflow analysis, which names no more jumps here."""
+    return subprocess.run([_nvdisasm(), "-c", "-ndf", cubin], capture_output=True, text=True, check=True).stdout
 
 
 def _wide_loads(cubin: Path) -> dict[str, int]:

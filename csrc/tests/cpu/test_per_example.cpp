@@ -20,21 +20,27 @@ constexpr double kUnit = 1.01 * 0x1p-24;
 int64_t inputs_of(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2] * s.in_channels; }  // of an example
 int64_t deltas_of(const ConvShape& s) { return s.positions() * s.out_channels; }
 
-// The definition, and how far from it a result may be.
+// The definition for each epilogue, and how far from it a result may be.
 struct Exact {
-  std::vector<double> sums, bounds;
+  struct Result {
+    std::vector<double> sums, bounds;
+  };
+  Result abs, square;
 
-  Exact(const ConvShape& s, const Array& inputs, const Array& deltas, Epilogue epilogue, const Guarded<float>& before) {
+  Exact(const ConvShape& s, const Array& inputs, const Array& deltas, const Guarded<float>& before) {
     const int64_t row = s.row(), columns = s.in_channels / s.groups, rows = s.out_channels / s.groups;
     const double T = double(s.positions()), N = double(s.examples);
+    std::vector<int64_t> pixels;  // by tap and position: -1 in the padding
+    for (int64_t tap = 0; tap < row / columns; tap++)
+      for (int64_t t = 0; t < s.positions(); t++) pixels.push_back(source(s, t, tap));
     for (int64_t m = 0; m < s.out_channels; m++)
       for (int64_t i = 0; i < row; i++) {
         const int64_t tap = i / columns, channel = m / rows * columns + i % columns;
-        double sum = before[m * row + i], bound = 0;
+        double abs_sum = before[m * row + i], abs_bound = 0, square_sum = abs_sum, square_bound = 0;
         for (int64_t x = 0; x < s.examples; x++) {
           double g = 0, magnitude = 0;
           for (int64_t t = 0; t < s.positions(); t++) {
-            const int64_t pixel = source(s, t, tap);
+            const int64_t pixel = pixels[size_t(tap * s.positions() + t)];
             if (pixel < 0) continue;
             const double product = double(inputs.get(x * inputs_of(s) + pixel * s.in_channels + channel)) *
                                    double(deltas.get(x * deltas_of(s) + t * s.out_channels + m));
@@ -42,11 +48,15 @@ struct Exact {
             magnitude += std::fabs(product);
           }
           const double e = (T + 1) * kUnit * magnitude;
-          sum += epilogue == Epilogue::abs ? std::fabs(g) : g * g;
-          bound += epilogue == Epilogue::abs ? e : 2 * std::fabs(g) * e + e * e + kUnit * g * g;
+          abs_sum += std::fabs(g);
+          abs_bound += e;
+          square_sum += g * g;
+          square_bound += 2 * std::fabs(g) * e + e * e + kUnit * g * g;
         }
-        sums.push_back(sum);
-        bounds.push_back(bound + N * kUnit * (sum + bound));
+        abs.sums.push_back(abs_sum);
+        abs.bounds.push_back(abs_bound + N * kUnit * (abs_sum + abs_bound));
+        square.sums.push_back(square_sum);
+        square.bounds.push_back(square_bound + N * kUnit * (square_sum + square_bound));
       }
   }
 
@@ -94,9 +104,10 @@ void check_sums(cpu::Isa isa, const ConvShape& shape, Dtype inputs_dtype, Dtype 
   fill(deltas, Kind::ordinary, random);
   Guarded<float> before(shape.out_channels * shape.row(), shift);
   for (float& sum : before) sum = random.unit();
+  const Exact both(shape, inputs, deltas, before);
   for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
     describe(text(shape), ", ", name(epilogue), ", inputs ", name(inputs_dtype), ", deltas ", name(deltas_dtype));
-    const Exact exact(shape, inputs, deltas, epilogue, before);
+    const Exact::Result& exact = epilogue == Epilogue::abs ? both.abs : both.square;
     Guarded<float> whole(before), split(before);
     const auto operands = [&](Guarded<float>& sums) {
       return PerExample{inputs.data(), deltas.data(), sums.data(), inputs_dtype, deltas_dtype, epilogue, shape};

@@ -49,6 +49,7 @@ struct Thread {
   Fiber* fiber = nullptr;
   Place place;
   unsigned line = 0;  // place.line()
+  uint3 index{};      // threadIdx
 };
 
 struct Device {
@@ -91,7 +92,7 @@ CUDA_ON_CPU_NO_TSAN inline unsigned random_below(unsigned limit) {  // xorshift6
   device.random ^= device.random << 13;
   device.random ^= device.random >> 7;
   device.random ^= device.random << 17;
-  return unsigned((device.random >> 11) % limit);
+  return unsigned((device.random >> 32) * limit >> 32);  // a division would take as long as the rest of a switch
 }
 
 // ---- failures
@@ -150,9 +151,8 @@ CUDA_ON_CPU_NO_TSAN inline void resume(int i) {
     }
     thread.fiber = device.idle_fibers[--device.idle_count];
   }
-  const dim3& block = device.block;
   device.current = i;
-  device.thread_index = {unsigned(i) % block.x, unsigned(i) / block.x % block.y, unsigned(i) / (block.x * block.y)};
+  device.thread_index = thread.index;
   switch_fiber(device.scheduler, *thread.fiber);
 #if !defined(__SANITIZE_THREAD__)  // to ThreadSanitizer a fiber is one thread of the block, until the block is done
   if (thread.wait == Wait::done) device.idle_fibers[device.idle_count++] = thread.fiber;
@@ -275,9 +275,16 @@ CUDA_ON_CPU_NO_TSAN inline void run_block() {
   device.arrived = 0;
   device.block_threads = int(count);
   device.runnable_count = 0;
-  for (int i = int(count); i-- > 0;) {
+  uint3 index{};
+  for (int i = 0; i < int(count); i++) {
     device.threads[i] = Thread{};
-    device.runnable[device.runnable_count++] = i;
+    device.threads[i].index = index;
+    device.runnable[device.runnable_count++] = int(count) - 1 - i;
+    if (++index.x < device.block.x) continue;
+    index.x = 0;
+    if (++index.y < device.block.y) continue;
+    index.y = 0;
+    index.z++;
   }
   constexpr size_t kRedZone = 64;
   if (device.dynamic_bytes) {
