@@ -28,13 +28,22 @@ def main(folder: Path, command: list[str]) -> int:
         sys.stderr.write(PTXAS_REPORT.sub("", result.stderr))
         if result.returncode:
             return result.returncode
-        for cubin in Path(kept).glob("*.cubin"):  # criticality.compute_80.cubin, criticality.compute_120.sm_120.cubin
-            shutil.copyfile(cubin, folder / f"sm_{cubin.stem.rsplit('_', 1)[1]}.cubin")
+        for cubin in Path(kept).glob("*.cubin"):
+            shutil.copyfile(cubin, folder / f"sm_{_architecture(cubin.stem, command)}.cubin")
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     included = Path(command[command.index("-MF") + 1]).read_text(encoding="utf-8")
     report = {"ptxas": result.stderr, "seconds": usage.ru_utime + usage.ru_stime, "included": included}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
     return 0
+
+
+def _architecture(stem: str, command: list[str]) -> str:
+    """Return "80" for selection.compute_80, "120" for selection.compute_120.sm_120; "selection" is of the only one."""
+    _, _, suffix = stem.rpartition(".")
+    found = (
+        re.search(r"(?:sm|compute)_(\w+)$", suffix) if "." in stem else re.search(r"code=sm_(\w+)", " ".join(command))
+    )
+    return found[1]  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -339,3 +339,21 @@ def test_an_extension_with_cuda_kernels_needs_no_driver() -> None:
     assert "libcud" not in subprocess.check_output(["readelf", "-d", str(LIBRARY)], text=True)
     kernels = [torch._C._dispatch_has_kernel_for_dispatch_key(f"delfast::{op.name}", "CUDA") for op in OPS]
     assert all(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BACKEND.build_info.get("cuda"), reason="the extension was built without CUDA")
+def test_a_tree_can_be_built_again_with_cuda_and_without(tmp_path: Path) -> None:
+    """Nothing of the build before may remain: setuptools compares the times of sources alone."""
+    listed = subprocess.check_output(
+        ["git", "ls-files", "csrc", "delfast", "build_support", "*.*"], cwd=ROOT, text=True
+    )
+    for name in {line for line in listed.splitlines() if not line.startswith(("tests/", "docs/", "experiments/"))}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    for cuda, devices in (("0", ["cpu"]), ("1", ["cpu", "cuda"]), ("0", ["cpu"])):
+        chosen = {"DELFAST_NATIVE": "1", "DELFAST_CUDA": cuda, "TORCH_CUDA_ARCH_LIST": "9.0"}
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, **chosen}, check=True, capture_output=True)
+        status = python(STATUS, tmp_path)
+        assert json.loads(status.stdout)["devices"] == devices, status.stderr

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ptxas
-from build_support.toolkit import CudaUnavailable, find_toolkit
+from build_support import nvcc
+from build_support.toolkit import CudaUnavailable, find_toolkit, generate_flags
 
 try:
     TOOLKIT = find_toolkit()
@@ -104,6 +105,25 @@ def test_rounding_to_tf32_keeps_nans_of_both_signs(architecture: str, tmp_path: 
     subprocess.run(command, check=True)
     maxima = re.findall(r"\b(?:VIADD|VI|I)MNMX(\.U32)?\b", ptxas.disassembled(cubin))
     assert sorted(maxima) == ["", ".U32"]
+
+
+@pytest.mark.parametrize("wanted", ["9.0a", "9.0+PTX", "8.0 12.0+PTX"])
+def test_machine_code_is_kept_for_each_architecture(wanted: str, tmp_path: Path) -> None:
+    """A single architecture is not in the name of the file that nvcc leaves."""
+    source, kept = tmp_path / "two_words.cu", tmp_path / "sm_75"
+    source.write_text("__global__ void store(int* p) { *p = 1; }", encoding="utf-8")
+    compiled = [
+        str(TOOLKIT.nvcc),
+        *generate_flags(wanted.split()),
+        "-MD",
+        "-MF",
+        str(tmp_path / "d"),
+        "-c",
+        str(source),
+    ]
+    assert nvcc.main(kept, [*compiled, "-o", str(tmp_path / "o")]) == 0
+    expected = {f"sm_{one.removesuffix('+PTX').replace('.', '')}.cubin" for one in wanted.split()}
+    assert {path.name for path in kept.glob("*.cubin")} == expected
 
 
 def test_the_table_in_the_repository_is_of_these_kernels(compiled: list[ptxas.Compiled]) -> None:
