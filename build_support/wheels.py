@@ -96,7 +96,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             able = with_tools(python, Path(folder))
             for kind in kinds:
-                wheel = build(able, kind, Path(torch.__file__).parent, arguments.output_dir)
+                try:
+                    wheel = build(able, kind, Path(torch.__file__).parent, arguments.output_dir)
+                except CudaUnavailable as error:
+                    sys.exit(f"no wheel for {kind}: {error}")
                 size, limit = wheel.stat().st_size, LIMITS["cpu" if kind == "cpu" else "cu"]
                 print(f"{wheel}: Python {version}, {size / (1 << 20):.2f} MB of at most {limit >> 20}", flush=True)
                 if size > limit:
