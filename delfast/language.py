@@ -155,8 +155,8 @@ def next_token_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != targets.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(output).__name__} without them"
         raise InputError(
-            f"expected the model to return logits {(*targets.shape, 'V')} for these input_ids, got {found}; return a "
-            "tensor, or an object or mapping with `logits`"
+            f"expected the model to return logits ({len(targets)}, {targets.shape[1]}, V) for these input_ids, got "
+            f"{found}; return a tensor, or an object or mapping with `logits`"
         )
     checked = class_indices(targets.flatten(), logits.flatten(0, 1)).view(targets.shape)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), checked

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BatchEncoding
 
 import delfast
@@ -160,6 +161,28 @@ def test_the_loss_of_bfloat16_logits_is_computed_in_float32(labelled: dict[str, 
     torch.testing.assert_close(losses, causal_lm_loss(model.float(), labelled))
 
 
+class Allocations(TorchDispatchMode):
+    """Records the names of operations whose output is a new tensor of at least ``size`` numbers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {each.data_ptr() for each in args if isinstance(each, Tensor)}
+        if isinstance(result, Tensor) and result.numel() >= self.size and result.data_ptr() not in known:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_it_allocates_what_cross_entropy_needs(labelled: dict[str, Tensor]) -> None:
+    model = Bigrams().float()
+    with Allocations(4 * 12 * models.VOCABULARY) as allocations:
+        causal_lm_loss(model, labelled)
+    assert allocations.names == ["embedding", "_log_softmax"]  # the model's logits, and their logarithms
+
+
 def test_the_model_keeps_no_keys_and_values_for_a_generation(labelled: dict[str, Tensor]) -> None:
     model, outputs = models.llama(), list[Any]()
     model.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -205,7 +228,7 @@ def test_batches_of_another_form_are_refused(name: str) -> None:
     ],
 )
 def test_outputs_of_another_form_are_refused(form: Any, found: str) -> None:
-    with pytest.raises(InputError, match=rf"expected the model to return logits \(2, 3, 'V'\).*got {found}"):
+    with pytest.raises(InputError, match=rf"expected the model to return logits \(2, 3, V\).*got {found}"):
         causal_lm_loss(Bigrams(form), {"input_ids": IDS})
 
 
