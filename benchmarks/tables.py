@@ -1,6 +1,6 @@
 """Write the tables and the figure of the README and the docs from the kept results: no number in them is typed.
 
-python -m benchmarks.tables           rewrites README.md, docs/benchmarks.md, docs/results.md and docs/images/demo.png
+python -m benchmarks.tables           rewrites README.md, the tables of docs/ and docs/images/demo.png
 python -m benchmarks.tables --check   writes nothing; exit code 1 if one of them differs. Either: 2 for bad results
 """
 
@@ -10,6 +10,7 @@ import argparse
 import csv
 import hashlib
 import io
+import math
 import re
 import sys
 from collections import Counter
@@ -48,6 +49,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "docs/results.md"
+LANGUAGE_MODELS = ROOT / "docs/language_models.md"
 FIGURE = ROOT / "docs/images/demo.png"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`: kernels
 CALLS = ROOT / "benchmarks/results/calls.json"  # of `make bench`: calls of ops
@@ -57,6 +59,7 @@ JOB = ROOT / "benchmarks/results/job.json"  # of `make bench`: whole jobs
 MEMORY = ROOT / "benchmarks/results/memory.json"  # of `make bench`: memory of the finetune
 GPU = ROOT / "benchmarks/results/gpu.json"  # of `python -m benchmarks.gpu`
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
+CAUSAL_LM = ROOT / "benchmarks/results/causal_lm.json"  # of `python examples/causal_lm.py --json`
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
@@ -288,6 +291,21 @@ def _number(text: str) -> Any:
         return text
 
 
+def causal_lm(result: dict[str, Any]) -> str:
+    """Return a row for each model of examples/causal_lm.py, then a line on the run."""
+    columns = ("model", "perplexity, held-out text", "loss, passages", "exposure, bits")
+    fields = ("perplexity", "forget_loss", "exposure")
+    rows = [[name, *(f"{row[field]:.2f}" for field in fields)] for name, row in result["models"].items()]
+    settings, mask, versions = result["settings"], result["mask"], result["versions"]
+    line = f"{settings['blocks']:,} blocks of 128 bytes of text; {settings['passages']} passages, each seen "
+    line += f"{settings['repeats'] * settings['epochs']} times; {result['parameters']:,} parameters, a mask of "
+    line += (
+        f"{mask['selected']:,} of {mask['competing']:,} that compete; exposure among {settings['sample']} strings, at "
+    )
+    line += f"most {math.log2(settings['sample']):g} bits. torch {versions['torch']}, Python {versions['python']}.\n"
+    return "\n".join([markdown_table(columns, rows), line])
+
+
 def fill(text: str, name: str, content: str, page: Path) -> str:
     """Replace what stands between the markers of ``name``. InputError unless one pair of them is there."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -322,6 +340,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "precision": "\n".join(precision_table(result) for _, result in sorted(read_json(PRECISION).items())),
             "cifar10": cifar10(CIFAR10.read_text(encoding="utf-8")),
         },
+        LANGUAGE_MODELS: {"causal-lm": causal_lm(read_json(CAUSAL_LM))},
     }
 
 

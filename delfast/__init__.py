@@ -27,6 +27,7 @@ __all__ = [
     "SignedChannels",
     "TrainingOptions",
     "__version__",
+    "causal_lm_loss",
     "compact",
     "critmem",
     "evaluate",
@@ -37,6 +38,7 @@ __all__ = [
     "score",
     "signed_channels",
     "status",
+    "tokens_per_example",
     "unlearn",
 ]
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from delfast.backend import status
     from delfast.compaction import compact
     from delfast.evaluation import evaluate
+    from delfast.language import causal_lm_loss, tokens_per_example
     from delfast.layer_types import register_layer
     from delfast.localization import (
         STRATEGIES,
@@ -64,6 +67,7 @@ else:
         "delfast.backend": ["status"],
         "delfast.compaction": ["compact"],
         "delfast.evaluation": ["evaluate"],
+        "delfast.language": ["causal_lm_loss", "tokens_per_example"],
         "delfast.layer_types": ["register_layer"],
         "delfast.localization": [
             *("STRATEGIES", "CriticalChannels", "Scores", "SignedChannels"),

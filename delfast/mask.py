@@ -66,8 +66,9 @@ class Mask:
     Parameters
     ----------
     parameters : Mapping of str to ParameterMask
-        The mask of every trainable parameter, selected or not, in the model's order. Names are plain: without the
-        prefixes ``module.`` and ``_orig_mod.`` of wrappers.
+        The mask of every parameter that competed, selected or not, in the model's order: every trainable parameter that
+        the patterns of ``localize`` leave in. Names are plain: without the prefixes ``module.`` and ``_orig_mod.`` of
+        wrappers.
     metadata : Mapping of str to object, default empty
         Criterion, granularity, aggregate, budget and provenance, as plain JSON values.
 
@@ -102,7 +103,7 @@ class Mask:
 
     @cached_property
     def total(self) -> int:
-        """Number of scalars, selected or not."""
+        """Number of scalars of these parameters, selected or not."""
         return sum(part.numel for part in self.parameters.values())
 
     @cached_property
@@ -334,7 +335,9 @@ class Mask:
             if (mine.unit, mine.dim) != (theirs.unit, theirs.dim):
                 mine, theirs = mine.elements(), theirs.elements()
             parts[name] = replace(mine, bits=combine(mine.bits, theirs.bits.to(mine.bits.device)))
-        return Mask(parts, {"made_by": how, "of": [dict(self.metadata), dict(other.metadata)]})
+        both = {**other.metadata, **self.metadata}  # the masks have the same names: equivalent patterns
+        metadata: dict[str, Any] = {name: both[name] for name in ("include", "exclude") if name in both}
+        return Mask(parts, {"made_by": how, "of": [dict(self.metadata), dict(other.metadata)], **metadata})
 
     def widen(
         self, names: list[str], shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int] | None = None

@@ -117,6 +117,12 @@ def localize(
     per_example: Annotated[
         bool, typer.Option("--per-example", help="score by the mean over examples of |θ g(x)| or |g(x)|")
     ] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="parameters that compete, as layer4.*; repeatable")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="parameters that do not compete; repeatable")
+    ] = None,
     stop_when_stable: Annotated[
         float | None, typer.Option(help="stop once the masks after n and 2n examples overlap by this, such as 0.99")
     ] = None,
@@ -134,6 +140,7 @@ def localize(
     options = localization(
         strategy, top_h, criterion=criterion, granularity=granularity, aggregate=aggregate, policy=policy
     )
+    options |= {name: given for name, given in (("include", include), ("exclude", exclude)) if given}
     check_own_directory(output_dir, run_dir)
     opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs))
     found = pipeline.localize(

@@ -21,12 +21,13 @@ def membership_inference(
 
     The aim of unlearning is the oracle's figure, not 100. The attacker is that of SalUn: a support vector classifier
     (RBF kernel, C = 3, gamma "auto") on the softmax confidence of the true class, fitted on equal numbers of retain
-    examples (members) and test examples (non-members). The larger set is subsampled.
+    examples (members) and test examples (non-members). The larger set is subsampled. ``evaluate`` passes a language
+    model's mean loss of each example, in nats, in place of confidences.
 
     Parameters
     ----------
     retain_confidences : Tensor
-        Confidences (n,) in [0, 1] of the retain set, floating.
+        Confidences (n,) of the retain set, in [0, 1], or losses: floating.
     test_confidences : Tensor
         Confidences of the test set, in the same form.
     forget_confidences : Tensor

@@ -1,7 +1,11 @@
-"""Accuracy, loss and confidence on the forget, retain and test sets, and the gap to an oracle."""
+"""Accuracy, loss and confidence on the forget, retain and test sets, and the gap to an oracle.
+
+Classifiers are measured over examples, causal language models over tokens.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_flag, check_loader, check_seed, check_type
+from delfast.batches import IGNORED
+from delfast.device_checks import refuse_if
+from delfast.errors import InputError
 from delfast.evaluation.membership import import_svc, membership_inference
-from delfast.evaluation.outputs import Loader, check_examples, collect, predict, true_class
+from delfast.evaluation.outputs import Loader, check_examples, collect, predict, predict_tokens, true_class
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.language import is_token_batch
+
+MAX_EXPONENT = 709.0  # about the largest x with a finite exp(x) in float64
 
 
 @dataclass(frozen=True)
@@ -21,11 +31,18 @@ class SetResult:
     Parameters
     ----------
     accuracy : float
-        Percentage (0-100) of examples that are classified as their target.
+        Percentage (0-100) of examples that are classified as their target. For a language model, of counted tokens that
+        are predicted.
     loss : float
-        Mean cross-entropy in nats.
+        Mean cross-entropy in nats over the examples. For a language model, over the counted tokens.
     confidences : Tensor
-        Softmax probability of the true class of each example: float32 (N,), on the CPU.
+        Softmax probability of the true class of each example: float32 (N,), on the CPU. For a language model the
+        geometric mean of its tokens' probabilities, exp(-losses).
+    losses : Tensor, optional
+        For a language model the mean cross-entropy over the counted tokens of each example: float32 (N,), on the CPU.
+        None for a classifier.
+    perplexity : float, optional
+        For a language model exp(loss); None for a classifier.
 
     Examples
     --------
@@ -38,6 +55,8 @@ class SetResult:
     accuracy: float
     loss: float
     confidences: Tensor
+    losses: Tensor | None = None
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,8 @@ class Metrics:
     """Measurements of a network on the forget, retain and test sets.
 
     Accuracies and ``mia`` are percentages (0-100). Deltas are oracle - method in percentage points; the smaller their
-    absolute value, the better (DEL paper, section 3). A delta is None without an oracle.
+    absolute value, the better (DEL paper, section 3). A delta is None without an oracle. Accuracies and losses are
+    means over examples, for a language model over counted tokens.
 
     Parameters
     ----------
@@ -69,6 +89,12 @@ class Metrics:
         Oracle's minus method's ``mia``; None if either is None.
     delta_test : float, optional
         Oracle's minus method's test accuracy.
+    forget_perplexity : float, optional
+        A language model's exp(``forget_loss``); None for a classifier.
+    retain_perplexity : float, optional
+        Its exp(``retain_loss``).
+    test_perplexity : float, optional
+        Its exp(``test_loss``).
 
     References
     ----------
@@ -92,6 +118,9 @@ class Metrics:
     delta_forget: float | None = None
     delta_mia: float | None = None
     delta_test: float | None = None
+    forget_perplexity: float | None = None
+    retain_perplexity: float | None = None
+    test_perplexity: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Return the values by name, except those that are None.
@@ -124,9 +153,10 @@ def evaluate(
     Parameters
     ----------
     model : torch.nn.Module
-        Classifier: ``model(input)`` returns logits (B, classes).
+        Classifier: ``model(input)`` returns logits (B, classes). Or a causal language model, as for ``causal_lm_loss``.
     forget : iterable
-        Batches of the forget set: (input, target) or (index, input, target), with integer targets (B,).
+        Batches of the forget set: (input, target) or (index, input, target), with integer targets (B,). For a language
+        model mappings with ``input_ids``, as ``causal_lm_loss`` accepts them.
     retain : iterable
         Batches of the rest of the training set.
     test : iterable
@@ -147,15 +177,20 @@ def evaluate(
     Returns
     -------
     Metrics
-        Accuracies, losses, ``mia`` and the deltas.
+        Accuracies, losses, ``mia`` and the deltas; for a language model also perplexities.
 
     Raises
     ------
     InputError
-        For arguments of another type, an empty set, labels that the model has no output for, and outputs that are not
-        finite.
+        For arguments of another type, an empty set, labels that the model has no output for, outputs that are not
+        finite, and sets of which some are of classes and some of tokens. Also for an example without a counted token.
     ImportError
         If ``mia`` is True and scikit-learn is missing; raised before anything is measured.
+
+    Notes
+    -----
+    Accuracy and loss of a language model are means over all counted tokens of a set. Membership inference then reads
+    each example's own mean loss in nats, where it reads a classifier's confidence.
 
     Examples
     --------
@@ -177,15 +212,22 @@ def evaluate(
     if check_flag("mia", mia):
         import_svc()  # so that a missing package is reported before the sets are measured
     results = {name: _measure(model, loader, name, execution) for name, loader in sets.items()}
-    retained, tested, forgotten = (results[name].confidences for name in ("retain", "test", "forget"))
+    forgotten, retained, tested = results.values()
+    if len({each.losses is None for each in results.values()}) > 1:
+        raise InputError(
+            "expected three sets of one form, got batches with 'input_ids' and others; pass one model's sets"
+        )
     metrics = Metrics(
-        forget_acc=results["forget"].accuracy,
-        retain_acc=results["retain"].accuracy,
-        test_acc=results["test"].accuracy,
-        forget_loss=results["forget"].loss,
-        retain_loss=results["retain"].loss,
-        test_loss=results["test"].loss,
-        mia=membership_inference(retained, tested, forgotten, seed) if mia else None,
+        forget_acc=forgotten.accuracy,
+        retain_acc=retained.accuracy,
+        test_acc=tested.accuracy,
+        forget_loss=forgotten.loss,
+        retain_loss=retained.loss,
+        test_loss=tested.loss,
+        mia=membership_inference(_feature(retained), _feature(tested), _feature(forgotten), seed) if mia else None,
+        forget_perplexity=forgotten.perplexity,
+        retain_perplexity=retained.perplexity,
+        test_perplexity=tested.perplexity,
     )
     return metrics if oracle is None else Metrics(**{**asdict(metrics), **gaps(metrics, oracle)})
 
@@ -241,9 +283,10 @@ def accuracy_and_loss(
     Parameters
     ----------
     model : torch.nn.Module
-        Classifier: ``model(input)`` returns logits (B, classes).
+        Classifier: ``model(input)`` returns logits (B, classes). Or a causal language model, as for ``causal_lm_loss``.
     loader : iterable
-        Batches (input, target) or (index, input, target), with integer targets (B,).
+        Batches (input, target) or (index, input, target), with integer targets (B,). For a language model mappings with
+        ``input_ids``.
     precision : {"fp32", "bf16"}, default "fp32"
         "bf16" runs the forward passes under ``torch.autocast``.
     channels_last : {"auto", True, False}, default "auto"
@@ -254,7 +297,7 @@ def accuracy_and_loss(
     Returns
     -------
     SetResult
-        The loss is a mean over examples, accumulated in float64.
+        The loss is a mean over examples, or over a language model's counted tokens, accumulated in float64.
 
     Raises
     ------
@@ -274,18 +317,44 @@ def accuracy_and_loss(
     return _measure(model, loader, "data", execution)
 
 
+def _feature(result: SetResult) -> Tensor:
+    """Return what membership inference reads of each example (N,)."""
+    return result.confidences if result.losses is None else result.losses
+
+
 def _measure(model: nn.Module, loader: Loader, name: str, execution: Execution) -> SetResult:
+    """Measure a set, of classes or of tokens as its batches are."""
+
     def measure(batch: Any) -> tuple[Tensor, ...]:
-        targets, log_probabilities = predict(model, batch, execution)
-        truth = true_class(log_probabilities, targets)
-        return (log_probabilities.argmax(1) == targets).sum(), truth.double().sum(), truth.exp()
+        return _tokens(model, batch, execution) if is_token_batch(batch) else _classes(model, batch, execution)
 
     found = collect((model,), loader, f"{name} set", measure, execution)
-    count = sum(len(confidences) for *_, confidences in found)
-    check_examples(count, f"{name} set")
-    correct, logs, confidences = zip(*found, strict=True)
-    return SetResult(
-        100 * sum(torch.stack(correct).tolist()) / count,
-        -sum(torch.stack(logs).tolist()) / count,
-        torch.cat(confidences),
-    )
+    check_examples(sum(len(each) for _, _, each, *_ in found), f"{name} set")
+    if len({len(parts) for parts in found}) > 1:
+        raise InputError(f"{name} set: expected all batches with 'input_ids' or none, got both; pass one form")
+    correct, logs, each, *counts = zip(*found, strict=True)
+    # an example of a classifier counts as one token
+    count = int(torch.stack(counts[0]).sum()) if counts else sum(map(len, each))
+    accuracy, loss = 100 * sum(torch.stack(correct).tolist()) / count, -sum(torch.stack(logs).tolist()) / count
+    values = torch.cat(each)
+    if not counts:
+        return SetResult(accuracy, loss, values)
+    return SetResult(accuracy, loss, (-values).exp(), values, math.exp(loss) if loss < MAX_EXPONENT else math.inf)
+
+
+def _classes(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor, ...]:
+    """Return the number of correct examples, the sum of their log-probabilities, and each one's confidence (B,)."""
+    targets, log_probabilities = predict(model, batch, execution)
+    truth = true_class(log_probabilities, targets)
+    return (log_probabilities.argmax(1) == targets).sum(), truth.double().sum(), truth.exp()
+
+
+def _tokens(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor, ...]:
+    """Return the number of correct tokens, the sum of their log-probabilities, each example's mean loss (B,), and the
+    number of counted tokens.
+    """
+    predicted, targets, losses = predict_tokens(model, batch, execution)
+    counts = (targets != IGNORED).sum(1)
+    refuse_if((counts == 0).any(), "expected a counted token in every example, got an example without; leave it out")
+    # an ignored target is negative, so it equals no prediction
+    return (predicted == targets).sum(), -losses.double().sum(), losses.sum(1) / counts.clamp(min=1), counts.sum()

@@ -17,6 +17,7 @@ from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
+from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
 from delfast.naming import unwrap
 
@@ -87,7 +88,7 @@ def collect(
     function: Callable[[Any], tuple[Tensor, ...]],
     execution: Execution,
 ) -> list[tuple[Tensor, ...]]:
-    """Return what ``function`` computes of every batch (input, target), on the CPU.
+    """Return what ``function`` computes of every batch, (input, target) or a language model's mapping, on the CPU.
 
     The models, which the function runs, are in eval mode without gradients, and are left as they were. The host does
     not wait for a device before the end of the set. The texts of errors begin with ``where``.
@@ -111,8 +112,9 @@ def collect(
         stack.enter_context(torch.no_grad())
         stack.enter_context(checks)
         for batch in feed(loader, device):
-            pair = batch if isinstance(batch, Indexed) else split_batch(batch)[1:]
-            found.append(tuple(t.to("cpu", non_blocking=True) for t in run(pair)))
+            if not isinstance(batch, Indexed) and not is_token_batch(batch):
+                batch = split_batch(batch)[1:]
+            found.append(tuple(t.to("cpu", non_blocking=True) for t in run(batch)))
     checks.read()  # waits for the copies too, which are on the same stream
     return found
 
@@ -132,6 +134,21 @@ def predict(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor,
         "expected finite outputs of the model, got NaN or infinity; train it with a lower rate",
     )
     return targets, functional.log_softmax(logits.float(), dim=1)
+
+
+def predict_tokens(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor, Tensor, Tensor]:
+    """Return predicted tokens (B, T), their targets (B, T), IGNORED where none counts, and the losses (B, T), there 0.
+
+    Position t predicts token t + 1. Raises InputError as ``causal_lm_loss``, and for losses that are not finite.
+    """
+    with execution.autocast(device_of(model)):
+        logits, targets = next_token_logits(model, batch)
+    losses = next_token_losses(logits, targets)
+    refuse_if(
+        ~losses.isfinite().all(),
+        "expected finite losses of the tokens, got NaN or infinity; train the model with a lower rate",
+    )
+    return logits.argmax(2), targets, losses
 
 
 def check_examples(count: int, where: str) -> None:

@@ -15,6 +15,7 @@ from delfast.batches import LossFn, device_of, sampler_fault, warn_about_loader
 from delfast.errors import InputError
 from delfast.execution import Execution
 from delfast.layer_types import output_dims
+from delfast.localization.competing import competing_parameters
 from delfast.localization.criteria import WITHOUT_MEAN, Criterion
 from delfast.localization.gradient import add_all
 from delfast.localization.scores import Scores
@@ -50,6 +51,7 @@ def localize_until_stable(
     loss_fn: LossFn | None,
     seed: int,
     execution: Execution,
+    patterns: Mapping[str, list[str]],
 ) -> Selection:
     """Select after n = batch_size, 2n, 4n, … examples, until two selections in a row overlap by ``bound`` (Jaccard).
 
@@ -65,6 +67,7 @@ def localize_until_stable(
     parameters = trainable_parameters(network)
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
+    parameters = competing_parameters(network, parameters, patterns)
     available = len(dataset)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
     warn_about_loader(DataLoader(dataset), "forget set")
@@ -87,6 +90,7 @@ def localize_until_stable(
             per_example,
             dims=output_dims(network),
             precision=execution.computed_in(device_of(network)),
+            patterns=patterns,
         )
         selection = scores.choose(budget, **settings)
         mask = selection.mask

@@ -56,6 +56,8 @@ class Scores:
         The dimension of a parameter's channels where it is not 0; see ``register_layer``.
     precision : str, default "fp32"
         The precision of the forward passes: "fp32", "bf16", or "fp16" under a caller's autocast.
+    patterns : mapping of str to list of str, or None, default None
+        The patterns "include" and "exclude" of names by which ``parameters`` were chosen, for the mask's metadata.
 
     Examples
     --------
@@ -76,6 +78,7 @@ class Scores:
         units: Mapping[str, Tensor] | None = None,
         dims: Mapping[str, int] | None = None,
         precision: str = "fp32",
+        patterns: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self.gradients = None if gradients is None else dict(gradients)
@@ -86,6 +89,7 @@ class Scores:
         self.units = units
         self.dims = dict(dims or {})
         self.precision = precision
+        self.patterns = dict(patterns or {})
         self.total = sum(parameter.numel() for parameter in parameters.values())
         self._versions = [parameter._version for parameter in self.parameters.values()]
 
@@ -189,7 +193,7 @@ class Scores:
         metadata |= {"budget": budget, "examples": self.examples, "seed": self.seed}
         if self.examples:
             metadata["precision"] = self.precision
-        metadata |= {"delfast": __version__, "torch": torch.__version__}
+        metadata |= {**self.patterns, "delfast": __version__, "torch": torch.__version__}
         return Selection(Mask(parts, metadata), selected, positive)
 
     def channel_scores(

@@ -14,6 +14,7 @@ from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.graphs import check_cuda_graphs
 from delfast.layer_types import output_dims
+from delfast.localization.competing import Patterns, check_patterns, competing_parameters
 from delfast.localization.criteria import (
     BY_DEPTH,
     WITHOUT_SET,
@@ -41,6 +42,8 @@ def score(
     precision: Precision = "fp32",
     channels_last: ChannelsLast = "auto",
     cuda_graphs: CudaGraphs = "auto",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> Scores:
     """Score every trainable parameter of a model.
 
@@ -85,6 +88,14 @@ def score(
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
         a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
+    include : str or sequence of str, optional
+        Glob patterns of parameter names: only parameters with a name that matches one of them compete, such as
+        "*.mlp.*" (``*`` stands for any characters, dots included; capitals count). A tied parameter is found under each
+        of its names. By default every trainable parameter competes.
+    exclude : str or sequence of str, optional
+        Patterns of parameters that do not compete, also if ``include`` matches them, such as ["*embed*", "lm_head.*"].
+        A parameter that does not compete is treated as a frozen one: no gradient of it is computed, it does not count
+        in the budget, the mask lacks it, and ``unlearn`` leaves it as it is, even if it belongs to the head.
 
     Returns
     -------
@@ -94,8 +105,8 @@ def score(
     Raises
     ------
     InputError
-        For an unknown criterion, a missing or empty set, labels out of range, a DTensor; with ``per_example`` also for
-        layers that mix the examples (BatchNorm without running statistics).
+        For an unknown criterion, a missing or empty set, labels out of range, a DTensor, a pattern that matches no
+        parameter; with ``per_example`` also for layers that mix the examples (BatchNorm without running statistics).
 
     References
     ----------
@@ -118,6 +129,12 @@ def score(
     """
     check_criterion(criterion, per_example, loss_fn)
     per_example = bool(per_example)  # numpy's too
+    patterns = check_patterns(include, exclude)
+    if criterion == "critmem" and patterns:
+        raise InputError(
+            "expected no include and no exclude for criterion 'critmem', which searches all channels, got patterns; "
+            "leave them out, or freeze the parameters"
+        )
     max_channels = check_count("max_channels", max_channels)
     seed = check_seed(seed)
     execution = Execution(precision, channels_last, cuda_graphs)
@@ -129,10 +146,11 @@ def score(
     parameters = trainable_parameters(unwrap(model))
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
+    parameters = competing_parameters(unwrap(model), parameters, patterns)
     dims = output_dims(unwrap(model))
     if criterion in WITHOUT_SET:
         units = _by_depth(parameters, dims, criterion == "deepest") if criterion in BY_DEPTH else None
-        return Scores(parameters, None, criterion, 0, seed, units=units, dims=dims)
+        return Scores(parameters, None, criterion, 0, seed, units=units, dims=dims, patterns=patterns)
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
     if criterion == "critmem":
@@ -159,6 +177,7 @@ def score(
         per_example,
         dims=dims,
         precision=execution.computed_in(device),
+        patterns=patterns,
     )
 
 

@@ -15,6 +15,7 @@ from delfast.deprecation import renamed
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.localization.anytime import BATCH_SIZE, check_stop, localize_until_stable
+from delfast.localization.competing import Patterns, check_patterns
 from delfast.localization.criteria import (
     Aggregate,
     Criterion,
@@ -207,6 +208,8 @@ def localize(
     precision: Precision = "fp32",
     channels_last: ChannelsLast = "auto",
     cuda_graphs: CudaGraphs = "auto",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
 ) -> Mask:
     """Find the most critical parameters of a model for a forget set: ``score`` and ``Scores.select`` in one call.
 
@@ -223,7 +226,7 @@ def localize(
         for the criteria that read no example: "weight", "random", "shallowest", "deepest". The strategy
         "weighted-grad-all" expects the loader of the whole training set.
     budget : float, default 0.3
-        The fraction of all trainable parameters to select, in (0, 1]. The default is the DEL paper's.
+        The fraction of all competing parameters to select, in (0, 1]. The default is the DEL paper's.
     strategy : str, default "del"
         The name of a criterion and a granularity, a key of ``STRATEGIES``.
     preset : {"paper", "published-code"} or None, default None
@@ -260,6 +263,10 @@ def localize(
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
         a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
+    include : str or sequence of str, optional
+        Glob patterns of the names of parameters that compete, such as "*.mlp.*"; see ``score``.
+    exclude : str or sequence of str, optional
+        Patterns of the names of parameters that do not compete, such as ["*embed*", "lm_head.*"]; see ``score``.
 
     Returns
     -------
@@ -328,6 +335,7 @@ def localize(
     execution = Execution(precision, channels_last, cuda_graphs)
     execution.check()
     options: dict[str, Any] = {"per_example": bool(per_example), "loss_fn": loss_fn, "seed": check_seed(seed)}
+    patterns = check_patterns(include, exclude)
     if stop_when_stable is not None:
         selection = localize_until_stable(
             model,
@@ -338,10 +346,12 @@ def localize(
             stop_when_stable,
             batch_size,
             execution=execution,
+            patterns=patterns,
             **options,
         )
     else:
-        scores = score(model, cast(Any, forget), criterion_name, **options, **asdict(execution))
+        options |= {**asdict(execution), **patterns}
+        scores = score(model, cast(Any, forget), criterion_name, **options)
         selection = scores.choose(budget, **settings)
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}

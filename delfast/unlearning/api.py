@@ -20,6 +20,7 @@ from delfast.errors import InputError
 from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
 from delfast.localization import localize
+from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
 from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
@@ -121,7 +122,8 @@ def unlearn(
         "neggrad+", "relabel", "influence", "ssd" and "scrub" always need them.
     mask : Mask, optional
         The entries that may change. Default: "del" uses ``localize(model, forget)``; with any other method everything
-        may change.
+        may change. The head is not trained where the mask was localized with ``include`` or ``exclude`` that leave it
+        out.
     init : callable, dict of str to tensor, torch.nn.Module or "reset_parameters", optional
         Source of newly initialized values, as for ``delfast.reset_``; needed by "del" and "retrain".
     method : str or Method, default "del"
@@ -223,6 +225,7 @@ def unlearn(
     if mask is None and chosen.localizes:
         layout, graphs = training.channels_last, training.cuda_graphs
         selected = localize(network, required(forget), loss_fn=loss_fn, channels_last=layout, cuda_graphs=graphs)
+    heads = left_in(network, heads, patterns_of(selected))
     widened = _widened(selected, heads) if chosen.trains_head else selected
     task = replace(task, model=model, mask=selected, classes=first.classes)
 

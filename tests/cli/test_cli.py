@@ -146,6 +146,11 @@ def test_localize_keeps_to_its_budget_and_options(workspace, tmp_path):
     metadata = Mask.load(tmp_path / "all" / "mask.safetensors").metadata
     assert (metadata["strategy"], metadata["examples"]) == ("weighted-grad-all", 1437)
     assert read(tmp_path / "all" / "summary.json")["options"]["strategy"] == "weighted-grad-all"
+    patterns = ["--include", "layer*", "--include", "fc.*", "--exclude", "*.bias"]
+    run("localize", workspace / "run", *patterns, "--output-dir", tmp_path / "named")
+    mask = Mask.load(tmp_path / "named" / "mask.safetensors")
+    assert "fc.weight" in mask and "fc.bias" not in mask and "conv1.weight" not in mask
+    assert mask.metadata["include"] == ["layer*", "fc.*"] and mask.metadata["exclude"] == ["*.bias"]
     run("localize", workspace / "run", "--budget", 0.1, "--criterion", "critmem", "--output-dir", tmp_path / "critmem")
     critical = Mask.load(tmp_path / "critmem" / "mask.safetensors")
     assert critical.metadata["criterion"] == "critmem" and 0 < critical.fraction <= 0.1
@@ -306,6 +311,8 @@ def test_train_refuses(options, message, tmp_path, capsys):
         (["--strategy", "luck"], "expected --strategy to be one of del, salloc"),
         (["--strategy", "del", "--criterion", "grad"], "without --criterion and --granularity"),
         (["--criterion", "random", "--per-example"], "expected a criterion with a gradient for per_example"),
+        (["--include", "layer9.*"], "which matches none"),
+        (["--exclude", "*"], "expected include and exclude to leave a trainable parameter"),
         (["--stop-when-stable", "0"], "stop_when_stable in (0, 1], got 0"),
         (["--stop-when-stable", "0.9", "--criterion", "weight"], "a gradient for stop_when_stable, got 'weight'"),
     ],

@@ -1,5 +1,6 @@
 """Every example runs, is short, forgets the wrong labels, and changes nothing outside the mask."""
 
+import json
 import os
 import subprocess
 import sys
@@ -34,5 +35,22 @@ def test_example(name):
     assert remembered[0] >= 30 and remembered[1] <= 10
 
 
+def test_the_language_model_example(tmp_path):
+    """The original has memorised the passages, the oracle has not; unlearning changes the mask alone."""
+    pytest.importorskip("transformers", reason="transformers is missing: pip install -r requirements-dev.txt")
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "causal_lm.py", "--fast", "--json", tmp_path / "result.json"],
+        **{"capture_output": True, "text": True, "timeout": cases.PATIENCE},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    _, *rows, changed = result.stdout.splitlines()
+    models = json.loads((tmp_path / "result.json").read_text())["models"]
+    assert changed == "changed outside the mask: 0" and [row.split()[0] for row in rows] == list(models)
+    original, unlearned, oracle = (models[name] for name in ("original", "unlearned", "oracle"))
+    assert original["exposure"] > 5 and oracle["exposure"] < 3 and original["exposure"] >= unlearned["exposure"]
+    assert original["forget_loss"] < unlearned["forget_loss"] < oracle["forget_loss"]
+
+
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "common"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "causal_lm", "common"}

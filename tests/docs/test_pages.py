@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import delfast
@@ -28,6 +28,18 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
 
 
+class LanguageModel(nn.Module):
+    """Tokens (N, T) -> logits (N, T, 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.mlp = nn.Embedding(7, 8), nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 7)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.lm_head(self.mlp(self.embed_tokens(input_ids)).relu())
+
+
 @pytest.fixture
 def job() -> dict[str, Any]:
     """Return the names that the pages take from the reader's job."""
@@ -42,6 +54,8 @@ def job() -> dict[str, Any]:
         **{"forget": forget, "forget_loader": forget, "retain": loader(12), "held_out": loader(4)},
         "mask": delfast.localize(model, forget, budget=0.3),
         "more": delfast.localize(model, forget, budget=0.5),
+        **{"lm": LanguageModel(), "make_lm": LanguageModel},
+        **{f"{name}_texts": [{"input_ids": torch.randint(7, (4, 5))}] for name in ("forget", "retain", "test")},
     }
 
 

@@ -23,8 +23,8 @@ from tests import ROOT
 
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-PAGES = ("README", "BENCHMARKS", "RESULTS")
-KEPT = ("CPU", "STEPS", "JOB", "MEMORY", "GPU", "DEMO", "SECTORS", "CIFAR10")
+PAGES = ("README", "BENCHMARKS", "RESULTS", "LANGUAGE_MODELS")
+KEPT = ("CPU", "STEPS", "JOB", "MEMORY", "GPU", "DEMO", "SECTORS", "CIFAR10", "CAUSAL_LM")
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
