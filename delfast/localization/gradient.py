@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -25,26 +26,30 @@ from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
 from delfast.loaders import is_frequent
-
-MAX_BUCKET_BYTES = 2**24  # gradients that wait for their addition to the sums, which is one launch a bucket
+from delfast.processes import MAX_BUCKET_BYTES, Processes
 
 
 class GradientSums(Protocol):
     """An accumulator of gradients over batches."""
 
     checks: DeviceChecks
+    sums: dict[str, Tensor]
 
     def add(self, batch: Any) -> int:
         """Add a batch and return its number of examples."""
 
-    def mean(self, examples: int) -> dict[str, Tensor]:
-        """Return plain name -> sum / examples, in the parameter's shape; float32, or float64 for float64 parameters."""
+    def mean(self, examples: int, *, last: bool = False) -> dict[str, Tensor]:
+        """Return plain name -> sum / examples, in the parameter's shape; float32, or float64 for float64 parameters.
+
+        last: whether nothing is added afterwards, so that the mean may take the place of the sums.
+        """
 
 
 class MeanGradient:
     """The sum Σ ∇ℓ(x) over the examples. It is zero for a parameter that the loss does not depend on.
 
     loader: the batches to be added, whose sizes decide which shapes are captured; None: no shape.
+    sum_dtype: at least this dtype for the sums.
     """
 
     def __init__(
@@ -54,12 +59,13 @@ class MeanGradient:
         loss_fn: LossFn | None,
         execution: Execution = DEFAULT_EXECUTION,
         loader: object = None,
+        sum_dtype: torch.dtype | None = None,
     ) -> None:
         self.network = network
         self.parameters = dict(parameters)
         self.loss_fn = loss_fn
         self.execution = execution
-        self.sums = _zeros_like(parameters)
+        self.sums = zeros_like(parameters, sum_dtype)
         self.checks = DeviceChecks(device_of(network))
         self._gradients = GradientHooks(self.parameters, self.sums)
         self._pass = Graphed(
@@ -75,8 +81,8 @@ class MeanGradient:
             batch = detached(split_batch(batch)[1:] if self.loss_fn is None else batch)
         return len(self._pass(batch))
 
-    def mean(self, examples: int) -> dict[str, Tensor]:
-        return dict(zip(self.sums, torch._foreach_div(list(self.sums.values()), examples), strict=True))
+    def mean(self, examples: int, *, last: bool = False) -> dict[str, Tensor]:
+        return mean_of(self.sums, examples, self.parameters, last=last)
 
     def _run(self, batch: Any) -> Tensor:
         """Add the batch's gradients to the sums; return its losses (N,)."""
@@ -90,7 +96,8 @@ class MeanGradient:
 class GradientHooks:
     """Hooks that add each gradient to its sum during a backward pass, and free it.
 
-    Gradients wait in a bucket of at most ``MAX_BUCKET_BYTES``, or one gradient, for one addition of all. The hooks run
+    Gradients wait in a bucket of at most ``MAX_BUCKET_BYTES``, or one gradient, for one addition of all, which is one
+    launch. The hooks run
     before a gradient is accumulated into ``.grad``, which belongs to the user's training, as do its own hooks.
     """
 
@@ -133,24 +140,61 @@ class GradientHooks:
         self._bucket, self._bytes = [], 0
 
 
-def add_all(sums: GradientSums, network: nn.Module, loader: Iterable[Any], what: str) -> int:
-    """Add every batch of ``loader`` once, in eval mode, and return |S|. InputError for a set without examples."""
+def add_all(
+    sums: GradientSums,
+    network: nn.Module,
+    loader: Iterable[Any],
+    what: str,
+    processes: Processes | None = None,
+    finish: Callable[[], None] | None = None,
+) -> int:
+    """Add every batch of ``loader`` once, in eval mode, and return |S|. InputError for a set without examples.
+
+    processes: those whose sums are added to this process's at the end. The loader is then this process's share, and
+    ``finish`` checks the shares after the last batch. An error of one process is raised by all.
+    """
     examples = 0
-    with evaluating(network, gradients=True), sums.checks:
+    together = nullcontext() if processes is None else processes.together()
+    with together, evaluating(network, gradients=True), sums.checks:
         for batch in feed(loader, device_of(network)):
             examples += sums.add(batch)
         sums.checks.read()
+    if processes is not None:
+        if finish is not None:
+            finish()
+        examples = processes.count_data(examples)
+        processes.add_data(sums.sums.values())
+    return check_examples(examples, what)
+
+
+def check_examples(examples: int, what: str) -> int:
+    """Return |S|. InputError for a set without examples."""
     if not examples:
         raise InputError(f"expected a {what} of at least one example, got none; check its loader")
     return examples
 
 
-def _zeros_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return zeros with each parameter's shape and strides, in float32 or wider."""
+def zeros_like(parameters: Mapping[str, Tensor], sum_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return zeros with each parameter's shape and strides, in float32 or wider, and in at least ``sum_dtype``."""
     with torch.inference_mode(False):  # the sums are changed outside inference mode
         return {
             name: torch.zeros_like(
-                parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False
+                parameter,
+                dtype=torch.promote_types(parameter.dtype, sum_dtype or torch.float32),
+                requires_grad=False,
             )
             for name, parameter in parameters.items()
         }
+
+
+def mean_of(
+    sums: dict[str, Tensor], examples: int, parameters: Mapping[str, Tensor], *, last: bool
+) -> dict[str, Tensor]:
+    """Return each sum / examples, in the dtype of ``GradientSums.mean``. With ``last`` the sums are used up."""
+    if not last:
+        sums = {name: total.clone() for name, total in sums.items()}
+    torch._foreach_div_(list(sums.values()), examples)
+    mean = {}
+    for name, parameter in parameters.items():  # one sum after the other is freed if the mean is narrower
+        mean[name] = sums.pop(name).to(torch.promote_types(parameter.dtype, torch.float32))
+    return mean

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -26,6 +27,7 @@ from delfast.localization.criteria import (
 from delfast.localization.scoring import score
 from delfast.mask import Mask
 from delfast.plain import unboxed
+from delfast.processes import Group
 
 Preset = Literal["paper", "published-code"]
 BUDGET = 0.3  # fraction of all parameters; DEL paper, experimental setup
@@ -207,6 +209,8 @@ def localize(
     precision: Precision = "fp32",
     channels_last: ChannelsLast = "auto",
     cuda_graphs: CudaGraphs = "auto",
+    sum_dtype: torch.dtype | None = None,
+    group: Group = None,
 ) -> Mask:
     """Find the most critical parameters of a model for a forget set: ``score`` and ``Scores.select`` in one call.
 
@@ -259,14 +263,19 @@ def localize(
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
-        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
+        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. Networks of DTensors run without.
+    sum_dtype : torch.dtype or None, default None
+        The dtype in which gradients are summed over batches and processes; see ``score``.
+    group : ProcessGroup, DeviceMesh or None, default None
+        The processes over which the data differ. They share the set and all get the same mask, that of the whole model;
+        see ``score``. Refused with ``stop_when_stable``.
 
     Returns
     -------
     Mask
         The selected parameters. The metadata store every setting, and ``strategy`` unless ``criterion`` or
         ``granularity`` was given. With ``stop_when_stable`` they also store the number of ``examples`` that were used,
-        ``examples_available`` and the last ``overlap``.
+        ``examples_available`` and the last ``overlap``; with ``group`` the number of ``processes``.
 
     Raises
     ------
@@ -329,6 +338,11 @@ def localize(
     execution.check()
     options: dict[str, Any] = {"per_example": bool(per_example), "loss_fn": loss_fn, "seed": check_seed(seed)}
     if stop_when_stable is not None:
+        if group is not None or sum_dtype is not None:
+            raise InputError(
+                "expected neither group nor sum_dtype with stop_when_stable, got one; omit stop_when_stable, and all "
+                "examples are used"
+            )
         selection = localize_until_stable(
             model,
             forget,
@@ -341,7 +355,9 @@ def localize(
             **options,
         )
     else:
-        scores = score(model, cast(Any, forget), criterion_name, **options, **asdict(execution))
+        scores = score(
+            model, cast(Any, forget), criterion_name, **options, **asdict(execution), sum_dtype=sum_dtype, group=group
+        )
         selection = scores.choose(budget, **settings)
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}
