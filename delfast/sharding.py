@@ -128,6 +128,12 @@ def fsdp_groups(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _waits(fsdp_param: Any) -> bool:
+    """Return whether an FSDP2 parameter has a gradient that is not reduced yet."""
+    whole = getattr(fsdp_param, "_unsharded_param", None)  # made by the first forward pass
+    return fsdp_param.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)
+
+
 @contextmanager
 def adding_gradients(model: nn.Module) -> Iterator[None]:
     """Let FSDP2 add the gradients of its processes inside the context, instead of averaging them.
@@ -137,8 +143,7 @@ def adding_gradients(model: nn.Module) -> Iterator[None]:
     """
     groups = fsdp_groups(model)
     for group in groups:
-        waiting = any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
-        if waiting or group._partial_reduce_output is not None:
+        if any(map(_waits, group.fsdp_params)) or group._partial_reduce_output is not None:
             raise InputError(
                 "expected no gradients that wait for their reduction, got some from a backward pass with "
                 "set_requires_gradient_sync(False) or set_requires_all_reduce(False); finish the optimizer step first"

@@ -30,7 +30,7 @@ from delfast.localization.sharded_scores import ShardedScores
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import unit_count
 from delfast.processes import Group, joined
-from delfast.sharding import is_dtensor
+from delfast.sharding import fsdp_groups, is_dtensor
 from delfast.shares import refuse_sharded, share
 
 DIFFERENT_PARAMETERS = (
@@ -151,7 +151,7 @@ def score(
     execution.check()
     device = device_of(unwrap(model))
     check_cuda_graphs(cuda_graphs, device)
-    _check_sums(sum_dtype, per_example)
+    _check_sums(sum_dtype, per_example, model)
     if loader is not None:
         check_loader(loader, "loader")
     network = unwrap(model)
@@ -215,7 +215,7 @@ def score(
     )
 
 
-def _check_sums(sum_dtype: torch.dtype | None, per_example: bool) -> None:
+def _check_sums(sum_dtype: torch.dtype | None, per_example: bool, model: nn.Module) -> None:
     """Raise InputError for a dtype that sums cannot have."""
     if sum_dtype not in (None, torch.float32, torch.float64):
         raise InputError(
@@ -224,6 +224,11 @@ def _check_sums(sum_dtype: torch.dtype | None, per_example: bool) -> None:
     if sum_dtype is not None and per_example:
         raise InputError(
             f"expected no sum_dtype for per_example=True, got {sum_dtype}; its kernels sum in float32, so omit it"
+        )
+    if sum_dtype is not None and fsdp_groups(model):
+        raise InputError(
+            f"expected no sum_dtype for FSDP2, got {sum_dtype}; its own reduction adds the processes' gradients, in "
+            "the reduce_dtype of its MixedPrecisionPolicy, so omit it"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 import time
@@ -13,15 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from tests.groups import gloo_group
 
 LIMIT_S = 120  # of all scenarios of a start
 WAIT_S = 60  # of one collective: less than the limit, so that a process that waits in vain fails by name
-
-Scenario = Callable[[], Any]
 
 
 def run_in_processes(count: int, scenarios: dict[str, Callable[..., Any]], folder: Path) -> list[dict[str, Any]]:
@@ -42,8 +38,7 @@ def run_in_processes(count: int, scenarios: dict[str, Callable[..., Any]], folde
 def _run(rank: int, count: int, scenarios: dict[str, Callable[..., Any]], folder: Path) -> None:
     torch.set_num_threads(1)
     results = {}
-    with gloo_group(folder / "store", rank, count):
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=WAIT_S), dist.group.WORLD)
+    with gloo_group(folder / "store", rank, count, WAIT_S):
         for name, scenario in scenarios.items():
             try:
                 results[name] = scenario(rank)

@@ -5,6 +5,7 @@ The networks and inputs are small integers, so that sums over examples and proce
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 import delfast
 from tests.distributed.spawning import run_in_processes
@@ -25,18 +26,33 @@ AGGREGATES = ("topk_mean", "mean", "max", "sum")
 FEATURES, HIDDEN, OUTPUTS, CLASSES = 6, 10, 7, 3
 
 
+class Mix(nn.Module):
+    """A layer that stores its weight as (in, out), so that processes that split dim 0 hold parts of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(FEATURES, FEATURES))
+
+    def forward(self, inputs):
+        return inputs @ self.weight
+
+
+delfast.register_layer(Mix, output_dim=1)
+
+
 class Network(nn.Module):
     """Rows that two, three and four processes do not divide; four processes leave parts of the head empty."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.mix = Mix()
         self.up = nn.Linear(FEATURES, HIDDEN)
         self.down = nn.Linear(HIDDEN, OUTPUTS)
         self.head = nn.Linear(OUTPUTS, CLASSES)
         self.scale = nn.Parameter(torch.empty(CLASSES))
 
     def forward(self, inputs):
-        return self.head(self.down(self.up(inputs).relu()).relu()) * self.scale
+        return self.head(self.down(self.up(self.mix(inputs)).relu()).relu()) * self.scale
 
 
 def network():
@@ -145,6 +161,338 @@ def digests_of(layout, rank):
     return digests(model, group=group)
 
 
+# Loaders of 101 examples
+
+
+class Recorded(TensorDataset):
+    """A data set that remembers which examples were read."""
+
+    def __init__(self, count):
+        super().__init__(*examples(count).tensors)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(examples(101))
+
+
+class OneShare:
+    """A sampler of one process's share that no attribute shows."""
+
+    def __init__(self, rank, count):
+        self.indices = range(rank, 101, count)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+
+def salun(model, loader, **options):
+    return delfast.localize(model, loader, 0.3, strategy="salloc", loss_fn=loss_fn, **options)
+
+
+@functools.cache
+def of_101():
+    return salun(network(), DataLoader(examples(101), batch_size=7)).digest
+
+
+def counted(loader_of, layout, rank):
+    """Return digest, number of examples, and examples read by this process."""
+    model, group = layout()
+    loader = loader_of(rank, dist.get_world_size())
+    mask = salun(model, loader, group=group)
+    assert mask.metadata["processes"] == dist.get_world_size()
+    return mask.digest, mask.metadata["examples"], getattr(getattr(loader, "dataset", None), "read", None)
+
+
+def plain_loader(rank, count):
+    return DataLoader(Recorded(101), batch_size=7)
+
+
+def shuffled(rank, count):
+    return DataLoader(examples(101), batch_size=7, shuffle=True, generator=torch.Generator().manual_seed(rank))
+
+
+def unbatched(rank, count):
+    return DataLoader([tuple(t[i : i + 9] for t in examples(101).tensors) for i in range(0, 101, 9)], batch_size=None)
+
+
+def listed(rank, count):
+    return list(DataLoader(examples(101), batch_size=7))
+
+
+def streamed(rank, count):
+    return DataLoader(Stream(), batch_size=7)
+
+
+def sampled(rank, count, **options):
+    data = Recorded(101)
+    return DataLoader(data, batch_size=7, sampler=DistributedSampler(data, count, rank, **options))
+
+
+def shuffled_sampled(rank, count):
+    return sampled(rank, count, shuffle=True, seed=4)
+
+
+def accelerate_uneven(rank, count):
+    return of_accelerate(rank, count, even_batches=False)
+
+
+LOADERS = (plain_loader, shuffled, unbatched, listed, streamed, sampled, shuffled_sampled, accelerate_uneven)
+
+
+def of_accelerate(rank, count, even_batches=True):
+    shard = pytest.importorskip("accelerate.data_loader").BatchSamplerShard
+    plain = DataLoader(examples(101), batch_size=8)
+    batch_sampler = shard(plain.batch_sampler, count, rank, even_batches=even_batches)
+    return DataLoader(examples(101), batch_sampler=batch_sampler)
+
+
+def own_subset(rank, count):
+    return DataLoader(Subset(examples(100), range(rank, 100, count)), batch_size=7)
+
+
+def own_part(rank, count):
+    tensors = examples(100).tensors
+    return DataLoader(TensorDataset(*(t[rank : rank + 50] for t in tensors)), batch_size=7)
+
+
+def own_sampler(rank, count):
+    return DataLoader(examples(101), batch_size=7, sampler=OneShare(rank, count))
+
+
+def own_list(rank, count):
+    return listed(rank, count)[rank::count]
+
+
+def other_rank(rank, count):
+    return sampled((rank + 1) % count, count)
+
+
+def dropping(rank, count):
+    return sampled(rank, count, drop_last=True)
+
+
+REFUSED = {
+    of_accelerate: "examples of the data set, each once, got",
+    own_subset: "the same data set on every process",
+    own_part: "the same data set on every process",
+    own_sampler: "examples of the data set, each once, got",
+    own_list: "the same batches on every process",
+    other_rank: "expected a DistributedSampler for rank 0 of the group's",
+    dropping: "examples of the data set, each once, got",
+}
+
+
+def error_of(function):
+    """Return the type and the text of the error that a function raises."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def refused(loader_of, rank):
+    model, group = ddp()
+    return error_of(lambda: salun(model, loader_of(rank, dist.get_world_size()), group=group))
+
+
+def refused_without_a_group(rank):
+    count = dist.get_world_size()
+    loaders = {"sampler": sampled, "accelerate": of_accelerate}
+    return {name: error_of(lambda f=f: salun(ddp()[0], f(rank, count))) for name, f in loaders.items()}
+
+
+# Few batches: some processes have none
+
+
+def two_batches(layout, rank):
+    model, group = layout()
+    return salun(model, DataLoader(examples(5), batch_size=3), group=group).digest
+
+
+@functools.cache
+def of_two_batches():
+    return salun(network(), DataLoader(examples(5), batch_size=3)).digest
+
+
+# Errors
+
+
+def failing(kind, layout, rank):
+    """Return the error of a process whose partner fails, and whether the next call is right."""
+    model, group = layout()
+    loader, loss, budget = batches(), loss_fn, 0.3
+    alone = rank == 1
+    if kind == "nan":
+        data = examples(23)
+        data.tensors[1][4] = torch.nan  # in the second batch, rank 1's
+        loader = DataLoader(data, batch_size=3)
+    if kind == "budget":
+        budget = 0.0001
+    if kind == "loss":
+        loss = failing_after if alone else loss_fn
+    if kind == "loss before":
+        loss = failing_before if alone else loss_fn
+    if kind == "form":
+        loss = failing_form if alone else loss_fn
+    if kind == "loader":
+        loader = DataLoader(Failing() if alone else examples(23), batch_size=3)
+    found = error_of(lambda: delfast.localize(model, loader, budget, loss_fn=loss, group=group))
+    return found, salun(model, DataLoader(examples(5), batch_size=3), group=group).digest
+
+
+def failing_after(model, batch):
+    loss_fn(model, batch)
+    raise ZeroDivisionError("the loss")
+
+
+def failing_before(model, batch):
+    raise KeyError("labels")
+
+
+def failing_form(model, batch):
+    return loss_fn(model, batch).sum()
+
+
+class Failing(TensorDataset):
+    """The same data set, of which one example cannot be read in this process."""
+
+    def __init__(self):
+        super().__init__(*examples(23).tensors)
+
+    def __getitem__(self, index):
+        if index == 11:  # in the fourth batch: rank 1's of two processes
+            raise OSError("no such file")
+        return super().__getitem__(index)
+
+
+Failing.__qualname__ = "TensorDataset"
+ERRORS = {
+    "nan": ("InputError", "expected finite scores, got NaN or infinity for"),
+    "budget": ("InputError", "expected a budget that holds the first channel"),
+    "loss": ("RuntimeError", "ZeroDivisionError: the loss (on rank 1)"),
+    "loss before": ("RuntimeError", "KeyError: 'labels' (on rank 1)"),
+    "form": (
+        "InputError",
+        "per-example losses (N,), got (); use reduction='none' (on rank 1)",
+    ),
+    "loader": ("RuntimeError", "OSError: no such file (on rank 1)"),
+}
+
+
+def misused(rank):
+    """Return the errors of calls that a single process or another layout accepts."""
+    model, group = ddp()
+    other = network()
+    if rank:
+        with torch.no_grad():
+            other.up.weight.mul_(2)
+    thinner = network() if rank else nn.Sequential(nn.Linear(2, 2))
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+    sharded, _ = fsdp()
+    parallel, _ = tensor_parallel()
+    return {
+        "critmem": error_of(lambda: delfast.localize(model, batches(), strategy="critmem", group=group)),
+        "stable": error_of(lambda: salun(model, examples(23), stop_when_stable=0.9, group=group)),
+        "weights": error_of(lambda: salun(other, batches(), group=group) and delfast.localize(
+            other, batches(), loss_fn=loss_fn, group=group)),
+        "networks": error_of(lambda: salun(thinner, batches(), group=group)),
+        "mesh": error_of(lambda: salun(model, batches(), group=mesh)),
+        "type": error_of(lambda: salun(model, batches(), group="world")),
+        "fsdp without": error_of(lambda: salun(sharded, batches())),
+        "per_example": error_of(lambda: salun(sharded, batches(), per_example=True, group=group)),
+        "float64": error_of(lambda: salun(sharded, batches(), sum_dtype=torch.float64, group=group)),
+        "peers": error_of(lambda: salun(parallel, batches(), group=group)),
+        "copy": error_of(lambda: copy.deepcopy(delfast.score(sharded, criterion="weight"))),
+    }  # fmt: skip
+
+
+MISUSED = {
+    "critmem": "expected no group for criterion 'critmem'",
+    "stable": "expected neither group nor sum_dtype with stop_when_stable",
+    "weights": "expected the same mask on every process, got different ones",
+    "networks": "expected the same trainable parameters on every process",
+    "mesh": "expected group to be a DeviceMesh of one dimension, got one of 2",
+    "type": "expected group to be a ProcessGroup or a DeviceMesh of one dimension, got str",
+    "fsdp without": "over which fully_shard adds gradients, ranks 0, 1, got none; pass the mesh",
+    "per_example": "whole parameters for per_example, got 'scale' as a DTensor",
+    "float64": "expected no sum_dtype for FSDP2",
+    "peers": "expected group to be processes over which 'up.weight' is not laid out",
+    "copy": "expected scores of whole parameters to copy, got those of DTensors",
+}
+
+
+# What a user's training finds afterwards
+
+
+def untouched(rank):
+    """Localize between a forward pass, hooks and gradients of the user's, and return the gradients of a later step."""
+    found = []
+    for localizes in (False, True):
+        model, mesh = fsdp()
+        called = []
+        model.scale.register_post_accumulate_grad_hook(lambda p, called=called: called.append(1))
+        inputs, weights = examples(4, seed=rank).tensors
+        loss_fn(model, (inputs, weights)).sum().backward()
+        before = {name: p.grad.to_local().clone() for name, p in model.named_parameters()}
+        model.up.set_gradient_divide_factor(3.0)
+        model.up.set_force_sum_reduction_for_comms(True)  # or gloo refuses the factor
+        model.train()
+        with torch.no_grad():
+            model(inputs)  # the root's parameters are gathered and stay so
+        if localizes:
+            assert salun(model, DataLoader(examples(5), batch_size=3), group=mesh).digest == of_two_batches()
+            assert all(torch.equal(before[name], p.grad.to_local()) for name, p in model.named_parameters())
+            assert model.training and len(called) == 1
+        loss_fn(model, (inputs, weights)).sum().backward()
+        assert len(called) == 2
+        found.append({name: p.grad.to_local().clone() for name, p in model.named_parameters()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    waiting, mesh = fsdp()
+    waiting.set_requires_gradient_sync(False)
+    loss_fn(waiting, (inputs, weights)).sum().backward()
+    return error_of(lambda: salun(waiting, batches(), group=mesh))
+
+
+# Real numbers
+
+
+def real_gradients(rank=0, sum_dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+    data = TensorDataset(torch.randn(300, 20), torch.randint(0, 4, (300,)))
+    return delfast.score(model, DataLoader(data, batch_size=8), sum_dtype=sum_dtype, **options).gradients
+
+
+def real_gradients_of_group(rank):
+    return real_gradients(group=dist.group.WORLD)
+
+
+def per_example(rank):
+    model, group = ddp()
+    return {
+        criterion: salun(model, batches(), criterion=criterion, per_example=True, group=group).digest
+        for criterion in ("weighted_grad", "squared_grad")
+    }
+
+
+@functools.cache
+def per_example_of_one():
+    return {
+        criterion: salun(network(), batches(), criterion=criterion, per_example=True).digest
+        for criterion in ("weighted_grad", "squared_grad")
+    }
+
+
 LAYOUTS = {
     2: (ddp, fsdp, tensor_parallel),
     3: (ddp, fsdp),
@@ -155,8 +503,50 @@ LAYOUTS = {
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_processes(count, tmp_path):
     scenarios = {layout.__name__: functools.partial(digests_of, layout) for layout in LAYOUTS[count]}
+    scenarios |= {f.__name__: functools.partial(counted, f, ddp) for f in LOADERS}
+    scenarios |= {f"fsdp {f.__name__}": functools.partial(counted, f, fsdp) for f in (plain_loader, listed, sampled)}
+    scenarios |= {f"few {f.__name__}": functools.partial(two_batches, f) for f in (ddp, fsdp)}
+    scenarios["real"] = real_gradients_of_group
+    if count == 2:
+        scenarios |= {f"refused {f.__name__}": functools.partial(refused, f) for f in REFUSED}
+        scenarios["no group"] = refused_without_a_group
+        scenarios |= {
+            f"{kind}, {f.__name__}": functools.partial(failing, kind, f) for kind in ERRORS for f in (ddp, fsdp)
+        }
+        scenarios |= {"misused": misused, "untouched": untouched, "per example": per_example}
     results = run_in_processes(count, scenarios, tmp_path)
-    for name in scenarios:
-        for rank in range(count):
-            different = {key for key, value in of_one_process().items() if results[rank][name][key] != value}
-            assert not different, (name, rank, different)
+
+    def all_ranks(name):
+        return [result[name] for result in results]
+
+    for layout in LAYOUTS[count]:
+        for rank, found in enumerate(all_ranks(layout.__name__)):
+            different = {key for key, value in of_one_process().items() if found[key] != value}
+            assert not different, (layout, rank, different)
+    for name in [f.__name__ for f in LOADERS] + ["fsdp plain_loader", "fsdp listed", "fsdp sampled"]:
+        assert [found[:2] for found in all_ranks(name)] == [(of_101(), 101)] * count, name
+    for name in ("plain_loader", "sampled"):
+        assert sorted(i for found in all_ranks(name) for i in found[2]) == list(range(101)), name
+    for layout in ("ddp", "fsdp"):
+        assert all_ranks(f"few {layout}") == [of_two_batches()] * count
+    for found in all_ranks("real"):
+        assert all(torch.equal(found[name], value) for name, value in real_gradients().items())
+    if count != 2:
+        return
+    for loader_of, text in REFUSED.items():
+        first, *others = all_ranks(f"refused {loader_of.__name__}")
+        assert first is not None and first[0] == "InputError" and text in first[1], (loader_of, first)
+        assert others == [first]
+    for found in all_ranks("no group"):
+        assert all(kind == "InputError" and "pass group=" in text for kind, text in found.values())
+    for kind, (error, text) in ERRORS.items():
+        for layout in ("ddp", "fsdp"):
+            first, second = all_ranks(f"{kind}, {layout}")
+            assert first == second
+            assert first[0] is not None and first[0][0] == error and text in first[0][1], (kind, layout, first)
+            assert first[1] == of_two_batches()
+    for found in all_ranks("misused"):
+        for name, text in MISUSED.items():
+            assert found[name] is not None and found[name][0] == "InputError" and text in found[name][1], (name, found)
+    assert all("expected no gradients that wait for their reduction" in found[1] for found in all_ranks("untouched"))
+    assert all_ranks("per example") == [per_example_of_one()] * count
