@@ -97,7 +97,7 @@ class GradientHooks:
     """Hooks that add each gradient to its sum during a backward pass, and free it.
 
     Gradients wait in a bucket of at most ``MAX_BUCKET_BYTES``, or one gradient, for one addition of all, which is one
-    launch. The hooks run
+    launch; on the CPU, which launches nothing, no gradient waits. The hooks run
     before a gradient is accumulated into ``.grad``, which belongs to the user's training, as do its own hooks.
     """
 
@@ -108,6 +108,7 @@ class GradientHooks:
             self._empty = {
                 id(p): torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape) for p in self._parameters
             }
+        self._limit = 0 if all(p.device.type == "cpu" for p in self._parameters) else MAX_BUCKET_BYTES
         self._bucket: list[tuple[Tensor, Tensor]] = []  # sum, gradient
         self._bytes = 0
 
@@ -127,10 +128,10 @@ class GradientHooks:
 
     def _take(self, key: int, gradient: Tensor) -> Tensor:
         size = 0 if gradient.is_sparse else gradient.nbytes
-        if self._bytes + size > MAX_BUCKET_BYTES:
-            self._add_bucket()
         self._bucket.append((self._sums[key], gradient))
         self._bytes += size
+        if self._bytes > self._limit:
+            self._add_bucket()
         return gradient if gradient.is_sparse else self._empty[key]
 
     def _add_bucket(self) -> None:

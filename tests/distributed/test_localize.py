@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
 
 import pytest
@@ -493,6 +494,98 @@ def per_example_of_one():
     }
 
 
+def other_dtypes(rank):
+    """Return digests of float64 under FSDP2, and of bfloat16 under DDP, whose sums are in float32."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    wide = fully_shard(network().double(), mesh=mesh)
+    return {**in_dtype(wide, torch.float64, group=mesh), **in_dtype(network().bfloat16(), torch.bfloat16, group=mesh)}
+
+
+def in_dtype(model, dtype, **options):
+    tensors = (tensor.to(dtype) for tensor in examples(23).tensors)
+    loader = DataLoader(TensorDataset(*tensors), batch_size=3)
+    scores = delfast.score(model, loader, loss_fn=loss_fn, **options)
+    return {f"{dtype} {name}": scores.select(0.4, name).digest for name in ("channel", "param")}
+
+
+def misused_meshes(rank):
+    """Return the errors of groups that do not fit a mesh of two dimensions, and the digest of one that does."""
+    model, dp = fsdp_and_tensor_parallel()
+    parallel, parallel_dp = ddp_and_tensor_parallel()
+    replicated, world = hsdp()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    return {
+        "all": error_of(lambda: salun(model, batches(), group=dist.group.WORLD)),
+        "other": error_of(lambda: salun(model, batches(), group=mesh["b"])),
+        "both": error_of(lambda: salun(parallel, batches(), group=dist.group.WORLD)),
+        "half": error_of(lambda: salun(replicated, batches(), group=mesh["b"])),
+        "flattened": salun(replicated, DataLoader(examples(5), batch_size=3), group=mesh._flatten("all")).digest,
+        "loss": error_of(lambda: salun(parallel, AloneFailing(rank), group=parallel_dp)),
+        "after": salun(model, DataLoader(examples(5), batch_size=3), group=dp).digest,
+    }
+
+
+class AloneFailing:
+    """Batches of which the third is missing on rank 2."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        for number, batch in enumerate(batches()):
+            if (number, self.rank) == (2, 2):
+                raise OSError("no such file")
+            yield batch
+
+
+MISUSED_MESHES = {
+    "all": "expected group to be the 2 processes over which fully_shard adds gradients",
+    "other": "expected group to be the 2 processes over which fully_shard adds gradients",
+    "both": "expected group to be processes over which 'up.weight' is not laid out",
+    "half": "expected group to be the 4 processes over which fully_shard adds gradients, ranks 0, 1, 2, 3",
+    "loss": "OSError: no such file (on rank 2)",
+}
+
+
+def exchanged(rank):
+    """Return the bytes that a process gives to all-reduces while it selects channels, and elements."""
+    model, mesh = fsdp()
+    scores = delfast.score(model, batches(), loss_fn=loss_fn, group=mesh)
+    all_reduce, found = dist.all_reduce, []
+
+    def counting(tensor, *args, **kwargs):
+        found[-1] += tensor.nbytes
+        return all_reduce(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counting)
+        for granularity in ("channel", "param"):
+            found.append(0)
+            scores.select(0.5, granularity)
+    return found
+
+
+CHECKS = 8 + 64  # bytes of any selection: an error of another process, and the masks' digests
+HISTOGRAMS = 8 * (2**11 + 2**11 + 2**9)  # of the 31 bits of a score
+
+
+def bytes_to_select(shapes):
+    """Return the bytes of the scores of all channels, and of what decides on elements, but for ties in one parameter."""
+    units = sum(shape[0] for shape in shapes)
+    bits = sum((math.prod(shape) + 7) // 8 for shape in shapes)
+    return CHECKS + 4 * units, CHECKS + HISTOGRAMS + 9 * len(shapes) + bits
+
+
+def test_bytes_to_select_for_llama_2_7b():
+    layer = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
+    shapes = [(32000, 4096), *layer * 32, (4096,), (32000, 4096)]
+    assert sum(map(math.prod, shapes)) == 6_738_415_616
+    channels, elements = (count / 2**20 for count in bytes_to_select(shapes))
+    print(f"{channels:.1f} MiB for channels, {elements:.0f} MiB for elements")
+    assert channels == pytest.approx(6.4, abs=0.06)
+    assert elements == pytest.approx(803, abs=1)  # the mask itself, one bit an element
+
+
 LAYOUTS = {
     2: (ddp, fsdp, tensor_parallel),
     3: (ddp, fsdp),
@@ -507,6 +600,9 @@ def test_processes(count, tmp_path):
     scenarios |= {f"fsdp {f.__name__}": functools.partial(counted, f, fsdp) for f in (plain_loader, listed, sampled)}
     scenarios |= {f"few {f.__name__}": functools.partial(two_batches, f) for f in (ddp, fsdp)}
     scenarios["real"] = real_gradients_of_group
+    scenarios["dtypes"] = other_dtypes
+    if count == 4:
+        scenarios["meshes"] = misused_meshes
     if count == 2:
         scenarios |= {f"refused {f.__name__}": functools.partial(refused, f) for f in REFUSED}
         scenarios["no group"] = refused_without_a_group
@@ -514,6 +610,7 @@ def test_processes(count, tmp_path):
             f"{kind}, {f.__name__}": functools.partial(failing, kind, f) for kind in ERRORS for f in (ddp, fsdp)
         }
         scenarios |= {"misused": misused, "untouched": untouched, "per example": per_example}
+        scenarios["exchanged"] = exchanged
     results = run_in_processes(count, scenarios, tmp_path)
 
     def all_ranks(name):
@@ -531,6 +628,12 @@ def test_processes(count, tmp_path):
         assert all_ranks(f"few {layout}") == [of_two_batches()] * count
     for found in all_ranks("real"):
         assert all(torch.equal(found[name], value) for name, value in real_gradients().items())
+    wide = in_dtype(network().double(), torch.float64) | in_dtype(network().bfloat16(), torch.bfloat16)
+    assert all_ranks("dtypes") == [wide] * count
+    if count == 4:
+        for found in all_ranks("meshes"):
+            assert found.pop("flattened") == found.pop("after") == of_two_batches()
+            assert all(text in found[name][1] for name, text in MISUSED_MESHES.items()), found
     if count != 2:
         return
     for loader_of, text in REFUSED.items():
@@ -549,4 +652,10 @@ def test_processes(count, tmp_path):
         for name, text in MISUSED.items():
             assert found[name] is not None and found[name][0] == "InputError" and text in found[name][1], (name, found)
     assert all("expected no gradients that wait for their reduction" in found[1] for found in all_ranks("untouched"))
+    shapes = [tuple(p.shape) for p in network().parameters()]
+    in_layers = [(shape[1], shape[0]) if shape == (FEATURES, FEATURES) else shape for shape in shapes]
+    channels, elements = bytes_to_select(in_layers)
+    for found in all_ranks("exchanged"):
+        ties = found[1] - elements  # those of the last parameter are ranked by their indices
+        assert found[0] == channels and 0 <= ties <= 2**11 * 8, (found, channels, elements)
     assert all_ranks("per example") == [per_example_of_one()] * count
