@@ -67,7 +67,7 @@ class MeanGradient:
         self.execution = execution
         self.sums = zeros_like(parameters, sum_dtype)
         self.checks = DeviceChecks(device_of(network))
-        self._gradients = GradientHooks(self.parameters, self.sums)
+        self._gradients = GradientHooks(self.parameters, self._add)
         self._pass = Graphed(
             self._run,
             make_backend(execution.cuda_graphs, device_of(network), loss_fn),
@@ -84,6 +84,9 @@ class MeanGradient:
     def mean(self, examples: int, *, last: bool = False) -> dict[str, Tensor]:
         return mean_of(self.sums, examples, self.parameters, last=last)
 
+    def _add(self, names: list[str], gradients: list[Tensor]) -> None:
+        torch._foreach_add_([self.sums[name] for name in names], gradients)
+
     def _run(self, batch: Any) -> Tensor:
         """Add the batch's gradients to the sums; return its losses (N,)."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -94,50 +97,49 @@ class MeanGradient:
 
 
 class GradientHooks:
-    """Hooks that add each gradient to its sum during a backward pass, and free it.
+    """Hooks that pass each gradient on during a backward pass, and free it.
 
-    Gradients wait in a bucket of at most ``MAX_BUCKET_BYTES``, or one gradient, for one addition of all, which is one
-    launch; on the CPU, which launches nothing, no gradient waits. The hooks run
-    before a gradient is accumulated into ``.grad``, which belongs to the user's training, as do its own hooks.
+    take: called with names and gradients, which it may not change. Gradients wait for it in a bucket of at most
+    ``MAX_BUCKET_BYTES``, so that one launch adds many; on the CPU, which launches nothing, no gradient waits. The hooks
+    run before a gradient is accumulated into ``.grad``, which belongs to the user's training, as do its own hooks.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
-        self._parameters = list(parameters.values())
-        self._sums = {id(parameters[name]): total for name, total in sums.items()}
+    def __init__(self, parameters: Mapping[str, Tensor], take: Callable[[list[str], list[Tensor]], None]) -> None:
+        self._parameters = dict(parameters)
+        self._take = take
         with torch.inference_mode(False):  # returned in the place of gradients: of their shape, without their memory
             self._empty = {
-                id(p): torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape) for p in self._parameters
+                name: torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape) for name, p in parameters.items()
             }
-        self._limit = 0 if all(p.device.type == "cpu" for p in self._parameters) else MAX_BUCKET_BYTES
-        self._bucket: list[tuple[Tensor, Tensor]] = []  # sum, gradient
+        self._limit = 0 if all(p.device.type == "cpu" for p in parameters.values()) else MAX_BUCKET_BYTES
+        self._bucket: list[tuple[str, Tensor]] = []
         self._bytes = 0
 
     def add(self, loss: Tensor) -> None:
-        """Add the gradients of ``loss``, a scalar tensor, to the sums."""
+        """Pass on the gradients of ``loss``, a scalar tensor."""
         handles = []
         try:
-            for parameter in self._parameters:
-                hook = functools.partial(self._take, id(parameter))
+            for name, parameter in self._parameters.items():
+                hook = functools.partial(self._wait, name)
                 handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
-            torch.autograd.grad(loss, self._parameters, allow_unused=True)
-            self._add_bucket()
+            torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
+            self._pass_on()
         finally:
             self._bucket, self._bytes = [], 0
             for handle in handles:
                 handle.remove()
 
-    def _take(self, key: int, gradient: Tensor) -> Tensor:
-        size = 0 if gradient.is_sparse else gradient.nbytes
-        self._bucket.append((self._sums[key], gradient))
-        self._bytes += size
+    def _wait(self, name: str, gradient: Tensor) -> Tensor:
+        self._bucket.append((name, gradient))
+        self._bytes += 0 if gradient.is_sparse else gradient.nbytes
         if self._bytes > self._limit:
-            self._add_bucket()
-        return gradient if gradient.is_sparse else self._empty[key]
+            self._pass_on()
+        return gradient if gradient.is_sparse else self._empty[name]
 
-    def _add_bucket(self) -> None:
+    def _pass_on(self) -> None:
         if self._bucket:
-            sums, gradients = zip(*self._bucket, strict=True)
-            torch._foreach_add_(sums, gradients)
+            names, gradients = zip(*self._bucket, strict=True)
+            self._take(list(names), list(gradients))
         self._bucket, self._bytes = [], 0
 
 

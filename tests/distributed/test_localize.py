@@ -512,7 +512,7 @@ def misused_meshes(rank):
     """Return the errors of groups that do not fit a mesh of two dimensions, and the digest of one that does."""
     model, dp = fsdp_and_tensor_parallel()
     parallel, parallel_dp = ddp_and_tensor_parallel()
-    replicated, world = hsdp()
+    replicated, _ = hsdp()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     return {
         "all": error_of(lambda: salun(model, batches(), group=dist.group.WORLD)),
@@ -570,7 +570,7 @@ HISTOGRAMS = 8 * (2**11 + 2**11 + 2**9)  # of the 31 bits of a score
 
 
 def bytes_to_select(shapes):
-    """Return the bytes of the scores of all channels, and of what decides on elements, but for ties in one parameter."""
+    """Return the bytes of all channels' scores, and of what decides on elements unless ties in a parameter do."""
     units = sum(shape[0] for shape in shapes)
     bits = sum((math.prod(shape) + 7) // 8 for shape in shapes)
     return CHECKS + 4 * units, CHECKS + HISTOGRAMS + 9 * len(shapes) + bits

@@ -115,6 +115,7 @@ def test_peak_bytes_per_parameter(monkeypatch, tmp_path):
     found = {
         "channels": in_a_process(4),
         "elements": in_a_process(4, granularity="param"),
+        "one batch": in_a_process(1),
         "flat": in_a_process(4, flat=True),
     }
     for processes in (2, 4):
@@ -123,4 +124,5 @@ def test_peak_bytes_per_parameter(monkeypatch, tmp_path):
         found[f"flat, FSDP2 on {processes}"] = max(each["peak"] for each in ranks)
     print({name: round(value, 2) for name, value in found.items()})
     assert found["channels"] <= 5.0 and found["elements"] <= 5.0
+    assert found["one batch"] <= 1.0
     assert found["flat"] - 0.5 > found["flat, FSDP2 on 2"] > found["flat, FSDP2 on 4"] + 0.5
