@@ -25,6 +25,7 @@ from delfast.localization.criteria import (
     check_selection,
 )
 from delfast.localization.scoring import score
+from delfast.localization.streaming import streamed_scores
 from delfast.mask import Mask
 from delfast.plain import unboxed
 from delfast.processes import Group
@@ -355,9 +356,13 @@ def localize(
             **options,
         )
     else:
-        scores = score(
-            model, cast(Any, forget), criterion_name, **options, **asdict(execution), sum_dtype=sum_dtype, group=group
-        )
+        scores = None
+        if settings["granularity"] == "channel" and not per_example and sum_dtype is None and group is None:
+            units = (settings["aggregate"], settings["top_h"])
+            scores = streamed_scores(model, forget, criterion_name, units, loss_fn, options["seed"], execution)
+        if scores is None:
+            options |= {**asdict(execution), "sum_dtype": sum_dtype, "group": group}
+            scores = score(model, cast(Any, forget), criterion_name, **options)
         selection = scores.choose(budget, **settings)
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import delfast
-from delfast.localization import streaming
+from delfast.execution import DEFAULT_EXECUTION
+from delfast.localization import strategies, streaming
 from tests import cases
 
 BATCH = next(iter(cases.image_batches()))
@@ -57,19 +58,15 @@ def test_the_mask_is_that_of_score(make, piece_bytes, monkeypatch) -> None:
         options = {"aggregate": aggregate, "policy": policy, "top_h": 0.3}
         expected = scores.select(0.2, **options)
         units = (aggregate, 0.3)
-        streamed = streaming.streamed_scores(model, [BATCH], criterion, units, loss_fn, 0, delfast_execution())
+        streamed = streaming.streamed_scores(model, [BATCH], criterion, units, loss_fn, 0, DEFAULT_EXECUTION)
         assert streamed is not None and streamed.gradients is None
         assert torch.equal(streamed.channel_scores(), scores.channel_scores(aggregate, 0.3))
-        mask = delfast.localize(model, [BATCH], 0.2, criterion=criterion, loss_fn=loss_fn, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(strategies, "score", None)  # is not called
+            mask = delfast.localize(model, [BATCH], 0.2, criterion=criterion, loss_fn=loss_fn, **options)
         assert mask.digest == expected.digest
         assert mask.metadata.items() >= expected.metadata.items()
     assert all(p.grad is None for p in model.parameters())
-
-
-def delfast_execution():
-    from delfast.execution import DEFAULT_EXECUTION
-
-    return DEFAULT_EXECUTION
 
 
 class WrongLength(list):
