@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
@@ -129,6 +130,14 @@ def fsdp():
     model = network()
     fully_shard(model.up, mesh=mesh)
     return fully_shard(model, mesh=mesh), mesh
+
+
+def fsdp_of_some():
+    """FSDP2 with parameters that it does not shard: their gradients are added over the data group."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = network()
+    ignored = {model.scale, model.mix.weight}
+    return fully_shard(model, mesh=mesh, ignored_params=ignored), mesh
 
 
 def hsdp():
@@ -547,6 +556,28 @@ MISUSED_MESHES = {
 }
 
 
+class Weighted(nn.Module):
+    """Weights of features; with a mesh, each process computes a part of the examples, as in sequence parallelism."""
+
+    def __init__(self, mesh=None):
+        super().__init__()
+        self.mesh = mesh
+        weight = torch.arange(1.0, 1 + FEATURES)
+        self.weight = nn.Parameter(weight if mesh is None else distribute_tensor(weight, mesh, [Replicate()]))
+
+    def forward(self, inputs):
+        if self.mesh is None:
+            return inputs * self.weight
+        return (distribute_tensor(inputs, self.mesh, [Shard(0)]) * self.weight).full_tensor()
+
+
+def weighted(rank=None):
+    """Return the gradient of a parameter that is whole on every process, of which each computes a summand."""
+    model = Weighted(None if rank is None else init_device_mesh("cpu", (2,)))
+    scores = delfast.score(model, batches(), "grad", loss_fn=lambda model, batch: model(batch[0]).square().sum(1))
+    return scores.gradients["weight"], scores.select(0.5).digest
+
+
 def exchanged(rank):
     """Return the bytes that a process gives to all-reduces while it selects channels, and elements."""
     model, mesh = fsdp()
@@ -587,7 +618,7 @@ def test_bytes_to_select_for_llama_2_7b():
 
 
 LAYOUTS = {
-    2: (ddp, fsdp, tensor_parallel),
+    2: (ddp, fsdp, fsdp_of_some, tensor_parallel),
     3: (ddp, fsdp),
     4: (fsdp, hsdp, fsdp_and_tensor_parallel, ddp_and_tensor_parallel),
 }
@@ -610,7 +641,7 @@ def test_processes(count, tmp_path):
             f"{kind}, {f.__name__}": functools.partial(failing, kind, f) for kind in ERRORS for f in (ddp, fsdp)
         }
         scenarios |= {"misused": misused, "untouched": untouched, "per example": per_example}
-        scenarios["exchanged"] = exchanged
+        scenarios |= {"exchanged": exchanged, "weighted": weighted}
     results = run_in_processes(count, scenarios, tmp_path)
 
     def all_ranks(name):
@@ -658,4 +689,6 @@ def test_processes(count, tmp_path):
     for found in all_ranks("exchanged"):
         ties = found[1] - elements  # those of the last parameter are ranked by their indices
         assert found[0] == channels and 0 <= ties <= 2**11 * 8, (found, channels, elements)
+    for gradient, digest in all_ranks("weighted"):
+        assert torch.equal(gradient, weighted()[0]) and digest == weighted()[1]
     assert all_ranks("per example") == [per_example_of_one()] * count
