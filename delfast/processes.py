@@ -195,12 +195,13 @@ class Processes:
 
 
 def joined(
-    network: torch.nn.Module, group: Group, parameters: Mapping[str, Tensor], *, reads_data: bool = True
+    network: torch.nn.Module, group: Group, parameters: Mapping[str, Tensor], settings: str, *, reads_data: bool = True
 ) -> Processes | None:
     """Return the processes of a job on these parameters; None if this process works alone.
 
-    reads_data: whether the job computes gradients. Raises InputError for a group that does not fit how the parameters
-    are laid out then.
+    settings: the arguments that must be the same on all processes, as text. reads_data: whether the job computes
+    gradients. Raises InputError for a group that then does not fit how the parameters are laid out, and for other
+    settings or parameters on some processes.
     """
     group = check_group(group)
     if group is None and not any(map(is_dtensor, parameters.values())):
@@ -225,7 +226,14 @@ def joined(
                     f"which share ranks {_listed(ranks & data)} with its mesh; processes that hold one network between "
                     "them compute the same batches, so pass the other dimension of the mesh"
                 )
-    return Processes(group, parameters)
+    processes = Processes(group, parameters)
+    forms = "; ".join(f"{name} {p.dtype} {tuple(p.shape)} {p.stride()}" for name, p in parameters.items())
+    processes.check_same(
+        f"{settings}; {forms}",
+        "expected the same call on every process, on a model of the same trainable parameters, got other arguments, "
+        "names, dtypes, shapes or memory formats on some; build the same model everywhere",
+    )
+    return processes
 
 
 def _reduced_over(fsdp_group: Any) -> set[int]:

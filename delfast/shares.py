@@ -26,7 +26,7 @@ from delfast.processes import Processes
 # the options of a DataLoader that decide how it loads the examples of a batch and puts them together
 LOADING = (
     "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-    "prefetch_factor", "generator",
+    "prefetch_factor",
 )  # fmt: skip
 WHOLE_SET = "pass the loader of the whole set without a sampler, which is shared out here"
 
@@ -85,8 +85,9 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         spare = units[:1]
         units = _without_repeats(loader, units)
         expected = len(loader.sampler) if draws_a_subset(loader) else len(loader.dataset)
+        signature = f"{_signature(loader.dataset)}; sharded: {sharded is not None}"
     processes.check_same(
-        _signature(loader.dataset),
+        signature,
         f"expected the same data set on every process, got others; {WHOLE_SET}",
     )
     if sharded is None:
@@ -98,7 +99,7 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
     total = processes.count_data(drawn)
     if total != expected:
         _refuse_count(total, expected)
-    options = {name: getattr(loader, name) for name in LOADING}
+    options = {name: getattr(loader, name) for name in (*LOADING, "generator")}
 
     def batches(chosen: list[Any]) -> Iterable[Any]:
         if loader.batch_sampler is None:
@@ -152,11 +153,11 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
         source = iter(loader)
         first = list(itertools.islice(source, 1))
     stream = _Stream(itertools.chain(first, source), processes, loss_fn, is_share=sharded is not None)
-    if sharded is None:
-        processes.check_same(
-            "none" if not first else str(_checksum(tensors_of(first[0]))),
-            f"expected the same batches on every process, got another first batch on some; {WHOLE_SET}",
-        )
+    batch = str(_checksum(tensors_of(first[0]))) if first else "no batch"
+    content = batch if sharded is None else "a share"
+    processes.check_same(
+        content, f"expected the same batches on every process, got another first one on some; {WHOLE_SET}"
+    )
     with processes.together():
         size = _length(loader)
         if sharded is not None and size is None:

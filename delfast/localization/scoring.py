@@ -33,11 +33,6 @@ from delfast.processes import Group, joined
 from delfast.sharding import fsdp_groups, is_dtensor
 from delfast.shares import refuse_sharded, share
 
-DIFFERENT_PARAMETERS = (
-    "expected the same trainable parameters on every process, got other names, dtypes, shapes or memory formats on "
-    "some; build the same model everywhere"
-)
-
 
 def score(
     model: nn.Module,
@@ -160,9 +155,10 @@ def score(
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
     dims = output_dims(network)
     is_sharded = any(map(is_dtensor, parameters.values()))
+    settings = f"{criterion} {per_example} {seed} {execution} {sum_dtype}"
     make = ShardedScores if is_sharded else Scores
     if criterion in WITHOUT_SET:
-        processes = joined(network, group, parameters, reads_data=False)
+        processes = joined(network, group, parameters, settings, reads_data=False)
         units = _by_depth(parameters, dims, criterion == "deepest") if criterion in BY_DEPTH else None
         return make(parameters, None, criterion, 0, seed, units=units, dims=dims, processes=processes)
     if loader is None:
@@ -184,13 +180,12 @@ def score(
             dims=dims,
             precision=execution.computed_in(device),
         )
-    processes = joined(network, group, parameters)
+    processes = joined(network, group, parameters, settings)
     shared = None
     if processes is None:
         refuse_sharded(loader)
         warn_about_loader(loader, "forget set")
     else:
-        processes.check_same(_description(parameters), DIFFERENT_PARAMETERS)
         shared = share(loader, processes, loss_fn)
     if is_sharded:
         assert processes is not None and shared is not None
@@ -238,11 +233,6 @@ def _refuse_sharded(what: str, parameters: Mapping[str, Tensor]) -> None:
         f"expected whole parameters for {what}, got '{name}' as a DTensor (FSDP2 or tensor parallelism); gather the "
         "model first (full_tensor())"
     )
-
-
-def _description(parameters: Mapping[str, Tensor]) -> str:
-    """Return what is the same of the parameters on every process."""
-    return "; ".join(f"{name} {p.dtype} {tuple(p.shape)} {p.stride()}" for name, p in parameters.items())
 
 
 def _by_depth(parameters: Mapping[str, Tensor], dims: Mapping[str, int], deepest: bool) -> dict[str, Tensor]:

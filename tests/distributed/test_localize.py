@@ -422,6 +422,8 @@ def misused(rank):
         "per_example": error_of(lambda: salun(sharded, batches(), per_example=True, group=group)),
         "float64": error_of(lambda: salun(sharded, batches(), sum_dtype=torch.float64, group=group)),
         "peers": error_of(lambda: salun(parallel, batches(), group=group)),
+        "arguments": error_of(lambda: salun(sharded, batches(), group=group, granularity=("channel", "param")[rank])),
+        "criterion": error_of(lambda: salun(model, batches(), group=group, criterion=("grad", "weighted_grad")[rank])),
         "copy": error_of(lambda: copy.deepcopy(delfast.score(sharded, criterion="weight"))),
     }  # fmt: skip
 
@@ -430,13 +432,15 @@ MISUSED = {
     "critmem": "expected no group for criterion 'critmem'",
     "stable": "expected neither group nor sum_dtype with stop_when_stable",
     "weights": "expected the same mask on every process, got different ones",
-    "networks": "expected the same trainable parameters on every process",
+    "networks": "expected the same call on every process, on a model of the same trainable parameters",
     "mesh": "expected group to be a DeviceMesh of one dimension, got one of 2",
     "type": "expected group to be a ProcessGroup or a DeviceMesh of one dimension, got str",
     "fsdp without": "over which fully_shard adds gradients, ranks 0, 1, got none; pass the mesh",
     "per_example": "whole parameters for per_example, got 'scale' as a DTensor",
     "float64": "expected no sum_dtype for FSDP2",
     "peers": "expected group to be processes over which 'up.weight' is not laid out",
+    "arguments": "expected the same arguments on every process",
+    "criterion": "expected the same call on every process",
     "copy": "expected scores of whole parameters to copy, got those of DTensors",
 }
 
@@ -596,7 +600,7 @@ def exchanged(rank):
     return found
 
 
-CHECKS = 8 + 64  # bytes of any selection: an error of another process, and the masks' digests
+CHECKS = 64 + 8 + 64  # bytes of any selection: digests of arguments, another process's error, digests of masks
 HISTOGRAMS = 8 * (2**11 + 2**11 + 2**9)  # of the 31 bits of a score
 
 
