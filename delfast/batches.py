@@ -431,7 +431,7 @@ def warn_about_loader(loader: Any, what: str) -> None:
             stacklevel=3,
         )
     fault = sampler_fault(loader)
-    if fault is not None and not _draws_a_subset(loader):
+    if fault is not None and not draws_a_subset(loader):
         warnings.warn(
             f"the {what}'s loader {fault}: the result is not over each example once; pass a loader of "
             "Subset(dataset, indices) without that sampler",
@@ -450,21 +450,21 @@ def warn_about_loader(loader: Any, what: str) -> None:
         dataset = getattr(dataset, "dataset", None)  # Subset
 
 
-def _sampler(loader: Any) -> Any:
+def sampler_of(loader: Any) -> Any:
     """Return the sampler of a loader or of its batch sampler; None if there is none."""
     batches = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
 
 
-def _draws_a_subset(loader: Any) -> bool:
+def draws_a_subset(loader: Any) -> bool:
     """Return whether the sampler is a SubsetRandomSampler without repeats, which selects as ``Subset`` does."""
-    sampler = _sampler(loader)
+    sampler = sampler_of(loader)
     return isinstance(sampler, SubsetRandomSampler) and len({int(i) for i in sampler.indices}) == len(sampler)
 
 
 def sampler_fault(loader: Any) -> str | None:
     """Return a text on how a loader's sampler repeats or omits examples; None if no sign of it is found."""
-    sampler = _sampler(loader)
+    sampler = sampler_of(loader)
     kind = type(sampler).__name__
     if getattr(sampler, "replacement", False):
         return f"draws with replacement ({kind}), so that examples repeat or are left out"

@@ -102,12 +102,13 @@ def output_dims(model: nn.Module) -> dict[str, int]:
 
     The first module that has a weight decides for all modules that share it.
     """
+    parameters = model_parameters(model, sharded=True)
     dims: dict[int, int] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             known = layer_type_of(type(module)) if name == "weight" and parameter.ndim == 2 else None
             dims.setdefault(id(parameter), 0 if known is None else known.output_dim)
-    return {name: dims[id(p)] for name, p in model_parameters(model).items() if dims[id(p)]}
+    return {name: dims[id(p)] for name, p in parameters.items() if dims[id(p)]}
 
 
 def registered_functions() -> dict[Any, int]:

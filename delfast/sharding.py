@@ -7,11 +7,22 @@ this process holds.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from delfast.errors import InputError
+
+# settings of an FSDP2 parameter group with which each backward pass adds the gradients of all processes
+SUMMING: dict[str, Any] = {
+    "gradient_divide_factor": 1.0,
+    "force_sum_reduction_for_comms": True,  # or gloo refuses the factor
+    "reduce_grads": True,
+    "all_reduce_grads": True,
+}
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -19,10 +30,20 @@ def is_dtensor(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"  # by name: importing torch.distributed.tensor takes a second
 
 
+def is_laid_out(network: nn.Module) -> bool:
+    """Return whether several processes hold a parameter of the network together, trainable or not."""
+    return any(map(is_dtensor, network.parameters()))
+
+
 def local_part(tensor: Any) -> Tensor:
     """Return the part of a tensor that this process holds, detached; a plain tensor is held as a whole."""
-    part: Tensor = tensor.detach()
-    return part.to_local() if is_dtensor(tensor) else part  # type: ignore[operator]
+    part: Tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()
+    return part
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a count of the changes in place of a tensor; of a DTensor also those of the part that is held here."""
+    return tensor._version + local_part(tensor)._version if is_dtensor(tensor) else tensor._version
 
 
 def part_of(whole: Tensor, parameter: Any) -> Tensor:
@@ -88,10 +109,69 @@ def reshard(model: nn.Module) -> None:
                 f"expected parameters as whole tensors or DTensors, got '{name}' partitioned by DeepSpeed ZeRO-3; use "
                 "FSDP2 (torch.distributed.fsdp.fully_shard), or gather the model first"
             )
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules to which ``fully_shard`` was applied."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded model has imported it
-    for module in model.modules() if fsdp else ():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
-            module.reshard()
+    if fsdp is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def fsdp_groups(model: nn.Module) -> list[Any]:
+    """Return FSDP2's parameter groups: the parameters that it gathers, and whose gradients it adds, together."""
+    found: dict[int, Any] = {}
+    for module in fsdp_modules(model):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.10 has one for each module
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            if group is not None:
+                found[id(group)] = group
+    return list(found.values())
+
+
+def _waits(fsdp_param: Any) -> bool:
+    """Return whether an FSDP2 parameter has a gradient that is not reduced yet."""
+    whole = getattr(fsdp_param, "_unsharded_param", None)  # made by the first forward pass
+    return fsdp_param.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)
+
+
+@contextmanager
+def adding_gradients(model: nn.Module) -> Iterator[None]:
+    """Let FSDP2 add the gradients of its processes inside the context, instead of averaging them.
+
+    torch has setters for this without getters, so the settings are read from the groups. Raises InputError for
+    gradients that wait for their reduction, to which those computed inside would be added, and for an all-reduce hook.
+    """
+    groups = fsdp_groups(model)
+    for group in groups:
+        if any(map(_waits, group.fsdp_params)) or group._partial_reduce_output is not None:
+            raise InputError(
+                "expected no gradients that wait for their reduction, got some from a backward pass with "
+                "set_requires_gradient_sync(False) or set_requires_all_reduce(False); finish the optimizer step first"
+            )
+        if group._all_reduce_hook is not None:
+            raise InputError(
+                "expected FSDP2 without set_all_reduce_hook(), got a hook, which may add gradients of other processes; "
+                "remove it while the model is scored"
+            )
+    contexts = [module._get_fsdp_state()._state_ctx for module in fsdp_modules(model)]
+    saved = [(group, {name: getattr(group, name) for name in SUMMING}) for group in groups]
+    last = [context.is_last_backward for context in contexts]
+    try:
+        for group in groups:
+            vars(group).update(SUMMING)
+        for context in contexts:
+            context.is_last_backward = True
+        yield
+    finally:
+        for group, settings in saved:
+            vars(group).update(settings)
+        for context, is_last in zip(contexts, last, strict=True):
+            context.is_last_backward = is_last
 
 
 def refuse_partial(name: str, parameter: Any) -> None:
@@ -100,3 +180,32 @@ def refuse_partial(name: str, parameter: Any) -> None:
         raise InputError(
             f"expected '{name}' split or replicated, got a DTensor with pending sums (Partial); redistribute it first"
         )
+
+
+def dtensor_like(part: Tensor, parameter: Any) -> Any:
+    """Return the DTensor, laid out like ``parameter``, of which this process holds ``part``; else ``part`` itself."""
+    if not is_dtensor(parameter):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def indices_of(parameter: Any) -> tuple[Tensor, ...]:
+    """Return for each dimension the indices, in the whole parameter, of the slices that this process holds.
+
+    They are shaped to index the whole parameter at once: ``whole[indices_of(parameter)]`` is this process's part.
+    """
+    device = parameter.device
+    found = []
+    for dim, size in enumerate(parameter.shape):
+        held = rows_of(torch.arange(size, device=device), parameter, dim)
+        found.append(held.view([-1 if d == dim else 1 for d in range(parameter.ndim)]))
+    return tuple(found)

@@ -30,6 +30,7 @@ HEAVY = (
     "experiments/test_profile.py",
     "cli/test_stop.py",
     "test_distributed.py",
+    "distributed/test_localize.py",
 )
 ISAS = list(BACKEND.module.isas()) if BACKEND.module else []
 

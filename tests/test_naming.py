@@ -58,7 +58,7 @@ def test_ddp_and_compile_are_seen_through(gloo_group: None) -> None:
     assert result.head == "head"
 
 
-def test_a_real_dtensor_is_refused_by_name(fake_group: None) -> None:
+def test_a_dtensor_is_refused_by_name_where_it_cannot_be_used(fake_group: None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 
@@ -69,9 +69,11 @@ def test_a_real_dtensor_is_refused_by_name(fake_group: None) -> None:
             module.register_parameter(key, nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()])))
 
     model = distribute_module(nn.Sequential(nn.Linear(3, 2)), mesh, shard)
-    with pytest.raises(InputError, match=r"plain tensor for '0.weight', got a DTensor"):
-        delfast.score(model, criterion="weight")
-    mask = delfast.score(nn.Sequential(nn.Linear(3, 2)), criterion="weight").select(1.0)
+    with pytest.raises(InputError, match=r"whole parameters for per_example, got '0.weight' as a DTensor"):
+        delfast.score(model, [], per_example=True)
+    with pytest.raises(InputError, match=r"whole parameters for criterion 'critmem', got '0.weight' as a DTensor"):
+        delfast.score(model, [], "critmem")
+    mask = delfast.score(model, criterion="weight").select(1.0)
     with pytest.raises(InputError, match=r"'0.weight', got a DTensor"):
         delfast.optim.MaskedSGD(model.named_parameters(), mask=mask, lr=0.1)
     with pytest.raises(InputError, match=r"'0.weight', got a DTensor"):

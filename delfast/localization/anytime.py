@@ -23,12 +23,10 @@ from delfast.localization.scoring import gradient_sums
 from delfast.localization.selection import Selection
 from delfast.mask import Mask
 from delfast.naming import trainable_parameters, unwrap
+from delfast.shares import LOADING
 
 # the options of a DataLoader that decide how it collates and loads a batch
-LOADER_OPTIONS = (
-    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-    "prefetch_factor", "batch_size",
-)  # fmt: skip
+LOADER_OPTIONS = (*LOADING, "batch_size")
 
 
 class _Default(int):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -27,6 +29,13 @@ from delfast.mask import Mask
 from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
 from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
+from delfast.processes import Processes
+from delfast.sharding import version_of
+
+DIFFERENT_MASKS = (
+    "expected the same mask on every process, got different ones; call with the same arguments everywhere, on models "
+    "with the same parameters (DistributedDataParallel broadcasts them from rank 0)"
+)
 
 
 class Scores:
@@ -58,6 +67,8 @@ class Scores:
         The precision of the forward passes: "fp32", "bf16", or "fp16" under a caller's autocast.
     patterns : mapping of str to list of str, or None, default None
         The patterns "include" and "exclude" of names by which ``parameters`` were chosen, for the mask's metadata.
+    processes : Processes or None, default None
+        The processes that computed G together, which compare their masks. None: this process alone.
 
     Examples
     --------
@@ -79,6 +90,7 @@ class Scores:
         dims: Mapping[str, int] | None = None,
         precision: str = "fp32",
         patterns: Mapping[str, list[str]] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self.gradients = None if gradients is None else dict(gradients)
@@ -91,12 +103,13 @@ class Scores:
         self.precision = precision
         self.patterns = dict(patterns or {})
         self.total = sum(parameter.numel() for parameter in parameters.values())
-        self._versions = [parameter._version for parameter in self.parameters.values()]
+        self._processes = processes
+        self._versions = [version_of(parameter) for parameter in self.parameters.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         # the version counter of a copied tensor starts at 0: keep only whether θ has changed
         changed = [-1 if t._version != v else 0 for t, v in zip(self.parameters.values(), self._versions, strict=True)]
-        return {**self.__dict__, "_versions": changed}
+        return {**self.__dict__, "_versions": changed, "_processes": None}  # a copy selects on its process alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -175,9 +188,15 @@ class Scores:
         """Select as ``select`` does, without the check that the selected units score above 0."""
         budget, top_h = unboxed(budget), unboxed(top_h)
         check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
-        for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
-            if parameter._version != version:
-                raise InputError(f"'{name}' has changed since it was scored; call score() again")
+        if self._processes is not None:
+            arguments = repr((budget, granularity, aggregate, top_h, policy))
+            self._processes.check_same(
+                arguments, "expected the same arguments on every process, got others; pass the same"
+            )
+        with nullcontext() if self._processes is None else self._processes.together():
+            for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
+                if version_of(parameter) != version:
+                    raise InputError(f"'{name}' has changed since it was scored; call score() again")
         if not self.total:
             raise InputError("expected a model with entries in its parameters, got empty ones; nothing can be selected")
         budgeted = int(budget * self.total)
@@ -193,7 +212,11 @@ class Scores:
         metadata |= {"budget": budget, "examples": self.examples, "seed": self.seed}
         if self.examples:
             metadata["precision"] = self.precision
+        if self._processes is not None and self._processes.data is not None:
+            metadata["processes"] = self._processes.size
         metadata |= {**self.patterns, "delfast": __version__, "torch": torch.__version__}
+        if self._processes is not None:
+            self._processes.check_same(_fingerprint(parts), DIFFERENT_MASKS)
         return Selection(Mask(parts, metadata), selected, positive)
 
     def channel_scores(
@@ -244,7 +267,8 @@ class Scores:
     @property
     def _row_shapes(self) -> dict[str, torch.Size]:
         """Parameter name -> shape, with the channels along dim 0."""
-        return {name: t.shape for name, t in zip(self.parameters, self._by_row(self.parameters), strict=True)}
+        moved = {name: (self.dims.get(name, 0), t.shape) for name, t in self.parameters.items()}
+        return {n: torch.Size((*s[d : d + 1], *s[:d], *s[d + 1 :])) for n, (d, s) in moved.items()}
 
     def _select_elements(self, k: int) -> tuple[dict[str, ParameterMask], int, int]:
         """Return the masks, the number of selected elements, and how many of these score above 0."""
@@ -348,3 +372,12 @@ class Scores:
             f"expected finite scores, got NaN or infinity for '{name}'; check the loss, the gradients and the weights "
             "of this parameter"
         )
+
+
+def _fingerprint(parts: Mapping[str, ParameterMask]) -> bytes:
+    """Return a digest of a mask's packed bits, without the dense bits of ``Mask.digest``."""
+    total = hashlib.sha256()
+    for name, part in parts.items():
+        total.update(f"{name} {part.shape} {part.unit} {part.dim}".encode() + b"\0")
+        total.update(part.bits.cpu().numpy().tobytes())
+    return total.digest()

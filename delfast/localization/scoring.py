@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delfast.arguments import check_count, check_loader, check_seed
+from delfast.arguments import check_count, check_loader, check_seed, describe
 from delfast.batches import LossFn, device_of, warn_about_loader
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
@@ -26,8 +26,13 @@ from delfast.localization.gradient import GradientSums, MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
 from delfast.localization.per_example.contributions import Epilogue
 from delfast.localization.scores import Scores
-from delfast.naming import trainable_parameters, unwrap
+from delfast.localization.sharded_gradient import ShardedGradient
+from delfast.localization.sharded_scores import ShardedScores
+from delfast.naming import plain_name, trainable_parameters, unwrap
 from delfast.ops.layout import unit_count
+from delfast.processes import Group, joined
+from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out
+from delfast.shares import refuse_sharded, share
 
 
 def score(
@@ -44,12 +49,18 @@ def score(
     cuda_graphs: CudaGraphs = "auto",
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    sum_dtype: torch.dtype | None = None,
+    group: Group = None,
 ) -> Scores:
     """Score every trainable parameter of a model.
 
     The model runs in eval mode, without its DDP and compile wrappers, and is left as it was. Batches are summed and
-    divided once, so a short last batch has its right weight. Under DDP nothing is exchanged: pass every process the
-    whole set, and all processes compute the same G.
+    divided once, so a short last batch has its right weight.
+
+    With ``group`` the processes of a job share the set, and each gets the scores of the whole set; all of them call
+    ``score``, with the same arguments. Parameters may be DTensors: of FSDP2 (``fully_shard``), which requires
+    ``group``, of HSDP and of tensor parallelism. An error of one process is raised by all, with its rank, unless it
+    occurs inside the network's forward or backward pass while the others wait there.
 
     Parameters
     ----------
@@ -87,7 +98,7 @@ def score(
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
-        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
+        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. Networks of DTensors run without.
     include : str or sequence of str, optional
         Glob patterns of parameter names: only parameters with a name that matches one of them compete, such as
         "*.mlp.*" (``*`` stands for any characters, dots included; capitals count). A tied parameter is found under each
@@ -96,6 +107,16 @@ def score(
         Patterns of parameters that do not compete, also if ``include`` matches them, such as ["*embed*", "lm_head.*"].
         A parameter that does not compete is treated as a frozen one: no gradient of it is computed, it does not count
         in the budget, the mask lacks it, and ``unlearn`` leaves it as it is, even if it belongs to the head.
+    sum_dtype : torch.dtype or None, default None
+        The dtype in which gradients are summed over batches and processes: torch.float32, which None means, or
+        torch.float64, with which G does not depend on the number of processes, except where the rounding of its last
+        bit to float32 is a tie to within float64. Refused with ``per_example`` and for FSDP2, whose reduction has a
+        dtype of its own (``MixedPrecisionPolicy.reduce_dtype``).
+    group : ProcessGroup, DeviceMesh or None, default None
+        The processes over which the data differ; a DeviceMesh has one dimension. ``loader`` is the whole set's on every
+        process, and process r of W takes the batches r, r + W, and so on; of a DataLoader the indices are shared out. A
+        DataLoader with a DistributedSampler of this group is used as it is, without the examples that the sampler
+        repeats. None: this process reads the whole set.
 
     Returns
     -------
@@ -105,8 +126,10 @@ def score(
     Raises
     ------
     InputError
-        For an unknown criterion, a missing or empty set, labels out of range, a DTensor, a pattern that matches no
-        parameter; with ``per_example`` also for layers that mix the examples (BatchNorm without running statistics).
+        For an unknown criterion, a missing or empty set, labels out of range, a pattern that matches no
+        parameter; with ``per_example`` also for DTensors
+        and layers that mix the examples (BatchNorm without running statistics). With ``group`` also for a loader whose
+        shares are not the set. For a loader with a DistributedSampler, and for FSDP2, without ``group``.
 
     References
     ----------
@@ -141,19 +164,32 @@ def score(
     execution.check()
     device = device_of(unwrap(model))
     check_cuda_graphs(cuda_graphs, device)
+    _check_sums(sum_dtype, per_example, model)
     if loader is not None:
         check_loader(loader, "loader")
-    parameters = trainable_parameters(unwrap(model))
+    network = unwrap(model)
+    parameters = trainable_parameters(network, sharded=True)
     if not parameters:
         raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
-    parameters = competing_parameters(unwrap(model), parameters, patterns)
-    dims = output_dims(unwrap(model))
+    parameters = competing_parameters(network, parameters, patterns)
+    dims = output_dims(network)
+    is_sharded = is_laid_out(network)
+    settings = f"{criterion} {per_example} {seed} {execution} {sum_dtype} {patterns}"
+    make = ShardedScores if is_sharded else Scores
     if criterion in WITHOUT_SET:
+        processes = joined(network, group, parameters, settings, reads_data=False)
         units = _by_depth(parameters, dims, criterion == "deepest") if criterion in BY_DEPTH else None
-        return Scores(parameters, None, criterion, 0, seed, units=units, dims=dims, patterns=patterns)
+        return make(
+            parameters, None, criterion, 0, seed, units=units, dims=dims, patterns=patterns, processes=processes
+        )
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
+    if is_sharded and (per_example or criterion == "critmem"):
+        _refuse_sharded("per_example" if per_example else "criterion 'critmem'", network)
     if criterion == "critmem":
+        if group is not None:
+            raise InputError("expected no group for criterion 'critmem', got one; pass every process the whole set")
+        refuse_sharded(loader)
         found = critmem(model, loader, max_channels=max_channels, precision=precision, channels_last=channels_last)
         return Scores(
             parameters,
@@ -165,12 +201,26 @@ def score(
             dims=dims,
             precision=execution.computed_in(device),
         )
-    warn_about_loader(loader, "forget set")
-    sums = gradient_sums(unwrap(model), parameters, criterion, per_example, loss_fn, execution, loader)
-    examples = add_all(sums, unwrap(model), loader, "forget set")
-    return Scores(
+    processes = joined(network, group, parameters, settings)
+    shared = None
+    if processes is None:
+        refuse_sharded(loader)
+        warn_about_loader(loader, "forget set")
+    else:
+        shared = share(loader, processes, loss_fn)
+    if is_sharded:
+        assert processes is not None and shared is not None
+        sharded = ShardedGradient(network, parameters, loss_fn, execution, processes, sum_dtype)
+        mean, examples = sharded.mean_over(shared, "forget set")
+    else:
+        batches = loader if shared is None else shared.batches
+        sums = gradient_sums(network, parameters, criterion, per_example, loss_fn, execution, batches, sum_dtype)
+        finish = None if shared is None else shared.finish
+        examples = add_all(sums, network, batches, "forget set", processes, finish)
+        mean = sums.mean(examples, last=True)
+    return make(
         parameters,
-        sums.mean(examples),
+        mean,
         criterion,
         examples,
         seed,
@@ -178,6 +228,32 @@ def score(
         dims=dims,
         precision=execution.computed_in(device),
         patterns=patterns,
+        processes=processes,
+    )
+
+
+def _check_sums(sum_dtype: torch.dtype | None, per_example: bool, model: nn.Module) -> None:
+    """Raise InputError for a dtype that sums cannot have."""
+    if sum_dtype not in (None, torch.float32, torch.float64):
+        raise InputError(
+            f"expected sum_dtype to be torch.float32, torch.float64 or None, got {describe(sum_dtype)}; pass one"
+        )
+    if sum_dtype is not None and per_example:
+        raise InputError(
+            f"expected no sum_dtype for per_example=True, got {sum_dtype}; its kernels sum in float32, so omit it"
+        )
+    if sum_dtype is not None and fsdp_groups(model):
+        raise InputError(
+            f"expected no sum_dtype for FSDP2, got {sum_dtype}; its own reduction adds the processes' gradients, in "
+            "the reduce_dtype of its MixedPrecisionPolicy, so omit it"
+        )
+
+
+def _refuse_sharded(what: str, network: nn.Module) -> None:
+    name = next(name for name, parameter in network.named_parameters() if is_dtensor(parameter))
+    raise InputError(
+        f"expected whole parameters for {what}, got '{plain_name(name)}' as a DTensor (FSDP2 or tensor parallelism); "
+        "gather the model first (full_tensor())"
     )
 
 
@@ -198,9 +274,10 @@ def gradient_sums(
     loss_fn: LossFn | None,
     execution: Execution,
     loader: object,
+    sum_dtype: torch.dtype | None = None,
 ) -> GradientSums:
     """Return the accumulator of a criterion that has a gradient, for the batches of ``loader``."""
     if not per_example:
-        return MeanGradient(network, parameters, loss_fn, execution, loader)
+        return MeanGradient(network, parameters, loss_fn, execution, loader, sum_dtype)
     epilogue: Epilogue = "square" if criterion == "squared_grad" else "abs"
     return PerExampleGradients(network, parameters, loss_fn, epilogue, execution, loader)

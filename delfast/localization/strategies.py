@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -25,8 +26,10 @@ from delfast.localization.criteria import (
     check_selection,
 )
 from delfast.localization.scoring import score
+from delfast.localization.streaming import streamed_scores
 from delfast.mask import Mask
 from delfast.plain import unboxed
+from delfast.processes import Group
 
 Preset = Literal["paper", "published-code"]
 BUDGET = 0.3  # fraction of all parameters; DEL paper, experimental setup
@@ -210,6 +213,8 @@ def localize(
     cuda_graphs: CudaGraphs = "auto",
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    sum_dtype: torch.dtype | None = None,
+    group: Group = None,
 ) -> Mask:
     """Find the most critical parameters of a model for a forget set: ``score`` and ``Scores.select`` in one call.
 
@@ -262,18 +267,23 @@ def localize(
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
-        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors.
+        a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. Networks of DTensors run without.
     include : str or sequence of str, optional
         Glob patterns of the names of parameters that compete, such as "*.mlp.*"; see ``score``.
     exclude : str or sequence of str, optional
         Patterns of the names of parameters that do not compete, such as ["*embed*", "lm_head.*"]; see ``score``.
+    sum_dtype : torch.dtype or None, default None
+        The dtype in which gradients are summed over batches and processes; see ``score``.
+    group : ProcessGroup, DeviceMesh or None, default None
+        The processes over which the data differ. They share the set and all get the same mask, that of the whole model;
+        see ``score``. Refused with ``stop_when_stable``.
 
     Returns
     -------
     Mask
         The selected parameters. The metadata store every setting, and ``strategy`` unless ``criterion`` or
         ``granularity`` was given. With ``stop_when_stable`` they also store the number of ``examples`` that were used,
-        ``examples_available`` and the last ``overlap``.
+        ``examples_available`` and the last ``overlap``; with ``group`` the number of ``processes``.
 
     Raises
     ------
@@ -337,6 +347,11 @@ def localize(
     options: dict[str, Any] = {"per_example": bool(per_example), "loss_fn": loss_fn, "seed": check_seed(seed)}
     patterns = check_patterns(include, exclude)
     if stop_when_stable is not None:
+        if group is not None or sum_dtype is not None:
+            raise InputError(
+                "expected neither group nor sum_dtype with stop_when_stable, got one; omit stop_when_stable, and all "
+                "examples are used"
+            )
         selection = localize_until_stable(
             model,
             forget,
@@ -350,8 +365,15 @@ def localize(
             **options,
         )
     else:
-        options |= {**asdict(execution), **patterns}
-        scores = score(model, cast(Any, forget), criterion_name, **options)
+        scores = None
+        if settings["granularity"] == "channel" and not per_example and sum_dtype is None and group is None:
+            units = (settings["aggregate"], settings["top_h"])
+            scores = streamed_scores(
+                model, forget, criterion_name, units, loss_fn, options["seed"], execution, patterns
+            )
+        if scores is None:
+            options |= {**asdict(execution), **patterns, "sum_dtype": sum_dtype, "group": group}
+            scores = score(model, cast(Any, forget), criterion_name, **options)
         selection = scores.choose(budget, **settings)
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}

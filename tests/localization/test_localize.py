@@ -96,16 +96,6 @@ def test_wrapped_models_match_by_plain_name() -> None:
     delfast.optim.MaskedSGD(wrapped.named_parameters(), mask=plain, lr=0.1)
 
 
-def test_dtensor_is_refused_by_name() -> None:
-    class DTensor(nn.Parameter):  # the real one needs a process group; it is identified by its type's name
-        pass
-
-    model = nn.Sequential(nn.Linear(2, 2))
-    model[0].weight = DTensor(torch.ones(2, 2))
-    with pytest.raises(InputError, match=r"plain tensor for '0.weight', got a DTensor"):
-        delfast.score(model, criterion="weight")
-
-
 # The published code
 
 

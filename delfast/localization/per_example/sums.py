@@ -49,7 +49,7 @@ class PerExampleGradients:
         """Add one batch and return its number of examples."""
         return self.passes.add(batch)
 
-    def mean(self, examples: int) -> dict[str, Tensor]:
+    def mean(self, examples: int, *, last: bool = False) -> dict[str, Tensor]:
         """Return plain name -> mean, in the parameter's shape and strides; float32 (float64 for float64 parameters)."""
         return {
             name: torch.empty_like(parameter, dtype=self.sums[name].dtype, requires_grad=False).copy_(

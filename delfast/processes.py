@@ -1,0 +1,309 @@
+"""Processes that work on one job together: their groups, what they exchange, and the error that all of them raise.
+
+The data group is the one over which the data differ. The mesh groups are those over which the parameters' meshes lay
+parameters out: one group for each dimension of a mesh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from delfast.errors import InputError, one_line
+from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out
+
+MAX_BUCKET_BYTES = 2**24  # of small tensors that are reduced in one collective; larger tensors are reduced in pieces
+TEXT_BYTES = 4096  # of an error's text that reach the other processes
+
+
+Group = Any
+"""A ``torch.distributed.ProcessGroup``, a one-dimensional DeviceMesh, or None for this process alone."""
+
+
+def check_group(group: Group) -> Any:
+    """Return the process group of ``group``, a ProcessGroup or a one-dimensional DeviceMesh; None for None."""
+    if group is None:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        raise InputError(
+            "expected torch.distributed to be initialized for group, it is not; call init_process_group() first"
+        )
+    if type(group).__name__ == "DeviceMesh":  # by name: importing it takes time
+        if group.ndim != 1:
+            raise InputError(
+                f"expected group to be a DeviceMesh of one dimension, got one of {group.ndim}; pass the dimension over "
+                "which the data differ, mesh['dp'] for example, or mesh._flatten() for several"
+            )
+        return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise InputError("expected a group that this process is a member of, got another; call it on members alone")
+    if not isinstance(group, dist.ProcessGroup):
+        raise InputError(
+            "expected group to be a ProcessGroup or a DeviceMesh of one dimension, got "
+            f"{type(group).__name__}; pass torch.distributed.group.WORLD for all processes"
+        )
+    return group
+
+
+class Processes:
+    """The processes of a job, as this process sees them.
+
+    data: the data group, or None if the data are the same everywhere. rank, size: this process's rank in it, and its
+    number of processes. meshes: the mesh groups of more than one process, each once.
+    """
+
+    def __init__(self, group: Any, parameters: Mapping[str, Tensor]) -> None:
+        self.data = group
+        self.rank: int = 0 if group is None else dist.get_rank(group)
+        self.size: int = 1 if group is None else dist.get_world_size(group)
+        by_ranks = {_ranks(each): each for p in parameters.values() for each in _mesh_groups(p)}
+        self.meshes = list(by_ranks.values())
+        if group is not None:
+            by_ranks.setdefault(_ranks(group), group)
+        self._all = list(by_ranks.values())
+        devices = {p.device for p in parameters.values()}
+        on_cpu = all(torch.device("cpu") in each._device_types for each in self._all)
+        # small messages: the host does not wait for the device where the groups can exchange without it
+        self._device = torch.device("cpu") if on_cpu or not devices else next(iter(devices))
+        self._check_product()
+
+    # What all processes of the job do together
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise the error of any process, raised inside the context, on all of them: the one of the lowest rank."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        self.raise_first(error)
+
+    def raise_first(self, error: Exception | None, *, more: bool = False) -> bool:
+        """Raise the error of the process of the lowest rank that has one, on every process; None: this one has none.
+
+        An InputError stays one; any other exception becomes a RuntimeError. Both name the rank. Without an error,
+        return whether any process has ``more`` to do. Every wait for the others is this one exchange, so that a process
+        that fails where it is not expected to is still met by the others.
+        """
+        if error is not None and hasattr(error, _RAISED_BY_ALL):
+            raise error
+        rank, last = dist.get_rank(), dist.get_world_size()
+        mine = int(more) if error is None else 1 + last - rank  # the lowest rank has the highest number
+        highest = int(self._over_all(torch.tensor([mine], dtype=torch.int64)))
+        if highest < 2:
+            return highest == 1
+        text = torch.zeros(1 + TEXT_BYTES, dtype=torch.uint8)
+        if error is not None and mine == highest:
+            is_input = isinstance(error, InputError)
+            words = str(error) if is_input else f"{type(error).__name__}: {one_line(error)}"
+            encoded = f"{words} (on rank {rank})".encode()[:TEXT_BYTES]
+            text[0] = is_input
+            text[1 : 1 + len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        raw = self._over_all(text).numpy().tobytes()
+        _refuse(raw[1:].rstrip(b"\0").decode(errors="replace"), is_input=bool(raw[0]), cause=error)
+
+    def is_same(self, value: str | bytes) -> bool:
+        """Return, on every process alike, whether all have the same value. 64 bytes are exchanged."""
+        digest = hashlib.sha256(value.encode() if isinstance(value, str) else value).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        both = self._over_all(torch.cat([mine, 255 - mine]))  # the maximum, and 255 minus the minimum
+        return torch.equal(both[:32], 255 - both[32:])
+
+    def check_same(self, value: str | bytes, error: str) -> None:
+        """Raise InputError with ``error`` on every process unless all have the same value."""
+        if not self.is_same(value):
+            _refuse(error, is_input=True)
+
+    def first_of_all(self, value: Any) -> Any:
+        """Return the value of the first process, an object that can be pickled."""
+        box = [value]
+        for group in self._all:
+            dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group, device=self._device)
+        return box[0]
+
+    def _over_all(self, values: Tensor) -> Tensor:
+        """Return the maximum over all processes of the job, on the CPU."""
+        values = values.to(self._device)
+        for group in self._all:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+        return values.cpu()
+
+    # Over the data group
+
+    def add_data(self, tensors: Iterable[Tensor]) -> None:
+        """Add the tensors of all processes of the data group, in place."""
+        if self.data is not None:
+            _all_reduce(tensors, dist.ReduceOp.SUM, [self.data])
+
+    def count_data(self, count: int) -> int:
+        """Return the sum of a count over the data group."""
+        value = torch.tensor([count], dtype=torch.int64, device=self._device)
+        self.add_data([value])
+        return int(value)
+
+    # Over the mesh groups
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Return the maximum, in place, over the processes that hold the parameters between them."""
+        _all_reduce([values], dist.ReduceOp.MAX, self.meshes)
+        return values
+
+    def total(self, *values: Tensor) -> None:
+        """Add the values of the processes that hold the parameters between them, in place, each process once."""
+        _all_reduce(values, dist.ReduceOp.SUM, self.meshes)
+
+    def is_first(self, parameter: Any) -> bool:
+        """Return whether this is the first of the processes that hold the same part of a parameter.
+
+        It is the process of coordinate 0 in every mesh group over which the parameter is not split.
+        """
+        split: set[tuple[int, ...]] = set()
+        if is_dtensor(parameter):
+            mesh = parameter.device_mesh
+            split = {
+                _ranks(mesh.get_group(dim))
+                for dim, placement in enumerate(parameter.placements)
+                if mesh.size(dim) > 1 and not placement.is_replicate()
+            }
+        return all(_ranks(group) in split or dist.get_rank(group) == 0 for group in self.meshes)
+
+    def _check_product(self) -> None:
+        """Raise InputError unless the mesh groups are the dimensions of one mesh.
+
+        A sum over one group after the other counts each process once only then.
+        """
+        if len(self.meshes) < 2:
+            return
+        reached = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self._device)
+        reached[dist.get_rank()] = 1
+        for group in self.meshes:
+            dist.all_reduce(reached, dist.ReduceOp.SUM, group=group)
+        if int(reached.max()) > 1 or int(reached.count_nonzero()) != math.prod(map(dist.get_world_size, self.meshes)):
+            sizes = " x ".join(str(dist.get_world_size(group)) for group in self.meshes)
+            raise InputError(
+                f"expected all parameters on dimensions of one mesh, got groups of {sizes} processes that overlap; "
+                "build every mesh from one init_device_mesh()"
+            )
+
+
+def joined(
+    network: torch.nn.Module, group: Group, parameters: Mapping[str, Tensor], settings: str, *, reads_data: bool = True
+) -> Processes | None:
+    """Return the processes of a job on these parameters; None if this process works alone.
+
+    settings: the arguments that must be the same on all processes, as text. reads_data: whether the job computes
+    gradients. Raises InputError for a group that then does not fit how the parameters are laid out, and for other
+    settings or parameters on some processes.
+    """
+    group = check_group(group)
+    if group is None and not is_laid_out(network):
+        return None
+    data = {dist.get_rank()} if group is None else set(dist.get_process_group_ranks(group))
+    reduced: set[int] = set()
+    for each in fsdp_groups(network) if reads_data else ():
+        ranks = _reduced_over(each)
+        if ranks != data:
+            raise InputError(
+                f"expected group to be the {len(ranks)} processes over which fully_shard adds gradients, ranks "
+                f"{_listed(ranks)}, got {'none' if group is None else f'ranks {_listed(data)}'}; pass the mesh that "
+                "fully_shard got, flattened if it has two dimensions, and the loader of the whole set"
+            )
+        reduced |= ranks
+    for name, parameter in parameters.items() if reads_data else ():
+        for each in _mesh_groups(parameter):
+            ranks = set(_ranks(each))
+            if not ranks <= reduced and len(ranks & data) > 1:
+                raise InputError(
+                    f"expected group to be processes over which '{name}' is not laid out, got ranks {_listed(data)}, "
+                    f"which share ranks {_listed(ranks & data)} with its mesh; processes that hold one network between "
+                    "them compute the same batches, so pass the other dimension of the mesh"
+                )
+    processes = Processes(group, parameters)
+    forms = "; ".join(f"{name} {p.dtype} {tuple(p.shape)} {p.stride()}" for name, p in parameters.items())
+    processes.check_same(
+        f"{settings}; {forms}",
+        "expected the same call on every process, on a model of the same trainable parameters, got other arguments, "
+        "names, dtypes, shapes or memory formats on some; build the same model everywhere",
+    )
+    return processes
+
+
+def _reduced_over(fsdp_group: Any) -> set[int]:
+    """Return the ranks over which an FSDP2 parameter group adds gradients."""
+    info = fsdp_group.mesh_info
+    added = {dim for dim in (info.shard_mesh_dim, info.replicate_mesh_dim) if dim is not None}
+    place = info.mesh.get_coordinate()
+    ranks = info.mesh.mesh[tuple(slice(None) if dim in added else at for dim, at in enumerate(place))]
+    return set(ranks.flatten().tolist())
+
+
+def _mesh_groups(parameter: Any) -> list[Any]:
+    """Return the groups of more than one process of a DTensor's mesh."""
+    if not is_dtensor(parameter):
+        return []
+    mesh = parameter.device_mesh
+    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+
+
+def _ranks(group: Any) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def _listed(ranks: set[int]) -> str:
+    listed = ", ".join(map(str, sorted(ranks)[:8]))
+    return listed if len(ranks) <= 8 else f"{listed}, ..."
+
+
+def _all_reduce(tensors: Iterable[Tensor], op: Any, groups: list[Any]) -> None:
+    """Reduce dense tensors in place over one group after the other: small ones in buckets, large ones in pieces."""
+    bucket: list[Tensor] = []
+    for flat in map(_flat_view, tensors):
+        if flat.nbytes > MAX_BUCKET_BYTES:
+            for piece in torch.split(flat, MAX_BUCKET_BYTES // flat.element_size()):
+                _reduce(piece, op, groups)
+            continue
+        full = sum(each.nbytes for each in bucket) + flat.nbytes > MAX_BUCKET_BYTES
+        if bucket and (full or bucket[0].dtype != flat.dtype or bucket[0].device != flat.device):
+            _reduce_bucket(bucket, op, groups)
+            bucket = []
+        bucket.append(flat)
+    _reduce_bucket(bucket, op, groups)
+
+
+def _reduce_bucket(bucket: list[Tensor], op: Any, groups: list[Any]) -> None:
+    if len(bucket) == 1:
+        _reduce(bucket[0], op, groups)
+    elif bucket:
+        joined_values = torch.cat(bucket)
+        _reduce(joined_values, op, groups)
+        torch._foreach_copy_(bucket, torch.split(joined_values, [len(each) for each in bucket]))
+
+
+def _reduce(values: Tensor, op: Any, groups: list[Any]) -> None:
+    if values.numel():
+        for group in groups:
+            dist.all_reduce(values, op, group=group)
+
+
+def _flat_view(tensor: Tensor) -> Tensor:
+    """Return a dense tensor's elements (n,) in the order of memory, for any order of its dimensions."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+# Errors that all processes raise
+
+_RAISED_BY_ALL = "_delfast_raised_by_all"  # marks an error, so that a context around does not exchange it again
+
+
+def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:
+    error = (InputError if is_input else RuntimeError)(text)
+    setattr(error, _RAISED_BY_ALL, True)
+    raise error from cause
