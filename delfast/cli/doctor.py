@@ -57,8 +57,8 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
     if driver_is_too_old():
         built = facts["cuda"].partition(";")[0]
         advice.append(
-            f"the driver supports CUDA {facts['driver_cuda']} at most, and the kernels were {built}: upgrade the driver, "
-            "or install a build for that version"
+            f"the driver supports CUDA {facts['driver_cuda']} at most, and the kernels were {built}: upgrade the "
+            "driver, or install a build for that version"
         )
     missing = [name for name, found in facts["experiments"].items() if found is None]
     if missing:
