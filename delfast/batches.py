@@ -182,7 +182,8 @@ def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
     """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None."""
     if isinstance(batch, Indexed):
         return len(batch.rows)
-    parts = _parts(split_batch(batch)[1:] if loss_fn is None else batch)
+    is_whole = loss_fn is not None or isinstance(batch, Mapping)
+    parts = _parts(batch if is_whole else split_batch(batch)[1:])
     sizes = {part.shape[0] if isinstance(part, Tensor) and part.ndim else None for part in parts}
     return sizes.pop() if len(sizes) == 1 else None
 
