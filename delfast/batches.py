@@ -26,6 +26,7 @@ from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.naming import plain_name, unwrap
+from delfast.sharding import whole
 from delfast.sole_use import sole_use
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -226,7 +227,7 @@ def per_example_losses(
         if loss_fn is not None:
             return _checked_losses(loss_fn(model, move(batch, device)))
         _, inputs, targets = split_batch(batch)
-        logits = model(execution.laid_out(move(inputs, device), model))
+        logits = whole(model(execution.laid_out(move(inputs, device), model)))
         return functional.cross_entropy(logits, class_indices(targets, logits), reduction="none")
 
 

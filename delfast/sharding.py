@@ -41,6 +41,11 @@ def local_part(tensor: Any) -> Tensor:
     return part
 
 
+def whole(tensor: Any) -> Any:
+    """Return a network's output as one tensor; a DTensor is gathered from the processes that hold it together."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
 def version_of(tensor: Tensor) -> int:
     """Return a count of the changes in place of a tensor; of a DTensor also those of the part that is held here."""
     return tensor._version + local_part(tensor)._version if is_dtensor(tensor) else tensor._version

@@ -22,7 +22,7 @@ from delfast.language import is_token_batch, next_token_logits, next_token_losse
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap
 from delfast.processes import Group, Processes, joined
-from delfast.sharding import fsdp_modules, gathering, is_laid_out, reshard
+from delfast.sharding import fsdp_modules, gathering, is_laid_out, reshard, whole
 from delfast.shares import refuse_sharded, share
 
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
@@ -105,9 +105,9 @@ def join(group: Group, settings: str, **models: nn.Module) -> tuple[list[nn.Modu
     networks = [unwrap(model) for model in models.values()]
     if group is None and not any(fsdp_modules(network) or is_laid_out(network) for network in networks):
         return list(models.values()), None
-    whole = networks[0] if len(networks) == 1 else nn.ModuleDict(dict(zip(models, networks, strict=True)))
-    parameters = model_parameters(whole, sharded=True)
-    processes = joined(whole, group, parameters, settings)
+    job = networks[0] if len(networks) == 1 else nn.ModuleDict(dict(zip(models, networks, strict=True)))
+    parameters = model_parameters(job, sharded=True)
+    processes = joined(job, group, parameters, settings)
     if processes is not None:
         processes.check_same_values(parameters)
     return networks, processes
@@ -224,7 +224,7 @@ def predict(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor,
     _, inputs, targets = split_batch(batch)
     device = device_of(model)
     with execution.autocast(device):
-        logits = model(execution.laid_out(move(inputs, device), model))
+        logits = whole(model(execution.laid_out(move(inputs, device), model)))
     targets = class_indices(targets, logits, ignored=None)  # an ignored example has no accuracy
     refuse_if(
         ~logits.isfinite().all(),

@@ -84,6 +84,12 @@ def tensor_parallel(model):
     return parallelize_module(model, init_device_mesh("cpu", (2,)), plan), None
 
 
+def with_split_outputs(model):
+    """A head whose outputs are DTensors."""
+    plan = {"head" if isinstance(model, Network) else "table": ColwiseParallel(use_local_output=False)}
+    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan), None
+
+
 # Sets
 
 
@@ -153,6 +159,17 @@ def is_same(found, expected):
     if isinstance(expected, tuple):
         return len(found) == len(expected) and all(map(is_same, found, expected))
     return is_same(vars(found), vars(expected)) if hasattr(expected, "confidences") else found == expected
+
+
+def of_outputs(layout, rank=None):
+    """Return the losses and the masks of a classifier, and of a language model."""
+    (model, _), (texted, _) = layout(Network(3)), layout(Bigrams(0))
+    masks = (
+        delfast.localize(model, batches(23)),
+        delfast.localize(texted, texts(23, 3, 3), loss_fn=delfast.causal_lm_loss),
+    )
+    losses = accuracy_and_loss(model, batches(23)).loss, accuracy_and_loss(texted, texts(23, 3, 3)).loss
+    return losses, [mask.digest for mask in masks]
 
 
 # Loaders of 101 examples
@@ -349,6 +366,7 @@ def test_processes(count, tmp_path):
             for kind in ERRORS
             for layout in (ddp, fsdp)
         }
+        scenarios["outputs"] = functools.partial(of_outputs, with_split_outputs)
         scenarios |= {"refused": refused, "buffers": own_buffers, "waiting": while_gradients_wait}
     results = run_in_processes(count, scenarios, tmp_path)
 
@@ -385,3 +403,5 @@ def test_processes(count, tmp_path):
             assert found[name] is not None and found[name][0] == "InputError" and text in found[name][1], (name, found)
     assert all(is_same(found, one) for both in all_ranks("buffers") for found in both)
     assert all(all_ranks("waiting"))
+    for losses, digests in all_ranks("outputs"):
+        assert losses == pytest.approx(of_outputs(alone)[0]) and digests == of_outputs(alone)[1]
