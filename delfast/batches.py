@@ -180,7 +180,10 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
-    """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None."""
+    """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None.
+
+    Without a ``loss_fn`` every part of a mapping counts too, since evaluation reads those of language models.
+    """
     if isinstance(batch, Indexed):
         return len(batch.rows)
     is_whole = loss_fn is not None or isinstance(batch, Mapping)

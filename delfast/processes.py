@@ -199,7 +199,7 @@ class Processes:
         with self.together():
             if self.data is None or not compared:
                 return
-            sums = torch.stack([bits(local_part(p)).sum(dtype=torch.int64).to(self._device) for p in compared.values()])
+            sums = torch.stack([_sum_of_bits(local_part(p)).to(self._device) for p in compared.values()])
             both = torch.cat([sums, -sums])
             dist.all_reduce(both, dist.ReduceOp.MAX, group=self.data)
             different = (both[: len(sums)] != -both[len(sums) :]).tolist()
@@ -362,6 +362,12 @@ def _reduce(values: Tensor, op: Any, groups: list[Any]) -> None:
 def _flat_view(tensor: Tensor) -> Tensor:
     """Return a dense tensor's elements (n,) in the order of memory, for any order of its dimensions."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bit patterns, int64 modulo 2**64; in pieces, since their conversion is a copy."""
+    pieces = torch.split(bits(tensor).flatten(), MAX_BUCKET_BYTES // 8)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
 
 
 # Errors that all processes raise
