@@ -16,6 +16,7 @@ from delfast.batches import IGNORED, class_indices, device_of, move, plain
 from delfast.errors import InputError
 from delfast.naming import unwrap
 from delfast.sharding import whole
+from delfast.shares import refuse_sharded
 
 
 def causal_lm_loss(model: nn.Module, batch: Any, *, per_token: float | None = None) -> Tensor:
@@ -112,7 +113,8 @@ def tokens_per_example(loader: Iterable[Any]) -> float:
     Raises
     ------
     InputError
-        For batches of another form, and for a set without a counted token.
+        For batches of another form, for a set without a counted token, and for a loader that yields the share of one of
+        several processes, since the number must be the same on all of them.
 
     Examples
     --------
@@ -126,6 +128,7 @@ def tokens_per_example(loader: Iterable[Any]) -> float:
     >>> loss_fn = functools.partial(delfast.causal_lm_loss, per_token=delfast.tokens_per_example(forget))
     """
     check_loader(loader, "loader")
+    refuse_sharded(loader)
     examples, tokens = 0, 0
     for batch in loader:
         targets = _next_tokens(_checked(plain(batch)))

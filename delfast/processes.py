@@ -18,7 +18,7 @@ from torch import Tensor
 
 from delfast.bits import bits
 from delfast.errors import InputError, one_line
-from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out, local_part
+from delfast.sharding import forget_forward, fsdp_groups, is_dtensor, is_laid_out, local_part
 
 MAX_BUCKET_BYTES = 2**24  # of small tensors that are reduced in one collective; larger tensors are reduced in pieces
 TEXT_BYTES = 4096  # of an error's text that reach the other processes
@@ -72,7 +72,7 @@ class Processes:
         devices = {p.device for p in parameters.values()}
         on_cpu = all(torch.device("cpu") in each._device_types for each in self._all)
         # small messages: the host does not wait for the device where the groups can exchange without it
-        self._device = torch.device("cpu") if on_cpu or not devices else next(iter(devices))
+        self._device = torch.device("cpu") if on_cpu or not devices else _exchanged(devices, self._all)
         self._check_product()
 
     # What all processes of the job do together
@@ -126,6 +126,36 @@ class Processes:
             if not self.raise_first(error, more=value is not None):
                 return
             yield value
+
+    @contextmanager
+    def in_one_pass(self, *networks: torch.nn.Module) -> Iterator[None]:
+        """Let the processes meet when the forward pass of each network begins; they all run the networks in this order.
+
+        Inside a pass they exchange parameters or activations, and nobody may be missing. So an error that a process
+        raises before is raised by all where the pass would begin. FSDP2 forgets a pass that failed.
+        """
+        waiting = set(networks)
+
+        def begin(network: torch.nn.Module, _: Any) -> None:
+            if network in waiting:
+                waiting.discard(network)
+                self.raise_first(None)
+
+        handles = [network.register_forward_pre_hook(begin, prepend=True) for network in networks]
+        try:
+            yield
+            while waiting:  # the function did not call the network, or not as a module
+                waiting.pop()
+                self.raise_first(None)
+        except Exception as error:
+            for network in networks:
+                forget_forward(network)
+            if waiting:
+                self.raise_first(error)
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def is_same(self, value: str | bytes) -> bool:
         """Return, on every process alike, whether all have the same value. 64 bytes are exchanged."""
@@ -292,7 +322,8 @@ def joined(
                     f"which share ranks {_listed(ranks & data)} with its mesh; processes that hold one network between "
                     "them compute the same batches, so pass the other dimension of the mesh"
                 )
-    processes = Processes(group, parameters)
+    # of all parameters: also processes that hold only frozen ones together compute the same passes
+    processes = Processes(group, dict(network.named_parameters()))
     forms = "; ".join(f"{name} {p.dtype} {tuple(p.shape)} {p.stride()}" for name, p in parameters.items())
     processes.check_same(
         f"{settings}; {forms}",
@@ -300,6 +331,17 @@ def joined(
         "names, dtypes, shapes or memory formats on some; build the same model everywhere",
     )
     return processes
+
+
+def _exchanged(devices: Iterable[torch.device], groups: Iterable[Any]) -> torch.device:
+    """Return the first of the devices whose tensors all groups exchange."""
+    for device in devices:
+        if all(torch.device(device.type) in each._device_types for each in groups):
+            return device
+    raise InputError(
+        "expected groups that exchange tensors of the model's devices, got other backends; call "
+        'init_process_group("cpu:gloo,cuda:nccl")'
+    )
 
 
 def _reduced_over(fsdp_group: Any) -> set[int]:
@@ -378,4 +420,5 @@ _RAISED_BY_ALL = "_delfast_raised_by_all"  # marks an error, so that a context a
 def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:
     error = (InputError if is_input else RuntimeError)(text)
     setattr(error, _RAISED_BY_ALL, True)
-    raise error from cause
+    # a context manager would take an error whose cause is StopIteration for its own generator's
+    raise error from (None if isinstance(cause, StopIteration) else cause)

@@ -66,7 +66,7 @@ def part_of(whole: Tensor, parameter: Any) -> Tensor:
 
 
 def rows_of(values: Tensor, parameter: Any, dim: int = 0) -> Tensor:
-    """Return the values (rows,) of those rows, slices along ``dim``, of which this process holds a part.
+    """Return the values (rows,) of the rows, slices along ``dim``, that this process holds at least in part.
 
     values: (parameter.shape[dim],). Nothing is exchanged.
     """
@@ -195,36 +195,6 @@ def fsdp_groups(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-@contextmanager
-def gathering(*networks: nn.Module) -> Iterator[None]:
-    """Let a process that fails before the forward pass of a network gather its parameters nevertheless.
-
-    The other processes run the networks in this order, and gather the parameters of FSDP2's modules together with it.
-    FSDP2 forgets a forward pass that failed.
-    """
-    modules = [fsdp_modules(network) for network in networks]
-    begun: set[nn.Module] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda module, _: begun.add(module), prepend=True)
-        for each in modules
-        for module in each
-    ]
-    try:
-        yield
-    except Exception:
-        for network, each in zip(networks, modules, strict=True):
-            if begun.isdisjoint(each):
-                for module in each:
-                    module.unshard()
-                    module.reshard()
-            elif any(module._get_fsdp_state()._state_ctx.iter_forward_root is not None for module in each):
-                forget_forward(network)
-        raise
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def forget_forward(model: nn.Module) -> None:
     """Let FSDP2 forget a forward pass that was not completed, or that no backward pass will follow."""
     for module in fsdp_modules(model):
@@ -280,6 +250,12 @@ def refuse_flattened(name: str, parameter: Any) -> None:
             f"expected parameters as whole tensors or DTensors, got '{name}' flattened by FSDP1 "
             "(FullyShardedDataParallel); use FSDP2 (torch.distributed.fsdp.fully_shard), or unwrap the model first"
         )
+    if hasattr(parameter, "_st_info"):  # set by DistributedDataParallel
+        raise InputError(
+            f"expected parameters as whole tensors or DTensors, got '{name}' as the local part that "
+            "DistributedDataParallel leaves of tensor parallelism; use FSDP2 (torch.distributed.fsdp.fully_shard) over "
+            "the other mesh dimension"
+        )
     if hasattr(parameter, "ds_id"):
         raise InputError(
             f"expected parameters as whole tensors or DTensors, got '{name}' partitioned by DeepSpeed ZeRO-3; use "
@@ -308,13 +284,22 @@ def refuse_unseen_gradients(named: Iterable[tuple[str, Any]]) -> None:
         if not is_dtensor(gradient := parameter.grad):
             continue
         first, leading = firsts.setdefault(gradient.dtype, (name, gradient))
-        for of_first, of_this in zip(leading.placements, gradient.placements, strict=False):
-            if of_first.is_replicate() and not of_this.is_replicate():
-                raise InputError(
-                    f"expected a GradScaler to see the infinities of all processes, got '{name}' split along a mesh "
-                    f"dimension along which the first gradient, of '{first}', is not; give the optimizer a parameter "
-                    "that is split along all dimensions first, or train in bfloat16 without a scaler"
-                )
+        if not _split_over(gradient) <= _split_over(leading):
+            raise InputError(
+                f"expected a GradScaler to see the infinities of all processes, got '{name}' split along a mesh "
+                f"dimension along which the first gradient, of '{first}', is not; give the optimizer a parameter "
+                "that is split along all dimensions first, or train in bfloat16 without a scaler"
+            )
+
+
+def _split_over(tensor: Any) -> set[tuple[int, ...]]:
+    """Return the ranks of each group of more than one process over which a DTensor is not replicated."""
+    mesh = tensor.device_mesh
+    return {
+        tuple(torch.distributed.get_process_group_ranks(mesh.get_group(dim)))
+        for dim, placement in enumerate(tensor.placements)
+        if mesh.size(dim) > 1 and not placement.is_replicate()
+    }
 
 
 def refuse_partial(name: str, parameter: Any) -> None:
@@ -326,7 +311,7 @@ def refuse_partial(name: str, parameter: Any) -> None:
 
 
 def dtensor_like(part: Tensor, parameter: Any) -> Any:
-    """Return the DTensor, laid out like ``parameter``, of which this process holds ``part``; else ``part`` itself."""
+    """Return the DTensor, laid out like ``parameter``, whose part here is ``part``; ``part`` for a plain parameter."""
     if not is_dtensor(parameter):
         return part
     from torch.distributed.tensor import DTensor

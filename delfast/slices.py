@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file, of which each process reads only the part that it holds."""
+"""Tensors of a safetensors file: each process reads only the part that it holds."""
 
 from __future__ import annotations
 

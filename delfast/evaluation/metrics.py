@@ -194,7 +194,7 @@ def evaluate(
     ------
     InputError
         For arguments of another type, an empty set, labels that the model has no output for, outputs that are not
-        finite, and sets of which some are of classes and some of tokens. Also for an example without a counted token.
+        finite, and sets of classes beside sets of tokens. Also for an example without a counted token.
         With ``group`` also for a loader whose shares are not the set, and for parameters that differ between processes.
         For a loader with a DistributedSampler, and for FSDP2, without ``group``.
     ImportError

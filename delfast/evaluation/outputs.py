@@ -22,7 +22,7 @@ from delfast.language import is_token_batch, next_token_logits, next_token_losse
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap
 from delfast.processes import Group, Processes, joined
-from delfast.sharding import fsdp_modules, gathering, is_laid_out, reshard, whole
+from delfast.sharding import fsdp_modules, is_laid_out, reshard, whole
 from delfast.shares import refuse_sharded, share
 
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
@@ -188,7 +188,7 @@ def _run(
         else:
             found = []
             for batch in processes.in_step(batches):
-                with gathering(*models):
+                with processes.in_one_pass(*models):
                     result = result_of(stand_in() if batch is None else batch)
                 if batch is not None:
                     found.append(result)

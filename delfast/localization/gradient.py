@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -114,6 +115,7 @@ class GradientHooks:
         self._limit = 0 if all(p.device.type == "cpu" for p in parameters.values()) else MAX_BUCKET_BYTES
         self._bucket: list[tuple[str, Tensor]] = []
         self._bytes = 0
+        self._lock = Lock()  # autograd has a thread for each device
 
     def add(self, loss: Tensor) -> None:
         """Pass on the gradients of ``loss``, a scalar tensor."""
@@ -130,10 +132,11 @@ class GradientHooks:
                 handle.remove()
 
     def _wait(self, name: str, gradient: Tensor) -> Tensor:
-        self._bucket.append((name, gradient))
-        self._bytes += 0 if gradient.is_sparse else gradient.nbytes
-        if self._bytes > self._limit:
-            self._pass_on()
+        with self._lock:
+            self._bucket.append((name, gradient))
+            self._bytes += 0 if gradient.is_sparse else gradient.nbytes
+            if self._bytes > self._limit:
+                self._pass_on()
         return gradient if gradient.is_sparse else self._empty[name]
 
     def _pass_on(self) -> None:

@@ -193,18 +193,21 @@ class Scores:
             self._processes.check_same(
                 arguments, "expected the same arguments on every process, got others; pass the same"
             )
-        with nullcontext() if self._processes is None else self._processes.together():
+        together = nullcontext() if self._processes is None else self._processes.together()
+        with together:
             for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
                 if version_of(parameter) != version:
                     raise InputError(f"'{name}' has changed since it was scored; call score() again")
-        if not self.total:
-            raise InputError("expected a model with entries in its parameters, got empty ones; nothing can be selected")
-        budgeted = int(budget * self.total)
-        parts, selected, positive = (
-            self._select_elements(budgeted)
-            if granularity == "param"
-            else self._select_units(budgeted, aggregate, top_h, policy == "exact")
-        )
+            if not self.total:
+                raise InputError(
+                    "expected a model with entries in its parameters, got empty ones; nothing can be selected"
+                )
+            budgeted = int(budget * self.total)
+            parts, selected, positive = (
+                self._select_elements(budgeted)
+                if granularity == "param"
+                else self._select_units(budgeted, aggregate, top_h, policy == "exact")
+            )
         metadata: dict[str, Any] = {"criterion": self.criterion, "per_example": self.per_example}
         metadata["granularity"] = granularity
         if granularity == "channel":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from delfast.sharding import (
     adding_gradients,
     forget_forward,
     fsdp_groups,
-    gathering,
     is_dtensor,
     local_part,
     reshard,
@@ -106,7 +106,7 @@ class ShardedGradient:
         """Raise the error of a forward pass on all processes, which must not begin the backward pass alone."""
         error: Exception | None = None
         try:
-            with gathering(self.network):
+            with self.processes.in_one_pass(self.network):
                 yield
         except Exception as raised:
             error = raised
@@ -143,7 +143,7 @@ def _taken(parameters: Mapping[str, Tensor], take: Any) -> Iterator[None]:
             parameter.grad = None
             if parameter._post_accumulate_grad_hooks:
                 parameter._post_accumulate_grad_hooks.clear()
-            hook = _bound(take, name)
+            hook = partial(take, name)
             handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         yield
     finally:
@@ -153,7 +153,3 @@ def _taken(parameters: Mapping[str, Tensor], take: Any) -> Iterator[None]:
             parameter.grad = gradient
             if hooks:
                 parameter._post_accumulate_grad_hooks.update(hooks)
-
-
-def _bound(take: Any, name: str) -> Any:
-    return lambda parameter: take(name, parameter)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from delfast.arguments import check_loader
 from delfast.batches import (
     LossFn,
     check_differentiable,
@@ -57,6 +58,7 @@ def streamed_scores(
     It must be a set of one batch, a criterion of the mean gradient, and plain parameters without float64, each of which
     gets its gradient at once.
     """
+    check_loader(loader, "loader")
     if criterion not in ("weighted_grad", "grad") or execution.cuda_graphs is True or not _has_one_batch(loader):
         return None
     network = unwrap(model)
@@ -74,6 +76,7 @@ def streamed_scores(
             break
         if not examples or streamed.is_repeated or any(True for _ in batches):
             return None
+        streamed.finish()
         streamed.checks.read()
     warn_about_loader(loader, "forget set")
     return Scores(
@@ -97,7 +100,7 @@ def _has_one_batch(loader: Any) -> bool:
 
 
 class _Streamed:
-    """The scores of channels, float32 (rows,) by name, of the parameters that the loss depends on.
+    """The scores of channels, float32 (rows,) by name.
 
     is_repeated: whether a parameter got more than one gradient, so that the scores are not those of their sum.
     """
@@ -134,6 +137,12 @@ class _Streamed:
             if self._examples:
                 self._hooks.add(losses.sum())
         return self._examples
+
+    def finish(self) -> None:
+        """Score the parameters that the loss does not depend on by a gradient of zero."""
+        for name, value in self.parameters.items():
+            if name not in self.scores:
+                self._score([name], [torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)])
 
     @torch.no_grad()
     def _score(self, names: list[str], gradients: list[Tensor]) -> None:

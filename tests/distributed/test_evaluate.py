@@ -210,7 +210,7 @@ def shuffled(rank):
 
 
 class Failing(TensorDataset):
-    """The same data set, of which one example cannot be read in this process, or is of another form."""
+    """The same data set with one example that cannot be read in this process, or is of another form."""
 
     def __init__(self, example):
         super().__init__(*examples(23).tensors)

@@ -172,7 +172,7 @@ def digests_of(layout, rank):
     return digests(model, group=group)
 
 
-# Parameters that compete, of a network of which others do not
+# Parameters that compete, of a network with others that do not
 
 
 PATTERNS = {
@@ -404,7 +404,7 @@ def failing_form(model, batch):
 
 
 class Failing(TensorDataset):
-    """The same data set, of which one example cannot be read in this process."""
+    """The same data set with one example that cannot be read in this process."""
 
     def __init__(self):
         super().__init__(*examples(23).tensors)
@@ -555,6 +555,54 @@ def normalized(rank=0):
     return model
 
 
+def of_peers(rank):
+    """Return digests under tensor parallelism whose layers do not compete, of a loader that each process shuffles."""
+    found = []
+    for kind in ("excluded", "frozen"):
+        model, _ = tensor_parallel()
+        if kind == "frozen":
+            model.up.requires_grad_(False), model.down.requires_grad_(False)
+        loader = DataLoader(examples(23), batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(rank))
+        found.append(salun(model, loader, **({"exclude": PEERS} if kind == "excluded" else {})).digest)
+    return found
+
+
+PEERS = ["up.*", "down.*"]
+
+
+def failing_early(rank):
+    """Return the errors of processes whose partner fails before its forward pass, by networks that exchange in it."""
+    loss = failing_before if rank == 1 else loss_fn
+    mesh = init_device_mesh("cpu", (2,))
+    twice = fully_shard(Twice(), mesh=mesh)
+    return [
+        error_of(lambda: salun_by(twice, loss, group=mesh)),
+        error_of(lambda: salun_by(tensor_parallel()[0], loss)),
+        error_of(lambda: salun_by(fsdp()[0], stopping if rank == 1 else loss_fn, group=mesh)),
+    ]
+
+
+def stopping(model, batch):
+    return next(iter([]))
+
+
+def salun_by(model, loss, **options):
+    return delfast.localize(model, batches(), 0.3, strategy="salloc", loss_fn=loss, **options)
+
+
+class Twice(Network):
+    """A network with a sharded module that runs twice, before another that was registered earlier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.early = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        fully_shard(self.late, mesh=(mesh := init_device_mesh("cpu", (dist.get_world_size(),))))
+        fully_shard(self.early, mesh=mesh)
+
+    def forward(self, inputs):
+        return super().forward(self.late(self.early(self.early(inputs))))
+
+
 def own_buffers(rank):
     """Return digests by buffers that differ between the processes, which keep them."""
     model, sharded = normalized(rank), normalized(rank)
@@ -587,6 +635,11 @@ def misused_meshes(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     return {
         "all": error_of(lambda: salun(model, batches(), group=dist.group.WORLD)),
+        "ddp": error_of(
+            lambda: salun(
+                DistributedDataParallel(ddp_and_tensor_parallel()[0], device_mesh=mesh["a"]), batches(), group=mesh["a"]
+            )
+        ),
         "other": error_of(lambda: salun(model, batches(), group=mesh["b"])),
         "both": error_of(lambda: salun(parallel, batches(), group=dist.group.WORLD)),
         "half": error_of(lambda: salun(replicated, batches(), group=mesh["b"])),
@@ -597,7 +650,7 @@ def misused_meshes(rank):
 
 
 class AloneFailing:
-    """Batches of which the third is missing on rank 2."""
+    """Batches whose third is missing on rank 2."""
 
     def __init__(self, rank):
         self.rank = rank
@@ -610,6 +663,7 @@ class AloneFailing:
 
 
 MISUSED_MESHES = {
+    "ddp": "as the local part that DistributedDataParallel leaves of tensor parallelism",
     "all": "expected group to be the 2 processes over which fully_shard adds gradients",
     "other": "expected group to be the 2 processes over which fully_shard adds gradients",
     "both": "expected group to be processes over which 'up.weight' is not laid out",
@@ -634,7 +688,7 @@ class Weighted(nn.Module):
 
 
 def weighted(rank=None):
-    """Return the gradient of a parameter that is whole on every process, of which each computes a summand."""
+    """Return the gradient of a parameter that is whole on every process, while each computes a summand."""
     model = Weighted(None if rank is None else init_device_mesh("cpu", (2,)))
     scores = delfast.score(model, batches(), "grad", loss_fn=lambda model, batch: model(batch[0]).square().sum(1))
     return scores.gradients["weight"], scores.select(0.5).digest
@@ -706,7 +760,7 @@ def test_processes(count, tmp_path):
             f"{kind}, {f.__name__}": functools.partial(failing, kind, f) for kind in ERRORS for f in (ddp, fsdp)
         }
         scenarios |= {"misused": misused, "untouched": untouched, "per example": per_example}
-        scenarios |= {"exchanged": exchanged, "weighted": weighted}
+        scenarios |= {"exchanged": exchanged, "weighted": weighted, "peers": of_peers, "early": failing_early}
     results = run_in_processes(count, scenarios, tmp_path)
 
     def all_ranks(name):
@@ -757,6 +811,11 @@ def test_processes(count, tmp_path):
     for found in all_ranks("exchanged"):
         ties = found[1] - elements  # those of the last parameter are ranked by their indices
         assert found[0] == channels and 0 <= ties <= 2**11 * 8, (found, channels, elements)
+    expected = salun(network(), batches(), exclude=PEERS).digest
+    assert all_ranks("peers") == [[expected] * 2] * count
+    for found in all_ranks("early"):
+        assert [text.partition(":")[0] for _, text in found] == ["KeyError", "KeyError", "StopIteration"], found
+        assert all(text.endswith("(on rank 1)") for _, text in found)
     for gradient, digest in all_ranks("weighted"):
         assert torch.equal(gradient, weighted()[0]) and digest == weighted()[1]
     assert all_ranks("per example") == [per_example_of_one()] * count

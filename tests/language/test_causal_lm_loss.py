@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import BatchEncoding
 
 import delfast
@@ -244,3 +245,10 @@ def test_sets_without_tokens_have_no_mean() -> None:
             tokens_per_example(loader)
     with pytest.raises(InputError, match="expected batches as mappings"):
         tokens_per_example([(IDS, IDS)])
+
+
+def test_the_share_of_one_process_has_no_mean_number_of_tokens() -> None:
+    data = [{"input_ids": torch.arange(3)} for _ in range(4)]
+    loader = DataLoader(data, sampler=DistributedSampler(data, 2, 0))
+    with pytest.raises(InputError, match="yields the share of rank 0 of 2"):
+        delfast.tokens_per_example(loader)
