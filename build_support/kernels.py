@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from build_support.toolkit import CudaUnavailable, Toolkit, architectures, gener
 
 ROOT = Path(__file__).parents[1].resolve()
 FOLDER = ROOT / "build" / "kernels"
+SCHEMAS = runpy.run_path(str(ROOT / "delfast/ops/schemas.py"))  # for their DIGEST, which is compiled into the library
 
 
 class BuildError(RuntimeError):
@@ -70,7 +72,7 @@ def configure(
     """
     options = {"CMAKE_MAKE_PROGRAM": find_tool("ninja"), "CMAKE_CXX_FLAGS": "", "CMAKE_BUILD_TYPE": ""}
     if torch:
-        options["DELFAST_TORCH"] = str(torch)
+        options |= {"DELFAST_TORCH": str(torch), "DELFAST_SCHEMAS": SCHEMAS["DIGEST"]}
     if toolkit:
         host_compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
         flags = [*host_compiler, *generate_flags(wanted or architectures())]

@@ -19,6 +19,7 @@ from build_support.toolkit import CudaUnavailable, Toolkit, architectures, find_
 from delfast.backend import _runs_on
 from delfast.ops import BACKEND, OPS
 from delfast.ops.native import LIBRARY
+from delfast.ops.schemas import DIGEST
 from tests import ROOT
 
 needs_native = pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
@@ -129,11 +130,44 @@ def test_the_library_refers_to_torchs_stable_interface_alone() -> None:
 @needs_native
 def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
     package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
-    for name in ("_C*.so", "libdelfast_ops.so"):
-        next((package / "delfast").glob(name)).write_bytes(b"\x7fELF, but no more")
+    for name, content in (("_C*.so", b"\x7fELF, but no more"), (LIBRARY.name, DIGEST.encode()), (LIBRARY.name, b"")):
+        next((package / "delfast").glob(name)).write_bytes(content)
         result = python(STATUS, package)
         assert json.loads(result.stdout)["backend"] == "torch"
         assert "the extension does not load" in result.stderr
+
+
+@needs_native
+def test_a_library_of_other_schemas_is_not_loaded(tmp_path: Path) -> None:
+    package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
+    library = package / "delfast" / LIBRARY.name
+    content = library.read_bytes()
+    assert content.count(DIGEST.encode()) == 1
+    library.write_bytes(content.replace(DIGEST.encode(), b"0" * len(DIGEST)))
+    code = "import warnings; warnings.simplefilter('error', UserWarning)\n"  # of kernels that replace others
+    result = python(code + STATUS, package)
+    assert json.loads(result.stdout)["backend"] == "torch"
+    expected = f"{LIBRARY.name} was built for other schemas than these ops have; install again"
+    assert expected in result.stderr
+    forced = python(STATUS, package, DELFAST_BACKEND="native")
+    assert forced.returncode and expected in forced.stderr
+
+
+@needs_native
+def test_the_module_of_another_installation_is_not_loaded(tmp_path: Path) -> None:
+    """An editable install, whose finder answers for every module that the first package on the path lacks."""
+    package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
+    next((package / "delfast").glob("_C*.so")).unlink()
+    finder = f"""
+import importlib.machinery, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, [{str(ROOT / "delfast")!r}]) if "_C" in name else None
+sys.meta_path.append(Finder())
+"""
+    result = python(finder + STATUS, package)
+    assert json.loads(result.stdout)["backend"] == "torch"
+    assert f"no module _C for Python {sys.version_info.major}.{sys.version_info.minor}" in result.stderr
 
 
 @needs_native
