@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py
+SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py delfast/ops/schemas.py
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: all demo check test test-all coverage lint wheels bench results clean

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from build_support.toolkit import CudaUnavailable, Toolkit, architectures, gener
 
 ROOT = Path(__file__).parents[1].resolve()
 FOLDER = ROOT / "build" / "kernels"
+SCHEMAS = runpy.run_path(str(ROOT / "delfast/ops/schemas.py"))  # for their DIGEST, which is compiled into the library
 
 
 class BuildError(RuntimeError):
@@ -39,6 +41,7 @@ def tools_path() -> str:
 
 
 def find_tool(name: str) -> str:
+    """Return the path of cmake or ninja. BuildError if it is not there."""
     found = shutil.which(name, path=tools_path())
     if not found:
         raise BuildError(f"expected {name} beside {sys.executable} or on PATH, found none; pip install cmake ninja")
@@ -63,19 +66,20 @@ def configure(
     wanted: list[str] | None = None,
     folder: Path | None = None,
 ) -> None:
-    """Configure the project; with the ops and the CUDA kernels if ``torch`` and ``toolkit`` are given, else as it was.
+    """Configure the project: the ops by ``torch``, the CUDA kernels by ``toolkit``.
 
+    Without either, keep what the folder was configured with.
     ``wanted``: architectures to build for, if not architectures(). Flags come from CMakeLists.txt alone: CXXFLAGS could
     break that every instruction set gives the same bits.
     """
     options = {"CMAKE_MAKE_PROGRAM": find_tool("ninja"), "CMAKE_CXX_FLAGS": "", "CMAKE_BUILD_TYPE": ""}
     if torch:
-        options["DELFAST_TORCH"] = str(torch)
+        options |= {"DELFAST_TORCH": str(torch), "DELFAST_SCHEMAS": SCHEMAS["DIGEST"]}
     if toolkit:
         host_compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
         flags = [*host_compiler, *generate_flags(wanted or architectures())]
         options |= {"DELFAST_NVCC": str(toolkit.nvcc), "DELFAST_NVCC_FLAGS": ";".join(flags)}
-        options |= {"DELFAST_CUDART": str(toolkit.libraries / "libcudart_static.a"), "DELFAST_PYTHON": sys.executable}
+        options |= {"DELFAST_CUDART": str(toolkit.libraries / "libcudart_static.a")}
     fixed = {"CMAKE_CXX_COMPILER": compiler()}
     folder = folder or FOLDER
     command = [find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
@@ -99,7 +103,7 @@ def _read_cache(folder: Path) -> dict[str, str]:
 
 
 def generates(toolkit: Toolkit, wanted: list[str]) -> bool:
-    """Whether the extension's kernels are configured for this toolkit and, among others, these architectures."""
+    """Return whether the extension's kernels are configured for this toolkit and, among others, these architectures."""
     cache = _read_cache(FOLDER)
     flags = cache.get("DELFAST_NVCC_FLAGS", "").split(";")
     return cache.get("DELFAST_NVCC") == str(toolkit.nvcc) and set(generate_flags(wanted)) <= set(flags)
@@ -121,23 +125,24 @@ def _failure(log: str) -> str:
         return (log.strip().splitlines() or ["no message"])[-1]
     lines = failed[2].splitlines()[1:]  # the first is the command
     message = next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1] if lines else "")
-    return f"could not build {Path(failed[1]).name.removesuffix('.o')}: {message.strip()}"
+    name = Path(failed[1]).name.removesuffix(".o")
+    return f"{'nvcc ' if name.endswith('.cu') else ''}could not build {name}: {message.strip()}"
 
 
 def build_ops(torch: Path, toolkit: Toolkit | None) -> Path:
     """Build the library of the ops against this torch package, and return its path.
 
-    BuildError if it cannot be built, CudaUnavailable if only the CUDA kernels, which ``toolkit`` asks for, cannot.
+    BuildError if it cannot be built; CudaUnavailable instead if ``toolkit`` asks for CUDA kernels.
     """
-    configure(torch, toolkit)
     target = "delfast_ops_cuda" if toolkit else "delfast_ops"
-    try:
-        build(target)
-    except BuildError as error:
-        if not toolkit:
-            raise
-        build("delfast_ops")
-        raise CudaUnavailable(f"nvcc {error}") from error
+    with locked():  # the C++ tests are built in the same folder
+        configure(torch, toolkit)
+        try:
+            build(target)
+        except BuildError as error:
+            if not toolkit:
+                raise
+            raise CudaUnavailable(str(error)) from error
     return FOLDER / "csrc" / target / "libdelfast_ops.so"
 
 

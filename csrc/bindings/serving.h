@@ -1,15 +1,15 @@
 // Registers a kernel for every dtype but float64, which the op's reference serves. delfast/ops/table.py defines the ops
-// of the namespace delfast_python, which are written in Python.
+// of the namespace delfast_python, which native kernels call.
 #pragma once
 
 #include <algorithm>
-#include <csignal>
 
 #include "bindings/torch.h"
 
 namespace delfast::bindings {
 
-// Calls an op of Python's with the arguments on the stack, which become its results. Throws what it raised.
+// Calls an op of Python's with the arguments on the stack, which become its results. Throws what it raised; what is no
+// Exception, such as KeyboardInterrupt, Python raises again as soon as it runs (module.cpp).
 inline void call_python(const char* name, StableIValue* stack) {
   if (!torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION)) return;
   StableIValue raised;
@@ -17,10 +17,9 @@ inline void call_python(const char* name, StableIValue* stack) {
   const std::string error = torch::stable::detail::to<std::string>(raised);
   const size_t colon = error.find(": ");
   const std::string kind = error.substr(0, colon), message = colon == error.npos ? error : error.substr(colon + 2);
-  if (kind == "KeyboardInterrupt") std::raise(SIGINT);  // Python raises it again as soon as it runs
   if (kind == "ValueError") throw std::invalid_argument(message);
   if (kind == "IndexError") throw std::out_of_range(message);
-  throw std::runtime_error(error);
+  throw std::runtime_error(kind == "RuntimeError" ? message : error);
 }
 
 // An op's name as a template's argument.

@@ -28,11 +28,11 @@ using OptionalTensor = std::optional<Tensor>;
 using IntList = std::vector<int64_t>;
 using BoolList = std::vector<bool>;
 
-// Throws where one of torch's own functions failed; why, torch says from 2.13 on.
-inline void check_torch(AOTITorchError error, const char* what) {
+// Throws where one of torch's own functions failed; why, torch says from 2.13 on, and `likely` before.
+inline void check_torch(AOTITorchError error, const char* what, const char* likely = nullptr) {
   if (!error) return;
   const char* const why =
-      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : likely;
   throw std::runtime_error(text("torch could not ", what, why ? ": " : "", why ? why : ""));
 }
 
@@ -85,11 +85,13 @@ inline std::string text_of(const Device& device) {
 
 // ---- tensors made here
 
+// Training loops that retry with smaller batches look for the words of torch's own error, "CUDA out of memory.".
 inline Tensor empty_strided(Sizes sizes, Sizes strides, TorchDtype dtype, Device device) {
   AtenTensorHandle made = nullptr;
+  const bool on_cuda = device.type == aoti_torch_device_type_cuda();
   check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype.code, device.type,
                                        device.index, &made),
-              "allocate a tensor");
+              "allocate a tensor", on_cuda ? "probably CUDA out of memory." : "probably out of memory.");
   return Tensor(made);
 }
 
@@ -105,8 +107,8 @@ inline Tensor empty(const IntList& sizes, ScalarType dtype, Device device = kCpu
   return empty(sizes, TorchDtype{torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype))}, device);
 }
 
-// The same memory under a version counter of its own.
-inline Tensor without_version(const Tensor& t) {
+// The same memory as a tensor that autograd does not know, under a version counter of its own.
+inline Tensor untracked(const Tensor& t) {
   AtenTensorHandle made = nullptr;
   const Sizes sizes = t.sizes(), strides = t.strides();
   check_torch(aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &made),

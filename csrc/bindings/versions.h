@@ -5,8 +5,8 @@
 
 namespace delfast::bindings {
 
-// torch's stable interface has no such function: delfast/ops/table.py defines the op. Inference tensors have no
-// version.
+// torch's stable interface has no such function: delfast/ops/table.py makes an op of torch's, which runs no bytecode,
+// so that no signal's handler comes between. It passes over inference tensors, which have no version.
 inline void increment_versions(const TensorList& changed) {
   StableIValue argument = torch::stable::detail::from(changed);
   call_python("delfast_python::increment_versions", &argument);

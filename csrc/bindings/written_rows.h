@@ -9,7 +9,7 @@
 namespace delfast::bindings {
 
 // Each device checks the indices itself. Versions of the weights do not move, since callers write the same rows again
-// between a forward pass and its backward pass: what a copy is put back into is a view that has a version of its own.
+// between a forward pass and its backward pass.
 class WrittenRowsList {
  public:
   WrittenRowsList(const TensorList& weights, const TensorList& rows, const TensorList& indices, const IntList& dims)
@@ -51,7 +51,7 @@ class WrittenRowsList {
     if (rows.numel() == 0) return {};
     // rows along dim 0 may be channels-last; along others, everything is contiguous
     const Layout layout = dim == 0 ? usable_layout(weight) : Layout{weight.size(0), weight.numel() / weight.size(0), 1};
-    w.weight = copies_.write(is_in_layout(weight, layout) ? weight : without_version(weight), layout);
+    w.weight = copies_.write(weight, layout);
     w.rows = copies_.read(rows, layout);
     for (int64_t d = 0; d < dim; d++) w.outer *= weight.size(d);
     w.bytes = int64_t(weight.element_size());

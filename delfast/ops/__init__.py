@@ -7,6 +7,6 @@ BACKEND = load_backend()
 
 from delfast.ops.table import OPS, define_ops  # noqa: E402
 
-define_ops(BACKEND.devices)
+define_ops(BACKEND.module, BACKEND.devices)
 
 __all__ = ["BACKEND", "OPS"]

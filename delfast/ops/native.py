@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
+import importlib.util
 import json
+import mmap
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from delfast.ops.schemas import DIGEST
 
 BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"  # written by setup.py beside the extension
 LIBRARY = BUILD_INFO.with_name("libdelfast_ops.so")
@@ -59,7 +64,7 @@ def load_backend() -> Backend:
 
 
 def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
-    """Load the library of the ops and ``delfast._C`` beside it, if this torch is new enough for both."""
+    """Load the library of the ops and ``_C`` beside it, if they are this package's and this torch is new enough."""
     build_info = read_build_info()
     if not build_info:
         raise ImportError(f"the extension was not built (no C++20 compiler at install?); {REBUILD}")
@@ -69,12 +74,32 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(f"the extension needs torch {oldest} or newer, this is {torch.__version__}; upgrade torch")
     try:
+        if not _is_of_these_schemas():  # to be known first: loading it registers its kernels
+            raise ImportError(f"{LIBRARY.name} was built for other schemas than these ops have")
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
-        return importlib.import_module("delfast._C"), build_info
-    except (ImportError, OSError) as error:
+        return _load_module(), build_info
+    except (ImportError, OSError, ValueError) as error:
         if "DELFAST_FORCE_ISA" in str(error):
             raise
         raise ImportError(f"the extension does not load: {str(error).splitlines()[0]}; {REBUILD}") from error
+
+
+def _is_of_these_schemas() -> bool:
+    """Look for the digest in the library's file; an empty one is a ValueError."""
+    with LIBRARY.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(DIGEST.encode()) >= 0
+
+
+def _load_module() -> ModuleType:
+    """Load ``_C`` from the library's folder; an import by name may find another installation's."""
+    spec = importlib.machinery.PathFinder.find_spec("delfast._C", [str(LIBRARY.parent)])
+    if spec is None or spec.loader is None:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ImportError(f"no module _C for Python {version} lies beside {LIBRARY.name}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    return module
 
 
 def read_build_info() -> dict[str, Any]:

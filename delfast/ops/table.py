@@ -1,4 +1,4 @@
-"""The op table: schema, checks, fake kernel and PyTorch reference of every op, side by side.
+"""The op table: name, checks, fake kernel and PyTorch reference of every op, side by side; its schema is in schemas.py.
 
 Call an op as ``torch.ops.delfast.NAME``; the docstring of its reference documents arguments and result.
 
@@ -27,9 +27,9 @@ every device without native kernels, and float64 tensors on every device: a nati
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from delfast.ops.reference.masked_update import masked_adamw_, masked_plan, mask
 from delfast.ops.reference.per_example import channel_accumulate_, channel_dot, per_example_accumulate_
 from delfast.ops.reference.selection import select_elements, select_units
 from delfast.ops.reference.write_rows import write_rows_
+from delfast.ops.schemas import CALLED_BY_KERNELS, SCHEMAS
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Op:
 
     Parameters
     ----------
-    schema : str
-        Name, arguments and results in torch.library's language; ``(a!)`` marks an argument that the op changes.
+    name : str
+        The op's name in ``torch.ops.delfast``.
     check : callable
         Raises for arguments that all kernels of the op refuse. It runs before ``fake`` and ``reference``.
     fake : callable
@@ -63,16 +64,16 @@ class Op:
         Devices for which the extension may have a kernel; on others the reference is as fast.
     """
 
-    schema: str
+    name: str
     check: Callable[..., None]
     fake: Callable[..., Any]
     reference: Callable[..., Any]
     natively_on: tuple[str, ...] = ("CPU", "CUDA")
 
     @property
-    def name(self) -> str:
-        """The op's name in ``torch.ops.delfast``."""
-        return self.schema.split("(", 1)[0]
+    def schema(self) -> str:
+        """Name, arguments and results in torch.library's language."""
+        return SCHEMAS[self.name]
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
@@ -121,85 +122,18 @@ def _fake_in_place(*args: object, **kwargs: object) -> None:
 
 
 OPS = (
-    Op(
-        "criticality(Tensor[] theta, Tensor[] grad, str criterion, str aggregate, int[] top_h) -> Tensor",
-        checks.check_criticality,
-        _fake_criticality,
-        criticality,
-    ),
-    Op(
-        "select_elements(Tensor[] theta, Tensor[] grad, str criterion, SymInt k) -> (Tensor, Tensor)",
-        checks.check_select_elements,
-        _fake_select_elements,
-        select_elements,
-    ),
-    Op(
-        "select_units(Tensor scores, int[] counts, int[] lengths, SymInt k, bool cut_last) -> (Tensor, Tensor)",
-        checks.check_select_units,
-        _fake_select_units,
-        select_units,
-    ),
-    Op(
-        "masked_plan(Tensor[] params, Tensor bits, bool[] by_row) -> Tensor",
-        checks.check_masked_plan,
-        _fake_masked_plan,
-        masked_plan,
-    ),
-    Op(
-        "masked_reset_(Tensor(a!)[] params, Tensor[] fresh, Tensor bits, bool[] by_row) -> ()",
-        checks.check_masked_reset,
-        _fake_in_place,
-        masked_reset_,
-    ),
-    Op(
-        "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
-        "Tensor bits, bool[] by_row, *, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
-        "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None) -> ()",
-        checks.check_step,
-        _fake_in_place,
-        masked_sgd_,
-    ),
-    Op(
-        "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
-        "Tensor bits, bool[] by_row, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
-        "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None) -> ()",
-        checks.check_step,
-        _fake_in_place,
-        masked_adamw_,
-    ),
-    Op(
-        "per_example_accumulate_(Tensor(a!) sums, Tensor inputs, Tensor deltas, int[] stride, int[] padding, "
-        "int[] dilation, int groups, str epilogue, bool allow_tf32=False) -> ()",
-        checks.check_per_example,
-        _fake_in_place,
-        per_example_accumulate_,
-    ),
-    Op(
-        "channel_dot(Tensor deltas, Tensor? values) -> Tensor",
-        checks.check_channel_dot,
-        _fake_channel_dot,
-        channel_dot,
-    ),
-    Op(
-        "channel_accumulate_(Tensor(a!)[] sums, Tensor deltas, Tensor? values, Tensor? mean, Tensor? variance, "
-        "float eps, str epilogue) -> ()",
-        checks.check_channel_accumulate,
-        _fake_in_place,
-        channel_accumulate_,
-    ),
-    Op(
-        "gather_columns(Tensor source, Tensor columns) -> Tensor",
-        checks.check_gather_columns,
-        _fake_gather_columns,
-        gather_columns,
-        ("CPU",),
-    ),
-    Op(
-        "write_rows_(Tensor(a!)[] weights, Tensor[] rows, Tensor[] indices, int[] dims) -> ()",
-        checks.check_write_rows,
-        _fake_in_place,
-        write_rows_,
-    ),
+    Op("criticality", checks.check_criticality, _fake_criticality, criticality),
+    Op("select_elements", checks.check_select_elements, _fake_select_elements, select_elements),
+    Op("select_units", checks.check_select_units, _fake_select_units, select_units),
+    Op("masked_plan", checks.check_masked_plan, _fake_masked_plan, masked_plan),
+    Op("masked_reset_", checks.check_masked_reset, _fake_in_place, masked_reset_),
+    Op("masked_sgd_", checks.check_step, _fake_in_place, masked_sgd_),
+    Op("masked_adamw_", checks.check_step, _fake_in_place, masked_adamw_),
+    Op("per_example_accumulate_", checks.check_per_example, _fake_in_place, per_example_accumulate_),
+    Op("channel_dot", checks.check_channel_dot, _fake_channel_dot, channel_dot),
+    Op("channel_accumulate_", checks.check_channel_accumulate, _fake_in_place, channel_accumulate_),
+    Op("gather_columns", checks.check_gather_columns, _fake_gather_columns, gather_columns, ("CPU",)),
+    Op("write_rows_", checks.check_write_rows, _fake_in_place, write_rows_),
 )
 
 # kept for the life of the process, because deleting a library removes its ops
@@ -207,24 +141,28 @@ _library: Any = torch.library.Library("delfast", "DEF")  # type: ignore[no-untyp
 _python: Any = torch.library.Library("delfast_python", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define_ops(native_devices: Sequence[str]) -> None:
-    """Define every op; its reference becomes the kernel of each device ("CPU", "CUDA") without a native kernel."""
+def define_ops(native: ModuleType | None, native_devices: Sequence[str]) -> None:
+    """Define every op; its reference becomes the kernel of each device ("CPU", "CUDA") without a native kernel.
+
+    ``native`` is ``delfast._C``, which keeps what a reference raises under a native kernel (csrc/bindings/module.cpp).
+    """
     for op in OPS:
         reference = _checked(op.check, op.reference)
         _library.define(op.schema)
-        _python.define(op.schema)
+        if native:
+            _python.define(op.schema)
         torch.library.register_fake(f"delfast::{op.name}", _checked(op.check, op.fake), lib=_library)
         for device in ("CPU", "CUDA"):
-            if device in native_devices and device in op.natively_on:
-                _python.impl(op.name, _noted(reference), device)
+            if native and device in native_devices and device in op.natively_on:
+                _python.impl(op.name, native.noted(reference), device)
             else:
                 _library.impl(op.name, reference, device)
-    for schema, function in (
-        ("increment_versions(Tensor[] tensors) -> ()", _noted(_increment_versions)),
-        ("last_error() -> str", _last_error),
-    ):
-        _python.define(schema)
-        _python.impl(schema.split("(", 1)[0], function, "CompositeImplicitAutograd")
+    if native:
+        # neither runs bytecode of Python's, before which a signal's handler could run, and raise
+        functions = {"increment_versions": torch._C._increment_version, "last_error": native.last_error}
+        for name, schema in CALLED_BY_KERNELS.items():
+            _python.define(schema)
+            _python.impl(name, functions[name], "CompositeImplicitAutograd")
 
 
 def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,32 +174,3 @@ def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable
         return kernel(*args, **kwargs)
 
     return checked
-
-
-# What native kernels call: torch's stable interface bumps no version, and reports only that a call failed.
-
-_errors = threading.local()
-
-
-def _noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that notes the error that ``kernel`` raises."""
-
-    @functools.wraps(kernel)
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return kernel(*args, **kwargs)
-        except BaseException as error:  # KeyboardInterrupt too
-            _errors.last = f"{type(error).__name__}: {error}"
-            raise
-
-    return noted
-
-
-def _last_error() -> str:
-    last: str = getattr(_errors, "last", "RuntimeError: torch could not call Python")
-    _errors.__dict__.clear()
-    return last
-
-
-def _increment_versions(tensors: Sequence[Tensor]) -> None:
-    torch.autograd.graph.increment_version(tensors)  # passes over inference tensors, which have none

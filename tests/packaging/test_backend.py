@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from build_support.toolkit import CudaUnavailable, Toolkit, architectures, find_
 from delfast.backend import _runs_on
 from delfast.ops import BACKEND, OPS
 from delfast.ops.native import LIBRARY
+from delfast.ops.schemas import DIGEST
 from tests import ROOT
 
 needs_native = pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
@@ -129,11 +131,44 @@ def test_the_library_refers_to_torchs_stable_interface_alone() -> None:
 @needs_native
 def test_an_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
     package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
-    for name in ("_C*.so", "libdelfast_ops.so"):
-        next((package / "delfast").glob(name)).write_bytes(b"\x7fELF, but no more")
+    for name, content in (("_C*.so", b"\x7fELF, but no more"), (LIBRARY.name, DIGEST.encode()), (LIBRARY.name, b"")):
+        next((package / "delfast").glob(name)).write_bytes(content)
         result = python(STATUS, package)
         assert json.loads(result.stdout)["backend"] == "torch"
         assert "the extension does not load" in result.stderr
+
+
+@needs_native
+def test_a_library_of_other_schemas_is_not_loaded(tmp_path: Path) -> None:
+    package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
+    library = package / "delfast" / LIBRARY.name
+    content = library.read_bytes()
+    assert content.count(DIGEST.encode()) == 1
+    library.write_bytes(content.replace(DIGEST.encode(), b"0" * len(DIGEST)))
+    code = "import warnings; warnings.simplefilter('error', UserWarning)\n"  # of kernels that replace others
+    result = python(code + STATUS, package)
+    assert json.loads(result.stdout)["backend"] == "torch"
+    expected = f"{LIBRARY.name} was built for other schemas than these ops have; install again"
+    assert expected in result.stderr
+    forced = python(STATUS, package, DELFAST_BACKEND="native")
+    assert forced.returncode and expected in forced.stderr
+
+
+@needs_native
+def test_the_module_of_another_installation_is_not_loaded(tmp_path: Path) -> None:
+    """An editable install, whose finder answers for every module that the first package on the path lacks."""
+    package = copied_package(tmp_path, {"torch": torch.__version__, "cuda": None})
+    next((package / "delfast").glob("_C*.so")).unlink()
+    finder = f"""
+import importlib.machinery, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, [{str(ROOT / "delfast")!r}]) if "_C" in name else None
+sys.meta_path.append(Finder())
+"""
+    result = python(finder + STATUS, package)
+    assert json.loads(result.stdout)["backend"] == "torch"
+    assert f"no module _C for Python {sys.version_info.major}.{sys.version_info.minor}" in result.stderr
 
 
 @needs_native
@@ -187,11 +222,15 @@ def install(tmp_path: Path, **environment: str) -> tuple[str, subprocess.Complet
             shutil.copytree(ROOT / name, source / name, ignore=unwanted)
         else:
             shutil.copy(ROOT / name, source / name)
+    built = source / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/delfast"
+    built.mkdir(parents=True)
+    (built / "removed_since.py").touch()
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target"]
     result = subprocess.run(
         [*pip, str(target), str(source)], capture_output=True, text=True, env={**os.environ, **environment}
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert not (target / "delfast/removed_since.py").exists() and "removed_since" not in result.stdout
     return result.stdout + result.stderr, python(STATUS, target)
 
 
@@ -209,19 +248,21 @@ def test_without_cmake_it_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
         kernels.find_tool("cmake")
 
 
-def test_what_nvcc_cannot_compile_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "message.txt").write_text("In file included from bad.cu:1:\nbad.cu(3): error: no such kernel\n")
-    (tmp_path / "CMakeLists.txt").write_text("""
+@pytest.mark.parametrize(("source", "by"), [("bad.cu", "nvcc "), ("bad.cpp", "")])
+def test_what_cannot_be_compiled_is_named_in_one_line(
+    source: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "message.txt").write_text(f"In file included from {source}:1:\n{source}(3): error: no such kernel\n")
+    (tmp_path / "CMakeLists.txt").write_text(f"""
         cmake_minimum_required(VERSION 3.25)
         project(kernels LANGUAGES NONE)
-        add_custom_target(delfast_ops)
-        add_custom_command(OUTPUT bad.cu.o COMMAND cat ${CMAKE_SOURCE_DIR}/message.txt COMMAND false)
-        add_custom_target(delfast_ops_cuda DEPENDS bad.cu.o)
+        add_custom_command(OUTPUT {source}.o COMMAND cat ${{CMAKE_SOURCE_DIR}}/message.txt COMMAND false)
+        add_custom_target(delfast_ops_cuda DEPENDS {source}.o)
     """)
     monkeypatch.setattr(kernels, "ROOT", tmp_path)
     monkeypatch.setattr(kernels, "FOLDER", tmp_path / "build")
     toolkit = fake_toolkit(tmp_path / "cuda")
-    expected = "nvcc could not build bad.cu: bad.cu(3): error: no such kernel"
+    expected = f"{by}could not build {source}: {source}(3): error: no such kernel"
     with pytest.raises(CudaUnavailable, match=f"^{re.escape(expected)}$"):
         kernels.build_ops(tmp_path, Toolkit(toolkit, "13.2"))
     (tmp_path / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 99.0)")
@@ -269,6 +310,31 @@ def test_cuda_that_is_asked_for_and_not_there_fails_in_one_line(tmp_path: Path) 
     assert result.returncode != 0 and f"DELFAST_CUDA=1, but {expected}" in result.stderr
     result = build_ext(tmp_path, DELFAST_CUDA="1", CXX="no-such-compiler")
     assert result.returncode != 0 and "no C++ compiler: 'no-such-compiler' is not there" in result.stderr
+
+
+def test_a_wheel_holds_what_its_name_says_or_is_not_built(tmp_path: Path) -> None:
+    result = build_ext(tmp_path, DELFAST_WHEEL="gpu")
+    assert result.returncode != 0 and "expected DELFAST_WHEEL to be cpu, or cu and a number, got 'gpu'" in result.stderr
+    result = build_ext(tmp_path, DELFAST_WHEEL="cu13", DELFAST_CUDA="0", CUDA_HOME=str(tmp_path / "nowhere"))
+    assert result.returncode != 0 and "DELFAST_CUDA=1, but expected a toolkit of CUDA 13" in result.stderr
+    result = build_ext(tmp_path, DELFAST_WHEEL="cpu", DELFAST_NATIVE="0", CXX="no-such-compiler")
+    assert result.returncode != 0 and "no C++ compiler: 'no-such-compiler' is not there" in result.stderr
+
+
+def test_torch_is_needed_for_native_kernels_alone(tmp_path: Path) -> None:
+    result = build_ext(tmp_path, DELFAST_TORCH=str(tmp_path))
+    expected = f"expected DELFAST_TORCH to be the folder of a torch package, got '{tmp_path}'; correct or unset it"
+    assert result.returncode != 0 and result.stderr.splitlines()[-1] == expected
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = None  # is not there
+sys.argv = ["setup.py", "build_ext", "--build-temp", {str(tmp_path)!r}, "--build-lib", {str(tmp_path)!r}]
+runpy.run_path({str(ROOT / "setup.py")!r})
+"""
+    result = python(code, DELFAST_NATIVE="0")
+    assert result.returncode == 0 and "NO NATIVE KERNELS" in result.stderr, result.stderr
+    result = python(code)
+    assert result.returncode != 0 and result.stderr.startswith("delfast's build needs torch 2.10 or newer")
 
 
 def test_a_toolkit_is_found_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
