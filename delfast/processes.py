@@ -159,10 +159,29 @@ class Processes:
 
     def is_same(self, value: str | bytes) -> bool:
         """Return, on every process alike, whether all have the same value. 64 bytes are exchanged."""
+        return self._is_same(value, self._all)
+
+    def _is_same(self, value: str | bytes, groups: list[Any]) -> bool:
         digest = hashlib.sha256(value.encode() if isinstance(value, str) else value).digest()
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        both = self._over_all(torch.cat([mine, 255 - mine]))  # the maximum, and 255 minus the minimum
+        both = self._maximum(torch.cat([mine, 255 - mine]), groups)  # the maximum, and 255 minus the minimum
         return torch.equal(both[:32], 255 - both[32:])
+
+    def check_places(self) -> None:
+        """Raise InputError on every process unless the data group joins processes that hold the same parts.
+
+        Along the meshes over which the data do not differ, all processes of the data group have one coordinate.
+        """
+        if self.data is None:
+            return
+        data = set(_ranks(self.data))
+        place = [dist.get_rank(group) for group in self.meshes if not data.issuperset(_ranks(group))]
+        with self.together():
+            if not self._is_same(repr(place), [self.data]):
+                raise InputError(
+                    f"expected group to be processes that hold the same parts of the parameters, got ranks "
+                    f"{_listed(data)}, which hold others; pass the dimension of the mesh over which the data differ"
+                )
 
     def check_same(self, value: str | bytes, error: str) -> None:
         """Raise InputError with ``error`` on every process unless all have the same value."""
@@ -178,8 +197,11 @@ class Processes:
 
     def _over_all(self, values: Tensor) -> Tensor:
         """Return the maximum over all processes of the job, on the CPU."""
+        return self._maximum(values, self._all)
+
+    def _maximum(self, values: Tensor, groups: list[Any]) -> Tensor:
         values = values.to(self._device)
-        for group in self._all:
+        for group in groups:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
         return values.cpu()
 
@@ -324,6 +346,7 @@ def joined(
                 )
     # of all parameters: also processes that hold only frozen ones together compute the same passes
     processes = Processes(group, dict(network.named_parameters()))
+    processes.check_places()
     forms = "; ".join(f"{name} {p.dtype} {tuple(p.shape)} {p.stride()}" for name, p in parameters.items())
     processes.check_same(
         f"{settings}; {forms}",

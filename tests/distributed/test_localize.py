@@ -633,7 +633,9 @@ def misused_meshes(rank):
     parallel, parallel_dp = ddp_and_tensor_parallel()
     replicated, _ = hsdp()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    crossed = [dist.new_group([0, 3]), dist.new_group([1, 2])][rank in (1, 2)]
     return {
+        "crossed": error_of(lambda: salun(parallel, batches(), group=crossed)),
         "all": error_of(lambda: salun(model, batches(), group=dist.group.WORLD)),
         "ddp": error_of(
             lambda: salun(
@@ -663,6 +665,7 @@ class AloneFailing:
 
 
 MISUSED_MESHES = {
+    "crossed": "expected group to be processes that hold the same parts of the parameters",
     "ddp": "as the local part that DistributedDataParallel leaves of tensor parallelism",
     "all": "expected group to be the 2 processes over which fully_shard adds gradients",
     "other": "expected group to be the 2 processes over which fully_shard adds gradients",
