@@ -71,7 +71,7 @@ class Processes:
         devices = {p.device for p in parameters.values()}
         on_cpu = all(torch.device("cpu") in each._device_types for each in self._all)
         # small messages: the host does not wait for the device where the groups can exchange without it
-        self._device = torch.device("cpu") if on_cpu or not devices else next(iter(devices))
+        self.device = torch.device("cpu") if on_cpu or not devices else next(iter(devices))
         self._check_product()
 
     # What all processes of the job do together
@@ -126,12 +126,12 @@ class Processes:
         """Return the value of the first process, an object that can be pickled."""
         box = [value]
         for group in self._all:
-            dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group, device=self._device)
+            dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group, device=self.device)
         return box[0]
 
     def _over_all(self, values: Tensor) -> Tensor:
         """Return the maximum over all processes of the job, on the CPU."""
-        values = values.to(self._device)
+        values = values.to(self.device)
         for group in self._all:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
         return values.cpu()
@@ -145,7 +145,7 @@ class Processes:
 
     def count_data(self, count: int) -> int:
         """Return the sum of a count over the data group."""
-        value = torch.tensor([count], dtype=torch.int64, device=self._device)
+        value = torch.tensor([count], dtype=torch.int64, device=self.device)
         self.add_data([value])
         return int(value)
 
@@ -182,7 +182,7 @@ class Processes:
         """
         if len(self.meshes) < 2:
             return
-        reached = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self._device)
+        reached = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.device)
         reached[dist.get_rank()] = 1
         for group in self.meshes:
             dist.all_reduce(reached, dist.ReduceOp.SUM, group=group)
