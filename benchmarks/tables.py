@@ -169,18 +169,17 @@ def measured(results: dict[str, Any], source: str) -> str:
 
 def call_costs(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Return what a call of each op costs besides its kernel, in us, on both interfaces of torch."""
-    costs = [
+    old, new = (
         {b["params"]["op"]: float(b["extra_info"]["measured"].partition(" us over")[0]) for b in results["benchmarks"]}
         for results in (before, now)
-    ]
+    )
     rows = [
-        (name, f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}")
-        for name, old in costs[0].items()
-        if (new := costs[1][name])
+        (op, f"{old[op]:.1f}" if op in old else "", f"{cost:.1f}", f"{cost - old[op]:+.1f}" if op in old else "")
+        for op, cost in new.items()
     ]
-    commits = [results["commit_info"]["id"][:7] for results in (before, now)]
-    cpu = now["machine_info"]["cpu"]["brand_raw"]
-    head = f"{cpu}, {now['benchmarks'][0]['extra_info']['threads']} thread; commits {commits[0]} and {commits[1]}.\n\n"
+    commits = " and ".join(results["commit_info"]["id"][:7] for results in (before, now))
+    threads = {b["extra_info"]["threads"] for b in now["benchmarks"]}
+    head = f"{now['machine_info']['cpu']['brand_raw']}; threads: {min(threads)}; commits {commits}.\n\n"
     return head + markdown_table(("op, 62 tensors", "internal interface, us", "stable interface, us", "more"), rows)
 
 

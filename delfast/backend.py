@@ -55,9 +55,8 @@ def _cuda() -> str:
         why = BACKEND.build_info.get("cuda_failure", "the extension was built without")
         return f"not built: {why}; on a GPU the references run"
     text = f"built with CUDA {built['toolkit']} for {' '.join(built['architectures'])}"
-    driver = driver_cuda()
-    if driver is not None and driver[0] < int(built["toolkit"].split(".")[0]):
-        return f"{text}; they cannot run: the driver supports CUDA {'.'.join(map(str, driver))} at most; upgrade it"
+    if driver_is_too_old():
+        return f"{text}; they cannot run: the driver supports CUDA {'.'.join(map(str, driver_cuda() or ()))} at most"
     if not torch.cuda.is_available():
         return f"{text}; no CUDA device is here, so the CPU kernels run"
     cards = []
@@ -72,12 +71,18 @@ def _cuda() -> str:
     return f"{text}; runs on {', '.join(cards)}"
 
 
-def driver_cuda() -> tuple[int, int] | None:
-    """Return the newest CUDA, (major, minor), that the driver supports; None without a driver that answers.
+def driver_is_too_old() -> bool:
+    """Return whether the driver is of an older major version of CUDA than the kernels.
 
-    Kernels run on every driver of the major version that they were built with, or of a later one (CUDA C++ Best
-    Practices Guide, "CUDA Compatibility Developer's Guide").
+    Machine code runs on every driver of the major version that compiled it, or of a later one (NVIDIA, "CUDA
+    Compatibility", section "Minor Version Compatibility").
     """
+    built, driver = BACKEND.build_info.get("cuda"), driver_cuda()
+    return bool(built) and driver is not None and driver[0] < int(built["toolkit"].split(".")[0])
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the newest CUDA, (major, minor), that the driver supports; None without a driver that answers."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -92,11 +97,11 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Return whether code for ``architecture`` runs on a card of this compute capability.
 
     Machine code runs on cards of the same major version and of the same or a later minor version; PTX runs on all later
-    cards (CUDA C++ Programming Guide, "Compatibility").
+    cards, unless it is for a family ("f") (CUDA C++ Programming Guide, "Compatibility").
     """
     number = architecture.removesuffix("+PTX")
     major, minor = (int(part) for part in number.rstrip("af").split("."))
     if number.endswith("a"):  # for cards of exactly this capability
         return capability == (major, minor)
     later = capability >= (major, minor)
-    return later and (capability[0] == major or architecture.endswith("+PTX"))
+    return later and (capability[0] == major or (architecture.endswith("+PTX") and not number.endswith("f")))

@@ -19,6 +19,7 @@ from delfast.mask_file import FORMAT_VERSION, read_mask, write_mask
 from delfast.naming import plain_name
 from delfast.ops.layout import pack, unit_count
 from delfast.parameter_mask import ParameterMask, from_flags
+from delfast.sharding import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -432,7 +433,7 @@ class Mask:
         ----------
         dense : Mapping of str to Tensor or numpy.ndarray
             A tensor of the parameter's shape for each parameter, of any layout and dtype, whose values are 0 and 1.
-            Wrapper prefixes are removed from the names.
+            Wrapper prefixes are removed from the names. DTensors are gathered, by all processes that hold them.
         metadata : Mapping of str to object, optional
             The mask's metadata; empty by default.
         dims : Mapping of str to int, optional
@@ -502,7 +503,7 @@ class Mask:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all: the packed bits, the metadata, and a digest over both.
 
-        The same mask gives the same bytes.
+        The same mask gives the same bytes. Each process of a group may save it to the same path, or one for all.
 
         Parameters
         ----------
@@ -564,6 +565,7 @@ class Mask:
 
 def _flags(name: str, value: Any) -> Tensor:
     """Return a tensor or an array of zeros and ones as bool; InputError for anything else."""
+    value = value.full_tensor() if is_dtensor(value) else value
     try:
         # a copy, because torch refuses arrays with negative strides and warns about read-only ones
         tensor = torch.as_tensor(numpy.array(value) if isinstance(value, numpy.ndarray) else value)

@@ -16,8 +16,16 @@ from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import plain_name, unique_parameters
 from delfast.ops.layout import as_rows, flat_rows, padded_state
-from delfast.parameter_mask import ParameterMask
+from delfast.optimizer_state import by_kind, check_size, load_state, move_state, unpack_like
 from delfast.plain import unboxed
+from delfast.sharding import (
+    is_dtensor,
+    local_gradient,
+    local_part,
+    refuse_different_masks,
+    refuse_gathered,
+    refuse_unseen_gradients,
+)
 
 
 class MaskedOptimizer(Optimizer):
@@ -27,6 +35,11 @@ class MaskedOptimizer(Optimizer):
     clipping and resumes. State is float32 (float64 for float64 parameters) and exists for masked entries only. The
     op's PyTorch reference steps float64 parameters; it waits for the device and cannot be captured in a graph. With
     ``torch.amp.GradScaler``, unscaling and skipping happen inside the kernel.
+
+    Parameters may be DTensors: ``model.named_parameters()`` after ``fully_shard`` or ``parallelize_module``. Each
+    process then steps the part that it holds, and keeps the state of this part. ``state_dict()`` has the state as dense
+    DTensors laid out like the parameters, with zeros outside the mask, so that ``torch.distributed.checkpoint`` saves
+    it, and loads it into any number of processes.
 
     Parameters
     ----------
@@ -57,7 +70,8 @@ class MaskedOptimizer(Optimizer):
 
     # GradScaler.step then sets .grad_scale and .found_inf, and leaves unscaling and skipping to step()
     _step_supports_amp_scaling = True
-    state_name = ""  # the key of the state tensor in ``self.state[parameter]``
+    state_name = ""  # the key in ``self.state[parameter]`` of a plain tensor's state: all kinds, one after another
+    state_kinds: tuple[str, ...] = ()  # the keys of a DTensor's state, each of one kind
 
     def __init__(
         self,
@@ -80,13 +94,14 @@ class MaskedOptimizer(Optimizer):
                 "model.named_parameters()"
             )
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
-        list(mask.match(dict(unique_parameters(pairs))))
+        list(mask.match(_checked(mask, pairs)))
         self.mask = mask
         self._parts = _parts_of(mask, pairs)
         self._calls: dict[int, list[OpCall]] = {}
         super().__init__(groups, {**defaults, "mask_digest": mask.digest})
         for group in self.param_groups:  # torch.load(weights_only=True) refuses numpy's numbers in a state dict
             group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
+        self._begin_state()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "mask": self.mask, "_parts": self._parts, "_calls": {}}
@@ -110,10 +125,17 @@ class MaskedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         amp = {"grad_scale": getattr(self, "grad_scale", None), "found_inf": getattr(self, "found_inf", None)}
+        if amp["found_inf"] is not None:
+            refuse_unseen_gradients(self._named())
         for number, group in enumerate(self.param_groups):
             for call in self._cached_calls(number, group):
-                gradients = [parameter.grad for parameter in call.parameters]
+                if call.sharded is None:
+                    gradients = [parameter.grad for parameter in call.parameters]
+                else:
+                    gradients = [local_gradient(name, parameter) for name, parameter in call.sharded.items()]
                 self._update(group, call.parameters, gradients, call.state, call.steps, call.plan, call.by_row, amp)
+                if call.sharded is not None:  # the op has incremented the versions of the parts
+                    torch.autograd.graph.increment_version(list(call.sharded.values()))
         return loss
 
     @abstractmethod
@@ -127,11 +149,7 @@ class MaskedOptimizer(Optimizer):
     def _cached_calls(self, number: int, group: dict[str, Any]) -> list[OpCall]:
         """Return the op calls that step this group, one per device and dtype, cached by their ``key``."""
         key: list[Any] = [self._state_count(group)]  # a schedule of the momentum may change it
-        key += [
-            (id(parameter), parameter.stride(), parameter.dtype, parameter.device)
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        key += [_identity(parameter) for parameter in group["params"] if parameter.grad is not None]
         calls = self._calls.get(number)
         if calls is None or calls[0].key != key:
             calls = self._make_calls(group, key)
@@ -140,44 +158,77 @@ class MaskedOptimizer(Optimizer):
         return calls
 
     def _make_calls(self, group: dict[str, Any], key: list[Any]) -> list[OpCall]:
-        batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, OpPart]]] = {}
+        batches: dict[tuple[torch.device, torch.dtype, bool], list[tuple[str, Tensor, OpPart]]] = {}
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             part = self._parts.get(plain_name(name))
-            if parameter.grad is None or part is None:
+            if part is None:
                 continue
+            if parameter.grad is None:
+                refuse_gathered(name, parameter)
+                continue
+            held = local_part(parameter)
             check_dense(name, parameter.grad)
-            if part.bits.device != parameter.device:  # the parameter has moved since the mask was given
-                part = self._parts[plain_name(name)] = replace(part, bits=part.bits.to(parameter.device))
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            batches.setdefault((parameter.device, wide), []).append((parameter, part))
+            if part.bits.device != held.device:  # the parameter has moved since the mask was given
+                part = self._parts[plain_name(name)] = replace(part, bits=part.bits.to(held.device))
+            kind = held.device, torch.promote_types(held.dtype, torch.float32), is_dtensor(parameter)
+            batches.setdefault(kind, []).append((name, parameter, part))
         count = self._state_count(group)
-        return [self._make_call(device, wide, count, entries, key) for (device, wide), entries in batches.items()]
+        return [self._make_call(*kind, count, entries, key) for kind, entries in batches.items()]
 
     def _make_call(
         self,
         device: torch.device,
         dtype: torch.dtype,
+        sharded: bool,
         count: int,
-        entries: list[tuple[Tensor, OpPart]],
+        entries: list[tuple[str, Tensor, OpPart]],
         key: list[Any],
     ) -> OpCall:
         """Join all state in one flat tensor and all step counts in another; ``self.state`` keeps views of them."""
         none = torch.zeros((), dtype=torch.float32, device=device)
-        steps = torch.stack([self.state[parameter].get("step", none).to(device) for parameter, _ in entries])
-        sizes = [count * part.selected for _, part in entries]
+        steps = torch.stack([self.state[parameter].get("step", none).to(device) for _, parameter, _ in entries])
+        sizes = [count * part.selected for *_, part in entries]
         state = torch.zeros(sum(map(padded_state, sizes)), dtype=dtype, device=device)
+        parameters = [local_part(parameter) if sharded else parameter for _, parameter, _ in entries]
         start = 0
-        for (parameter, part), step, size in zip(entries, steps.unbind(), sizes, strict=True):
-            piece, start = state[start : start + size], start + padded_state(size)
-            kept = self.state[parameter]
-            if count and (old := kept.get(self.state_name)) is not None:
-                piece.copy_((flat_rows(old, parameter) if part.by_row else old).view(size))
+        for (_, owner, part), parameter, step, size in zip(entries, parameters, steps.unbind(), sizes, strict=True):
+            pieces = by_kind(self._state_keys(sharded, count), state[start : start + size])
+            start += padded_state(size)
+            kept = self.state[owner]
             kept["step"] = step
-            if count:
-                kept[self.state_name] = as_rows(piece, parameter) if part.by_row else piece
-        parameters, by_row = [parameter for parameter, _ in entries], [part.by_row for _, part in entries]
-        bits = torch.cat([part.bits for _, part in entries])
-        return OpCall(key, parameters, state, steps, torch.ops.delfast.masked_plan(parameters, bits, by_row), by_row)
+            for name, piece in pieces.items():
+                if (old := kept.get(name)) is not None:
+                    piece.copy_((flat_rows(old, parameter) if part.by_row else old).view(piece.shape))
+                kept[name] = as_rows(piece, parameter) if part.by_row else piece
+        by_row = [part.by_row for *_, part in entries]
+        bits = torch.cat([part.bits for *_, part in entries])
+        plan = torch.ops.delfast.masked_plan(parameters, bits, by_row)
+        owners = {name: parameter for name, parameter, _ in entries} if sharded else None
+        return OpCall(key, parameters, state, steps, plan, by_row, owners)
+
+    def _state_keys(self, sharded: bool, count: int) -> tuple[str, ...]:
+        """Return the keys in ``self.state[parameter]`` of ``count`` state values for each masked entry."""
+        return () if not count else self.state_kinds if sharded else (self.state_name,)
+
+    def _begin_state(self) -> None:
+        """Make the state of DTensors that have none, with the count of 0 steps.
+
+        An optimizer without state would be stepped by torch.distributed.checkpoint, with a rate of 0, to learn what
+        state it will have. That step would count, and change the sign of some zeros.
+        """
+        for group in self.param_groups:
+            keys = self._state_keys(True, self._state_count(group))
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                part = self._parts.get(plain_name(name))
+                if part is None or not is_dtensor(parameter):
+                    continue
+                held, kept = local_part(parameter), self.state[parameter]
+                wide = torch.promote_types(held.dtype, torch.float32)
+                kept.setdefault("step", torch.zeros((), dtype=torch.float32, device=held.device))
+                for key in keys:
+                    if key not in kept:
+                        values = torch.zeros(part.selected, dtype=wide, device=held.device)
+                        kept[key] = as_rows(values, held) if part.by_row else values
 
     @torch.no_grad()
     def replace_mask(self, mask: Mask) -> None:
@@ -196,17 +247,17 @@ class MaskedOptimizer(Optimizer):
         InputError
             For a mask of another architecture; nothing is changed.
         """
-        named = [
-            pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
-        ]
-        list(mask.match(dict(unique_parameters(named))))
+        named = self._named()
+        list(mask.match(_checked(mask, named)))
         for name, parameter in named:
             old, new = (each.parameters.get(plain_name(name)) for each in (self.mask, mask))
-            held = self.state.get(parameter, {}).get(self.state_name)
             if new is None or not new.selected:
                 self.state.pop(parameter, None)
-            elif held is not None and old is not None:
-                self.state[parameter][self.state_name] = _move_state(held, old, new.for_ops)
+            elif old is not None and (kept := self.state.get(parameter)):
+                before, after = (each.part_of(parameter).for_ops for each in (old, new))
+                for key in self._state_keys(is_dtensor(parameter), 1):
+                    if key in kept:
+                        kept[key] = move_state(kept[key], before, after)
             # a captured step reads the old mask's plan: other memory tells it that it cannot be replayed any more, and
             # not even where a later mask is equal to the old one
             if (step := self.state.get(parameter, {}).get("step")) is not None:
@@ -214,6 +265,39 @@ class MaskedOptimizer(Optimizer):
         self.mask, self._parts, self._calls = mask, _parts_of(mask, named), {}
         for settings in (self.defaults, *self.param_groups):
             settings["mask_digest"] = mask.digest
+        self._begin_state()
+
+    def _named(self) -> list[tuple[str, Any]]:
+        """Return names and parameters, in the order in which a state dict numbers them."""
+        return [pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the options of the parameter groups, as ``torch.optim.Optimizer.state_dict`` does.
+
+        Returns
+        -------
+        dict
+            "state" and "param_groups". Of a plain parameter, the state is that of the masked entries. Of a DTensor, it
+            is dense: DTensors laid out like the parameter, float32 or float64, with zeros outside the mask. If any
+            parameter is a DTensor, each one that the mask does not select has a "step" of 0, because
+            ``set_optimizer_state_dict`` expects state of every parameter.
+        """
+        result: dict[str, Any] = super().state_dict()
+        named = self._named()
+        if not any(is_dtensor(parameter) for _, parameter in named):
+            return result
+        indices = [index for group in result["param_groups"] for index in group["params"]]
+        state = {}
+        for index, (name, parameter) in zip(indices, named, strict=True):
+            kept = dict(self.state.get(parameter) or {"step": torch.zeros((), dtype=torch.float32)})
+            if is_dtensor(parameter) and (mask := self.mask.parameters.get(plain_name(name))) is not None:
+                part = mask.part_of(parameter).for_ops
+                kept.update(
+                    {kind: unpack_like(kept[kind], part, parameter) for kind in self.state_kinds if kind in kept}
+                )
+            state[index] = kept
+        return {**result, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state that ``state_dict()`` returned.
@@ -235,31 +319,34 @@ class MaskedOptimizer(Optimizer):
                     f"expected optimizer state of the mask {self.mask.digest[:12]}, got that of "
                     f"{str(group.get('mask_digest'))[:12]}; build the optimizer with the mask it was saved with"
                 )
-        self._check_sizes(state_dict)
+        state_dict = {**state_dict, "state": self._as_held(state_dict)}
         self._calls = {}
         super().load_state_dict(state_dict)
         # torch has cast the state to each parameter's dtype; restore the saved dtype, which is float32 or float64
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
+        for index, (_, parameter) in zip(indices, self._named(), strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                self.state[parameter][name] = value.to(parameter.device, copy=True)
+                self.state[parameter][name] = value.to(local_part(parameter).device, copy=True)
+        self._begin_state()
 
-    def _check_sizes(self, state_dict: dict[str, Any]) -> None:
-        """Raise InputError for a state that has not as many values as this optimizer's mask selects."""
+    def _as_held(self, state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Return the saved state by index as this optimizer holds it; InputError if it is of another mask."""
+        held: dict[int, dict[str, Any]] = dict(state_dict["state"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for name, index in zip(group["param_names"], saved["params"], strict=False):
-                held = state_dict["state"].get(index, {}).get(self.state_name)
-                if held is None:
+            count = max(1, self._state_count(saved))  # a schedule may have set the momentum to zero since
+            for name, parameter, index in zip(group["param_names"], group["params"], saved["params"], strict=False):
+                mask, part = self.mask.parameters.get(plain_name(name)), self._parts.get(plain_name(name))
+                if not (entry := held.get(index)):
                     continue
-                part = self._parts.get(plain_name(name))
-                count = max(1, self._state_count(saved))  # a schedule may have set the momentum to zero since
-                expected = 0 if part is None else count * part.selected
-                if held.numel() != expected:
-                    raise InputError(
-                        f"expected {expected} values of state for '{name}', got {held.numel()}; the optimizer state is "
-                        "of another mask"
-                    )
+                if mask is None or part is None:
+                    if self.state_name in entry:
+                        check_size(name, entry[self.state_name], 0)
+                    del held[index]  # all that a sharded optimizer saves of it is that it took no step
+                    continue
+                held[index] = load_state(name, entry, self.state_kinds, self.state_name, mask, parameter)
+                if not is_dtensor(parameter) and (values := held[index].get(self.state_name)) is not None:
+                    check_size(name, values, count * part.selected)
+        return held
 
 
 @dataclass(frozen=True)
@@ -271,6 +358,13 @@ class OpPart:
     selected: int
 
 
+def _checked(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the parameters by plain name; InputError if the processes that hold them have different masks."""
+    parameters = dict(unique_parameters(named, sharded=True))
+    refuse_different_masks(mask.digest, parameters.values())
+    return parameters
+
+
 def _parts_of(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, OpPart]:
     """Return the parts with masked entries by plain name, their bits on the parameter's device.
 
@@ -280,18 +374,18 @@ def _parts_of(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, OpPa
     for name, parameter in named:
         part = mask.parameters.get(plain_name(name))
         if part is not None and part.selected:
-            for_ops = part.for_ops
-            parts[plain_name(name)] = OpPart(for_ops.bits.to(parameter.device), for_ops.by_row, part.selected)
+            held = part.part_of(parameter).for_ops
+            bits = held.bits.to(local_part(parameter).device)
+            parts[plain_name(name)] = OpPart(bits, held.by_row, held.selected)
     return parts
 
 
-def _move_state(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
-    """Return the state ``held`` of the entries of ``old`` as state of the entries of ``new``; zeros for new entries."""
-    count = held.numel() // old.selected
-    dense = held.new_zeros(count, old.numel)
-    dense[:, old.dense().flatten().to(held.device)] = held.reshape(count, old.selected)
-    kept = dense[:, new.dense().flatten().to(held.device)]
-    return kept.reshape(-1, *new.shape[1:]) if new.by_row else kept.flatten()
+def _identity(parameter: Any) -> tuple[Any, ...]:
+    """Return what identifies a parameter and its memory: FSDP2 may replace the memory of a DTensor."""
+    if is_dtensor(parameter):
+        held = parameter.to_local()
+        return id(parameter), held.data_ptr(), held.stride(), held.dtype, held.device
+    return id(parameter), parameter.stride(), parameter.dtype, parameter.device
 
 
 @dataclass(frozen=True)
@@ -308,6 +402,7 @@ class OpCall:
     steps: Tensor
     plan: Tensor
     by_row: list[bool]
+    sharded: dict[str, Tensor] | None
 
 
 def check_dense(name: str, gradient: Tensor) -> None:

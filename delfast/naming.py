@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from delfast.errors import InputError
-from delfast.sharding import is_dtensor, refuse_partial, reshard
+from delfast.sharding import is_dtensor, refuse_flattened, refuse_partial, reshard
 
 
 def plain_name(name: str) -> str:
@@ -56,7 +56,8 @@ def unique_parameters(named: Iterable[tuple[str, Tensor]], *, sharded: bool = Fa
 
     sharded: whether the caller can use DTensors.
 
-    Raises InputError for two parameters of one plain name, and for a DTensor that the caller cannot use.
+    Raises InputError for two parameters of one plain name, for a DTensor that the caller cannot use, and for parameters
+    of FSDP1 and DeepSpeed's ZeRO-3.
     """
     seen: set[int] = set()
     names: set[str] = set()
@@ -70,6 +71,7 @@ def unique_parameters(named: Iterable[tuple[str, Tensor]], *, sharded: bool = Fa
                 f"expected parameter names to be unique without wrapper prefixes, got '{name}' twice; rename one"
             )
         names.add(name)
+        refuse_flattened(full_name, parameter)
         if not sharded:
             refuse_dtensor(name, parameter)
         refuse_partial(name, parameter)

@@ -63,6 +63,7 @@ class MaskedSGD(MaskedOptimizer):
     """
 
     state_name = "momentum_buffer"
+    state_kinds = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -160,6 +161,7 @@ class MaskedAdamW(MaskedOptimizer):
     """
 
     state_name = "moments"  # two values per masked entry: all of exp_avg, then all of exp_avg_sq
+    state_kinds = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

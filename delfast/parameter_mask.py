@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from delfast.ops.layout import pack, row_length, unit_count, unpack
+from delfast.sharding import is_dtensor, local_part, part_of, rows_of
 
 Unit = Literal["row", "element"]
 
@@ -105,6 +106,30 @@ class ParameterMask:
         if self.unit == "element":
             return self
         return replace(self, unit="element", bits=pack(self.dense()))
+
+    def part_of(self, parameter: Tensor) -> ParameterMask:
+        """Return the mask of the part of a parameter that this process holds; nothing is exchanged.
+
+        Parameters
+        ----------
+        parameter : Tensor
+            The parameter, of this mask's shape: a DTensor, or a plain tensor, which is held as a whole.
+
+        Returns
+        -------
+        ParameterMask
+            Its shape is that of the part, which may be empty. It has the same unit: a row mask of a parameter that is
+            split along another dimension than its channels has a bit for each row that this process holds a part of.
+            This object itself for a plain tensor.
+        """
+        if not is_dtensor(parameter):
+            return self
+        shape = tuple(local_part(parameter).shape)
+        if self.unit == "row" and shape:
+            flags = rows_of(self.flags, parameter, self.dim)[: unit_count(shape, self.dim)]  # no units if it is empty
+        else:
+            flags = part_of(self.dense(), parameter)
+        return replace(self, shape=shape, bits=pack(flags))
 
     @property
     def by_row(self) -> bool:

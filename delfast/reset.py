@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from delfast.arguments import check_seed, check_type
+from delfast.arguments import check_path, check_seed, check_type
 from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import model_parameters, plain_name, unwrap
 from delfast.seeding import seeded
+from delfast.sharding import held_part, is_dtensor, is_same_everywhere, local_part, refuse_different_masks, reshard
+from delfast.slices import read_parts
 from delfast.sole_use import used_alone
 
-Init = Callable[[], nn.Module] | nn.Module | Mapping[str, Tensor] | Literal["reset_parameters"]
-"""Source of new values: a factory, a second model, a state dict, or the modules' own ``reset_parameters``."""
+Init = Callable[[], nn.Module] | nn.Module | Mapping[str, Tensor] | str | PathLike[str]
+"""Source of new values: a factory, a second model, a state dict, a safetensors file, or "reset_parameters"."""
 
 
 @used_alone
@@ -28,17 +32,23 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
 
     Other entries and all buffers stay as they are.
 
+    The parameters may be DTensors (FSDP2, HSDP, tensor parallelism). All processes that hold them make the same call,
+    with the same mask, source and seed. Each writes the part that it holds, and all parts together are the values that
+    one process would write. Parameters that FSDP2 has gathered are sharded again first.
+
     Parameters
     ----------
     model : torch.nn.Module
         The network to change.
     mask : Mask
         The entries to reset.
-    init : callable, torch.nn.Module, Mapping of str to Tensor, or "reset_parameters"
+    init : callable, torch.nn.Module, Mapping of str to Tensor, str or path, or "reset_parameters"
         Source of the new values. A factory is called without arguments under a private generator seeded with ``seed``.
         Prefer a factory: a network's constructor may initialize differently from its modules' ``reset_parameters``, as
         torchvision's ResNet-18 does. "reset_parameters" calls these on a copy of the model under the same generator. A
-        second model or a state dict supplies its own values.
+        second model or a state dict supplies its own values, plain tensors or DTensors. The path of a safetensors file
+        supplies the file's. Of a file, each process reads only what it holds of a sharded model; with a factory, each
+        makes the whole network. "reset_parameters" is for models of plain tensors.
     seed : int, default 0
         Seed in [0, 2^64). Choose one that training did not begin from, or a factory returns that beginning again. The
         values are those that follow ``torch.manual_seed(seed)``; torch's own generators are neither read nor changed.
@@ -47,8 +57,8 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     Raises
     ------
     InputError
-        If the mask is of another architecture, or if ``init`` lacks a masked parameter or has it in another shape.
-        Nothing is changed then.
+        If the mask is of another architecture, if ``init`` lacks a masked parameter or has it in another shape, and if
+        the processes that hold a sharded model pass different masks or values. Nothing is changed then.
 
     References
     ----------
@@ -68,10 +78,36 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     """
     check_type("mask", mask, Mask, "a delfast.Mask")
     seed = check_seed(seed)
-    targets = model_parameters(unwrap(model))
-    selected = [(name, parameter, part.for_ops) for name, parameter, part in mask.match(targets)]
-    fresh = _fresh_values(model, init, seed, [name for name, _, _ in selected])
-    for name, parameter, _ in selected:
+    targets = model_parameters(unwrap(model), sharded=True)
+    refuse_different_masks(mask.digest, targets.values())
+    matched = {name: (parameter, part) for name, parameter, part in mask.match(targets)}
+    parameters = {name: parameter for name, (parameter, _) in matched.items()}
+    fresh = _fresh_parts(model, init, seed, parameters)
+    entries = [(local_part(p), fresh[name], part.part_of(p).for_ops) for name, (p, part) in matched.items()]
+    for device in {held.device for held, _, _ in entries}:
+        here = [entry for entry in entries if entry[0].device == device]
+        torch.ops.delfast.masked_reset_(
+            [held for held, _, _ in here],
+            [value.to(held) for held, value, _ in here],
+            torch.cat([part.bits.to(device) for _, _, part in here]),
+            [part.by_row for _, _, part in here],
+        )
+    # the op has incremented the version of this process's part, which is another than the DTensor's
+    torch.autograd.graph.increment_version([p for p in parameters.values() if is_dtensor(p)])
+
+
+def _fresh_parts(model: nn.Module, init: Any, seed: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return this process's part of the new values of each parameter, by plain name."""
+    if isinstance(init, (str, PathLike)) and init != "reset_parameters":
+        return read_parts(Path(check_path("init", init)), parameters)
+    sharded = [name for name, parameter in parameters.items() if is_dtensor(parameter)]
+    if sharded and isinstance(init, str):
+        raise InputError(
+            f"expected another init than 'reset_parameters' for the sharded '{sharded[0]}', whose values would differ "
+            "from those of one process; pass a factory of the network or a safetensors file"
+        )
+    fresh = _fresh_values(model, init, seed, list(parameters))
+    for name, parameter in parameters.items():
         if name not in fresh:
             raise InputError(f"expected fresh values for '{name}', init has none; pass a factory of the same network")
         if fresh[name].shape != parameter.shape:
@@ -79,14 +115,19 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
                 f"expected fresh values for '{name}' of shape {tuple(parameter.shape)}, got "
                 f"{tuple(fresh[name].shape)}; pass a factory of the same network"
             )
-    for device in {parameter.device for _, parameter, _ in selected}:
-        here = [entry for entry in selected if entry[1].device == device]
-        torch.ops.delfast.masked_reset_(
-            [parameter for _, parameter, _ in here],
-            [fresh[name].to(parameter) for name, parameter, _ in here],
-            torch.cat([part.bits.to(device) for _, _, part in here]),
-            [part.by_row for _, _, part in here],
+    whole = [fresh[name] for name in sharded if not is_dtensor(fresh[name])]
+    if not is_same_everywhere(sum(map(_bit_sum, whole)), parameters.values()):
+        raise InputError(
+            "expected the same fresh values in all processes that hold a sharded model, got different ones; pass the "
+            "same seed, model or state dict everywhere"
         )
+    return {name: held_part(fresh[name], parameter) for name, parameter in parameters.items()}
+
+
+def _bit_sum(values: Tensor) -> int:
+    """Return the sum of the values' bits read as integers, equal for equal values and unlikely so for others."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return int(values.contiguous().view(kind).sum(dtype=torch.int64))
 
 
 def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> dict[str, Tensor]:
@@ -99,7 +140,7 @@ def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> 
         with seeded(seed):
             fresh = _reset_parameters_of_copy(unwrap(model), needed)
     else:
-        fresh = _make_network(init, seed, "pass a factory, a model or a state dict")
+        fresh = _make_network(init, seed, "pass a factory, a model, a state dict or a path")
     named = fresh.named_parameters(remove_duplicate=False)
     return {plain_name(name): parameter.detach() for name, parameter in named}
 
@@ -119,7 +160,9 @@ def _make_network(init: Any, seed: int, advice: str) -> nn.Module:
             init = init()
     if not isinstance(init, nn.Module):
         raise InputError(f"expected init to make a whole network, got {type(init).__name__}; {advice}")
-    return unwrap(init)
+    network = unwrap(init)
+    reshard(network)
+    return network
 
 
 def _reset_parameters_of_copy(model: nn.Module, needed: list[str]) -> nn.Module:

@@ -75,9 +75,7 @@ def test_a_dtensor_is_refused_by_name_where_it_cannot_be_used(fake_group: None) 
         delfast.score(model, [], "critmem")
     mask = delfast.score(model, criterion="weight").select(1.0)
     with pytest.raises(InputError, match=r"'0.weight', got a DTensor"):
-        delfast.optim.MaskedSGD(model.named_parameters(), mask=mask, lr=0.1)
-    with pytest.raises(InputError, match=r"'0.weight', got a DTensor"):
-        delfast.reset_(model, mask, init=lambda: nn.Sequential(nn.Linear(3, 2)))
+        delfast.compact(model, mask)
 
 
 def test_tied_parameters_count_once_under_their_first_name() -> None:

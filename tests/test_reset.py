@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import delfast
 from delfast import InputError
+from delfast.files import save_state
 from tests import cases
 
 
@@ -21,16 +23,18 @@ def model_and_mask(granularity: Any = "channel") -> tuple[nn.Module, delfast.Mas
 
 
 @pytest.mark.parametrize("granularity", ["channel", "param"])
-@pytest.mark.parametrize("form", ["factory", "model", "state_dict", "prefixed"])
-def test_masked_entries_are_fresh_and_the_rest_is_bit_identical(granularity: Any, form: str) -> None:
+@pytest.mark.parametrize("form", ["factory", "model", "state_dict", "prefixed", "file"])
+def test_masked_entries_are_fresh_and_the_rest_is_bit_identical(granularity: Any, form: str, tmp_path: Path) -> None:
     model, mask = model_and_mask(granularity)
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(5)
     fresh = cases.Everything()
+    save_state(tmp_path / "fresh.safetensors", {f"module.{name}": value for name, value in fresh.state_dict().items()})
     init: Any = {
         "factory": cases.Everything,
         "model": fresh,
         "state_dict": fresh.state_dict(),
+        "file": str(tmp_path / "fresh.safetensors"),
         "prefixed": {f"module.{name}": value for name, value in fresh.state_dict().items()},
     }[form]
     generator = torch.get_rng_state()
@@ -68,17 +72,24 @@ def test_reset_parameters_only_where_asked_for_and_covered() -> None:
     assert all(torch.equal(value, before[name]) for name, value in everything.state_dict().items())
 
 
-def test_bad_input_changes_nothing() -> None:
+def test_bad_input_changes_nothing(tmp_path: Path) -> None:
     model, _ = model_and_mask()
+    (tmp_path / "damaged").write_bytes(b"\0" * 20)
     before = copy.deepcopy(model.state_dict())
     other = delfast.score(cases.SmallNet(), criterion="weight").select(0.5)
     short = {name: value for name, value in model.state_dict().items() if name != "conv1.weight"}
     wrong = {**model.state_dict(), "conv1.weight": torch.zeros(8, 8, 5)}
+    save_state(tmp_path / "short", short)
+    save_state(tmp_path / "wrong", wrong)
     whole = delfast.score(model, criterion="weight").select(1.0)
     for bad_mask, init, message in (
         (other, cases.SmallNet, "which the model does not have"),
         (whole, short, "fresh values for 'conv1.weight', init has none"),
         (whole, wrong, r"fresh values for 'conv1.weight' of shape \(8, 8, 3\), got \(8, 8, 5\)"),
+        (whole, tmp_path / "short", r"'.*short' to have a tensor 'conv1.weight' of shape \(8, 8, 3\), got none"),
+        (whole, tmp_path / "wrong", r"'.*wrong' to have a tensor .* of shape \(8, 8, 3\), got one of \(8, 8, 5\)"),
+        (whole, tmp_path / "damaged", r"'.*damaged' is no whole safetensors file \("),
+        (whole, "absent", "expected a safetensors file at 'absent', there is none; check the path"),
         (whole, lambda: 3, "expected init to make a whole network, got int"),
     ):
         with pytest.raises(InputError, match=message):

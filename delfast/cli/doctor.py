@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from delfast.backend import driver_cuda, status
+from delfast.backend import driver_cuda, driver_is_too_old, status
 from delfast.ops.native import read_build_info
 
 EXPERIMENTS = ("torchvision", "scikit-learn", "matplotlib", "typer", "rich", "vit-pytorch")
@@ -54,8 +54,12 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
             advice.append("there is no C++ compiler: install one with C++20 (Debian: apt install g++), then reinstall")
     if facts["cuda_available"] and "cuda" not in facts["devices"]:
         advice.append("there is a CUDA device and no native kernels for it: it runs on PyTorch's own operations")
-    if "they cannot run" in facts["cuda"]:
-        advice.append(f"the CUDA kernels are {facts['cuda']}, or install a wheel for its version of CUDA")
+    if driver_is_too_old():
+        built = facts["cuda"].partition(";")[0]
+        advice.append(
+            f"the driver supports CUDA {facts['driver_cuda']} at most, and the kernels were {built}: upgrade the "
+            "driver, or install a build for that version"
+        )
     missing = [name for name, found in facts["experiments"].items() if found is None]
     if missing:
         advice.append(f"not installed: {', '.join(missing)}; pip install 'delfast[experiments]'")

@@ -12,22 +12,24 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from delfast.compaction.layers import ROWS, CompactLayer, write_rows_of
+from delfast.compaction.layers import ROWS, CompactLayer, sharded_since, write_rows_of
 from delfast.errors import InputError
 from delfast.masked_optimizer import MaskedOptimizer, check_dense
+from delfast.sharding import is_dtensor, is_flat
 
 
 class Guard:
     """Protect one compact model in the steps of any optimizer, in any thread, until ``remove``.
 
+    model: the compact model. A step of its sharded Parameters is refused if it has lost any of the others.
     guarded: name -> (Parameter, bool flags of its shape: the entries that may change). The gradient of every other
         entry is set to zero when it is computed, so that gradient clipping does not count it. After a step, every other
         entry has its earlier value, to the bit: weight decay and old momentum are undone. A ``MaskedOptimizer`` with
@@ -42,6 +44,7 @@ class Guard:
 
     def __init__(
         self,
+        model: nn.Module,
         guarded: Mapping[str, tuple[Tensor, Tensor]],
         digest: str,
         rows: Mapping[str, tuple[Tensor, CompactLayer]],
@@ -54,6 +57,7 @@ class Guard:
         self._layers = {id(layer.weight_rows): weakref.ref(layer) for _, layer in rows.values()}
         self._names = {id(layer.weight_rows): name for name, (_, layer) in rows.items()}
         self._frozen = {id(parameter): name for name, parameter in frozen.items()}
+        self._guarded = {id(parameter): name for name, (parameter, _) in guarded.items()}
         self._handles: list[Any] = []
         self._references: list[weakref.ref[Tensor]] = []
         try:
@@ -64,6 +68,7 @@ class Guard:
             watched += [tensor for weight, layer in rows.values() for tensor in (weight, layer.weight_rows)]
             for parameter in (*watched, *frozen.values()):
                 self._references.append(_registry.add(parameter, self))
+            _registry.models[model] = self
         except BaseException:
             self.remove()
             raise
@@ -74,7 +79,15 @@ class Guard:
             handle.remove()
         for key in (*self._flags, *self._weights, *self._layers, *self._frozen):
             _registry.remove(key, self)
+        _registry.remove_model(self)
         self._references.clear()
+
+    def refuse_lost(self, present: Collection[int]) -> None:
+        """Raise InputError if a Parameter that this guard protects is not among those of these ids, the model's."""
+        for names in (self._names, self._guarded, self._frozen):
+            for key, name in names.items():
+                if key not in present:
+                    raise sharded_since(name)
 
     def before(self, optimizer: Optimizer, held: Iterable[Tensor]) -> list[Restore]:
         """Return what to restore after the optimizer's step.
@@ -176,6 +189,7 @@ class _Registry:
 
     def __init__(self) -> None:
         self.guards: dict[int, tuple[Guard, ...]] = {}
+        self.models: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # garbage collection inside may call remove
 
     def add(self, parameter: Tensor, guard: Guard) -> weakref.ref[Tensor]:
@@ -193,6 +207,29 @@ class _Registry:
                 self.guards[key] = others
             else:
                 self.guards.pop(key, None)
+
+    def remove_model(self, guard: Guard) -> None:
+        """Remove the model that the guard protects."""
+        with self._lock:
+            for model in [model for model, other in self.models.items() if other is guard]:
+                del self.models[model]
+
+    def refuse_sharded(self, optimizer: Optimizer) -> None:
+        """Raise InputError for an optimizer of sharded Parameters of a compact model that has lost any of its own.
+
+        Sharding replaces Parameters. Then no guard is found by their ids, and nothing else would notice.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        sharded = {id(parameter) for parameter in parameters if is_dtensor(parameter)}
+        flat = any(map(is_flat, parameters))  # a module around the model has it
+        if not sharded and not flat:
+            return
+        with self._lock:
+            models = list(self.models.items())
+        for model, guard in models:
+            present = {id(parameter) for parameter in model.parameters()}
+            if flat or not sharded.isdisjoint(present):
+                guard.refuse_lost(present)
 
     def of(self, optimizer: Optimizer) -> dict[Guard, list[Tensor]]:
         """Return the guards of an optimizer's Parameters, each with the Parameters that it guards."""
@@ -257,6 +294,8 @@ def _depth() -> int:
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if _registry.models:
+        _registry.refuse_sharded(optimizer)
     if _registry.guards or _steps.running:
         guards = _registry.of(optimizer)
         restore = [entry for guard, held in guards.items() for entry in guard.before(optimizer, held)]

@@ -29,6 +29,7 @@ from delfast.masked_optimizer import sparse_gradient
 from delfast.naming import is_parallel, model_parameters, plain_name, trainable_parameters, unwrap
 from delfast.ops.layout import pack
 from delfast.parameter_mask import ParameterMask
+from delfast.sharding import is_dtensor
 from delfast.sole_use import used_alone
 
 Mode = Literal["rows", "dense", "guarded", "frozen"]
@@ -153,7 +154,7 @@ class Compact:
                 parameter.grad = None
             guarded = {name: (parameters[name], self._chosen[name].dense()) for name in self._names("guarded")}
             layers = {name: (parameters[name], cast(CompactLayer, self._layers[name][0])) for name in self._rows}
-            self._guard = Guard(guarded, self.mask.digest, layers, frozen, self._idle)
+            self._guard = Guard(self.model, guarded, self.mask.digest, layers, frozen, self._idle)
         except BaseException:
             self._restore()
             raise
@@ -161,12 +162,19 @@ class Compact:
     def undo(self) -> None:
         """Write the rows back and restore every module; a second call does nothing.
 
+        Raises
+        ------
+        InputError
+            If the model's Parameters were replaced by sharded ones; nothing is changed.
+
         Warns
         -----
         RuntimeWarning
             If an optimizer stepped rows that never had a gradient: the network reads that weight through a reference
             from before ``compact``.
         """
+        if self._guard is not None and any(map(is_dtensor, self.model.parameters())):
+            self._guard.refuse_lost({id(parameter) for parameter in self.model.parameters()})
         self._restore()
         if self._has_stepped and self._idle:
             first, *others = sorted(self._idle)

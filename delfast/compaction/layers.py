@@ -25,6 +25,7 @@ from delfast.compaction.plan import RowPlan, plan_rows
 from delfast.compaction.rules import LayerKind, rule_of
 from delfast.errors import InputError
 from delfast.layer_types import layer_type_of
+from delfast.sharding import is_dtensor
 
 WEIGHT = "weight"
 ROWS = "weight_rows"
@@ -120,7 +121,7 @@ class CompactLayer(nn.Module):
         """
         known, weight, rows = self.row_versions, self.whole, self.weight_rows
         if weight is not self.row_home[0]:
-            raise InputError(_not_replaced("another tensor"))
+            raise sharded_since(WEIGHT) if is_dtensor(weight) else InputError(_not_replaced("another tensor"))
         if known[1] != rows._version:
             torch.autograd.graph.increment_version(weight)
         elif known[0] != weight._version:
@@ -328,6 +329,15 @@ def _new(plain_type: type[nn.Module], *arguments: Any) -> CompactLayer:
             "delfast.register_layer first"
         )
     return made.__new__(made, *arguments)
+
+
+def sharded_since(name: str) -> InputError:
+    """Return the error for a compact model whose Parameters were replaced by sharded ones."""
+    return InputError(
+        f"expected the Parameters that compact() made, got a model whose '{name}' was replaced since, by fully_shard() "
+        "or another sharding, so that the mask does not protect it; shard the model without compact(), and train it by "
+        "delfast.optim.MaskedSGD or MaskedAdamW"
+    )
 
 
 def _not_replaced(what: str) -> str:

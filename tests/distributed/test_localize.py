@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import math
 import warnings
 
@@ -281,11 +282,14 @@ def accelerate_uneven(rank, count):
     return of_accelerate(rank, count, even_batches=False)
 
 
-LOADERS = (plain_loader, shuffled, unbatched, listed, streamed, sampled, shuffled_sampled, accelerate_uneven)
+HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
+LOADERS = (plain_loader, shuffled, unbatched, listed, streamed, sampled, shuffled_sampled)
+LOADERS += (accelerate_uneven,) if HAS_ACCELERATE else ()
 
 
 def of_accelerate(rank, count, even_batches=True):
-    shard = pytest.importorskip("accelerate.data_loader").BatchSamplerShard
+    from accelerate.data_loader import BatchSamplerShard as shard
+
     plain = DataLoader(examples(101), batch_size=8)
     batch_sampler = shard(plain.batch_sampler, count, rank, even_batches=even_batches)
     return DataLoader(examples(101), batch_sampler=batch_sampler)
@@ -317,7 +321,7 @@ def dropping(rank, count):
 
 
 REFUSED = {
-    of_accelerate: "examples of the data set, each once, got",
+    **({of_accelerate: "examples of the data set, each once, got"} if HAS_ACCELERATE else {}),
     own_subset: "the same data set on every process",
     own_part: "the same data set on every process",
     own_sampler: "examples of the data set, each once, got",
@@ -343,7 +347,7 @@ def refused(loader_of, rank):
 
 def refused_without_a_group(rank):
     count = dist.get_world_size()
-    loaders = {"sampler": sampled, "accelerate": of_accelerate}
+    loaders = {"sampler": sampled} | ({"accelerate": of_accelerate} if HAS_ACCELERATE else {})
     return {name: error_of(lambda f=f: salun(ddp()[0], f(rank, count))) for name, f in loaders.items()}
 
 

@@ -12,10 +12,14 @@ from tests import ROOT, cases
 EXAMPLES = ROOT / "examples"
 NEEDS = {
     "plain_pytorch": "sklearn",
+    "torchrun_fsdp2": "sklearn",
     "lightning_job": "lightning",
     "hf_trainer": "transformers",
     "accelerate_job": "accelerate",
 }
+
+
+LAUNCH = {"torchrun_fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 
 
 @pytest.mark.parametrize("name", NEEDS)
@@ -26,7 +30,8 @@ def test_example(name):
     assert len(source.splitlines()) < 60 and "Callback" not in source
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, env=environment, timeout=cases.PATIENCE
+        [sys.executable, *LAUNCH.get(name, []), path],
+        **{"capture_output": True, "text": True, "env": environment, "timeout": cases.PATIENCE},
     )
     assert result.returncode == 0, result.stderr
     *_, before, after, changed = result.stdout.splitlines()

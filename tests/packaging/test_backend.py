@@ -324,6 +324,7 @@ def test_status_says_what_becomes_of_tensors_on_a_gpu(monkeypatch: pytest.Monkey
         ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 0)]),  # PTX: on all later ones
         ("9.0a", [(9, 0)], [(8, 0), (10, 0)]),
         ("10.0f", [(10, 0), (10, 3)], [(12, 0)]),
+        ("10.0f+PTX", [(10, 0), (10, 3)], [(12, 0)]),
     ],
 )
 def test_which_cards_an_architecture_runs_on(
