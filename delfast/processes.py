@@ -63,10 +63,10 @@ class Processes:
         self.data = group
         self.rank: int = 0 if group is None else dist.get_rank(group)
         self.size: int = 1 if group is None else dist.get_world_size(group)
-        by_ranks = {_ranks(each): each for p in parameters.values() for each in _mesh_groups(p)}
+        by_ranks = {ranks_of(each): each for p in parameters.values() for each in mesh_groups(p)}
         self.meshes = list(by_ranks.values())
         if group is not None:
-            by_ranks.setdefault(_ranks(group), group)
+            by_ranks.setdefault(ranks_of(group), group)
         self._all = list(by_ranks.values())
         devices = {p.device for p in parameters.values()}
         on_cpu = all(torch.device("cpu") in each._device_types for each in self._all)
@@ -169,11 +169,11 @@ class Processes:
         if is_dtensor(parameter):
             mesh = parameter.device_mesh
             split = {
-                _ranks(mesh.get_group(dim))
+                ranks_of(mesh.get_group(dim))
                 for dim, placement in enumerate(parameter.placements)
                 if mesh.size(dim) > 1 and not placement.is_replicate()
             }
-        return all(_ranks(group) in split or dist.get_rank(group) == 0 for group in self.meshes)
+        return all(ranks_of(group) in split or dist.get_rank(group) == 0 for group in self.meshes)
 
     def _check_product(self) -> None:
         """Raise InputError unless the mesh groups are the dimensions of one mesh.
@@ -218,8 +218,8 @@ def joined(
             )
         reduced |= ranks
     for name, parameter in parameters.items() if reads_data else ():
-        for each in _mesh_groups(parameter):
-            ranks = set(_ranks(each))
+        for each in mesh_groups(parameter):
+            ranks = set(ranks_of(each))
             if not ranks <= reduced and len(ranks & data) > 1:
                 raise InputError(
                     f"expected group to be processes over which '{name}' is not laid out, got ranks {_listed(data)}, "
@@ -245,7 +245,7 @@ def _reduced_over(fsdp_group: Any) -> set[int]:
     return set(ranks.flatten().tolist())
 
 
-def _mesh_groups(parameter: Any) -> list[Any]:
+def mesh_groups(parameter: Any) -> list[Any]:
     """Return the groups of more than one process of a DTensor's mesh."""
     if not is_dtensor(parameter):
         return []
@@ -253,7 +253,8 @@ def _mesh_groups(parameter: Any) -> list[Any]:
     return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
 
 
-def _ranks(group: Any) -> tuple[int, ...]:
+def ranks_of(group: Any) -> tuple[int, ...]:
+    """Return the ranks, in the whole job, of a group's processes."""
     return tuple(dist.get_process_group_ranks(group))
 
 

@@ -26,18 +26,21 @@ from delfast.naming import is_parallel, model_parameters, trainable_parameters, 
 from delfast.optim import MaskedSGD
 from delfast.processes import Group, Processes
 from delfast.reset import Init
+from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.data_parallel import check_same_network, together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, train
 from delfast.unlearning.method import Method, UnlearningTask, required
+from delfast.unlearning.methods import Del
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
 from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Step, Steps
 from delfast.unlearning.stopping import EarlyStop
 
+SHARDED = ("del", "finetune", "gradient-ascent", "neggrad+", "relabel")  # methods for FSDP2
 OF_TRAINING = {each.name for each in fields(Method)} - {"epochs"}  # without effect on a method that trains nothing
 
 
@@ -113,7 +116,9 @@ def unlearn(
     ``group`` the loaders are those of the whole sets: the processes localize together, and a step of W processes is the
     mean of W consecutive steps of one process. In the last step of an epoch the mean is over the batches that are left.
     Masks and settings are compared before anything is changed, and the networks after the method has prepared them.
-    Other layouts, FSDP2 and tensor parallelism, are refused.
+
+    FSDP2 (``fully_shard``) is trained with ``group`` in the same way, by "del", "finetune", "gradient-ascent",
+    "neggrad+" and "relabel", without a checkpoint and early stopping. Tensor parallelism is refused.
 
     Before anything is changed, the loss of the first batch of each set that is used is computed once, in eval mode, and
     random generators are restored. Errors that occur only in a later batch or only in training mode, and errors that
@@ -155,7 +160,8 @@ def unlearn(
     resume : bool, default False
         Continue from ``checkpoint`` if the file exists. The run ends with the weights of an uninterrupted run.
     group : torch.distributed.ProcessGroup or DeviceMesh, optional
-        The processes that share the sets: those of ``model``, a DistributedDataParallel. Loaders with a
+        The processes that share the sets: those over which ``model`` averages gradients, all of its
+        DistributedDataParallel or the whole mesh of ``fully_shard``. Loaders with a
         DistributedSampler for the group are used as they are. Not for "influence" and "ssd". The ``checkpoint`` is a
         file for each process.
     **hyperparameters : Any
@@ -277,9 +283,11 @@ def _prepared(
     _check_needs(chosen, retain, forget, mask, init, loss_fn)
     check_options(training, chosen)
     group = processes if shares else None
+    network = unwrap(model)
     if group is not None:
         _check_shareable(chosen, training)
-    network = unwrap(model)
+    if is_laid_out(network):
+        _check_sharded(chosen, training, checkpoint)
     check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
 
     everything_may_change = mask is None and not chosen.localizes
@@ -314,6 +322,7 @@ def _prepared(
         frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
     )
+    reshard(network)
     head = (first.head if head is None else head) if chosen.trains_head else None
     heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
     selected = widest
@@ -331,7 +340,9 @@ def _prepared(
     widened = _widened(selected, heads) if chosen.trains_head else selected
     task = replace(task, model=model, mask=selected, classes=first.classes)
     if steps is None:
-        list(selected.match(trainable_parameters(network)))  # raises if the mask is of another architecture
+        list(
+            selected.match(trainable_parameters(network, sharded=True))
+        )  # raises if the mask is of another architecture
     else:
         first.refuse_sparse(network, widened)
     settings = {**_settings(chosen, selected, head, seed, training), **(training.config or {})}
@@ -352,6 +363,21 @@ def _check_shareable(method: Method, training: TrainingOptions) -> None:
             "expected cuda_graphs='auto' or False with group=, whose processes exchange more than gradients in each "
             "step, got True; leave it out"
         )
+
+
+def _check_sharded(method: Method, training: TrainingOptions, checkpoint: object) -> None:
+    """Raise InputError for what is not done with FSDP2, whose gathered parameters only its own passes see."""
+    if method.name not in SHARDED or type(method).__module__ != Del.__module__:
+        raise InputError(
+            f"expected one of {', '.join(SHARDED)} for FSDP2, got '{method.name}', which reads or copies whole "
+            "parameters, or was not tested; use DistributedDataParallel"
+        )
+    for name, given in (("checkpoint", checkpoint), ("validation", training.validation)):
+        if given is not None:
+            raise InputError(
+                f"expected no {name}= for FSDP2, got one; train with MaskedSGD and torch.distributed.checkpoint in a "
+                "loop of your own"
+            )
 
 
 def _check_types(
@@ -457,7 +483,8 @@ def _finetune(
     method, task, mask = job.method, job.task, job.mask
     model, network = task.model, task.network
     prepare_seconds = 0.0
-    with nullcontext() if is_parallel(model) else compact(network, mask, dense=training.dense) as handle:
+    dense = is_parallel(model) or is_laid_out(network)
+    with nullcontext() if dense else compact(network, mask, dense=training.dense) as handle:
         trained = mask if handle is None else handle.mask
         trained_task = task if handle is None else replace(task, mask=trained)
         outside = {} if job.everything_may_change else _outside(network, trained)
@@ -507,11 +534,11 @@ def _finetune(
 
 def _outside(network: nn.Module, mask: Mask) -> dict[str, Tensor]:
     """Return the parameters in which the mask selects nothing."""
-    parameters = model_parameters(network)
+    parameters = model_parameters(network, sharded=True)
     inside = {name for name, _, _ in mask.match(parameters)}
     return {name: parameter for name, parameter in parameters.items() if name not in inside}
 
 
 def full_mask(network: nn.Module) -> Mask:
     """Return the mask that selects every trainable parameter in full."""
-    return _widened(Mask({}), trainable_parameters(network))
+    return _widened(Mask({}), trainable_parameters(network, sharded=True))

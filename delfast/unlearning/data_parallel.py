@@ -1,4 +1,4 @@
-"""Training by several processes under DistributedDataParallel: what they check, and what they do at the same time."""
+"""Training by several processes, under DistributedDataParallel or FSDP2: what they check, and what they exchange."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from delfast.errors import InputError
-from delfast.naming import model_parameters, plain_name, unwrap, wrappers
-from delfast.processes import Group, Processes, check_group
-from delfast.sharding import is_dtensor, reshard
+from delfast.naming import model_parameters, trainable_parameters, unwrap, wrappers
+from delfast.processes import Group, Processes, check_group, joined, mesh_groups, ranks_of
+from delfast.sharding import adding_gradients, fsdp_groups, is_dtensor, is_laid_out, reshard
 
 DDP = nn.parallel.DistributedDataParallel
 
@@ -32,31 +32,61 @@ def averaging_processes(model: nn.Module) -> Processes | None:
 def training_processes(model: nn.Module, group: Group) -> Processes | None:
     """Return the processes that unlearn a network together; None if this process does it alone.
 
-    Raises InputError for a group over which nothing averages the gradients, and for DTensors.
+    Raises InputError for a group over which nothing averages the gradients, and for DTensors that FSDP2 does not shard.
     """
     group = check_group(group)
     network, wrapper = unwrap(model), averaging(model)
     reshard(network)
-    for name, parameter in network.named_parameters():
-        if is_dtensor(parameter):
-            raise InputError(
-                f"expected whole parameters for unlearn, got '{plain_name(name)}' as a DTensor (FSDP2 or tensor "
-                "parallelism); localize it with group=, and train it in a loop of your own, or use "
-                "DistributedDataParallel"
-            )
+    if is_laid_out(network):
+        return _sharding_processes(network, group)
     if group is not None:
         if wrapper is None:
             raise InputError(
                 f"expected model within DistributedDataParallel for group=, got {type(model).__name__}, whose "
                 "gradients no process exchanges; wrap it, with the group as process_group"
             )
-        ranks = dist.get_process_group_ranks(wrapper.process_group)
-        if dist.get_process_group_ranks(group) != ranks:
+        ranks = ranks_of(wrapper.process_group)
+        if ranks_of(group) != ranks:
             raise InputError(
                 f"expected group to be the {len(ranks)} processes over which DistributedDataParallel averages "
                 f"gradients, got {dist.get_world_size(group)}; pass its process_group"
             )
+    if wrapper is not None and not wrapper.require_backward_grad_sync:
+        raise InputError("expected gradients averaged in every backward pass, got no_sync(); call unlearn outside it")
     return averaging_processes(model)
+
+
+def _sharding_processes(network: nn.Module, group: Any) -> Processes | None:
+    """Return the processes among which FSDP2 splits a network and averages its gradients."""
+    parameters = trainable_parameters(network, sharded=True)
+    groups = fsdp_groups(network)
+    exchanged = {id(each.sharded_param) for fsdp_group in groups for each in fsdp_group.fsdp_params}
+    for name, parameter in parameters.items():
+        if id(parameter) not in exchanged:
+            raise InputError(
+                f"expected FSDP2 to exchange the gradients of all parameters for unlearn, got '{name}', which it does "
+                "not shard (tensor parallelism, or ignored_params); freeze it, or train in a loop of your own"
+            )
+        meshes = mesh_groups(parameter) if group is not None else []
+        if not all(set(ranks_of(each)) <= set(ranks_of(group)) for each in meshes):
+            raise InputError(
+                f"expected '{name}' split by FSDP2 alone for unlearn, got a mesh with another dimension (tensor "
+                "parallelism); train in a loop of your own"
+            )
+    for fsdp_group in groups:
+        if fsdp_group.gradient_divide_factor is not None:
+            raise InputError(
+                f"expected FSDP2 to average gradients, got a divide factor of {fsdp_group.gradient_divide_factor}; "
+                "leave out set_gradient_divide_factor()"
+            )
+        if not (fsdp_group.reduce_grads and fsdp_group.all_reduce_grads):
+            raise InputError(
+                "expected FSDP2 to reduce gradients in every backward pass, got set_requires_gradient_sync(False) or "
+                "set_requires_all_reduce(False); set it to True"
+            )
+    with adding_gradients(network):
+        pass  # it refuses gradients that wait for their reduction, and hooks of it
+    return joined(network, group, parameters, "unlearn")
 
 
 def together(processes: Processes | None) -> Any:
@@ -76,7 +106,8 @@ def add_up(processes: Processes | None, *values: float) -> list[float]:
 
 def check_same_network(network: nn.Module, processes: Processes) -> None:
     """Raise InputError, on every process, unless the parameters are the same everywhere, to the bit."""
-    sums = [_bits(parameter) for parameter in model_parameters(network).values()]
+    parameters = model_parameters(network, sharded=True).values()  # DTensors: ``reset_`` compares their values
+    sums = [_bits(parameter) for parameter in parameters if not is_dtensor(parameter)]
     processes.check_same(
         repr(torch.stack(sums).tolist() if sums else []),
         "expected the method to change the network alike on every process, got other parameters on some, and the "
@@ -92,35 +123,35 @@ def _bits(parameter: Tensor) -> Tensor:
     return (words * places).sum(dtype=torch.int64)
 
 
-def send_buffers(model: nn.Module) -> None:
+def send_buffers(model: nn.Module, processes: Processes | None) -> None:
     """Give every process the buffers of the first, as DistributedDataParallel does at its next forward pass.
 
     The running statistics of BatchNorm are those of each process's own batches until then.
     """
     wrapper = averaging(model)
-    if wrapper is None or not wrapper.broadcast_buffers:
+    if processes is None or (wrapper is not None and not wrapper.broadcast_buffers):
         return
-    first = dist.get_global_rank(wrapper.process_group, 0)
-    for name, buffer in wrapper.module.named_buffers():
-        if name not in wrapper.parameters_to_ignore:
-            dist.broadcast(buffer, first, group=wrapper.process_group)
+    first = dist.get_global_rank(processes.data, 0)
+    ignored = () if wrapper is None else wrapper.parameters_to_ignore
+    for name, buffer in (model if wrapper is None else wrapper.module).named_buffers():
+        if name not in ignored:
+            dist.broadcast(buffer, first, group=processes.data)
 
 
 @contextmanager
 def met_in_forward(model: nn.Module, processes: Processes | None) -> Iterator[None]:
-    """Let the processes exchange their errors before every forward pass, in which DistributedDataParallel exchanges.
+    """Let the processes exchange their errors before every forward pass, in which DDP and FSDP2 exchange tensors.
 
     A process that fails outside of a forward pass meets the others there, or where they end the step.
     """
-    wrapper = averaging(model)
-    if processes is None or wrapper is None:
+    if processes is None:
         yield
         return
 
     def meet(*_: Any) -> None:
         processes.raise_first(None)
 
-    handle = wrapper.register_forward_pre_hook(meet, prepend=True)
+    handle = (averaging(model) or unwrap(model)).register_forward_pre_hook(meet, prepend=True)
     try:
         yield
     finally:

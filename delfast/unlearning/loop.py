@@ -25,6 +25,7 @@ from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import check_cuda_graphs
 from delfast.plain import as_json, unboxed
 from delfast.processes import Processes
+from delfast.sharding import reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
 from delfast.unlearning.data_parallel import averaging_processes, met_in_forward, send_buffers, together
@@ -246,7 +247,7 @@ def train(
                 losses.append(step.run_epoch(batches, scheduler))
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
-            send_buffers(model)
+            send_buffers(model, processes)
             if early_stop is not None:
                 early_stop.update(model)
             record.save(losses)
@@ -255,6 +256,8 @@ def train(
     finally:
         for module, mode in modes:
             module.training = mode
+        if shares is not None:
+            reshard(model)
         model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return TrainResult(losses, seconds, epochs, resumed_from, early_stop.losses if early_stop else [])

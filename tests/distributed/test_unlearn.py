@@ -1,4 +1,4 @@
-"""Unlearning by several processes under DistributedDataParallel: a step is the mean of W steps of one process."""
+"""Unlearning by several processes, under DDP and FSDP2: a step is the mean of W steps of one process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
@@ -162,6 +163,94 @@ def of_batchnorm(rank):
     return unlearned("finetune", rank, model=with_batchnorm())[0]
 
 
+# FSDP2
+
+
+SHARDED = ("del", "finetune", "gradient-ascent", "neggrad+", "relabel")
+
+
+def gathered(model):
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def sharded(name, rank):
+    """Return what ``unlearned`` returns, of FSDP2, and of HSDP with four processes; the state gathered."""
+    count = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (count,))
+    if count == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = network()
+    fully_shard(model[2], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    result = delfast.unlearn(
+        model, retain=retained(rank), forget=forgotten(), init=network, method=name, seed=3, group=dist.group.WORLD,
+        **SETTINGS[name],
+    )  # fmt: skip
+    begun, ended = network().state_dict(), gathered(model)
+    for key, part in result.mask.parameters.items():
+        assert not (begun[key] != ended[key])[~part.dense()].any(), key
+    return ended, result.losses, result.mask.digest
+
+
+def sharded_buffers(rank):
+    """Return the state of a network of FSDP2 with running statistics, after another run has failed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(with_batchnorm(), mesh=mesh)
+    options = {"retain": retained(), "forget": forgotten()[:2], "epochs": 2, "lr": 0.1, "method": "neggrad+"}
+    failing_loss = FailingLoss(rank == 1, 3)
+    error = error_of(lambda: delfast.unlearn(model, group=mesh, loss_fn=failing_loss, **options))
+    assert error == ("RuntimeError", "KeyError: 'labels' (on rank 1)"), error
+    delfast.unlearn(model, group=mesh, **options)
+    return gathered(model)
+
+
+def sharded_refused(rank):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(network(), mesh=mesh)
+    part = network()
+    fully_shard(part, mesh=mesh, ignored_params={part[0].bias})
+    scaling = fully_shard(network(), mesh=mesh)
+    scaling.set_gradient_divide_factor(1.0)
+    waiting = fully_shard(network(), mesh=mesh)
+    waiting.set_requires_gradient_sync(False)
+    parallelized = parallelize_module(network(), mesh, {"0": ColwiseParallel()})
+    stops = delfast.TrainingOptions(validation=forgotten(), patience=1)
+    before = gathered(model)
+    found = {
+        "without": error_of(lambda: run(model, rank, group=False)),
+        **{name: error_of(lambda n=name: run(model, rank, n)) for name in ("l1-sparse", "scrub", "retrain", "ssd")},
+        "checkpoint": error_of(lambda: run(model, rank, checkpoint=f"{rank}.pt")),
+        "validation": error_of(lambda: run(model, rank, training=stops)),
+        "ignored": error_of(lambda: run(part, rank)),
+        "factor": error_of(lambda: run(scaling, rank)),
+        "waiting": error_of(lambda: run(waiting, rank)),
+        "parallel": error_of(lambda: run(parallelized, rank)),
+        "mask": error_of(lambda: run(
+            model, rank, mask=delfast.localize(network(), own(rank, seed=5), budget=0.3))),
+    }  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in gathered(model).items())
+    return found
+
+
+SHARDED_REFUSED = {
+    "without": "over which fully_shard adds gradients, ranks 0, 1, got none",
+    "l1-sparse": "for FSDP2, got 'l1-sparse'",
+    "scrub": "for FSDP2, got 'scrub'",
+    "retrain": "for FSDP2, got 'retrain'",
+    "ssd": "expected no group for 'ssd'",
+    "checkpoint": "expected no checkpoint= for FSDP2",
+    "validation": "expected no validation= for FSDP2",
+    "ignored": "to exchange the gradients of all parameters for unlearn, got '0.bias'",
+    "factor": "expected FSDP2 to average gradients, got a divide factor of 1.0",
+    "waiting": "expected FSDP2 to reduce gradients in every backward pass",
+    "parallel": "to exchange the gradients of all parameters for unlearn, got '0.weight'",
+    "mask": "expected the same mask on every process",
+}
+
+
 # Refused
 
 
@@ -191,7 +280,6 @@ def refused(rank):
     model, count = network(), dist.get_world_size()
     ddp = parallel(model)
     one, two = (dist.new_group([number]) for number in (0, 1))
-    sharded = fully_shard(network(), mesh=init_device_mesh("cpu", (count,)))
     own_mask = delfast.localize(network(), own(rank, seed=5), budget=0.3)
     before = state(model)
     found = {
@@ -208,9 +296,8 @@ def refused(rank):
         "group": error_of(lambda: delfast.unlearn(
             ddp, retain=retained(), method="finetune", group=(one, two)[rank])),
         "one-shot": error_of(lambda: run(ddp, rank, "ssd")),
+        "unsynchronized": error_of(lambda: without_sync(ddp, rank)),
         "graphs": error_of(lambda: run(ddp, rank, training=delfast.TrainingOptions(cuda_graphs=True))),
-        "fsdp": error_of(lambda: run(sharded, rank)),
-        "fsdp without": error_of(lambda: run(sharded, rank, group=False)),
         "synchronized": error_of(lambda: SharedSteps(  # DistributedDataParallel takes the layer on GPUs alone
             "retain", averaging_processes(ddp), retain=retained(), forget=()).check(nn.SyncBatchNorm(3))),
     }  # fmt: skip
@@ -224,6 +311,11 @@ def refused(rank):
         lambda: run(parallel(network()), rank, "del", group=False, init=lambda: scaled(network(), 1 + rank))
     )
     return found
+
+
+def without_sync(ddp, rank):
+    with ddp.no_sync():
+        run(ddp, rank)
 
 
 def scaled(model, factor):
@@ -245,10 +337,9 @@ REFUSED = {
     "half": ("InputError", "expected both sets sharded by their samplers or none, got the retain set whole"),
     "plain": ("InputError", "expected model within DistributedDataParallel for group=, got Sequential"),
     "group": ("InputError", "expected group to be the 2 processes over which DistributedDataParallel averages"),
+    "unsynchronized": ("InputError", "expected gradients averaged in every backward pass"),
     "one-shot": ("InputError", "expected no group for 'ssd'"),
     "graphs": ("InputError", "expected cuda_graphs="),
-    "fsdp": ("InputError", "expected whole parameters for unlearn, got '0.weight' as a DTensor"),
-    "fsdp without": ("InputError", "expected whole parameters for unlearn, got '0.weight' as a DTensor"),
     "synchronized": ("InputError", "expected as many batches on every process for the SyncBatchNorm ''"),
     "one-shot shares": ("InputError", "expected the method to change the network alike on every process"),
     "init": ("InputError", "expected the method to change the network alike on every process"),
@@ -376,11 +467,32 @@ def checkpoints(folder, rank):
     return whole, resumed, one_file, missing
 
 
+def two_dimensions(rank):
+    """Return the error of FSDP2 within tensor parallelism."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(network(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    return error_of(lambda: delfast.unlearn(model, retain=retained(), method="finetune", group=mesh["dp"]))
+
+
+@pytest.mark.slow
+def test_four_processes_on_a_mesh_of_two_dimensions(tmp_path):
+    scenarios = {name: functools.partial(sharded, name) for name in ("del", "neggrad+")}
+    results = run_in_processes(4, {**scenarios, "tensor": two_dimensions}, tmp_path)
+    for name in scenarios:
+        same_as([result[name] for result in results], expected(name, 4), name)
+    for result in results:
+        assert result["tensor"][0] == "InputError" and "tensor parallelism" in result["tensor"][1], result["tensor"]
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes(count, tmp_path):
     scenarios = {name: functools.partial(unlearned, name) for name in TRAINED}
     scenarios |= {"few": of_few, "sampled": of_sampler, "batchnorm": of_batchnorm, "stopping": stopping}
+    scenarios |= {f"fsdp {name}": functools.partial(sharded, name) for name in SHARDED}
+    scenarios["fsdp buffers"] = sharded_buffers
     if count == 2:
+        scenarios["fsdp refused"] = sharded_refused
         scenarios |= {"refused": refused, "failing": failing, "resumed": functools.partial(checkpoints, tmp_path)}
     results = run_in_processes(count, scenarios, tmp_path)
 
@@ -388,18 +500,27 @@ def test_processes(count, tmp_path):
         return [result[name] for result in results]
 
     for name in TRAINED:
-        same_as(all_ranks(name), expected(name, count), name)
+        reference = expected(name, count)
+        same_as(all_ranks(name), reference, name)
+        if name in SHARDED:
+            same_as(all_ranks(f"fsdp {name}"), reference, f"fsdp {name}")
     same_as(all_ranks("few"), expected("finetune", count, few(0)), "few")
     together = DataLoader(examples(24), batch_size=4 * count)
     same_as(all_ranks("sampled"), expected("finetune", 1, together), "sampled")
-    first, *others = all_ranks("batchnorm")
-    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    for scenario in ("batchnorm", "fsdp buffers"):
+        first, *others = all_ranks(scenario)
+        assert all(torch.equal(first[name], other[name]) for other in others for name in first), scenario
     check_stopping(all_ranks("stopping"))
     if count != 2:
         return
     for found in all_ranks("refused"):
         for name, (kind, text) in REFUSED.items():
             assert found[name] is not None and found[name][0] == kind and text in found[name][1], (name, found[name])
+    for found in all_ranks("fsdp refused"):
+        for name, text in SHARDED_REFUSED.items():
+            assert found[name] is not None and found[name][0] == "InputError" and text in found[name][1], (
+                name, found[name]
+            )  # fmt: skip
     for found, after in all_ranks("failing"):
         for name, (kind, text) in FAILING.items():
             assert found[name] is not None and found[name][0] == kind and text in found[name][1], (name, found[name])
