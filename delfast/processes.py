@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out
 MAX_BUCKET_BYTES = 2**24  # of small tensors that are reduced in one collective; larger tensors are reduced in pieces
 TEXT_BYTES = 4096  # of an error's text that reach the other processes
 
-
+Failure = TypeVar("Failure", bound=Exception)
 Group = Any
 """A ``torch.distributed.ProcessGroup``, a one-dimensional DeviceMesh, or None for this process alone."""
 
@@ -304,7 +304,11 @@ def _flat_view(tensor: Tensor) -> Tensor:
 _RAISED_BY_ALL = "_delfast_raised_by_all"  # marks an error, so that a context around does not exchange it again
 
 
-def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:
-    error = (InputError if is_input else RuntimeError)(text)
+def raised_by_all(error: Failure) -> Failure:
+    """Return an error that every process of a job raises by itself, marked, so that they do not exchange it."""
     setattr(error, _RAISED_BY_ALL, True)
-    raise error from cause
+    return error
+
+
+def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:
+    raise raised_by_all((InputError if is_input else RuntimeError)(text)) from cause

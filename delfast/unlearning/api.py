@@ -115,6 +115,7 @@ def unlearn(
     in any loop, and needs the same mask: localize the whole forget set in each, or with ``localize(..., group=)``. With
     ``group`` the loaders are those of the whole sets: the processes localize together, and a step of W processes is the
     mean of W consecutive steps of one process. In the last step of an epoch the mean is over the batches that are left.
+    A validation set is not shared out: each process may pass its own share, or the whole set.
     Masks and settings are compared before anything is changed, and the networks after the method has prepared them.
 
     FSDP2 (``fully_shard``) is trained with ``group`` in the same way, by "del", "finetune", "gradient-ascent",

@@ -24,7 +24,7 @@ from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import check_cuda_graphs
 from delfast.plain import as_json, unboxed
-from delfast.processes import Processes
+from delfast.processes import Processes, raised_by_all
 from delfast.sharding import reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
@@ -246,7 +246,8 @@ def train(
             ):
                 losses.append(step.run_epoch(batches, scheduler))
             if not math.isfinite(losses[-1]):
-                raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
+                error = Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
+                raise raised_by_all(error)  # the mean over all processes
             send_buffers(model, processes)
             if early_stop is not None:
                 early_stop.update(model)

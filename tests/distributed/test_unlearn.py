@@ -412,6 +412,7 @@ def failing(rank):
         "loader": error_of(lambda: run(parallel(with_batchnorm()), rank, retain=retain)),
         "validation": error_of(lambda: EarlyStop(held, 1, None).update(parallel(with_batchnorm()))),
         "diverged": error_of(lambda: run(parallel(network()), rank, group=False, loss_fn=NanLoss(alone))),
+        "diverged together": error_of(lambda: run(parallel(network()), rank, loss_fn=NanLoss(alone))),
     }, unlearned("finetune", rank)  # fmt: skip
 
 
@@ -422,6 +423,7 @@ FAILING = {
     "loader": ("RuntimeError", "OSError: no such file (on rank 1)"),
     "validation": ("InputError", "expected labels in [0, 3)"),
     "diverged": ("Diverged", "the loss of epoch"),
+    "diverged together": ("Diverged", "the loss of epoch"),
 }
 
 
