@@ -78,7 +78,7 @@ def driver_is_too_old() -> bool:
     Compatibility", section "Minor Version Compatibility").
     """
     built, driver = BACKEND.build_info.get("cuda"), driver_cuda()
-    return bool(built) and driver is not None and driver[0] < int(built["toolkit"].split(".")[0])
+    return bool(built and driver and driver[0] < int(built["toolkit"].split(".")[0]))
 
 
 def driver_cuda() -> tuple[int, int] | None:

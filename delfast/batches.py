@@ -26,6 +26,7 @@ from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.naming import plain_name, unwrap
+from delfast.sharding import whole
 from delfast.sole_use import sole_use
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -179,10 +180,14 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
-    """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None."""
+    """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None.
+
+    Without a ``loss_fn`` every part of a mapping counts too, since evaluation reads those of language models.
+    """
     if isinstance(batch, Indexed):
         return len(batch.rows)
-    parts = _parts(split_batch(batch)[1:] if loss_fn is None else batch)
+    is_whole = loss_fn is not None or isinstance(batch, Mapping)
+    parts = _parts(batch if is_whole else split_batch(batch)[1:])
     sizes = {part.shape[0] if isinstance(part, Tensor) and part.ndim else None for part in parts}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -225,7 +230,7 @@ def per_example_losses(
         if loss_fn is not None:
             return _checked_losses(loss_fn(model, move(batch, device)))
         _, inputs, targets = split_batch(batch)
-        logits = model(execution.laid_out(move(inputs, device), model))
+        logits = whole(model(execution.laid_out(move(inputs, device), model)))
         return functional.cross_entropy(logits, class_indices(targets, logits), reduction="none")
 
 

@@ -80,13 +80,13 @@ def alone() -> Iterator[bool]:
 
 @contextmanager
 def prefixed(text: str) -> Iterator[None]:
-    """Begin the text of every InputError inside the context with ``text``, also of those that are read later."""
+    """Begin the text of every InputError inside the context with ``text``, once, also of those that are read later."""
     outer = getattr(_entered, "prefix", "")
     _entered.prefix = f"{outer}{text}: "
     try:
         yield
     except InputError as error:
-        raise InputError(f"{text}: {error}") from None
+        raise InputError(str(error) if str(error).startswith(f"{text}: ") else f"{text}: {error}") from None
     finally:
         _entered.prefix = outer
 

@@ -15,6 +15,7 @@ from delfast.arguments import check_loader, check_number, describe
 from delfast.batches import IGNORED, class_indices, device_of, move, plain
 from delfast.errors import InputError
 from delfast.naming import unwrap
+from delfast.sharding import whole
 
 
 def causal_lm_loss(model: nn.Module, batch: Any, *, per_token: float | None = None) -> Tensor:
@@ -151,7 +152,7 @@ def next_token_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
         inputs.setdefault("use_cache", False)  # keys and values for a generation that does not follow
     output = model(**inputs)
-    logits = output if isinstance(output, Tensor) else _named_logits(output)
+    logits = whole(output if isinstance(output, Tensor) else _named_logits(output))
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != targets.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(output).__name__} without them"
         raise InputError(

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from delfast.bits import bits
 from delfast.errors import InputError, one_line
-from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out
+from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out, local_part
 
 MAX_BUCKET_BYTES = 2**24  # of small tensors that are reduced in one collective; larger tensors are reduced in pieces
 TEXT_BYTES = 4096  # of an error's text that reach the other processes
@@ -110,6 +111,22 @@ class Processes:
         raw = self._over_all(text).numpy().tobytes()
         _refuse(raw[1:].rstrip(b"\0").decode(errors="replace"), is_input=bool(raw[0]), cause=error)
 
+    def in_step(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Yield the values, none of which is None, and then None until the last process of the job is done.
+
+        An error of one process's iterable is raised by all.
+        """
+        source = iter(values)
+        while True:
+            value, error = None, None
+            try:
+                value = next(source, None)
+            except Exception as raised:
+                error = raised
+            if not self.raise_first(error, more=value is not None):
+                return
+            yield value
+
     def is_same(self, value: str | bytes) -> bool:
         """Return, on every process alike, whether all have the same value. 64 bytes are exchanged."""
         digest = hashlib.sha256(value.encode() if isinstance(value, str) else value).digest()
@@ -148,6 +165,55 @@ class Processes:
         value = torch.tensor([count], dtype=torch.int64, device=self.device)
         self.add_data([value])
         return int(value)
+
+    def gather_data(self, value: Any) -> list[Any]:
+        """Return the value, an object that can be pickled, of each process of the data group, by its rank there."""
+        if self.data is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.data)
+        return values
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the tensors of the data group's first process to the others, in place.
+
+        DTensors that are laid out over the data group are left as they are.
+        """
+        parts = [local_part(tensor) for tensor in tensors if not self._lies_over_data(tensor)]
+        parts = [part for part in parts if part.numel()]
+        if self.data is None or not parts:
+            return
+        raw = [part.to(self.device).reshape(-1).view(torch.uint8) for part in parts]
+        joined_values = torch.cat(raw)  # a copy
+        dist.broadcast(joined_values, dist.get_global_rank(self.data, 0), group=self.data)
+        for part, values in zip(parts, torch.split(joined_values, list(map(len, raw))), strict=True):
+            part.copy_(values.clone().view(part.dtype).view(part.shape))
+
+    def check_same_values(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise InputError on every process if the processes of the data group have other values of a parameter.
+
+        The sums of the bit patterns are compared, which are exact in any order. Parameters that are laid out over the
+        data group are not.
+        """
+        compared = {name: p for name, p in parameters.items() if not self._lies_over_data(p)}
+        with self.together():
+            if self.data is None or not compared:
+                return
+            sums = torch.stack([_sum_of_bits(local_part(p)).to(self.device) for p in compared.values()])
+            both = torch.cat([sums, -sums])
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=self.data)
+            different = (both[: len(sums)] != -both[len(sums) :]).tolist()
+            for name, differs in zip(compared, different, strict=True):
+                if differs:
+                    raise InputError(
+                        f"expected the same values of '{name}' on every process, got others on some; load the same "
+                        "state everywhere, or train inside DistributedDataParallel"
+                    )
+
+    def _lies_over_data(self, tensor: Tensor) -> bool:
+        """Return whether processes of the data group hold a tensor together."""
+        data = set() if self.data is None else set(ranks_of(self.data))
+        return any(len(data.intersection(ranks_of(group))) > 1 for group in mesh_groups(tensor))
 
     # Over the mesh groups
 
@@ -297,6 +363,12 @@ def _reduce(values: Tensor, op: Any, groups: list[Any]) -> None:
 def _flat_view(tensor: Tensor) -> Tensor:
     """Return a dense tensor's elements (n,) in the order of memory, for any order of its dimensions."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bit patterns, int64 modulo 2**64; in pieces, since their conversion is a copy."""
+    pieces = torch.split(bits(tensor).flatten(), MAX_BUCKET_BYTES // 8)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
 
 
 # Errors that all processes raise

@@ -47,6 +47,11 @@ def local_part(tensor: Any) -> Tensor:
     return part
 
 
+def whole(tensor: Any) -> Any:
+    """Return a network's output as one tensor; a DTensor is gathered from the processes that hold it together."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
 def version_of(tensor: Tensor) -> int:
     """Return a count of the changes in place of a tensor; of a DTensor also those of the part that is held here."""
     return tensor._version + local_part(tensor)._version if is_dtensor(tensor) else tensor._version
@@ -188,6 +193,43 @@ def fsdp_groups(model: nn.Module) -> list[Any]:
             if group is not None:
                 found[id(group)] = group
     return list(found.values())
+
+
+@contextmanager
+def gathering(*networks: nn.Module) -> Iterator[None]:
+    """Let a process that fails before the forward pass of a network gather its parameters nevertheless.
+
+    The other processes run the networks in this order, and gather the parameters of FSDP2's modules together with it.
+    FSDP2 forgets a forward pass that failed.
+    """
+    modules = [fsdp_modules(network) for network in networks]
+    begun: set[nn.Module] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: begun.add(module), prepend=True)
+        for each in modules
+        for module in each
+    ]
+    try:
+        yield
+    except Exception:
+        for network, each in zip(networks, modules, strict=True):
+            if begun.isdisjoint(each):
+                for module in each:
+                    module.unshard()
+                    module.reshard()
+            elif any(module._get_fsdp_state()._state_ctx.iter_forward_root is not None for module in each):
+                forget_forward(network)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forget_forward(model: nn.Module) -> None:
+    """Let FSDP2 forget a forward pass that was not completed, or that no backward pass will follow."""
+    for module in fsdp_modules(model):
+        if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):
+            module.reset_iter_state()
 
 
 def _waits(fsdp_param: Any) -> bool:

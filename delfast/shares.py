@@ -37,12 +37,14 @@ class Share:
 
     batches: iterable once. stand_in: returns a batch for a step in which this process has none, if it never had one;
     its result does not count. finish: raises InputError, on every process, if the batches of all of them are not the
-    set; for after the last batch.
+    set; for after the last batch. by_example: whether the processes take the set's examples in turn, as by a
+    DistributedSampler, and not its batches.
     """
 
     batches: Iterable[Any]
     stand_in: Callable[[], Any]
     finish: Callable[[], None]
+    by_example: bool = False
 
 
 def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
@@ -64,7 +66,7 @@ def refuse_sharded(loader: Any) -> None:
     if found is not None and found[0] > 1:
         raise InputError(
             f"expected a loader of the whole set, got one whose {found[2]} yields the share of rank {found[1]} of "
-            f"{found[0]}; pass group= so that the processes add their gradients, or the whole set's loader"
+            f"{found[0]}; pass group= so that the processes share the set, or the whole set's loader"
         )
 
 
@@ -109,7 +111,8 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
     def stand_in() -> Any:
         return next(iter(batches(spare)))
 
-    return Share(batches(units), stand_in, lambda: None)
+    by_example = loader.batch_sampler is not None and isinstance(sampler_of(loader), DistributedSampler)
+    return Share(batches(units), stand_in, lambda: None, by_example)
 
 
 def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
@@ -171,7 +174,7 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
             raise InputError("expected a set of at least one example on every process, got none; check its loader")
         return first[0]
 
-    return Share(stream, stand_in, lambda: stream.check(size))
+    return Share(stream, stand_in, lambda: stream.check(size), isinstance(sampler_of(loader), DistributedSampler))
 
 
 class _Stream:

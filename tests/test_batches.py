@@ -126,6 +126,7 @@ def test_an_index_as_a_list_is_left_out_where_examples_are_taken_alone() -> None
         numpy.testing.assert_array_equal(found.matrix, expected.matrix)
         assert found.examples.tolist() == list(range(3, 11))
         assert [e.example for e in delfast.critmem(model, [(index, X, Y)]).examples] == list(range(3, 11))
+    assert examples_in({"input_ids": Y[:2, None], "labels": Y[:2, None]}, None) == 2
     assert examples_in(([1, 2], X[:2], Y[:2]), None) == 2 and len(cut(([1, 2], X[:2], Y[:2]), [0], None)[0]) == 1
 
 

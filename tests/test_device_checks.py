@@ -42,6 +42,14 @@ def test_no_error_takes_the_place_of_another() -> None:
         checks.read()
 
 
+def test_a_text_that_begins_with_its_prefix_keeps_it() -> None:
+    checks = DeviceChecks(CPU)
+    with pytest.raises(InputError, match=r"^set: failed$"), prefixed("set"):
+        with checks:
+            refuse_if(TRUE, "failed")
+        checks.read()
+
+
 def test_a_pass_of_another_thread_is_noticed() -> None:
     entered, leave = threading.Event(), threading.Event()
 

@@ -12,8 +12,9 @@ from delfast.arguments import check_loader, check_tensors
 from delfast.batches import device_of
 from delfast.device_checks import prefixed
 from delfast.errors import InputError
-from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, collect, predict
+from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, collect, join, predict
 from delfast.execution import Execution
+from delfast.processes import Group
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:
@@ -57,10 +58,12 @@ def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -
     return _divergences(log_probabilities, oracle_log_probabilities).mean().item()
 
 
-def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
+def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader, *, group: Group = None) -> float:
     """Return the ``kl_divergence`` between the predictions of two networks, in eval mode without gradients.
 
     Both networks see each batch, so the loader may shuffle. Both are left as they were, each on its device.
+
+    With ``group`` the processes of a job share the set, as in ``delfast.evaluate``.
 
     Parameters
     ----------
@@ -70,6 +73,9 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
         A classifier that was retrained without the forget set.
     loader : iterable
         Batches (input, target) or (index, input, target), with integer targets (B,).
+    group : ProcessGroup, DeviceMesh or None, default None
+        The processes over which the data differ. The loader is the whole set's on every process, and is shared out as
+        for ``delfast.score``. Every process gets the result of all. None: this process reads the whole set.
 
     Returns
     -------
@@ -81,6 +87,8 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
     InputError
         For an empty set, labels that a network has no output for, outputs that are not finite, and networks with
         different numbers of classes.
+        With ``group`` also for a loader whose shares are not the set, and for parameters that differ between processes.
+        For a loader with a DistributedSampler, and for FSDP2, without ``group``.
 
     Examples
     --------
@@ -92,16 +100,18 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader) -> float:
     """
     check_loader(loader, "data set")
     execution = Execution()
+    networks, processes = join(group, "kl_to_oracle", model=model, oracle=oracle)
+    device = device_of(networks[0])
 
     def divergences(batch: Any) -> tuple[Tensor, ...]:
         rows = []
-        for name, network in (("the model", model), ("the oracle", oracle)):
+        for name, network in zip(("the model", "the oracle"), networks, strict=True):
             with prefixed(name):
-                rows.append(predict(network, batch, execution)[1].to(device_of(model)))
+                rows.append(predict(network, batch, execution)[1].to(device))
         _check_shapes(*rows)
         return (_divergences(*rows),)
 
-    found = [each for (each,) in collect((model, oracle), loader, "data set", divergences, execution)]
+    found = [each for (each,) in collect(networks, loader, "data set", divergences, execution, processes)]
     count = sum(map(len, found))
     check_examples(count, "data set")
     return float(sum(torch.stack([each.sum() for each in found]).tolist())) / count

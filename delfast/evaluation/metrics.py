@@ -17,9 +17,10 @@ from delfast.batches import IGNORED
 from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.evaluation.membership import import_svc, membership_inference
-from delfast.evaluation.outputs import Loader, check_examples, collect, predict, predict_tokens, true_class
+from delfast.evaluation.outputs import Loader, check_examples, collect, join, predict, predict_tokens, true_class
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.language import is_token_batch
+from delfast.processes import Group, Processes
 
 MAX_EXPONENT = 709.0  # about the largest x with a finite exp(x) in float64
 
@@ -145,10 +146,16 @@ def evaluate(
     precision: Precision = "fp32",
     channels_last: ChannelsLast = "auto",
     cuda_graphs: CudaGraphs = "auto",
+    group: Group = None,
 ) -> Metrics:
     """Measure a network on its forget, retain and test sets, in eval mode without gradients.
 
     The model is left as it was.
+
+    With ``group`` the processes of a job share the sets; all of them make the call, with the same arguments. The model
+    runs without its DDP and compile wrappers, with the buffers of the group's first process, as in DDP. Parameters may
+    be DTensors: of FSDP2 (``fully_shard``), which requires ``group``, of HSDP and of tensor parallelism. An error of
+    one process is raised by all, unless it occurs inside the network's forward pass while the others wait there.
 
     Parameters
     ----------
@@ -173,6 +180,10 @@ def evaluate(
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs; "auto" does so on a GPU, for at least 8 batches of a shape.
+    group : ProcessGroup, DeviceMesh or None, default None
+        The processes over which the data differ; a DeviceMesh has one dimension. The loaders are the whole sets' on
+        every process, and are shared out as for ``delfast.score``. Every process gets the result of one process: to
+        the bit if the batches are the same. None: this process reads the whole sets.
 
     Returns
     -------
@@ -184,6 +195,8 @@ def evaluate(
     InputError
         For arguments of another type, an empty set, labels that the model has no output for, outputs that are not
         finite, and sets of which some are of classes and some of tokens. Also for an example without a counted token.
+        With ``group`` also for a loader whose shares are not the set, and for parameters that differ between processes.
+        For a loader with a DistributedSampler, and for FSDP2, without ``group``.
     ImportError
         If ``mia`` is True and scikit-learn is missing; raised before anything is measured.
 
@@ -211,7 +224,8 @@ def evaluate(
     execution.check()
     if check_flag("mia", mia):
         import_svc()  # so that a missing package is reported before the sets are measured
-    results = {name: _measure(model, loader, name, execution) for name, loader in sets.items()}
+    (network,), processes = join(group, f"evaluate {seed} {mia} {execution}", model=model)
+    results = {name: _measure(network, loader, name, execution, processes) for name, loader in sets.items()}
     forgotten, retained, tested = results.values()
     if len({each.losses is None for each in results.values()}) > 1:
         raise InputError(
@@ -275,10 +289,13 @@ def accuracy_and_loss(
     precision: Precision = "fp32",
     channels_last: ChannelsLast = "auto",
     cuda_graphs: CudaGraphs = "auto",
+    group: Group = None,
 ) -> SetResult:
     """Measure accuracy, mean cross-entropy and true-class confidences on one set, in eval mode without gradients.
 
     The model is left as it was.
+
+    With ``group`` the processes of a job share the set, as in ``delfast.evaluate``.
 
     Parameters
     ----------
@@ -293,6 +310,9 @@ def accuracy_and_loss(
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs; "auto" does so on a GPU, for at least 8 batches of a shape.
+    group : ProcessGroup, DeviceMesh or None, default None
+        The processes over which the data differ. The loader is the whole set's on every process, and is shared out as
+        for ``delfast.score``. Every process gets the result of all. None: this process reads the whole set.
 
     Returns
     -------
@@ -303,6 +323,8 @@ def accuracy_and_loss(
     ------
     InputError
         For an empty set, labels that the model has no output for, and outputs that are not finite.
+        With ``group`` also for a loader whose shares are not the set, and for parameters that differ between processes.
+        For a loader with a DistributedSampler, and for FSDP2, without ``group``.
 
     Examples
     --------
@@ -314,7 +336,8 @@ def accuracy_and_loss(
     check_loader(loader, "data set")
     execution = Execution(precision, channels_last, cuda_graphs)
     execution.check()
-    return _measure(model, loader, "data", execution)
+    (network,), processes = join(group, f"accuracy_and_loss {execution}", model=model)
+    return _measure(network, loader, "data", execution, processes)
 
 
 def _feature(result: SetResult) -> Tensor:
@@ -322,13 +345,15 @@ def _feature(result: SetResult) -> Tensor:
     return result.confidences if result.losses is None else result.losses
 
 
-def _measure(model: nn.Module, loader: Loader, name: str, execution: Execution) -> SetResult:
+def _measure(
+    model: nn.Module, loader: Loader, name: str, execution: Execution, processes: Processes | None
+) -> SetResult:
     """Measure a set, of classes or of tokens as its batches are."""
 
     def measure(batch: Any) -> tuple[Tensor, ...]:
         return _tokens(model, batch, execution) if is_token_batch(batch) else _classes(model, batch, execution)
 
-    found = collect((model,), loader, f"{name} set", measure, execution)
+    found = collect((model,), loader, f"{name} set", measure, execution, processes)
     check_examples(sum(len(each) for _, _, each, *_ in found), f"{name} set")
     if len({len(parts) for parts in found}) > 1:
         raise InputError(f"{name} set: expected all batches with 'input_ids' or none, got both; pass one form")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
 from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
-from delfast.naming import unwrap
+from delfast.naming import model_parameters, unwrap
+from delfast.processes import Group, Processes, joined
+from delfast.sharding import fsdp_modules, gathering, is_laid_out, reshard, whole
+from delfast.shares import refuse_sharded, share
 
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
 Predictions = tuple[Tensor, Tensor]  # log-probabilities (N, classes), targets (N,)
@@ -35,10 +39,13 @@ def predictions(
     precision: Precision = "fp32",
     channels_last: ChannelsLast = "auto",
     cuda_graphs: CudaGraphs = "auto",
+    group: Group = None,
 ) -> Predictions:
     """Return a network's log-probabilities for every example of a set, in eval mode without gradients.
 
     The model is left as it was.
+
+    With ``group`` the processes of a job share the set, as in ``delfast.evaluate``.
 
     Parameters
     ----------
@@ -52,6 +59,9 @@ def predictions(
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs; "auto" does so on a GPU, for at least 8 batches of a shape.
+    group : ProcessGroup, DeviceMesh or None, default None
+        The processes over which the data differ. The loader is the whole set's on every process, and is shared out as
+        for ``delfast.score``. Every process gets the result of all. None: this process reads the whole set.
 
     Returns
     -------
@@ -64,6 +74,8 @@ def predictions(
     ------
     InputError
         For an empty set, labels that the model has no output for, and outputs that are not finite.
+        With ``group`` also for a loader whose shares are not the set, and for parameters that differ between processes.
+        For a loader with a DistributedSampler, and for FSDP2, without ``group``.
 
     Examples
     --------
@@ -76,9 +88,29 @@ def predictions(
     check_loader(loader, "data set")
     execution = Execution(precision, channels_last, cuda_graphs)
     execution.check()
-    found = collect((model,), loader, "data set", lambda batch: predict(model, batch, execution), execution)
+    (network,), processes = join(group, f"predictions {execution}", model=model)
+    found = collect(
+        (network,), loader, "data set", lambda batch: predict(network, batch, execution), execution, processes
+    )
     check_examples(sum(len(labels) for labels, _ in found), "data set")
     return torch.cat([rows for _, rows in found]), torch.cat([labels for labels, _ in found])
+
+
+def join(group: Group, settings: str, **models: nn.Module) -> tuple[list[nn.Module], Processes | None]:
+    """Return the networks to run, and the processes of the job; the models and None if this process works alone.
+
+    settings: the arguments that must be the same on all processes, as text. Raises InputError, on every process, for a
+    group that does not fit the models, and for models that are not the same everywhere.
+    """
+    networks = [unwrap(model) for model in models.values()]
+    if group is None and not any(fsdp_modules(network) or is_laid_out(network) for network in networks):
+        return list(models.values()), None
+    job = networks[0] if len(networks) == 1 else nn.ModuleDict(dict(zip(models, networks, strict=True)))
+    parameters = model_parameters(job, sharded=True)
+    processes = joined(job, group, parameters, settings)
+    if processes is not None:
+        processes.check_same_values(parameters)
+    return networks, processes
 
 
 def collect(
@@ -87,36 +119,101 @@ def collect(
     where: str,
     function: Callable[[Any], tuple[Tensor, ...]],
     execution: Execution,
+    processes: Processes | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """Return what ``function`` computes of every batch, (input, target) or a language model's mapping, on the CPU.
 
-    The models, which the function runs, are in eval mode without gradients, and are left as they were. The host does
-    not wait for a device before the end of the set. The texts of errors begin with ``where``.
+    The models, which the function runs in their order, are in eval mode without gradients, and are left as they were.
+    The host does not wait for a device before the end of the set. The texts of errors begin with ``where``.
+
+    processes: those of ``join``, which share the set. Each gets the results of all, in the set's order. A result is a
+    tuple of scalars, and of tensors with a row for each example.
     """
-    for model in models:
-        unwrap(model)  # refuses what is no module
+    with prefixed(where):
+        if processes is None:
+            refuse_sharded(loader)
+            return _run(models, loader, function, execution)
+        shared = share(loader, processes, None)
+        with processes.together():
+            found = _run(models, shared.batches, function, execution, processes, shared.stand_in)
+        shared.finish()
+    # as arrays: a pickled tensor has a storage of its own
+    gathered = processes.gather_data([tuple(t.numpy() for t in result) for result in found])
+    return _in_order([[tuple(map(torch.from_numpy, each)) for each in part] for part in gathered], shared.by_example)
+
+
+def _run(
+    models: Sequence[nn.Module],
+    loader: Loader,
+    function: Callable[[Any], tuple[Tensor, ...]],
+    execution: Execution,
+    processes: Processes | None = None,
+    stand_in: Callable[[], Any] | None = None,
+) -> list[tuple[Tensor, ...]]:
+    """Return what ``function`` computes of every batch of this process; arguments as for ``collect`` and ``Share``.
+
+    Networks whose parameters several processes hold together run in step.
+    """
     device = device_of(models[0])
+    in_step = processes is not None and any(map(is_laid_out, models))
     checks = DeviceChecks(device)
+    can_capture = not in_step and all(device_of(model) == device for model in models)
     run = Graphed(
         function,
-        make_backend(execution.cuda_graphs, device) if all(device_of(m) == device for m in models) else None,
+        make_backend(execution.cuda_graphs, device) if can_capture else None,
         state=checks.tensors,
         is_frequent=is_frequent(loader, 1, execution.cuda_graphs),
         watched=tuple(models),
     )
-    found: list[tuple[Tensor, ...]] = []
+
+    def result_of(batch: Any) -> tuple[Tensor, ...]:
+        if not isinstance(batch, Indexed) and not is_token_batch(batch):
+            batch = split_batch(batch)[1:]
+        return tuple(t.to("cpu", non_blocking=True) for t in run(batch))
+
     with ExitStack() as stack:
-        stack.enter_context(prefixed(where))
+        if in_step:
+            for model in models:
+                stack.callback(reshard, model)
         for model in models:
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(checks)
-        for batch in feed(loader, device):
-            if not isinstance(batch, Indexed) and not is_token_batch(batch):
-                batch = split_batch(batch)[1:]
-            found.append(tuple(t.to("cpu", non_blocking=True) for t in run(batch)))
+        batches = feed(loader, device)
+        if processes is not None:
+            processes.raise_first(None)  # has any failed so far?
+            processes.copy_from_first(buffer for model in models for buffer in model.buffers())
+        if processes is None or stand_in is None or not in_step:
+            found = [result_of(batch) for batch in batches]
+        else:
+            found = []
+            for batch in processes.in_step(batches):
+                with gathering(*models):
+                    result = result_of(stand_in() if batch is None else batch)
+                if batch is not None:
+                    found.append(result)
     checks.read()  # waits for the copies too, which are on the same stream
     return found
+
+
+def _in_order(parts: list[list[tuple[Tensor, ...]]], by_example: bool) -> list[tuple[Tensor, ...]]:
+    """Return the results of all processes, which have taken batches or examples in turn, in the set's order.
+
+    With ``by_example`` each result gets as many rows as it has, but those that follow in the set.
+    """
+    found = [each for turn in zip_longest(*parts) for each in turn if each is not None]
+    if not by_example or len({len(each) for each in found}) != 1:
+        return found
+    columns: list[Sequence[Tensor]] = []
+    for place, first in enumerate(found[0]):
+        column = [each[place] for each in found]
+        if first.ndim:
+            rows = [torch.cat([each[place] for each in part]) if part else first[:0] for part in parts]
+            turns = [torch.arange(len(own)) * len(parts) + rank for rank, own in enumerate(rows)]
+            ordered = torch.cat(rows)[torch.cat(turns).argsort()]
+            column = list(torch.split(ordered, [len(each) for each in column]))
+        columns.append(column)
+    return list(zip(*columns, strict=True))
 
 
 def predict(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor, Tensor]:
@@ -127,7 +224,7 @@ def predict(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor,
     _, inputs, targets = split_batch(batch)
     device = device_of(model)
     with execution.autocast(device):
-        logits = model(execution.laid_out(move(inputs, device), model))
+        logits = whole(model(execution.laid_out(move(inputs, device), model)))
     targets = class_indices(targets, logits, ignored=None)  # an ignored example has no accuracy
     refuse_if(
         ~logits.isfinite().all(),

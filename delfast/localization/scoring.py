@@ -28,7 +28,7 @@ from delfast.localization.per_example.contributions import Epilogue
 from delfast.localization.scores import Scores
 from delfast.localization.sharded_gradient import ShardedGradient
 from delfast.localization.sharded_scores import ShardedScores
-from delfast.naming import plain_name, trainable_parameters, unwrap
+from delfast.naming import model_parameters, plain_name, trainable_parameters, unwrap
 from delfast.ops.layout import unit_count
 from delfast.processes import Group, joined
 from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out
@@ -58,9 +58,10 @@ def score(
     divided once, so a short last batch has its right weight.
 
     With ``group`` the processes of a job share the set, and each gets the scores of the whole set; all of them call
-    ``score``, with the same arguments. Parameters may be DTensors: of FSDP2 (``fully_shard``), which requires
-    ``group``, of HSDP and of tensor parallelism. An error of one process is raised by all, with its rank, unless it
-    occurs inside the network's forward or backward pass while the others wait there.
+    ``score``, with the same arguments. The buffers of the first process are used on all, and restored afterwards: those
+    of BatchNorm differ between the processes of DDP. Parameters may be DTensors: of FSDP2 (``fully_shard``), which
+    requires ``group``, of HSDP and of tensor parallelism. An error of one process is raised by all, with its rank,
+    unless it occurs inside the network's forward or backward pass while the others wait there.
 
     Parameters
     ----------
@@ -207,6 +208,7 @@ def score(
         refuse_sharded(loader)
         warn_about_loader(loader, "forget set")
     else:
+        processes.check_same_values(model_parameters(network, sharded=True))
         shared = share(loader, processes, loss_fn)
     if is_sharded:
         assert processes is not None and shared is not None

@@ -31,7 +31,15 @@ from delfast.feeding import feed
 from delfast.localization.gradient import check_examples, mean_of, zeros_like
 from delfast.naming import trainable_parameters
 from delfast.processes import Processes
-from delfast.sharding import adding_gradients, fsdp_groups, fsdp_modules, is_dtensor, local_part, reshard
+from delfast.sharding import (
+    adding_gradients,
+    forget_forward,
+    fsdp_groups,
+    gathering,
+    is_dtensor,
+    local_part,
+    reshard,
+)
 from delfast.shares import Share
 
 
@@ -65,7 +73,8 @@ class ShardedGradient:
                 _taken(trainable_parameters(self.network, sharded=True), self._take),
                 self.checks,
             ):
-                for batch in self._in_step(share):
+                self.processes.copy_from_first(self.network.buffers())  # restored by ``evaluating``
+                for batch in self.processes.in_step(feed(share.batches, device_of(self.network))):
                     examples += self._add(batch, share)
             reshard(self.network)
             self.checks.read()
@@ -75,19 +84,6 @@ class ShardedGradient:
         self.processes.add_data(total for name, total in self.sums.items() if id(self.parameters[name]) not in by_fsdp)
         check_examples(examples, what)
         return mean_of(self.sums, examples, self.parameters, last=True), examples
-
-    def _in_step(self, share: Share) -> Iterator[Any]:
-        """Yield this process's batches, and then None until the last process is done."""
-        source = iter(feed(share.batches, device_of(self.network)))
-        while True:
-            batch, error = None, None
-            try:
-                batch = next(source, None)
-            except Exception as raised:
-                error = raised
-            if not self.processes.raise_first(error, more=batch is not None):
-                return
-            yield batch
 
     def _add(self, batch: Any, share: Share) -> int:
         """Add the batch's gradients, in step with the other processes, and return its number of examples.
@@ -108,27 +104,16 @@ class ShardedGradient:
     @contextmanager
     def _forward(self) -> Iterator[None]:
         """Raise the error of a forward pass on all processes, which must not begin the backward pass alone."""
-        modules = fsdp_modules(self.network)
-        begun: list[nn.Module] = []
-        handles = [m.register_forward_pre_hook(lambda m, _: begun.append(m), prepend=True) for m in modules]
         error: Exception | None = None
         try:
-            yield
+            with gathering(self.network):
+                yield
         except Exception as raised:
             error = raised
-            if not begun:  # the loss function failed before the network ran: the others gather every module
-                for module in modules:
-                    module.unshard()
-                    module.reshard()
-        finally:
-            for handle in handles:
-                handle.remove()
         try:
             self.processes.raise_first(error)
         except Exception:
-            for module in modules:  # forget the forward pass that no backward pass follows
-                if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):
-                    module.reset_iter_state()
+            forget_forward(self.network)
             raise
 
     def _take(self, name: str, parameter: Any) -> None:

@@ -28,7 +28,7 @@ from delfast.processes import Group, Processes
 from delfast.reset import Init
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
-from delfast.unlearning.data_parallel import check_same_network, together, training_processes
+from delfast.unlearning.data_parallel import together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, train
@@ -473,7 +473,7 @@ def _prepare(method: Method, task: UnlearningTask, processes: Processes | None) 
     with together(processes):
         method.prepare(task)
     if processes is not None:
-        check_same_network(task.network, processes)
+        processes.check_same_values(model_parameters(task.network, sharded=True))
     return time.perf_counter() - started
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from delfast.errors import InputError
-from delfast.naming import model_parameters, trainable_parameters, unwrap, wrappers
+from delfast.naming import trainable_parameters, unwrap, wrappers
 from delfast.processes import Group, Processes, check_group, joined, mesh_groups, ranks_of
-from delfast.sharding import adding_gradients, fsdp_groups, is_dtensor, is_laid_out, reshard
+from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard
 
 DDP = nn.parallel.DistributedDataParallel
 
@@ -104,25 +104,6 @@ def add_up(processes: Processes | None, *values: float) -> list[float]:
     return found
 
 
-def check_same_network(network: nn.Module, processes: Processes) -> None:
-    """Raise InputError, on every process, unless the parameters are the same everywhere, to the bit."""
-    parameters = model_parameters(network, sharded=True).values()  # DTensors: ``reset_`` compares their values
-    sums = [_bits(parameter) for parameter in parameters if not is_dtensor(parameter)]
-    processes.check_same(
-        repr(torch.stack(sums).tolist() if sums else []),
-        "expected the method to change the network alike on every process, got other parameters on some, and the "
-        "network is of no use; pass the same init and the same sets everywhere",
-    )
-
-
-def _bits(parameter: Tensor) -> Tensor:
-    """Return a checksum of a tensor's bits, in which each word has a weight for its place: int64, on its device."""
-    flat = parameter.detach().contiguous().reshape(-1)
-    words = flat.view(torch.int32 if flat.nbytes % 4 == 0 else torch.uint8)
-    places = torch.arange(1, 1 + words.numel(), dtype=torch.int32, device=words.device)
-    return (words * places).sum(dtype=torch.int64)
-
-
 def send_buffers(model: nn.Module, processes: Processes | None) -> None:
     """Give every process the buffers of the first, as DistributedDataParallel does at its next forward pass.
 
@@ -131,11 +112,9 @@ def send_buffers(model: nn.Module, processes: Processes | None) -> None:
     wrapper = averaging(model)
     if processes is None or (wrapper is not None and not wrapper.broadcast_buffers):
         return
-    first = dist.get_global_rank(processes.data, 0)
     ignored = () if wrapper is None else wrapper.parameters_to_ignore
-    for name, buffer in (model if wrapper is None else wrapper.module).named_buffers():
-        if name not in ignored:
-            dist.broadcast(buffer, first, group=processes.data)
+    named = (model if wrapper is None else wrapper.module).named_buffers()
+    processes.copy_from_first(buffer for name, buffer in named if name not in ignored)
 
 
 @contextmanager

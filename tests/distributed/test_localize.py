@@ -461,7 +461,7 @@ def misused(rank):
 MISUSED = {
     "critmem": "expected no group for criterion 'critmem'",
     "stable": "expected neither group nor sum_dtype with stop_when_stable",
-    "weights": "expected the same mask on every process, got different ones",
+    "weights": "expected the same values of 'up.weight' on every process",
     "networks": "expected the same call on every process, on a model of the same trainable parameters",
     "mesh": "expected group to be a DeviceMesh of one dimension, got one of 2",
     "type": "expected group to be a ProcessGroup or a DeviceMesh of one dimension, got str",
@@ -535,6 +535,34 @@ def per_example_of_one():
         criterion: salun(network(), batches(), criterion=criterion, per_example=True).digest
         for criterion in ("weighted_grad", "squared_grad")
     }
+
+
+class Normalized(Network):
+    """A network whose result depends on buffers, which each process of DDP has of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(FEATURES))
+
+    def forward(self, inputs):
+        return super().forward(inputs + self.shift)
+
+
+def normalized(rank=0):
+    model = Normalized()
+    model.load_state_dict(network().state_dict(), strict=False)
+    model.shift += 1 + rank
+    return model
+
+
+def own_buffers(rank):
+    """Return digests by buffers that differ between the processes, which keep them."""
+    model, sharded = normalized(rank), normalized(rank)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(sharded, mesh=mesh)
+    found = [salun(each, batches(), group=mesh).digest for each in (model, sharded)]
+    assert all(torch.equal(each.shift, torch.full((FEATURES,), 1.0 + rank)) for each in (model, sharded))
+    return found
 
 
 def other_dtypes(rank):
@@ -667,6 +695,7 @@ def test_processes(count, tmp_path):
     if count == 2:
         scenarios |= {f"patterns {f.__name__}": functools.partial(by_patterns, f) for f in (ddp, fsdp, fsdp_of_some)}
     scenarios["real"] = real_gradients_of_group
+    scenarios["buffers"] = own_buffers
     scenarios["dtypes"] = other_dtypes
     if count == 4:
         scenarios["meshes"] = misused_meshes
@@ -693,6 +722,7 @@ def test_processes(count, tmp_path):
         assert sorted(i for found in all_ranks(name) for i in found[2]) == list(range(101)), name
     for layout in ("ddp", "fsdp"):
         assert all_ranks(f"few {layout}") == [of_two_batches()] * count
+    assert all_ranks("buffers") == [[salun(normalized(), batches()).digest] * 2] * count
     for found in all_ranks("real"):
         assert all(torch.equal(found[name], value) for name, value in real_gradients().items())
     wide = in_dtype(network().double(), torch.float64) | in_dtype(network().bfloat16(), torch.bfloat16)

@@ -341,8 +341,8 @@ REFUSED = {
     "one-shot": ("InputError", "expected no group for 'ssd'"),
     "graphs": ("InputError", "expected cuda_graphs="),
     "synchronized": ("InputError", "expected as many batches on every process for the SyncBatchNorm ''"),
-    "one-shot shares": ("InputError", "expected the method to change the network alike on every process"),
-    "init": ("InputError", "expected the method to change the network alike on every process"),
+    "one-shot shares": ("InputError", "expected the same values of '0.weight' on every process"),
+    "init": ("InputError", "expected the same values of '0.weight' on every process"),
 }
 
 

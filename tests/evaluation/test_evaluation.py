@@ -4,9 +4,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from delfast.errors import InputError
-from delfast.evaluation import Metrics, accuracy_and_loss, evaluate, gaps, membership_inference
+from delfast.evaluation import (
+    Metrics,
+    accuracy_and_loss,
+    evaluate,
+    gaps,
+    kl_to_oracle,
+    membership_inference,
+    predictions,
+)
 
 
 def loader(inputs, targets, batch_size=7):
@@ -41,6 +50,24 @@ def test_pairs_and_triples_measure_the_same(model, examples):
     triples = loader(*examples)
     pairs = [(inputs, targets) for _, inputs, targets in triples]
     assert accuracy_and_loss(model, pairs).loss == accuracy_and_loss(model, triples).loss
+
+
+def test_the_share_of_one_of_several_processes_is_refused(model, examples):
+    data = TensorDataset(*examples)
+    share = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
+    for call in (
+        lambda: accuracy_and_loss(model, share),
+        lambda: evaluate(model, share, share, share, mia=False),
+        lambda: predictions(model, share),
+        lambda: kl_to_oracle(model, model, share),
+    ):
+        with pytest.raises(InputError, match="DistributedSampler yields the share of rank 0 of 2; pass group="):
+            call()
+
+
+def test_a_group_requires_that_torch_distributed_is_initialized(model, examples):
+    with pytest.raises(InputError, match="to be initialized for group, it is not"):
+        accuracy_and_loss(model, loader(*examples), group="world")
 
 
 def test_the_model_is_left_as_it_was(model, examples):
