@@ -28,16 +28,16 @@ PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network inside DistributedDataParallel, DataParallel and torch.compile; other wrappers stay."""
-    *_, network = _wrappers(model)
+    *_, network = wrappers(model)
     return network
 
 
 def is_parallel(model: nn.Module) -> bool:
     """Return whether the network is inside DistributedDataParallel or DataParallel."""
-    return any(isinstance(wrapper, PARALLEL) for wrapper in _wrappers(model))
+    return any(isinstance(wrapper, PARALLEL) for wrapper in wrappers(model))
 
 
-def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model, the module that it wraps, and so on to the network."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected model to be a torch.nn.Module, got {type(model).__name__}; pass the network")

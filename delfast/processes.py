@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from delfast.sharding import forget_forward, fsdp_groups, is_dtensor, is_laid_ou
 MAX_BUCKET_BYTES = 2**24  # of small tensors that are reduced in one collective; larger tensors are reduced in pieces
 TEXT_BYTES = 4096  # of an error's text that reach the other processes
 
-
+Failure = TypeVar("Failure", bound=Exception)
 Group = Any
 """A ``torch.distributed.ProcessGroup``, a one-dimensional DeviceMesh, or None for this process alone."""
 
@@ -64,15 +64,15 @@ class Processes:
         self.data = group
         self.rank: int = 0 if group is None else dist.get_rank(group)
         self.size: int = 1 if group is None else dist.get_world_size(group)
-        by_ranks = {_ranks(each): each for p in parameters.values() for each in _mesh_groups(p)}
+        by_ranks = {ranks_of(each): each for p in parameters.values() for each in mesh_groups(p)}
         self.meshes = list(by_ranks.values())
         if group is not None:
-            by_ranks.setdefault(_ranks(group), group)
+            by_ranks.setdefault(ranks_of(group), group)
         self._all = list(by_ranks.values())
         devices = {p.device for p in parameters.values()}
         on_cpu = all(torch.device("cpu") in each._device_types for each in self._all)
         # small messages: the host does not wait for the device where the groups can exchange without it
-        self._device = torch.device("cpu") if on_cpu or not devices else _exchanged(devices, self._all)
+        self.device = torch.device("cpu") if on_cpu or not devices else _exchanged(devices, self._all)
         self._check_product()
 
     # What all processes of the job do together
@@ -174,8 +174,8 @@ class Processes:
         """
         if self.data is None:
             return
-        data = set(_ranks(self.data))
-        place = [dist.get_rank(group) for group in self.meshes if not data.issuperset(_ranks(group))]
+        data = set(ranks_of(self.data))
+        place = [dist.get_rank(group) for group in self.meshes if not data.issuperset(ranks_of(group))]
         with self.together():
             if not self._is_same(repr(place), [self.data]):
                 raise InputError(
@@ -192,7 +192,7 @@ class Processes:
         """Return the value of the first process, an object that can be pickled."""
         box = [value]
         for group in self._all:
-            dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group, device=self._device)
+            dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group, device=self.device)
         return box[0]
 
     def _over_all(self, values: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class Processes:
         return self._maximum(values, self._all)
 
     def _maximum(self, values: Tensor, groups: list[Any]) -> Tensor:
-        values = values.to(self._device)
+        values = values.to(self.device)
         for group in groups:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
         return values.cpu()
@@ -214,7 +214,7 @@ class Processes:
 
     def count_data(self, count: int) -> int:
         """Return the sum of a count over the data group."""
-        value = torch.tensor([count], dtype=torch.int64, device=self._device)
+        value = torch.tensor([count], dtype=torch.int64, device=self.device)
         self.add_data([value])
         return int(value)
 
@@ -235,7 +235,7 @@ class Processes:
         parts = [part for part in parts if part.numel()]
         if self.data is None or not parts:
             return
-        raw = [part.to(self._device).reshape(-1).view(torch.uint8) for part in parts]
+        raw = [part.to(self.device).reshape(-1).view(torch.uint8) for part in parts]
         joined_values = torch.cat(raw)  # a copy
         dist.broadcast(joined_values, dist.get_global_rank(self.data, 0), group=self.data)
         for part, values in zip(parts, torch.split(joined_values, list(map(len, raw))), strict=True):
@@ -251,7 +251,7 @@ class Processes:
         with self.together():
             if self.data is None or not compared:
                 return
-            sums = torch.stack([_sum_of_bits(local_part(p)).to(self._device) for p in compared.values()])
+            sums = torch.stack([_sum_of_bits(local_part(p)).to(self.device) for p in compared.values()])
             both = torch.cat([sums, -sums])
             dist.all_reduce(both, dist.ReduceOp.MAX, group=self.data)
             different = (both[: len(sums)] != -both[len(sums) :]).tolist()
@@ -264,8 +264,8 @@ class Processes:
 
     def _lies_over_data(self, tensor: Tensor) -> bool:
         """Return whether processes of the data group hold a tensor together."""
-        data = set() if self.data is None else set(_ranks(self.data))
-        return any(len(data.intersection(_ranks(group))) > 1 for group in _mesh_groups(tensor))
+        data = set() if self.data is None else set(ranks_of(self.data))
+        return any(len(data.intersection(ranks_of(group))) > 1 for group in mesh_groups(tensor))
 
     # Over the mesh groups
 
@@ -287,11 +287,11 @@ class Processes:
         if is_dtensor(parameter):
             mesh = parameter.device_mesh
             split = {
-                _ranks(mesh.get_group(dim))
+                ranks_of(mesh.get_group(dim))
                 for dim, placement in enumerate(parameter.placements)
                 if mesh.size(dim) > 1 and not placement.is_replicate()
             }
-        return all(_ranks(group) in split or dist.get_rank(group) == 0 for group in self.meshes)
+        return all(ranks_of(group) in split or dist.get_rank(group) == 0 for group in self.meshes)
 
     def _check_product(self) -> None:
         """Raise InputError unless the mesh groups are the dimensions of one mesh.
@@ -300,7 +300,7 @@ class Processes:
         """
         if len(self.meshes) < 2:
             return
-        reached = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self._device)
+        reached = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.device)
         reached[dist.get_rank()] = 1
         for group in self.meshes:
             dist.all_reduce(reached, dist.ReduceOp.SUM, group=group)
@@ -336,8 +336,8 @@ def joined(
             )
         reduced |= ranks
     for name, parameter in parameters.items() if reads_data else ():
-        for each in _mesh_groups(parameter):
-            ranks = set(_ranks(each))
+        for each in mesh_groups(parameter):
+            ranks = set(ranks_of(each))
             if not ranks <= reduced and len(ranks & data) > 1:
                 raise InputError(
                     f"expected group to be processes over which '{name}' is not laid out, got ranks {_listed(data)}, "
@@ -376,7 +376,7 @@ def _reduced_over(fsdp_group: Any) -> set[int]:
     return set(ranks.flatten().tolist())
 
 
-def _mesh_groups(parameter: Any) -> list[Any]:
+def mesh_groups(parameter: Any) -> list[Any]:
     """Return the groups of more than one process of a DTensor's mesh."""
     if not is_dtensor(parameter):
         return []
@@ -384,7 +384,8 @@ def _mesh_groups(parameter: Any) -> list[Any]:
     return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
 
 
-def _ranks(group: Any) -> tuple[int, ...]:
+def ranks_of(group: Any) -> tuple[int, ...]:
+    """Return the ranks, in the whole job, of a group's processes."""
     return tuple(dist.get_process_group_ranks(group))
 
 
@@ -440,8 +441,13 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 _RAISED_BY_ALL = "_delfast_raised_by_all"  # marks an error, so that a context around does not exchange it again
 
 
-def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:
-    error = (InputError if is_input else RuntimeError)(text)
+def raised_by_all(error: Failure) -> Failure:
+    """Return an error that every process of a job raises by itself, marked, so that they do not exchange it."""
     setattr(error, _RAISED_BY_ALL, True)
+    return error
+
+
+def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:
+    error = raised_by_all((InputError if is_input else RuntimeError)(text))
     # a context manager would take an error whose cause is StopIteration for its own generator's
     raise error from (None if isinstance(cause, StopIteration) else cause)

@@ -55,7 +55,7 @@ def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
     loader whose sampler shards already, such as a DistributedSampler, is used as it is, without the examples that the
     sampler repeats. Raises InputError, on every process, unless the shares make up the data set.
     """
-    if _is_torchs(loader):
+    if is_torchs(loader):
         return _share_of_indices(loader, processes)
     return _share_of_iterable(loader, processes, loss_fn)
 
@@ -73,7 +73,7 @@ def refuse_sharded(loader: Any) -> None:
 # torch's DataLoader: its indices
 
 
-def _is_torchs(loader: Any) -> bool:
+def is_torchs(loader: Any) -> bool:
     """Return whether a loader is torch's DataLoader of examples by index, also with a subclass's other options."""
     own = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
     return own and not isinstance(loader.dataset, IterableDataset)
@@ -83,11 +83,11 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
     with processes.together():
         # the indices of each batch; of a loader without batch_size, its own items
         units = list(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
-        sharded = _checked_sharding(loader, processes)
+        sharded = checked_sharding(loader, processes)
         spare = units[:1]
         units = _without_repeats(loader, units)
         expected = len(loader.sampler) if draws_a_subset(loader) else len(loader.dataset)
-        signature = f"{_signature(loader.dataset)}; sharded: {sharded is not None}"
+        signature = f"{signature_of(loader.dataset)}; sharded: {sharded is not None}"
     processes.check_same(
         signature,
         f"expected the same data set on every process, got others; {WHOLE_SET}",
@@ -134,7 +134,7 @@ def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
     return [indices for indices in kept if indices]
 
 
-def _signature(dataset: Any) -> str:
+def signature_of(dataset: Any) -> str:
     """Return what distinguishes data sets without loading an example: types, lengths, and what is in memory."""
     parts = []
     while dataset is not None:
@@ -142,7 +142,7 @@ def _signature(dataset: Any) -> str:
         if isinstance(dataset, Subset):
             parts.append(repr(zlib.crc32(repr([int(i) for i in dataset.indices]).encode())))
         if isinstance(dataset, TensorDataset):
-            parts += [f"{t.dtype} {tuple(t.shape)} {_checksum([t[:1], t[-1:]])}" for t in dataset.tensors]
+            parts += [f"{t.dtype} {tuple(t.shape)} {checksum([t[:1], t[-1:]])}" for t in dataset.tensors]
         dataset = getattr(dataset, "dataset", None)
     return "; ".join(parts)
 
@@ -152,11 +152,11 @@ def _signature(dataset: Any) -> str:
 
 def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
     with processes.together():
-        sharded = _checked_sharding(loader, processes)
+        sharded = checked_sharding(loader, processes)
         source = iter(loader)
         first = list(itertools.islice(source, 1))
     stream = _Stream(itertools.chain(first, source), processes, loss_fn, is_share=sharded is not None)
-    batch = str(_checksum(tensors_of(first[0]))) if first else "no batch"
+    batch = str(checksum(tensors_of(first[0]))) if first else "no batch"
     content = batch if sharded is None else "a share"
     processes.check_same(
         content, f"expected the same batches on every process, got another first one on some; {WHOLE_SET}"
@@ -228,7 +228,7 @@ def sharding(loader: Any) -> tuple[int, int, str] | None:
     return None
 
 
-def _checked_sharding(loader: Any, processes: Processes) -> tuple[int, int, str] | None:
+def checked_sharding(loader: Any, processes: Processes) -> tuple[int, int, str] | None:
     """Return how a loader is sharded; None if it is not. InputError unless it is sharded as the group is."""
     found = sharding(loader)
     if found is not None and found[:2] != (processes.size, processes.rank):
@@ -246,7 +246,7 @@ def _refuse_count(total: int, expected: int) -> None:
     )
 
 
-def _checksum(tensors: Sequence[Tensor]) -> int:
+def checksum(tensors: Sequence[Tensor]) -> int:
     """Return a checksum of the tensors' bytes."""
     total = 0
     for tensor in tensors:

@@ -32,6 +32,7 @@ HEAVY = (
     "test_distributed.py",
     "distributed/test_localize.py",
     "distributed/test_evaluate.py",
+    "distributed/test_unlearn.py",
 )
 ISAS = list(BACKEND.module.isas()) if BACKEND.module else []
 

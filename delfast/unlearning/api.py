@@ -24,17 +24,23 @@ from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
 from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
+from delfast.processes import Group, Processes
 from delfast.reset import Init
+from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
+from delfast.unlearning.data_parallel import together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, train
 from delfast.unlearning.method import Method, UnlearningTask, required
+from delfast.unlearning.methods import Del
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
 from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
+from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Step, Steps
 from delfast.unlearning.stopping import EarlyStop
 
+SHARDED = ("del", "finetune", "gradient-ascent", "neggrad+", "relabel")  # methods for FSDP2
 OF_TRAINING = {each.name for each in fields(Method)} - {"epochs"}  # without effect on a method that trains nothing
 
 
@@ -94,6 +100,7 @@ def unlearn(
     training: TrainingOptions = DEFAULT_OPTIONS,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    group: Group = None,
     **hyperparameters: Any,
 ) -> UnlearnResult:
     """Make ``model`` unlearn the forget set, in place.
@@ -102,8 +109,17 @@ def unlearn(
     buffers: they change as in any training, unless ``TrainingOptions(batchnorm="frozen")`` is passed.
 
     The network is trained compact (``delfast.compact``). Within DistributedDataParallel or DataParallel, which hold its
-    parameters, gradients are dense. Under DistributedDataParallel every process needs the same mask: localize the whole
-    forget set in each.
+    parameters, gradients are dense.
+
+    Under DistributedDataParallel all processes make the same call. Without ``group`` each trains on its own loaders, as
+    in any loop, and needs the same mask: localize the whole forget set in each, or with ``localize(..., group=)``. With
+    ``group`` the loaders are those of the whole sets: the processes localize together, and a step of W processes is the
+    mean of W consecutive steps of one process. In the last step of an epoch the mean is over the batches that are left.
+    A validation set is not shared out: each process may pass its own share, or the whole set.
+    Masks and settings are compared before anything is changed, and the networks after the method has prepared them.
+
+    FSDP2 (``fully_shard``) is trained with ``group`` in the same way, by "del", "finetune", "gradient-ascent",
+    "neggrad+" and "relabel", without a checkpoint and early stopping. Tensor parallelism is refused.
 
     Before anything is changed, the loss of the first batch of each set that is used is computed once, in eval mode, and
     random generators are restored. Errors that occur only in a later batch or only in training mode, and errors that
@@ -144,6 +160,11 @@ def unlearn(
         File that is written after every epoch, completely or not at all; see ``train``.
     resume : bool, default False
         Continue from ``checkpoint`` if the file exists. The run ends with the weights of an uninterrupted run.
+    group : torch.distributed.ProcessGroup or DeviceMesh, optional
+        The processes that share the sets: those over which ``model`` averages gradients, all of its
+        DistributedDataParallel or the whole mesh of ``fully_shard``. Loaders with a
+        DistributedSampler for the group are used as they are. Not for "influence" and "ssd". The ``checkpoint`` is a
+        file for each process.
     **hyperparameters : Any
         Hyperparameters of the method, which replace its own: ``epochs``, ``lr``, ``momentum``, ``weight_decay``,
         ``schedule``, and those of the method alone, such as ``alpha``. None keeps the method's value.
@@ -156,7 +177,8 @@ def unlearn(
     Raises
     ------
     InputError
-        For bad arguments, before anything is changed.
+        For bad arguments, before anything is changed. Under DistributedDataParallel also if masks or settings differ
+        between the processes. With ``group``, all processes raise the error of one.
     Diverged
         If the loss is no longer finite. The network is then of no use.
 
@@ -182,18 +204,100 @@ def unlearn(
     0.01
     """
     training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
+    processes = training_processes(model, group)
+    with together(None if group is None else processes):
+        with together(processes):
+            job = _prepared(
+                model, retain, forget, mask, init, method, head, loss_fn, seed, training, checkpoint, resume,
+                hyperparameters, processes, shares=group is not None,
+            )  # fmt: skip
+        if processes is not None:
+            job.check_same(processes)
+        return job.run(training, checkpoint, resume)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What ``unlearn`` has checked and prepared: nothing is changed yet."""
+
+    method: Method
+    task: UnlearningTask
+    steps: Steps | None
+    mask: Mask
+    head: str | None
+    everything_may_change: bool
+    early_stop: EarlyStop | None
+    settings: dict[str, object]
+    processes: Processes | None
+
+    def check_same(self, processes: Processes) -> None:
+        """Raise InputError, on every process, unless all have the same mask and settings, and sets if they share."""
+        processes.check_same(
+            f"{self.task.mask.digest} {self.mask.digest}",
+            "expected the same mask on every process, got different ones; localize the whole forget set with group=, "
+            "or pass every process the same mask",
+        )
+        processes.check_same(
+            repr(sorted(self.settings.items(), key=str)),
+            "expected the same method, head, seed and options on every process, got others; make the same call",
+        )
+        if isinstance(self.steps, SharedSteps):
+            self.steps.check(self.task.network)
+
+    def run(self, training: TrainingOptions, checkpoint: str | Path | None, resume: bool) -> UnlearnResult:
+        """Change the network."""
+        if self.steps is None:
+            seconds = {"prepare": _prepare(self.method, self.task, self.processes), "finetune": 0.0}
+            return UnlearnResult(self.method, self.mask, self.head, seconds, [], 0)
+        result, prepare_seconds = _finetune(
+            self, self.steps, training=training, checkpoint=checkpoint, resume=resume
+        )  # fmt: skip
+        seconds = {"prepare": prepare_seconds, "finetune": result.seconds}
+        return UnlearnResult(
+            self.method, self.mask, self.head, seconds, result.losses, result.resumed_from, result.validation
+        )
+
+
+def _prepared(
+    model: nn.Module,
+    retain: Iterable[Any] | None,
+    forget: Iterable[Any] | None,
+    mask: Mask | None,
+    init: Init | None,
+    method: str | Method,
+    head: str | None,
+    loss_fn: LossFn | None,
+    seed: int,
+    training: TrainingOptions,
+    checkpoint: str | Path | None,
+    resume: bool,
+    hyperparameters: dict[str, Any],
+    processes: Processes | None,
+    *,
+    shares: bool,
+) -> _Job:
+    """Check the arguments of ``unlearn``, localize, and return the job."""
     _check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
     refuse_writing_layers(model)
     seed = check_seed(seed)
     chosen = _choose(method, hyperparameters)
     _check_needs(chosen, retain, forget, mask, init, loss_fn)
     check_options(training, chosen)
+    group = processes if shares else None
     network = unwrap(model)
+    if group is not None:
+        _check_shareable(chosen, training)
+    if is_laid_out(network):
+        _check_sharded(chosen, training, checkpoint)
     check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
 
     everything_may_change = mask is None and not chosen.localizes
     sets = {"retain": () if retain is None else retain, "forget": () if forget is None else forget}
-    steps = Steps(chosen.step_plan, **sets, forget_epochs=chosen.forget_epochs) if chosen.epochs else None
+    steps: Steps | None = None
+    if group is not None:
+        steps = SharedSteps(chosen.step_plan, group, **sets, forget_epochs=chosen.forget_epochs)
+    elif chosen.epochs:
+        steps = Steps(chosen.step_plan, **sets, forget_epochs=chosen.forget_epochs)
     early_stop = _early_stop(training, loss_fn)
     teacher = copy_of(network).eval() if "teacher" in chosen.needs else None
     widest = full_mask(network) if mask is None else mask
@@ -219,34 +323,62 @@ def unlearn(
         frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
     )
+    reshard(network)
     head = (first.head if head is None else head) if chosen.trains_head else None
     heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
     selected = widest
     if mask is None and chosen.localizes:
         layout, graphs = training.channels_last, training.cuda_graphs
-        selected = localize(network, required(forget), loss_fn=loss_fn, channels_last=layout, cuda_graphs=graphs)
+        selected = localize(
+            network,
+            required(forget),
+            loss_fn=loss_fn,
+            channels_last=layout,
+            cuda_graphs=graphs,
+            group=None if group is None else group.data,
+        )
     heads = left_in(network, heads, patterns_of(selected))
     widened = _widened(selected, heads) if chosen.trains_head else selected
     task = replace(task, model=model, mask=selected, classes=first.classes)
-
     if steps is None:
-        list(selected.match(trainable_parameters(network)))  # raises if the mask is of another architecture
-        return UnlearnResult(chosen, widened, head, {"prepare": _prepare(chosen, task), "finetune": 0.0}, [], 0)
-    first.refuse_sparse(network, widened)
-    result, prepare_seconds = _finetune(
-        chosen,
-        task,
-        steps,
-        widened,
-        everything_may_change=everything_may_change,
-        training=training,
-        early_stop=early_stop,
-        checkpoint=checkpoint,
-        resume=resume,
-        config={**_settings(chosen, selected, head, seed, training), **(training.config or {})},
-    )
-    seconds = {"prepare": prepare_seconds, "finetune": result.seconds}
-    return UnlearnResult(chosen, widened, head, seconds, result.losses, result.resumed_from, result.validation)
+        list(
+            selected.match(trainable_parameters(network, sharded=True))
+        )  # raises if the mask is of another architecture
+    else:
+        first.refuse_sparse(network, widened)
+    settings = {**_settings(chosen, selected, head, seed, training), **(training.config or {})}
+    if group is not None:
+        settings["processes"] = group.size
+    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes)
+
+
+def _check_shareable(method: Method, training: TrainingOptions) -> None:
+    """Raise InputError for what processes cannot do together."""
+    if not method.epochs:
+        raise InputError(
+            f"expected no group for '{method.name}', which each process computes from its own sets, got one; leave "
+            "group out, and pass every process the whole sets"
+        )
+    if training.cuda_graphs is True:
+        raise InputError(
+            "expected cuda_graphs='auto' or False with group=, whose processes exchange more than gradients in each "
+            "step, got True; leave it out"
+        )
+
+
+def _check_sharded(method: Method, training: TrainingOptions, checkpoint: object) -> None:
+    """Raise InputError for what is not done with FSDP2, whose gathered parameters only its own passes see."""
+    if method.name not in SHARDED or type(method).__module__ != Del.__module__:
+        raise InputError(
+            f"expected one of {', '.join(SHARDED)} for FSDP2, got '{method.name}', which reads or copies whole "
+            "parameters, or was not tested; use DistributedDataParallel"
+        )
+    for name, given in (("checkpoint", checkpoint), ("validation", training.validation)):
+        if given is not None:
+            raise InputError(
+                f"expected no {name}= for FSDP2, got one; train with MaskedSGD and torch.distributed.checkpoint in a "
+                "loop of your own"
+            )
 
 
 def _check_types(
@@ -335,39 +467,34 @@ def _settings(method: Method, mask: Mask, head: str | None, seed: int, training:
     return settings | ({"dense": sorted(training.dense)} if training.dense else {})
 
 
-def _prepare(method: Method, task: UnlearningTask) -> float:
+def _prepare(method: Method, task: UnlearningTask, processes: Processes | None) -> float:
     """Run the method's ``prepare``; return the seconds."""
     started = time.perf_counter()
-    method.prepare(task)
+    with together(processes):
+        method.prepare(task)
+    if processes is not None:
+        processes.check_same_values(model_parameters(task.network, sharded=True))
     return time.perf_counter() - started
 
 
 def _finetune(
-    method: Method,
-    task: UnlearningTask,
-    steps: Steps,
-    mask: Mask,
-    *,
-    everything_may_change: bool,
-    training: TrainingOptions,
-    early_stop: EarlyStop | None,
-    checkpoint: str | Path | None,
-    resume: bool,
-    config: dict[str, object],
+    job: _Job, steps: Steps, *, training: TrainingOptions, checkpoint: str | Path | None, resume: bool
 ) -> tuple[TrainResult, float]:
-    """Train compact within ``mask``, after the method's ``prepare`` on the plain network; also return its seconds."""
+    """Train compact within the mask, after the method's ``prepare`` on the plain network; also return its seconds."""
+    method, task, mask = job.method, job.task, job.mask
     model, network = task.model, task.network
     prepare_seconds = 0.0
-    with nullcontext() if is_parallel(model) else compact(network, mask, dense=training.dense) as handle:
+    dense = is_parallel(model) or is_laid_out(network)
+    with nullcontext() if dense else compact(network, mask, dense=training.dense) as handle:
         trained = mask if handle is None else handle.mask
         trained_task = task if handle is None else replace(task, mask=trained)
-        outside = {} if everything_may_change else _outside(network, trained)
+        outside = {} if job.everything_may_change else _outside(network, trained)
         versions: list[Versions] = []  # from the first step on, after the checkpoint or the reset
 
         def prepare() -> None:
             nonlocal prepare_seconds
             with nullcontext() if handle is None else handle.undone():
-                prepare_seconds = _prepare(method, task)
+                prepare_seconds = _prepare(method, task, job.processes)
 
         def loss(_: nn.Module, step: Step) -> Tensor:
             if not versions:
@@ -396,10 +523,10 @@ def _finetune(
             channels_last=training.channels_last,
             cuda_graphs=training.cuda_graphs,
             batchnorm=training.batchnorm,
-            early_stop=early_stop,
+            early_stop=job.early_stop,
             checkpoint=checkpoint,
             resume=resume,
-            config=config,
+            config=job.settings,
             progress=training.progress,
             before=prepare,
         )
@@ -408,11 +535,11 @@ def _finetune(
 
 def _outside(network: nn.Module, mask: Mask) -> dict[str, Tensor]:
     """Return the parameters in which the mask selects nothing."""
-    parameters = model_parameters(network)
+    parameters = model_parameters(network, sharded=True)
     inside = {name for name, _, _ in mask.match(parameters)}
     return {name: parameter for name, parameter in parameters.items() if name not in inside}
 
 
 def full_mask(network: nn.Module) -> Mask:
     """Return the mask that selects every trainable parameter in full."""
-    return _widened(Mask({}), trainable_parameters(network))
+    return _widened(Mask({}), trainable_parameters(network, sharded=True))

@@ -34,7 +34,7 @@ class FirstPass:
 
     def refuse_sparse(self, network: nn.Module, mask: Mask) -> None:
         """Raise InputError if the mask selects a parameter with sparse gradients, which no masked optimizer accepts."""
-        for name, _, _ in mask.match(trainable_parameters(network)):
+        for name, _, _ in mask.match(trainable_parameters(network, sharded=True)):
             if name in self.sparse:
                 raise sparse_gradient(name)
 
@@ -138,7 +138,7 @@ class _WatchedTask(UnlearningTask):
 
 def _sparse(loss: Tensor, network: nn.Module) -> Iterator[str]:
     """Yield the names of parameters that get a sparse gradient from an embedding in the loss's graph."""
-    names = {id(parameter): name for name, parameter in trainable_parameters(network).items()}
+    names = {id(parameter): name for name, parameter in trainable_parameters(network, sharded=True).items()}
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
     while waiting:

@@ -166,7 +166,7 @@ def head_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
     own = {id(parameter) for parameter in modules[head].parameters()}
     return {
         name: parameter
-        for name, parameter in model_parameters(network).items()
+        for name, parameter in model_parameters(network, sharded=True).items()
         if id(parameter) in own and parameter.requires_grad
     }
 

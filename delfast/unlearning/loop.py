@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,13 @@ from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import check_cuda_graphs
 from delfast.plain import as_json, unboxed
+from delfast.processes import Processes, raised_by_all
+from delfast.sharding import reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
+from delfast.unlearning.data_parallel import averaging_processes, met_in_forward, send_buffers, together
 from delfast.unlearning.loaders import Randomness, batch_count, refuse_persistent_workers, set_epoch
+from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Steps
 from delfast.unlearning.stopping import EarlyStop
 from delfast.unlearning.training_step import TrainingStep, frequency
@@ -90,6 +95,9 @@ def train(
     A model in training mode keeps the modes of its modules: a BatchNorm set to eval stays frozen. A model in eval mode
     is trained in training mode. Afterwards every module has the mode that it had before.
 
+    Under DistributedDataParallel the losses are means over the examples of all processes, which stop together. After
+    every epoch all have the first one's buffers, as after the wrapper's next forward pass.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -126,7 +134,7 @@ def train(
     checkpoint : str or pathlib.Path, optional
         File that is written after every epoch, completely or not at all. It holds the generators of torch, numpy and
         Python, and every generator that a loader, its samplers, its data set or their transforms hold. Under
-        DistributedDataParallel these belong to one process: use a file for each.
+        DistributedDataParallel these belong to one process: use a file for each, or it is refused.
     resume : bool, default False
         Continue from ``checkpoint`` if the file exists. The run ends with the weights of an uninterrupted run.
     config : mapping of str to plain JSON values, optional
@@ -186,8 +194,19 @@ def train(
     record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
     if early_stop is not None:
         early_stop.reset()
-    losses = record.load(epochs) if resume else []
+    shares = loader if isinstance(loader, SharedSteps) else None
+    processes = averaging_processes(model) if shares is None else shares.processes
+    if processes is not None:
+        _refuse_one_file(checkpoint, processes)
+    with together(processes):
+        losses = record.load(epochs) if resume else []
     resumed_from = len(losses)
+    if processes is not None:
+        processes.check_same(
+            str(resumed_from),
+            f"expected checkpoints of as many epochs on every process, got others than {resumed_from}; restore the "
+            "files, or pass resume=False to begin again",
+        )
     if before is not None and not losses:
         before()
     started = time.perf_counter()
@@ -196,7 +215,16 @@ def train(
         loader.feed(device_of(model))
     else:
         fed = feed(loader, device_of(model))
-    step = TrainingStep(model, optimizer, loss_fn, max_norm, execution, frequency(loader, epochs, cuda_graphs))
+    step = TrainingStep(
+        model,
+        optimizer,
+        loss_fn,
+        max_norm,
+        execution,
+        frequency(loader, epochs, cuda_graphs),
+        processes,
+        in_step=shares is not None,
+    )
     modes = [(module, module.training) for module in model.modules()]
     if not model.training:
         model.train()
@@ -210,10 +238,17 @@ def train(
                 break
             set_epoch(loader, epoch)
             batches = progress(fed, f"epoch {epoch + 1}/{epochs}", step_count) if progress else fed
-            with torch.inference_mode(False), torch.enable_grad(), batchnorm_explained():
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                batchnorm_explained(),
+                met_in_forward(model, None if shares is None else processes),
+            ):
                 losses.append(step.run_epoch(batches, scheduler))
             if not math.isfinite(losses[-1]):
-                raise Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
+                error = Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate")
+                raise raised_by_all(error)  # the mean over all processes
+            send_buffers(model, processes)
             if early_stop is not None:
                 early_stop.update(model)
             record.save(losses)
@@ -222,9 +257,20 @@ def train(
     finally:
         for module, mode in modes:
             module.training = mode
+        if shares is not None:
+            reshard(model)
         model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return TrainResult(losses, seconds, epochs, resumed_from, early_stop.losses if early_stop else [])
+
+
+def _refuse_one_file(checkpoint: str | Path | None, processes: Processes) -> None:
+    """Raise InputError if all of several processes on one machine have the same checkpoint."""
+    place = processes.rank if checkpoint is None else f"{platform.node()} {Path(checkpoint).absolute()}"
+    if processes.is_same(str(place)) and processes.size > 1:
+        raise InputError(
+            f"expected a checkpoint file for each process, got '{checkpoint}' for all; put the rank into its name"
+        )
 
 
 def _factor(schedule: Schedule, final_lr: float, steps: int) -> Callable[[int], float]:

@@ -15,6 +15,7 @@ from delfast.batches import LossFn, device_of, evaluating, per_example_losses
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
 from delfast.feeding import feed
+from delfast.unlearning.data_parallel import add_up, averaging, averaging_processes, together
 from delfast.unlearning.loaders import preserved
 
 EMPTY = "expected a validation set of at least one example, got none; hold more out"
@@ -24,6 +25,9 @@ class EarlyStop:
     """Stop after ``patience`` epochs in a row without a lower validation loss; restore the best epoch's state.
 
     The state of this object is part of a checkpoint: a resumed run stops where an uninterrupted run stops.
+
+    Under DistributedDataParallel the loss is the mean over the examples of all processes, which therefore stop
+    together. Each may have its own share of the examples held out, of any size, or all of them.
 
     Parameters
     ----------
@@ -112,18 +116,26 @@ class EarlyStop:
             model.load_state_dict(self.best)
 
     def _loss(self, model: nn.Module) -> float:
-        """Return the mean loss over the validation set, in eval mode; inf if the loss is not finite."""
+        """Return the mean loss over the validation set, in eval mode; inf if the loss is not finite.
+
+        The examples are those of all processes. The network inside of DistributedDataParallel computes the losses:
+        the wrapper's forward passes wait for as many on every process.
+        """
+        wrapper = averaging(model)
+        network = model if wrapper is None else wrapper.module
+        processes = averaging_processes(model)
         sums, count = [], 0
-        with evaluating(model), torch.no_grad(), DeviceChecks(device_of(model)) as checks:
-            for batch in feed(self.validation, device_of(model)):
-                losses = per_example_losses(model, batch, self.loss_fn)
-                sums.append(losses.double().sum())
-                count += losses.numel()
-            checks.read()
-        if not count:
-            raise InputError(EMPTY)
-        total = math.fsum(torch.stack(sums).tolist())
-        return total / count if math.isfinite(total) else math.inf
+        with together(processes):
+            with evaluating(network), torch.no_grad(), DeviceChecks(device_of(network)) as checks:
+                for batch in feed(self.validation, device_of(network)):
+                    losses = per_example_losses(network, batch, self.loss_fn)
+                    sums.append(losses.double().sum())
+                    count += losses.numel()
+                checks.read()
+            if not count:
+                raise InputError(EMPTY)
+        total, examples = add_up(processes, math.fsum(torch.stack(sums).tolist()), count)
+        return total / examples if math.isfinite(total) else math.inf
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint saves.

@@ -17,7 +17,10 @@ from delfast.device_checks import DeviceChecks
 from delfast.execution import CudaGraphs, Execution
 from delfast.graphs import Graphed, make_backend
 from delfast.loaders import is_frequent
+from delfast.processes import Processes
 from delfast.snapshots import plain_attributes
+from delfast.unlearning.data_parallel import add_up
+from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Steps
 
 log = logging.getLogger("delfast")
@@ -34,8 +37,13 @@ class TrainingStep:
         max_norm: float | None,
         execution: Execution,
         is_frequent: Callable[[Any], bool],
+        processes: Processes | None = None,
+        *,
+        in_step: bool = False,
     ) -> None:
+        """Take steps. processes: over which gradients are averaged; in_step: whether the steps are ``SharedSteps``."""
         self.model, self.optimizer, self.loss_fn, self.max_norm = model, optimizer, loss_fn, max_norm
+        self.processes, self.in_step = processes, in_step
         self.execution = execution
         device = device_of(model)
         self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the losses in an epoch
@@ -67,7 +75,7 @@ class TrainingStep:
         )
 
     def run_epoch(self, batches: Iterable[Any], scheduler: LambdaLR) -> float:
-        """Train for one pass; return the mean loss over its examples."""
+        """Train for one pass; return the mean loss over its examples, those of all processes that train together."""
         self.total.zero_()
         self._graphed.check_hooks()
         # once an epoch: to walk through the modules in every step would take longer than to launch a graph
@@ -82,22 +90,46 @@ class TrainingStep:
             for batch in batches:
                 for rate, group in zip(self.rates, self.optimizer.param_groups, strict=False):
                     rate.fill_(group["lr"])
-                examples += len(self._graphed(batch))
+                losses = self._graphed(batch)
+                examples += 0 if self._is_repeat(batch) else len(losses)
                 scheduler.step()
         self.checks.read()
-        return float(self.total) / max(1, examples)
+        total, count = add_up(self.processes, float(self.total), examples)
+        return total / max(1, count)
 
     def _run(self, batch: Any) -> Tensor:
         """Take one step; return the losses (N,)."""
         self.model.zero_grad(set_to_none=True)
-        losses = per_example_losses(self.model, batch, self.loss_fn, self.execution)
-        check_differentiable(losses)
-        losses.mean().backward()  # type: ignore[no-untyped-call]
+        losses = self._losses(batch)
+        mean = losses.mean()
+        if self.in_step:
+            mean = mean * batch["weight"]
+        mean.backward()  # type: ignore[no-untyped-call]
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
-        self.total += losses.detach().double().sum().to(self.total.device)
+        if not self._is_repeat(batch):
+            self.total += losses.detach().double().sum().to(self.total.device)
         return losses.detach()
+
+    def _losses(self, batch: Any) -> Tensor:
+        """Return the losses (N,) of a batch. In step, all processes raise the error of one before the backward pass."""
+        error: Exception | None = None
+        losses = self.total
+        try:
+            losses = per_example_losses(self.model, batch, self.loss_fn, self.execution)
+            check_differentiable(losses)
+        except Exception as raised:
+            if self.processes is None or not self.in_step:
+                raise
+            error = raised
+        if self.processes is not None and self.in_step:
+            self.processes.raise_first(error)
+        return losses
+
+    def _is_repeat(self, batch: Any) -> bool:
+        """Return whether the batch stands in for one that this process does not have."""
+        return self.in_step and not batch["weight"]
 
     def _run_on_device(self, batch: Any) -> Tensor:
         """Take one step with learning rates that the optimizer reads on the device: a replay repeats a number."""
@@ -151,6 +183,8 @@ def _device_rate(group: dict[str, Any], device: torch.device) -> Tensor:
 
 def frequency(loader: Iterable[Any], epochs: int, cuda_graphs: CudaGraphs) -> Callable[[Any], bool]:
     """Return the function of a batch, or of a step, that decides whether its shape is captured."""
+    if isinstance(loader, SharedSteps):
+        return lambda step: False  # its processes exchange more than gradients in each step
     if not isinstance(loader, Steps):
         return is_frequent(loader, epochs, cuda_graphs)
     by_set = {name: is_frequent(each, loader.passes(name, epochs), cuda_graphs) for name, each in loader.sets.items()}
