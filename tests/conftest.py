@@ -31,6 +31,7 @@ HEAVY = (
     "cli/test_stop.py",
     "test_distributed.py",
     "distributed/test_localize.py",
+    "distributed/test_training.py",
     "distributed/test_evaluate.py",
     "distributed/test_unlearn.py",
 )

@@ -16,8 +16,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from tests.groups import gloo_group
 
-LIMIT_S = 120  # of all scenarios of a start
-WAIT_S = 60  # of one collective: less than the limit, so that a process that waits in vain fails by name
+LIMIT_S = 300  # of all scenarios of a start: half a minute on idle cores
+WAIT_S = 120  # of one collective: less than the limit, so that a process that waits in vain fails by name
 
 
 def run_in_processes(count: int, scenarios: dict[str, Callable[..., Any]], folder: Path) -> list[dict[str, Any]]:
