@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -19,7 +23,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, tensors_of
+from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, tensors_of, warn_about_loader
 from delfast.errors import InputError
 from delfast.processes import Processes
 
@@ -29,6 +33,7 @@ LOADING = (
     "prefetch_factor",
 )  # fmt: skip
 WHOLE_SET = "pass the loader of the whole set without a sampler, which is shared out here"
+HASHES = 2**48  # the number of different hashes, whose sum over thousands of processes an int64 holds
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,18 @@ def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
     The loader is the whole set's, and process r of W takes the batches r, r + W, and so on. Of a DataLoader the
     indices are shared out, so that no process loads what it does not use. Other iterables are iterated as a whole. A
     loader whose sampler shards already, such as a DistributedSampler, is used as it is, without the examples that the
-    sampler repeats. Raises InputError, on every process, unless the shares make up the data set.
+    sampler repeats. Raises InputError, on every process, unless the shares make up the data set. Warns of a data set
+    that augments at random.
     """
     if is_torchs(loader):
-        return _share_of_indices(loader, processes)
-    return _share_of_iterable(loader, processes, loss_fn)
+        shared = _share_of_indices(loader, processes)
+    else:
+        shared = _share_of_iterable(loader, processes, loss_fn)
+    with processes.together():
+        # a sampler that shards is meant to omit examples
+        whole = loader if sharding(loader) is None else SimpleNamespace(dataset=getattr(loader, "dataset", None))
+        warn_about_loader(whole, "set")
+    return shared
 
 
 def refuse_sharded(loader: Any) -> None:
@@ -81,13 +93,13 @@ def is_torchs(loader: Any) -> bool:
 
 def _share_of_indices(loader: Any, processes: Processes) -> Share:
     with processes.together():
-        # the indices of each batch; of a loader without batch_size, its own items
-        units = list(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
+        units = _units(loader)
         sharded = checked_sharding(loader, processes)
         spare = units[:1]
         units = _without_repeats(loader, units)
-        expected = len(loader.sampler) if draws_a_subset(loader) else len(loader.dataset)
-        signature = f"{signature_of(loader.dataset)}; sharded: {sharded is not None}"
+        whole = range(len(loader.dataset))
+        expected = [operator.index(i) for i in sampler_of(loader).indices] if draws_a_subset(loader) else whole
+        signature = f"{signature_of(loader.dataset)}; {_hash_of(expected)}; sharded: {sharded is not None}"
     processes.check_same(
         signature,
         f"expected the same data set on every process, got others; {WHOLE_SET}",
@@ -97,10 +109,17 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
             units = processes.first_of_all(units)
         spare = units[:1]
         units = units[processes.rank :: processes.size]
-    drawn = len(units) if loader.batch_sampler is None else sum(map(len, units))
-    total = processes.count_data(drawn)
-    if total != expected:
-        _refuse_count(total, expected)
+    else:
+        # processes that hold a network between them need the same share, and so the same sum over the data group
+        shares = processes.count_data(zlib.crc32(f"{processes.rank} {units}".encode()))
+        processes.check_same(
+            str(shares), f"expected the same shares on processes that hold a model together, got others; {WHOLE_SET}"
+        )
+    drawn = units if loader.batch_sampler is None else list(itertools.chain.from_iterable(units))
+    total, hashes = processes.count_data(len(drawn)), processes.count_data(_hash_of(drawn)) % HASHES
+    with processes.together():
+        if (total, hashes) != (len(expected), _hash_of(expected)):
+            _refuse_count(total, len(expected))
     options = {name: getattr(loader, name) for name in (*LOADING, "generator")}
 
     def batches(chosen: list[Any]) -> Iterable[Any]:
@@ -109,10 +128,38 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         return DataLoader(loader.dataset, batch_sampler=chosen, **options)
 
     def stand_in() -> Any:
+        if not spare:
+            raise _empty()
         return next(iter(batches(spare)))
 
     by_example = loader.batch_sampler is not None and isinstance(sampler_of(loader), DistributedSampler)
     return Share(batches(units), stand_in, lambda: None, by_example)
+
+
+def _units(loader: Any) -> list[Any]:
+    """Return the indices of each batch as int; of a loader without batch_size, those of its items."""
+    if loader.batch_sampler is None:
+        return [_index(drawn) for drawn in loader.sampler]
+    return [[_index(drawn) for drawn in batch] for batch in loader.batch_sampler]
+
+
+def _index(drawn: Any) -> int:
+    """Return what a sampler has drawn as int; InputError for what is no integer."""
+    try:
+        return operator.index(drawn)
+    except TypeError:
+        raise InputError(
+            f"expected a sampler of integer indices, got {type(drawn).__name__}, whose shares cannot be checked; "
+            f"{WHOLE_SET}"
+        ) from None
+
+
+def _hash_of(indices: Sequence[int]) -> int:
+    """Return the sum, modulo HASHES, of a hash of each index (splitmix64): equal for equal sets in any order."""
+    mixed = numpy.asarray(indices, dtype=numpy.int64).astype(numpy.uint64) + numpy.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
+    return int((mixed ^ (mixed >> numpy.uint64(31))).sum(dtype=numpy.uint64)) % HASHES
 
 
 def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
@@ -135,10 +182,13 @@ def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
 
 
 def signature_of(dataset: Any) -> str:
-    """Return what distinguishes data sets without loading an example: types, lengths, and what is in memory."""
+    """Return what tells data sets apart without loading an example of a Dataset: types, lengths, what is in memory."""
     parts = []
     while dataset is not None:
-        parts.append(f"{type(dataset).__qualname__} of {len(dataset)}")
+        # datasets.Dataset has a fingerprint of its content
+        parts.append(f"{type(dataset).__qualname__} of {len(dataset)} {getattr(dataset, '_fingerprint', '')}")
+        if isinstance(dataset, (list, tuple)):
+            parts.append(_content([dataset[:1], dataset[-1:]]))
         if isinstance(dataset, Subset):
             parts.append(repr(zlib.crc32(repr([int(i) for i in dataset.indices]).encode())))
         if isinstance(dataset, TensorDataset):
@@ -156,7 +206,8 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
         source = iter(loader)
         first = list(itertools.islice(source, 1))
     stream = _Stream(itertools.chain(first, source), processes, loss_fn, is_share=sharded is not None)
-    batch = str(checksum(tensors_of(first[0]))) if first else "no batch"
+    with processes.together():
+        batch = _content(first[0]) if first else "no batch"
     content = batch if sharded is None else "a share"
     processes.check_same(
         content, f"expected the same batches on every process, got another first one on some; {WHOLE_SET}"
@@ -171,7 +222,7 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
 
     def stand_in() -> Any:
         if not first:
-            raise InputError("expected a set of at least one example on every process, got none; check its loader")
+            raise _empty()
         return first[0]
 
     return Share(stream, stand_in, lambda: stream.check(size), isinstance(sampler_of(loader), DistributedSampler))
@@ -201,8 +252,9 @@ class _Stream:
             )
             return
         total = self._processes.count_data(self._examples)
-        if size is not None and total != size:
-            _refuse_count(total, size)
+        with self._processes.together():
+            if size is not None and total != size:
+                _refuse_count(total, size)
 
 
 def _length(loader: Any) -> int | None:
@@ -242,8 +294,34 @@ def checked_sharding(loader: Any, processes: Processes) -> tuple[int, int, str] 
 def _refuse_count(total: int, expected: int) -> None:
     raise InputError(
         f"expected the {expected} examples of the data set, each once, got {total} on all processes together: the "
-        f"sampler repeats or omits some; {WHOLE_SET}"
+        f"sampler repeats or omits some, or is seeded otherwise on some processes; {WHOLE_SET}"
     )
+
+
+def _empty() -> InputError:
+    return InputError("expected a set of at least one example on every process, got none; check its loader")
+
+
+def _content(value: Any) -> str:
+    """Return a checksum of an example or a batch: of its tensors, and of its other leaves."""
+    return f"{checksum(tensors_of(value))} {zlib.crc32(repr(list(_leaves(value))).encode())}"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the leaves that are no tensors; of an object only the type, since its repr may be its address."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(key)
+            yield from _leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, numpy.ndarray):
+        yield from _leaves(value.tolist()) if value.dtype.hasobject else (str(value.dtype), value.tobytes())
+    elif value is None or isinstance(value, (str, bytes, Number)):
+        yield value
+    elif not isinstance(value, Tensor):
+        yield type(value).__qualname__
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:

@@ -1,0 +1,167 @@
+"""What is shared out, and shares that are refused because they are not the set, on every process."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+
+from delfast.batches import tensors_of
+from delfast.processes import Processes
+from delfast.shares import share
+from tests.distributed.spawning import run_in_processes
+
+SIZE = 101
+
+
+def whole_set(size=SIZE):
+    return TensorDataset(torch.arange(size))
+
+
+class Fingerprinted(Dataset):
+    """A data set of this process's own examples, as those of Hugging Face have a fingerprint of their content."""
+
+    def __init__(self, rank):
+        self._fingerprint = f"shard {rank}"
+
+    def __getitem__(self, index):
+        return index
+
+    def __len__(self):
+        return 8
+
+
+class RandomFlip:
+    """A transform that augments at random, by its name."""
+
+
+def own_seed(rank):
+    data = whole_set()
+    return DataLoader(data, 7, sampler=DistributedSampler(data, shuffle=True, seed=rank))
+
+
+def own_epoch(rank):
+    data = whole_set()
+    sampler = DistributedSampler(data, shuffle=True)
+    if rank:
+        sampler.set_epoch(1)
+    return DataLoader(data, 7, sampler=sampler)
+
+
+def own_indices(rank, size=100):
+    return DataLoader(whole_set(size), 7, sampler=SubsetRandomSampler(range(rank, size, 2)))
+
+
+def objects(rank):
+    return DataLoader([{"text": f"{rank}"}, {"text": "b"}, {"text": "c"}])
+
+
+REFUSED = {
+    "own seed": (own_seed, "examples of the data set, each once, got 101 on all processes together"),
+    "own epoch": (own_epoch, "examples of the data set, each once, got 101 on all processes together"),
+    "own indices": (own_indices, "expected the same data set on every process"),
+    "uneven indices": (lambda rank: own_indices(rank, SIZE), "expected the same data set on every process"),
+    "replacement": (
+        lambda rank: DataLoader(whole_set(), sampler=torch.utils.data.RandomSampler(range(SIZE), replacement=True)),
+        "the sampler repeats or omits some",
+    ),
+    "own list": (
+        lambda rank: DataLoader([(torch.tensor(rank), 0), (torch.tensor(5), 1)]), "expected the same data set"
+    ),
+    "own texts": (objects, "expected the same data set on every process"),
+    "fingerprint": (lambda rank: DataLoader(Fingerprinted(rank)), "expected the same data set on every process"),
+    "batches of text": (lambda rank: [[f"{rank}", "b"], ["c"]], "expected the same batches on every process"),
+    "arrays": (lambda rank: [numpy.arange(3) + rank], "expected the same batches on every process"),
+    "keys": (lambda rank: DataLoader({"a": 1}, sampler=["a"]), "expected a sampler of integer indices, got str"),
+}  # fmt: skip
+
+
+def long_arrays(rank):
+    """Two processes draw batches of more indices than numpy prints, which differ in the middle alone."""
+    order = numpy.arange(4000)
+    if rank:
+        order[[1000, 2500]] = order[[2500, 1000]]
+    return DataLoader(whole_set(4000), batch_sampler=[order[:2000], order[2000:]])
+
+
+def of_a_subset(rank):
+    sampler = SubsetRandomSampler(range(0, SIZE, 2), generator=torch.Generator().manual_seed(rank))
+    return DataLoader(whole_set(), batch_sampler=BatchSampler(sampler, 7, drop_last=False))
+
+
+SHARED = {
+    "long": (long_arrays, range(4000)),
+    "subset": (of_a_subset, range(0, SIZE, 2)),
+    "batches": (
+        lambda rank: DataLoader(whole_set(), batch_sampler=BatchSampler(SequentialSampler(range(SIZE)), 7, False)),
+        range(SIZE),
+    ),
+    "sharded": (
+        lambda rank: DataLoader(whole_set(), 7, sampler=DistributedSampler(whole_set(), shuffle=True, seed=3)),
+        range(SIZE),
+    ),
+}
+
+
+def shared_of(loader):
+    return share(loader, Processes(dist.group.WORLD, {}), None)
+
+
+def error_of(function):
+    """Return the type and the text of the error that a function raises."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def refused(rank):
+    return {name: error_of(lambda f=loader_of: shared_of(f(rank))) for name, (loader_of, _) in REFUSED.items()}
+
+
+def drawn(rank):
+    """Return the examples of this process's share of each loader."""
+    return {
+        name: [int(i) for batch in shared_of(loader_of(rank)).batches for t in tensors_of(batch) for i in t.flatten()]
+        for name, (loader_of, _) in SHARED.items()
+    }
+
+
+def warned(rank):
+    data = whole_set()
+    data.transform = RandomFlip()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for sampler in (None, DistributedSampler(data)):
+            shared_of(DataLoader(data, sampler=sampler))
+        shared_of(DataLoader(whole_set(), sampler=DistributedSampler(data)))
+    return [str(each.message) for each in found if "augments at random" in str(each.message)], len(found)
+
+
+def empty(rank):
+    return error_of(shared_of(DataLoader(whole_set(0))).stand_in)
+
+
+def test_shares(tmp_path):
+    scenarios = {"refused": refused, "drawn": drawn, "warned": warned, "empty": empty}
+    results = run_in_processes(2, scenarios, tmp_path)
+    for found in results:
+        for name, (_, text) in REFUSED.items():
+            assert found["refused"][name] is not None, name
+            assert found["refused"][name][0] == "InputError" and text in found["refused"][name][1], (name, found)
+        assert len(found["warned"][0]) == found["warned"][1] == 2
+        assert found["empty"][0] == "InputError" and "at least one example on every process" in found["empty"][1]
+    for name, (_, expected) in SHARED.items():
+        assert sorted(i for found in results for i in found["drawn"][name]) == list(expected), name
