@@ -38,7 +38,7 @@ class MaskedOptimizer(Optimizer):
 
     Parameters may be DTensors: ``model.named_parameters()`` after ``fully_shard`` or ``parallelize_module``. Each
     process then steps the part that it holds, and keeps the state of this part. ``state_dict()`` has the state as dense
-    DTensors laid out like the parameters, with zeros outside the mask, so that ``torch.distributed.checkpoint`` saves
+    tensors laid out like the parameters, with zeros outside the mask, so that ``torch.distributed.checkpoint`` saves
     it, and loads it into any number of processes.
 
     Parameters
@@ -70,8 +70,8 @@ class MaskedOptimizer(Optimizer):
 
     # GradScaler.step then sets .grad_scale and .found_inf, and leaves unscaling and skipping to step()
     _step_supports_amp_scaling = True
-    state_name = ""  # the key in ``self.state[parameter]`` of a plain tensor's state: all kinds, one after another
-    state_kinds: tuple[str, ...] = ()  # the keys of a DTensor's state, each of one kind
+    state_name = ""  # the key in ``self.state[parameter]`` of all kinds of state, one after another
+    state_kinds: tuple[str, ...] = ()  # the keys instead if any parameter is a DTensor, each of one kind
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class MaskedOptimizer(Optimizer):
         parameters = [local_part(parameter) if sharded else parameter for _, parameter, _ in entries]
         start = 0
         for (_, owner, part), parameter, step, size in zip(entries, parameters, steps.unbind(), sizes, strict=True):
-            pieces = by_kind(self._state_keys(sharded, count), state[start : start + size])
+            pieces = by_kind(self._state_keys(count), state[start : start + size])
             start += padded_state(size)
             kept = self.state[owner]
             kept["step"] = step
@@ -206,21 +206,27 @@ class MaskedOptimizer(Optimizer):
         owners = {name: parameter for name, parameter, _ in entries} if sharded else None
         return OpCall(key, parameters, state, steps, plan, by_row, owners)
 
-    def _state_keys(self, sharded: bool, count: int) -> tuple[str, ...]:
+    def _has_dtensors(self) -> bool:
+        """Return whether any parameter is a DTensor; then the state of plain ones too is kept and saved by kind."""
+        return any(is_dtensor(parameter) for _, parameter in self._named())
+
+    def _state_keys(self, count: int) -> tuple[str, ...]:
         """Return the keys in ``self.state[parameter]`` of ``count`` state values for each masked entry."""
-        return () if not count else self.state_kinds if sharded else (self.state_name,)
+        return () if not count else self.state_kinds if self._has_dtensors() else (self.state_name,)
 
     def _begin_state(self) -> None:
-        """Make the state of DTensors that have none, with the count of 0 steps.
+        """Make the state of parameters that have none, with the count of 0 steps, if any of them is a DTensor.
 
         An optimizer without state would be stepped by torch.distributed.checkpoint, with a rate of 0, to learn what
         state it will have. That step would count, and change the sign of some zeros.
         """
+        if not self._has_dtensors():
+            return
         for group in self.param_groups:
-            keys = self._state_keys(True, self._state_count(group))
+            keys = self._state_keys(self._state_count(group))
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 part = self._parts.get(plain_name(name))
-                if part is None or not is_dtensor(parameter):
+                if part is None:
                     continue
                 held, kept = local_part(parameter), self.state[parameter]
                 wide = torch.promote_types(held.dtype, torch.float32)
@@ -255,7 +261,7 @@ class MaskedOptimizer(Optimizer):
                 self.state.pop(parameter, None)
             elif old is not None and (kept := self.state.get(parameter)):
                 before, after = (each.part_of(parameter).for_ops for each in (old, new))
-                for key in self._state_keys(is_dtensor(parameter), 1):
+                for key in self._state_keys(1):
                     if key in kept:
                         kept[key] = move_state(kept[key], before, after)
             # a captured step reads the old mask's plan: other memory tells it that it cannot be replayed any more, and
@@ -278,20 +284,20 @@ class MaskedOptimizer(Optimizer):
         Returns
         -------
         dict
-            "state" and "param_groups". Of a plain parameter, the state is that of the masked entries. Of a DTensor, it
-            is dense: DTensors laid out like the parameter, float32 or float64, with zeros outside the mask. If any
-            parameter is a DTensor, each one that the mask does not select has a "step" of 0, because
+            "state" and "param_groups". If all parameters are plain, the state is that of the masked entries. If any
+            parameter is a DTensor, the state of each is dense: laid out like the parameter, float32 or float64, with
+            zeros outside the mask. Each one that the mask does not select then has a "step" of 0, because
             ``set_optimizer_state_dict`` expects state of every parameter.
         """
         result: dict[str, Any] = super().state_dict()
         named = self._named()
-        if not any(is_dtensor(parameter) for _, parameter in named):
+        if not self._has_dtensors():
             return result
         indices = [index for group in result["param_groups"] for index in group["params"]]
         state = {}
         for index, (name, parameter) in zip(indices, named, strict=True):
             kept = dict(self.state.get(parameter) or {"step": torch.zeros((), dtype=torch.float32)})
-            if is_dtensor(parameter) and (mask := self.mask.parameters.get(plain_name(name))) is not None:
+            if (mask := self.mask.parameters.get(plain_name(name))) is not None:
                 part = mask.part_of(parameter).for_ops
                 kept.update(
                     {kind: unpack_like(kept[kind], part, parameter) for kind in self.state_kinds if kind in kept}
@@ -332,6 +338,7 @@ class MaskedOptimizer(Optimizer):
     def _as_held(self, state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """Return the saved state by index as this optimizer holds it; InputError if it is of another mask."""
         held: dict[int, dict[str, Any]] = dict(state_dict["state"])
+        has_dtensors = self._has_dtensors()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             count = max(1, self._state_count(saved))  # a schedule may have set the momentum to zero since
             for name, parameter, index in zip(group["param_names"], group["params"], saved["params"], strict=False):
@@ -343,8 +350,8 @@ class MaskedOptimizer(Optimizer):
                         check_size(name, entry[self.state_name], 0)
                     del held[index]  # all that a sharded optimizer saves of it is that it took no step
                     continue
-                held[index] = load_state(name, entry, self.state_kinds, self.state_name, mask, parameter)
-                if not is_dtensor(parameter) and (values := held[index].get(self.state_name)) is not None:
+                held[index] = load_state(name, entry, self.state_kinds, self.state_name, mask, parameter, has_dtensors)
+                if not has_dtensors and (values := held[index].get(self.state_name)) is not None:
                     check_size(name, values, count * part.selected)
         return held
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from delfast.errors import InputError
 from delfast.parameter_mask import ParameterMask
-from delfast.sharding import held_part, is_dtensor
+from delfast.sharding import held_part, is_dtensor, local_part
 
 
 def by_kind(kinds: tuple[str, ...], values: Tensor) -> dict[str, Tensor]:
@@ -36,21 +36,28 @@ def unpack_state(packed: Tensor, part: ParameterMask) -> Tensor:
 
 
 def unpack_like(packed: Tensor, part: ParameterMask, parameter: Any) -> Any:
-    """Return as a DTensor laid out like ``parameter`` the dense form of the state that this process holds.
+    """Return, laid out like ``parameter``, the dense form of the state that this process holds.
 
     part: the mask of this process's part.
     """
     dense: Any = torch.zeros_like(parameter.detach(), dtype=packed.dtype)
-    dense.to_local().copy_(unpack_state(packed, part))
+    local_part(dense).copy_(unpack_state(packed, part))
     return dense
 
 
 def load_state(
-    name: str, saved: dict[str, Any], kinds: tuple[str, ...], joint: str, mask: ParameterMask, parameter: Any
+    name: str,
+    saved: dict[str, Any],
+    kinds: tuple[str, ...],
+    joint: str,
+    mask: ParameterMask,
+    parameter: Any,
+    is_by_kind: bool,
 ) -> dict[str, Any]:
     """Return the saved state of one parameter in the form in which its optimizer holds it.
 
-    kinds: the keys of a DTensor's state; joint: the key of a plain tensor's, whose packed kinds follow one another.
+    is_by_kind: whether the optimizer holds the state under ``kinds``, as one with DTensors does; else it holds it under
+    the key ``joint``, and the packed kinds follow one another.
     saved: as an optimizer of either holds it, or dense, as gathered from DTensors; other keys are kept.
 
     Raises InputError for state of another size than the mask of the whole parameter has.
@@ -59,7 +66,7 @@ def load_state(
     whole, held = mask.for_ops, saved.get(joint)
     # dense state of one kind may have the key of packed state; where their shapes are equal too, so are their values
     if held is not None and (joint not in kinds or not (is_dtensor(held) or held.shape == parameter.shape)):
-        if not is_dtensor(parameter):
+        if not is_by_kind:
             return saved
         check_size(name, held, len(kinds) * mask.selected)
         dense = {kind: unpack_state(values, whole) for kind, values in by_kind(kinds, held.flatten()).items()}
@@ -75,7 +82,7 @@ def load_state(
                 "is of another network"
             )
     packed = {kind: pack_state(held_part(dense[kind], parameter), mask.part_of(parameter).for_ops) for kind in kinds}
-    return {**state, **(packed if is_dtensor(parameter) else {joint: torch.cat(list(packed.values()))})}
+    return {**state, **(packed if is_by_kind else {joint: torch.cat(list(packed.values()))})}
 
 
 def check_size(name: str, held: Tensor, expected: int) -> None:

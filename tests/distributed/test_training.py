@@ -25,7 +25,9 @@ from delfast.sharding import is_dtensor, local_part, part_of
 from tests.groups import gloo_group
 
 SECONDS = 300  # of a job of several processes, after which it has failed
-LAYOUTS = {2: ("fsdp", "rows", "columns"), 3: ("fsdp",), 4: ("fsdp", "hsdp", "fsdp + rows and columns")}
+LAYOUTS = {
+    2: ("fsdp", "rows", "columns", "mixed"), 3: ("fsdp", "mixed"), 4: ("fsdp", "hsdp", "fsdp + rows and columns")
+}  # fmt: skip
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": lambda named, mask: MaskedSGD(named, mask, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adamw": lambda named, mask: MaskedAdamW(named, mask, lr=torch.tensor(0.05), weight_decay=0.1),
@@ -44,7 +46,7 @@ class Turned(nn.Module):
 
 
 class Net(nn.Module):
-    """Sizes that 2, 3 and 4 processes do not divide, parameters with less rows than processes, and a zero below 0."""
+    """A network of odd sizes, with parameters of fewer rows than there are processes, and with a zero below 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ def network(seed: int = 1) -> Net:
 
 
 def masks() -> dict[str, Mask]:
-    """Of rows and of elements, each without an entry of one weight and one bias; in full for the last layer."""
+    """Return a mask of rows and one of elements: all of the last layer, and no entry of one weight and one bias."""
     torch.manual_seed(3)
     dense: dict[str, dict[str, Tensor]] = {"rows": {}, "elements": {}}
     for name, p in Net().named_parameters():
@@ -78,7 +80,7 @@ def masks() -> dict[str, Mask]:
 
 
 def sharded(layout: str, model: nn.Module) -> nn.Module:
-    """Shard a model of which every process has a copy."""
+    """Shard a model that every process has a copy of."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
@@ -98,6 +100,8 @@ def sharded(layout: str, model: nn.Module) -> nn.Module:
     if layout in ("rows", "columns"):
         mesh = init_device_mesh("cpu", (processes,))
         return distribute_module(model, mesh, split(lambda _: layout == "columns"))
+    if layout == "mixed":  # plain parameters beside DTensors
+        return fully_shard(model, ignored_params={*model.first.parameters(), *model.turned.parameters()})  # type: ignore[union-attr]
     if layout == "fsdp":
         for module in (model.first, model.last):
             fully_shard(module)  # type: ignore[arg-type]
@@ -163,7 +167,7 @@ def check_reset(layout: str, folder: Path) -> None:
     save_state(path, {f"module.{name}": p for name, p in fresh.state_dict().items()})
     other = sharded(layout, network(9))
     gathered = {
-        name: p.redistribute(placements=[Replicate()] * p.device_mesh.ndim)  # type: ignore[attr-defined]
+        name: p.redistribute(placements=[Replicate()] * p.device_mesh.ndim) if is_dtensor(p) else p  # type: ignore[attr-defined]
         for name, p in sharded(layout, network(9)).named_parameters()
     }
     sources = [Net, fresh, fresh.state_dict(), other, other.state_dict(), gathered, path, str(path)]
@@ -287,7 +291,10 @@ def check_checkpoints(layout: str, folder: Path) -> None:
         assert state.keys() == dict(one.named_parameters()).keys()
         for key, entry in state.items():
             assert entry.pop("step") == 0 and bool(entry) == bool(mask[key].selected)
-            assert all(value.placements == model.get_parameter(key).placements for value in entry.values())
+            parameter = model.get_parameter(key)
+            for value in entry.values():
+                assert value.shape == parameter.shape and is_dtensor(value) == is_dtensor(parameter)
+                assert not is_dtensor(value) or value.placements == parameter.placements  # type: ignore[attr-defined]
             entry["step"] = torch.zeros(())
         checkpoint.load(parts, checkpoint_id=path)
         set_state_dict(model, ours, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
@@ -297,6 +304,7 @@ def check_checkpoints(layout: str, folder: Path) -> None:
             assert entry["step"] == (3 if part.selected else 0)
             for value in entry.values():
                 assert not value.ndim or not local_part(value)[~part.part_of(value).dense()].any()
+                assert not value.ndim or value.shape == part.shape
         for net, optimizer in ((one, theirs), (model, ours)):
             take_steps(net, optimizer, range(3, 6))
         assert_equal_parts(model, one)
@@ -313,7 +321,7 @@ def one_name(optimizer: Any, index: int) -> str:
 
 
 def check_other_forms_of_state(layout: str) -> None:
-    """Gathered, flattened, and that of one process: each goes on bit for bit."""
+    """Check state that is gathered, flattened, or of one process: each goes on bit for bit."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -412,7 +420,7 @@ def check_tensor_parallel_training(layout: str) -> None:
 
 
 def check_what_is_refused(layout: str) -> None:
-    """In every process at once, so that none waits for another."""
+    """Check what every process refuses at once, so that none waits for another."""
     if layout != "fsdp":
         return
     rank, (rows, elements) = torch.distributed.get_rank(), masks().values()
@@ -451,6 +459,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "passes": check_tensor_parallel_training,
     "refused": check_what_is_refused,
 }
+MIXED = ("reset", "steps", "replace", "checkpoints", "forms")  # scenarios of the layout with plain parameters
 
 
 def job(rank: int, processes: int, folder: Path) -> None:
@@ -458,6 +467,8 @@ def job(rank: int, processes: int, folder: Path) -> None:
     with gloo_group(folder / f"store-{processes}", rank, processes):
         for layout in LAYOUTS[processes]:
             for name, check in SCENARIOS.items():
+                if layout == "mixed" and name not in MIXED:
+                    continue
                 began = time.perf_counter()
                 try:
                     check(*(layout, folder)[: check.__code__.co_argcount])
