@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import model_parameters, plain_name, unwrap
+from delfast.processes import Processes
 from delfast.seeding import seeded
-from delfast.sharding import held_part, is_dtensor, is_same_everywhere, local_part, refuse_different_masks, reshard
+from delfast.sharding import held_part, is_dtensor, local_part, refuse_different_masks, reshard
 from delfast.slices import read_parts
 from delfast.sole_use import used_alone
 
 Init = Callable[[], nn.Module] | nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """Source of new values: a factory, a second model, a state dict, a safetensors file, or "reset_parameters"."""
+
+BLOCKS, BLOCK_BYTES = 256, 4096  # of a file, by which processes compare theirs without reading them as a whole
 
 
 @used_alone
@@ -58,7 +63,8 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     ------
     InputError
         If the mask is of another architecture, if ``init`` lacks a masked parameter or has it in another shape, and if
-        the processes that hold a sharded model pass different masks or values. Nothing is changed then.
+        the processes that hold a sharded model pass different masks, values or files. Nothing is changed then, in any
+        process; an error of one is raised by all that hold the model.
 
     References
     ----------
@@ -76,13 +82,25 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     >>> (model.weight != before).tolist()
     [[True, True], [False, False]]
     """
-    check_type("mask", mask, Mask, "a delfast.Mask")
-    seed = check_seed(seed)
     targets = model_parameters(unwrap(model), sharded=True)
-    refuse_different_masks(mask.digest, targets.values())
-    matched = {name: (parameter, part) for name, parameter, part in mask.match(targets)}
-    parameters = {name: parameter for name, (parameter, _) in matched.items()}
-    fresh = _fresh_parts(model, init, seed, parameters)
+    processes = Processes(None, targets) if any(map(is_dtensor, targets.values())) else None
+    # no process exchanges anything else inside, so that an error of one is raised by all before any of them writes
+    with nullcontext() if processes is None else processes.together():
+        check_type("mask", mask, Mask, "a delfast.Mask")
+        seed = check_seed(seed)
+        matched = {name: (parameter, part) for name, parameter, part in mask.match(targets)}
+        parameters = {name: parameter for name, (parameter, _) in matched.items()}
+        path = Path(check_path("init", init)) if _is_path(init) else None
+        values = _checked_values(model, init, seed, parameters) if path is None else read_parts(path, parameters)
+        content = "" if processes is None else _content_of(values) if path is None else _content_of_file(path)
+    if processes is not None:
+        refuse_different_masks(mask.digest, targets.values())
+        processes.check_same(
+            content,
+            "expected the same fresh values in all processes that hold a sharded model, got different ones; pass the "
+            "same seed, model, state dict or file everywhere",
+        )
+    fresh = {name: held_part(values[name], p) for name, p in parameters.items()} if path is None else values
     entries = [(local_part(p), fresh[name], part.part_of(p).for_ops) for name, (p, part) in matched.items()]
     for device in {held.device for held, _, _ in entries}:
         here = [entry for entry in entries if entry[0].device == device]
@@ -96,10 +114,12 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     torch.autograd.graph.increment_version([p for p in parameters.values() if is_dtensor(p)])
 
 
-def _fresh_parts(model: nn.Module, init: Any, seed: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return this process's part of the new values of each parameter, by plain name."""
-    if isinstance(init, (str, PathLike)) and init != "reset_parameters":
-        return read_parts(Path(check_path("init", init)), parameters)
+def _is_path(init: Any) -> bool:
+    return isinstance(init, (str, PathLike)) and init != "reset_parameters"
+
+
+def _checked_values(model: nn.Module, init: Any, seed: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the new values of each parameter, as a whole or as DTensors, by plain name. Nothing is exchanged."""
     sharded = [name for name, parameter in parameters.items() if is_dtensor(parameter)]
     if sharded and isinstance(init, str):
         raise InputError(
@@ -115,13 +135,27 @@ def _fresh_parts(model: nn.Module, init: Any, seed: int, parameters: Mapping[str
                 f"expected fresh values for '{name}' of shape {tuple(parameter.shape)}, got "
                 f"{tuple(fresh[name].shape)}; pass a factory of the same network"
             )
-    whole = [fresh[name] for name in sharded if not is_dtensor(fresh[name])]
-    if not is_same_everywhere(sum(map(_bit_sum, whole)), parameters.values()):
-        raise InputError(
-            "expected the same fresh values in all processes that hold a sharded model, got different ones; pass the "
-            "same seed, model or state dict everywhere"
-        )
-    return {name: held_part(fresh[name], parameter) for name, parameter in parameters.items()}
+    return {name: fresh[name] for name in parameters}
+
+
+def _content_of(values: Mapping[str, Any]) -> str:
+    """Return text that is the same for the same values; of a DTensor, each process holds another part of the values."""
+    forms = {
+        name: f"{value.device_mesh.shape} {value.placements}" if is_dtensor(value) else _bit_sum(value)
+        for name, value in values.items()
+    }
+    return str(forms)
+
+
+def _content_of_file(path: Path) -> str:
+    """Return the size of a file, and a digest of its first block and of others at even distances."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in range(0, size, max(BLOCK_BYTES, size // BLOCKS)):
+            file.seek(start)
+            digest.update(file.read(BLOCK_BYTES))
+    return f"{size} {digest.hexdigest()}"
 
 
 def _bit_sum(values: Tensor) -> int:

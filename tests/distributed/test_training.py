@@ -419,6 +419,38 @@ def check_tensor_parallel_training(layout: str) -> None:
         torch.testing.assert_close(local_part(p), part_of(one.get_parameter(name), p))
 
 
+def check_sources_of_one_process(layout: str, folder: Path) -> None:
+    """Check that a source that one process lacks, or has otherwise, changes the model in none of them."""
+    if layout not in ("fsdp", "mixed"):
+        return
+    rank, processes, mask = torch.distributed.get_rank(), torch.distributed.get_world_size(), masks()["rows"]
+    only = Mask.from_dense({n: torch.full(p.shape, n.startswith("first")) for n, p in Net().named_parameters()})
+
+    def failing() -> nn.Module:
+        if rank:
+            raise OSError("no memory")
+        return Net()
+
+    own = folder / f"own-{layout}-{processes}-{rank}.safetensors"
+    if rank == 0:
+        save_state(own, network(9).state_dict())
+    model = sharded(layout, network())
+    for missing in (own, str(own)):
+        with pytest.raises(InputError, match=r"there is none; check the path \(on rank 1\)"):
+            delfast.reset_(model, mask, missing)
+    save_state(own, network(9 + rank).state_dict())
+    with pytest.raises(RuntimeError, match=r"OSError: no memory \(on rank 1\)"):
+        delfast.reset_(model, mask, failing)
+    with pytest.raises(InputError, match="pass the same seed, model, state dict or file everywhere"):
+        delfast.reset_(model, mask, own)
+    for chosen in (mask, only):  # of a mixed layout, the second selects plain parameters alone
+        with pytest.raises(InputError, match="expected the same fresh values in all processes"):
+            delfast.reset_(model, chosen, Net, seed=rank)
+    with pytest.raises(InputError, match=r"seed .* \(on rank 1\)"):
+        delfast.reset_(model, mask, Net, seed=-rank)
+    assert_equal_parts(model, network())
+
+
 def check_what_is_refused(layout: str) -> None:
     """Check what every process refuses at once, so that none waits for another."""
     if layout != "fsdp":
@@ -458,8 +490,16 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "job": check_whole_job,
     "passes": check_tensor_parallel_training,
     "refused": check_what_is_refused,
+    "sources": check_sources_of_one_process,
 }
-MIXED = ("reset", "steps", "replace", "checkpoints", "forms")  # scenarios of the layout with plain parameters
+MIXED = (
+    "reset",
+    "steps",
+    "replace",
+    "checkpoints",
+    "forms",
+    "sources",
+)  # scenarios of the layout with plain parameters
 
 
 def job(rank: int, processes: int, folder: Path) -> None:
