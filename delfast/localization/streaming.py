@@ -55,12 +55,12 @@ def streamed_scores(
 ) -> Scores | None:
     """Return the scores of all channels, without their gradients; None for what only ``score`` can compute.
 
-    It must be a set of one batch, a criterion of the mean gradient, and plain parameters without float64, each of which
-    gets its gradient at once.
+    It must be a set of one batch, a criterion of the mean gradient, and plain parameters without float64 that each get
+    their gradient at once.
     """
-    check_loader(loader, "loader")
     if criterion not in ("weighted_grad", "grad") or execution.cuda_graphs is True or not _has_one_batch(loader):
         return None
+    check_loader(loader, "loader")
     network = unwrap(model)
     parameters = trainable_parameters(network, sharded=True)
     if not parameters or is_laid_out(network) or any(p.dtype == torch.float64 for p in parameters.values()):

@@ -86,6 +86,11 @@ def test_what_cannot_be_streamed_is_computed_as_a_whole() -> None:
 
 def test_errors_are_those_of_score() -> None:
     model = cases.SmallNet()
+    assert delfast.localize(model, None, 0.3, criterion="weight").selected
+    with pytest.raises(
+        delfast.InputError, match="expected the loader to be a DataLoader or another iterable of batches"
+    ):
+        delfast.localize(model, {"input_ids": BATCH[-2]}, 0.3)
     with pytest.raises(delfast.InputError, match="at least one example"):
         delfast.localize(model, [(BATCH[-2][:0], BATCH[-1][:0])], 0.3)
     with torch.no_grad():

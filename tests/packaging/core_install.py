@@ -68,6 +68,19 @@ class Registered(torch.nn.Linear):
     pass
 
 
+class TokenModel(torch.nn.Linear):
+    """Tokens (N, T) -> logits (N, T, 7)."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 7)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids[..., None].float())
+
+
+TOKENS = {"input_ids": torch.arange(6).view(2, 3)}
+
+
 def loss(model: Any, batch: Any) -> Any:
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
@@ -140,6 +153,8 @@ def calls() -> dict[str, dict[str, Call]]:
             "InputError": works(lambda: delfast.InputError("x")),
             "Mask": works(lambda: (MASK.save(HOME / "mask.safetensors"), delfast.Mask.load(HOME / "mask.safetensors"))),
             "__version__": works(lambda: delfast.__version__),
+            "causal_lm_loss": works(lambda: delfast.causal_lm_loss(TokenModel(), TOKENS)),
+            "tokens_per_example": works(lambda: delfast.tokens_per_example([TOKENS])),
             "compact": works(lambda: delfast.compact(MODEL, MASK).undo()),
             "evaluate": works(lambda: delfast.evaluate(MODEL, **SETS, test=BATCHES, mia=False)),
             "register_layer": works(lambda: delfast.register_layer(Registered, output_dim=0)),
