@@ -46,3 +46,12 @@ def _run(rank: int, count: int, scenarios: dict[str, Callable[..., Any]], folder
                 traceback.print_exc()
                 raise AssertionError(f"scenario {name} on rank {rank} of {count}: {error}") from error
     torch.save(results, folder / f"{rank}.pt")
+
+
+def error_of(function: Callable[[], Any]) -> tuple[str, str] | None:
+    """Return the type and the text of the error that a function raises."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None

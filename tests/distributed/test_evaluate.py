@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import delfast
 from delfast.evaluation import accuracy_and_loss, kl_to_oracle, predictions
 from delfast.sharding import is_dtensor
-from tests.distributed.spawning import run_in_processes
+from tests.distributed.spawning import error_of, run_in_processes
 
 FEATURES, HIDDEN, OUTPUTS, CLASSES, WORDS = 6, 10, 7, 3, 11
 
@@ -247,15 +247,6 @@ ERRORS = {
         "data set: expected finite outputs of the model, got NaN",
     ),
 }  # fmt: skip
-
-
-def error_of(function):
-    """Return the type and the text of the error that a function raises."""
-    try:
-        function()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 def failing(kind, layout, rank):

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 import delfast
-from tests.distributed.spawning import run_in_processes
+from tests.distributed.spawning import error_of, run_in_processes
 
 AGGREGATES = ("topk_mean", "mean", "max", "sum")
 FEATURES, HIDDEN, OUTPUTS, CLASSES = 6, 10, 7, 3
@@ -329,15 +329,6 @@ REFUSED = {
     other_rank: "expected a DistributedSampler for rank 0 of the group's",
     dropping: "examples of the data set, each once, got",
 }
-
-
-def error_of(function):
-    """Return the type and the text of the error that a function raises."""
-    try:
-        function()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 def refused(loader_of, rank):

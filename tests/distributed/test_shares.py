@@ -20,7 +20,7 @@ from torch.utils.data import (
 from delfast.batches import tensors_of
 from delfast.processes import Processes
 from delfast.shares import share
-from tests.distributed.spawning import run_in_processes
+from tests.distributed.spawning import error_of, run_in_processes
 
 SIZE = 101
 
@@ -116,15 +116,6 @@ SHARED = {
 
 def shared_of(loader):
     return share(loader, Processes(dist.group.WORLD, {}), None)
-
-
-def error_of(function):
-    """Return the type and the text of the error that a function raises."""
-    try:
-        function()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 def refused(rank):

@@ -23,7 +23,7 @@ from delfast.unlearning.data_parallel import averaging_processes
 from delfast.unlearning.method import UnlearningTask
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Steps
-from tests.distributed.spawning import run_in_processes
+from tests.distributed.spawning import error_of, run_in_processes
 
 EPOCHS, CLASSES = 3, 3
 TRAINED = sorted(name for name, method in METHODS.items() if method().epochs)
@@ -252,14 +252,6 @@ SHARDED_REFUSED = {
 
 
 # Refused
-
-
-def error_of(function):
-    try:
-        function()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 def run(model, rank, method="finetune", *, group=True, **options):
