@@ -112,7 +112,7 @@ class Processes:
         _refuse(raw[1:].rstrip(b"\0").decode(errors="replace"), is_input=bool(raw[0]), cause=error)
 
     def in_step(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Yield the values, none of which is None, and then None until the last process of the job is done.
+        """Yield the values, and then None until the last process of the job is done. No value is None.
 
         An error of one process's iterable is raised by all.
         """

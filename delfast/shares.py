@@ -188,7 +188,7 @@ def signature_of(dataset: Any) -> str:
         # datasets.Dataset has a fingerprint of its content
         parts.append(f"{type(dataset).__qualname__} of {len(dataset)} {getattr(dataset, '_fingerprint', '')}")
         if isinstance(dataset, (list, tuple)):
-            parts.append(_content([dataset[:1], dataset[-1:]]))
+            parts.append(content_of([dataset[:1], dataset[-1:]]))
         if isinstance(dataset, Subset):
             parts.append(repr(zlib.crc32(repr([int(i) for i in dataset.indices]).encode())))
         if isinstance(dataset, TensorDataset):
@@ -207,7 +207,7 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
         first = list(itertools.islice(source, 1))
     stream = _Stream(itertools.chain(first, source), processes, loss_fn, is_share=sharded is not None)
     with processes.together():
-        batch = _content(first[0]) if first else "no batch"
+        batch = content_of(first[0]) if first else "no batch"
     content = batch if sharded is None else "a share"
     processes.check_same(
         content, f"expected the same batches on every process, got another first one on some; {WHOLE_SET}"
@@ -302,7 +302,7 @@ def _empty() -> InputError:
     return InputError("expected a set of at least one example on every process, got none; check its loader")
 
 
-def _content(value: Any) -> str:
+def content_of(value: Any) -> str:
     """Return a checksum of an example or a batch: of its tensors, and of its other leaves."""
     return f"{checksum(tensors_of(value))} {zlib.crc32(repr(list(_leaves(value))).encode())}"
 

@@ -218,7 +218,7 @@ def unlearn(
 
 @dataclass(frozen=True)
 class _Job:
-    """What ``unlearn`` has checked and prepared: nothing is changed yet."""
+    """The arguments of ``unlearn``, checked and prepared; nothing is changed yet."""
 
     method: Method
     task: UnlearningTask

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from delfast.batches import tensors_of
 from delfast.errors import InputError
 from delfast.feeding import feed
 from delfast.processes import Processes
-from delfast.shares import LOADING, WHOLE_SET, checked_sharding, checksum, is_torchs, signature_of
+from delfast.shares import LOADING, WHOLE_SET, checked_sharding, content_of, is_torchs, signature_of
 from delfast.unlearning.loaders import first_batch, preserved
 from delfast.unlearning.steps import Step, StepPlan, Steps
 
@@ -52,7 +51,7 @@ class SharedSteps(Steps):
         for name, loader in self.sets.items():
             by_index = self._is_sharded or is_torchs(loader)
             with self.processes.together(), preserved([loader]):
-                first = "" if by_index else str(checksum(tensors_of(first_batch(loader, name))))
+                first = "" if by_index else content_of(first_batch(loader, name))
             known = signature_of(loader.dataset) if is_torchs(loader) else first
             self.processes.check_same(
                 f"{self._is_sharded} {len(loader)} {known}",

@@ -1,4 +1,4 @@
-"""What is shared out, and shares that are refused because they are not the set, on every process."""
+"""Shares of a set: those that are shared out, and those that every process refuses because they are not the set."""
 
 from __future__ import annotations
 

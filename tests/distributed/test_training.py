@@ -535,7 +535,7 @@ needs_gloo = pytest.mark.skipif(sys.platform != "linux", reason="gloo by a share
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What two processes have written; the jobs of three and four go on from there."""
+    """The files that two processes have written; the jobs of three and four processes go on from there."""
     if os.listdir("/sys/class/net") == []:
         pytest.skip("gloo needs a network interface, be it the loopback, and there is none")
     folder = tmp_path_factory.mktemp("jobs")

@@ -62,7 +62,7 @@ def test_an_error_that_nobody_asked_for_is_forgotten() -> None:
 
 
 class Ended(BaseException):
-    """What a handler of SIGTERM raises here."""
+    """The exception that the handler of SIGTERM raises in these tests."""
 
 
 @contextmanager
