@@ -423,6 +423,14 @@ class Ledger:
         originals = self.identifiers.originals(self.job.ids, stored)
         return self.job.positions(originals[each] for each in stored)
 
+    def positions_by_request(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield each request's number and the positions (examples,), int64, of its examples in the training set."""
+        import torch
+
+        found = {self.identifiers.stored(each): position for position, each in enumerate(self.job.ids)}
+        for number, ids in queries.stored_ids(self.store):
+            yield number, torch.tensor([found[each] for each in ids], dtype=torch.int64)
+
     def _originals(self, ids: tuple[str, ...]) -> tuple[str, ...] | None:
         """Return identifiers as text, in order; None without what is needed to find them."""
         if not self.created["hash_ids"]:
