@@ -7,7 +7,7 @@ from typing import cast
 
 import typer
 
-from delfast.cli import steps, tools
+from delfast.cli import ledger, steps, tools
 from delfast.cli.console import start_log
 from delfast.errors import InputError
 from delfast.experiments.interrupts import Stopped
@@ -41,3 +41,4 @@ for command in (
     *(tools.compare, tools.verify, tools.bench, tools.doctor, tools.demo),
 ):
     app.command()(command)
+app.add_typer(ledger.app, name="ledger")

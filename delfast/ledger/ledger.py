@@ -301,7 +301,7 @@ class Ledger:
         >>> ledger.add_requests([{"ids": ["3", "14"]}, {"ids": ["15"], "reason": "case 8"}])  # doctest: +SKIP
         [1, 2]
         """
-        read = [read_request(fields) for fields in requests]
+        read = list(_read_all(requests))
         stored = [[self.identifiers.stored(each) for each in ids] for ids, _, _ in read]
         self.job.positions(each for ids, _, _ in read for each in ids)  # names the first unknown one
         originals = _without_repeats(read, stored)
@@ -549,6 +549,15 @@ def _same_job(path: str | os.PathLike[str], created: Mapping[str, Any]) -> Job:
             f"{len(job.ids)} examples now, {created['examples']} then; restore them, or make another ledger"
         )
     return job
+
+
+def _read_all(requests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], str | None, str | None]]:
+    """Yield the fields of each request, checked; InputError says which request it is, counted from 1."""
+    for position, fields in enumerate(requests, start=1):
+        try:
+            yield read_request(fields)
+        except InputError as error:
+            raise InputError(f"request {position} of those to add: {error}") from None
 
 
 def _without_repeats(read: list[tuple[list[str], str | None, str | None]], stored: list[list[str]]) -> dict[str, str]:
