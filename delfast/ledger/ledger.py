@@ -482,6 +482,32 @@ class Ledger:
         problems = recorded.problems(self.path) if files else ()
         return Verification(found.count, found.head, (*found.problems, *problems))
 
+    def report(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write a report of all requests and runs: ``report.html``, which needs no other file, and ``report.md``.
+
+        Its first lines give the number of requests by status, the thresholds that held, and the ledger's head.
+
+        Parameters
+        ----------
+        output_dir : path-like
+            Directory of the report; made if it does not exist.
+
+        Raises
+        ------
+        InputError
+            If the ledger's chain of entries does not hold (``verify``). Nothing was written then.
+
+        Examples
+        --------
+        >>> ledger.report("ledger-report")  # doctest: +SKIP
+        """
+        from delfast.ledger.report import write_report
+
+        found = self.verify(files=False)
+        if not found.holds:
+            raise InputError(f"expected a ledger that holds, but {found.problems[0]}; see `delfast ledger verify`")
+        write_report(self.store.entries(), Path(output_dir))
+
 
 def _facts(job: Job, model: Path) -> dict[str, Any]:
     """Return what the first entry records of the job and the model, after reading both."""
