@@ -4,46 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from delfast.errors import InputError
-from delfast.jobs import Accept
+from delfast.ledger.results import Check
+
+if TYPE_CHECKING:  # imports torch
+    from delfast.jobs import Accept
 
 MIN_REFERENCES = 2  # the variance of LiRA's Gaussians, and an interval of the relearning ratio, need two
-
-
-@dataclass(frozen=True)
-class Check:
-    """One threshold and the measured value.
-
-    Parameters
-    ----------
-    name : str
-        "outside_mask" (entries changed outside the mask), "test_drop" (percentage points), "attack_advantage" (0 to 1),
-        "relearn_ratio", or "method" if the method itself failed.
-    value : float or None
-        The measured value; None if it could not be measured.
-    limit : float or None
-        The largest value that holds.
-    held : bool
-        Whether the value was measured and is at most the limit.
-    set : str
-        The set that was measured: "test", "forget", "model", or "run 3" for the forget set of an earlier run. For "method" the
-        error.
-
-    Examples
-    --------
-    >>> from delfast.ledger import Check
-    >>> Check("test_drop", 0.4, 2.0, True, "test").held
-    True
-    """
-
-    name: str
-    value: float | None
-    limit: float | None
-    held: bool
-    set: str
 
 
 def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: Callable[[], Sequence[Any]]) -> None:
@@ -119,9 +88,12 @@ def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: b
         if check.name == "method":
             lines.append(f"{settings['method']} failed: {check.set}")
         elif check.value is None:
-            lines.append(f"{check.name} of '{check.set}' could not be measured: too few examples; take up more requests")
+            lines.append(
+                f"{check.name} of '{check.set}' could not be measured: too few examples; take up more requests"
+            )
         else:
-            lines.append(f"{check.name} of '{check.set}' is {check.value:.4g}, the limit is {check.limit:.4g}; {HELP[check.name]}")
+            found = f"{check.name} of '{check.set}' is {check.value:.4g}, the limit is {check.limit:.4g}"
+            lines.append(f"{found}; {HELP[check.name]}")
     if not escalated:
         lines.append("--escalate tries the settings of the job file in order, retraining last")
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # imports torch
     from torch import Tensor
 
     from delfast.jobs import Job
+    from delfast.ledger.purging import HeldFile
+    from delfast.ledger.running import LocalizeOn, RunResult
 
 CREATED = "created"
 MODELS = "models"
@@ -439,6 +441,184 @@ class Ledger:
             return None
         found = self._identifiers.originals(self._job.ids, set(ids))
         return tuple(found[each] for each in ids)
+
+    # ---- work
+
+    def run(
+        self,
+        *,
+        requests: Sequence[int] | None = None,
+        method: str | None = None,
+        budget: float | None = None,
+        localize_on: LocalizeOn | None = None,
+        escalate: bool | None = None,
+        seed: int | None = None,
+        device: str = "auto",
+        watch: Callable[[str], None] = lambda line: None,
+    ) -> RunResult:
+        """Make the newest accepted model unlearn the open requests, audit the result, and accept or reject it.
+
+        All open requests are taken up together. The retained examples are the training set without those of accepted
+        requests and of the requests taken up. A run that was stopped is continued, to the same model: call ``run``
+        without arguments then.
+
+        Parameters
+        ----------
+        requests : sequence of int, optional
+            Numbers of the requests to take up. Default: all open ones.
+        method : str, optional
+            Method, with the first of the job's settings that has it. Default: the job's first setting.
+        budget : float, optional
+            Fraction of the parameters to select. Default: the setting's.
+        localize_on : {"new", "all"}, optional
+            Whether to localize the examples of the requests taken up ("new", the default), or with them those of every
+            accepted request.
+        escalate : bool, optional
+            Whether to try the job's other settings in order where the thresholds do not hold, and retraining last.
+            Default: no.
+        seed : int, optional
+            Seed of everything random. Default: derived from the run's number.
+        device : str
+            "auto", "cpu", "cuda" or "cuda:N". Default: "auto".
+        watch : callable
+            Called with a line for each step. Default: lines are dropped.
+
+        Returns
+        -------
+        RunResult
+            Whether the result was accepted, and by which figures. A rejected run leaves the accepted model as it is.
+
+        Raises
+        ------
+        InputError
+            For arguments beside a run that was stopped, requests that are not open, a threshold that cannot be
+            measured, and a ledger that another process works on. Nothing was recorded then.
+
+        Examples
+        --------
+        >>> ledger.run().accepted  # doctest: +SKIP
+        True
+        """
+        from delfast.ledger.running import Choice, run
+
+        choice = Choice(requests, method, budget, localize_on, escalate, seed)
+        return run(self, choice, device=device, watch=watch)
+
+    def abandon(self) -> int:
+        """End a run that was stopped, as rejected; its requests stay open.
+
+        Returns
+        -------
+        int
+            Number of the run.
+
+        Raises
+        ------
+        InputError
+            If every run has a result.
+
+        Examples
+        --------
+        >>> ledger.abandon()  # doctest: +SKIP
+        3
+        """
+        from delfast.ledger.running import abandon
+
+        return abandon(self)
+
+    def train_references(
+        self, count: int = 8, *, device: str = "auto", watch: Callable[[str], None] = lambda line: None
+    ) -> list[int]:
+        """Train reference models until the ledger has ``count`` of them.
+
+        Each knows a random half of the examples that no request has named. The audit compares a model with those that
+        did not know an example. They serve all runs, until they are purged.
+
+        Parameters
+        ----------
+        count : int
+            Number of references to have. Default: 8.
+        device : str
+            As for ``run``. Default: "auto".
+        watch : callable
+            Called with a line for each reference. Default: lines are dropped.
+
+        Returns
+        -------
+        list of int
+            Numbers of the new references.
+
+        Raises
+        ------
+        InputError
+            If another process works on the ledger.
+
+        Examples
+        --------
+        >>> ledger.train_references(8)  # doctest: +SKIP
+        [1, 2, 3, 4, 5, 6, 7, 8]
+        """
+        from delfast.ledger.references import train_references
+
+        return train_references(self, count, device=device, watch=watch)
+
+    def holding(self) -> list[HeldFile]:
+        """Return the ledger's files that hold examples of requests, open ones included.
+
+        Returns
+        -------
+        list of HeldFile
+            The files, with the requests that each holds.
+
+        Examples
+        --------
+        >>> [each.file for each in ledger.holding()]  # doctest: +SKIP
+        ['models/0000.safetensors']
+        """
+        from delfast.ledger.purging import holding
+
+        return holding(self)
+
+    def purge_plan(self) -> list[HeldFile]:
+        """Return the files that ``purge`` would delete: all that hold examples of accepted requests.
+
+        These are superseded models, masks, and references that were trained on them. The newest accepted model stays.
+
+        Returns
+        -------
+        list of HeldFile
+            The files, with the requests that each holds.
+
+        Examples
+        --------
+        >>> ledger.purge(ledger.purge_plan())  # doctest: +SKIP
+        """
+        from delfast.ledger.purging import purge_plan
+
+        return purge_plan(self)
+
+    def purge(self, plan: Sequence[HeldFile]) -> None:
+        """Delete the files of a plan, and record it.
+
+        The files are unlinked, not overwritten; backups and the disk may keep their content.
+
+        Parameters
+        ----------
+        plan : sequence of HeldFile
+            Result of ``purge_plan``.
+
+        Raises
+        ------
+        InputError
+            If the plan is no longer the ledger's, or a file is not as it was recorded. Nothing was deleted then.
+
+        Examples
+        --------
+        >>> ledger.purge(ledger.purge_plan())  # doctest: +SKIP
+        """
+        from delfast.ledger.purging import purge
+
+        purge(self, plan)
 
     # ---- evidence
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def drawing(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from torch's generators, seeded, inside the context: dropout accepts no other. They are as before after it."""
+    """Seed torch's own generators inside the context, since dropout draws from no other; restore them at its end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
@@ -11,41 +10,11 @@ from delfast.ledger.artefacts import PURGED, digest_file
 from delfast.ledger.history import CREATED, History
 from delfast.ledger.references import Trained, references_of
 from delfast.ledger.requests import requests
-from delfast.ledger.running import LOCALIZED, RUNS, UNLEARNED
+from delfast.ledger.results import HeldFile
+from delfast.ledger.running import LOCALIZED, UNLEARNED
 
 if TYPE_CHECKING:
     from delfast.ledger.ledger import Ledger
-
-
-@dataclass(frozen=True)
-class HeldFile:
-    """A file of a ledger that holds requested examples.
-
-    Parameters
-    ----------
-    file : str
-        Path relative to the ledger.
-    digest : str
-        SHA-256 (hex) of its content, as recorded.
-    bytes : int
-        Its size; 0 if it is gone already.
-    requests : tuple of int
-        Numbers of the requests whose examples it holds.
-    why : str
-        The kind of file, and how it holds them.
-
-    Examples
-    --------
-    >>> from delfast.ledger import HeldFile
-    >>> HeldFile("models/0000.safetensors", "0" * 64, 4096, (1,), "the model before run 1").requests
-    (1,)
-    """
-
-    file: str
-    digest: str
-    bytes: int
-    requests: tuple[int, ...]
-    why: str
 
 
 def purge_plan(ledger: Ledger) -> list[HeldFile]:
@@ -58,7 +27,9 @@ def purge_plan(ledger: Ledger) -> list[HeldFile]:
     purged = {each["file"] for entry in ledger.store.entries(PURGED) for each in entry.payload["files"]}
     keep = history.model["file"]
     return [
-        each for each in _held(ledger, history) if each.file not in purged and each.file != keep and accepted & {*each.requests}
+        each
+        for each in _held(ledger, history)
+        if each.file not in purged and each.file != keep and accepted & {*each.requests}
     ]
 
 
@@ -85,7 +56,10 @@ def purge(ledger: Ledger, plan: Sequence[HeldFile]) -> None:
         for each in plan:
             (ledger.path / each.file).unlink(missing_ok=True)
         if plan:
-            files = [{"file": each.file, "digest": each.digest, "why": each.why, "requests": list(each.requests)} for each in plan]
+            files = [
+                {"file": each.file, "digest": each.digest, "why": each.why, "requests": list(each.requests)}
+                for each in plan
+            ]
             ledger.store.append(PURGED, {"files": files})
 
 

@@ -128,4 +128,3 @@ def _train(ledger: Ledger, number: int, device: torch.device) -> None:
             "seconds": time.perf_counter() - started,
         },
     )
-

@@ -24,11 +24,12 @@ from delfast.experiments.run import choose_device
 from delfast.experiments.verification import compare
 from delfast.files import write_json
 from delfast.ledger.artefacts import artefact
-from delfast.ledger.checks import Check, advice, check_all, refuse_unmeasurable
+from delfast.ledger.checks import advice, check_all, refuse_unmeasurable
 from delfast.ledger.history import History
 from delfast.ledger.networks import drawing, load_recorded, recorded_file
 from delfast.ledger.references import references_of
 from delfast.ledger.requests import ACCEPTED, REJECTED, STARTED
+from delfast.ledger.results import Check, RunResult
 from delfast.ledger.store import Entry
 from delfast.localization import BUDGET, WHOLE_TRAINING_SET, localize
 from delfast.mask import Mask
@@ -46,40 +47,6 @@ SEEDS_PER_RUN = 1000  # more than a run has attempts, so that no two attempts dr
 OWN_SETTINGS = ("method", "budget", "strategy", "batch_size")  # the other keys of a setting are hyperparameters
 LocalizeOn = Literal["new", "all"]
 Watch = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Result of one run of a ledger.
-
-    Parameters
-    ----------
-    number : int
-        Number of the run.
-    accepted : bool
-        Whether the thresholds held, so that the ledger's newest model is the run's.
-    requests : tuple of int
-        Numbers of the requests that the run took up.
-    settings : mapping
-        The method and settings of the accepted attempt, or of the last one.
-    checks : tuple of Check
-        Each threshold of that attempt, with the measured value.
-    advice : tuple of str
-        For a rejected run: what failed, and what would help.
-
-    Examples
-    --------
-    >>> from delfast.ledger import RunResult
-    >>> RunResult(1, True, (1, 2), {"method": "del"}, (), ()).accepted
-    True
-    """
-
-    number: int
-    accepted: bool
-    requests: tuple[int, ...]
-    settings: Mapping[str, Any]
-    checks: tuple[Check, ...]
-    advice: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -252,9 +219,7 @@ def _accuracy(ledger: Ledger, network: nn.Module, positions: Tensor | None) -> f
 class _Run:
     """One run that has begun: its steps, each done once and recorded."""
 
-    def __init__(
-        self, ledger: Ledger, history: History, started: Entry, device: torch.device, watch: Watch
-    ) -> None:
+    def __init__(self, ledger: Ledger, history: History, started: Entry, device: torch.device, watch: Watch) -> None:
         assert started.run is not None
         self.ledger, self.history, self.device, self.watch = ledger, history, device, watch
         self.job = ledger.job
@@ -282,9 +247,7 @@ class _Run:
         payload = {"attempts": tried, "checks": tried[-1]["checks"], "advice": found}
         self.ledger.store.append(REJECTED, payload, self.number)
         self.watch(f"run {self.number}: rejected")
-        return RunResult(
-            self.number, False, tuple(self.inputs["requests"]), settings, tuple(checks), tuple(found)
-        )
+        return RunResult(self.number, False, tuple(self.inputs["requests"]), settings, tuple(checks), tuple(found))
 
 
 class _Attempt:
@@ -407,8 +370,7 @@ class _Attempt:
         earlier = {f"run {run}": self.ledger.positions(numbers) for run, numbers in history.accepted_runs}
         sets = {"forget": self.examples.forget, **earlier}
         references = [
-            reference.for_audit(self.ledger, sets, self.run.device)
-            for reference in references_of(self.ledger.store)
+            reference.for_audit(self.ledger, sets, self.run.device) for reference in references_of(self.ledger.store)
         ]
         found: Audit = audit(
             model,
