@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PACKAGES = ("", ".localization", ".compaction", ".unlearning", ".evaluation")
+PACKAGES = ("", ".localization", ".compaction", ".unlearning", ".evaluation", ".jobs")
 OPTIMIZERS = ("delfast.optim.MaskedSGD", "delfast.optim.MaskedAdamW")
 CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["numpydoc_validation"]
 
