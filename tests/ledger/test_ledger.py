@@ -16,7 +16,7 @@ from delfast.errors import InputError
 from delfast.files import LOCK
 from delfast.jobs import read_job
 from delfast.ledger import Ledger, Request
-from delfast.ledger.store import DATABASE
+from delfast.ledger.store import DATABASE, Store
 from tests.ledger.small import EXAMPLES, JOB
 
 
@@ -103,13 +103,8 @@ def test_requests_are_added_and_read(ledger: Ledger) -> None:
     assert datetime.fromisoformat(first.time).utcoffset() is not None
     assert ledger.positions([2]).tolist() == [5, 7, 9] and ledger.positions([2]).dtype == torch.int64
     assert ledger.positions([1, 3]).tolist() == [1, 2, 3] and ledger.positions([]).tolist() == []
-    assert [ledger.find(each) for each in ("person-1", "person-7", "person-4", "person-8", "nobody")] == [
-        1,
-        2,
-        4,
-        None,
-        None,
-    ]
+    found = {each: ledger.find(f"person-{each}") for each in (1, 7, 4, 8, "x")}
+    assert found == {1: 1, 7: 2, 4: 4, 8: None, "x": None}
 
 
 @pytest.mark.parametrize(
@@ -261,9 +256,7 @@ def test_one_process_works_at_a_time(ledger: Ledger) -> None:
 
 
 def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
-    from delfast.ledger.store import Store
-
-    with pytest.raises(InputError, match="found no ledger.sqlite3"):
+    with pytest.raises(InputError, match=f"found no {DATABASE}"):
         Ledger.open(tmp_path)
     Store.create(tmp_path).close()
     with pytest.raises(InputError, match="no entry of its creation"):
