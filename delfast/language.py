@@ -152,7 +152,10 @@ def next_token_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     batch = _checked(move(batch, device_of(model)))
     targets = _next_tokens(batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
+    network: Any = unwrap(model)
+    if hasattr(network, "get_base_model"):  # peft's wrapper, whose own signature lacks what it passes on
+        network = network.get_base_model()
+    if "use_cache" in inspect.signature(network.forward).parameters:
         inputs.setdefault("use_cache", False)  # keys and values for a generation that does not follow
     output = model(**inputs)
     logits = whole(output if isinstance(output, Tensor) else _named_logits(output))
