@@ -145,9 +145,10 @@ def few(rank):
     return [tuple(examples(4).tensors)]
 
 
-def sampled(rank, count):
-    data = examples(24)
-    return DataLoader(data, batch_size=4, sampler=DistributedSampler(data, count, rank, shuffle=False))
+def sampled(rank, count, size=24, *, drop_last=False, **order):
+    data = examples(size)
+    sampler = DistributedSampler(data, count, rank, **{"shuffle": False} | order)
+    return DataLoader(data, batch_size=4, sampler=sampler, drop_last=drop_last)
 
 
 def of_few(rank):
@@ -156,6 +157,13 @@ def of_few(rank):
 
 def of_sampler(rank):
     return unlearned("finetune", rank, retain=sampled(rank, dist.get_world_size()))
+
+
+def of_padded(rank):
+    """Return the losses of shares with repeats at the end, in another order in each epoch, and with omissions."""
+    count = dist.get_world_size()
+    orders = [{"size": 23}, {"size": 23, "shuffle": True, "seed": 4}, {"size": 31, "drop_last": True, "shuffle": True}]
+    return [unlearned("finetune", rank, retain=sampled(rank, count, **order))[1] for order in orders]
 
 
 def of_batchnorm(rank):
@@ -284,6 +292,9 @@ def refused(rank):
         "own list": error_of(lambda: run(ddp, rank, retain=list(own(rank)))),
         "own forget": error_of(lambda: run(ddp, rank, "neggrad+", forget=own(rank))),
         "half": error_of(lambda: run(ddp, rank, "neggrad+", forget=sampled(rank, count))),
+        "own order": error_of(lambda: run(ddp, rank, retain=sampled(rank, count, shuffle=True, seed=rank))),
+        "own draws": error_of(lambda: run(ddp, rank, retain=DataLoader(
+            examples(24), batch_sampler=Drawing(count, rank)))),
         "plain": error_of(lambda: run(network(), rank)),
         "group": error_of(lambda: delfast.unlearn(
             ddp, retain=retained(), method="finetune", group=(one, two)[rank])),
@@ -303,6 +314,19 @@ def refused(rank):
         lambda: run(parallel(network()), rank, "del", group=False, init=lambda: scaled(network(), 1 + rank))
     )
     return found
+
+
+class Drawing:
+    """A batch sampler of a share, which draws with replacement."""
+
+    def __init__(self, count, rank):
+        self.num_replicas, self.rank = count, rank
+
+    def __iter__(self):
+        yield from torch.randint(24, (3, 8), generator=torch.Generator().manual_seed(self.rank)).tolist()
+
+    def __len__(self):
+        return 3
 
 
 def without_sync(ddp, rank):
@@ -327,6 +351,8 @@ REFUSED = {
     "own list": ("InputError", "expected the same retain set on every process"),
     "own forget": ("InputError", "expected the same forget set on every process"),
     "half": ("InputError", "expected both sets sharded by their samplers or none, got the retain set whole"),
+    "own order": ("InputError", "expected each example of the retain set at most once on all processes together"),
+    "own draws": ("InputError", "of 24 more often: the sampler repeats some"),
     "plain": ("InputError", "expected model within DistributedDataParallel for group=, got Sequential"),
     "group": ("InputError", "expected group to be the 2 processes over which DistributedDataParallel averages"),
     "unsynchronized": ("InputError", "expected gradients averaged in every backward pass"),
@@ -482,7 +508,13 @@ def test_four_processes_on_a_mesh_of_two_dimensions(tmp_path):
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes(count, tmp_path):
     scenarios = {name: functools.partial(unlearned, name) for name in TRAINED}
-    scenarios |= {"few": of_few, "sampled": of_sampler, "batchnorm": of_batchnorm, "stopping": stopping}
+    scenarios |= {
+        "few": of_few,
+        "sampled": of_sampler,
+        "padded": of_padded,
+        "batchnorm": of_batchnorm,
+        "stopping": stopping,
+    }
     scenarios |= {f"fsdp {name}": functools.partial(sharded, name) for name in SHARDED}
     scenarios["fsdp buffers"] = sharded_buffers
     if count == 2:
@@ -501,6 +533,7 @@ def test_processes(count, tmp_path):
     same_as(all_ranks("few"), expected("finetune", count, few(0)), "few")
     together = DataLoader(examples(24), batch_size=4 * count)
     same_as(all_ranks("sampled"), expected("finetune", 1, together), "sampled")
+    assert all(found == all_ranks("padded")[0] for found in all_ranks("padded"))
     for scenario in ("batchnorm", "fsdp buffers"):
         first, *others = all_ranks(scenario)
         assert all(torch.equal(first[name], other[name]) for other in others for name in first), scenario
