@@ -225,13 +225,13 @@ def sharded_refused(rank):
     waiting = fully_shard(network(), mesh=mesh)
     waiting.set_requires_gradient_sync(False)
     parallelized = parallelize_module(network(), mesh, {"0": ColwiseParallel()})
-    stops = delfast.TrainingOptions(validation=forgotten(), patience=1)
     before = gathered(model)
     found = {
         "without": error_of(lambda: run(model, rank, group=False)),
         **{name: error_of(lambda n=name: run(model, rank, n)) for name in ("l1-sparse", "scrub", "retrain", "ssd")},
         "checkpoint": error_of(lambda: run(model, rank, checkpoint=f"{rank}.pt")),
-        "validation": error_of(lambda: run(model, rank, training=stops)),
+        "trained": error_of(lambda: train(
+            model, retained(), MaskedSGD(model.named_parameters(), full_mask(model)), epochs=1, checkpoint="any.pt")),
         "ignored": error_of(lambda: run(part, rank)),
         "factor": error_of(lambda: run(scaling, rank)),
         "waiting": error_of(lambda: run(waiting, rank)),
@@ -249,8 +249,8 @@ SHARDED_REFUSED = {
     "scrub": "for FSDP2, got 'scrub'",
     "retrain": "for FSDP2, got 'retrain'",
     "ssd": "expected no group for 'ssd'",
-    "checkpoint": "expected no checkpoint= for FSDP2",
-    "validation": "expected no validation= for FSDP2",
+    "checkpoint": "expected no checkpoint= for a network of DTensors",
+    "trained": "expected no checkpoint= for a network of DTensors",
     "ignored": "to exchange the gradients of all parameters for unlearn, got '0.bias'",
     "factor": "expected FSDP2 to average gradients, got a divide factor of 1.0",
     "waiting": "expected FSDP2 to reduce gradients in every backward pass",
@@ -429,6 +429,7 @@ def failing(rank):
             parallel(with_batchnorm()), rank, "neggrad+", forget=forgotten()[:2], loss_fn=FailingLoss(alone, 3))),
         "loader": error_of(lambda: run(parallel(with_batchnorm()), rank, retain=retain)),
         "validation": error_of(lambda: EarlyStop(held, 1, None).update(parallel(with_batchnorm()))),
+        "validation of FSDP2": error_of(lambda: EarlyStop(held, 1, None).update(fully_shard(network()))),
         "diverged": error_of(lambda: run(parallel(network()), rank, group=False, loss_fn=NanLoss(alone))),
         "diverged together": error_of(lambda: run(parallel(network()), rank, loss_fn=NanLoss(alone))),
     }, unlearned("finetune", rank)  # fmt: skip
@@ -440,6 +441,7 @@ FAILING = {
     "pairs": ("RuntimeError", "KeyError: 'labels' (on rank 1)"),
     "loader": ("RuntimeError", "OSError: no such file (on rank 1)"),
     "validation": ("InputError", "expected labels in [0, 3)"),
+    "validation of FSDP2": ("InputError", "expected labels in [0, 3)"),
     "diverged": ("Diverged", "the loss of epoch"),
     "diverged together": ("Diverged", "the loss of epoch"),
 }
@@ -448,20 +450,34 @@ FAILING = {
 # Early stopping and checkpoints
 
 
+def held_out(rank):
+    """Return a loader of this process's share of the examples held out, of at most 11 batches or of 1; its indices."""
+    share = [rank, 22] if rank else [i for i in range(22) if not 1 <= i < dist.get_world_size()]
+    return DataLoader(Subset(examples(23, seed=9), share), batch_size=2), share
+
+
 def stopping(rank):
-    """Stop early, on shares of different lengths held out, under a group and without, in a network with buffers."""
-    count, data = dist.get_world_size(), examples(23, seed=9)
-    share = [rank, 22] if rank else [i for i in range(22) if not 1 <= i < count]
-    held_out = DataLoader(Subset(data, share), batch_size=2)  # of 11 batches or fewer, and of 1
+    """Stop early, on shares of different lengths held out, under a group and without, in a network with buffers.
+
+    Under FSDP2 the network has none: outside of ``unlearn`` each process keeps its own.
+    """
+    validation, share = held_out(rank)
+    training = delfast.TrainingOptions(validation=validation, patience=2)
+    options = {"lr": 0.5, "epochs": 12}
     found = []
-    for group in (True, False):
+    for group, retain in ((True, retained()), (False, own(rank))):
         model = with_batchnorm()
-        training = delfast.TrainingOptions(validation=held_out, patience=2)
-        options = {"lr": 0.5, "epochs": 12, "retain": retained()}
-        if not group:
-            options["retain"] = own(rank)
-        result = run(parallel(model), rank, group=group, training=training, **options)
+        result = run(parallel(model), rank, group=group, training=training, retain=retain, **options)
         found.append((result.validation, result.losses, state(model)))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(network(), mesh=mesh)
+    result = delfast.unlearn(model, retain=retained(), method="finetune", training=training, group=mesh, **options)
+    found.append((result.validation, result.losses, gathered(model)))
+    model = fully_shard(network(), mesh=mesh)
+    stop = EarlyStop(validation, 2, None)
+    optimizer = MaskedSGD(model.named_parameters(), full_mask(model), lr=1.0)
+    result = train(model, own(rank), optimizer, epochs=12, early_stop=stop, schedule="constant")
+    found.append((result.validation, result.losses, gathered(model)))
     return found, share
 
 
@@ -572,10 +588,10 @@ def check_stopping(found):
     """All processes stop at one epoch, with one loss, that of all examples held out."""
     shares = [share for _, share in found]
     data = examples(23, seed=9)
-    for each in range(2):
+    for each in range(4):
         validation, losses, weights = found[0][0][each]
         assert 3 <= len(validation) < 12
-        model = with_batchnorm().eval()
+        model = (with_batchnorm() if each < 2 else network()).eval()
         model.load_state_dict(weights)
         held = [index for share in shares for index in share]
         inputs, targets = data[held]
