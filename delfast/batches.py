@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import SubsetRandomSampler
 
+from delfast.arguments import form_of
 from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
@@ -90,11 +91,11 @@ def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
         )
     *index, inputs, targets = batch
     if not isinstance(targets, Tensor):
-        raise InputError(f"expected batches (input, target) with a tensor of targets, got {_form(targets)}; {advice}")
+        raise InputError(f"expected batches (input, target) with a tensor of targets, got {form_of(targets)}; {advice}")
     if index and not _is_index(index[0], targets):
         raise InputError(
             "expected batches of three parts to be (index, input, target), the index N integers for N targets, got "
-            f"{_form(index[0])} for targets {tuple(targets.shape)}; drop the first part if it is no input, or else "
+            f"{form_of(index[0])} for targets {tuple(targets.shape)}; drop the first part if it is no input, or else "
             "pass loss_fn(model, batch) -> per-example losses, where that can be passed"
         )
     return index[0] if index else None, inputs, targets
@@ -111,11 +112,6 @@ def _is_index(index: Any, targets: Tensor) -> bool:
         isinstance(i, Integral) and not isinstance(i, bool) for i in index
     )
     return integers and (len(index),) == tuple(targets.shape[:1])
-
-
-def _form(value: Any) -> str:
-    """Return dtype and shape, or the type, of a part of a batch as text for an error."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:

@@ -88,8 +88,16 @@ def model_parameters(model: nn.Module, *, sharded: bool = False) -> dict[str, Te
 
 
 def trainable_parameters(model: nn.Module, *, sharded: bool = False) -> dict[str, Tensor]:
-    """Return the trainable parameters of ``model_parameters``."""
+    """Return the trainable parameters of ``model_parameters``. InputError also for adapters of peft that are merged."""
+    refuse_merged(model)
     return {name: p for name, p in model_parameters(model, sharded=sharded).items() if p.requires_grad}
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Raise InputError for adapters of peft that are merged into the base, where neither scores nor resets reach."""
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names") and getattr(module, "merged", False):
+            raise InputError(f"expected adapters apart from their base, got '{name}' merged; call unmerge_adapter()")
 
 
 def refuse_dtensor(name: str, parameter: Tensor) -> None:

@@ -245,7 +245,8 @@ def verify(
         result = opened.verify(head=head, files=files)
     for problem in result.problems:
         _print(problem)
-    _print(f"{result.count} entries hold, head: {result.head}")
+    _print(f"entries that hold: {result.count}")
+    _print(f"head: {result.head}")
     if not result.holds:
         _print("the ledger does NOT hold")
         raise typer.Exit(1)
@@ -317,7 +318,7 @@ def _lines(details: RequestDetails) -> Iterator[str]:
     yield f"received: {request.time}"
     yield f"due: {request.due or '-'}"
     yield f"reason: {request.reason or '-'}"
-    yield f"{request.count} {kind}: {', '.join(ids[:SHOWN_IDS])}{more}"
+    yield f"{kind} ({request.count}): {', '.join(ids[:SHOWN_IDS])}{more}"
     for entry in details.events:
         run = "" if entry.run is None else f" run {entry.run}"
         yield f"{entry.time}{run} {entry.event}: {_figures(entry)}"

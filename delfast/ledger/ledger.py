@@ -305,8 +305,8 @@ class Ledger:
         """
         read = list(_read_all(requests))
         stored = [[self.identifiers.stored(each) for each in ids] for ids, _, _ in read]
-        self.job.positions(each for ids, _, _ in read for each in ids)  # names the first unknown one
         originals = _without_repeats(read, stored)
+        self.job.positions(originals.values())  # names the first unknown one
         with self.store.writing() as append:
             for number, earlier in queries.stored_ids(self.store):
                 for each in earlier:

@@ -31,7 +31,7 @@ from delfast.sole_use import used_alone
 from delfast.unlearning.data_parallel import together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
-from delfast.unlearning.loop import TrainResult, train
+from delfast.unlearning.loop import TrainResult, refuse_checkpoint, train
 from delfast.unlearning.method import Method, UnlearningTask, required
 from delfast.unlearning.methods import Del
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
@@ -119,7 +119,7 @@ def unlearn(
     Masks and settings are compared before anything is changed, and the networks after the method has prepared them.
 
     FSDP2 (``fully_shard``) is trained with ``group`` in the same way, by "del", "finetune", "gradient-ascent",
-    "neggrad+" and "relabel", without a checkpoint and early stopping. Tensor parallelism is refused.
+    "neggrad+" and "relabel", without a checkpoint. Tensor parallelism is refused.
 
     Before anything is changed, the loss of the first batch of each set that is used is computed once, in eval mode, and
     random generators are restored. Errors that occur only in a later batch or only in training mode, and errors that
@@ -288,7 +288,8 @@ def _prepared(
     if group is not None:
         _check_shareable(chosen, training)
     if is_laid_out(network):
-        _check_sharded(chosen, training, checkpoint)
+        _check_sharded(chosen)
+        refuse_checkpoint(network, checkpoint)
     check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
 
     everything_may_change = mask is None and not chosen.localizes
@@ -366,19 +367,13 @@ def _check_shareable(method: Method, training: TrainingOptions) -> None:
         )
 
 
-def _check_sharded(method: Method, training: TrainingOptions, checkpoint: object) -> None:
+def _check_sharded(method: Method) -> None:
     """Raise InputError for what is not done with FSDP2, whose gathered parameters only its own passes see."""
     if method.name not in SHARDED or type(method).__module__ != Del.__module__:
         raise InputError(
             f"expected one of {', '.join(SHARDED)} for FSDP2, got '{method.name}', which reads or copies whole "
             "parameters, or was not tested; use DistributedDataParallel"
         )
-    for name, given in (("checkpoint", checkpoint), ("validation", training.validation)):
-        if given is not None:
-            raise InputError(
-                f"expected no {name}= for FSDP2, got one; train with MaskedSGD and torch.distributed.checkpoint in a "
-                "loop of your own"
-            )
 
 
 def _check_types(

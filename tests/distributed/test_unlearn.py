@@ -145,9 +145,10 @@ def few(rank):
     return [tuple(examples(4).tensors)]
 
 
-def sampled(rank, count):
-    data = examples(24)
-    return DataLoader(data, batch_size=4, sampler=DistributedSampler(data, count, rank, shuffle=False))
+def sampled(rank, count, size=24, *, drop_last=False, **order):
+    data = examples(size)
+    sampler = DistributedSampler(data, count, rank, **{"shuffle": False} | order)
+    return DataLoader(data, batch_size=4, sampler=sampler, drop_last=drop_last)
 
 
 def of_few(rank):
@@ -156,6 +157,13 @@ def of_few(rank):
 
 def of_sampler(rank):
     return unlearned("finetune", rank, retain=sampled(rank, dist.get_world_size()))
+
+
+def of_padded(rank):
+    """Return the losses of shares with repeats at the end, in another order in each epoch, and with omissions."""
+    count = dist.get_world_size()
+    orders = [{"size": 23}, {"size": 23, "shuffle": True, "seed": 4}, {"size": 31, "drop_last": True, "shuffle": True}]
+    return [unlearned("finetune", rank, retain=sampled(rank, count, **order))[1] for order in orders]
 
 
 def of_batchnorm(rank):
@@ -217,13 +225,13 @@ def sharded_refused(rank):
     waiting = fully_shard(network(), mesh=mesh)
     waiting.set_requires_gradient_sync(False)
     parallelized = parallelize_module(network(), mesh, {"0": ColwiseParallel()})
-    stops = delfast.TrainingOptions(validation=forgotten(), patience=1)
     before = gathered(model)
     found = {
         "without": error_of(lambda: run(model, rank, group=False)),
         **{name: error_of(lambda n=name: run(model, rank, n)) for name in ("l1-sparse", "scrub", "retrain", "ssd")},
         "checkpoint": error_of(lambda: run(model, rank, checkpoint=f"{rank}.pt")),
-        "validation": error_of(lambda: run(model, rank, training=stops)),
+        "trained": error_of(lambda: train(
+            model, retained(), MaskedSGD(model.named_parameters(), full_mask(model)), epochs=1, checkpoint="any.pt")),
         "ignored": error_of(lambda: run(part, rank)),
         "factor": error_of(lambda: run(scaling, rank)),
         "waiting": error_of(lambda: run(waiting, rank)),
@@ -241,8 +249,8 @@ SHARDED_REFUSED = {
     "scrub": "for FSDP2, got 'scrub'",
     "retrain": "for FSDP2, got 'retrain'",
     "ssd": "expected no group for 'ssd'",
-    "checkpoint": "expected no checkpoint= for FSDP2",
-    "validation": "expected no validation= for FSDP2",
+    "checkpoint": "expected no checkpoint= for a network of DTensors",
+    "trained": "expected no checkpoint= for a network of DTensors",
     "ignored": "to exchange the gradients of all parameters for unlearn, got '0.bias'",
     "factor": "expected FSDP2 to average gradients, got a divide factor of 1.0",
     "waiting": "expected FSDP2 to reduce gradients in every backward pass",
@@ -284,6 +292,9 @@ def refused(rank):
         "own list": error_of(lambda: run(ddp, rank, retain=list(own(rank)))),
         "own forget": error_of(lambda: run(ddp, rank, "neggrad+", forget=own(rank))),
         "half": error_of(lambda: run(ddp, rank, "neggrad+", forget=sampled(rank, count))),
+        "own order": error_of(lambda: run(ddp, rank, retain=sampled(rank, count, shuffle=True, seed=rank))),
+        "own draws": error_of(lambda: run(ddp, rank, retain=DataLoader(
+            examples(24), batch_sampler=Drawing(count, rank)))),
         "plain": error_of(lambda: run(network(), rank)),
         "group": error_of(lambda: delfast.unlearn(
             ddp, retain=retained(), method="finetune", group=(one, two)[rank])),
@@ -303,6 +314,19 @@ def refused(rank):
         lambda: run(parallel(network()), rank, "del", group=False, init=lambda: scaled(network(), 1 + rank))
     )
     return found
+
+
+class Drawing:
+    """A batch sampler of a share, which draws with replacement."""
+
+    def __init__(self, count, rank):
+        self.num_replicas, self.rank = count, rank
+
+    def __iter__(self):
+        yield from torch.randint(24, (3, 8), generator=torch.Generator().manual_seed(self.rank)).tolist()
+
+    def __len__(self):
+        return 3
 
 
 def without_sync(ddp, rank):
@@ -327,6 +351,8 @@ REFUSED = {
     "own list": ("InputError", "expected the same retain set on every process"),
     "own forget": ("InputError", "expected the same forget set on every process"),
     "half": ("InputError", "expected both sets sharded by their samplers or none, got the retain set whole"),
+    "own order": ("InputError", "expected each example of the retain set at most once on all processes together"),
+    "own draws": ("InputError", "of 24 more often: the sampler repeats some"),
     "plain": ("InputError", "expected model within DistributedDataParallel for group=, got Sequential"),
     "group": ("InputError", "expected group to be the 2 processes over which DistributedDataParallel averages"),
     "unsynchronized": ("InputError", "expected gradients averaged in every backward pass"),
@@ -403,6 +429,7 @@ def failing(rank):
             parallel(with_batchnorm()), rank, "neggrad+", forget=forgotten()[:2], loss_fn=FailingLoss(alone, 3))),
         "loader": error_of(lambda: run(parallel(with_batchnorm()), rank, retain=retain)),
         "validation": error_of(lambda: EarlyStop(held, 1, None).update(parallel(with_batchnorm()))),
+        "validation of FSDP2": error_of(lambda: EarlyStop(held, 1, None).update(fully_shard(network()))),
         "diverged": error_of(lambda: run(parallel(network()), rank, group=False, loss_fn=NanLoss(alone))),
         "diverged together": error_of(lambda: run(parallel(network()), rank, loss_fn=NanLoss(alone))),
     }, unlearned("finetune", rank)  # fmt: skip
@@ -414,6 +441,7 @@ FAILING = {
     "pairs": ("RuntimeError", "KeyError: 'labels' (on rank 1)"),
     "loader": ("RuntimeError", "OSError: no such file (on rank 1)"),
     "validation": ("InputError", "expected labels in [0, 3)"),
+    "validation of FSDP2": ("InputError", "expected labels in [0, 3)"),
     "diverged": ("Diverged", "the loss of epoch"),
     "diverged together": ("Diverged", "the loss of epoch"),
 }
@@ -422,20 +450,34 @@ FAILING = {
 # Early stopping and checkpoints
 
 
+def held_out(rank):
+    """Return a loader of this process's share of the examples held out, of at most 11 batches or of 1; its indices."""
+    share = [rank, 22] if rank else [i for i in range(22) if not 1 <= i < dist.get_world_size()]
+    return DataLoader(Subset(examples(23, seed=9), share), batch_size=2), share
+
+
 def stopping(rank):
-    """Stop early, on shares of different lengths held out, under a group and without, in a network with buffers."""
-    count, data = dist.get_world_size(), examples(23, seed=9)
-    share = [rank, 22] if rank else [i for i in range(22) if not 1 <= i < count]
-    held_out = DataLoader(Subset(data, share), batch_size=2)  # of 11 batches or fewer, and of 1
+    """Stop early, on shares of different lengths held out, under a group and without, in a network with buffers.
+
+    Under FSDP2 the network has none: outside of ``unlearn`` each process keeps its own.
+    """
+    validation, share = held_out(rank)
+    training = delfast.TrainingOptions(validation=validation, patience=2)
+    options = {"lr": 0.5, "epochs": 12}
     found = []
-    for group in (True, False):
+    for group, retain in ((True, retained()), (False, own(rank))):
         model = with_batchnorm()
-        training = delfast.TrainingOptions(validation=held_out, patience=2)
-        options = {"lr": 0.5, "epochs": 12, "retain": retained()}
-        if not group:
-            options["retain"] = own(rank)
-        result = run(parallel(model), rank, group=group, training=training, **options)
+        result = run(parallel(model), rank, group=group, training=training, retain=retain, **options)
         found.append((result.validation, result.losses, state(model)))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(network(), mesh=mesh)
+    result = delfast.unlearn(model, retain=retained(), method="finetune", training=training, group=mesh, **options)
+    found.append((result.validation, result.losses, gathered(model)))
+    model = fully_shard(network(), mesh=mesh)
+    stop = EarlyStop(validation, 2, None)
+    optimizer = MaskedSGD(model.named_parameters(), full_mask(model), lr=1.0)
+    result = train(model, own(rank), optimizer, epochs=12, early_stop=stop, schedule="constant")
+    found.append((result.validation, result.losses, gathered(model)))
     return found, share
 
 
@@ -482,7 +524,13 @@ def test_four_processes_on_a_mesh_of_two_dimensions(tmp_path):
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes(count, tmp_path):
     scenarios = {name: functools.partial(unlearned, name) for name in TRAINED}
-    scenarios |= {"few": of_few, "sampled": of_sampler, "batchnorm": of_batchnorm, "stopping": stopping}
+    scenarios |= {
+        "few": of_few,
+        "sampled": of_sampler,
+        "padded": of_padded,
+        "batchnorm": of_batchnorm,
+        "stopping": stopping,
+    }
     scenarios |= {f"fsdp {name}": functools.partial(sharded, name) for name in SHARDED}
     scenarios["fsdp buffers"] = sharded_buffers
     if count == 2:
@@ -501,6 +549,7 @@ def test_processes(count, tmp_path):
     same_as(all_ranks("few"), expected("finetune", count, few(0)), "few")
     together = DataLoader(examples(24), batch_size=4 * count)
     same_as(all_ranks("sampled"), expected("finetune", 1, together), "sampled")
+    assert all(found == all_ranks("padded")[0] for found in all_ranks("padded"))
     for scenario in ("batchnorm", "fsdp buffers"):
         first, *others = all_ranks(scenario)
         assert all(torch.equal(first[name], other[name]) for other in others for name in first), scenario
@@ -539,10 +588,10 @@ def check_stopping(found):
     """All processes stop at one epoch, with one loss, that of all examples held out."""
     shares = [share for _, share in found]
     data = examples(23, seed=9)
-    for each in range(2):
+    for each in range(4):
         validation, losses, weights = found[0][0][each]
         assert 3 <= len(validation) < 12
-        model = with_batchnorm().eval()
+        model = (with_batchnorm() if each < 2 else network()).eval()
         model.load_state_dict(weights)
         held = [index for share in shares for index in share]
         inputs, targets = data[held]

@@ -25,6 +25,7 @@ from delfast.localization.per_example.contributions import channel_dot, wide, wi
 from delfast.localization.per_example.passes import ExamplePasses
 from delfast.localization.per_example.trial import Trial
 from delfast.naming import trainable_parameters, unwrap
+from delfast.ops.layout import channels_first
 
 MATRIX_FILE, EXAMPLES_FILE, LAYERS_FILE = "matrix.npy", "examples.npy", "layers.json"
 
@@ -239,7 +240,7 @@ class ChannelSums:
 
     def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
         products = self.parameters[name].detach() * widened(gradient)
-        by_row = products.movedim(self.dims.get(name, 0), 0).flatten(1)
+        by_row = channels_first(products, self.dims.get(name, 0)).flatten(1)
         self.rows[name][example] = by_row.sum(dim=1)
 
     def state(self) -> dict[str, Tensor]:
