@@ -18,7 +18,7 @@ from delfast.evaluation.intervals import Figure, auc, mean, proportion
 from delfast.evaluation.lira import offline_lira, tpr_at_fpr
 from delfast.evaluation.measuring import Measured, measure, same_examples
 from delfast.evaluation.outputs import Loader
-from delfast.evaluation.relearning import Network, Relearning, RelearningCurve, Sets, loaded, run_relearning
+from delfast.evaluation.relearning import Network, NeverSeen, Relearning, RelearningCurve, Sets, loaded, run_relearning
 
 DEFAULT_RELEARNING = Relearning()
 FIXED = ("forget", "retain", "test", "control")  # names that no earlier set may have
@@ -93,7 +93,8 @@ def audit(
         counted.
     never_seen : sequence of torch.nn.Module or callable, optional
         Networks that never saw any example of the forget set, which relearning is compared with; or functions that
-        return one. Default: the oracle, and every reference that knew no example of the forget set.
+        return one. Default: the oracle; without it every reference, each on the forget examples that it did not know,
+        at least two.
     relearn : Relearning or None
         Settings of relearning; None leaves it out. Default: those of ``Relearning()``.
     loss_fn : callable, optional
@@ -179,7 +180,6 @@ def audit(
     check_type("relearn", relearn, (Relearning, type(None)), "a Relearning or None")
     loaders = _loaders(forget, retain, test, control, earlier)
     references = _references(references)
-    others = _never_seen(never_seen, oracle, references)
     started = time.perf_counter()
     networks = [model] if oracle is None else [model, oracle]
     passes = {name: measure(networks, loader, name, loss_fn) for name, loader in loaders.items()}
@@ -205,6 +205,7 @@ def audit(
         for k in range(len(networks))
     ]
     counts = {name: results[0].count for name, results in measured.items()}
+    others = _never_seen(never_seen, oracle, references)  # members have been checked
     curves: dict[str, RelearningCurve | str] = {}
     begun = time.perf_counter()
     if relearn is not None:
@@ -252,19 +253,16 @@ def _references(references: Sequence[Reference] | None) -> list[Reference]:
 
 def _never_seen(
     never_seen: Sequence[Network] | None, oracle: nn.Module | None, references: Sequence[Reference]
-) -> list[Network]:
-    """Return the networks that relearning is compared with."""
+) -> list[NeverSeen]:
+    """Return the networks that relearning is compared with: the caller's, else the oracle, else the references."""
     check_type("never_seen", never_seen, (Sequence, type(None)), "a list of networks, or None")
     if never_seen is not None:
         for number, network in enumerate(never_seen):
             _check_network(f"never_seen[{number}]", network)
-        return list(never_seen)
-    found: list[Network] = [] if oracle is None else [oracle]
-    for reference in references:
-        known = reference.members.get("forget")
-        if isinstance(known, Tensor) and not bool(known.any()):
-            found.append(reference.model)
-    return found
+        return [NeverSeen(network) for network in never_seen]
+    if oracle is not None:
+        return [NeverSeen(oracle)]
+    return [NeverSeen(reference.model, reference.members["forget"].cpu()) for reference in references]
 
 
 def _check_network(name: str, network: object) -> None:

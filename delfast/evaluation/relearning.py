@@ -14,15 +14,15 @@ from delfast.arguments import check_count, check_number, check_type, describe
 from delfast.batches import LossFn, check_differentiable, device_of, move, per_example_losses
 from delfast.copies import copy_of
 from delfast.errors import InputError
-from delfast.evaluation.intervals import Figure, student
+from delfast.evaluation.intervals import Figure
 from delfast.evaluation.measuring import Measured, measure
+from delfast.evaluation.relearn_ratio import MIN_EXAMPLES, compare, corrected
 from delfast.evaluation.samples import Examples, joined
 from delfast.language import causal_lm_loss, is_token_batch
 from delfast.naming import unwrap
 
 MOMENTUM = 0.9
 MEASURING_BATCH = 256
-MAX_EXPONENT = 700.0  # exp is finite below 709
 
 Network = nn.Module | Callable[[], nn.Module]
 """A network, or a function without arguments that returns one, so that one at a time is in memory."""
@@ -128,6 +128,14 @@ class RelearningCurve:
 
 
 @dataclass(frozen=True, eq=False)
+class NeverSeen:
+    """A network that relearning is compared with; knew: bool (forget examples,), those it was trained on, or None."""
+
+    network: Network
+    knew: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Sets:
     """The loaders of "forget", "retain" and "control", their numbers of examples, and how to read and draw them."""
 
@@ -138,7 +146,7 @@ class Sets:
 
 
 def run_relearning(
-    model: nn.Module, never_seen: Sequence[Network], sets: Sets, settings: Relearning
+    model: nn.Module, never_seen: Sequence[NeverSeen], sets: Sets, settings: Relearning
 ) -> dict[str, RelearningCurve | str]:
     """Return the curves of finetuning on the retain set alone, and with each fraction of the forget set, by name.
 
@@ -159,11 +167,11 @@ def run_relearning(
     except InputError as error:
         return dict.fromkeys(trained, str(error))
     courses: dict[str, list[_Course | str]] = {name: [] for name in trained if name not in few}
-    for number, each in enumerate([model, *never_seen]):
+    for number, each in enumerate([NeverSeen(model), *never_seen]):
         who = "the model" if number == 0 else f"never-seen network {number}"
-        network = unwrap(loaded(each, who))
+        network = unwrap(loaded(each.network, who))
         for name, kept in courses.items():
-            kept.append(_course(network, who, data, trained[name]))
+            kept.append(_course(network, who, data, trained[name], each.knew))
     return few | {name: _curve(kept, trained[name], settings) for name, kept in courses.items()}
 
 
@@ -224,14 +232,18 @@ class _Data:
 
 @dataclass(frozen=True, eq=False)
 class _Course:
-    """One network's measurements (times, N) on forget and control examples: parts that are right, or losses."""
+    """One network's measurements (times, N) on forget and control examples: parts that are right, or losses.
+
+    unknown: bool (N,), the forget examples that the network was not trained on before.
+    """
 
     right: Tensor | None
     losses: Tensor
     control: Tensor
+    unknown: Tensor
 
 
-def _course(network: nn.Module, who: str, data: _Data, trained: int) -> _Course | str:
+def _course(network: nn.Module, who: str, data: _Data, trained: int, knew: Tensor | None) -> _Course | str:
     """Finetune a copy of a network and return its measurements; the reason if it diverges."""
     settings = data.settings
     copied = copy_of(network)
@@ -258,7 +270,9 @@ def _course(network: nn.Module, who: str, data: _Data, trained: int) -> _Course 
             if step in times:
                 measured.append(_measured(copied, forgotten, data))
     right, losses, control = zip(*measured, strict=True)
-    return _Course(None if right[0] is None else torch.stack(right), torch.stack(losses), torch.stack(control))
+    unknown = torch.ones(len(positions), dtype=torch.bool) if knew is None else ~knew[positions]
+    rights = None if right[0] is None else torch.stack(right)
+    return _Course(rights, torch.stack(losses), torch.stack(control), unknown)
 
 
 def _losses(network: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
@@ -281,9 +295,6 @@ def _right(measured: Measured) -> Tensor | None:
     return None if measured.right is None else measured.right / measured.units
 
 
-# The ratio
-
-
 def _curve(courses: Sequence[_Course | str], trained: int, settings: Relearning) -> RelearningCurve | str:
     """Return the curve of the model's and the never-seen networks' courses, or the first one's reason."""
     whole = []
@@ -294,85 +305,23 @@ def _curve(courses: Sequence[_Course | str], trained: int, settings: Relearning)
     own = whole[0]
     is_loss = own.right is None
     values = [course.losses if course.right is None else course.right for course in whole]
-    curves = [(value.mean(1) * (1 if is_loss else 100)).tolist() for value in values]
-    ratio = advantage = None
-    if len(whole) > 1:
-        forgotten = _comparison(values, is_loss)
-        general = _comparison([course.control for course in whole], is_loss)
-        if forgotten is not None and general is not None:
-            ratio, advantage = _corrected(forgotten, general).figure(), general.figure()
+    scale = 1 if is_loss else 100
+    others = [course.unknown for course in whole[1:]]
+    forgotten = compare(values[0], values[1:], others, is_loss)
+    general = [course.control for course in whole]
+    usable = [other for other, unknown in zip(general[1:], others, strict=True) if int(unknown.sum()) >= MIN_EXAMPLES]
+    known_not = [torch.ones(general[0].shape[1], dtype=torch.bool)] * len(usable)
+    advantage = compare(general[0], usable, known_not, is_loss)
     return RelearningCurve(
         steps=settings.measured_at,
-        accuracy=None if is_loss else curves[0],
+        accuracy=None if is_loss else (scale * values[0].mean(1)).tolist(),
         loss=own.losses.mean(1).tolist(),
-        control=curves[1:],
+        control=[
+            (scale * value[:, unknown].mean(1)).tolist() if unknown.any() else []
+            for value, unknown in zip(values[1:], others, strict=True)
+        ],
         trained_on=trained,
         measured=own.losses.shape[1],
-        ratio=ratio,
-        advantage=advantage,
-    )
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """A log ratio of the model to never-seen networks, its two variances, and their degrees of freedom.
-
-    sampling: of the examples. networks: between the never-seen networks, None if there is one.
-    """
-
-    log: float
-    sampling: float
-    networks: float | None
-    degrees: tuple[int, int]
-
-    def figure(self) -> Figure:
-        """Return the ratio with its interval: Student's, with Satterthwaite's degrees of freedom (1946)."""
-        if self.degrees[0] < 1:
-            return Figure(_bounded_exp(self.log), None, None)
-        parts = [(self.sampling, self.degrees[0]), (self.networks or 0.0, self.degrees[1])]
-        variance = sum(part for part, _ in parts)
-        weights = sum(part * part / degrees for part, degrees in parts if degrees > 0 and part > 0)
-        degrees = math.floor(variance**2 / weights) if weights > 0 else 1
-        half = student(max(1, min(degrees, 10_000))) * math.sqrt(variance)
-        return Figure(*(_bounded_exp(x) for x in (self.log, self.log - half, self.log + half)))
-
-
-def _bounded_exp(x: float) -> float:
-    return math.exp(min(max(x, -MAX_EXPONENT), MAX_EXPONENT))
-
-
-def _comparison(values: list[Tensor], is_loss: bool) -> _Comparison | None:
-    """Compare the first network's values (times, N), over the times after 0, with those of the others.
-
-    None for losses whose mean is not above 0, which have no ratio.
-    """
-    means = torch.stack([value[1:].mean(0) for value in values])  # (networks, N)
-    if is_loss:
-        totals = means.mean(1)
-        if not bool((totals > 0).all()):
-            return None
-        logs, influence = -totals.log(), -means / totals[:, None]
-    else:
-        count = means.shape[1]
-        # Haldane's half, so that odds of 0 and infinity do not occur
-        part = (means.sum(1) + 0.5) / (count + 1)
-        logs, influence = part.logit(), means / (part * (1 - part))[:, None]
-    differences = influence[0] - influence[1:].mean(0)
-    sampling = (differences.var() / len(differences)).item() if len(differences) > 1 else 0.0
-    others = len(values) - 1
-    between = (logs[1:].var() * (1 + 1 / others)).item() if others > 1 else None
-    return _Comparison((logs[0] - logs[1:].mean()).item(), sampling, between, (len(differences) - 1, others - 1))
-
-
-def _corrected(forgotten: _Comparison, general: _Comparison) -> _Comparison:
-    """Return the comparison without the advantage that the network has on never-seen examples too.
-
-    An advantage is taken off as far as it explains the forgotten set's. A disadvantage is not: a network that is worse
-    in general is none the better at wrong labels.
-    """
-    taken = min(max(general.log, 0.0), max(forgotten.log, 0.0))
-    if taken == 0:
-        return forgotten
-    return _Comparison(
-        forgotten.log - taken, forgotten.sampling + general.sampling, forgotten.networks, forgotten.degrees
+        ratio=corrected(forgotten, advantage).figure() if forgotten and advantage else None,
+        advantage=advantage.figure() if advantage else None,
     )
