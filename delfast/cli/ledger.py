@@ -256,6 +256,21 @@ def verify(
         _print("the ledger holds, and continues the one of that head")
 
 
+@app.command()
+def report(
+    ledger: LedgerDir,
+    output_dir: Annotated[Path, typer.Option(help="directory of the report; made if it does not exist")],
+) -> None:
+    """Write report.html and report.md: what was asked, what was done, and the evidence. Prints the head."""
+    from delfast.ledger import Ledger
+    from delfast.ledger.report import HTML
+
+    with Ledger.open(ledger) as opened:
+        opened.report(output_dir)
+        _print(f"see {output_dir / HTML}")
+        _print(f"head: {opened.head}")
+
+
 # ---- input
 
 
