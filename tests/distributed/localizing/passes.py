@@ -11,7 +11,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import delfast
-from tests.distributed.localizing.masks import few_alone
+from delfast.sharding import is_dtensor
+from tests.distributed.localizing.masks import few_alone, of_one_process
 from tests.distributed.localizing.networks import (
     FEATURES,
     Network,
@@ -53,6 +54,22 @@ def untouched(rank):
     waiting.set_requires_gradient_sync(False)
     loss_fn(waiting, (inputs, weights)).sum().backward()
     return error_of(lambda: salun(waiting, batches(), group=mesh))
+
+
+READ = {"weighted_grad": {"loader": batches(), "loss_fn": loss_fn}, "weight": {}}
+
+
+def gathered(rank):
+    """Return digests after a forward pass without a backward one, whose result still waits for its own."""
+    found = []
+    for criterion, arguments in READ.items():
+        model, mesh = fsdp()
+        result = model(examples(4).tensors[0])
+        assert not all(map(is_dtensor, model.parameters()))  # FSDP2's copies, whose storage it frees
+        scores = delfast.score(model, criterion=criterion, group=mesh, **arguments)
+        assert all(map(is_dtensor, model.parameters())) and result.requires_grad
+        found.append(scores.select(0.5).digest)
+    return found
 
 
 # Real numbers
@@ -153,7 +170,9 @@ def weighted(rank=None):
 
 def scenarios(count):
     found = {"real": real_gradients_of_group, "buffers": own_buffers, "dtypes": other_dtypes}
-    return found | ({"untouched": untouched, "weighted": weighted, "peers": of_peers} if count == 2 else {})
+    return found | (
+        {"untouched": untouched, "weighted": weighted, "peers": of_peers, "gathered": gathered} if count == 2 else {}
+    )
 
 
 def check(count, all_ranks):
@@ -166,5 +185,8 @@ def check(count, all_ranks):
         return
     assert all("expected no gradients that wait for their reduction" in found[1] for found in all_ranks("untouched"))
     assert all_ranks("peers") == [[salun(network(), batches(), exclude=PEERS).digest] * 2] * count
+    alone = of_one_process()
+    expected = [alone[f"{criterion} channel topk_mean whole 0.5"] for criterion in READ]
+    assert all_ranks("gathered") == [expected] * count
     for gradient, digest in all_ranks("weighted"):
         assert torch.equal(gradient, weighted()[0]) and digest == weighted()[1]
