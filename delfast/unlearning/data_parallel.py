@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from delfast.errors import InputError
+from delfast.groups import Group, check_group, mesh_groups, ranks_of
 from delfast.naming import trainable_parameters, unwrap, wrappers
-from delfast.processes import Group, Processes, check_group, joined, mesh_groups, ranks_of
+from delfast.processes import Processes, holders, joined
 from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard
 
 DDP = nn.parallel.DistributedDataParallel
@@ -32,7 +33,7 @@ def averaging_processes(model: nn.Module) -> Processes | None:
         return Processes(wrapper.process_group, dict(wrapper.named_parameters()))
     network = unwrap(model)
     reshard(network)
-    return Processes(None, dict(network.named_parameters())) if is_laid_out(network) else None
+    return holders(dict(network.named_parameters()))
 
 
 def training_processes(model: nn.Module, group: Group) -> Processes | None:
