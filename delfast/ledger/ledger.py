@@ -321,12 +321,12 @@ class Ledger:
         return list(range(first, first + len(read)))
 
     def requests(self) -> Iterator[Request]:
-        """Yield every request with its state, in order; they are read as they are taken, not kept in memory.
+        """Return every request with its state, in order; they are read as they are taken, not kept in memory.
 
-        Yields
-        ------
-        Request
-            A request.
+        Returns
+        -------
+        iterator of Request
+            The requests.
 
         Examples
         --------

@@ -16,11 +16,15 @@ from delfast.localization import BUDGET, STRATEGIES, Criterion
 from delfast.unlearning import METHODS
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+for group in app.registered_groups:
+    subcommands = group.typer_instance.registered_commands if group.typer_instance is not None else []
+    names_in_group = [each.name or each.callback.__name__ for each in subcommands if each.callback is not None]
+    COMMANDS += [f"{group.name}", *(f"{group.name} {name}" for name in names_in_group)]
 LARGE = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "torchvision", "safetensors", "PIL"}
 ALL_HELP = f"""
 import json, sys
 from delfast.cli import main
-for command in ([], *([name] for name in {COMMANDS})):
+for command in ([], *(name.split() for name in {COMMANDS})):
     assert main([*command, "--help"]) == 0
 print(json.dumps(sorted(sys.modules)))
 """
