@@ -2,8 +2,8 @@
 
 python -m benchmarks.ledger   writes benchmarks/results/ledger.json
 
-Options: ``--requests N``, ``--rounds N``, ``--output FILE``, and ``--reading``, which makes the ledger without a job and times the
-commands that read it alone.
+Options: ``--requests N``, ``--rounds N``, ``--output FILE``, and ``--reading``, which makes the ledger without a job
+and times only the commands that read it.
 
 A process's peak begins with that of the process that started it, so torch is not imported here.
 """
