@@ -41,7 +41,7 @@ def public_objects() -> Iterator[tuple[str, Any]]:
     for path in OPTIMIZERS:
         yield path, getattr(delfast.optim, path.rpartition(".")[2])
     for path, owner in WITH_METHODS.items():
-        for name in vars(owner):
+        for name in dir(owner):  # inherited ones too
             if not name.startswith("_"):
                 yield f"{path}.{name}", inspect.getattr_static(owner, name)
 

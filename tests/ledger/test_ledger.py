@@ -72,7 +72,7 @@ def test_a_ledger_is_made_whole_or_not_at_all(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("delfast.ledger.ledger.artefact", fail)
+    monkeypatch.setattr("delfast.ledger.records.artefact", fail)
     with pytest.raises(KeyboardInterrupt):
         Ledger.create(tmp_path / "ledger", job=job, model=model)
     assert sorted(tmp_path.rglob("*")) == kept
