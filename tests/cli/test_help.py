@@ -8,6 +8,7 @@ import sys
 from typing import get_args
 
 import pytest
+from typer.models import CommandInfo
 
 from delfast.cli import main, names
 from delfast.cli.commands import app
@@ -15,11 +16,20 @@ from delfast.experiments.networks import NAMES
 from delfast.localization import BUDGET, STRATEGIES, Criterion
 from delfast.unlearning import METHODS
 
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+
+def names_of(commands: list[CommandInfo]) -> list[str]:
+    """Return the names as they are typed."""
+    found = [(command.name, command.callback) for command in commands if command.callback is not None]
+    return [name or callback.__name__.replace("_", "-") for name, callback in found]
+
+
+COMMANDS = names_of(app.registered_commands)
 for group in app.registered_groups:
-    subcommands = group.typer_instance.registered_commands if group.typer_instance is not None else []
-    names_in_group = [each.name or each.callback.__name__ for each in subcommands if each.callback is not None]
-    COMMANDS += [f"{group.name}", *(f"{group.name} {name}" for name in names_in_group)]
+    assert group.typer_instance is not None
+    COMMANDS += [
+        str(group.name),
+        *(f"{group.name} {name}" for name in names_of(group.typer_instance.registered_commands)),
+    ]
 LARGE = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "torchvision", "safetensors", "PIL"}
 ALL_HELP = f"""
 import json, sys
