@@ -239,10 +239,9 @@ def verify(
     files: Annotated[bool, typer.Option(help="compare the recorded files with their digests too")] = True,
 ) -> None:
     """Check every entry and recorded file of a ledger: exit code 1 if something was changed, else 0."""
-    from delfast.ledger import Ledger
+    from delfast.ledger.verification import verify_directory
 
-    with Ledger.open(ledger) as opened:
-        result = opened.verify(head=head, files=files)
+    result = verify_directory(ledger, head, files=files)
     for problem in result.problems:
         _print(problem)
     _print(f"entries that hold: {result.count}")

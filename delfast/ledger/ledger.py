@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
-from delfast.ledger.artefacts import Recorded
 from delfast.ledger.records import Records
-from delfast.ledger.requests import Numbering
 from delfast.ledger.results import HeldFile, RunResult
 from delfast.ledger.store import Verification
+from delfast.ledger.verification import verify_ledger
 
 if TYPE_CHECKING:  # imports torch
     from delfast.ledger.running import LocalizeOn
@@ -270,12 +269,7 @@ class Ledger(Records):
         >>> ledger.verify(head="0" * 64).holds  # doctest: +SKIP
         False
         """
-        if head is not None:
-            head = _hash(head)
-        recorded, numbering = Recorded(), Numbering()
-        found = self.store.verify(head, lambda entry: numbering.take(entry) or recorded.take(entry))
-        problems = recorded.problems(self.path) if files else ()
-        return Verification(found.count, found.head, (*found.problems, *problems))
+        return verify_ledger(self.store, head, files=files)
 
     def report(self, output_dir: str | os.PathLike[str]) -> None:
         """Write a report of all requests and runs: ``report.html``, which needs no other file, and ``report.md``.
@@ -302,10 +296,3 @@ class Ledger(Records):
         if not found.holds:
             raise InputError(f"expected a ledger that holds, but {found.problems[0]}; see `delfast ledger verify`")
         write_report(self.store.entries(), Path(output_dir))
-
-
-def _hash(text: str) -> str:
-    lowered = text.strip().lower()
-    if len(lowered) != 64 or not set(lowered) <= set("0123456789abcdef"):
-        raise InputError(f"expected a head of 64 hexadecimal digits, got '{text}'; copy it from a report")
-    return lowered

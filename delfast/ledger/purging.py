@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
 from delfast.ledger.artefacts import PURGED, digest_file
-from delfast.ledger.history import CREATED, History
+from delfast.ledger.history import History
 from delfast.ledger.references import Trained, references_of
-from delfast.ledger.requests import requests
+from delfast.ledger.requests import CREATED, requests
 from delfast.ledger.results import HeldFile
 from delfast.ledger.running import LOCALIZED, UNLEARNED
 

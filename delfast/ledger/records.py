@@ -14,15 +14,15 @@ from delfast.errors import InputError
 from delfast.ledger import requests as queries
 from delfast.ledger.artefacts import artefact
 from delfast.ledger.identifiers import Identifiers, checked, read_key
-from delfast.ledger.requests import RECEIVED, Request, RequestDetails, read_request
-from delfast.ledger.store import Entry, Store
+from delfast.ledger.requests import CREATED, RECEIVED, Request, RequestDetails, read_request
+from delfast.ledger.store import Store
+from delfast.ledger.verification import creation
 
 if TYPE_CHECKING:  # imports torch
     from torch import Tensor
 
     from delfast.jobs import Job
 
-CREATED = "created"
 MODELS = "models"
 VERSIONS = ("delfast", "torch", "numpy", "python", "platform")
 R = TypeVar("R", bound="Records")
@@ -141,7 +141,7 @@ class Records:
         path = Path(path)
         store = Store(path)
         try:
-            created = _created(store, path)
+            created = creation(store)
             identifiers = _identifiers(created, path, hash_ids)
             return cls(store, None if job is None else _same_job(job, created), identifiers)
         except BaseException:
@@ -196,7 +196,7 @@ class Records:
     @property
     def created(self) -> dict[str, Any]:
         """Payload of the first entry: the job, its data, the model, and how identifiers are stored."""
-        return _created(self.store, self.path)
+        return creation(self.store)
 
     @property
     def job(self) -> Job:
@@ -286,12 +286,12 @@ class Records:
         return list(range(first, first + len(read)))
 
     def requests(self) -> Iterator[Request]:
-        """return every request with its state, in order; they are read as they are taken, not kept in memory.
+        """Return every request with its state, in order; they are read as they are taken, not kept in memory.
 
-        Yields
-        ------
-        Request
-            A request.
+        Returns
+        -------
+        iterator of Request
+            The requests.
 
         Examples
         --------
@@ -421,13 +421,6 @@ def _facts(job: Job, model: Path) -> dict[str, Any]:
         "accept": asdict(job.accept),
         "versions": {name: versions[name] for name in VERSIONS},
     }
-
-
-def _created(store: Store, path: Path) -> dict[str, Any]:
-    first: Entry | None = store.nth(CREATED, 1)
-    if first is None:
-        raise InputError(f"expected a ledger at '{path}', its database has no entry of its creation; make one again")
-    return first.payload
 
 
 def _identifiers(created: Mapping[str, Any], path: Path, hash_ids: str | os.PathLike[str] | None) -> Identifiers | None:

@@ -21,7 +21,7 @@ from delfast.errors import InputError, one_line
 DATABASE = "ledger.sqlite3"
 FIRST = "0" * 64  # the hash before the first entry
 WAIT = 60.0  # seconds that a writer waits for another one; an append takes milliseconds
-BATCH = 1000  # entries that a query returns at once: bounds the memory, and no query stays open while entries are added
+BATCH = 100  # entries that a query returns at once: bounds the memory, and no query stays open while entries are added
 LOWEST = -(2**63)  # below every number that SQLite has: an entry moved to a negative one is found too
 COLUMNS = "number, time, event, run, payload, previous, hash"
 _REFUSED = "BEGIN SELECT RAISE(ABORT, 'a ledger is only ever added to'); END"
@@ -91,8 +91,15 @@ class Entry(NamedTuple):
 
     @property
     def payload(self) -> dict[str, Any]:
-        """The payload's fields."""
-        fields: dict[str, Any] = json.loads(self.text)
+        """The payload's fields; InputError if they are no JSON, as after a change of the database."""
+        try:
+            fields = json.loads(self.text)
+        except (TypeError, ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise InputError(
+                f"entry {self.number} of the ledger was altered: its payload is no JSON; verify the ledger"
+            )
         return fields
 
 
@@ -244,7 +251,7 @@ class Store:
         passed, last, previous = head is None, 0, FIRST
         try:
             for entry in self.entries():
-                problem = _chain_problem(entry, last, previous) or seen(entry)
+                problem = chain_problem(entry, last, previous) or seen(entry)
                 if problem is not None:
                     problems.append(problem)
                     break
@@ -297,7 +304,7 @@ class _Appender:
         return entry
 
 
-def _chain_problem(entry: Entry, last: int, previous: str) -> str | None:
+def chain_problem(entry: Entry, last: int, previous: str) -> str | None:
     """Return why an entry cannot follow entry ``last`` with the hash ``previous``; None if it can."""
     if entry.number != last + 1:
         return f"entry {last + 1} is missing: entry {entry.number} comes next"

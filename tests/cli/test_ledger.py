@@ -12,7 +12,7 @@ import pytest
 
 from delfast.cli import main
 from delfast.ledger import Ledger
-from delfast.ledger.store import FIRST
+from delfast.ledger.store import DATABASE, FIRST
 from tests.ledger.small import altered, write_job
 
 
@@ -226,3 +226,16 @@ def test_reading_imports_no_large_package_and_ends_with_its_reader(ledger: str) 
     command = f"{sys.executable} -m delfast ledger list {ledger} --json | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "change", ["event = 'creaTed'", "payload = '{}'", "payload = 'x'", "payload = '[1]'", "number = 0"]
+)
+def test_a_first_entry_that_was_altered_is_named(change: str, ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with altered(Path(ledger) / DATABASE) as connection:
+        connection.execute(f"UPDATE entries SET {change} WHERE number = 1")
+    assert main(["ledger", "verify", ledger]) == 1
+    assert capsys.readouterr().out.startswith("entry 1 is ")
+    assert main(["ledger", "list", ledger]) == 2  # nothing is read from it
+    error = capsys.readouterr().err
+    assert "was altered" in error and error.count("\n") == 1
