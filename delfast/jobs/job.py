@@ -21,7 +21,7 @@ from delfast.arguments import check_count, check_seed, check_type, describe
 from delfast.batches import LossFn
 from delfast.errors import InputError
 from delfast.files import load_state, save_state, write_atomically
-from delfast.jobs.examples import check_dataset, class_targets, digest_examples
+from delfast.jobs.examples import Relabelled, check_dataset, class_targets, digest_examples
 from delfast.jobs.source import ADVICE, Source
 from delfast.jobs.values import Accept, Training, read_accept, read_batch_size, read_settings, read_training
 from delfast.seeding import seeded
@@ -228,10 +228,15 @@ class Job:
         """Number of training examples."""
         return len(self.train_set)
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether the job has identifiers of its own; otherwise the indices are the identifiers."""
+        return self.source.function("example_ids") is not None
+
     @cached_property
     def ids(self) -> Sequence[str]:
         """The identifier of each training example, as text: the job's ``example_ids()``, or the indices."""
-        if self.source.function("example_ids") is None:
+        if not self.has_ids:
             return tuple(map(str, range(self.count)))
         given = self.source.call("example_ids")
         with self.source.at("example_ids"):
@@ -328,7 +333,13 @@ class Job:
             return class_targets(self.train_set, self.count)
 
     def batches(
-        self, indices: Tensor, *, batch_size: int | None = None, shuffle: bool = False, seed: int = 0
+        self,
+        indices: Tensor,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        targets: Tensor | None = None,
     ) -> DataLoader[Any]:
         """Return a loader of training examples.
 
@@ -342,6 +353,9 @@ class Job:
             Whether every pass has an order of its own. Otherwise the order is that of ``indices``.
         seed : int, default 0
             Of the orders: the first pass of the same seed has the same order, and so on.
+        targets : Tensor, optional
+            Classes of all training examples, int64 (N,), in place of those of the data set. Examples must be
+            (input, target). Default: the data set's own.
 
         Returns
         -------
@@ -353,7 +367,8 @@ class Job:
         InputError
             For positions that do not exist.
         """
-        return self._loader(self.train_set, indices, batch_size, shuffle, seed)
+        data = self.train_set if targets is None else Relabelled(self.train_set, targets)
+        return self._loader(data, indices, batch_size, shuffle, seed)
 
     def test_batches(self, indices: Tensor | None = None, *, batch_size: int | None = None) -> DataLoader[Any]:
         """Return a loader of test examples, in order.

@@ -15,7 +15,7 @@ from delfast.experiments.networks import NAMES
 from delfast.localization import BUDGET, STRATEGIES, Criterion
 from delfast.unlearning import METHODS
 
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+COMMANDS = [each.callback.__name__.replace("_", "-") for each in app.registered_commands if each.callback is not None]
 LARGE = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "torchvision", "safetensors", "PIL"}
 ALL_HELP = f"""
 import json, sys
