@@ -29,8 +29,8 @@ accept = {
 
 # how `delfast ledger run` unlearns: the first; `--escalate` tries the others in this order
 settings = [
-    {"method": "del", "budget": 0.3, "epochs": 10, "lr": 0.015},
-    {"method": "del", "budget": 0.5, "epochs": 15, "lr": 0.03},
+    {"method": "del", "budget": 0.3, "epochs": 20, "lr": 0.05},
+    {"method": "del", "budget": 0.5, "epochs": 20, "lr": 0.05},
 ]
 
 

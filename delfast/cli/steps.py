@@ -30,6 +30,7 @@ from delfast.cli.options import (
     refuse_beside_job,
     resolved,
 )
+from delfast.errors import InputError
 
 
 def train(
@@ -45,6 +46,10 @@ def train(
         str | None, typer.Option(help=f"{', '.join(NETWORKS)}  [default: resnet18-thin]", show_default=False)
     ] = None,
     job: JobFile = None,
+    trained: Annotated[
+        Path | None,
+        typer.Option(help="with --job: a network that is trained already, a file that the job's load(path) reads"),
+    ] = None,
     forget: Annotated[
         str | None,
         typer.Option(
@@ -70,7 +75,10 @@ def train(
     cuda_graphs: Graphs = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a network on the whole training set, forget set included, and write a run directory."""
+    """Train a network on the whole training set, forget set included, and write a run directory.
+
+    With --trained, write the run directory of a network that is trained already.
+    """
     from delfast.experiments import pipeline
     from delfast.experiments.recipes import recipe
     from delfast.experiments.run import Config, choose_device, data_of, job_config, start
@@ -84,6 +92,8 @@ def train(
     pictures |= {"test-examples": test_examples, "data-dir": data_dir}
     if job is not None:
         refuse_beside_job(pictures)
+    elif trained is not None:
+        raise InputError("expected --trained with --job, got no job; the job file defines the network")
     with executing(job) as opened:
         if opened is None:
             source, network = data or "digits", model or "resnet18-thin"
@@ -109,7 +119,10 @@ def train(
             channels_last=channels_last_for(channels_last, network),
         )
         run = start(config, choose_device(device), data_of(opened), cuda_graphs_for(cuda_graphs))
-        result = pipeline.train(run, output_dir)
+        if opened is not None and trained is not None:
+            result = pipeline.adopt(run, opened.load(trained), output_dir, trained)
+        else:
+            result = pipeline.train(run, output_dir)
     print_methods("trained", {"original": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 

@@ -107,6 +107,31 @@ def oracle(
     return _train(run, output_dir, "oracle", run.forget.retain, seed, shadow, progress, remedy)
 
 
+def adopt(run: Run, model: nn.Module, output_dir: Path, path: Path) -> Trained:
+    """Write the run directory of a network that was trained elsewhere, and loaded from ``path``; train nothing.
+
+    InputError if it is no network of the run's kind, and for a forget set with other labels than the data's own.
+    """
+    if run.forget.changes_labels:
+        raise InputError(
+            f"expected a forget set with the data's own labels beside a trained network, got '{run.config.forget}'; "
+            "use another --forget"
+        )
+    state = model.state_dict()
+    try:
+        run.factory().load_state_dict(state)
+    except RuntimeError:
+        raise InputError(
+            f"'{path}' is no {run.config.model_name} of {run.config.data_name}: other names or shapes; load a network "
+            "like that of model()"
+        ) from None
+    with output_directory(output_dir), run.data.naming_errors():
+        model = run.placed(model)
+        trained = Trained(model, run.measure(model), {})
+        _write_run(run, output_dir, "train", trained, {"trained": str(path)}, {}, {"losses": []})
+    return trained
+
+
 def _train(
     run: Run, output_dir: Path, command: str, indices: Tensor, seed: int, shadow: int, progress: bool, remedy: str
 ) -> Trained:
@@ -114,7 +139,7 @@ def _train(
     batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed + SHADOW_SEED * shadow)
     _check_last_batch(run, batches, remedy)
     title = f"{command}: {config.model_name} on {len(indices)} examples of {config.data_name}, {config.epochs} epochs"
-    with output_directory(output_dir):
+    with output_directory(output_dir), run.data.naming_errors():
         with seeded(seed):
             model = run.placed(run.factory())
         result = train_model(
@@ -196,7 +221,7 @@ def localize(
     check_choice("precision", precision, Precision)
     seed, batch_size = _or_default(seed, run.config.seed), run.config.batch_size
     options = {"preset": preset, **STRATEGIES.get(strategy or "", {}), **options}
-    with output_directory(output_dir):
+    with output_directory(output_dir), run.data.naming_errors():
         mask, duration = find_mask(
             run,
             model,
@@ -337,7 +362,7 @@ def unlearn(
         head_parameters(model, head)
     original = digest_state(model.state_dict())
     choices = {"batch_size": batch_size, "held_out": held_out if patience is not None else None}
-    with output_directory(output_dir):
+    with output_directory(output_dir), run.data.naming_errors():
         result = run_method(
             run,
             model,

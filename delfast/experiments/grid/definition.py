@@ -136,13 +136,13 @@ def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True,
 
     InputError for a missing file, an unknown table, key or name, and values out of range.
 
-    ``title``. ``job``: a job file. ``seeds``: a list. ``budget``: of tables that show one, and of blocks without budgets (default 0.3).
-    ``shadows``: 0 or at least 2; the number of repetitions of every network and every cell, for U-LiRA. ``[train]``: a
-    run's configuration, as the options of ``delfast train``. ``[settings.NAME]``: a setting's changes to it.
-    ``[unlearn]``: epochs, batch_size and other hyperparameters, for every method that has them. ``[methods.NAME]``:
-    those of one method; with ``of = "del"`` NAME is a variant of "del". ``[strategies.NAME]``: arguments of
-    ``localize``, under a new name. ``[[compare]]``: lists of ``methods``, ``strategies`` ("everything": no mask) and
-    ``budgets``; every combination is a cell, in the listed ``settings`` or in all.
+    ``title``. ``job``: a job file. ``seeds``: a list. ``budget``: of tables that show one, and of blocks without
+    budgets (default 0.3). ``shadows``: 0 or at least 2; the number of repetitions of every network and every cell, for
+    U-LiRA. ``[train]``: a run's configuration, as the options of ``delfast train``. ``[settings.NAME]``: a setting's
+    changes to it. ``[unlearn]``: epochs, batch_size and other hyperparameters, for every method that has them.
+    ``[methods.NAME]``: those of one method; with ``of = "del"`` NAME is a variant of "del". ``[strategies.NAME]``:
+    arguments of ``localize``, under a new name. ``[[compare]]``: lists of ``methods``, ``strategies`` ("everything": no
+    mask) and ``budgets``; every combination is a cell, in the listed ``settings`` or in all.
     """
     content = _read(path)
     check_table(content, GRID, f"'{path}'")
