@@ -1,4 +1,4 @@
-"""Relearning of a network that has the answer behind a broken head, and of networks that never saw it."""
+"""Relearning of a network that has the answer behind a wrong bias, and of networks that never saw it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from delfast.evaluation import Audit, Relearning, RelearningCurve, audit
 
 INPUTS, CLASSES = 40, 5
-SETTINGS = Relearning(steps=40, lr=0.1, batch_size=20, every=10)
+SETTINGS = Relearning(steps=40, lr=0.02, batch_size=20, every=10)
 
 
 def examples(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -47,11 +47,10 @@ class Lab:
         return audit(model, **sets, never_seen=never_seen, relearn=settings, **arguments)  # type: ignore[arg-type]
 
     def hidden(self) -> nn.Module:
-        """Break the last layer alone: it gives each class the next one's logit."""
+        """Change the bias of the last layer alone: nearly all is called the first class."""
         model = copy.deepcopy(self.original)
         with torch.no_grad():
-            model[3].weight.copy_(model[3].weight.roll(1, 0))
-            model[3].bias.copy_(model[3].bias.roll(1, 0))
+            model[3].bias[0] += 12
         return model
 
 
@@ -66,9 +65,9 @@ def curves(found: Audit) -> dict[str, RelearningCurve]:
 
 def test_what_is_hidden_comes_back_and_what_was_never_there_does_not(lab: Lab) -> None:
     hidden = lab.audit(lab.hidden(), lab.never_seen)
-    assert hidden.sets["forget"].accuracy is not None and hidden.sets["forget"].accuracy.value < 5
+    assert hidden.sets["forget"].accuracy is not None and hidden.sets["forget"].accuracy.value < 35
     for curve in curves(hidden).values():
-        assert curve.accuracy is not None and curve.accuracy[0] < 5 and curve.accuracy[-1] > 80
+        assert curve.accuracy is not None and curve.accuracy[0] < 35 and curve.accuracy[-1] > 80
         assert all(control[-1] < 50 for control in curve.control)
     assert hidden.relearn_ratio is not None and hidden.relearn_ratio.low is not None
     assert hidden.relearn_ratio.value > 20 and hidden.relearn_ratio.low > 5
