@@ -138,10 +138,16 @@ def audit(
     Haldane's 1/2 added to each count. It follows the Anamnesis index of Chundawat et al., the ratio of the steps in
     which both come near the original's accuracy; odds stay defined where a never-seen network is near from the
     beginning (iid examples) or never comes near (wrong labels). 1: the model regains as much as a network that never
-    saw the examples. Far above 1: they are hidden, not gone. If the model also has better odds than the
-    never-seen networks on control examples, since references may be trained on less, this advantage is divided out, as
-    far as the ratio goes towards 1. With ``loss_fn`` the ratio is that of the mean losses, the never-seen networks'
-    over the model's; there is none if a mean is not above 0.
+    saw the examples. Far above 1: they are hidden, not gone. A network that begins below the never-seen networks is
+    measured from where it begins: the ratio of the odds at the beginning is divided out, since what comes back had been
+    there. If the model also has better odds than the never-seen networks on control examples, before the finetuning,
+    since references may be trained on less, this advantage is divided out, as far as the ratio goes towards 1. With
+    ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a mean
+    is not above 0.
+
+    A ratio above 1 is no proof. A network that unlearning has damaged, also on the test set, regains a part of the
+    forget set with the rest; finetune it until it no longer changes, and audit it again. A ratio of 1 is none either:
+    what a finetuning of these steps does not bring back may come back in another.
 
     The interval of the ratio has the variance of the paired differences between examples, and that between the
     never-seen networks, s² (1 + 1/K), for K >= 2 (Student's t with Satterthwaite's degrees of freedom, 1946). With one

@@ -115,7 +115,11 @@ def _examples(batch: Any, device: torch.device) -> Tensor:
     if not tensors:
         raise InputError("expected batches with a tensor of N examples, got none; pass tensors")
     count = len(tensors[0])
-    rows = [tensor.reshape(count, -1).double().sum(1) for tensor in tensors if len(tensor) == count]
+    rows = [
+        tensor.double().reshape(count, *tensor.shape[1:], 1).flatten(1).sum(1)
+        for tensor in tensors
+        if len(tensor) == count
+    ]
     return torch.stack([(k + 1) * row for k, row in enumerate(rows)]).sum(0).nan_to_num()
 
 

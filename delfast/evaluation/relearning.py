@@ -108,7 +108,8 @@ class RelearningCurve:
     ratio : Figure, optional
         How much more the network regains than never-seen ones, see ``audit``. None without never-seen networks.
     advantage : Figure, optional
-        The same on control examples, which no network has seen: how much more the network has learned in general.
+        The same on control examples, which no network has seen, before the finetuning: at least 1, and above 1 if the
+        network has learned more in general.
 
     Examples
     --------
@@ -163,16 +164,16 @@ def run_relearning(
         if name != "retain" and not examples
     }
     try:
-        data = _Data(sets, settings, max(trained.values()))
+        data = Data(sets, settings, max(trained.values()))
     except InputError as error:
         return dict.fromkeys(trained, str(error))
-    courses: dict[str, list[_Course | str]] = {name: [] for name in trained if name not in few}
+    courses: dict[str, list[Course | str]] = {name: [] for name in trained if name not in few}
     for number, each in enumerate([NeverSeen(model), *never_seen]):
         who = "the model" if number == 0 else f"never-seen network {number}"
         network = unwrap(loaded(each.network, who))
         for name, kept in courses.items():
-            kept.append(_course(network, who, data, trained[name], each.knew))
-    return few | {name: _curve(kept, trained[name], settings) for name, kept in courses.items()}
+            kept.append(finetuned(network, who, data, trained[name], each.knew))
+    return {name: few[name] if name in few else curve_of(courses[name], trained[name], settings) for name in trained}
 
 
 def loaded(network: Network, name: str) -> nn.Module:
@@ -187,7 +188,7 @@ def loaded(network: Network, name: str) -> nn.Module:
 # The finetuning
 
 
-class _Data:
+class Data:
     """The examples of every finetuning, the same for each network, in memory on the CPU."""
 
     def __init__(self, sets: Sets, settings: Relearning, most: int) -> None:
@@ -231,7 +232,7 @@ class _Data:
 
 
 @dataclass(frozen=True, eq=False)
-class _Course:
+class Course:
     """One network's measurements (times, N) on forget and control examples: parts that are right, or losses.
 
     unknown: bool (N,), the forget examples that the network was not trained on before.
@@ -243,7 +244,7 @@ class _Course:
     unknown: Tensor
 
 
-def _course(network: nn.Module, who: str, data: _Data, trained: int, knew: Tensor | None) -> _Course | str:
+def finetuned(network: nn.Module, who: str, data: Data, trained: int, knew: Tensor | None) -> Course | str:
     """Finetune a copy of a network and return its measurements; the reason if it diverges."""
     settings = data.settings
     copied = copy_of(network)
@@ -272,7 +273,7 @@ def _course(network: nn.Module, who: str, data: _Data, trained: int, knew: Tenso
     right, losses, control = zip(*measured, strict=True)
     unknown = torch.ones(len(positions), dtype=torch.bool) if knew is None else ~knew[positions]
     rights = None if right[0] is None else torch.stack(right)
-    return _Course(rights, torch.stack(losses), torch.stack(control), unknown)
+    return Course(rights, torch.stack(losses), torch.stack(control), unknown)
 
 
 def _losses(network: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
@@ -283,7 +284,7 @@ def _losses(network: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     return losses
 
 
-def _measured(network: nn.Module, forgotten: list[Any], data: _Data) -> tuple[Tensor | None, Tensor, Tensor]:
+def _measured(network: nn.Module, forgotten: list[Any], data: Data) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return for each forget example the part of its units that is right, and its loss; for the control either."""
     (forget,), _ = measure([network], forgotten, "forget", data.loss_fn)
     (control,), _ = measure([network], data.control_batches, "control", data.loss_fn)
@@ -295,7 +296,7 @@ def _right(measured: Measured) -> Tensor | None:
     return None if measured.right is None else measured.right / measured.units
 
 
-def _curve(courses: Sequence[_Course | str], trained: int, settings: Relearning) -> RelearningCurve | str:
+def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning) -> RelearningCurve | str:
     """Return the curve of the model's and the never-seen networks' courses, or the first one's reason."""
     whole = []
     for course in courses:
@@ -308,7 +309,7 @@ def _curve(courses: Sequence[_Course | str], trained: int, settings: Relearning)
     scale = 1 if is_loss else 100
     others = [course.unknown for course in whole[1:]]
     forgotten = compare(values[0], values[1:], others, is_loss)
-    general = [course.control for course in whole]
+    general = [course.control[[0, 0]] for course in whole]  # before the finetuning, which can harm a network
     usable = [other for other, unknown in zip(general[1:], others, strict=True) if int(unknown.sum()) >= MIN_EXAMPLES]
     known_not = [torch.ones(general[0].shape[1], dtype=torch.bool)] * len(usable)
     advantage = compare(general[0], usable, known_not, is_loss)
