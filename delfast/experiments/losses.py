@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from delfast.batches import LossFn, device_of, evaluating, per_example_losses
+from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.evaluation import Metrics, gaps
 from delfast.execution import Execution, Precision
 from delfast.feeding import feed
