@@ -49,7 +49,8 @@ def measure(folder: Path, count: int, rounds: int, reading: bool) -> dict[str, A
     else:
         job, requests = folder / "job.py", folder / "requests.jsonl"
         job.write_text(JOB.format(count=count * IDS), encoding="utf-8")
-        requests.write_text("".join(json.dumps(each) + "\n" for each in forget_requests(count)), encoding="utf-8")
+        with open(requests, "w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(each) + "\n" for each in forget_requests(count))
         subprocess.run([sys.executable, "-c", f"{JOB.format(count=1)}\n{SAVE}"], check=True, cwd=folder)
         common = ("--job", job, "--hash-ids", key)
         found["init"] = _command(["init", ledger, *common, "--model", folder / "model.safetensors"], 1)
@@ -143,10 +144,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--reading", action="store_true")
     options = parser.parse_args()
+    load = os.getloadavg()[0]  # seconds are longer on a busy machine, those of the CPU hardly
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), options.requests, options.rounds, options.reading)
-    machine = {"cpus": os.cpu_count(), "cpu": _cpu(), "python": platform.python_version()}
-    machine["sqlite"] = sqlite3.sqlite_version
+    machine: dict[str, Any] = {"cpus": os.cpu_count(), "cpu": _cpu(), "python": platform.python_version()}
+    machine |= {"sqlite": sqlite3.sqlite_version, "load": load}
     kept = {"requests": options.requests, "ids": IDS, "rounds": options.rounds, **found, "machine": machine}
     options.output.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     for name, row in found["commands"].items():

@@ -318,7 +318,8 @@ def ledger(result: dict[str, Any]) -> str:
     ]
     machine = result["machine"]
     line = f"{result['requests']:,} requests of {result['ids']} examples, identifiers as HMACs, "
-    line += f"{result['bytes'] / 2**20:.0f} MiB. {machine['cpus']} CPUs, {machine['cpu']}; "
+    line += f"{result['bytes'] / 2**20:.0f} MiB. {machine['cpus']} CPUs, {machine['cpu']}, with a load average of "
+    line += f"{machine['load']:.1f} when it began; "
     line += f"Python {machine['python']}, SQLite {machine['sqlite']}.\n"
     return "\n".join([markdown_table(columns, rows), line])
 
