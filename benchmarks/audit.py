@@ -43,7 +43,7 @@ from delfast.unlearning import train
 RESULTS = Path(__file__).parent / "results/audit.json"
 SEEDS = range(5)
 BATCH, LR = 64, 0.05
-RELEARNING = Relearning(steps=50, every=5, batch_size=64, max_examples=400)
+RELEARNING = Relearning()
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ class Bench:
         layers: list[nn.Module] = []
         channels, size = self.data.train_images.shape[1], self.data.train_images.shape[2]
         for width in (16, 32, 64):
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-            channels, size = width, size // 2
+            stride = 2 if size >= 32 else 1
+            layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width)]
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+            channels, size = width, size // stride // 2
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, self.data.num_classes))
 
     def trained(self, indices: Tensor, seed: int) -> nn.Module:
@@ -200,7 +201,7 @@ class Bench:
                         plans[plan] = {"left_out": curve} if isinstance(curve, str) else asdict(curve)
                 row["relearning"] = plans
                 ratios = [plan["ratio"] for plan in plans.values() if plan.get("ratio")]
-                row["relearn_ratio"] = max(ratios, key=lambda ratio: ratio["value"])
+                row["relearn_ratio"] = max(ratios, key=lambda ratio: ratio["low"])
         return {
             **asdict(self.case),
             "forget_examples": count,
@@ -249,7 +250,7 @@ def main() -> None:
         if folder is None:
             data = load("digits", None, None, None, None)
         else:
-            data = load(f"folder:{folder}", arguments.data_dir.expanduser(), 32, 2000, 1000)
+            data = load(f"folder:{folder}", arguments.data_dir.expanduser(), 32, 2000, 500)
         results.append(Bench(case, data).run())
         print(lines(results[-1]), flush=True)
     write_json(arguments.output, {"relearning": asdict(RELEARNING), "cases": results, "provenance": provenance()})

@@ -145,6 +145,9 @@ def audit(
     ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a mean
     is not above 0.
 
+    ``relearn_ratio`` is the ratio whose lower limit is highest, the best evidenced one: the highest value of several
+    would be above 1 by chance, most of all where few examples are right.
+
     A ratio above 1 is no proof. A network that unlearning has damaged, also on the test set, regains a part of the
     forget set with the rest; finetune it until it no longer changes, and audit it again. A ratio of 1 is none either:
     what a finetuning of these steps does not bring back may come back in another.
@@ -223,7 +226,7 @@ def audit(
         sets=sets[0],
         classes=_classes({name: measured[name][0] for name in ("retain", "test")}),
         relearning=curves,
-        relearn_ratio=max(ratios, key=lambda ratio: ratio.value, default=None),
+        relearn_ratio=max(ratios, key=lambda ratio: ratio.low or 0.0, default=None),
         oracle=sets[1] if oracle is not None else None,
         seconds={"inference": inferred - started, "lira": compared - inferred, "relearning": ended - begun},
         settings={"seed": seed, "relearning": None if relearn is None else asdict(relearn)},
