@@ -35,6 +35,7 @@ import delfast
 from delfast.evaluation import Relearning, accuracy_and_loss, audit
 from delfast.evaluation.relearning import Course, Data, Sets, curve_of, finetuned
 from delfast.experiments.datasets import Batches, ForgetSet, ImageData, choose, load
+from delfast.experiments.reports import markdown_table
 from delfast.files import write_json
 from delfast.provenance import provenance
 from delfast.seeding import seeded
@@ -43,7 +44,8 @@ from delfast.unlearning import train
 RESULTS = Path(__file__).parent / "results/audit.json"
 SEEDS = range(5)
 BATCH, LR = 64, 0.05
-RELEARNING = Relearning(steps=50, every=5, batch_size=64, max_examples=400)
+HIDDEN = 1.5  # a ratio above, with a lower limit above 1, is reported as hidden
+RELEARNING = Relearning()
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ class Bench:
         layers: list[nn.Module] = []
         channels, size = self.data.train_images.shape[1], self.data.train_images.shape[2]
         for width in (16, 32, 64):
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-            channels, size = width, size // 2
+            stride = 2 if size >= 32 else 1
+            layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width)]
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+            channels, size = width, size // stride // 2
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, self.data.num_classes))
 
     def trained(self, indices: Tensor, seed: int) -> nn.Module:
@@ -189,7 +192,6 @@ class Bench:
                     {"seed": seed, **self.accuracies(model), "attack_advantage": attack and attack.as_dict()}
                 )
             print(name, f"{time.perf_counter() - started:.0f} s", flush=True)
-        torch.save(courses, f"/tmp/wt/courses-{self.data.name.replace('/', '_')}-{self.case.forget}.pt")
         for name, rows in found.items():
             for row in rows:
                 plans = {}
@@ -200,13 +202,44 @@ class Bench:
                         plans[plan] = {"left_out": curve} if isinstance(curve, str) else asdict(curve)
                 row["relearning"] = plans
                 ratios = [plan["ratio"] for plan in plans.values() if plan.get("ratio")]
-                row["relearn_ratio"] = max(ratios, key=lambda ratio: ratio["value"])
+                row["relearn_ratio"] = max(ratios, key=lambda ratio: ratio["low"])
         return {
             **asdict(self.case),
             "forget_examples": count,
             "seconds": time.perf_counter() - started,
             "models": found,
         }
+
+
+def rounded(value: Any) -> Any:
+    """Return nested plain values with floats of four decimals."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def table(kept: dict[str, Any]) -> str:
+    """Return a table of every case: means over the seeds, and how many are reported as hidden."""
+    found = []
+    for case in kept["cases"]:
+        rows = []
+        for name, seeds in case["models"].items():
+            ratios = [row["relearn_ratio"] for row in seeds]
+            values = [ratio["value"] for ratio in ratios]
+            hidden = sum(ratio["value"] > HIDDEN and ratio["low"] > 1 for ratio in ratios)
+            means = [statistics.mean(row[key] for row in seeds) for key in ("forget", "test")]
+            attack = statistics.mean(row["attack_advantage"]["value"] for row in seeds)
+            rows.append([
+                name, *(f"{mean:.1f}" for mean in means), f"{attack:.2f}",
+                f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})",
+                f"{hidden} of {len(seeds)}",
+            ])  # fmt: skip
+        columns = ("model", "forget, %", "test, %", "attack advantage", "relearn ratio", "hidden")
+        found.append(f"{case['data']}, {case['forget']}: {case['forget_examples']} forget examples.\n")
+        found.append(markdown_table(columns, rows))
+    return "\n".join(found)
 
 
 def lines(result: dict[str, Any]) -> str:
@@ -249,10 +282,11 @@ def main() -> None:
         if folder is None:
             data = load("digits", None, None, None, None)
         else:
-            data = load(f"folder:{folder}", arguments.data_dir.expanduser(), 32, 2000, 1000)
+            data = load(f"folder:{folder}", arguments.data_dir.expanduser(), 32, 1200, 500)
         results.append(Bench(case, data).run())
         print(lines(results[-1]), flush=True)
-    write_json(arguments.output, {"relearning": asdict(RELEARNING), "cases": results, "provenance": provenance()})
+    kept = {"relearning": asdict(RELEARNING), "cases": results, "provenance": provenance()}
+    write_json(arguments.output, rounded(kept))
 
 
 if __name__ == "__main__":
