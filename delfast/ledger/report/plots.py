@@ -16,7 +16,7 @@ from delfast.ledger.report.history import Run
 from delfast.ledger.requests import ACCEPTED
 
 SIZE = (4.6, 3.0)  # inches: two panels side by side at 1280 pixels, one at 390; text of 9 points is legible in both
-NAMED = 4  # lines of single requests that get a colour and a name; more cannot be told apart
+NAMED = 4  # lines of single forget sets that get a colour and a name; more cannot be told apart
 Interval = Mapping[str, float | None]
 
 
@@ -36,7 +36,7 @@ def draw_reversal(
     figure, axes = _panel("run", "accuracy (percent)")
     others = [name for name in returns if name not in worst]
     for name in others:
-        label = "other requests" if name == others[0] else None
+        label = "other forget sets" if name == others[0] else None
         axes.plot(*zip(*returns[name], strict=True), color="#b5b5b5", linewidth=0.9, marker=".", label=label)
     for position, name in enumerate(worst):
         style = {"color": COLOURS[position], "marker": "os^D"[position], "markersize": 4.5, "linewidth": 1.3}
@@ -129,7 +129,7 @@ def _length(interval: Interval, end: str) -> float:
 
 def _limit(axes: Any, runs: Sequence[Run], name: str) -> None:
     """Draw a threshold's limit by run: it may change between runs."""
-    limits = [(run.number, check["limit"]) for run in runs for check in run.checks if check["name"] == name]
+    limits = [(run.number, check.limit) for run in runs for check in run.checks if check.name == name]
     known = [(number, limit) for number, limit in limits if limit is not None]
     if known:
         axes.step(*zip(*known, strict=True), where="mid", color="#a11212", linestyle="--", linewidth=1.1, label="limit")
