@@ -1,6 +1,6 @@
 """Measure the ledger's three thresholds on networks that were retrained, and on one that never unlearned.
 
-python -m benchmarks.thresholds    rewrites benchmarks/results/thresholds.json; about 4 minutes of one core
+python -m benchmarks.thresholds    rewrites benchmarks/results/thresholds.json; about 3 minutes of one core
 
 The job is the one that `delfast init-job` writes. Of each seed and size there is a forget set of random examples, and a
 network retrained without it. Each is audited as `delfast ledger run` does it, beside references that know a random
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import delfast.cli.example_job
 from delfast.evaluation import Reference, Relearning, audit
 from delfast.files import write_json
-from delfast.jobs import Job, read_job
+from delfast.jobs import Accept, Job, read_job
 from delfast.provenance import provenance
 from delfast.seeding import seeded
 from delfast.unlearning import train
@@ -122,6 +123,24 @@ def values(found: list[dict[str, Any]], network: str, size: int, name: str) -> l
     return sorted(each["value"] if isinstance(each, dict) else each for each in chosen)
 
 
+def table(result: dict[str, Any]) -> str:
+    """Return how often each default threshold held, and the largest figure, as a Markdown table."""
+    rows = ["| network | examples | figure | limit | held | largest |", "| --- | ---: | --- | ---: | ---: | ---: |"]
+
+    def add(network: str, size: int, name: str, limit: float, found: list[float]) -> None:
+        held = f"{sum(each <= limit for each in found)} of {len(found)}"
+        rows.append(f"| {network} | {size} | `{name}` | {limit:g} | {held} | {max(found):.2f} |")
+
+    accept = asdict(Accept())
+    for network in ("retrained", "original"):
+        for size in SIZES:
+            for name, limit in accept.items():
+                add(network, size, name, limit, values(result["networks"], network, size, name))
+    for size, advantages in result["attacks"].items():
+        add("never saw them", int(size), "attack_advantage", accept["attack_advantage"], advantages)
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Measure the networks, keep every figure, and print each threshold's figures in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,14 +153,9 @@ def main() -> None:
     attacked = attacks(job)
     for row in rows(job, arguments.seeds):
         found.append(row)
-        result = {"job": job.digest, "attacks": attacked, "networks": found, "provenance": provenance()}
+        result = {"attacks": attacked, "networks": found, "provenance": provenance()}
         write_json(arguments.output, result)
-    for size, advantages in attacked.items():
-        print("never seen", size, "attack_advantage", " ".join(f"{each:.2f}" for each in sorted(advantages)))
-    for network in ("retrained", "original"):
-        for size in SIZES:
-            for name in ("test_drop", "attack_advantage", "relearn_ratio"):
-                print(network, size, name, " ".join(f"{each:.2f}" for each in values(found, network, size, name)))
+    print(table(result))
 
 
 if __name__ == "__main__":
