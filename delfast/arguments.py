@@ -23,11 +23,14 @@ def describe(value: object) -> str:
         return text if len(text) <= 60 else f"{text[:57]}..."
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
     if isinstance(value, numpy.bool_):  # the name of its type is also "bool"
         return f"{value} (numpy.bool)"
     return f"{value} ({type(value).__name__})" if isinstance(value, Real) else type(value).__name__
+
+
+def form_of(value: object) -> str:
+    """Return dtype and shape of a tensor, or the type of another value, as text for an error."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def check_number(name: str, value: Any) -> float:

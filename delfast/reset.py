@@ -17,10 +17,10 @@ from delfast.arguments import check_path, check_seed, check_type
 from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.mask import Mask
-from delfast.naming import model_parameters, plain_name, unwrap
-from delfast.processes import Processes
+from delfast.naming import model_parameters, plain_name, refuse_merged, unwrap
+from delfast.processes import holders
 from delfast.seeding import seeded
-from delfast.sharding import held_part, is_dtensor, local_part, refuse_different_masks, reshard
+from delfast.sharding import held_part, is_dtensor, local_part, reshard
 from delfast.slices import read_parts
 from delfast.sole_use import used_alone
 
@@ -82,8 +82,9 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     >>> (model.weight != before).tolist()
     [[True, True], [False, False]]
     """
+    refuse_merged(unwrap(model))
     targets = model_parameters(unwrap(model), sharded=True)
-    processes = Processes(None, targets) if any(map(is_dtensor, targets.values())) else None
+    processes = holders(targets)
     # no process exchanges anything else inside, so that an error of one is raised by all before any of them writes
     with nullcontext() if processes is None else processes.together():
         check_type("mask", mask, Mask, "a delfast.Mask")
@@ -94,7 +95,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
         values = _checked_values(model, init, seed, parameters) if path is None else read_parts(path, parameters)
         content = "" if processes is None else _content_of(values) if path is None else _content_of_file(path)
     if processes is not None:
-        refuse_different_masks(mask.digest, targets.values())
+        processes.check_same_mask(mask.digest)
         processes.check_same(
             content,
             "expected the same fresh values in all processes that hold a sharded model, got different ones; pass the "
@@ -135,6 +136,8 @@ def _checked_values(model: nn.Module, init: Any, seed: int, parameters: Mapping[
                 f"expected fresh values for '{name}' of shape {tuple(parameter.shape)}, got "
                 f"{tuple(fresh[name].shape)}; pass a factory of the same network"
             )
+        if fresh[name].is_meta:
+            raise InputError(f"expected fresh values for '{name}', got a tensor without data (meta); make it elsewhere")
     return {name: fresh[name] for name in parameters}
 
 
@@ -201,10 +204,17 @@ def _make_network(init: Any, seed: int, advice: str) -> nn.Module:
 
 def _reset_parameters_of_copy(model: nn.Module, needed: list[str]) -> nn.Module:
     """Copy ``model`` and reset the copy's modules; InputError if a needed parameter is not reset by its module."""
+    # peft's LoRA layers set one of their two matrices to 0, which the matrix, an nn.Linear, does not
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "reset_lora_parameters"))
     fresh = copy_of(model)
     parameters = {plain_name(name): (name, parameter) for name, parameter in fresh.named_parameters()}
     owners = {name: fresh.get_submodule(parameters[name][0].rpartition(".")[0]) for name in needed}
     for name, owner in owners.items():
+        if parameters[name][0].startswith(adapted):
+            raise InputError(
+                f"'{name}' belongs to a LoRA layer, which does not initialize it by reset_parameters(); pass a factory "
+                "of the network, or a state dict of fresh adapters, as init"
+            )
         if not callable(getattr(owner, "reset_parameters", None)):
             raise InputError(
                 f"'{name}' belongs to a {type(owner).__name__}, which has no reset_parameters(); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ LOADING = (
     "prefetch_factor",
 )  # fmt: skip
 WHOLE_SET = "pass the loader of the whole set without a sampler, which is shared out here"
+ROWS = 16  # of a datasets.Dataset, which are compared between processes
 HASHES = 2**48  # the number of different hashes, whose sum over thousands of processes an int64 holds
 
 
@@ -115,7 +117,7 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         processes.check_same(
             str(shares), f"expected the same shares on processes that hold a model together, got others; {WHOLE_SET}"
         )
-    drawn = units if loader.batch_sampler is None else list(itertools.chain.from_iterable(units))
+    drawn = _examples_of(loader, units)
     total, hashes = processes.count_data(len(drawn)), processes.count_data(_hash_of(drawn)) % HASHES
     with processes.together():
         if (total, hashes) != (len(expected), _hash_of(expected)):
@@ -138,9 +140,46 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
 
 def _units(loader: Any) -> list[Any]:
     """Return the indices of each batch as int; of a loader without batch_size, those of its items."""
-    if loader.batch_sampler is None:
+    if _batch_sampler_of(loader) is None:
         return [_index(drawn) for drawn in loader.sampler]
     return [[_index(drawn) for drawn in batch] for batch in loader.batch_sampler]
+
+
+def _examples_of(loader: Any, units: list[Any]) -> list[int]:
+    return units if _batch_sampler_of(loader) is None else list(itertools.chain.from_iterable(units))
+
+
+def _batch_sampler_of(loader: Any) -> Any:
+    return getattr(loader, "batch_sampler", None)
+
+
+def refuse_overlap(loader: Any, processes: Processes, what: str) -> None:
+    """Raise InputError, on every process, if sharding samplers draw an example twice, their repeats at the end aside.
+
+    The draws of one pass are made and counted by example, for training, where a sampler may omit examples. Data sets
+    that shard themselves are not checked: their indices are those of a share. All processes call it together.
+    """
+    with processes.together():
+        samplers = SimpleNamespace(batch_sampler=_batch_sampler_of(loader), sampler=getattr(loader, "sampler", None))
+        dataset = getattr(loader, "dataset", None)
+        by_index = sharding(samplers) is not None and not isinstance(dataset, IterableDataset)
+        drawn = _examples_of(loader, _without_repeats(loader, _units(loader))) if by_index else []
+        size = (_length(loader) or 0) if by_index else 0
+        if drawn and not 0 <= min(drawn) <= max(drawn) < size:  # of no size: a loader that does not show its data set
+            raise InputError(
+                f"expected a sampler of indices in [0, {size}) for the {what} set, got {min(drawn)} to {max(drawn)}; "
+                "give it the data set of the loader"
+            )
+    processes.check_same(f"{size}", f"expected the same {what} set on every process, got other lengths; {WHOLE_SET}")
+    counts = torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=size).int().to(processes.device)
+    processes.add_data([counts])
+    with processes.together():
+        if (counts > 1).any():
+            raise InputError(
+                f"expected each example of the {what} set at most once on all processes together, got "
+                f"{int((counts > 1).sum())} of {size} more often: the sampler repeats some, or is seeded otherwise on "
+                f"some processes; {WHOLE_SET}"
+            )
 
 
 def _index(drawn: Any) -> int:
@@ -168,11 +207,11 @@ def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
     Index i of rank r is at position r + i W of the whole order; the repeats are the positions past its end.
     """
     sampler = sampler_of(loader)
-    known = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    known = _batch_sampler_of(loader) is None or type(loader.batch_sampler) is BatchSampler
     if type(sampler) is not DistributedSampler or sampler.drop_last or not known:
         return units
     left = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-    if loader.batch_sampler is None:
+    if _batch_sampler_of(loader) is None:
         return units[:left]
     kept = []
     for indices in units:
@@ -185,8 +224,9 @@ def signature_of(dataset: Any) -> str:
     """Return what tells data sets apart without loading an example of a Dataset: types, lengths, what is in memory."""
     parts = []
     while dataset is not None:
-        # datasets.Dataset has a fingerprint of its content
-        parts.append(f"{type(dataset).__qualname__} of {len(dataset)} {getattr(dataset, '_fingerprint', '')}")
+        parts.append(f"{type(dataset).__qualname__} of {len(dataset)}")
+        if _is_hugging_face(dataset):
+            parts.append(content_of(_rows(dataset)))
         if isinstance(dataset, (list, tuple)):
             parts.append(content_of([dataset[:1], dataset[-1:]]))
         if isinstance(dataset, Subset):
@@ -195,6 +235,21 @@ def signature_of(dataset: Any) -> str:
             parts += [f"{t.dtype} {tuple(t.shape)} {checksum([t[:1], t[-1:]])}" for t in dataset.tensors]
         dataset = getattr(dataset, "dataset", None)
     return "; ".join(parts)
+
+
+def _is_hugging_face(dataset: Any) -> bool:
+    """Return whether this is a ``datasets.Dataset``; without an import, which no other user needs."""
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(dataset, library.Dataset)
+
+
+def _rows(dataset: Any) -> Any:
+    """Return rows of a ``datasets.Dataset`` that are evenly spaced, as it stores them: no transform, nothing decoded.
+
+    Its fingerprint is no content: after ``map`` with a function that cannot be pickled it is random.
+    """
+    rows = sorted({place * (len(dataset) - 1) // (ROWS - 1) for place in range(ROWS)}) if len(dataset) else []
+    return dataset.with_format("arrow")[rows].to_pylist()
 
 
 # Other iterables

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.arguments import check_loader, check_tensors
-from delfast.batches import Indexed, class_indices, device_of, evaluating, move, split_batch
+from delfast.batches import Indexed, class_indices, device_of, move, split_batch
 from delfast.device_checks import DeviceChecks, prefixed, refuse_if
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
+from delfast.groups import Group
 from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap
-from delfast.processes import Group, Processes, joined
+from delfast.processes import Processes, joined
 from delfast.sharding import fsdp_modules, is_laid_out, reshard, whole
 from delfast.shares import refuse_sharded, share
 

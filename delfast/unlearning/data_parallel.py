@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from delfast.errors import InputError
+from delfast.groups import Group, check_group, mesh_groups, ranks_of
 from delfast.naming import trainable_parameters, unwrap, wrappers
-from delfast.processes import Group, Processes, check_group, joined, mesh_groups, ranks_of
+from delfast.processes import Processes, holders, joined
 from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard
 
 DDP = nn.parallel.DistributedDataParallel
@@ -24,9 +25,15 @@ def averaging(model: nn.Module) -> DDP | None:
 
 
 def averaging_processes(model: nn.Module) -> Processes | None:
-    """Return the processes over which DistributedDataParallel averages the gradients; None without it."""
-    wrapper = averaging(model)
-    return None if wrapper is None else Processes(wrapper.process_group, dict(wrapper.named_parameters()))
+    """Return the processes that train a network together; None if this process trains it alone.
+
+    They are those of DistributedDataParallel, or those that hold a network of DTensors together.
+    """
+    if (wrapper := averaging(model)) is not None:
+        return Processes(wrapper.process_group, dict(wrapper.named_parameters()))
+    network = unwrap(model)
+    reshard(network)
+    return holders(dict(network.named_parameters()))
 
 
 def training_processes(model: nn.Module, group: Group) -> Processes | None:
@@ -95,11 +102,17 @@ def together(processes: Processes | None) -> Any:
 
 
 def add_up(processes: Processes | None, *values: float) -> list[float]:
-    """Return each value's sum over the processes, in float64."""
+    """Return each value's sum over the processes, in float64.
+
+    Without a data group it is the sum over all that hold a network together: processes of the same data count alike.
+    """
     if processes is None:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64, device=processes.device)
-    processes.add_data([sums])
+    if processes.data is None:
+        processes.total(sums)
+    else:
+        processes.add_data([sums])
     found: list[float] = sums.tolist()
     return found
 
