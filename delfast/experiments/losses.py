@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from delfast.batches import LossFn, device_of, evaluating, per_example_losses
+from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.device_checks import DeviceChecks
+from delfast.eval_mode import evaluating
 from delfast.errors import InputError
 from delfast.evaluation import Metrics, gaps
 from delfast.execution import Execution, Precision
