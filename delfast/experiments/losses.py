@@ -12,8 +12,8 @@ from torch import nn
 
 from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.device_checks import DeviceChecks
-from delfast.eval_mode import evaluating
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.evaluation import Metrics, gaps
 from delfast.execution import Execution, Precision
 from delfast.feeding import feed
