@@ -35,6 +35,7 @@ import delfast
 from delfast.evaluation import Relearning, accuracy_and_loss, audit
 from delfast.evaluation.relearning import Course, Data, Sets, curve_of, finetuned
 from delfast.experiments.datasets import Batches, ForgetSet, ImageData, choose, load
+from delfast.experiments.reports import markdown_table
 from delfast.files import write_json
 from delfast.provenance import provenance
 from delfast.seeding import seeded
@@ -43,7 +44,8 @@ from delfast.unlearning import train
 RESULTS = Path(__file__).parent / "results/audit.json"
 SEEDS = range(5)
 BATCH, LR = 64, 0.05
-RELEARNING = Relearning(steps=50, every=5, batch_size=64, max_examples=400)
+HIDDEN = 1.5  # a ratio above, with a lower limit above 1, is reported as hidden
+RELEARNING = Relearning()
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ class Bench:
         layers: list[nn.Module] = []
         channels, size = self.data.train_images.shape[1], self.data.train_images.shape[2]
         for width in (16, 32, 64):
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-            channels, size = width, size // 2
+            stride = 2 if size >= 32 else 1
+            layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width)]
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+            channels, size = width, size // stride // 2
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, self.data.num_classes))
 
     def trained(self, indices: Tensor, seed: int) -> nn.Module:
@@ -87,10 +90,6 @@ class Bench:
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
         train(model, self.batches(indices, seed=seed), optimizer, epochs=self.case.epochs)
         return model
-
-    def accuracies(self, model: nn.Module) -> dict[str, float]:
-        sets = {"forget": self.forgotten, "test": self.test}
-        return {name: accuracy_and_loss(model, loader).accuracy for name, loader in sets.items()}
 
     def perturbed(self, original: nn.Module, most: float, seed: int) -> nn.Module:
         """Add the least noise found by bisection with which the forget accuracy is at most ``most`` percent."""
@@ -143,70 +142,98 @@ class Bench:
         )  # fmt: skip
         return model
 
-    def run(self) -> dict[str, Any]:
-        """Return the figures of every model and seed."""
-        started = time.perf_counter()
+    def models(self) -> dict[str, Callable[[int], nn.Module]]:
+        """Return by name a function of the seed that makes a model."""
         everything = torch.arange(len(self.forget.targets))
         originals = [self.trained(everything, seed) for seed in SEEDS]
         oracles = [self.trained(self.forget.retain, 100 + seed) for seed in SEEDS]
-        print(f"trained {time.perf_counter() - started:.0f} s", flush=True)
         chance = 100 / self.data.num_classes
-        makers: dict[str, Callable[[int], nn.Module]] = {
+        return {
             "oracle": lambda seed: oracles[seed],
             "perturbed to oracle": lambda seed: self.perturbed(
-                originals[seed], self.accuracies(oracles[seed])["forget"], seed
+                originals[seed], accuracy_and_loss(oracles[seed], self.forgotten).accuracy, seed
             ),
             "perturbed to chance": lambda seed: self.perturbed(originals[seed], chance, seed),
             "head only": lambda seed: self.head_only(originals[seed], seed),
             "DEL": lambda seed: self.unlearned(originals[seed], seed),
             "original": lambda seed: originals[seed],
         }
-        retain = self.batches(self.forget.retain, 256)
-        sets = Sets(
-            {"forget": self.forgotten, "retain": retain, "control": self.test},
-            {
-                "forget": len(self.forget.indices),
-                "retain": len(self.forget.retain),
-                "control": len(self.data.test_targets),
-            },
-            None,
-            0,
-        )
-        count = len(self.forget.indices)
-        trained = {"retain": 0} | {f"forget {100 * part:g} %": int(part * count) for part in RELEARNING.fractions}
-        data = Data(sets, RELEARNING, max(trained.values()))
+
+    def run(self) -> dict[str, Any]:
+        """Return the figures of every model and seed, as ``audit`` with ``never_seen`` computes them.
+
+        The finetuning of an oracle is not repeated for every model that it stands beside.
+        """
+        started = time.perf_counter()
+        retain, count = self.batches(self.forget.retain, 256), len(self.forget.indices)
+        loaders = {"forget": self.forgotten, "retain": retain, "control": self.test}
+        counts = {"forget": count, "retain": len(self.forget.retain), "control": len(self.data.test_targets)}
+        plans = {"retain": 0} | {f"forget {100 * part:g} %": int(part * count) for part in RELEARNING.fractions}
+        data = Data(Sets(loaders, counts, None, 0), RELEARNING, max(plans.values()))
         courses: dict[tuple[str, int, str], Course | str] = {}
         found: dict[str, list[dict[str, Any]]] = {}
-        for name, make in makers.items():
+        for name, make in self.models().items():
             for seed in SEEDS:
                 model = make(seed)
-                for plan, examples in trained.items():
-                    if plan == "retain" or examples:
-                        courses[name, seed, plan] = finetuned(model, name, data, examples, None)
-                figures = audit(model, forget=self.forgotten, retain=retain, test=self.test, relearn=None)
-                attack = figures.sets["forget"].attack_advantage
-                found.setdefault(name, []).append(
-                    {"seed": seed, **self.accuracies(model), "attack_advantage": attack and attack.as_dict()}
-                )
+                for plan, trained in plans.items():
+                    courses[name, seed, plan] = finetuned(model, name, data, trained, None)
+                sets = audit(model, forget=self.forgotten, retain=retain, test=self.test, relearn=None).as_dict()[
+                    "sets"
+                ]
+                row = {"seed": seed, **{key: sets[key]["accuracy"]["value"] for key in ("forget", "test")}}
+                row["attack_advantage"] = sets["forget"]["attack_advantage"]
+                found.setdefault(name, []).append(row)
             print(name, f"{time.perf_counter() - started:.0f} s", flush=True)
-        torch.save(courses, f"/tmp/wt/courses-{self.data.name.replace('/', '_')}-{self.case.forget}.pt")
         for name, rows in found.items():
             for row in rows:
-                plans = {}
-                for plan, examples in trained.items():
-                    if (name, row["seed"], plan) in courses:
-                        others = [courses["oracle", other, plan] for other in SEEDS if other != row["seed"]]
-                        curve = curve_of([courses[name, row["seed"], plan], *others], examples, RELEARNING)
-                        plans[plan] = {"left_out": curve} if isinstance(curve, str) else asdict(curve)
-                row["relearning"] = plans
-                ratios = [plan["ratio"] for plan in plans.values() if plan.get("ratio")]
-                row["relearn_ratio"] = max(ratios, key=lambda ratio: ratio["value"])
-        return {
-            **asdict(self.case),
-            "forget_examples": count,
-            "seconds": time.perf_counter() - started,
-            "models": found,
-        }
+                others = [seed for seed in SEEDS if seed != row["seed"]]
+                row["relearning"] = {
+                    plan: _curve(
+                        [courses[name, row["seed"], plan], *(courses["oracle", o, plan] for o in others)], trained
+                    )
+                    for plan, trained in plans.items()
+                }
+                ratios = [curve["ratio"] for curve in row["relearning"].values() if curve.get("ratio")]
+                row["relearn_ratio"] = max(ratios, key=lambda ratio: ratio["low"])
+        seconds = time.perf_counter() - started
+        return {**asdict(self.case), "forget_examples": count, "seconds": seconds, "models": found}
+
+
+def _curve(courses: list[Course | str], trained: int) -> dict[str, Any]:
+    """Return a curve without those of the oracles, which are kept as models of their own."""
+    curve = curve_of(courses, trained, RELEARNING)
+    return {"left_out": curve} if isinstance(curve, str) else {k: v for k, v in asdict(curve).items() if k != "control"}
+
+
+def rounded(value: Any) -> Any:
+    """Return nested plain values with floats of four decimals."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def table(kept: dict[str, Any]) -> str:
+    """Return a table of every case: means over the seeds, and how many are reported as hidden."""
+    found = []
+    for case in kept["cases"]:
+        rows = []
+        for name, seeds in case["models"].items():
+            ratios = [row["relearn_ratio"] for row in seeds]
+            values = [ratio["value"] for ratio in ratios]
+            hidden = sum(ratio["value"] > HIDDEN and ratio["low"] > 1 for ratio in ratios)
+            means = [statistics.mean(row[key] for row in seeds) for key in ("forget", "test")]
+            attack = statistics.mean(row["attack_advantage"]["value"] for row in seeds)
+            rows.append([
+                name, *(f"{mean:.1f}" for mean in means), f"{attack:.2f}",
+                f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})",
+                f"{hidden} of {len(seeds)}",
+            ])  # fmt: skip
+        columns = ("model", "forget, %", "test, %", "attack advantage", "relearn ratio", "hidden")
+        found.append(f"{case['data']}, {case['forget']}: {case['forget_examples']} forget examples.\n")
+        found.append(markdown_table(columns, rows))
+    return "\n".join(found)
 
 
 def lines(result: dict[str, Any]) -> str:
@@ -249,10 +276,11 @@ def main() -> None:
         if folder is None:
             data = load("digits", None, None, None, None)
         else:
-            data = load(f"folder:{folder}", arguments.data_dir.expanduser(), 32, 2000, 1000)
+            data = load(f"folder:{folder}", arguments.data_dir.expanduser(), 32, 1200, 500)
         results.append(Bench(case, data).run())
         print(lines(results[-1]), flush=True)
-    write_json(arguments.output, {"relearning": asdict(RELEARNING), "cases": results, "provenance": provenance()})
+    kept = {"relearning": asdict(RELEARNING), "cases": results, "provenance": provenance()}
+    write_json(arguments.output, rounded(kept))
 
 
 if __name__ == "__main__":

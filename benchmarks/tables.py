@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import gpu_bandwidth
+from benchmarks.audit import RESULTS as AUDIT
+from benchmarks.audit import table as audit_table
 from benchmarks.distributed import RESULTS as DISTRIBUTED
 from benchmarks.distributed import table as distributed_table
 from benchmarks.gpu_kernels import COLUMNS, row
@@ -358,6 +360,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "demo": demo(read_json(DEMO)),
             "precision": "\n".join(precision_table(result) for _, result in sorted(read_json(PRECISION).items())),
             "cifar10": cifar10(CIFAR10.read_text(encoding="utf-8")),
+            "audit": audit_table(read_json(AUDIT)),
         },
         LANGUAGE_MODELS: {"causal-lm": causal_lm(read_json(CAUSAL_LM))},
         LEDGER_PAGE: {"ledger": ledger(read_json(LEDGER))},

@@ -69,7 +69,7 @@ def audit(
     It is evidence, and no certificate: an audit can find what is left, and never that nothing is.
 
     The model and every other network are left as they were: weights, buffers and modes to the bit, and gradients. Each
-    network runs on its own device. The same arguments and seed give the same figures.
+    network runs on its own device. The same arguments and seed give the same figures, if loaders yield the same order.
 
     Parameters
     ----------
@@ -145,6 +145,9 @@ def audit(
     ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a mean
     is not above 0.
 
+    ``relearn_ratio`` is the ratio whose lower limit is highest, the best evidenced one: the highest value of several
+    would be above 1 by chance, most of all where few examples are right.
+
     A ratio above 1 is no proof. A network that unlearning has damaged, also on the test set, regains a part of the
     forget set with the rest; finetune it until it no longer changes, and audit it again. A ratio of 1 is none either:
     what a finetuning of these steps does not bring back may come back in another.
@@ -186,6 +189,7 @@ def audit(
     check_type("relearn", relearn, (Relearning, type(None)), "a Relearning or None")
     loaders = _loaders(forget, retain, test, control, earlier)
     references = _references(references)
+    reread = {"forget": forget, "retain": retain, "control": test if control is None else control}
     started = time.perf_counter()
     networks = [model] if oracle is None else [model, oracle]
     passes = {name: measure(networks, loader, name, loss_fn) for name, loader in loaders.items()}
@@ -195,7 +199,7 @@ def audit(
     _check_one_form({name: results[0] for name, results in measured.items()})
     inferred = time.perf_counter()
     attacked = [name for name in passes if name not in FIXED or name == "forget"]
-    scores = _lira_scores(references, loaders | {"control": control or test}, measured, attacked, loss_fn)
+    scores = _lira_scores(references, loaders | {"control": reread["control"]}, measured, attacked, loss_fn)
     compared = time.perf_counter()
     sets = [
         {
@@ -215,7 +219,6 @@ def audit(
     curves: dict[str, RelearningCurve | str] = {}
     begun = time.perf_counter()
     if relearn is not None:
-        reread = {"forget": forget, "retain": retain, "control": test if control is None else control}
         curves = run_relearning(model, others, Sets(reread, counts, loss_fn, seed), relearn)
     ended = time.perf_counter()
     ratios = [curve.ratio for curve in curves.values() if not isinstance(curve, str) and curve.ratio is not None]
@@ -223,7 +226,7 @@ def audit(
         sets=sets[0],
         classes=_classes({name: measured[name][0] for name in ("retain", "test")}),
         relearning=curves,
-        relearn_ratio=max(ratios, key=lambda ratio: ratio.value, default=None),
+        relearn_ratio=max(ratios, key=lambda ratio: ratio.low or 0.0, default=None),
         oracle=sets[1] if oracle is not None else None,
         seconds={"inference": inferred - started, "lira": compared - inferred, "relearning": ended - begun},
         settings={"seed": seed, "relearning": None if relearn is None else asdict(relearn)},

@@ -13,7 +13,15 @@ from delfast.batches import IGNORED, LossFn, device_of, per_example_losses, plai
 from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.evaluation.divergence import divergences
-from delfast.evaluation.outputs import check_examples, collect, log_complement, predict, predict_tokens, true_class
+from delfast.evaluation.outputs import (
+    check_examples,
+    collect,
+    join,
+    log_complement,
+    predict,
+    predict_tokens,
+    true_class,
+)
 from delfast.execution import Execution
 from delfast.language import is_token_batch
 
@@ -53,6 +61,8 @@ def measure(
     Returns each network's measurements, and of two classifiers KL(second || first) of each example, float64 (N,) in
     nats; else None. Raises InputError as ``delfast.evaluate``, which begins with the set's name.
     """
+    for network in networks:
+        join(None, "audit", model=network)  # refuses parameters that several processes hold together
     # a loss_fn may do anything, so it is not captured in a graph
     execution = Execution(cuda_graphs="auto" if loss_fn is None else False)
     device = device_of(networks[0])

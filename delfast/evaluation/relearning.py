@@ -34,7 +34,7 @@ class Relearning:
 
     Parameters
     ----------
-    steps : int, default 100
+    steps : int, default 50
         Number of steps.
     lr : float, default 0.01
         Learning rate: a tenth of the training's in the DEL paper. It is high enough to move a network of that training,
@@ -45,7 +45,7 @@ class Relearning:
         Parts of the forget set that are trained on, each in (0, 1); beside them, the retained examples alone.
     every : int, default 10
         Steps between two measurements.
-    max_examples : int, default 1000
+    max_examples : int, default 500
         Maximum number of forget examples, and of control examples, that are measured: chosen by the seed.
 
     Examples
@@ -55,12 +55,12 @@ class Relearning:
     [0, 20, 40]
     """
 
-    steps: int = 100
+    steps: int = 50
     lr: float = 0.01
     batch_size: int = 64
     fractions: tuple[float, ...] = (0.01, 0.1)
     every: int = 10
-    max_examples: int = 1000
+    max_examples: int = 500
 
     def __post_init__(self) -> None:
         for name, minimum in (("steps", 1), ("batch_size", 2), ("every", 1), ("max_examples", 2)):
@@ -233,8 +233,9 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Course:
-    """One network's measurements (times, N) on forget and control examples: parts that are right, or losses.
+    """One network's measurements on forget examples (times, N): parts that are right, or losses.
 
+    control: the same on control examples (M,), before the finetuning, which can harm a network.
     unknown: bool (N,), the forget examples that the network was not trained on before.
     """
 
@@ -257,6 +258,7 @@ def finetuned(network: nn.Module, who: str, data: Data, trained: int, knew: Tens
     positions = data.order[trained : trained + settings.max_examples]
     forgotten = data.measuring_batches(data.forget, positions)
     times = set(settings.measured_at)
+    (general,), _ = measure([copied], data.control_batches, "control", data.loss_fn)
     measured = [_measured(copied, forgotten, data)]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
@@ -270,10 +272,11 @@ def finetuned(network: nn.Module, who: str, data: Data, trained: int, knew: Tens
                 return f"finetuning {who} with lr {settings.lr:g} diverged in step {step}; pass a lower lr"
             if step in times:
                 measured.append(_measured(copied, forgotten, data))
-    right, losses, control = zip(*measured, strict=True)
+    right, losses = zip(*measured, strict=True)
     unknown = torch.ones(len(positions), dtype=torch.bool) if knew is None else ~knew[positions]
     rights = None if right[0] is None else torch.stack(right)
-    return Course(rights, torch.stack(losses), torch.stack(control), unknown)
+    parts = _right(general)
+    return Course(rights, torch.stack(losses), general.losses if parts is None else parts, unknown)
 
 
 def _losses(network: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
@@ -284,12 +287,10 @@ def _losses(network: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     return losses
 
 
-def _measured(network: nn.Module, forgotten: list[Any], data: Data) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return for each forget example the part of its units that is right, and its loss; for the control either."""
-    (forget,), _ = measure([network], forgotten, "forget", data.loss_fn)
-    (control,), _ = measure([network], data.control_batches, "control", data.loss_fn)
-    parts = _right(control)
-    return _right(forget), forget.losses, control.losses if parts is None else parts
+def _measured(network: nn.Module, forgotten: list[Any], data: Data) -> tuple[Tensor | None, Tensor]:
+    """Return for each forget example the part of its units that is right, and its loss."""
+    (found,), _ = measure([network], forgotten, "forget", data.loss_fn)
+    return _right(found), found.losses
 
 
 def _right(measured: Measured) -> Tensor | None:
@@ -309,7 +310,7 @@ def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning
     scale = 1 if is_loss else 100
     others = [course.unknown for course in whole[1:]]
     forgotten = compare(values[0], values[1:], others, is_loss)
-    general = [course.control[[0, 0]] for course in whole]  # before the finetuning, which can harm a network
+    general = [course.control.expand(2, -1) for course in whole]  # one time, which is the first and the last
     usable = [other for other, unknown in zip(general[1:], others, strict=True) if int(unknown.sum()) >= MIN_EXAMPLES]
     known_not = [torch.ones(general[0].shape[1], dtype=torch.bool)] * len(usable)
     advantage = compare(general[0], usable, known_not, is_loss)

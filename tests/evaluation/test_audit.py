@@ -151,7 +151,7 @@ def test_the_result_is_plain_json_of_the_documented_form(sets: dict[str, Any]) -
     assert curve["steps"] == [0, 2, 4] and len(curve["accuracy"]) == len(curve["control"][0]) == 3
     assert (curve["trained_on"], curve["measured"]) == (3, 27)
     ratios = [each["ratio"] for each in found["relearning"].values() if "ratio" in each]
-    assert found["relearn_ratio"] == max(ratios, key=lambda ratio: ratio["value"])
+    assert found["relearn_ratio"] == max(ratios, key=lambda ratio: ratio["low"])
     assert set(found["seconds"]) == {"inference", "lira", "relearning"}
     assert audit(make_model(0), **sets, relearn=QUICK).as_dict()["relearn_ratio"] is None
 
