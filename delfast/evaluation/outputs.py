@@ -21,6 +21,7 @@ from delfast.graphs import Graphed, make_backend
 from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap
+from delfast.jobs import one_error
 from delfast.processes import Group, Processes, joined
 from delfast.sharding import fsdp_modules, is_laid_out, reshard, whole
 from delfast.shares import refuse_sharded, share
@@ -85,15 +86,16 @@ def predictions(
     >>> log_probabilities.exp(), targets
     (tensor([[0.2500, 0.2500, 0.2500, 0.2500]]), tensor([2]))
     """
-    check_loader(loader, "data set")
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    (network,), processes = join(group, f"predictions {execution}", model=model)
-    found = collect(
-        (network,), loader, "data set", lambda batch: predict(network, batch, execution), execution, processes
-    )
-    check_examples(sum(len(labels) for labels, _ in found), "data set")
-    return torch.cat([rows for _, rows in found]), torch.cat([labels for labels, _ in found])
+    with one_error(group, model):
+        check_loader(loader, "data set")
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        (network,), processes = join(group, f"predictions {execution}", model=model)
+        found = collect(
+            (network,), loader, "data set", lambda batch: predict(network, batch, execution), execution, processes
+        )
+        check_examples(sum(len(labels) for labels, _ in found), "data set")
+        return torch.cat([rows for _, rows in found]), torch.cat([labels for labels, _ in found])
 
 
 def join(group: Group, settings: str, **models: nn.Module) -> tuple[list[nn.Module], Processes | None]:
@@ -181,8 +183,7 @@ def _run(
         stack.enter_context(checks)
         batches = feed(loader, device)
         if processes is not None:
-            processes.raise_first(None)  # has any failed so far?
-            processes.copy_from_first(buffer for model in models for buffer in model.buffers())
+            processes.copy_from_first(dict(nn.ModuleList(models).named_buffers()))
         if processes is None or stand_in is None or not in_step:
             found = [result_of(batch) for batch in batches]
         else:

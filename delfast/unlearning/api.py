@@ -19,6 +19,7 @@ from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
+from delfast.jobs import averaging, one_error
 from delfast.localization import localize
 from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
@@ -203,9 +204,10 @@ def unlearn(
     >>> result.method.alpha
     0.01
     """
-    training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
-    processes = training_processes(model, group)
-    with together(None if group is None else processes):
+    wrapper = None if group is None else averaging(model)
+    with one_error(group if wrapper is None else wrapper.process_group, model):
+        training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
+        processes = training_processes(model, group)
         with together(processes):
             job = _prepared(
                 model, retain, forget, mask, init, method, head, loss_fn, seed, training, checkpoint, resume,
@@ -323,6 +325,7 @@ def _prepared(
         bf16=training.precision == "bf16" and steps is not None,
         frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
+        processes=group if is_laid_out(network) else None,
     )
     reshard(network)
     head = (first.head if head is None else head) if chosen.trains_head else None

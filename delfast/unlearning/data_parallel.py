@@ -11,29 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from delfast.errors import InputError
-from delfast.naming import trainable_parameters, unwrap, wrappers
+from delfast.jobs import averaging, averaging_processes
+from delfast.naming import trainable_parameters, unwrap
 from delfast.processes import Group, Processes, check_group, joined, mesh_groups, ranks_of
 from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard
-
-DDP = nn.parallel.DistributedDataParallel
-
-
-def averaging(model: nn.Module) -> DDP | None:
-    """Return the DistributedDataParallel around a network, which averages its gradients; None if there is none."""
-    return next((wrapper for wrapper in wrappers(model) if isinstance(wrapper, DDP)), None)
-
-
-def averaging_processes(model: nn.Module) -> Processes | None:
-    """Return the processes that train a network together; None if this process trains it alone.
-
-    They are those of DistributedDataParallel, or those that hold a network of DTensors together.
-    """
-    if (wrapper := averaging(model)) is not None:
-        return Processes(wrapper.process_group, dict(wrapper.named_parameters()))
-    network = unwrap(model)
-    reshard(network)
-    return Processes(None, dict(network.named_parameters())) if is_laid_out(network) else None
-
 
 def training_processes(model: nn.Module, group: Group) -> Processes | None:
     """Return the processes that unlearn a network together; None if this process does it alone.
@@ -126,7 +107,7 @@ def send_buffers(model: nn.Module, processes: Processes | None) -> None:
         return
     ignored = () if wrapper is None else wrapper.parameters_to_ignore
     named = (model if wrapper is None else wrapper.module).named_buffers()
-    processes.copy_from_first(buffer for name, buffer in named if name not in ignored)
+    processes.copy_from_first({name: buffer for name, buffer in named if name not in ignored})
 
 
 @contextmanager
