@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from delfast.groups import Group, check_group
 from delfast.naming import unwrap, wrappers
-from delfast.processes import Group, Processes, check_group
+from delfast.processes import Processes, holders
 from delfast.sharding import is_laid_out, reshard
 
 DDP = nn.parallel.DistributedDataParallel
@@ -28,7 +29,7 @@ def averaging_processes(model: nn.Module) -> Processes | None:
         return Processes(wrapper.process_group, dict(wrapper.named_parameters()))
     network = unwrap(model)
     reshard(network)
-    return Processes(None, dict(network.named_parameters())) if is_laid_out(network) else None
+    return holders(dict(network.named_parameters()))
 
 
 @contextmanager

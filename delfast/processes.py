@@ -18,39 +18,22 @@ from torch import Tensor
 
 from delfast.bits import checksum
 from delfast.errors import InputError, one_line
+from delfast.groups import (
+    Group,
+    all_reduce,
+    check_group,
+    exchanged_device,
+    listed,
+    mesh_groups,
+    meshes_of,
+    ranks_of,
+    reduced_over,
+)
 from delfast.sharding import forget_forward, fsdp_groups, is_dtensor, is_laid_out, local_part
 
-MAX_BUCKET_BYTES = 2**24  # of small tensors that are reduced in one collective; larger tensors are reduced in pieces
 TEXT_BYTES = 4096  # of an error's text that reach the other processes
 
 Failure = TypeVar("Failure", bound=Exception)
-Group = Any
-"""A ``torch.distributed.ProcessGroup``, a one-dimensional DeviceMesh, or None for this process alone."""
-
-
-def check_group(group: Group) -> Any:
-    """Return the process group of ``group``, a ProcessGroup or a one-dimensional DeviceMesh; None for None."""
-    if group is None:
-        return None
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError(
-            "expected torch.distributed to be initialized for group, it is not; call init_process_group() first"
-        )
-    if type(group).__name__ == "DeviceMesh":  # by name: importing it takes time
-        if group.ndim != 1:
-            raise InputError(
-                f"expected group to be a DeviceMesh of one dimension, got one of {group.ndim}; pass the dimension over "
-                "which the data differ, mesh['dp'] for example, or mesh._flatten() for several"
-            )
-        return group.get_group()
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise InputError("expected a group that this process is a member of, got another; call it on members alone")
-    if not isinstance(group, dist.ProcessGroup):
-        raise InputError(
-            "expected group to be a ProcessGroup or a DeviceMesh of one dimension, got "
-            f"{type(group).__name__}; pass torch.distributed.group.WORLD for all processes"
-        )
-    return group
 
 
 class Processes:
@@ -77,7 +60,7 @@ class Processes:
         groups = self._all if group is None else [*self._all, group]
         on_cpu = all(torch.device("cpu") in each._device_types for each in groups)
         # small messages: the host does not wait for the device where the groups can exchange without it
-        self.device = torch.device("cpu") if on_cpu or not devices else _exchanged(devices, groups)
+        self.device = torch.device("cpu") if on_cpu or not devices else exchanged_device(devices, groups)
         self._check_product()
 
     # What all processes of the job do together
@@ -187,13 +170,21 @@ class Processes:
             if not self._is_same(repr(place), [self.data]):
                 raise InputError(
                     f"expected group to be processes that hold the same parts of the parameters, got ranks "
-                    f"{_listed(data)}, which hold others; pass the dimension of the mesh over which the data differ"
+                    f"{listed(data)}, which hold others; pass the dimension of the mesh over which the data differ"
                 )
 
     def check_same(self, value: str | bytes, error: str) -> None:
         """Raise InputError with ``error`` on every process unless all have the same value."""
         if not self.is_same(value):
             _refuse(error, is_input=True)
+
+    def check_same_mask(self, digest: str) -> None:
+        """Raise InputError on every process unless all have masks of one digest."""
+        self.check_same(
+            digest,
+            "expected the same mask on every process, got different ones; localize the whole forget set with group=, "
+            "or load one file everywhere",
+        )
 
     def first_of_all(self, value: Any) -> Any:
         """Return the value of the first process, an object that can be pickled."""
@@ -219,7 +210,7 @@ class Processes:
         """Add the tensors of all processes of the data group, in place."""
         if self.data is not None:
             self.raise_first(None)
-            _all_reduce(tensors, dist.ReduceOp.SUM, [self.data])
+            all_reduce(tensors, dist.ReduceOp.SUM, [self.data])
 
     def count_data(self, count: int) -> int:
         """Return the sum of a count over the data group."""
@@ -282,13 +273,13 @@ class Processes:
     def maximum(self, values: Tensor) -> Tensor:
         """Return the maximum, in place, over the processes that hold the parameters between them."""
         self.raise_first(None)
-        _all_reduce([values], dist.ReduceOp.MAX, self.meshes)
+        all_reduce([values], dist.ReduceOp.MAX, self.meshes)
         return values
 
     def total(self, *values: Tensor) -> None:
         """Add the values of the processes that hold the parameters between them, in place, each process once."""
         self.raise_first(None)
-        _all_reduce(values, dist.ReduceOp.SUM, self.meshes)
+        all_reduce(values, dist.ReduceOp.SUM, self.meshes)
 
     def is_first(self, parameter: Any) -> bool:
         """Return whether this is the first of the processes that hold the same part of a parameter.
@@ -325,6 +316,11 @@ class Processes:
             )
 
 
+def holders(parameters: Mapping[str, Tensor]) -> Processes | None:
+    """Return the processes that hold DTensors among the parameters together; None if all are plain tensors."""
+    return Processes(None, parameters) if any(map(is_dtensor, parameters.values())) else None
+
+
 def joined(
     network: torch.nn.Module, group: Group, parameters: Mapping[str, Tensor], settings: str, *, reads_data: bool = True
 ) -> Processes | None:
@@ -340,11 +336,11 @@ def joined(
     data = {dist.get_rank()} if group is None else set(dist.get_process_group_ranks(group))
     reduced: set[int] = set()
     for each in fsdp_groups(network) if reads_data else ():
-        ranks = _reduced_over(each)
+        ranks = reduced_over(each)
         if ranks != data:
             raise InputError(
                 f"expected group to be the {len(ranks)} processes over which fully_shard adds gradients, ranks "
-                f"{_listed(ranks)}, got {'none' if group is None else f'ranks {_listed(data)}'}; pass the mesh that "
+                f"{listed(ranks)}, got {'none' if group is None else f'ranks {listed(data)}'}; pass the mesh that "
                 "fully_shard got, flattened if it has two dimensions, and the loader of the whole set"
             )
         reduced |= ranks
@@ -353,8 +349,8 @@ def joined(
             ranks = set(ranks_of(each))
             if not ranks <= reduced and len(ranks & data) > 1:
                 raise InputError(
-                    f"expected group to be processes over which '{name}' is not laid out, got ranks {_listed(data)}, "
-                    f"which share ranks {_listed(ranks & data)} with its mesh; processes that hold one network between "
+                    f"expected group to be processes over which '{name}' is not laid out, got ranks {listed(data)}, "
+                    f"which share ranks {listed(ranks & data)} with its mesh; processes that hold one network between "
                     "them compute the same batches, so pass the other dimension of the mesh"
                 )
     # of all parameters: also processes that hold only frozen ones together compute the same passes
@@ -367,85 +363,6 @@ def joined(
         "names, dtypes, shapes or memory formats on some; build the same model everywhere",
     )
     return processes
-
-
-def _exchanged(devices: Iterable[torch.device], groups: Iterable[Any]) -> torch.device:
-    """Return the first of the devices whose tensors all groups exchange."""
-    for device in devices:
-        if all(torch.device(device.type) in each._device_types for each in groups):
-            return device
-    raise InputError(
-        "expected groups that exchange tensors of the model's devices, got other backends; call "
-        'init_process_group("cpu:gloo,cuda:nccl")'
-    )
-
-
-def _reduced_over(fsdp_group: Any) -> set[int]:
-    """Return the ranks over which an FSDP2 parameter group adds gradients."""
-    info = fsdp_group.mesh_info
-    added = {dim for dim in (info.shard_mesh_dim, info.replicate_mesh_dim) if dim is not None}
-    place = info.mesh.get_coordinate()
-    ranks = info.mesh.mesh[tuple(slice(None) if dim in added else at for dim, at in enumerate(place))]
-    return set(ranks.flatten().tolist())
-
-
-def meshes_of(tensors: Iterable[Any]) -> list[Any]:
-    """Return the device meshes of the DTensors among tensors, each once."""
-    return list(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor)))
-
-
-def mesh_groups(parameter: Any) -> list[Any]:
-    """Return the groups of more than one process of a DTensor's mesh."""
-    if not is_dtensor(parameter):
-        return []
-    mesh = parameter.device_mesh
-    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-
-
-def ranks_of(group: Any) -> tuple[int, ...]:
-    """Return the ranks, in the whole job, of a group's processes."""
-    return tuple(dist.get_process_group_ranks(group))
-
-
-def _listed(ranks: set[int]) -> str:
-    listed = ", ".join(map(str, sorted(ranks)[:8]))
-    return listed if len(ranks) <= 8 else f"{listed}, ..."
-
-
-def _all_reduce(tensors: Iterable[Tensor], op: Any, groups: list[Any]) -> None:
-    """Reduce dense tensors in place over one group after the other: small ones in buckets, large ones in pieces."""
-    bucket: list[Tensor] = []
-    for flat in map(_flat_view, tensors):
-        if flat.nbytes > MAX_BUCKET_BYTES:
-            for piece in torch.split(flat, MAX_BUCKET_BYTES // flat.element_size()):
-                _reduce(piece, op, groups)
-            continue
-        full = sum(each.nbytes for each in bucket) + flat.nbytes > MAX_BUCKET_BYTES
-        if bucket and (full or bucket[0].dtype != flat.dtype or bucket[0].device != flat.device):
-            _reduce_bucket(bucket, op, groups)
-            bucket = []
-        bucket.append(flat)
-    _reduce_bucket(bucket, op, groups)
-
-
-def _reduce_bucket(bucket: list[Tensor], op: Any, groups: list[Any]) -> None:
-    if len(bucket) == 1:
-        _reduce(bucket[0], op, groups)
-    elif bucket:
-        joined_values = torch.cat(bucket)
-        _reduce(joined_values, op, groups)
-        torch._foreach_copy_(bucket, torch.split(joined_values, [len(each) for each in bucket]))
-
-
-def _reduce(values: Tensor, op: Any, groups: list[Any]) -> None:
-    if values.numel():
-        for group in groups:
-            dist.all_reduce(values, op, group=group)
-
-
-def _flat_view(tensor: Tensor) -> Tensor:
-    """Return a dense tensor's elements (n,) in the order of memory, for any order of its dimensions."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _is_same_over(tensor: Any, group: Any) -> bool:

@@ -18,9 +18,9 @@ from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.mask import Mask
 from delfast.naming import model_parameters, plain_name, refuse_merged, unwrap
-from delfast.processes import Processes
+from delfast.processes import holders
 from delfast.seeding import seeded
-from delfast.sharding import held_part, is_dtensor, local_part, refuse_different_masks, reshard
+from delfast.sharding import held_part, is_dtensor, local_part, reshard
 from delfast.slices import read_parts
 from delfast.sole_use import used_alone
 
@@ -84,7 +84,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     """
     refuse_merged(unwrap(model))
     targets = model_parameters(unwrap(model), sharded=True)
-    processes = Processes(None, targets) if any(map(is_dtensor, targets.values())) else None
+    processes = holders(targets)
     # no process exchanges anything else inside, so that an error of one is raised by all before any of them writes
     with nullcontext() if processes is None else processes.together():
         check_type("mask", mask, Mask, "a delfast.Mask")
@@ -95,7 +95,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
         values = _checked_values(model, init, seed, parameters) if path is None else read_parts(path, parameters)
         content = "" if processes is None else _content_of(values) if path is None else _content_of_file(path)
     if processes is not None:
-        refuse_different_masks(mask.digest, targets.values())
+        processes.check_same_mask(mask.digest)
         processes.check_same(
             content,
             "expected the same fresh values in all processes that hold a sharded model, got different ones; pass the "

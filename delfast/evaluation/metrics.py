@@ -19,9 +19,10 @@ from delfast.errors import InputError
 from delfast.evaluation.membership import import_svc, membership_inference
 from delfast.evaluation.outputs import Loader, check_examples, collect, join, predict, predict_tokens, true_class
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
-from delfast.language import is_token_batch
+from delfast.groups import Group
 from delfast.jobs import one_error
-from delfast.processes import Group, Processes
+from delfast.language import is_token_batch
+from delfast.processes import Processes
 
 MAX_EXPONENT = 709.0  # about the largest x with a finite exp(x) in float64
 

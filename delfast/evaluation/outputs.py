@@ -18,11 +18,12 @@ from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
+from delfast.groups import Group
+from delfast.jobs import one_error
 from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap
-from delfast.jobs import one_error
-from delfast.processes import Group, Processes, joined
+from delfast.processes import Processes, joined
 from delfast.sharding import fsdp_modules, is_laid_out, reshard, whole
 from delfast.shares import refuse_sharded, share
 

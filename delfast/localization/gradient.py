@@ -26,8 +26,9 @@ from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
+from delfast.groups import MAX_BUCKET_BYTES
 from delfast.loaders import is_frequent
-from delfast.processes import MAX_BUCKET_BYTES, Processes
+from delfast.processes import Processes
 
 
 class GradientSums(Protocol):

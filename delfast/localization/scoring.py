@@ -13,6 +13,7 @@ from delfast.batches import LossFn, device_of, warn_about_loader
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.graphs import check_cuda_graphs
+from delfast.groups import Group
 from delfast.layer_types import output_dims
 from delfast.localization.competing import Patterns, check_patterns, competing_parameters
 from delfast.localization.criteria import (
@@ -28,10 +29,10 @@ from delfast.localization.per_example.contributions import Epilogue
 from delfast.localization.scores import Scores
 from delfast.localization.sharded_gradient import ShardedGradient
 from delfast.localization.sharded_scores import ShardedScores
-from delfast.naming import model_parameters, plain_name, trainable_parameters, unwrap
+from delfast.naming import model_parameters, plain_name, refuse_dtensor, trainable_parameters, unwrap
 from delfast.ops.layout import unit_count
-from delfast.processes import Group, joined
-from delfast.sharding import fsdp_groups, is_dtensor, is_laid_out
+from delfast.processes import joined
+from delfast.sharding import fsdp_groups, is_laid_out
 from delfast.shares import refuse_sharded, share
 
 
@@ -128,7 +129,7 @@ def score(
     ------
     InputError
         For an unknown criterion, a missing or empty set, labels out of range, a pattern that matches no
-        parameter; with ``per_example`` also for DTensors
+        parameter, and competing parameters on several devices; with ``per_example`` also for DTensors
         and layers that mix the examples (BatchNorm without running statistics). With ``group`` also for a loader whose
         shares are not the set. For a loader with a DistributedSampler, and for FSDP2, without ``group``.
 
@@ -186,7 +187,8 @@ def score(
     if loader is None:
         raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
     if is_sharded and (per_example or criterion == "critmem"):
-        _refuse_sharded("per_example" if per_example else "criterion 'critmem'", network)
+        for name, parameter in network.named_parameters():
+            refuse_dtensor(plain_name(name), parameter, "per_example" if per_example else "criterion 'critmem'")
     if criterion == "critmem":
         if group is not None:
             raise InputError("expected no group for criterion 'critmem', got one; pass every process the whole set")
@@ -249,14 +251,6 @@ def _check_sums(sum_dtype: torch.dtype | None, per_example: bool, model: nn.Modu
             f"expected no sum_dtype for FSDP2, got {sum_dtype}; its own reduction adds the processes' gradients, in "
             "the reduce_dtype of its MixedPrecisionPolicy, so omit it"
         )
-
-
-def _refuse_sharded(what: str, network: nn.Module) -> None:
-    name = next(name for name, parameter in network.named_parameters() if is_dtensor(parameter))
-    raise InputError(
-        f"expected whole parameters for {what}, got '{plain_name(name)}' as a DTensor (FSDP2 or tensor parallelism); "
-        "gather the model first (full_tensor())"
-    )
 
 
 def _by_depth(parameters: Mapping[str, Tensor], dims: Mapping[str, int], deepest: bool) -> dict[str, Tensor]:

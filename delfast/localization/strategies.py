@@ -15,6 +15,7 @@ from delfast.batches import LossFn
 from delfast.deprecation import renamed
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
+from delfast.groups import Group
 from delfast.jobs import averaging, one_error
 from delfast.localization.anytime import BATCH_SIZE, check_stop, localize_until_stable
 from delfast.localization.competing import Patterns, check_patterns
@@ -30,7 +31,6 @@ from delfast.localization.scoring import score
 from delfast.localization.streaming import streamed_scores
 from delfast.mask import Mask
 from delfast.plain import unboxed
-from delfast.processes import Group
 
 Preset = Literal["paper", "published-code"]
 BUDGET = 0.3  # fraction of all parameters; DEL paper, experimental setup

@@ -26,6 +26,7 @@ from delfast.batches import (
 from delfast.device_checks import DeviceChecks
 from delfast.execution import Execution
 from delfast.feeding import feed
+from delfast.groups import MAX_BUCKET_BYTES
 from delfast.layer_types import output_dims
 from delfast.localization.competing import competing_parameters
 from delfast.localization.criteria import Aggregate, Criterion, resolve_top_h
@@ -33,7 +34,6 @@ from delfast.localization.gradient import GradientHooks, mean_of
 from delfast.localization.scores import Scores
 from delfast.naming import trainable_parameters, unwrap
 from delfast.ops.layout import channels_first, unit_count
-from delfast.processes import MAX_BUCKET_BYTES
 from delfast.sharding import is_laid_out
 from delfast.shares import refuse_sharded
 

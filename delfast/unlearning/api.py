@@ -5,44 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from delfast.arguments import check_flag, check_function, check_loader, check_path, check_seed, check_type
+from delfast.arguments import check_seed
 from delfast.batches import LossFn, Versions, device_of, refuse_writing_layers
 from delfast.compaction import compact
 from delfast.copies import copy_of
-from delfast.errors import InputError
 from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
+from delfast.groups import Group
 from delfast.jobs import averaging, one_error
 from delfast.localization import localize
 from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
 from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
-from delfast.processes import Group, Processes
+from delfast.processes import Processes
 from delfast.reset import Init
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
+from delfast.unlearning.checks import check_needs, check_sharded, check_shareable, check_types, choose
 from delfast.unlearning.data_parallel import together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, refuse_checkpoint, train
 from delfast.unlearning.method import Method, UnlearningTask, required
-from delfast.unlearning.methods import Del
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
-from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Step, Steps
 from delfast.unlearning.stopping import EarlyStop
-
-SHARDED = ("del", "finetune", "gradient-ascent", "neggrad+", "relabel")  # methods for FSDP2
-OF_TRAINING = {each.name for each in fields(Method)} - {"epochs"}  # without effect on a method that trains nothing
 
 
 @dataclass(frozen=True)
@@ -234,11 +230,7 @@ class _Job:
 
     def check_same(self, processes: Processes) -> None:
         """Raise InputError, on every process, unless all have the same mask and settings, and sets if they share."""
-        processes.check_same(
-            f"{self.task.mask.digest} {self.mask.digest}",
-            "expected the same mask on every process, got different ones; localize the whole forget set with group=, "
-            "or pass every process the same mask",
-        )
+        processes.check_same_mask(f"{self.task.mask.digest} {self.mask.digest}")
         processes.check_same(
             repr(sorted(self.settings.items(), key=str)),
             "expected the same method, head, seed and options on every process, got others; make the same call",
@@ -279,18 +271,18 @@ def _prepared(
     shares: bool,
 ) -> _Job:
     """Check the arguments of ``unlearn``, localize, and return the job."""
-    _check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
+    check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
     refuse_writing_layers(model)
     seed = check_seed(seed)
-    chosen = _choose(method, hyperparameters)
-    _check_needs(chosen, retain, forget, mask, init, loss_fn)
+    chosen = choose(method, hyperparameters)
+    check_needs(chosen, retain, forget, mask, init, loss_fn)
     check_options(training, chosen)
     group = processes if shares else None
     network = unwrap(model)
     if group is not None:
-        _check_shareable(chosen, training)
+        check_shareable(chosen, training)
     if is_laid_out(network):
-        _check_sharded(chosen)
+        check_sharded(chosen)
         refuse_checkpoint(network, checkpoint)
     check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
 
@@ -354,96 +346,6 @@ def _prepared(
     if group is not None:
         settings["processes"] = group.size
     return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes)
-
-
-def _check_shareable(method: Method, training: TrainingOptions) -> None:
-    """Raise InputError for what processes cannot do together."""
-    if not method.epochs:
-        raise InputError(
-            f"expected no group for '{method.name}', which each process computes from its own sets, got one; leave "
-            "group out, and pass every process the whole sets"
-        )
-    if training.cuda_graphs is True:
-        raise InputError(
-            "expected cuda_graphs='auto' or False with group=, whose processes exchange more than gradients in each "
-            "step, got True; leave it out"
-        )
-
-
-def _check_sharded(method: Method) -> None:
-    """Raise InputError for what is not done with FSDP2, whose gathered parameters only its own passes see."""
-    if method.name not in SHARDED or type(method).__module__ != Del.__module__:
-        raise InputError(
-            f"expected one of {', '.join(SHARDED)} for FSDP2, got '{method.name}', which reads or copies whole "
-            "parameters, or was not tested; use DistributedDataParallel"
-        )
-
-
-def _check_types(
-    retain: object,
-    forget: object,
-    mask: object,
-    head: object,
-    loss_fn: object,
-    checkpoint: object,
-    resume: object,
-) -> None:
-    """Raise InputError for arguments of ``unlearn`` of another type."""
-    for what, loader in (("retain set", retain), ("forget set", forget)):
-        if loader is not None:
-            check_loader(loader, what)
-    check_type("mask", mask, (Mask, type(None)), "a delfast.Mask or None")
-    check_type("head", head, (str, type(None)), "the name of a module or None")
-    check_function("loss_fn", loss_fn)
-    check_flag("resume", resume)
-    if checkpoint is not None and Path(check_path("checkpoint", checkpoint)).is_dir():
-        raise InputError(f"expected checkpoint to be a file, got the directory '{checkpoint}'; name a file in it")
-
-
-def _choose(method: str | Method, hyperparameters: dict[str, Any]) -> Method:
-    """Return the method with these hyperparameters. InputError for an unknown keyword, or one without effect."""
-    method = find_method(method)
-    known = hyperparameter_names(method)
-    for name in hyperparameters:
-        if name not in known:
-            raise InputError(
-                f"unlearn has no parameter '{name}', and '{method.name}' no such hyperparameter: it has "
-                f"{', '.join(known)}; options of the training loop are fields of TrainingOptions"
-            )
-    given = {name: value for name, value in hyperparameters.items() if value is not None}
-    chosen = make_method(method, given)
-    for name, value in given.items():
-        if name in OF_TRAINING and not chosen.epochs:
-            raise InputError(
-                f"expected no {name}= for '{chosen.name}', which trains nothing, got {value}; leave it out"
-            )
-    return chosen
-
-
-def _check_needs(
-    method: Method,
-    retain: object,
-    forget: object,
-    mask: object,
-    init: object,
-    loss_fn: object,
-) -> None:
-    """Raise InputError for a missing argument that the method needs, and for one that it cannot use."""
-    if retain is not None or not method.epochs or method.step_plan != "forget":
-        check_loader(retain, "retain set")
-    needed = {"forget": forget, "init": init}
-    if method.localizes and mask is None and forget is None:
-        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
-    for name in sorted(method.needs & needed.keys()):
-        if needed[name] is None:
-            raise InputError(f"expected {name}= for '{method.name}', got none; pass it")
-    if "everything" in method.needs and mask is not None:
-        raise InputError(f"expected no mask for '{method.name}', which changes everything, got one; leave mask out")
-    if "logits" in method.needs and loss_fn is not None:
-        raise InputError(
-            f"expected no loss_fn for '{method.name}', which needs logits and labels, got one; leave loss_fn out, or "
-            "choose another method"
-        )
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:

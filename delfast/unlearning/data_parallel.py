@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from delfast.errors import InputError
+from delfast.groups import Group, check_group, mesh_groups, ranks_of
 from delfast.jobs import averaging, averaging_processes
 from delfast.naming import trainable_parameters, unwrap
-from delfast.processes import Group, Processes, check_group, joined, mesh_groups, ranks_of
+from delfast.processes import Processes, joined
 from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard
+
 
 def training_processes(model: nn.Module, group: Group) -> Processes | None:
     """Return the processes that unlearn a network together; None if this process does it alone.

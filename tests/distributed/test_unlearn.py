@@ -35,7 +35,9 @@ from tests.distributed.unlearning_errors import (
 )  # fmt: skip
 from tests.distributed.unlearning_fsdp import (
     PRECISIONS,
+    check_held_out_losses,
     check_stopping,
+    held_out_losses,
     sharded,
     sharded_buffers,
     stopping,
@@ -101,12 +103,15 @@ def test_four_processes_on_a_mesh_of_two_dimensions(tmp_path):
         name: functools.partial(unlearned, "del", **wrapping, **options)
         for name, (wrapping, options) in PRECISIONS.items()
     }
-    results = run_in_processes(4, {**scenarios, **precise, "tensor": two_dimensions}, tmp_path)
+    results = run_in_processes(
+        4, {**scenarios, **precise, "tensor": two_dimensions, "held out": held_out_losses}, tmp_path
+    )
     for name in scenarios:
         same_as([result[name] for result in results], expected(name, 4), name)
     for name, (_, options) in PRECISIONS.items():
         rtol = 2e-2 if "bf16" in name else 2e-4  # gradients in bfloat16 are rounded in each sum of two
         same_as([result[name] for result in results], expected("del", 4, **options), name, rtol)
+    check_held_out_losses([result["held out"] for result in results])
     for result in results:
         assert result["tensor"][0] == "InputError" and "tensor parallelism" in result["tensor"][1], result["tensor"]
 

@@ -127,6 +127,38 @@ def stopping(rank):
     return found, share
 
 
+def held_out_losses(rank):
+    """Return the losses that four processes measure on layouts of two dimensions; each divides the set otherwise."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    both = parallelize_module(network(), mesh["tp"], plan)
+    places = {
+        "hsdp": (fully_sharded(network()), rank),
+        "tensor": (parallelize_module(network(), mesh["tp"], plan), 0),
+        "both": (fully_shard(both, mesh=mesh["dp"]), rank // 2),
+    }
+    data, losses = examples(23, seed=9), {}
+    for name, (model, place) in places.items():
+        shares = {"hsdp": [range(17), range(17, 23), range(17, 19), range(1)], "tensor": [range(23)]}
+        share = shares.get(name, [range(20), range(20, 23)])[place]
+        stop = EarlyStop(DataLoader(Subset(data, share), batch_size=2), 1, None)
+        stop.update(model)
+        stop.restore(model)
+        losses[name] = stop.losses
+    return losses
+
+
+def check_held_out_losses(found):
+    """All processes have the mean over all examples, however often one is held out."""
+    counts = {"hsdp": [2, *[1] * 16, 2, 2, *[1] * 4], "tensor": [1] * 23, "both": [1] * 23}
+    inputs, targets = examples(23, seed=9)[:]
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(network()(inputs), targets, reduction="none")
+    for name, weights in counts.items():
+        mean = float(losses @ torch.tensor(weights).float()) / sum(weights)
+        assert all(each[name] == found[0][name] == pytest.approx([mean], rel=1e-5) for each in found), name
+
+
 def check_stopping(found):
     """All processes stop at one epoch, with one loss, that of all examples held out."""
     shares = [share for _, share in found]
