@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import operator
+import random
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Number
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, tensors_of, warn_about_loader
+from delfast.batches import LossFn, data_sets_of, draws_a_subset, examples_in, sampler_of, tensors_of, warn_about_loader
 from delfast.errors import InputError
 from delfast.processes import Processes
 
@@ -44,14 +45,14 @@ class Share:
 
     batches: iterable once. stand_in: returns a batch for a step in which this process has none, if it never had one;
     its result does not count. finish: raises InputError, on every process, if the batches of all of them are not the
-    set; for after the last batch. by_example: whether the processes take the set's examples in turn, as by a
-    DistributedSampler, and not its batches.
+    set; for after the last batch. places: the place in the set of each example of this process, or more places; None if
+    the processes take the set's batches in turn.
     """
 
     batches: Iterable[Any]
     stand_in: Callable[[], Any]
     finish: Callable[[], None]
-    by_example: bool = False
+    places: Sequence[int] | None = None
 
 
 def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
@@ -101,7 +102,7 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         units = _without_repeats(loader, units)
         whole = range(len(loader.dataset))
         expected = [operator.index(i) for i in sampler_of(loader).indices] if draws_a_subset(loader) else whole
-        signature = f"{signature_of(loader.dataset)}; {_hash_of(expected)}; sharded: {sharded is not None}"
+        signature = f"{signature_of(loader)}; {_hash_of(expected)}; sharded: {sharded is not None}"
     processes.check_same(
         signature,
         f"expected the same data set on every process, got others; {WHOLE_SET}",
@@ -134,8 +135,16 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
             raise _empty()
         return next(iter(batches(spare)))
 
-    by_example = loader.batch_sampler is not None and isinstance(sampler_of(loader), DistributedSampler)
-    return Share(batches(units), stand_in, lambda: None, by_example)
+    places = _places(loader, processes)
+    if places is None and isinstance(sampler_of(loader), DistributedSampler):
+        places = drawn  # of a subclass, which may take the examples in any order
+    return Share(batches(units), stand_in, lambda: None, places)
+
+
+def _places(loader: Any, processes: Processes) -> Sequence[int] | None:
+    """Return the places of the examples that torch's DistributedSampler gives this process, and more; else None."""
+    takes_turns = type(sampler_of(loader)) is DistributedSampler and _batch_sampler_of(loader) is not None
+    return range(processes.rank, sys.maxsize, processes.size) if takes_turns else None
 
 
 def _units(loader: Any) -> list[Any]:
@@ -220,21 +229,60 @@ def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
     return [indices for indices in kept if indices]
 
 
-def signature_of(dataset: Any) -> str:
-    """Return what tells data sets apart without loading an example of a Dataset: types, lengths, what is in memory."""
-    parts = []
-    while dataset is not None:
-        parts.append(f"{type(dataset).__qualname__} of {len(dataset)}")
+def signature_of(loader: Any) -> str:
+    """Return what tells the data sets of torch's DataLoaders apart: types, lengths, and what is in memory.
+
+    Of types that are not known the first and the last example are loaded, as the loader does it, twice: an example that
+    then differs, as one that is augmented by a generator of its own, is not compared.
+    """
+    parts, known = [], True
+    for dataset in data_sets_of(loader):
+        size = f" of {len(dataset)}" if isinstance(dataset, Sized) else ""
+        parts.append(f"{type(dataset).__qualname__}{size}")
         if _is_hugging_face(dataset):
             parts.append(content_of(_rows(dataset)))
-        if isinstance(dataset, (list, tuple)):
+        elif isinstance(dataset, (list, tuple)):
             parts.append(content_of([dataset[:1], dataset[-1:]]))
-        if isinstance(dataset, Subset):
-            parts.append(repr(zlib.crc32(repr([int(i) for i in dataset.indices]).encode())))
-        if isinstance(dataset, TensorDataset):
+        elif isinstance(dataset, TensorDataset):
             parts += [f"{t.dtype} {tuple(t.shape)} {checksum([t[:1], t[-1:]])}" for t in dataset.tensors]
-        dataset = getattr(dataset, "dataset", None)
+        elif type(dataset) is Subset:
+            parts.append(repr(zlib.crc32(repr([int(i) for i in dataset.indices]).encode())))
+        else:
+            known = False
+    if not known:
+        once, again = _ends_of(loader), _ends_of(loader)
+        parts.append(once if once == again else "examples that vary")
     return "; ".join(parts)
+
+
+def _ends_of(loader: Any) -> str:
+    """Return the content of the first and the last example, with the same draws of the global generators each time.
+
+    A worker process loads them if workers load for the loader: files that a data set opens belong to one process.
+    """
+    if not len(loader.dataset):
+        return "no example"
+    options = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
+    generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    try:
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        ends = DataLoader(
+            loader.dataset, batch_size=None, sampler=[0, len(loader.dataset) - 1], collate_fn=_as_it_is,
+            num_workers=min(1, loader.num_workers), generator=torch.Generator().manual_seed(0), **options,
+        )  # fmt: skip
+        return content_of(list(ends))
+    except (LookupError, TypeError) as error:  # examples that other indices name
+        return type(error).__name__
+    finally:
+        torch.set_rng_state(generators[0])
+        random.setstate(generators[1])
+        numpy.random.set_state(generators[2])
+
+
+def _as_it_is(example: Any) -> Any:
+    return example
 
 
 def _is_hugging_face(dataset: Any) -> bool:
@@ -280,7 +328,7 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
             raise _empty()
         return first[0]
 
-    return Share(stream, stand_in, lambda: stream.check(size), isinstance(sampler_of(loader), DistributedSampler))
+    return Share(stream, stand_in, lambda: stream.check(size), _places(loader, processes))
 
 
 class _Stream:
@@ -375,6 +423,8 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(value.tolist()) if value.dtype.hasobject else (str(value.dtype), value.tobytes())
     elif value is None or isinstance(value, (str, bytes, Number)):
         yield value
+    elif hasattr(value, "__array_interface__"):  # PIL's images
+        yield from _leaves(numpy.asarray(value))
     elif not isinstance(value, Tensor):
         yield type(value).__qualname__
 
