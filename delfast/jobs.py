@@ -1,10 +1,11 @@
-"""The processes that make a call together: those of DistributedDataParallel, and the one error that all of them raise."""
+"""The processes that make a call together, and the one error that all of them raise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import nn
 
 from delfast.groups import Group, check_group
@@ -43,10 +44,12 @@ def one_error(group: Group, *models: nn.Module) -> Iterator[Processes | None]:
     networks = [unwrap(model) for model in models]
     for network in networks:
         reshard(network)
-    if group is None and not any(map(is_laid_out, networks)):
+    has_dtensors = any(map(is_laid_out, networks))
+    if group is None and not has_dtensors:
         yield None
         return
     parameters = {f"{place}.{name}": p for place, each in enumerate(networks) for name, p in each.named_parameters()}
     processes = Processes(group, parameters)
-    with processes.together():
+    # in inference mode torch cannot detach a DTensor
+    with processes.together(), torch.inference_mode(False) if has_dtensors else nullcontext():
         yield processes

@@ -102,7 +102,7 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader, *, group: 
     with one_error(group, model, oracle):
         check_loader(loader, "data set")
         execution = Execution()
-        networks, processes = join(group, "kl_to_oracle", model=model, oracle=oracle)
+        networks, processes = join(group, "kl_to_oracle", execution, model=model, oracle=oracle)
         device = device_of(networks[0])
 
         def divergences(batch: Any) -> tuple[Tensor, ...]:

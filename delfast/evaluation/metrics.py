@@ -227,7 +227,7 @@ def evaluate(
         execution.check()
         if check_flag("mia", mia):
             import_svc()  # so that a missing package is reported before the sets are measured
-        (network,), processes = join(group, f"evaluate {seed} {mia} {execution}", model=model)
+        (network,), processes = join(group, f"evaluate {seed} {mia}", execution, model=model)
         results = {name: _measure(network, loader, name, execution, processes) for name, loader in sets.items()}
         forgotten, retained, tested = results.values()
         if len({each.losses is None for each in results.values()}) > 1:
@@ -340,7 +340,7 @@ def accuracy_and_loss(
         check_loader(loader, "data set")
         execution = Execution(precision, channels_last, cuda_graphs)
         execution.check()
-        (network,), processes = join(group, f"accuracy_and_loss {execution}", model=model)
+        (network,), processes = join(group, "accuracy_and_loss", execution, model=model)
         return _measure(network, loader, "data", execution, processes)
 
 

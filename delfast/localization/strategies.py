@@ -352,8 +352,8 @@ def localize(
         if stop_when_stable is not None:
             if group is not None or sum_dtype is not None:
                 raise InputError(
-                    "expected neither group nor sum_dtype with stop_when_stable, got one; omit stop_when_stable, and all "
-                    "examples are used"
+                    "expected neither group nor sum_dtype with stop_when_stable, got one; omit stop_when_stable, and "
+                    "all examples are used"
                 )
             selection = localize_until_stable(
                 model,
@@ -381,8 +381,8 @@ def localize(
         if wrapper is not None and processes is not None:  # each process has localized a set of its own
             processes.check_same(
                 selection.mask.digest,
-                "expected the same mask on every process of DistributedDataParallel, got different ones; pass the whole "
-                "set's loader and group=, or model.module to localize on one process",
+                "expected the same mask on every process of DistributedDataParallel, got different ones; pass group= "
+                "and the whole set's loader, or model.module to localize on one process",
             )
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}

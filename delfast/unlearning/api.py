@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from delfast.arguments import check_seed
+from delfast.arguments import check_seed, function_name
 from delfast.batches import LossFn, Versions, device_of, refuse_writing_layers
 from delfast.compaction import compact
 from delfast.copies import copy_of
@@ -227,12 +227,13 @@ class _Job:
     early_stop: EarlyStop | None
     settings: dict[str, object]
     processes: Processes | None
+    computed_in: str  # the precision of forward passes: a caller's autocast counts
 
     def check_same(self, processes: Processes) -> None:
         """Raise InputError, on every process, unless all have the same mask and settings, and sets if they share."""
         processes.check_same_mask(f"{self.task.mask.digest} {self.mask.digest}")
         processes.check_same(
-            repr(sorted(self.settings.items(), key=str)),
+            f"{sorted(self.settings.items(), key=str)} {function_name(self.task.loss_fn)} {self.computed_in}",
             "expected the same method, head, seed and options on every process, got others; make the same call",
         )
         if isinstance(self.steps, SharedSteps):
@@ -345,7 +346,8 @@ def _prepared(
     settings = {**_settings(chosen, selected, head, seed, training), **(training.config or {})}
     if group is not None:
         settings["processes"] = group.size
-    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes)
+    computed_in = Execution(training.precision).computed_in(device_of(network))
+    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes, computed_in)
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:
