@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 import delfast
+from tests.distributed import one_rank
 from tests.distributed.spawning import error_of, run_in_processes
 
 AGGREGATES = ("topk_mean", "mean", "max", "sum")
@@ -394,6 +395,14 @@ def failing_form(model, batch):
     return loss_fn(model, batch).sum()
 
 
+def stopping(model, batch):
+    return next(iter([]))
+
+
+for function in (failing_after, failing_before, failing_form, stopping):
+    function.__qualname__ = loss_fn.__qualname__  # so that the processes make the same call
+
+
 class Failing(TensorDataset):
     """The same data set with one example that cannot be read in this process."""
 
@@ -573,10 +582,6 @@ def failing_early(rank):
     ]
 
 
-def stopping(model, batch):
-    return next(iter([]))
-
-
 def salun_by(model, loss, **options):
     return delfast.localize(model, batches(), 0.3, strategy="salloc", loss_fn=loss, **options)
 
@@ -707,6 +712,7 @@ def exchanged(rank):
 
 
 CHECKS = 64 + 8 + 64  # bytes of any selection: digests of arguments, another process's error, digests of masks
+ERROR = 8  # bytes before every exchange: whether another process has failed
 HISTOGRAMS = 8 * (2**11 + 2**11 + 2**9)  # of the 31 bits of a score
 
 
@@ -714,7 +720,7 @@ def bytes_to_select(shapes):
     """Return the bytes of all channels' scores, and of what decides on elements unless ties in a parameter do."""
     units = sum(shape[0] for shape in shapes)
     bits = sum((math.prod(shape) + 7) // 8 for shape in shapes)
-    return CHECKS + 4 * units, CHECKS + HISTOGRAMS + 9 * len(shapes) + bits
+    return CHECKS + 3 * ERROR + 4 * units, CHECKS + 8 * ERROR + HISTOGRAMS + 9 * len(shapes) + bits
 
 
 def test_bytes_to_select_for_llama_2_7b():
@@ -754,6 +760,7 @@ def test_processes(count, tmp_path):
             f"{kind}, {f.__name__}": functools.partial(failing, kind, f) for kind in ERRORS for f in (ddp, fsdp)
         }
         scenarios |= {"misused": misused, "untouched": untouched, "per example": per_example}
+        scenarios |= {"accepted": one_rank.accepted, "broken": functools.partial(one_rank.broken_calls, tmp_path)}
         scenarios |= {"exchanged": exchanged, "weighted": weighted, "peers": of_peers, "early": failing_early}
     results = run_in_processes(count, scenarios, tmp_path)
 
@@ -804,9 +811,14 @@ def test_processes(count, tmp_path):
     channels, elements = bytes_to_select(in_layers)
     for found in all_ranks("exchanged"):
         ties = found[1] - elements  # those of the last parameter are ranked by their indices
-        assert found[0] == channels and 0 <= ties <= 2**11 * 8, (found, channels, elements)
+        assert found[0] == channels and 0 <= ties <= 2**11 * 8 + ERROR, (found, channels, elements)
     expected = salun(network(), batches(), exclude=PEERS).digest
     assert all_ranks("peers") == [[expected] * 2] * count
+    one_rank.check(all_ranks("broken"), one_rank.BROKEN_CALLS)
+    alone = one_rank.accepted_by_one()
+    for found in all_ranks("accepted"):
+        assert torch.equal(found.pop("blocks"), alone["blocks"])
+        assert found.items() <= alone.items()
     for found in all_ranks("early"):
         assert [text.partition(":")[0] for _, text in found] == ["KeyError", "KeyError", "StopIteration"], found
         assert all(text.endswith("(on rank 1)") for _, text in found)
