@@ -277,7 +277,8 @@ def localize(
         The dtype in which gradients are summed over batches and processes; see ``score``.
     group : ProcessGroup, DeviceMesh or None, default None
         The processes over which the data differ. They share the set and all get the same mask, that of the whole model;
-        see ``score``. Refused with ``stop_when_stable``.
+        see ``score``. Refused with ``stop_when_stable``. None: this process reads the whole set. The processes of a
+        model inside DistributedDataParallel then all call it too, and compare their masks.
 
     Returns
     -------
@@ -290,7 +291,7 @@ def localize(
     ------
     InputError
         As ``score`` and ``Scores.select``, and for an unknown strategy or preset. Arguments are checked before anything
-        is computed.
+        is computed. For masks that differ between the processes of DistributedDataParallel.
 
     Warns
     -----

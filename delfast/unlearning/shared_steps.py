@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from delfast.contents import content_of, signature_of
 from delfast.errors import InputError
 from delfast.feeding import feed
 from delfast.processes import Processes
@@ -16,10 +17,8 @@ from delfast.shares import (
     LOADING,
     WHOLE_SET,
     checked_sharding,
-    content_of,
     is_torchs,
     refuse_overlap,
-    signature_of,
 )
 from delfast.unlearning.loaders import first_batch, preserved
 from delfast.unlearning.steps import Step, StepPlan, Steps

@@ -244,6 +244,10 @@ def broken_calls(folder, rank):
     own = DataLoader(OwnShare(rank), batch_size=4)
     share = DataLoader(Subset(examples(), range(rank, 24, 2)), batch_size=4)
     mask = delfast.localize(model, batches())
+    whole, parts = (
+        delfast.score(each, criterion="weight", group=group)
+        for each, group in ((model, world), (fully_shard(network(), mesh=mesh), mesh))
+    )
     loss = functools.partial(scaled_losses, scale=1.0 + rank)
     mine, ours = (long_text if rank else losses_of), (None if rank else batches())
     return {
@@ -270,6 +274,8 @@ def broken_calls(folder, rank):
             lambda: in_autocast(rank, lambda: accuracy_and_loss(model, batches(), group=world))),
         "loss": error_of(lambda: delfast.localize(model, batches(), loss_fn=loss, group=world)),
         "synchronized": error_of(synchronized),
+        "selection": error_of(lambda: whole.select(2.0 if rank else 0.3)),
+        "aggregate": error_of(lambda: parts.channel_scores("median" if rank else "max")),
         "sharded": error_of(lambda: delfast.score(fully_shard(network(), mesh=mesh), ours, group=mesh)),
     }  # fmt: skip
 
@@ -295,6 +301,8 @@ BROKEN_CALLS = {
     "autocast, measured": "expected the same call on every process",
     "loss": "expected the same call on every process",
     "synchronized": "for the SyncBatchNorm '1', got 11 steps",
+    "selection": "expected a budget in (0, 1], got 2.0",
+    "aggregate": "expected aggregate to be",
     "sharded": "expected a loader for criterion 'weighted_grad', got none; pass the forget set's (on rank 1)",
 }
 

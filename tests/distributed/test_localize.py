@@ -720,7 +720,7 @@ def bytes_to_select(shapes):
     """Return the bytes of all channels' scores, and of what decides on elements unless ties in a parameter do."""
     units = sum(shape[0] for shape in shapes)
     bits = sum((math.prod(shape) + 7) // 8 for shape in shapes)
-    return CHECKS + 3 * ERROR + 4 * units, CHECKS + 8 * ERROR + HISTOGRAMS + 9 * len(shapes) + bits
+    return CHECKS + 4 * ERROR + 4 * units, CHECKS + 8 * ERROR + HISTOGRAMS + 9 * len(shapes) + bits
 
 
 def test_bytes_to_select_for_llama_2_7b():
