@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from delfast.arguments import check_loader, check_tensors
-from delfast.batches import Indexed, class_indices, device_of, evaluating, move, split_batch
+from delfast.batches import Indexed, class_indices, device_of, move, split_batch
 from delfast.device_checks import DeviceChecks, prefixed, refuse_if
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend

@@ -21,12 +21,12 @@ from delfast.batches import (
     check_differentiable,
     detached,
     device_of,
-    evaluating,
     per_example_losses,
     split_batch,
 )
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import Execution
 from delfast.feeding import feed
 from delfast.localization.gradient import check_examples, mean_of, zeros_like

@@ -18,12 +18,12 @@ from delfast.batches import (
     check_differentiable,
     detached,
     device_of,
-    evaluating,
     per_example_losses,
     split_batch,
     warn_about_loader,
 )
 from delfast.device_checks import DeviceChecks
+from delfast.eval_mode import evaluating
 from delfast.execution import Execution
 from delfast.feeding import feed
 from delfast.groups import MAX_BUCKET_BYTES

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from delfast.arguments import check_seed, function_name
-from delfast.batches import LossFn, Versions, device_of, refuse_writing_layers
+from delfast.batches import LossFn, device_of
 from delfast.compaction import compact
 from delfast.copies import copy_of
+from delfast.eval_mode import Versions, refuse_writing_layers
 from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
 from delfast.groups import Group

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import check_differentiable, device_of, evaluating, per_example_losses
+from delfast.batches import check_differentiable, device_of, per_example_losses
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.mask import Mask
 from delfast.masked_optimizer import sparse_gradient
 from delfast.naming import trainable_parameters

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_int
-from delfast.batches import LossFn, device_of, evaluating, per_example_losses
+from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.feeding import feed
 from delfast.jobs import averaging, averaging_processes
 from delfast.processes import Processes

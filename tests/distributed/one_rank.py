@@ -236,7 +236,7 @@ def synchronized():
     SharedSteps("forget first", processes, **sets, forget_epochs=1).check(model)
 
 
-def broken_calls(folder, rank):
+def broken_calls(rank):
     """Return the errors of calls that differ between the processes, or fail on one."""
     world, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
     model, ddp = network(), DistributedDataParallel(network())
@@ -380,9 +380,26 @@ def accepted_by_one():
     }
 
 
-def check(results, expected):
+def check_errors(results, expected):
     """Both processes raise each error, the same."""
     first, second = results
     for name, text in expected.items():
         assert first[name] is not None and text in first[name][1], (name, first[name])
         assert first[name] == second[name], (name, first[name], second[name])
+
+
+# As a theme of the localization's tests
+
+
+def scenarios(count):
+    return {"calls": broken_calls, "accepted": accepted} if count == 2 else {}
+
+
+def check(count, all_ranks):
+    if count != 2:
+        return
+    check_errors(all_ranks("calls"), BROKEN_CALLS)
+    alone = accepted_by_one()
+    for found in all_ranks("accepted"):
+        assert torch.equal(found.pop("blocks"), alone["blocks"])
+        assert found.items() <= alone.items()

@@ -163,7 +163,7 @@ def test_processes(count, tmp_path):
         return
     for name, (_, options) in PRECISIONS.items():
         same_as(all_ranks(name), expected("del", count, **options), name)
-    one_rank.check(all_ranks("broken"), one_rank.BROKEN_UNLEARN)
+    one_rank.check_errors(all_ranks("broken"), one_rank.BROKEN_UNLEARN)
     assert all(found["works"] for found in all_ranks("broken"))
     for found in all_ranks("refused"):
         for name, (kind, text) in REFUSED.items():

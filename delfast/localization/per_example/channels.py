@@ -13,8 +13,9 @@ from numpy.lib import format as npy
 from torch import Tensor, nn
 
 from delfast.arguments import check_function, check_loader, check_path
-from delfast.batches import LossFn, device_of, evaluating, split_batch, warn_about_loader
+from delfast.batches import LossFn, device_of, split_batch, warn_about_loader
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.files import directory_for, read_json, write_json
