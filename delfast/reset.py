@@ -18,7 +18,7 @@ from delfast.arguments import check_path, check_seed, check_type
 from delfast.bits import checksum
 from delfast.copies import copy_of
 from delfast.errors import InputError
-from delfast.jobs import averaging_processes
+from delfast.joint_calls import averaging_processes
 from delfast.mask import Mask
 from delfast.naming import model_parameters, plain_name, refuse_merged, unwrap
 from delfast.seeding import seeded

@@ -15,7 +15,7 @@ from delfast.errors import InputError
 from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, collect, join, predict
 from delfast.execution import Execution
 from delfast.groups import Group
-from delfast.jobs import one_error
+from delfast.joint_calls import one_error
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:

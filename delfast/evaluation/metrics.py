@@ -20,7 +20,7 @@ from delfast.evaluation.membership import import_svc, membership_inference
 from delfast.evaluation.outputs import Loader, check_examples, collect, join, predict, predict_tokens, true_class
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.groups import Group
-from delfast.jobs import one_error
+from delfast.joint_calls import one_error
 from delfast.language import is_token_batch
 from delfast.processes import Processes
 

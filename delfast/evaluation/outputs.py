@@ -20,7 +20,7 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
 from delfast.groups import Group
-from delfast.jobs import one_error
+from delfast.joint_calls import one_error
 from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap

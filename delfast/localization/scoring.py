@@ -14,7 +14,7 @@ from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.graphs import check_cuda_graphs
 from delfast.groups import Group
-from delfast.jobs import one_error
+from delfast.joint_calls import one_error
 from delfast.layer_types import output_dims
 from delfast.localization.competing import Patterns, check_patterns, competing_parameters
 from delfast.localization.criteria import (

@@ -16,7 +16,7 @@ from delfast.deprecation import renamed
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.groups import Group
-from delfast.jobs import averaging, one_error
+from delfast.joint_calls import averaging, one_error
 from delfast.localization.anytime import BATCH_SIZE, check_stop, localize_until_stable
 from delfast.localization.competing import Patterns, check_patterns
 from delfast.localization.criteria import (

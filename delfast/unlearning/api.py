@@ -20,7 +20,7 @@ from delfast.eval_mode import Versions, refuse_writing_layers
 from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
 from delfast.groups import Group
-from delfast.jobs import averaging, one_error
+from delfast.joint_calls import averaging, one_error
 from delfast.localization import localize
 from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask

@@ -12,7 +12,7 @@ from torch import nn
 
 from delfast.errors import InputError
 from delfast.groups import Group, check_group, mesh_groups, ranks_of
-from delfast.jobs import averaging, averaging_processes
+from delfast.joint_calls import averaging, averaging_processes
 from delfast.naming import trainable_parameters, unwrap
 from delfast.processes import Processes, joined
 from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard

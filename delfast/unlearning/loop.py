@@ -23,7 +23,7 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import check_cuda_graphs
-from delfast.jobs import averaging_processes
+from delfast.joint_calls import averaging_processes
 from delfast.plain import as_json, unboxed
 from delfast.processes import Processes, raised_by_all
 from delfast.sharding import is_laid_out, reshard

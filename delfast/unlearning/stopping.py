@@ -16,7 +16,7 @@ from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
 from delfast.eval_mode import evaluating
 from delfast.feeding import feed
-from delfast.jobs import averaging, averaging_processes
+from delfast.joint_calls import averaging, averaging_processes
 from delfast.processes import Processes
 from delfast.sharding import is_laid_out, reshard
 from delfast.unlearning.data_parallel import add_up, together
