@@ -80,8 +80,9 @@ def train(
     With --trained, write the run directory of a network that is trained already.
     """
     from delfast.experiments import pipeline
+    from delfast.experiments.config import Config, job_config
     from delfast.experiments.recipes import recipe
-    from delfast.experiments.run import Config, choose_device, data_of, job_config, start
+    from delfast.experiments.run import choose_device, data_of, start
 
     pictures: dict[str, object] = {
         "data": data,

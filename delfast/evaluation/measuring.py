@@ -61,10 +61,10 @@ def measure(
     Returns each network's measurements, and of two classifiers KL(second || first) of each example, float64 (N,) in
     nats; else None. Raises InputError as ``delfast.evaluate``, which begins with the set's name.
     """
-    for network in networks:
-        join(None, "audit", model=network)  # refuses parameters that several processes hold together
     # a loss_fn may do anything, so it is not captured in a graph
     execution = Execution(cuda_graphs="auto" if loss_fn is None else False)
+    for network in networks:
+        join(None, "audit", execution, model=network)  # refuses parameters that several processes hold together
     device = device_of(networks[0])
     form = _Form()
 

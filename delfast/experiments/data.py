@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from delfast.batches import LossFn
 from delfast.errors import InputError
+from delfast.experiments.config import JOB
 from delfast.experiments.datasets import Batches, Examples, ForgetSet, ImageData, choose
 from delfast.experiments.datasets.forget import needs_labels, read_indices
 from delfast.experiments.datasets.pictures import IN_MEMORY
@@ -21,7 +22,6 @@ from delfast.files import read_json
 from delfast.jobs import Job
 
 EVALUATION_BATCH = 512
-JOB = "job:"  # begins the data of a configuration, before the path of the job file, and the model, before its digest
 
 
 class RunData(Protocol):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from delfast.experiments import pipeline
+from delfast.experiments.config import Config
 from delfast.experiments.losses import gaps_between
 from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
 from delfast.experiments.reports.plots import plot_accuracies, plot_selection
-from delfast.experiments.run import MASK, SUMMARY, Config, output_directory, start
+from delfast.experiments.run import MASK, SUMMARY, output_directory, start
 from delfast.files import write_json, write_text
 from delfast.localization import BUDGET
 from delfast.provenance import provenance

@@ -22,18 +22,19 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_choice
 from delfast.errors import InputError
-from delfast.evaluation import Metrics
+from delfast.evaluation import Metrics, predictions
 from delfast.execution import Precision
+from delfast.experiments.config import Config
 from delfast.experiments.datasets import Batches
-from delfast.experiments.losses import Losses
+from delfast.experiments.losses import Losses, mean_losses
 from delfast.experiments.progress import Progress
 from delfast.experiments.run import (
     CHECKPOINT,
     FORGET,
     MASK,
     MODEL,
+    SETS,
     SUMMARY,
-    Config,
     Run,
     commit,
     output_directory,
@@ -142,6 +143,8 @@ def _train(
     with output_directory(output_dir), run.data.naming_errors():
         with seeded(seed):
             model = run.placed(run.factory())
+        if run.config.has_job:
+            _check_measurable(run, model)
         result = train_model(
             model,
             batches,
@@ -155,6 +158,16 @@ def _train(
         trained = Trained(model, run.measure(model), {"train": result.seconds})
         _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
     return trained
+
+
+def _check_measurable(run: Run, model: nn.Module) -> None:
+    """Measure the first batch of each set: what cannot be measured is refused before hours of training."""
+    for batches in run.sets().values():
+        batch = next(iter(batches))
+        if run.data.loss_fn is None:
+            predictions(model, [batch])
+        else:
+            mean_losses(model, {name: [batch] for name in SETS}, run.data.loss_fn, "fp32")
 
 
 def _sgd(model: nn.Module, config: Config, device: torch.device) -> torch.optim.SGD:

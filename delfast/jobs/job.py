@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from delfast.arguments import check_count, check_seed, check_type, describe
 from delfast.batches import LossFn
 from delfast.errors import InputError
-from delfast.files import load_state, save_state, write_atomically
 from delfast.jobs.examples import Relabelled, check_dataset, class_targets, digest_examples
-from delfast.jobs.source import ADVICE, Source
+from delfast.jobs.identifiers import check_identifiers
+from delfast.jobs.networks import checked_loss, load_network, save_network
+from delfast.jobs.source import Source
 from delfast.jobs.values import Accept, Training, read_accept, read_batch_size, read_settings, read_training
-from delfast.seeding import seeded
 
 REQUIRED = ("model", "train_set", "test_set")
 OPTIONAL = ("example_ids", "load", "save", "loss_fn", "preprocess")
@@ -140,24 +139,7 @@ class Job:
         InputError
             For a missing or damaged file, and one of another network.
         """
-        file = Path(path)
-        if self.source.function("load") is not None:
-            if not file.exists():
-                raise InputError(f"expected a network at '{file}', there is none; check the path")
-            loaded = self.source.call("load", file)
-            with self.source.at("load"):
-                check_type("load() to return", loaded, nn.Module, "a torch.nn.Module")
-            return loaded  # type: ignore[no-any-return]
-        state = load_state(file)
-        with seeded(0):  # values that the state replaces: draw none from the process's generator
-            model = self.model()
-        try:
-            model.load_state_dict(state)
-        except RuntimeError:
-            raise InputError(
-                f"'{file}' does not fit model() of '{self.path}': other names or shapes; pass a file of this network"
-            ) from None
-        return model
+        return load_network(self.source, Path(path), self.model)
 
     def save(self, model: nn.Module, path: str | os.PathLike[str]) -> None:
         """Write a network to a file, whole or not at all.
@@ -174,36 +156,7 @@ class Job:
         InputError
             With file and line, if the job's ``save`` fails or writes no file.
         """
-        file = Path(path)
-        if self.source.function("save") is None:
-            save_state(file, model.state_dict())
-            return
-
-        def write(partial: Path) -> None:
-            named = partial.with_name(f"{partial.name}-{file.name}")  # some formats are chosen by the suffix
-            with self._passing_system_errors():
-                self.source.call("save", model, named)
-            if not named.is_file():
-                raise InputError(
-                    f"{self.source.place('save')}: expected save(model, path) to write the file 'path', "
-                    f"it did not; {ADVICE}"
-                )
-            named.rename(partial)
-
-        write_atomically(file, write)
-
-    @contextmanager
-    def _passing_system_errors(self) -> Iterator[None]:
-        """Raise the system's own error, such as a full disk, where the job's ``save`` met one."""
-        try:
-            yield
-        except InputError as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, OSError):
-                    raise cause from None
-                cause = cause.__cause__ or cause.__context__
-            raise
+        save_network(self.source, model, Path(path))
 
     # The data
 
@@ -240,20 +193,7 @@ class Job:
             return tuple(map(str, range(self.count)))
         given = self.source.call("example_ids")
         with self.source.at("example_ids"):
-            if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-                raise InputError(f"expected example_ids() to return a list of texts or ints, got {describe(given)}")
-            found = tuple(_identifier(each) for each in given)
-            if len(found) != self.count:
-                raise InputError(
-                    f"expected example_ids() to have one identifier for each of the {self.count} training examples, "
-                    f"got {len(found)}"
-                )
-            seen = set[str]()
-            for each in found:
-                if each in seen:
-                    raise InputError(f"expected example_ids() to be unique, '{each}' occurs twice")
-                seen.add(each)
-        return found
+            return check_identifiers(given, self.count)
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -412,18 +352,6 @@ class Job:
         return self.source.call("preprocess", default_collate(examples))
 
 
-def _identifier(value: Any) -> str:
-    """Return an identifier as text. InputError for another type, and for text that a line of a file cannot hold."""
-    if not isinstance(value, (str, Integral)) or isinstance(value, bool):
-        raise InputError(f"expected example_ids() to hold texts or ints, got {describe(value)}")
-    text = value if isinstance(value, str) else str(int(value))
-    if not text or text != text.strip() or not text.isprintable():
-        raise InputError(
-            f"expected identifiers of printable characters, without white space at the ends, got {describe(text)}"
-        )
-    return text
-
-
 def read_job(path: str | os.PathLike[str]) -> Job:
     """Execute a job file and return what it defines.
 
@@ -473,7 +401,7 @@ def read_job(path: str | os.PathLike[str]) -> Job:
         training=read_training(source),
         accept=read_accept(source),
         settings=read_settings(source),
-        loss_fn=found["loss_fn"],
+        loss_fn=checked_loss(source),
         digest=source.digest,
         source=source,
     )

@@ -233,12 +233,22 @@ def test_a_network_that_is_trained_already(root: Path, tmp_path: Path, capsys: p
         ("class Net(nn.Linear):\n    def forward(self, x):\n        return x.shape.y  # here\n"
          "def model():\n    return Net(4, 3)", "# here"),
         ("def loss_fn(model, batch):\n    return model(batch)  # here", "# here"),
+        ("def loss_fn(model, batch):\n    return model(batch[0])", "def loss_fn"),
+        ("def loss_fn(model, batch):\n    return 1.0", "def loss_fn"),
     ],
 )  # fmt: skip
 def test_errors_name_file_and_line(more: str, at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(tmp_path, f"{WHOLE}\n{more}\n")
     error = refusal(capsys, "train", "--job", job, "--output-dir", tmp_path / "run")
     assert error.startswith(f"'{job}', line {line_of(job, at)}: ") and not (tmp_path / "run").exists()
+
+
+def test_a_test_set_that_cannot_be_measured_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = '\ntraining = {"epochs": 10**9}\ndef test_set():\n    return [points(3, 1).tensors[0]] * 3\n'
+    error = refusal(capsys, "train", "--job", write_job(tmp_path, WHOLE + more), "--output-dir", tmp_path / "run")
+    assert "expected batches (input, target)" in error and not (tmp_path / "run").exists()
 
 
 # init-job and compare

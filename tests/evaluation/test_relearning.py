@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from delfast.evaluation import Audit, Relearning, RelearningCurve, audit
+from delfast.evaluation import Audit, Reference, Relearning, RelearningCurve, audit
 
 INPUTS, CLASSES = 40, 5
 SETTINGS = Relearning(steps=40, lr=0.02, batch_size=20, every=10)
@@ -79,6 +79,7 @@ def test_what_was_not_unlearned_is_found_too(lab: Lab) -> None:
     assert ratio is not None and ratio.low is not None and ratio.low > 5
 
 
+@pytest.mark.long
 def test_a_network_that_never_saw_it_has_1_in_its_interval(lab: Lab) -> None:
     for k, network in enumerate(lab.never_seen):
         found = lab.audit(network, [other for other in lab.never_seen if other is not network])
@@ -90,10 +91,9 @@ def test_a_network_that_never_saw_it_has_1_in_its_interval(lab: Lab) -> None:
     assert same is not None and (same.value, same.low, same.high) == (1, 1, 1)
 
 
+@pytest.mark.long
 def test_references_are_compared_on_what_they_did_not_know(lab: Lab) -> None:
     """Of each reference's forget examples half were trained on; it knows these, and they do not count."""
-    from delfast.evaluation import Reference
-
     inputs, targets = lab.forget
     references = []
     for seed in range(4):

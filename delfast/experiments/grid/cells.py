@@ -28,7 +28,8 @@ from delfast.evaluation import (
 )
 from delfast.execution import CudaGraphs
 from delfast.experiments import pipeline
-from delfast.experiments.data import JOB, JobData, RunData
+from delfast.experiments.config import JOB, Config
+from delfast.experiments.data import JobData, RunData
 from delfast.experiments.grid.definition import ORIGINAL, STOP, Cell, Grid, NetworkSpec
 from delfast.experiments.grid.records import (
     CELLS,
@@ -54,7 +55,6 @@ from delfast.experiments.run import (
     SETS,
     SHARE,
     SUMMARY,
-    Config,
     Run,
     check_summary,
     choose_device,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from delfast.errors import InputError, one_line
+from delfast.experiments.config import Config, check_batch_size, job_config
 from delfast.experiments.recipes import recipe
-from delfast.experiments.run import Config, check_batch_size, job_config
 from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
 from delfast.files import read_text, reason
 from delfast.jobs import read_job
