@@ -58,8 +58,8 @@ class Accept:
         several runs therefore add up.
     attack_advantage : float, optional
         Maximum advantage of the confidence attack, 2 (balanced accuracy - 0.5), from 0 to 1. Default 0.25. It limits
-        the largest advantage of all forget sets so far. On 20 examples that a network never saw, 0.1 was passed by 21 of
-        100, 0.2 by 3 and 0.25 by 1, so that about 9 in 10 ledgers of ten such sets hold it.
+        the largest advantage of all forget sets so far. Of 100 sets of 20 examples that a network never saw, 21 were
+        above 0.1, 3 above 0.2 and 1 above 0.25, so that about 9 in 10 ledgers of ten such sets hold 0.25.
     relearn_ratio : float, optional
         Maximum ratio of the odds of a correct answer during relearning to those of networks that never saw the
         examples, above 0. Default 1.5.

@@ -92,6 +92,8 @@ def check_sentence(check: Check) -> str:
     text = f"{sentence.format(value=amount(value, threshold), set=set_name(check.set))} {limit}"
     if check.low is None or check.high is None:
         return text
+    if check.low == check.high:
+        return f"{text} No interval: each network answered all examples alike."
     ends = f"{check.low:.{threshold.digits}f} to {check.high:.{threshold.digits}f}"
     return f"{text} 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check) else ".")
 
@@ -106,6 +108,6 @@ def failure(check: Check) -> str:
     if check.name == "method":
         return f"the method failed ({check.set})"
     threshold = THRESHOLDS[check.name]
-    where = f" of {check.set}" if check.set.startswith("run ") else ""
+    where = f" on {set_name(check.set)}" if check.set.startswith("run ") else ""
     value, limit = (amount(each, threshold) for each in (check.value, check.limit))
-    return f"{threshold.title.lower()}{where} {value}, limit {limit}"
+    return f"{threshold.title.lower()} {value}{where}, limit {limit}"

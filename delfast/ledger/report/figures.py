@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from delfast.ledger.report import plots, wording
-from delfast.ledger.report.history import Run
+from delfast.ledger.report.history import Run, is_forget_set
 from delfast.ledger.requests import ACCEPTED
 
 Rows = list[list[str]]
@@ -53,7 +53,7 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
             plots.draw_reversal(audited, worst, returns),
             "Reversal: accuracy on every forget set, from its own run on. A rise from run to run is a sign that it "
             "comes back.",
-            "So is a line above the dotted one.",
+            "A line far above the dotted one is a sign that the examples are still known.",
             ["forget set of", "first run", "accuracy then, %", "newest run", "accuracy now, %", "rise, points"],
             [
                 [
@@ -66,12 +66,17 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
         ),
         Drawing(
             plots.draw_attack(audited),
-            "Attack: how well an attacker separates the forget set from never-seen examples. 0 is guessing, 1 is "
-            "always right.",
+            "Attack: how well an attacker separates a forget set from never-seen examples. 0 is guessing, 1 is always "
+            "right. The limit is for the largest of all forget sets so far.",
             "",
-            ["run", "status", "attack advantage", "limit"],
+            ["run", "status", "its forget set", "largest of all", "limit"],
             [
-                [*_run_cells(run), _set(run, "forget", "attack_advantage", 3), _limit(run, "attack_advantage")]
+                [
+                    *_run_cells(run),
+                    _set(run, "forget", "attack_advantage", 3),
+                    wording.interval(run.largest_attack, 3),
+                    _limit(run, "attack_advantage"),
+                ]
                 for run in audited
             ],
         ),
@@ -92,7 +97,7 @@ def _returns(runs: list[Run]) -> dict[str, list[tuple[int, float]]]:
     for run in (run for run in runs if run.status == ACCEPTED):
         assert run.figures is not None  # the caller's runs are audited
         for name, measured in run.figures["sets"].items():
-            if measured["accuracy"] is not None and (name == "forget" or name.startswith("run ")):
+            if measured["accuracy"] is not None and is_forget_set(name):
                 own = f"run {run.number}" if name == "forget" else name
                 found.setdefault(own, []).append((run.number, measured["accuracy"]["value"]))
     return found

@@ -16,6 +16,11 @@ STATUSES = (ACCEPTED, REJECTED, RUNNING, PENDING)
 KEPT_IDS = 100  # requests, the newest, whose identifiers are kept: bounds the memory
 
 
+def is_forget_set(name: str) -> bool:
+    """Return whether a set of an audit is the run's own forget set, or that of an earlier run."""
+    return name == "forget" or name.startswith("run ")
+
+
 @dataclass
 class Run:
     """One run: its number, the requests that it took, how it started and ended, and its attempts."""
@@ -48,6 +53,14 @@ class Run:
         """Figures of the newest attempt's audit, in the form of ``Audit.as_dict``; None before the audit."""
         audited = self.last.get("audited")
         return None if audited is None else audited["figures"]
+
+    @property
+    def largest_attack(self) -> Payload | None:
+        """The largest attack advantage, of the run's own forget set and of every earlier one; None if not measured."""
+        sets = (self.figures or {}).get("sets", {})
+        found = [figures["attack_advantage"] for name, figures in sets.items() if is_forget_set(name)]
+        known: list[Payload] = [figure for figure in found if figure is not None]
+        return max(known, key=lambda figure: figure["value"], default=None)
 
     @property
     def checks(self) -> list[Check]:

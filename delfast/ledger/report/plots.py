@@ -49,12 +49,13 @@ def draw_reversal(
 
 
 def draw_attack(runs: Sequence[Run]) -> Markup:
-    """Draw the attack advantage on each run's own forget set, and its limit."""
+    """Draw the attack advantage on each run's own forget set, the largest on all forget sets, and its limit."""
     figure, axes = _panel("run", "attack advantage")
+    _points(axes, [(run, run.largest_attack) for run in runs], COLOURS[0], "s", "largest of all forget sets")
     _points(axes, [(run, _measure(run, "forget", "attack_advantage")) for run in runs], COLOURS[1], "o", "forget set")
     _limit(axes, runs, "attack_advantage")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    return _finish(figure, axes, "attack", "Attack advantage on each run's own forget set")
+    return _finish(figure, axes, "attack", "Attack advantage on each run's own forget set, and the largest on all")
 
 
 def draw_ratios(runs: Sequence[Run]) -> Markup:

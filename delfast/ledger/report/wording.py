@@ -44,10 +44,10 @@ DEFINITIONS = (
 
 
 def interval(figure: Mapping[str, float | None] | None, digits: int) -> str:
-    """A figure with its 95 % interval; empty for None."""
+    """A figure with its 95 % interval; empty for None. A range of one value is none: its examples do not differ."""
     if figure is None:
         return ""
-    if figure["low"] is None or figure["high"] is None:
+    if figure["low"] is None or figure["high"] is None or figure["low"] == figure["high"]:
         return f"{figure['value']:.{digits}f} [no interval]"
     return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
 
