@@ -68,7 +68,7 @@ class Ledger(Records):
         escalate: bool | None = None,
         seed: int | None = None,
         device: str = "auto",
-        watch: Callable[[str], None] = lambda line: None,
+        watch: Callable[[str], None] | None = None,
     ) -> RunResult:
         """Make the newest accepted model unlearn the open requests, audit the result, and accept or reject it.
 
@@ -94,7 +94,7 @@ class Ledger(Records):
             Seed of everything random. Default: derived from the run's number.
         device : str
             "auto", "cpu", "cuda" or "cuda:N". Default: "auto".
-        watch : callable
+        watch : callable, optional
             Called with a line for each step. Default: lines are dropped.
 
         Returns
@@ -116,7 +116,7 @@ class Ledger(Records):
         from delfast.ledger.running import Choice, run
 
         choice = Choice(requests, method, budget, localize_on, escalate, seed)
-        return run(self, choice, device=device, watch=watch)
+        return run(self, choice, device=device, watch=watch or _drop)
 
     def abandon(self) -> int:
         """End a run that was stopped, as rejected; its requests stay open.
@@ -141,7 +141,7 @@ class Ledger(Records):
         return abandon(self)
 
     def train_references(
-        self, count: int = 8, *, device: str = "auto", watch: Callable[[str], None] = lambda line: None
+        self, count: int = 8, *, device: str = "auto", watch: Callable[[str], None] | None = None
     ) -> list[int]:
         """Train reference models until the ledger has ``count`` of them.
 
@@ -154,7 +154,7 @@ class Ledger(Records):
             Number of references to have. Default: 8.
         device : str
             As for ``run``. Default: "auto".
-        watch : callable
+        watch : callable, optional
             Called with a line for each reference. Default: lines are dropped.
 
         Returns
@@ -174,7 +174,7 @@ class Ledger(Records):
         """
         from delfast.ledger.references import train_references
 
-        return train_references(self, count, device=device, watch=watch)
+        return train_references(self, count, device=device, watch=watch or _drop)
 
     def holding(self) -> list[HeldFile]:
         """Return the ledger's files that hold examples of requests, open ones included.
@@ -300,3 +300,7 @@ class Ledger(Records):
         if not found.holds:
             raise InputError(f"expected a ledger that holds, but {found.problems[0]}; see `delfast ledger verify`")
         write_report(self.store.entries(), self.holding(), Path(output_dir))
+
+
+def _drop(line: str) -> None:
+    """Drop a line that nobody watches."""

@@ -106,7 +106,8 @@ def _reference(ledger: Records, reference: Trained) -> HeldFile:
         seen = [number for number, positions in ledger.positions_by_request() if bool(members[positions].any())]
         why = "trained on some of them"
     else:
-        seen = [request.number for request in requests(ledger.store) if request.number not in reference.requests]
+        before = set(reference.requests)
+        seen = [request.number for request in requests(ledger.store) if request.number not in before]
         why = "trained before they came: may have seen some of them"
     return _file(ledger, dict(reference.model), seen, f"reference {reference.number}, {why}")
 
