@@ -153,6 +153,10 @@ def run(
         bool, typer.Option("--escalate", help="where the thresholds do not hold, try the job's other settings in order")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="seed (default: derived from the run's number)")] = None,
+    accept_unmeasured: Annotated[
+        bool,
+        typer.Option("--accept-unmeasured", help="accept where a threshold cannot be measured on so few examples"),
+    ] = False,
     abandon: Annotated[
         bool, typer.Option("--abandon", help="end a run that was stopped, as rejected, and do nothing else")
     ] = False,
@@ -177,6 +181,7 @@ def run(
             localize_on=cast("LocalizeOn | None", localize_on),
             escalate=escalate or None,
             seed=seed,
+            accept_unmeasured=accept_unmeasured or None,
             device=device,
             watch=log.info,
         )
