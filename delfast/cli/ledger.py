@@ -153,6 +153,10 @@ def run(
         bool, typer.Option("--escalate", help="where the thresholds do not hold, try the job's other settings in order")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="seed (default: derived from the run's number)")] = None,
+    accept_unmeasured: Annotated[
+        bool,
+        typer.Option("--accept-unmeasured", help="accept where a threshold cannot be measured on so few examples"),
+    ] = False,
     abandon: Annotated[
         bool, typer.Option("--abandon", help="end a run that was stopped, as rejected, and do nothing else")
     ] = False,
@@ -165,7 +169,7 @@ def run(
     """
     from delfast.ledger import Ledger
     from delfast.ledger.running import LocalizeOn
-    from delfast.ledger.words import check_sentence
+    from delfast.ledger.words import check_sentence, verdict
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         if abandon:
@@ -178,6 +182,7 @@ def run(
             localize_on=cast("LocalizeOn | None", localize_on),
             escalate=escalate or None,
             seed=seed,
+            accept_unmeasured=accept_unmeasured or None,
             device=device,
             watch=log.info,
         )
@@ -185,8 +190,8 @@ def run(
             _print(f"{check.name}: {check_sentence(check)}")
         for line in result.advice:
             _print(f"- {line}")
-        verdict = "accepted, all thresholds held" if result.accepted else "REJECTED, the model stays as it was"
-        _print(f"run {result.number}: {verdict}")
+        accepted = f"accepted, {verdict(result.checks)}" if result.accepted else "REJECTED, the model stays as it was"
+        _print(f"run {result.number}: {accepted}")
         _print(f"the model in use: {ledger / result.model}")
         _print(f"head: {opened.head}")
     if not result.accepted:

@@ -67,6 +67,7 @@ class Ledger(Records):
         localize_on: LocalizeOn | None = None,
         escalate: bool | None = None,
         seed: int | None = None,
+        accept_unmeasured: bool | None = None,
         device: str = "auto",
         watch: Callable[[str], None] | None = None,
     ) -> RunResult:
@@ -92,6 +93,8 @@ class Ledger(Records):
             Default: no.
         seed : int, optional
             Seed of everything random. Default: derived from the run's number.
+        accept_unmeasured : bool, optional
+            Whether a threshold that cannot be measured on so few examples holds; it is recorded. Default: no.
         device : str
             "auto", "cpu", "cuda" or "cuda:N". Default: "auto".
         watch : callable, optional
@@ -115,7 +118,7 @@ class Ledger(Records):
         """
         from delfast.ledger.running import Choice, run
 
-        choice = Choice(requests, method, budget, localize_on, escalate, seed)
+        choice = Choice(requests, method, budget, localize_on, escalate, seed, accept_unmeasured)
         return run(self, choice, device=device, watch=watch or _drop)
 
     def abandon(self) -> int:

@@ -59,6 +59,7 @@ class Choice:
     localize_on: LocalizeOn | None = None
     escalate: bool | None = None
     seed: int | None = None
+    accept_unmeasured: bool | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -127,6 +128,7 @@ def _start(ledger: Records, history: History, choice: Choice, device: torch.devi
             "retain": len(examples.retain),
             "before": before,
             "accept": asdict(ledger.job.accept),
+            "accept_unmeasured": bool(choice.accept_unmeasured),
             "versions": {name: versions[name] for name in VERSIONS},
         },
         number,
@@ -286,7 +288,14 @@ class _Attempt:
             return [Check("method", None, None, False, failed["error"])], None
         verified = self._step(VERIFIED, partial(self._verify, unlearned))
         audited = self._step(AUDITED, partial(self._audit, unlearned["model"]))
-        checks = check_all(self.run.inputs["accept"], self.run.history.first_test_accuracy, verified, audited)
+        inputs = self.run.inputs
+        checks = check_all(
+            inputs["accept"],
+            self.run.history.first_test_accuracy,
+            verified,
+            audited,
+            accept_unmeasured=inputs["accept_unmeasured"],
+        )
         return checks, unlearned["model"]
 
     def _step(self, event: str, take: Callable[[], dict[str, Any]]) -> dict[str, Any]:

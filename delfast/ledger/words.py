@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delfast.ledger.results import Check
@@ -85,6 +86,8 @@ def check_sentence(check: Check) -> str:
     verdict = "held" if check.held else "did not hold"
     limit = f"Limit {amount(check.limit, threshold)}: {verdict}."
     if check.value is None:
+        if check.held:
+            return f"{threshold.title}: not measured on so few examples. The run was told to accept this."
         return f"{threshold.title}: not measured. {limit}"
     sentence, value = threshold.sentence, check.value
     if value < 0 and threshold.if_below_0:
@@ -96,6 +99,14 @@ def check_sentence(check: Check) -> str:
         return f"{text} No interval: each network answered all examples alike."
     ends = f"{check.low:.{threshold.digits}f} to {check.high:.{threshold.digits}f}"
     return f"{text} 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check) else ".")
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """In a few words, that the checks of accepted runs held, and how many figures were not measured."""
+    unmeasured = sum(check.value is None for check in checks)
+    if not unmeasured:
+        return "all thresholds held"
+    return f"all thresholds held that were measured; {unmeasured} of {len(checks)} figures were not"
 
 
 def is_unsure(check: Check) -> bool:

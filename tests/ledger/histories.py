@@ -113,7 +113,7 @@ class Writer:
         """Append the beginning of a run."""
         settings = {"settings": attempts[0], "attempts": list(attempts), "localize_on": "new", "seed": 1000 * number}
         sizes = {"forget": count, "retain": 4500 - 40 * number}
-        inputs = {"job": hexadecimal("job"), "model": artefact(before), "accept": ACCEPT}
+        inputs = {"job": hexadecimal("job"), "model": artefact(before), "accept": ACCEPT, "accept_unmeasured": False}
         accuracies = {"before": {"forget": 100.0, "retain": 98.2, "test": 84.3}}
         versions = {"versions": {**VERSIONS, "device": "cpu"}}
         self("started", {"requests": list(requests), **settings, **sizes, **inputs, **accuracies, **versions}, number)

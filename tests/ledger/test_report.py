@@ -230,6 +230,18 @@ def without(entries: Sequence[Entry], change: Any) -> list[Entry]:
     return writer.entries
 
 
+def test_figures_that_a_run_accepted_unmeasured_are_not_called_held() -> None:
+    def change(event: str, payload: dict[str, Any]) -> None:
+        if event == "accepted":
+            payload["checks"][3].update(value=None, held=True, low=None, high=None)
+
+    _, text = make_report(without(undrawn(), change), held())
+    shown = words(Page(text).shown)
+    assert "In the 3 accepted runs, all thresholds held that were measured; 3 of 12 figures were not." in shown
+    assert "Relearning ratio: not measured on so few examples. The run was told to accept this." in shown
+    assert "Relearning ratio 1.50 0 of 4 runs" in shown
+
+
 def test_figures_that_were_not_measured_are_named() -> None:
     def change(event: str, payload: dict[str, Any]) -> None:
         if event == "audited":

@@ -16,7 +16,7 @@ from delfast.ledger.report.sections import SET_COLUMNS, section_of
 from delfast.ledger.requests import ACCEPTED, PENDING, REJECTED
 from delfast.ledger.results import HeldFile
 from delfast.ledger.store import Entry
-from delfast.ledger.words import THRESHOLDS, amount, failure, is_unsure
+from delfast.ledger.words import THRESHOLDS, amount, failure, is_unsure, verdict
 
 HTML, MARKDOWN = "report.html", "report.md"
 SHOWN_REQUESTS = KEPT_IDS  # requests with a section; the page names the command for older ones
@@ -104,7 +104,7 @@ def _kept(accepted: list[Run]) -> list[str]:
         return []
     checks = [check for run in accepted for check in run.checks]
     unsure = sum(is_unsure(check) for check in checks)
-    sentences = [f"In the {wording.counted(len(accepted), 'accepted run')}, all thresholds held."]
+    sentences = [f"In the {wording.counted(len(accepted), 'accepted run')}, {verdict(checks)}."]
     if unsure:
         sentences.append(
             f"For {unsure} of the {len(checks)} figures of these runs, the 95 % interval reaches above the limit: the "
@@ -132,7 +132,7 @@ def _thresholds(runs: list[Run]) -> Rows:
         ]
         value, number = max(values, default=(None, 0))
         largest = "" if value is None else f"{amount(value, threshold)} (run {number})"
-        held = sum(check.held for _, check in asked)
+        held = sum(check.held and check.value is not None for _, check in asked)
         limit = amount(asked[-1][1].limit, threshold)
         rows.append([threshold.title, limit, f"{held} of {wording.counted(len(asked), 'run')}", largest])
     return rows
