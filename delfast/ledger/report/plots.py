@@ -74,6 +74,8 @@ def draw_relearning(run: Run, name: str, curves: Mapping[str, Any]) -> Markup:
         label = "never saw the examples" if position == 0 else None
         axes.plot(curves["steps"], control, color=COLOURS[0], linestyle="--", linewidth=1.1, label=label)
     axes.plot(curves["steps"], curves["accuracy"], color=COLOURS[1], linewidth=1.8, marker="o", label="the model")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2), min(high, 102))  # an axis of equal values would go beyond 100 percent
     label = f"Relearning on {name}: accuracy on the forget set by step"
     return _finish(figure, axes, f"run{run.number}-{name}", label)
 

@@ -105,7 +105,7 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
         examples = "all requests so far" if started["localize_on"] == "all" else "this run's requests"
         facts.append(("Mask", f"{size}, localized on the examples of {examples}; {_artefact(mask['mask'])}"))
     if verified is not None:
-        changed = f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask"
+        changed = f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask and the head"
         facts.append(("Compared bit by bit", changed))
     steps = [f"{name} {payload['seconds']:.1f}" for name, payload in run.last.items() if "seconds" in payload]
     facts.append(("Seconds", f"{run.seconds:.1f} ({', '.join(steps)})"))
@@ -185,14 +185,19 @@ def _curves(run: Run) -> list[tuple[Markup, str]]:
     return [
         (
             plots.draw_relearning(run, name, curves),
-            f"Finetuned on {_trained_on(name, curves)}: ratio {wording.interval(curves['ratio'], 2)}.",
+            f"Finetuned on {_trained_on(name, curves)}: {_ratio(curves)}.",
         )
         for name, curves in sorted(run.figures["relearning"].items(), key=lambda item: (item[0] != "retain", item[0]))
         if "left_out" not in curves
     ]
 
 
+def _ratio(curves: Mapping[str, Any]) -> str:
+    return f"ratio {wording.interval(curves['ratio'], 2)}" if curves["ratio"] else "the ratio was not measured"
+
+
 def _trained_on(name: str, curves: Mapping[str, Any]) -> str:
     if name == "retain":
-        return f"{curves['trained_on']:,} retained examples alone"
-    return f"{name.removeprefix('forget ')} of the forget set ({wording.counted(curves['trained_on'], 'example')})"
+        return "retained examples alone"
+    part = f"{name.removeprefix('forget ')} of the forget set ({wording.counted(curves['trained_on'], 'example')})"
+    return f"retained examples and {part}"

@@ -27,6 +27,15 @@ DEFINITIONS = (
         "Never-seen examples",
         "Examples that were not trained on, as a control: the test set, unless the ledger names others.",
     ),
+    (
+        "Mask",
+        "The parameters that a run may change, chosen on the examples to forget. The head, the model's last layer, may "
+        "change too.",
+    ),
+    (
+        "Reference model",
+        "A network of the same kind that was trained on a random half of the examples, to compare with.",
+    ),
     ("Accuracy", "Percent of examples whose class is predicted. A network that never saw the examples is not at 0 %."),
     *((threshold.title, threshold.meaning) for threshold in THRESHOLDS.values()),
     (
