@@ -13,6 +13,7 @@ import torch
 
 from delfast.cli import main
 from delfast.errors import InputError
+from delfast.experiments.reports.pages import own_script
 from delfast.experiments.reports.tables import markdown_text
 from delfast.jobs import read_job
 from delfast.ledger import Entry, Ledger
@@ -22,8 +23,6 @@ from delfast.ledger.report.wording import interval, listed
 from tests.ledger.histories import Writer, artefact, example, hexadecimal, names
 
 NASTY = "<script>alert(1)</script> {{ 7 * 7 }} `*_|\x1b[31m\n\u202e& https://elsewhere.example"
-ROOT = Path(__file__).parents[2]
-SORT = ROOT / "delfast" / "experiments" / "reports" / "templates" / "sort.js"
 
 
 class Page(HTMLParser):
@@ -168,7 +167,7 @@ def test_retired_references_hold_nothing() -> None:
 
 def test_the_page_needs_nothing_else(reported: Any) -> None:
     _, text, page = reported
-    assert page.scripts == [SORT.read_text(encoding="utf-8").strip()]
+    assert [f"<script>\n{script}\n</script>" for script in page.scripts] == [own_script()]
     assert "http://" not in text and "https://" not in text and "@import" not in text and "src=" not in text
     assert all(link.startswith(("#", "data:,")) for link in page.links)
     assert {link.removeprefix("#") for link in page.links if link.startswith("#")} <= set(page.ids)
@@ -179,7 +178,7 @@ def test_the_page_needs_nothing_else(reported: Any) -> None:
 def test_free_text_is_shown_as_it_is() -> None:
     markdown, text = make_report(undrawn(reason=NASTY))
     page = Page(text)
-    assert page.scripts == [SORT.read_text(encoding="utf-8").strip()]
+    assert [f"<script>\n{script}\n</script>" for script in page.scripts] == [own_script()]
     plain = r"<script>alert(1)</script> {{ 7 * 7 }} `*_|\x1b[31m\n\u202e& https://elsewhere.example"
     assert page.shown.count(plain) == 2  # in the timeline and in the request
     assert "<script>alert" not in text and "<script" not in markdown and "\x1b" not in markdown + text
