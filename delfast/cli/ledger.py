@@ -1,4 +1,4 @@
-"""The commands of a ledger: ``ledger init | add | list | show | verify | report``.
+"""The commands of a ledger: ``ledger init | add | list | show | run | references | purge | verify | report``.
 
 Only commands that take a job import torch: the others answer at once, also for a ledger of very many requests.
 """
@@ -12,14 +12,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from delfast.cli.console import log
+from delfast.cli.options import Device
 from delfast.errors import InputError, one_line, printable
 
 if TYPE_CHECKING:  # imports sqlite3
-    from delfast.ledger import Entry, Request, RequestDetails
+    from delfast.ledger import Check, Entry, Request, RequestDetails
 
 app = typer.Typer(no_args_is_help=True, help="Keep forget requests for one model, and the evidence of what was done.")
 
@@ -136,6 +138,99 @@ def show(
 
 
 @app.command()
+def run(
+    ledger: LedgerDir,
+    job: OwnJob,
+    request: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="a request to take up; repeatable (default: all open ones)")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="method to use (default: the job's first setting)")] = None,
+    budget: Annotated[float | None, typer.Option(help="fraction of the parameters to select, in (0, 1]")] = None,
+    localize_on: Annotated[
+        str | None, typer.Option(help="new: localize the requests taken up (default); all: with all accepted ones")
+    ] = None,
+    escalate: Annotated[
+        bool, typer.Option("--escalate", help="where the thresholds do not hold, try the job's other settings in order")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="seed (default: derived from the run's number)")] = None,
+    abandon: Annotated[
+        bool, typer.Option("--abandon", help="end a run that was stopped, as rejected, and do nothing else")
+    ] = False,
+    hash_ids: KeyFile = None,
+    device: Device = "auto",
+) -> None:
+    """Unlearn the open requests, audit the result, and accept or reject it: exit code 1 if it is rejected.
+
+    A run that was stopped is continued by the same command without settings.
+    """
+    from delfast.ledger import Ledger
+    from delfast.ledger.running import LocalizeOn
+
+    with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
+        if abandon:
+            _print(f"run {opened.abandon()} is ended, as rejected; its requests are open")
+            return
+        result = opened.run(
+            requests=request,
+            method=method,
+            budget=budget,
+            localize_on=cast("LocalizeOn | None", localize_on),
+            escalate=escalate or None,
+            seed=seed,
+            device=device,
+            watch=log.info,
+        )
+        for check in result.checks:
+            _print(_check_line(check))
+        _print(f"run {result.number}: {'accepted' if result.accepted else 'REJECTED, the model stays as it was'}")
+        for line in result.advice:
+            _print(f"- {line}")
+        _print(f"head: {opened.head}")
+    if not result.accepted:
+        raise typer.Exit(1)
+
+
+@app.command()
+def references(
+    ledger: LedgerDir,
+    job: OwnJob,
+    count: Annotated[int, typer.Option(min=1, help="number of references to have")] = 8,
+    hash_ids: KeyFile = None,
+    device: Device = "auto",
+) -> None:
+    """Train reference models, each on a random half of the examples, for the audits of all runs."""
+    from delfast.ledger import Ledger
+
+    with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
+        made = opened.train_references(count, device=device, watch=log.info)
+        _print(f"trained {len(made)} references" + (f": {made[0]} to {made[-1]}" if made else "; there are enough"))
+        _print(f"head: {opened.head}")
+
+
+@app.command()
+def purge(
+    ledger: LedgerDir,
+    job: OwnJob,
+    yes: Annotated[bool, typer.Option("--yes", help="delete the files; without it they are only shown")] = False,
+    hash_ids: KeyFile = None,
+) -> None:
+    """Show the files that still hold examples of accepted requests, and with --yes delete them."""
+    from delfast.ledger import Ledger
+
+    with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
+        plan = opened.purge_plan()
+        for each in plan:
+            numbers = ", ".join(map(str, each.requests))
+            _print(f"{each.file} ({each.bytes:,} bytes): {each.why}; requests {numbers}")
+        if yes:
+            opened.purge(plan)
+            _print(f"deleted {len(plan)} files; copies elsewhere are yours to delete")
+            _print(f"head: {opened.head}")
+        else:
+            _print(f"{len(plan)} files; --yes deletes them" if plan else "no file of an accepted request is left")
+
+
+@app.command()
 def verify(
     ledger: LedgerDir,
     head: Annotated[
@@ -144,13 +239,13 @@ def verify(
     files: Annotated[bool, typer.Option(help="compare the recorded files with their digests too")] = True,
 ) -> None:
     """Check every entry and recorded file of a ledger: exit code 1 if something was changed, else 0."""
-    from delfast.ledger import Ledger
+    from delfast.ledger.verification import verify_directory
 
-    with Ledger.open(ledger) as opened:
-        result = opened.verify(head=head, files=files)
+    result = verify_directory(ledger, head, files=files)
     for problem in result.problems:
         _print(problem)
-    _print(f"{result.count} entries hold, head: {result.head}")
+    _print(f"entries that hold: {result.count}")
+    _print(f"head: {result.head}")
     if not result.holds:
         _print("the ledger does NOT hold")
         raise typer.Exit(1)
@@ -237,10 +332,18 @@ def _lines(details: RequestDetails) -> Iterator[str]:
     yield f"received: {request.time}"
     yield f"due: {request.due or '-'}"
     yield f"reason: {request.reason or '-'}"
-    yield f"{request.count} {kind}: {', '.join(ids[:SHOWN_IDS])}{more}"
+    yield f"{kind} ({request.count}): {', '.join(ids[:SHOWN_IDS])}{more}"
     for entry in details.events:
         run = "" if entry.run is None else f" run {entry.run}"
         yield f"{entry.time}{run} {entry.event}: {_figures(entry)}"
+
+
+def _check_line(check: Check) -> str:
+    held = "held" if check.held else "NOT held"
+    if check.limit is None:
+        return f"{check.name}: {held}: {check.set}"
+    value = "not measured" if check.value is None else f"{check.value:.4g}"
+    return f"{check.name} of '{check.set}': {value}, limit {check.limit:.4g}: {held}"
 
 
 def _figures(entry: Entry) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from delfast.evaluation import gaps
 from delfast.experiments import pipeline
+from delfast.experiments.config import Config
+from delfast.experiments.losses import gaps_between
 from delfast.experiments.reports import METHOD_COLUMNS, method_rows, selection_words
 from delfast.experiments.reports.pages import render
 from delfast.experiments.reports.plots import plot_accuracies, plot_selection
-from delfast.experiments.run import MASK, SUMMARY, Config, output_directory, start
+from delfast.experiments.run import MASK, SUMMARY, output_directory, start
 from delfast.files import write_json, write_text
 from delfast.localization import BUDGET
 from delfast.mask import LayerRow
@@ -133,7 +134,7 @@ def _scenario(
     }
     metrics = {"original": original.metrics, "oracle": oracle.metrics, "del": unlearned.metrics}
     methods = {
-        method: {**values.as_dict(), **gaps(values, oracle.metrics), "seconds": seconds[method]}
+        method: {**values.as_dict(), **gaps_between(values, oracle.metrics), "seconds": seconds[method]}
         for method, values in metrics.items()
     }
     plot_accuracies(methods, output_dir / "accuracies.png", f"digits, {name}: original, oracle and DEL")

@@ -38,8 +38,12 @@ class Source:
         # The job's own modules lie beside it. At the end of the path they cannot replace installed packages.
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
-        with self.naming_errors():
-            exec(code, self.module.__dict__)
+        try:
+            with self.naming_errors():
+                exec(code, self.module.__dict__)
+        except BaseException:
+            del sys.modules[self.module.__name__]
+            raise
 
     def _read(self) -> bytes:
         try:
@@ -98,8 +102,9 @@ class Source:
             with self.naming_errors():
                 return function(*arguments)
         except InputError as error:
-            named = str(error).startswith(f"'{self.path}'")
-            raise error if named else InputError(f"{self.place(name)}: {error}") from error
+            if str(error).startswith(self._at(None)):
+                raise
+            raise InputError(f"{self.place(name)}: {error}") from error
         except Exception as error:  # raised before the first line of the function: by its arguments
             raise InputError(f"{self.place(name)}: {_text(error)}; {ADVICE}") from error
 
