@@ -12,6 +12,7 @@ from delfast.ledger.store import FIRST, Entry, canonical, entry_hash
 
 START = datetime(2026, 3, 1, 8, 0, 7, 250000, tzinfo=timezone.utc)
 ACCEPT = {"test_drop": 2.0, "attack_advantage": 0.1, "relearn_ratio": 1.5}
+VERSIONS = {"delfast": "0.2.0", "torch": "2.11.0", "python": "3.11.2", "platform": "Linux x86_64"}
 SETTINGS = {"method": "del", "budget": 0.3, "epochs": 10, "lr": 0.015}
 
 
@@ -41,7 +42,6 @@ class Writer:
     def create(self, *, hash_ids: bool = False) -> None:
         """Append the first entry."""
         job = {"name": "photos", "path": "/home/ana/photos.py", "digest": hexadecimal("job")}
-        versions = {"delfast": "0.2.0", "torch": "2.11.0", "python": "3.11.2", "platform": "Linux x86_64"}
         payload = {"job": job, "data": hexadecimal("data"), "model": artefact("models/0000.safetensors")}
         self(
             "created",
@@ -51,9 +51,15 @@ class Writer:
                 "key_check": None,
                 "examples": 4500,
                 "accept": ACCEPT,
-                "versions": versions,
+                "versions": VERSIONS,
             },
         )
+
+    def reference(self, number: int, requests: Sequence[int]) -> None:
+        """Append a reference model, trained without the examples of the requests that came before."""
+        model = artefact(f"references/{number:04d}.safetensors")
+        facts = {"action": "trained", "reference": number, "seed": number, "examples": 2250, "seconds": 40.0}
+        self("references", {**facts, "model": model, "requests": list(requests)})
 
     def receive(self, number: int, ids: Sequence[str], reason: str | None = None, due: str | None = None) -> None:
         """Append a request."""
@@ -71,42 +77,41 @@ class Writer:
         drop: float = 0.4,
         ratio: float = 1.1,
     ) -> None:
-        """Append a whole run, from started to its verdict."""
-        folder = f"runs/{number:04d}"
-        model = artefact(f"models/{number:04d}.safetensors" if accepted else f"{folder}/model.safetensors")
-        versions = {"delfast": "0.2.0", "torch": "2.11.0", "python": "3.11.2", "platform": "Linux x86_64"}
-        start = {"requests": list(requests), "settings": SETTINGS, "localize_on": "new", "forget": count, "seed": 0}
-        self(
-            "started", {**start, "retain": 4500 - 40 * number, "model": artefact(before), "versions": versions}, number
-        )
+        """Append a whole run of one attempt, from started to its verdict."""
+        folder = f"runs/{number:04d}/1"
+        model = artefact(f"{folder}/model.safetensors")
+        start = {"requests": list(requests), "settings": SETTINGS, "attempts": [SETTINGS], "localize_on": "new"}
+        start |= {"forget": count, "retain": 4500 - 40 * number, "seed": number, "job": hexadecimal("job")}
+        start |= {"before": {"forget": 99.0, "retain": 97.6, "test": 84.2}, "accept": ACCEPT, "versions": VERSIONS}
+        self("started", {**start, "model": artefact(before)}, number)
         mask = {"mask": artefact(f"{folder}/mask.safetensors"), "selected": 210_000, "total": 701_466, "channels": 913}
-        self("localized", {**mask, "seconds": 2.4}, number)
-        self("unlearned", {"model": model, "settings": SETTINGS, "seconds": 61.7}, number)
-        self("verified", {"changed": 209_871, "outside": 0, "seconds": 0.3}, number)
+        self("localized", {"attempt": 1, **mask, "seconds": 2.4}, number)
+        allowed = artefact(f"{folder}/allowed.safetensors")
+        done = {"model": model, "allowed": allowed, "settings": SETTINGS, "losses": [0.3]}
+        self("unlearned", {"attempt": 1, **done, "seconds": 61.7}, number)
+        self("verified", {"attempt": 1, "changed": 209_871, "outside": 0, "seconds": 0.3}, number)
         found = figures(number, count, earlier, ratio)
-        self("audited", {"audit": artefact(f"{folder}/audit.json"), "figures": found, "seconds": 31.0}, number)
+        audited = {"audit": artefact(f"{folder}/audit.json"), "figures": found, "seconds": 31.0}
+        self("audited", {"attempt": 1, **audited}, number)
+        attack = found["sets"]["forget"]["attack_advantage"]
         checks = [
-            check("verified", 0, 0, True),
-            check("test_drop", drop, ACCEPT["test_drop"]),
-            check("attack_advantage", found["sets"]["forget"]["attack_advantage"]["value"], 0.1, where="forget"),
-            check("relearn_ratio", ratio, ACCEPT["relearn_ratio"], where="forget 10 %"),
+            check("outside_mask", {"value": 0}, 0, "model"),
+            check("test_drop", figure(drop, 3.1), ACCEPT["test_drop"], "test"),
+            check("attack_advantage", attack, ACCEPT["attack_advantage"], "forget"),
+            check("relearn_ratio", found["relearn_ratio"], ACCEPT["relearn_ratio"], "forget"),
         ]
         if accepted:
-            self("accepted", {"model": model, "checks": checks}, number)
+            self("accepted", {"attempt": 1, "model": model, "settings": SETTINGS, "checks": checks}, number)
         else:
             advice = ["a larger budget, 0.4 in place of 0.3", "more epochs, 20 in place of 10"]
-            self("rejected", {"model": artefact(before), "checks": checks, "advice": advice}, number)
+            attempts = [{"attempt": 1, "settings": SETTINGS, "checks": checks}]
+            self("rejected", {"attempts": attempts, "checks": checks, "advice": advice}, number)
 
 
-def check(name: str, value: float, limit: float, held: bool | None = None, where: str | None = None) -> dict[str, Any]:
+def check(name: str, measured: dict[str, float], limit: float, where: str) -> dict[str, Any]:
     """Return one comparison with a threshold."""
-    return {
-        "name": name,
-        "value": value,
-        "limit": limit,
-        "held": value <= limit if held is None else held,
-        "set": where,
-    }
+    value, ends = measured["value"], {end: measured.get(end) for end in ("low", "high")}
+    return {"name": name, "value": value, "limit": limit, "held": value <= limit, "set": where, **ends}
 
 
 def figure(value: float, half: float, low: float = -math.inf, high: float = math.inf) -> dict[str, float]:
@@ -135,7 +140,7 @@ def figures(number: int, count: int, earlier: Sequence[int], ratio: float) -> di
         "retain": measured(4000, 97.4 - 0.3 * number),
         "test": measured(1000, 84.1 - 0.4 * number),
         "control": measured(500, 83.5 - 0.4 * number),
-        **{f"request {each}": measured(40, 70.0 + 0.8 * (number - each), 0.03) for each in earlier},
+        **{f"run {each}": measured(40, 70.0 + 0.8 * (number - each), 0.03) for each in earlier},
     }
     steps = [0, 5, 10, 20, 40]
     curves = {
@@ -173,16 +178,16 @@ def example(*, hash_ids: bool = False, reason: str = "withdrawn consent, letter 
         found = names(first, count)
         return [f"hmac-sha256:{hexadecimal('key' + each)}" for each in found] if hash_ids else found
 
-    write("references", {"action": "added", "references": [artefact("references/0.safetensors")], "requests": []})
+    write.reference(1, [])
     write.receive(1, ids(0, 40), reason, "2026-04-01")
     write.run(1, [1], count=40)
     write.receive(2, ids(100, 25))
     write.receive(3, ids(200, 15), "wrong labels")
-    write.run(2, [2, 3], count=40, earlier=[1], before="models/0001.safetensors", drop=1.1)
+    write.run(2, [2, 3], count=40, earlier=[1], before="runs/0001/1/model.safetensors", drop=1.1)
     write.receive(4, ids(300, 90), "an account was closed", "2026-03-20")
-    write.run(3, [4], count=90, earlier=[1, 2, 3], before="models/0002.safetensors", accepted=False, ratio=2.7)
+    write.run(3, [4], count=90, earlier=[1, 2], before="runs/0002/1/model.safetensors", accepted=False, ratio=2.7)
     write.receive(5, ids(400, 30))
-    write.run(4, [5], count=30, earlier=[1, 2, 3], before="models/0002.safetensors", drop=1.7, ratio=1.38)
+    write.run(4, [5], count=30, earlier=[1, 2], before="runs/0002/1/model.safetensors", drop=1.7, ratio=1.38)
     write("purged", {"files": [{**artefact("models/0000.safetensors"), "why": "superseded"}]})
     write.receive(6, ids(500, 3), None, "2026-04-15")
     return write.entries

@@ -103,8 +103,8 @@ def test_it_begins_with_the_answer_and_the_head(reported: Any) -> None:
 def test_a_figure_whose_interval_passes_its_limit_is_not_called_safe(reported: Any) -> None:
     _, _, page = reported
     shown = words(page.shown)
-    # of three accepted runs, three intervals of the attack and one of the ratio reach above their limits
-    assert "For 4 of the 12 figures of these runs, the 95 % interval reaches above the limit" in shown
+    # the intervals of three attacks, of three falls of accuracy, and of one ratio
+    assert "For 7 of the 12 figures of these runs, the 95 % interval reaches above the limit" in shown
     assert "Limit 0.100: held. 95 % interval 0.000 to 0.125, which reaches above the limit." in shown
     assert "Limit 1.50: held. 95 % interval 0.80 to 1.40." in shown
 
@@ -120,49 +120,92 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
         "Together with request 3",
         "Examples to forget 40, and 4,420 to keep",
         "method del, budget 0.3, epochs 10, lr 0.015",
-        f"models/0001.safetensors, SHA-256 {hexadecimal('models/0001.safetensors')}",
-        f"models/0002.safetensors, SHA-256 {hexadecimal('models/0002.safetensors')}",
+        f"runs/0001/1/model.safetensors, SHA-256 {hexadecimal('runs/0001/1/model.safetensors')}",
+        f"runs/0002/1/model.safetensors, SHA-256 {hexadecimal('runs/0002/1/model.safetensors')}",
         "210,000 of 701,466 parameters (29.9 %), localized on the examples of this run's requests",
-        hexadecimal("runs/0002/mask.safetensors"),
+        hexadecimal("runs/0002/1/mask.safetensors"),
         "209,871 entries changed, 0 outside the mask",
         "95.4 (localized 2.4, unlearned 61.7, verified 0.3, audited 31.0)",
-        "Accuracy on the test set fell by 1.10 points. Limit 2.00 points: held.",
-        "earlier: request 1",
+        "Accuracy on the test set, that of the ledger's first model minus that after the run: 1.10 points. Limit 2.00 "
+        "points: held. 95 % interval -2.00 to 4.20, which reaches above the limit.",
+        "earlier: run 1",
         "No network was retrained without the forget set to compare with (KL).",
         "Relearning on forget 1 % was not measured",
         f"delfast ledger verify . --head {head}",
-        "delfast verify models/0001.safetensors models/0002.safetensors runs/0002/mask.safetensors",
+        "delfast verify runs/0001/1/model.safetensors runs/0002/1/model.safetensors runs/0002/1/allowed.safetensors",
     ):
         assert text in second, text
     assert "rejected" in fourth and "did not hold" in fourth and "a larger budget, 0.4 in place of 0.3" in fourth
-    assert "runs/0003/model.safetensors" in fourth
+    assert "runs/0003/1/model.safetensors" in fourth
     assert "No run has taken this request" in sixth
     # the model before run 1 was purged, so it can no longer be compared
     assert "delfast verify models/0000" not in page.shown
-    assert "What still holds this request (5)" in fifth  # three models before run 4, its mask, and a reference
+    assert "What still holds this request (6)" in fifth  # three models before run 4, its masks, and a reference
     assert "### Request 4: rejected" in markdown and "What may help: a larger budget, 0.4 in place of 0.3" in markdown
-    assert f"```sh\ndelfast ledger verify . --head {head}\ndelfast verify models/0001" in markdown
+    assert f"```sh\ndelfast ledger verify . --head {head}\ndelfast verify runs/0001/1" in markdown
 
 
 def test_files_that_still_hold_a_request() -> None:
     history = read_history(example())
     held = {holder.file: holder.requests for holder in history.holders()}
     assert "models/0000.safetensors" not in held  # purged
-    assert held["models/0001.safetensors"] == (2, 3, 4, 5, 6)
-    assert held["models/0002.safetensors"] == (4, 5, 6)
-    assert held["runs/0003/model.safetensors"] == (4, 5, 6)  # a rejected run's: request 4 counts as not carried out
-    assert held["models/0004.safetensors"] == (4, 6)  # the model in use
-    assert held["runs/0002/mask.safetensors"] == (2, 3)
-    assert held["references/0.safetensors"] == (1, 2, 3, 4, 5, 6)
+    assert held["runs/0001/1/model.safetensors"] == (2, 3, 4, 5, 6)
+    assert held["runs/0002/1/model.safetensors"] == (4, 5, 6)
+    assert held["runs/0003/1/model.safetensors"] == (4, 5, 6)  # a rejected run's: request 4 counts as not carried out
+    assert held["runs/0004/1/model.safetensors"] == (4, 6)  # the model in use
+    assert held["runs/0002/1/mask.safetensors"] == (2, 3)
+    assert held["references/0001.safetensors"] == (1, 2, 3, 4, 5, 6)
 
 
-def test_retired_references_hold_nothing() -> None:
+def test_references_hold_only_requests_that_came_later() -> None:
     write = Writer()
     write.create()
-    for action, requests in (("added", []), ("retired", [1])):
-        write("references", {"action": action, "references": [artefact("references/0")], "requests": requests})
-        write.receive(len(requests) + 1, names(10 * len(requests), 2))
-    assert [holder.file for holder in read_history(write.entries).holders()] == ["models/0000.safetensors"]
+    write.receive(1, names(0, 2))
+    write.reference(1, [1])
+    write.receive(2, names(10, 2))
+    held = {holder.file: holder.requests for holder in read_history(write.entries).holders()}
+    assert held == {"models/0000.safetensors": (1, 2), "references/0001.safetensors": (2,)}
+
+
+def test_a_run_of_several_attempts_shows_its_last_and_holds_all_its_files() -> None:
+    entries, write = undrawn(), Writer()
+    for entry in entries:
+        if entry.event == "accepted" and entry.run == 1:
+            write("failed", {"attempt": 2, "error": "loss is NaN"}, 1)
+            retrained = artefact("runs/0001/3/model.safetensors")
+            write("unlearned", {"attempt": 3, "model": retrained, "settings": {"method": "retrain"}, "seconds": 5.0}, 1)
+            write("accepted", {**entry.payload, "attempt": 3, "model": retrained}, 1)
+        else:
+            write(entry.event, entry.payload, entry.run)
+    held = {holder.file: holder.requests for holder in read_history(write.entries).holders()}
+    assert held["runs/0001/1/model.safetensors"] == (1, 2, 3, 4, 5, 6) and held["runs/0001/1/mask.safetensors"] == (1,)
+    assert held["runs/0001/3/model.safetensors"] == (2, 3, 4, 5, 6)
+    shown = words(Page(make_report(write.entries)[1]).shown)
+    assert "Attempts del, failed (loss is NaN), retrain; what is shown is of the last" in shown
+    assert "69.4 (unlearned 5.0)" in shown and "method retrain" in shown
+
+
+def test_an_abandoned_run_and_a_failed_method_have_their_reasons() -> None:
+    write = Writer()
+    write.create()
+    write.receive(1, names(0, 2))
+    write.run(1, [1], count=2)
+    rejected = {"attempts": [], "checks": [], "advice": ["it was abandoned"]}
+    entries = [entry for entry in write.entries if entry.event not in ("accepted", "audited")]
+    for payload, reason in (
+        (rejected, "it was abandoned"),
+        (
+            {**rejected, "checks": [{"name": "method", "value": None, "limit": None, "held": False, "set": "NaN"}]},
+            "the method failed (NaN)",
+        ),
+    ):
+        again = Writer()
+        for entry in entries:
+            again(entry.event, entry.payload, entry.run)
+        again("rejected", payload, 1)
+        markdown, text = make_report(again.entries)
+        assert f"Run 1 (request 1) was rejected: {reason}." in words(Page(text).shown)
+        assert "The run has no result yet" not in text and "1 rejected" in markdown
 
 
 def test_the_page_needs_nothing_else(reported: Any) -> None:
@@ -230,7 +273,7 @@ def test_figures_that_were_not_measured_are_named() -> None:
         if event in ("accepted", "rejected"):
             for check in payload["checks"]:
                 if check["name"] in ("attack_advantage", "relearn_ratio"):
-                    check.update(value=None, limit=None)
+                    check.update(value=None, limit=None, low=None, high=None)
 
     _, text = make_report(without(example(), change))
     shown = words(Page(text).shown)

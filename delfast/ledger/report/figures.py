@@ -54,7 +54,7 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
             "Reversal: accuracy on every forget set, from its own run on. A rise from run to run is a sign that it "
             "comes back.",
             "So is a line above the dotted one.",
-            ["request", "first run", "accuracy then, %", "newest run", "accuracy now, %", "rise, points"],
+            ["forget set of", "first run", "accuracy then, %", "newest run", "accuracy now, %", "rise, points"],
             [
                 [
                     name,
@@ -87,10 +87,7 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
 
 
 def _returns(runs: list[Run]) -> dict[str, list[tuple[int, float]]]:
-    """Return, for every accepted forget set, the accuracy on it at its own run and at each later accepted run.
-
-    Requests of one run have one line until a later audit measures them one by one.
-    """
+    """Return the accuracy on the forget set of each accepted run, at that run and at each later accepted one."""
     found: dict[str, list[tuple[int, float]]] = {}
     for run in (run for run in runs if run.status == ACCEPTED):
         assert run.figures is not None  # the caller's runs are audited
@@ -99,8 +96,7 @@ def _returns(runs: list[Run]) -> dict[str, list[tuple[int, float]]]:
             if name not in ("forget", "retain", "test", "control") and measured["accuracy"] is not None:
                 found.setdefault(name, []).append((run.number, measured["accuracy"]["value"]))
         if sets["forget"]["accuracy"] is not None:
-            for number in run.requests:
-                found[f"request {number}"] = [(run.number, sets["forget"]["accuracy"]["value"])]
+            found[f"run {run.number}"] = [(run.number, sets["forget"]["accuracy"]["value"])]
     return found
 
 

@@ -11,18 +11,46 @@ from delfast.ledger.store import FIRST, Entry
 
 Payload = Mapping[str, Any]
 STATUSES = (ACCEPTED, REJECTED, RUNNING, PENDING)
+STEPS = ("localized", "unlearned", "verified", "audited")  # events of an attempt
 KEPT_IDS = 100  # requests, the newest, whose identifiers are kept: bounds the memory
 
 
 @dataclass
 class Run:
-    """One run: its number, the requests that it took, and the last payload of each of its events."""
+    """One run: the requests that it took up, the payload of each event of its last attempt, and the files it wrote."""
 
     number: int
     requests: tuple[int, ...]
     time: str
     steps: dict[str, Payload] = field(default_factory=dict)
     times: dict[str, str] = field(default_factory=dict)
+    models: list[Payload] = field(default_factory=list)
+    """Files of unlearned models, one for each attempt."""
+    masks: list[Payload] = field(default_factory=list)
+    """Files of masks, and of masks with the head."""
+    attempts: list[str] = field(default_factory=list)
+    """The method of each attempt, and the error of one that failed."""
+    attempt: int = 1
+    seconds: float = 0.0
+    """Of all steps of all attempts."""
+
+    def take(self, entry: Entry) -> None:
+        """Take up an entry of the run; a later attempt replaces the steps of the one before."""
+        payload = entry.payload
+        if payload.get("attempt", self.attempt) > self.attempt:
+            self.attempt = payload["attempt"]
+            for event in STEPS:
+                self.steps.pop(event, None)
+        self.steps[entry.event], self.times[entry.event] = payload, entry.time
+        self.seconds += payload.get("seconds") or 0.0
+        if entry.event == "localized":
+            self.masks.append(payload["mask"])
+        elif entry.event == "unlearned":
+            self.models.append(payload["model"])
+            self.masks += [payload["allowed"]] if "localized" in self.steps and "allowed" in payload else []
+            self.attempts.append(payload["settings"]["method"])
+        elif entry.event == "failed":
+            self.attempts.append(f"failed ({payload['error']})")
 
     @property
     def status(self) -> str:
@@ -44,26 +72,10 @@ class Run:
         """Return the comparison with one threshold, if it had a limit."""
         return next((check for check in self.checks if check["name"] == name and check["limit"] is not None), None)
 
-    def measured(self, check: Payload) -> Payload | None:
-        """Return the audit's figure, with its interval, that a check compared; None for figures without an interval."""
-        figures = self.figures or {}
-        if check["name"] == "relearn_ratio":
-            found: Payload | None = figures.get("relearn_ratio")
-            return found
-        if check["name"] == "attack_advantage":
-            found = figures.get("sets", {}).get(check.get("set") or "forget", {}).get("attack_advantage")
-            return found
-        return None
-
     def artefact(self, step: str, name: str) -> Payload | None:
         """File and digest that a step recorded under a name; None if it recorded none."""
         found: Payload | None = self.steps.get(step, {}).get(name)
         return found
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of all steps together."""
-        return float(sum(payload.get("seconds") or 0.0 for payload in self.steps.values()))
 
 
 @dataclass
@@ -71,8 +83,6 @@ class TakenRequest:
     """One forget request, and the runs that took it up."""
 
     number: int
-    entry: int
-    """Number of the entry that received it."""
     time: str
     count: int
     reason: str | None
@@ -107,8 +117,8 @@ class History:
     head: str = FIRST
     requests: dict[int, TakenRequest] = field(default_factory=dict)
     runs: dict[int, Run] = field(default_factory=dict)
-    references: dict[str, tuple[int, Payload]] = field(default_factory=dict)
-    """File -> number of the entry that added it, and the artefact; retired ones are left out."""
+    references: dict[str, Payload] = field(default_factory=dict)
+    """File -> payload of the entry that recorded the reference model."""
     purged: set[str] = field(default_factory=set)
 
     def having(self, status: str) -> list[TakenRequest]:
@@ -130,27 +140,29 @@ class History:
             model = self.created.payload["model"]
             yield Holder(model["file"], model["digest"], "model", tuple(sorted(waiting)), "trained on these examples")
         for run in self.runs.values():
-            model = run.artefact("unlearned", "model")
+            before = tuple(sorted(waiting))
             if run.status == ACCEPTED:
                 waiting.difference_update(run.requests)
-                model, why = run.artefact(ACCEPTED, "model"), "made before these requests were carried out"
-            else:
-                why = "of a run that was not accepted"
-            if model is not None:
-                yield Holder(model["file"], model["digest"], "model", tuple(sorted(waiting)), why)
+            result = run.artefact(ACCEPTED, "model")
+            for model in run.models:
+                if model == result:
+                    why = "the run's accepted model, which did not unlearn these requests"
+                    yield Holder(model["file"], model["digest"], "model", tuple(sorted(waiting)), why)
+                else:
+                    why = "of an attempt that was not accepted"
+                    yield Holder(model["file"], model["digest"], "model", before, why)
 
     def _masks(self) -> Iterable[Holder]:
         for run in self.runs.values():
-            mask = run.artefact("localized", "mask")
-            if mask is not None:
+            for mask in run.masks:
                 why = "marks the channels that these examples used"
                 yield Holder(mask["file"], mask["digest"], "mask", run.requests, why)
 
     def _references(self) -> Iterable[Holder]:
         why = "trained before these requests came: may have seen their examples"
-        for file, (added, artefact) in self.references.items():
-            later = tuple(number for number, request in self.requests.items() if request.entry > added)
-            yield Holder(file, artefact["digest"], "reference", later, why)
+        for file, payload in self.references.items():
+            later = tuple(number for number in self.requests if number not in payload["requests"])
+            yield Holder(file, payload["model"]["digest"], "reference", later, why)
 
 
 def read_history(entries: Iterable[Entry]) -> History:
@@ -165,7 +177,7 @@ def read_history(entries: Iterable[Entry]) -> History:
         elif entry.event == RECEIVED:
             number = payload["request"]
             facts = (payload[name] for name in ("count", "reason", "due", "ids"))
-            history.requests[number] = TakenRequest(number, entry.number, entry.time, *facts)
+            history.requests[number] = TakenRequest(number, entry.time, *facts)
             if number - KEPT_IDS in history.requests:
                 history.requests[number - KEPT_IDS].ids = ()
         elif entry.event == STARTED and entry.run is not None:
@@ -174,14 +186,9 @@ def read_history(entries: Iterable[Entry]) -> History:
             for number in run.requests:
                 history.requests[number].runs.append(run)
         elif entry.event == "references":
-            for artefact in payload["references"]:
-                if payload["action"] == "retired":
-                    history.references.pop(artefact["file"], None)
-                else:
-                    history.references[artefact["file"]] = (entry.number, artefact)
+            history.references[payload["model"]["file"]] = payload
         elif entry.event == "purged":
             history.purged.update(artefact["file"] for artefact in payload["files"])
         if entry.run is not None:
-            run = history.runs[entry.run]
-            run.steps[entry.event], run.times[entry.event] = payload, entry.time
+            history.runs[entry.run].take(entry)
     return history

@@ -101,7 +101,7 @@ def _kept(accepted: list[Run]) -> list[str]:
         return []
     checks = [(run, check) for run in accepted for check in run.checks if check["limit"] is not None]
     broken = sum(not check["held"] for _, check in checks)
-    unsure = sum(wording.is_unsure(check, run.measured(check)) for run, check in checks)
+    unsure = sum(wording.is_unsure(check) for _, check in checks)
     if not checks:
         result = "no threshold was asked for"
     else:
@@ -117,14 +117,10 @@ def _kept(accepted: list[Run]) -> list[str]:
 
 def _rejection(run: Run) -> str:
     """One sentence on a rejected run: the thresholds that did not hold."""
-    failed = []
-    for check in run.checks:
-        if check["limit"] is not None and not check["held"]:
-            threshold = wording.THRESHOLDS[check["name"]]
-            value, limit = (wording.amount(check[name], threshold) for name in ("value", "limit"))
-            failed.append(f"{threshold.title.lower()} {value}, limit {limit}")
+    failed = [wording.failure(check) for check in run.checks if not check["held"]]
+    reasons = failed or run.steps[REJECTED].get("advice", [])
     requests = wording.requests(run.requests)
-    return f"Run {run.number} ({requests}) was rejected: {'; '.join(failed)}. The model from before it was kept."
+    return f"Run {run.number} ({requests}) was rejected: {'; '.join(reasons)}. The model from before it was kept."
 
 
 def _thresholds(runs: list[Run]) -> Rows:

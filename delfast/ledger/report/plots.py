@@ -21,11 +21,14 @@ Interval = Mapping[str, float | None]
 
 
 def draw_erosion(runs: Sequence[Run]) -> Markup:
-    """Draw the accuracy on the retain set and the test set after each run."""
+    """Draw the accuracy on the retain set and the test set after each run, and before the first, at 0."""
     figure, axes = _panel("run", "accuracy (percent)")
     for position, (name, label) in enumerate((("retain", "retain set"), ("test", "test set"))):
         found = [(run, _measure(run, name, "accuracy")) for run in runs]
         _points(axes, found, COLOURS[position], "os"[position], label)
+        first = (runs[0].steps["started"].get("before") or {}).get(name)
+        if first is not None and runs[0].number == 1:
+            axes.plot([0], [first], color=COLOURS[position], marker="os"[position], markersize=5)
     return _finish(figure, axes, "erosion", "Accuracy on the retain set and the test set after each run")
 
 
@@ -36,11 +39,11 @@ def draw_reversal(
     figure, axes = _panel("run", "accuracy (percent)")
     others = [name for name in returns if name not in worst]
     for name in others:
-        label = "other requests" if name == others[0] else None
+        label = "other runs" if name == others[0] else None
         axes.plot(*zip(*returns[name], strict=True), color="#b5b5b5", linewidth=0.9, marker=".", label=label)
     for position, name in enumerate(worst):
         style = {"color": COLOURS[position], "marker": "os^D"[position], "markersize": 4.5, "linewidth": 1.3}
-        axes.plot(*zip(*returns[name], strict=True), label=name, **style)
+        axes.plot(*zip(*returns[name], strict=True), label=f"set of {name}", **style)
     control = [(run.number, _measure(run, "control", "accuracy")) for run in runs if run.status == ACCEPTED]
     known = [(number, interval["value"]) for number, interval in control if interval is not None]
     if known:

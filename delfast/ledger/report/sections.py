@@ -54,10 +54,12 @@ def _commands(request: TakenRequest, history: History) -> list[str]:
     """Return the commands that compare the models before and after each of the request's runs."""
     commands = []
     for run in request.runs:
+        if "localized" not in run.steps:
+            continue  # everything was allowed to change
         parts = [
             run.artefact("started", "model"),
             run.artefact("unlearned", "model"),
-            run.artefact("localized", "mask"),
+            run.artefact("unlearned", "allowed"),
         ]
         files = [part["file"] for part in parts if part is not None]
         if len(files) == len(parts) and not history.purged.intersection(files):
@@ -96,6 +98,8 @@ def _run(run: Run, request: TakenRequest, is_drawn: bool) -> dict[str, Any]:
                 f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask",
             )
         )
+    if len(run.attempts) > 1:
+        facts.append(("Attempts", ", ".join(run.attempts) + "; what is shown is of the last"))
     steps = [
         f"{name} {payload['seconds']:.1f}" for name, payload in run.steps.items() if payload.get("seconds") is not None
     ]
@@ -106,7 +110,7 @@ def _run(run: Run, request: TakenRequest, is_drawn: bool) -> dict[str, Any]:
         "status": run.status,
         "facts": facts,
         "decided": wording.date(run.times[run.status]) if run.status in run.times else "",
-        "sentences": [wording.check_sentence(check, run.measured(check)) for check in run.checks],
+        "sentences": list(map(wording.check_sentence, run.checks)),
         "missing": [] if figures is None else wording.missing(figures),
         "advice": run.steps.get(REJECTED, {}).get("advice", []),
         "sets": [] if figures is None else _set_rows(figures),

@@ -20,7 +20,7 @@ class Threshold:
 
 
 THRESHOLDS = {
-    "verified": Threshold(
+    "outside_mask": Threshold(
         "Changes outside the mask",
         "",
         0,
@@ -31,8 +31,9 @@ THRESHOLDS = {
         "Fall of test accuracy",
         "points",
         2,
-        "Percentage points by which accuracy on the test set is lower after the run: the cost of unlearning.",
-        "Accuracy on the test set fell by {value}.",
+        "Percentage points by which accuracy on the test set is lower than that of the ledger's first model: the cost "
+        "of unlearning, of all requests so far.",
+        "Accuracy on the test set, that of the ledger's first model minus that after the run: {value}.",
     ),
     "attack_advantage": Threshold(
         "Attack advantage",
@@ -40,8 +41,8 @@ THRESHOLDS = {
         3,
         "2 · (balanced accuracy - 0.5) of an attacker that sees the model's confidence and separates the forget set "
         "from never-seen examples: 0 is guessing, 1 is always right.",
-        "An attacker that sees the model's confidence separated the forget set from never-seen examples with an "
-        "advantage of {value} (0: guessing, 1: always right).",
+        "An attacker that sees the model's confidence separated {set} from never-seen examples with an advantage of "
+        "{value} (0: guessing, 1: always right).",
     ),
     "relearn_ratio": Threshold(
         "Relearning ratio",
@@ -55,6 +56,7 @@ THRESHOLDS = {
         best=1.0,
     ),
 }
+FAILED = "method"  # the name of a check that a method failed; its set is the error
 SMALL = 30  # examples below which most intervals are too wide to separate forgotten from remembered
 EVIDENCE = (
     "This report is evidence, not a certificate. Each figure is a measurement with its uncertainty, made by the tests "
@@ -117,24 +119,44 @@ def verdict(check: Mapping[str, Any]) -> str:
     return "held" if check["held"] else "did not hold"
 
 
-def check_sentence(check: Mapping[str, Any], measured: Mapping[str, float | None] | None) -> str:
+def threshold_of(check: Mapping[str, Any]) -> Threshold:
+    """The threshold of a check, or a plain one for a name that this report does not know."""
+    name = check["name"]
+    return THRESHOLDS.get(name, Threshold(name, "", 3, "", f"{name}: {{value}}."))
+
+
+def check_sentence(check: Mapping[str, Any]) -> str:
     """The result of one comparison with a threshold, in words, with the interval of its figure if there is one."""
-    threshold = THRESHOLDS[check["name"]]
+    if check["name"] == FAILED:
+        return f"The method failed: {check['set']}."
+    threshold = threshold_of(check)
     if check["value"] is None:
         return f"{threshold.title}: not measured; {verdict(check)}."
-    text = threshold.sentence.format(value=amount(check["value"], threshold))
+    where = "the forget set" if check["set"] in ("forget", None) else f"the forget set of {check['set']}"
+    text = threshold.sentence.format(value=amount(check["value"], threshold), set=where)
     if check["limit"] is None:
         return f"{text} No limit was asked for."
     text = f"{text} Limit {amount(check['limit'], threshold)}: {verdict(check)}."
-    if measured is None or measured["low"] is None or measured["high"] is None:
+    if check.get("low") is None or check.get("high") is None:
         return text
-    ends = f"{measured['low']:.{threshold.digits}f} to {measured['high']:.{threshold.digits}f}"
-    return f"{text} 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check, measured) else ".")
+    ends = f"{check['low']:.{threshold.digits}f} to {check['high']:.{threshold.digits}f}"
+    return f"{text} 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check) else ".")
 
 
-def is_unsure(check: Mapping[str, Any], measured: Mapping[str, float | None] | None) -> bool:
+def failure(check: Mapping[str, Any]) -> str:
+    """A few words on a check that did not hold."""
+    if check["name"] == FAILED:
+        return f"the method failed ({check['set']})"
+    threshold = threshold_of(check)
+    value = amount(check["value"], threshold)
+    return f"{threshold.title.lower()} {value}" + (
+        "" if check["limit"] is None else f", limit {amount(check['limit'], threshold)}"
+    )
+
+
+def is_unsure(check: Mapping[str, Any]) -> bool:
     """Return whether a figure held its limit and its interval reaches above the limit."""
-    high = None if measured is None else measured["high"]
+    high = check.get("high")
     return bool(check["held"]) and check["limit"] is not None and high is not None and high > check["limit"]
 
 
