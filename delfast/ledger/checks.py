@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from delfast.errors import InputError
 from delfast.ledger.results import Check
+from delfast.ledger.words import failure, set_name
 
 if TYPE_CHECKING:  # imports torch
     from delfast.jobs import Accept
@@ -76,12 +77,15 @@ def _or_infinite(figure: Mapping[str, Any] | None) -> float:
 
 
 HELP = {
-    "outside_mask": "entries outside the mask changed: a load or save of the job that alters weights, or a fault",
-    "test_drop": "the model lost test accuracy: a smaller budget, more epochs, or retraining",
-    "attack_advantage": "the forget set still stands out: a larger budget, more epochs, another method, or retraining",
-    "relearn_ratio": "the forget set is hidden, not gone: a larger budget, another method, or retraining",
+    "outside_mask": "The job's load or save alters weights, or delfast has a fault",
+    "test_drop": "The model lost test accuracy. Try a smaller budget, more epochs, or retraining",
+    "attack_advantage": "The examples still stand out. Try a larger budget, more epochs, another method, or retraining",
+    "relearn_ratio": "The examples are hidden, not gone. Try a larger budget, another method, or retraining",
 }
-TOO_FEW = "its interval includes 1, a network that never saw them: take up more requests, or train more references"
+TOO_FEW = (
+    "Its interval includes 1, the ratio of a network that never saw the examples: the figure cannot tell. "
+    "Take up more requests, or train more references"
+)
 
 
 def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: bool) -> list[str]:
@@ -94,12 +98,11 @@ def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: b
             lines.append(f"{settings['method']} failed: {check.set}")
         elif check.value is None:
             lines.append(
-                f"{check.name} of '{check.set}' could not be measured: too few examples; take up more requests"
+                f"{check.name} of {set_name(check.set)} was not measured: too few examples. Take up more requests"
             )
         else:
-            found = f"{check.name} of '{check.set}' is {check.value:.4g}, the limit is {check.limit:.4g}"
             few = check.name == "relearn_ratio" and check.low is not None and check.low <= 1
-            lines.append(f"{found}; {TOO_FEW if few else HELP[check.name]}")
+            lines.append(f"{check.name}: {failure(check)}. {TOO_FEW if few else HELP[check.name]}")
     if not escalated:
         lines.append("--escalate tries the settings of the job file in order, retraining last")
     return lines

@@ -179,6 +179,9 @@ class Ledger(Records):
     def holding(self) -> list[HeldFile]:
         """Return the ledger's files that hold examples of requests, open ones included.
 
+        In a ledger that was opened without the job, a reference is listed with every request that came after it: it may
+        have seen their examples.
+
         Returns
         -------
         list of HeldFile
@@ -274,7 +277,8 @@ class Ledger(Records):
     def report(self, output_dir: str | os.PathLike[str]) -> None:
         """Write a report of all requests and runs: ``report.html``, which needs no other file, and ``report.md``.
 
-        Its first lines give the number of requests by status, the thresholds that held, and the ledger's head.
+        Its first lines give the number of requests by status, the thresholds that held, and the ledger's head. It lists
+        what ``holding`` returns, which is exact if the ledger was opened with the job.
 
         Parameters
         ----------
@@ -295,4 +299,4 @@ class Ledger(Records):
         found = self.verify(files=False)
         if not found.holds:
             raise InputError(f"expected a ledger that holds, but {found.problems[0]}; see `delfast ledger verify`")
-        write_report(self.store.entries(), Path(output_dir))
+        write_report(self.store.entries(), self.holding(), Path(output_dir))

@@ -87,16 +87,14 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
 
 
 def _returns(runs: list[Run]) -> dict[str, list[tuple[int, float]]]:
-    """Return the accuracy on the forget set of each accepted run, at that run and at each later accepted one."""
+    """Return, for the forget set of every accepted run, its accuracy at that run and at each later accepted one."""
     found: dict[str, list[tuple[int, float]]] = {}
     for run in (run for run in runs if run.status == ACCEPTED):
         assert run.figures is not None  # the caller's runs are audited
-        sets = run.figures["sets"]
-        for name, measured in sets.items():
-            if name not in ("forget", "retain", "test", "control") and measured["accuracy"] is not None:
-                found.setdefault(name, []).append((run.number, measured["accuracy"]["value"]))
-        if sets["forget"]["accuracy"] is not None:
-            found[f"run {run.number}"] = [(run.number, sets["forget"]["accuracy"]["value"])]
+        for name, measured in run.figures["sets"].items():
+            if measured["accuracy"] is not None and (name == "forget" or name.startswith("run ")):
+                own = f"run {run.number}" if name == "forget" else name
+                found.setdefault(own, []).append((run.number, measured["accuracy"]["value"]))
     return found
 
 
@@ -116,4 +114,4 @@ def _ratio(run: Run) -> str:
 
 def _limit(run: Run, name: str) -> str:
     check = run.asked(name)
-    return "" if check is None else f"{check['limit']:g}"
+    return "" if check is None else f"{check.limit:g}"

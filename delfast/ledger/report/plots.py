@@ -16,19 +16,16 @@ from delfast.ledger.report.history import Run
 from delfast.ledger.requests import ACCEPTED
 
 SIZE = (4.6, 3.0)  # inches: two panels side by side at 1280 pixels, one at 390; text of 9 points is legible in both
-NAMED = 4  # lines of single requests that get a colour and a name; more cannot be told apart
+NAMED = 4  # lines of single forget sets that get a colour and a name; more cannot be told apart
 Interval = Mapping[str, float | None]
 
 
 def draw_erosion(runs: Sequence[Run]) -> Markup:
-    """Draw the accuracy on the retain set and the test set after each run, and before the first, at 0."""
+    """Draw the accuracy on the retain set and the test set after each run."""
     figure, axes = _panel("run", "accuracy (percent)")
     for position, (name, label) in enumerate((("retain", "retain set"), ("test", "test set"))):
         found = [(run, _measure(run, name, "accuracy")) for run in runs]
         _points(axes, found, COLOURS[position], "os"[position], label)
-        first = (runs[0].steps["started"].get("before") or {}).get(name)
-        if first is not None and runs[0].number == 1:
-            axes.plot([0], [first], color=COLOURS[position], marker="os"[position], markersize=5)
     return _finish(figure, axes, "erosion", "Accuracy on the retain set and the test set after each run")
 
 
@@ -39,11 +36,11 @@ def draw_reversal(
     figure, axes = _panel("run", "accuracy (percent)")
     others = [name for name in returns if name not in worst]
     for name in others:
-        label = "other runs" if name == others[0] else None
+        label = "other forget sets" if name == others[0] else None
         axes.plot(*zip(*returns[name], strict=True), color="#b5b5b5", linewidth=0.9, marker=".", label=label)
     for position, name in enumerate(worst):
         style = {"color": COLOURS[position], "marker": "os^D"[position], "markersize": 4.5, "linewidth": 1.3}
-        axes.plot(*zip(*returns[name], strict=True), label=f"set of {name}", **style)
+        axes.plot(*zip(*returns[name], strict=True), label=name, **style)
     control = [(run.number, _measure(run, "control", "accuracy")) for run in runs if run.status == ACCEPTED]
     known = [(number, interval["value"]) for number, interval in control if interval is not None]
     if known:
@@ -132,7 +129,7 @@ def _length(interval: Interval, end: str) -> float:
 
 def _limit(axes: Any, runs: Sequence[Run], name: str) -> None:
     """Draw a threshold's limit by run: it may change between runs."""
-    limits = [(run.number, check["limit"]) for run in runs for check in run.checks if check["name"] == name]
+    limits = [(run.number, check.limit) for run in runs for check in run.checks if check.name == name]
     known = [(number, limit) for number, limit in limits if limit is not None]
     if known:
         axes.step(*zip(*known, strict=True), where="mid", color="#a11212", linestyle="--", linewidth=1.1, label="limit")
