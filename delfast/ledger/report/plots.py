@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from delfast.experiments.reports.pages import inline_svg
+from delfast.experiments.reports.pages import anchor, inline_svg
 from delfast.experiments.reports.plots import COLOURS, INK
 from delfast.ledger.report.history import Run
 from delfast.ledger.requests import ACCEPTED
@@ -142,4 +142,4 @@ def _limit(axes: Any, runs: Sequence[Run], name: str) -> None:
 
 def _finish(figure: Figure, axes: Any, name: str, label: str) -> Markup:
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, fontsize=8.5)
-    return inline_svg(figure, "".join(c if c.isalnum() else "-" for c in name), label)
+    return inline_svg(figure, anchor(name), label)
