@@ -81,7 +81,7 @@ class Definition:
 
     def digest(self, config: Config, sequence: Sequence | None) -> str:
         """Return a digest of everything that determines the results of a sequence; None: of the original."""
-        determined = [asdict(config), [asdict(request) for request in self.requests]]
+        determined: list[Any] = [asdict(config), [asdict(request) for request in self.requests]]
         if sequence is not None:
             determined += [sequence.described(), asdict(self.relearning), self.controls]
         return hashlib.sha256(json.dumps(determined, sort_keys=True).encode()).hexdigest()[:16]

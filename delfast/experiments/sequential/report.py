@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,23 @@ RECORD: dict[str, Any] = {
     "sequence": str, "seed": int, "request": int, "provenance": {**ORIGIN, "threads": int}
 }  # fmt: skip
 MEASURED: dict[str, Any] = {"seconds": SECONDS, "audit": {"sets": Each(dict)}}
+
+EROSION = """\
+**Erosion.** Test accuracy before the first request and after some; its change over all {last}, in points, also of the class
+that loses most; accuracy on what is retained; seconds of all requests.
+
+"""
+REVERSAL = """\
+**What comes back.** Accuracy on the forget sets of all requests except the last, by kind: right after each was unlearned,
+and after the last request. With wrong labels it is the part that gets the wrong label.
+
+"""
+ATTACKS = """\
+**Attack and relearning.** The confidence attack's advantage (0 to 1), mean over the forget sets. After the last request,
+how much more of the first and of the last forget set comes back by finetuning than in networks that never saw it: the
+audit's ratio of odds, 1 for as much; geometric mean over seeds, with the least and the greatest.
+
+"""
 
 Record = dict[str, Any]
 
@@ -99,26 +117,55 @@ def _accuracy(record: Record, name: str) -> float:
     return float(record["audit"]["sets"][name]["accuracy"]["value"])
 
 
+def _test_after(course: Course, number: int) -> float:
+    return _accuracy(course.records[number], "test")
+
+
+def _test_before(course: Course) -> float:
+    return _accuracy(course.original, "test")
+
+
 def _change(course: Course) -> float:
-    return _accuracy(course.last, "test") - _accuracy(course.original, "test")
+    return _accuracy(course.last, "test") - _test_before(course)
 
 
 def _worst_class(course: Course) -> float:
     """Return the change of test accuracy of the class that loses most, in points."""
     pairs = zip(course.last["audit"]["classes"]["test"], course.original["audit"]["classes"]["test"], strict=True)
-    return min(after["value"] - before["value"] for after, before in pairs if after is not None)
+    return min(float(after["value"] - before["value"]) for after, before in pairs if after is not None)
+
+
+def _retained(course: Course) -> float:
+    return _accuracy(course.last, "retain")
 
 
 def _seconds(course: Course) -> float:
-    return sum(sum(record["seconds"].values()) for record in course.records.values())
+    return sum(float(sum(record["seconds"].values())) for record in course.records.values())
 
 
-def _when_unlearned(course: Course, numbers: Sequence[int]) -> float:
-    return _average(_accuracy(course.records[number], f"request {number}") for number in numbers)
+def _before(course: Course, kind: str) -> float:
+    return _average(_accuracy(course.original, f"request {number}") for number in course.of_kind(kind))
 
 
-def _at_the_end(course: Course, numbers: Sequence[int]) -> float:
-    return _average(_accuracy(course.last, f"request {number}") for number in numbers)
+def _when_unlearned(course: Course, kind: str) -> float:
+    return _average(_accuracy(course.records[number], f"request {number}") for number in course.of_kind(kind))
+
+
+def _at_the_end(course: Course, kind: str) -> float:
+    return _average(_accuracy(course.last, f"request {number}") for number in course.of_kind(kind))
+
+
+def _rise(course: Course, kind: str) -> float:
+    return _at_the_end(course, kind) - _when_unlearned(course, kind)
+
+
+def _advantage(record: Record, name: str) -> float:
+    figure = record["audit"]["sets"][name]["attack_advantage"]
+    return math.nan if figure is None else float(figure["value"])
+
+
+def _attack_before(course: Course) -> float:
+    return _average(_advantage(course.original, f"request {number}") for number in course.records)
 
 
 def _attack_when_unlearned(course: Course) -> float:
@@ -129,12 +176,7 @@ def _attack_at_the_end(course: Course) -> float:
     return _average(_advantage(course.last, f"request {number}") for number in course.records)
 
 
-def _advantage(record: Record, name: str) -> float:
-    figure = record["audit"]["sets"][name]["attack_advantage"]
-    return math.nan if figure is None else float(figure["value"])
-
-
-def _average(values: Any) -> float:
+def _average(values: Iterable[float]) -> float:
     """Return the mean of the values that were measured; NaN if none was."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
@@ -160,77 +202,38 @@ def tables(records: Sequence[Record]) -> str:
 def _erosion(courses: Mapping[str, Sequence[Course]]) -> str:
     numbers = sorted(next(iter(courses.values()))[0].records)
     shown = sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]})
-    columns = ("method", "seeds", "test acc before", *(f"after {number}" for number in shown), "change",
-               "worst class", "retain acc", "seconds")  # fmt: skip
+    after = [(f"after {number}", partial(_test_after, number=number)) for number in shown]
+    measures = [("test acc before", _test_before), *after, ("change", _change), ("worst class", _worst_class),
+                ("retain acc", _retained)]  # fmt: skip
+    columns = ["method", "seeds", *(heading for heading, _ in measures), "seconds"]
     rows = [
-        [
-            name,
-            str(len(found)),
-            _mean(found, lambda course: _accuracy(course.original, "test")),
-            *(_mean(found, lambda course, n=number: _accuracy(course.records[n], "test")) for number in shown),
-            _mean(found, _change),
-            _mean(found, _worst_class),
-            _mean(found, lambda course: _accuracy(course.last, "retain")),
-            _mean(found, _seconds, digits=0),
-        ]
+        [name, str(len(found)), *(_mean(found, measure) for _, measure in measures), _mean(found, _seconds, digits=0)]
         for name, found in courses.items()
     ]
-    head = f"**Erosion.** Test accuracy before the first request and after some; its change over all {numbers[-1]}, in "
-    head += "points, also of the class that loses most; accuracy on what is retained; seconds of all requests.\n\n"
-    return head + markdown_table(columns, rows)
+    return EROSION.format(last=numbers[-1]) + markdown_table(columns, rows)
 
 
 def _reversal(courses: Mapping[str, Sequence[Course]]) -> str:
-    columns = ("method", *(f"{words}, {when}" for words in KINDS.values() for when in ("unlearned", "at the end")))
+    columns = ["method", *(f"{words}, {when}" for words in KINDS.values() for when in ("unlearned", "at the end"))]
     first = next(iter(courses.values()))
-    before = [_mean(first, lambda c, k=kind: _before(c, k)) for kind in KINDS]
-    rows = [["before the first request", *(cell for each in before for cell in ("", each))]]
+    rows = [["before the first request"]]
+    for kind in KINDS:
+        rows[0] += ["", _mean(first, partial(_before, kind=kind))]
     for name, found in courses.items():
-        row = [name]
-        for kind in KINDS:
-            row.append(_mean(found, lambda course, k=kind: _when_unlearned(course, course.of_kind(k))))
-            row.append(_mean(found, lambda course, k=kind: _at_the_end(course, course.of_kind(k))))
-        rows.append(row)
-    head = (
-        "**What comes back.** Accuracy on the forget sets of all requests except the last, by kind: right after each "
-    )
-    head += "was unlearned, and after the last request. With wrong labels it is the part that gets the wrong label.\n\n"
-    return head + markdown_table(columns, rows)
-
-
-def _before(course: Course, kind: str) -> float:
-    return _average(_accuracy(course.original, f"request {number}") for number in course.of_kind(kind))
+        measures = [partial(measure, kind=kind) for kind in KINDS for measure in (_when_unlearned, _at_the_end)]
+        rows.append([name, *(_mean(found, measure) for measure in measures)])
+    return REVERSAL + markdown_table(columns, rows)
 
 
 def _attacks(courses: Mapping[str, Sequence[Course]]) -> str:
-    first = next(iter(courses.values()))[0]
-    numbers = (min(first.records), max(first.records))
-    columns = ("method", "attack, unlearned", "attack at the end", *(f"relearning, request {n}" for n in numbers))
-    before = _mean(next(iter(courses.values())), lambda course: _attack_at_the_end(_as_original(course)), digits=3)
-    rows = [["before the first request", "", before, *[""] * len(numbers)]]
-    rows += [
-        [
-            name,
-            _mean(found, _attack_when_unlearned, digits=3),
-            _mean(found, _attack_at_the_end, digits=3),
-            *(_ratios(found, f"request {number}") for number in numbers),
-        ]
-        for name, found in courses.items()
-    ]
-    head = (
-        "**Attack and relearning.** The confidence attack's advantage (0 to 1), mean over the forget sets. After the "
-    )
-    head += (
-        "last request, how much more of the first and of the last forget set comes back by finetuning than in networks "
-    )
-    head += "that never saw it: the audit's ratio of odds, 1 for as much; geometric mean over seeds, with the least and the "
-    head += "greatest.\n\n"
-    return head + markdown_table(columns, rows)
-
-
-def _as_original(course: Course) -> Course:
-    """Return the course as if no request had changed the original."""
-    return Course(course.original, dict.fromkeys(course.records, course.original))
+    first = next(iter(courses.values()))
+    numbers = (min(first[0].records), max(first[0].records))
+    columns = ["method", "attack, unlearned", "attack at the end", *(f"relearning, request {n}" for n in numbers)]
+    rows = [["before the first request", "", _mean(first, _attack_before, digits=3), *[""] * len(numbers)]]
+    for name, found in courses.items():
+        attacks = [_mean(found, measure, digits=3) for measure in (_attack_when_unlearned, _attack_at_the_end)]
+        rows.append([name, *attacks, *(_ratios(found, f"request {number}") for number in numbers)])
+    return ATTACKS + markdown_table(columns, rows)
 
 
 def _ratios(courses: Sequence[Course], name: str) -> str:
@@ -267,30 +270,22 @@ def _remarks(records: Sequence[Record], courses: Mapping[str, Sequence[Course]])
 
 
 def paragraph(courses: Mapping[str, Sequence[Course]]) -> str:
-    """Return the largest and the smallest figures in words, without a choice of a method."""
+    """Return the least and the greatest figures in words, without a choice of methods."""
     others = {name: found for name, found in courses.items() if name != RETRAIN}
     last = max(next(iter(courses.values()))[0].records)
-    change = f"{_extremes(others, _change, 'points')}{_beside(courses, _change)}"
-    lines = [f"After {last} requests the change of test accuracy is {change}."]
-    for kind, words in KINDS.items():
+
+    def words(measure: Callable[[Course], float], unit: str) -> str:
+        return _extremes(others, measure, unit) + _beside(courses, measure)
+
+    lines = [f"After {last} requests the change of test accuracy is {words(_change, 'points')}."]
+    for kind, named in KINDS.items():
         if all(course.of_kind(kind) for found in courses.values() for course in found):
-
-            def end(course: Course, kind: str = kind) -> float:
-                return _at_the_end(course, course.of_kind(kind))
-
             lines.append(
-                f"On earlier forget sets of {words} the accuracy at the end is {_extremes(others, end, '%')}"
-                f"{_beside(courses, end)}."
+                f"On the earlier forget sets, {named}: the accuracy at the end is "
+                f"{words(partial(_at_the_end, kind=kind), '%')}; its change since each was unlearned is "
+                f"{words(partial(_rise, kind=kind), 'points')}."
             )
-
-            def rise(course: Course, kind: str = kind) -> float:
-                numbers = course.of_kind(kind)
-                return _at_the_end(course, numbers) - _when_unlearned(course, numbers)
-
-            lines.append(
-                f"Since they were unlearned it changed by {_extremes(others, rise, 'points')}{_beside(courses, rise)}."
-            )
-    lines.append(f"The requests took {_extremes(others, _seconds, 'seconds')}{_beside(courses, _seconds)}.")
+    lines.append(f"All requests together took {words(_seconds, 'seconds')}.")
     return " ".join(lines) + "\n"
 
 
