@@ -28,19 +28,19 @@ RECORD: dict[str, Any] = {
 MEASURED: dict[str, Any] = {"seconds": SECONDS, "audit": {"sets": Each(dict)}}
 
 EROSION = """\
-**Erosion.** Test accuracy before the first request and after some; its change over all {last}, in points, also of the class
-that loses most; accuracy on what is retained; seconds of all requests.
+**Erosion.** Test accuracy before the first request and after some; its change over all {last}, in points, also of the
+class that loses most; accuracy on what is retained; seconds of all requests.
 
 """
 REVERSAL = """\
-**What comes back.** Accuracy on the forget sets of all requests except the last, by kind: right after each was unlearned,
-and after the last request. With wrong labels it is the part that gets the wrong label.
+**What comes back.** Accuracy on the forget sets of all requests except the last, by kind: right after each was
+unlearned, and after the last request. With wrong labels it is the part that gets the wrong label.
 
 """
 ATTACKS = """\
-**Attack and relearning.** The confidence attack's advantage (0 to 1), mean over the forget sets. After the last request,
-how much more of the first and of the last forget set comes back by finetuning than in networks that never saw it: the
-audit's ratio of odds, 1 for as much; geometric mean over seeds, with the least and the greatest.
+**Attack and relearning.** The confidence attack's advantage (0 to 1), mean over the forget sets. After the last
+request, how much more of the first and of the last forget set comes back by finetuning than in networks that never saw
+it: the audit's ratio of odds, 1 for as much; geometric mean over seeds, with the least and the greatest.
 
 """
 
@@ -92,8 +92,11 @@ class Course:
         return [number for number in self.earlier if self.records[number]["forget"]["spec"].partition(":")[0] == kind]
 
 
+Measure = Callable[[Course], float]
+
+
 def courses_of(records: Sequence[Record]) -> dict[str, list[Course]]:
-    """Return the courses of each sequence that are whole, by name in the order of the records; the seeds ascend."""
+    """Return the courses of each sequence that are whole, by name, retraining last; the seeds ascend."""
     originals = {record["seed"]: record for record in records if record["sequence"] == ORIGINAL}
     last = max(record["request"] for record in records)
     grouped: dict[str, dict[int, dict[int, Record]]] = {}
@@ -106,7 +109,7 @@ def courses_of(records: Sequence[Record]) -> dict[str, list[Course]]:
             for seed, found in sorted(seeds.items())
             if seed in originals and len(found) == last
         ]
-        for name, seeds in grouped.items()
+        for name, seeds in sorted(grouped.items(), key=lambda item: (item[0] == RETRAIN, item[0]))
     }
 
 
@@ -202,12 +205,12 @@ def tables(records: Sequence[Record]) -> str:
 def _erosion(courses: Mapping[str, Sequence[Course]]) -> str:
     numbers = sorted(next(iter(courses.values()))[0].records)
     shown = sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]})
-    after = [(f"after {number}", partial(_test_after, number=number)) for number in shown]
-    measures = [("test acc before", _test_before), *after, ("change", _change), ("worst class", _worst_class),
-                ("retain acc", _retained)]  # fmt: skip
-    columns = ["method", "seeds", *(heading for heading, _ in measures), "seconds"]
+    measures: dict[str, Measure] = {"test acc before": _test_before}
+    measures |= {f"after {number}": partial(_test_after, number=number) for number in shown}
+    measures |= {"change": _change, "worst class": _worst_class, "retain acc": _retained}
+    columns = ["method", "seeds", *measures, "seconds"]
     rows = [
-        [name, str(len(found)), *(_mean(found, measure) for _, measure in measures), _mean(found, _seconds, digits=0)]
+        [name, str(len(found)), *(_mean(found, each) for each in measures.values()), _mean(found, _seconds, digits=0)]
         for name, found in courses.items()
     ]
     return EROSION.format(last=numbers[-1]) + markdown_table(columns, rows)
@@ -245,7 +248,7 @@ def _ratios(courses: Sequence[Course], name: str) -> str:
     return f"{middle:.2f} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else f"{middle:.2f}"
 
 
-def _mean(courses: Sequence[Course], measure: Callable[[Course], float], digits: int = 1) -> str:
+def _mean(courses: Sequence[Course], measure: Measure, digits: int = 1) -> str:
     """Return the mean over seeds ± half of its 95 % interval."""
     values = [measure(course) for course in courses]
     if any(math.isnan(value) for value in values):
@@ -274,7 +277,7 @@ def paragraph(courses: Mapping[str, Sequence[Course]]) -> str:
     others = {name: found for name, found in courses.items() if name != RETRAIN}
     last = max(next(iter(courses.values()))[0].records)
 
-    def words(measure: Callable[[Course], float], unit: str) -> str:
+    def words(measure: Measure, unit: str) -> str:
         return _extremes(others, measure, unit) + _beside(courses, measure)
 
     lines = [f"After {last} requests the change of test accuracy is {words(_change, 'points')}."]
@@ -289,13 +292,15 @@ def paragraph(courses: Mapping[str, Sequence[Course]]) -> str:
     return " ".join(lines) + "\n"
 
 
-def _extremes(courses: Mapping[str, Sequence[Course]], measure: Callable[[Course], float], unit: str) -> str:
+def _extremes(courses: Mapping[str, Sequence[Course]], measure: Measure, unit: str) -> str:
     values = {name: _average(map(measure, found)) for name, found in courses.items()}
     low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    if f"{values[low]:.1f}" == f"{values[high]:.1f}":
+        return f"{values[low]:.1f} {unit} with all methods"
     return f"from {values[low]:.1f} ({low}) to {values[high]:.1f} {unit} ({high})"
 
 
-def _beside(courses: Mapping[str, Sequence[Course]], measure: Callable[[Course], float]) -> str:
+def _beside(courses: Mapping[str, Sequence[Course]], measure: Measure) -> str:
     if RETRAIN not in courses:
         return ""
     return f", with retraining {_average(map(measure, courses[RETRAIN])):.1f}"
