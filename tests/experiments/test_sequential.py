@@ -147,6 +147,12 @@ def test_a_stopped_run_goes_on_to_the_same_records(tmp_path: Path, capsys: pytes
     with pytest.raises(Stop):
         run_definition(read_definition(path), pieces, "cpu", stop)
     assert len(report.read_records(pieces)) == 3
+    state = next((pieces / "networks").glob("0-del-all-02.*"))
+    kept = state.read_bytes()
+    state.write_bytes((whole / "networks" / "0-del-all-03.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"is not the network of '.*0-del-all-02.json'; choose another --output-dir"):
+        run_definition(read_definition(path), pieces, "cpu", print)
+    state.write_bytes(kept)
     lines: list[str] = []
     run_definition(read_definition(path), pieces, "cpu", lines.append)
     assert [line.partition(":")[2].split(":")[0] for line in lines] == [

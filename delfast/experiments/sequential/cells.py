@@ -6,7 +6,6 @@ A record that exists is not computed again, so a run that was stopped goes on wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from delfast.errors import InputError, one_line
-from delfast.evaluation import Audit, Relearning, audit
+from delfast.evaluation import Audit, audit
 from delfast.experiments import pipeline
 from delfast.experiments.run import EVALUATION_BATCH, SUMMARY, Config, Run, choose_device, commit, load_data, load_model
 from delfast.experiments.sequential.definition import ORIGINAL, Definition, Sequence
@@ -71,8 +70,7 @@ class _Seed:
         if not path.is_file():
             model = self._trained(ORIGINAL)
             seconds = read_json(self._network_directory(ORIGINAL) / SUMMARY)["seconds"]
-            measured = self._audit(model, self.last, None)
-            write_json(path, {**self._origin(None, 0), "seconds": seconds, "audit": measured})
+            write_json(path, {**self._origin(None, 0), "seconds": seconds, "audit": self._audit(model, self.last)})
             self.watch(f"seed {self.seed}: original")
         for sequence in self.definition.sequences:
             self._serve(sequence)
@@ -92,12 +90,11 @@ class _Seed:
                 write_json(path, {**content, "failed": one_line(error)})
                 self.watch(f"seed {self.seed}: {sequence.name}, request {number}: failed: {one_line(error)}")
                 return
-            content["audit"] = self._audit(model, number, None)
+            content["audit"] = self._audit(model, number)
             if number == self.last:
                 content["relearning"] = self._relearning(model)
-            state = model.state_dict()
-            save_state(self._state_path(sequence, number), state, {"delfast": json.dumps(digest_state(state))})
-            write_json(path, content)
+            save_state(self._state_path(sequence, number), model.state_dict())
+            write_json(path, {**content, "model": digest_state(model.state_dict())})
             self._state_path(sequence, number - 1).unlink(missing_ok=True)
             self.watch(f"seed {self.seed}: {sequence.name}, request {number}: {sum(content['seconds'].values()):.1f} s")
 
@@ -115,7 +112,7 @@ class _Seed:
             content["forget"] = self.stream.run(number).describe_forget()
         return content
 
-    # ---- the networks
+    # The networks
 
     def _network_directory(self, name: str) -> Path:
         return self.directory / NETWORKS / f"{self.seed}-{name}"
@@ -125,27 +122,28 @@ class _Seed:
 
     def _trained(self, name: str, control: int = 0) -> nn.Module:
         """Return the original, trained on everything, or a control, trained without every request's examples."""
-        run = self.stream.run(self.last)
-        path = self._network_directory(name)
+        run, path = self.stream.run(self.last), self._network_directory(name)
         if not (path / SUMMARY).is_file():
+            options: dict[str, Any] = {"progress": False, "remedy": "another batch_size in [train]"}
             if name == ORIGINAL:
-                return pipeline.train(run, path, progress=False, remedy="another batch_size in [train]").model
-            return pipeline.oracle(
-                run, path, shadow=control, progress=False, remedy="another batch_size in [train]"
-            ).model
+                return pipeline.train(run, path, **options).model
+            return pipeline.oracle(run, path, shadow=control, **options).model
         return load_model(run, path)
 
     def _model_before(self, sequence: Sequence, number: int) -> nn.Module:
         """Return the network that a request begins with: of the request before it, or the original."""
         if number == 1:
             return self._trained(ORIGINAL)
-        path = self._state_path(sequence, number - 1)
-        run = self.stream.run(number)
+        path, run = self._state_path(sequence, number - 1), self.stream.run(number)
+        state = load_state(path)
+        record = cell_path(self.directory, self.config, sequence.name, number - 1)
+        if digest_state(state) != read_json(record).get("model"):
+            raise InputError(f"'{path}' is not the network of '{record}'; choose another --output-dir")
         model = run.factory()
-        model.load_state_dict(load_state(path))
+        model.load_state_dict(state)
         return run.placed(model)
 
-    # ---- the work
+    # The work
 
     def _unlearn(self, sequence: Sequence, number: int, model: nn.Module) -> dict[str, Any]:
         """Serve a request, in place; return its seconds and the part of the parameters that may change."""
@@ -175,7 +173,7 @@ class _Seed:
         changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
         return {"seconds": {**seconds, **result.seconds}, "changeable": changeable, "losses": result.losses}
 
-    def _audit(self, model: nn.Module, number: int, relearn: Relearning | None) -> dict[str, Any]:
+    def _audit(self, model: nn.Module, number: int) -> dict[str, Any]:
         """Audit the network after a request: that forget set, named "request NUMBER", and every earlier one."""
         run = self.stream.run(number)
         names = [f"request {k}" for k in range(1, number + 1)]
@@ -188,7 +186,7 @@ class _Seed:
             retain=sets["retain"],
             test=sets["test"],
             earlier={name: batches(each) for name, each in zip(names[:-1], indices[:-1], strict=True)},
-            relearn=relearn,
+            relearn=None,
             seed=self.seed,
         )
         return _kept(found, names[-1], classes=number == self.last)
@@ -208,10 +206,7 @@ class _Seed:
                 relearn=self.definition.relearning,
                 seed=self.seed,
             ).as_dict()
-            found[f"request {number}"] = {
-                "ratio": measured["relearn_ratio"],
-                "curves": measured["relearning"],
-            }
+            found[f"request {number}"] = {"ratio": measured["relearn_ratio"], "curves": measured["relearning"]}
         return found
 
 
