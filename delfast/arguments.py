@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
@@ -23,11 +24,14 @@ def describe(value: object) -> str:
         return text if len(text) <= 60 else f"{text[:57]}..."
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
     if isinstance(value, numpy.bool_):  # the name of its type is also "bool"
         return f"{value} (numpy.bool)"
     return f"{value} ({type(value).__name__})" if isinstance(value, Real) else type(value).__name__
+
+
+def form_of(value: object) -> str:
+    """Return dtype and shape of a tensor, or the type of another value, as text for an error."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def check_number(name: str, value: Any) -> float:
@@ -135,3 +139,12 @@ def check_device(value: Any) -> torch.device:
         return torch.device(value)
     except RuntimeError:
         raise refusal from None
+
+
+def function_name(function: object) -> str:
+    """Return text that tells functions apart: a qualified name, and the plain arguments of a ``functools.partial``."""
+    if isinstance(function, functools.partial):
+        given = [*enumerate(function.args), *sorted(function.keywords.items())]
+        plain = {name: value for name, value in given if isinstance(value, (bool, int, float, str, type(None)))}
+        return f"{function_name(function.func)} {plain}"
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from delfast.arguments import check_loader, check_number, describe
+from delfast.arguments import check_loader, check_number, describe, form_of
 from delfast.batches import IGNORED, class_indices, device_of, move, plain
 from delfast.errors import InputError
 from delfast.naming import unwrap
@@ -152,7 +152,10 @@ def next_token_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     batch = _checked(move(batch, device_of(model)))
     targets = _next_tokens(batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
+    network: Any = unwrap(model)
+    if hasattr(network, "get_base_model"):  # peft's wrapper, whose own signature lacks what it passes on
+        network = network.get_base_model()
+    if "use_cache" in inspect.signature(network.forward).parameters:
         inputs.setdefault("use_cache", False)  # keys and values for a generation that does not follow
     output = model(**inputs)
     logits = whole(output if isinstance(output, Tensor) else _named_logits(output))
@@ -182,15 +185,15 @@ def _checked(batch: Any) -> Mapping[str, Any]:
         )
     ids, labels, attended = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
     if not _is_integer(ids) or ids.ndim != 2 or not ids.shape[1]:
-        raise InputError(f"expected input_ids as integers (N, T), got {_form(ids)}; collate the examples into batches")
+        raise InputError(f"expected input_ids as integers (N, T), got {form_of(ids)}; collate examples into batches")
     if labels is not None and not (_is_integer(labels) and labels.shape == ids.shape):
         raise InputError(
-            f"expected labels as integers {tuple(ids.shape)}, as the input_ids, got {_form(labels)}; pass a label for "
-            "each token (-100: not counted), not shifted"
+            f"expected labels as integers {tuple(ids.shape)}, as the input_ids, got {form_of(labels)}; pass a label "
+            "for each token (-100: not counted), not shifted"
         )
     if labels is None and attended is not None and not (isinstance(attended, Tensor) and attended.shape == ids.shape):
         raise InputError(
-            f"expected an attention_mask {tuple(ids.shape)}, as the input_ids, got {_form(attended)}; pass labels, "
+            f"expected an attention_mask {tuple(ids.shape)}, as the input_ids, got {form_of(attended)}; pass labels, "
             "which then decide which tokens count"
         )
     return batch  # type: ignore[no-any-return]
@@ -215,8 +218,3 @@ def _is_integer(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.dtype is torch.bool:
         return False
     return not (value.is_floating_point() or value.is_complex())
-
-
-def _form(value: Any) -> str:
-    """Return dtype and shape, or the type, as text for an error."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

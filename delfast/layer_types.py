@@ -127,11 +127,6 @@ def function_rules() -> dict[Any, Any]:
     return dict(_rules)
 
 
-def as_linear(weight: Tensor, output_dim: int) -> Tensor:
-    """Return a view of a weight as (out, in), the form that ``torch.nn.functional.linear`` expects."""
-    return weight.movedim(output_dim, 0)
-
-
 def _register_transformers() -> None:
     """Register transformers' Conv1D if transformers is imported; a model that has such a layer has imported it."""
     module = sys.modules.get("transformers.pytorch_utils")

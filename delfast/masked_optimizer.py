@@ -18,11 +18,11 @@ from delfast.naming import plain_name, unique_parameters
 from delfast.ops.layout import as_rows, flat_rows, padded_state
 from delfast.optimizer_state import by_kind, check_size, load_state, move_state, unpack_like
 from delfast.plain import unboxed
+from delfast.processes import holders
 from delfast.sharding import (
     is_dtensor,
     local_gradient,
     local_part,
-    refuse_different_masks,
     refuse_gathered,
     refuse_unseen_gradients,
 )
@@ -368,7 +368,8 @@ class OpPart:
 def _checked(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return the parameters by plain name; InputError if the processes that hold them have different masks."""
     parameters = dict(unique_parameters(named, sharded=True))
-    refuse_different_masks(mask.digest, parameters.values())
+    if (processes := holders(parameters)) is not None:
+        processes.check_same_mask(mask.digest)
     return parameters
 
 

@@ -73,7 +73,7 @@ def unique_parameters(named: Iterable[tuple[str, Tensor]], *, sharded: bool = Fa
         names.add(name)
         refuse_flattened(full_name, parameter)
         if not sharded:
-            refuse_dtensor(name, parameter)
+            refuse_dtensor(name, parameter, "this call")
         refuse_partial(name, parameter)
         yield name, parameter
 
@@ -88,14 +88,22 @@ def model_parameters(model: nn.Module, *, sharded: bool = False) -> dict[str, Te
 
 
 def trainable_parameters(model: nn.Module, *, sharded: bool = False) -> dict[str, Tensor]:
-    """Return the trainable parameters of ``model_parameters``."""
+    """Return the trainable parameters of ``model_parameters``. InputError also for adapters of peft that are merged."""
+    refuse_merged(model)
     return {name: p for name, p in model_parameters(model, sharded=sharded).items() if p.requires_grad}
 
 
-def refuse_dtensor(name: str, parameter: Tensor) -> None:
+def refuse_merged(model: nn.Module) -> None:
+    """Raise InputError for adapters of peft that are merged into the base, where neither scores nor resets reach."""
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names") and getattr(module, "merged", False):
+            raise InputError(f"expected adapters apart from their base, got '{name}' merged; call unmerge_adapter()")
+
+
+def refuse_dtensor(name: str, parameter: Tensor, what: str) -> None:
     """Raise InputError for a sharded parameter, since the ops would silently use one shard only."""
     if is_dtensor(parameter):
         raise InputError(
-            f"expected a plain tensor for '{name}', got a DTensor (FSDP2 or tensor parallelism), which is not "
-            "supported yet; gather the model first (full_tensor())"
+            f"expected whole parameters for {what}, got '{name}' as a DTensor (FSDP2 or tensor parallelism); gather "
+            "the model first (full_tensor())"
         )

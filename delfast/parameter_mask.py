@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from delfast.ops.layout import pack, row_length, unit_count, unpack
+from delfast.ops.layout import channels_first, pack, row_length, unit_count, unpack
 from delfast.sharding import is_dtensor, local_part, part_of, rows_of
 
 Unit = Literal["row", "element"]
@@ -159,4 +159,4 @@ def from_flags(shape: tuple[int, ...], flags: Tensor, dim: int = 0) -> Parameter
 
 def _rows(flags: Tensor, dim: int) -> Tensor:
     """Reshape a dense mask with ndim > 1 to (rows, elements of a row)."""
-    return flags.movedim(dim, 0).flatten(1)
+    return channels_first(flags, dim).flatten(1)

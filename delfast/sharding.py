@@ -42,8 +42,12 @@ def is_flat(tensor: object) -> bool:
 
 def local_part(tensor: Any) -> Tensor:
     """Return the part of a tensor that this process holds, detached; a plain tensor is held as a whole."""
-    detached = tensor.detach()
-    part: Tensor = detached.to_local() if is_dtensor(tensor) else detached
+    part: Tensor
+    if not is_dtensor(tensor):
+        part = tensor.detach()
+    else:
+        with torch.inference_mode(False):  # inside of which torch cannot detach a DTensor
+            part = tensor.detach().to_local()
     return part
 
 
@@ -119,34 +123,6 @@ def local_gradient(name: str, parameter: Any) -> Tensor:
         gradient = gradient.redistribute(placements=parameter.placements)
     part: Tensor = gradient.to_local()  # without detach(), which costs a dispatch of DTensor
     return part
-
-
-def is_same_everywhere(number: int, parameters: Iterable[Any]) -> bool:
-    """Return whether all processes that hold parts of these parameters pass the same number.
-
-    One exchange of 16 bytes for each dimension of each device mesh; none for plain tensors.
-    """
-    meshes = dict.fromkeys(p.device_mesh for p in parameters if is_dtensor(p))
-    if not meshes:
-        return True
-    from torch.distributed import ReduceOp, all_reduce
-
-    number, is_same = number % 2**62, True
-    for mesh in meshes:  # all of them, since other processes wait there
-        highest = torch.tensor([number, -number], device=mesh.device_type)
-        for dim in range(mesh.ndim):
-            all_reduce(highest, ReduceOp.MAX, group=mesh.get_group(dim))
-        is_same &= int(highest[0]) == -int(highest[1])
-    return is_same
-
-
-def refuse_different_masks(digest: str, parameters: Iterable[Any]) -> None:
-    """Raise InputError, in all processes, if those that hold parts of these parameters have masks of other digests."""
-    if not is_same_everywhere(int(digest[:15], 16), parameters):
-        raise InputError(
-            "expected the same mask in all processes that hold a sharded model, got different ones; localize with the "
-            "whole forget set, or load one file everywhere"
-        )
 
 
 def with_whole_rows(parameter: Any, dim: int = 0) -> Any:

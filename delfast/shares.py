@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Number
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    Subset,
-    TensorDataset,
 )
 
-from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, tensors_of, warn_about_loader
+from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, warn_about_loader
+from delfast.contents import content_of, signature_of
 from delfast.errors import InputError
 from delfast.processes import Processes
 
@@ -42,14 +40,14 @@ class Share:
 
     batches: iterable once. stand_in: returns a batch for a step in which this process has none, if it never had one;
     its result does not count. finish: raises InputError, on every process, if the batches of all of them are not the
-    set; for after the last batch. by_example: whether the processes take the set's examples in turn, as by a
-    DistributedSampler, and not its batches.
+    set; for after the last batch. places: the place in the set of each example of this process, or more places; None if
+    the processes take the set's batches in turn.
     """
 
     batches: Iterable[Any]
     stand_in: Callable[[], Any]
     finish: Callable[[], None]
-    by_example: bool = False
+    places: Sequence[int] | None = None
 
 
 def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
@@ -99,7 +97,7 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         units = _without_repeats(loader, units)
         whole = range(len(loader.dataset))
         expected = [operator.index(i) for i in sampler_of(loader).indices] if draws_a_subset(loader) else whole
-        signature = f"{signature_of(loader.dataset)}; {_hash_of(expected)}; sharded: {sharded is not None}"
+        signature = f"{signature_of(loader)}; {_hash_of(expected)}; sharded: {sharded is not None}"
     processes.check_same(
         signature,
         f"expected the same data set on every process, got others; {WHOLE_SET}",
@@ -115,7 +113,7 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         processes.check_same(
             str(shares), f"expected the same shares on processes that hold a model together, got others; {WHOLE_SET}"
         )
-    drawn = units if loader.batch_sampler is None else list(itertools.chain.from_iterable(units))
+    drawn = _examples_of(loader, units)
     total, hashes = processes.count_data(len(drawn)), processes.count_data(_hash_of(drawn)) % HASHES
     with processes.together():
         if (total, hashes) != (len(expected), _hash_of(expected)):
@@ -132,15 +130,60 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
             raise _empty()
         return next(iter(batches(spare)))
 
-    by_example = loader.batch_sampler is not None and isinstance(sampler_of(loader), DistributedSampler)
-    return Share(batches(units), stand_in, lambda: None, by_example)
+    places = _places(loader, processes)
+    if places is None and isinstance(sampler_of(loader), DistributedSampler):
+        places = drawn  # of a subclass, which may take the examples in any order
+    return Share(batches(units), stand_in, lambda: None, places)
+
+
+def _places(loader: Any, processes: Processes) -> Sequence[int] | None:
+    """Return the places of the examples that torch's DistributedSampler gives this process, and more; else None."""
+    takes_turns = type(sampler_of(loader)) is DistributedSampler and _batch_sampler_of(loader) is not None
+    return range(processes.rank, sys.maxsize, processes.size) if takes_turns else None
 
 
 def _units(loader: Any) -> list[Any]:
     """Return the indices of each batch as int; of a loader without batch_size, those of its items."""
-    if loader.batch_sampler is None:
+    if _batch_sampler_of(loader) is None:
         return [_index(drawn) for drawn in loader.sampler]
     return [[_index(drawn) for drawn in batch] for batch in loader.batch_sampler]
+
+
+def _examples_of(loader: Any, units: list[Any]) -> list[int]:
+    return units if _batch_sampler_of(loader) is None else list(itertools.chain.from_iterable(units))
+
+
+def _batch_sampler_of(loader: Any) -> Any:
+    return getattr(loader, "batch_sampler", None)
+
+
+def refuse_overlap(loader: Any, processes: Processes, what: str) -> None:
+    """Raise InputError, on every process, if sharding samplers draw an example twice, their repeats at the end aside.
+
+    The draws of one pass are made and counted by example, for training, where a sampler may omit examples. Data sets
+    that shard themselves are not checked: their indices are those of a share. All processes call it together.
+    """
+    with processes.together():
+        samplers = SimpleNamespace(batch_sampler=_batch_sampler_of(loader), sampler=getattr(loader, "sampler", None))
+        dataset = getattr(loader, "dataset", None)
+        by_index = sharding(samplers) is not None and not isinstance(dataset, IterableDataset)
+        drawn = _examples_of(loader, _without_repeats(loader, _units(loader))) if by_index else []
+        size = (_length(loader) or 0) if by_index else 0
+        if drawn and not 0 <= min(drawn) <= max(drawn) < size:  # of no size: a loader that does not show its data set
+            raise InputError(
+                f"expected a sampler of indices in [0, {size}) for the {what} set, got {min(drawn)} to {max(drawn)}; "
+                "give it the data set of the loader"
+            )
+    processes.check_same(f"{size}", f"expected the same {what} set on every process, got other lengths; {WHOLE_SET}")
+    counts = torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=size).int().to(processes.device)
+    processes.add_data([counts])
+    with processes.together():
+        if (counts > 1).any():
+            raise InputError(
+                f"expected each example of the {what} set at most once on all processes together, got "
+                f"{int((counts > 1).sum())} of {size} more often: the sampler repeats some, or is seeded otherwise on "
+                f"some processes; {WHOLE_SET}"
+            )
 
 
 def _index(drawn: Any) -> int:
@@ -168,33 +211,17 @@ def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
     Index i of rank r is at position r + i W of the whole order; the repeats are the positions past its end.
     """
     sampler = sampler_of(loader)
-    known = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    known = _batch_sampler_of(loader) is None or type(loader.batch_sampler) is BatchSampler
     if type(sampler) is not DistributedSampler or sampler.drop_last or not known:
         return units
     left = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-    if loader.batch_sampler is None:
+    if _batch_sampler_of(loader) is None:
         return units[:left]
     kept = []
     for indices in units:
         kept.append(indices[:left])
         left -= len(kept[-1])
     return [indices for indices in kept if indices]
-
-
-def signature_of(dataset: Any) -> str:
-    """Return what tells data sets apart without loading an example of a Dataset: types, lengths, what is in memory."""
-    parts = []
-    while dataset is not None:
-        # datasets.Dataset has a fingerprint of its content
-        parts.append(f"{type(dataset).__qualname__} of {len(dataset)} {getattr(dataset, '_fingerprint', '')}")
-        if isinstance(dataset, (list, tuple)):
-            parts.append(content_of([dataset[:1], dataset[-1:]]))
-        if isinstance(dataset, Subset):
-            parts.append(repr(zlib.crc32(repr([int(i) for i in dataset.indices]).encode())))
-        if isinstance(dataset, TensorDataset):
-            parts += [f"{t.dtype} {tuple(t.shape)} {checksum([t[:1], t[-1:]])}" for t in dataset.tensors]
-        dataset = getattr(dataset, "dataset", None)
-    return "; ".join(parts)
 
 
 # Other iterables
@@ -225,7 +252,7 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
             raise _empty()
         return first[0]
 
-    return Share(stream, stand_in, lambda: stream.check(size), isinstance(sampler_of(loader), DistributedSampler))
+    return Share(stream, stand_in, lambda: stream.check(size), _places(loader, processes))
 
 
 class _Stream:
@@ -300,36 +327,3 @@ def _refuse_count(total: int, expected: int) -> None:
 
 def _empty() -> InputError:
     return InputError("expected a set of at least one example on every process, got none; check its loader")
-
-
-def content_of(value: Any) -> str:
-    """Return a checksum of an example or a batch: of its tensors, and of its other leaves."""
-    return f"{checksum(tensors_of(value))} {zlib.crc32(repr(list(_leaves(value))).encode())}"
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the leaves that are no tensors; of an object only the type, since its repr may be its address."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(key)
-            yield from _leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, numpy.ndarray):
-        yield from _leaves(value.tolist()) if value.dtype.hasobject else (str(value.dtype), value.tobytes())
-    elif value is None or isinstance(value, (str, bytes, Number)):
-        yield value
-    elif not isinstance(value, Tensor):
-        yield type(value).__qualname__
-
-
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """Return a checksum of the tensors' bytes."""
-    total = 0
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        total = zlib.crc32(f"{plain.dtype} {tuple(plain.shape)}".encode(), total)
-        if plain.layout is torch.strided and not plain.is_quantized:
-            total = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy().data, total)
-    return total

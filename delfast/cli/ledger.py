@@ -239,13 +239,13 @@ def verify(
     files: Annotated[bool, typer.Option(help="compare the recorded files with their digests too")] = True,
 ) -> None:
     """Check every entry and recorded file of a ledger: exit code 1 if something was changed, else 0."""
-    from delfast.ledger import Ledger
+    from delfast.ledger.verification import verify_directory
 
-    with Ledger.open(ledger) as opened:
-        result = opened.verify(head=head, files=files)
+    result = verify_directory(ledger, head, files=files)
     for problem in result.problems:
         _print(problem)
-    _print(f"{result.count} entries hold, head: {result.head}")
+    _print(f"entries that hold: {result.count}")
+    _print(f"head: {result.head}")
     if not result.holds:
         _print("the ledger does NOT hold")
         raise typer.Exit(1)
@@ -253,6 +253,21 @@ def verify(
         _print("the ledger holds; only --head finds one that was rewritten as a whole or cut at its end")
     else:
         _print("the ledger holds, and continues the one of that head")
+
+
+@app.command()
+def report(
+    ledger: LedgerDir,
+    output_dir: Annotated[Path, typer.Option(help="directory of the report; made if it does not exist")],
+) -> None:
+    """Write report.html and report.md: what was asked, what was done, and the evidence. Prints the head."""
+    from delfast.ledger import Ledger
+    from delfast.ledger.report import HTML
+
+    with Ledger.open(ledger) as opened:
+        opened.report(output_dir)
+        _print(f"see {output_dir / HTML}")
+        _print(f"head: {opened.head}")
 
 
 # ---- input
@@ -317,7 +332,7 @@ def _lines(details: RequestDetails) -> Iterator[str]:
     yield f"received: {request.time}"
     yield f"due: {request.due or '-'}"
     yield f"reason: {request.reason or '-'}"
-    yield f"{request.count} {kind}: {', '.join(ids[:SHOWN_IDS])}{more}"
+    yield f"{kind} ({request.count}): {', '.join(ids[:SHOWN_IDS])}{more}"
     for entry in details.events:
         run = "" if entry.run is None else f" run {entry.run}"
         yield f"{entry.time}{run} {entry.event}: {_figures(entry)}"

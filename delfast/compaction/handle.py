@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_names, check_type
-from delfast.batches import refuse_inference_tensors, refuse_writing_layers
 from delfast.compaction.guard import Guard, rows_name
 from delfast.compaction.layers import (
     CompactLayer,
@@ -24,6 +23,7 @@ from delfast.compaction.layers import (
     rows_dim,
 )
 from delfast.errors import InputError
+from delfast.eval_mode import refuse_inference_tensors, refuse_writing_layers
 from delfast.mask import Mask
 from delfast.masked_optimizer import sparse_gradient
 from delfast.naming import is_parallel, model_parameters, plain_name, trainable_parameters, unwrap

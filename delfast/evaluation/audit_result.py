@@ -90,7 +90,7 @@ class Audit:
     relearning : mapping of str to RelearningCurve or str
         By name: "retain", and "forget 1 %" and so on for each fraction. A text is the reason why it was left out.
     relearn_ratio : Figure, optional
-        The largest ratio of ``relearning``; None if there is none.
+        The ratio of ``relearning`` with the highest lower limit; None if there is none.
     oracle : mapping of str to SetFigures, optional
         The oracle's own figures, in the form of ``sets``.
     seconds : mapping of str to float

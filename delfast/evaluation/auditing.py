@@ -18,7 +18,7 @@ from delfast.evaluation.intervals import Figure, auc, mean, proportion
 from delfast.evaluation.lira import offline_lira, tpr_at_fpr
 from delfast.evaluation.measuring import Measured, measure, same_examples
 from delfast.evaluation.outputs import Loader
-from delfast.evaluation.relearning import Network, Relearning, RelearningCurve, Sets, loaded, run_relearning
+from delfast.evaluation.relearning import Network, NeverSeen, Relearning, RelearningCurve, Sets, loaded, run_relearning
 
 DEFAULT_RELEARNING = Relearning()
 FIXED = ("forget", "retain", "test", "control")  # names that no earlier set may have
@@ -69,7 +69,7 @@ def audit(
     It is evidence, and no certificate: an audit can find what is left, and never that nothing is.
 
     The model and every other network are left as they were: weights, buffers and modes to the bit, and gradients. Each
-    network runs on its own device. The same arguments and seed give the same figures.
+    network runs on its own device. The same arguments and seed give the same figures, if loaders yield the same order.
 
     Parameters
     ----------
@@ -93,7 +93,8 @@ def audit(
         counted.
     never_seen : sequence of torch.nn.Module or callable, optional
         Networks that never saw any example of the forget set, which relearning is compared with; or functions that
-        return one. Default: the oracle, and every reference that knew no example of the forget set.
+        return one. Default: the oracle; without it every reference, each on the forget examples that it did not know,
+        at least two.
     relearn : Relearning or None
         Settings of relearning; None leaves it out. Default: those of ``Relearning()``.
     loss_fn : callable, optional
@@ -137,10 +138,19 @@ def audit(
     Haldane's 1/2 added to each count. It follows the Anamnesis index of Chundawat et al., the ratio of the steps in
     which both come near the original's accuracy; odds stay defined where a never-seen network is near from the
     beginning (iid examples) or never comes near (wrong labels). 1: the model regains as much as a network that never
-    saw the examples. Far above 1: they are hidden, not gone. If the model also has better odds than the
-    never-seen networks on control examples, since references may be trained on less, this advantage is divided out, as
-    far as the ratio goes towards 1. With ``loss_fn`` the ratio is that of the mean losses, the never-seen networks'
-    over the model's; there is none if a mean is not above 0.
+    saw the examples. Far above 1: they are hidden, not gone. A network that begins below the never-seen networks is
+    measured from where it begins: the ratio of the odds at the beginning is divided out, since what comes back had been
+    there. If the model also has better odds than the never-seen networks on control examples, before the finetuning,
+    since references may be trained on less, this advantage is divided out, as far as the ratio goes towards 1. With
+    ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a mean
+    is not above 0.
+
+    ``relearn_ratio`` is the ratio whose lower limit is highest, the best evidenced one: the highest value of several
+    would be above 1 by chance, most of all where few examples are right.
+
+    A ratio above 1 is no proof. A network that unlearning has damaged, also on the test set, regains a part of the
+    forget set with the rest; finetune it until it no longer changes, and audit it again. A ratio of 1 is none either:
+    what a finetuning of these steps does not bring back may come back in another.
 
     The interval of the ratio has the variance of the paired differences between examples, and that between the
     never-seen networks, s² (1 + 1/K), for K >= 2 (Student's t with Satterthwaite's degrees of freedom, 1946). With one
@@ -179,7 +189,7 @@ def audit(
     check_type("relearn", relearn, (Relearning, type(None)), "a Relearning or None")
     loaders = _loaders(forget, retain, test, control, earlier)
     references = _references(references)
-    others = _never_seen(never_seen, oracle, references)
+    reread = {"forget": forget, "retain": retain, "control": test if control is None else control}
     started = time.perf_counter()
     networks = [model] if oracle is None else [model, oracle]
     passes = {name: measure(networks, loader, name, loss_fn) for name, loader in loaders.items()}
@@ -189,7 +199,7 @@ def audit(
     _check_one_form({name: results[0] for name, results in measured.items()})
     inferred = time.perf_counter()
     attacked = [name for name in passes if name not in FIXED or name == "forget"]
-    scores = _lira_scores(references, loaders | {"control": control or test}, measured, attacked, loss_fn)
+    scores = _lira_scores(references, loaders | {"control": reread["control"]}, measured, attacked, loss_fn)
     compared = time.perf_counter()
     sets = [
         {
@@ -205,10 +215,10 @@ def audit(
         for k in range(len(networks))
     ]
     counts = {name: results[0].count for name, results in measured.items()}
+    others = _never_seen(never_seen, oracle, references)  # members have been checked
     curves: dict[str, RelearningCurve | str] = {}
     begun = time.perf_counter()
     if relearn is not None:
-        reread = {"forget": forget, "retain": retain, "control": test if control is None else control}
         curves = run_relearning(model, others, Sets(reread, counts, loss_fn, seed), relearn)
     ended = time.perf_counter()
     ratios = [curve.ratio for curve in curves.values() if not isinstance(curve, str) and curve.ratio is not None]
@@ -216,7 +226,7 @@ def audit(
         sets=sets[0],
         classes=_classes({name: measured[name][0] for name in ("retain", "test")}),
         relearning=curves,
-        relearn_ratio=max(ratios, key=lambda ratio: ratio.value, default=None),
+        relearn_ratio=max(ratios, key=lambda ratio: ratio.low or 0.0, default=None),
         oracle=sets[1] if oracle is not None else None,
         seconds={"inference": inferred - started, "lira": compared - inferred, "relearning": ended - begun},
         settings={"seed": seed, "relearning": None if relearn is None else asdict(relearn)},
@@ -252,19 +262,16 @@ def _references(references: Sequence[Reference] | None) -> list[Reference]:
 
 def _never_seen(
     never_seen: Sequence[Network] | None, oracle: nn.Module | None, references: Sequence[Reference]
-) -> list[Network]:
-    """Return the networks that relearning is compared with."""
+) -> list[NeverSeen]:
+    """Return the networks that relearning is compared with: the caller's, else the oracle, else the references."""
     check_type("never_seen", never_seen, (Sequence, type(None)), "a list of networks, or None")
     if never_seen is not None:
         for number, network in enumerate(never_seen):
             _check_network(f"never_seen[{number}]", network)
-        return list(never_seen)
-    found: list[Network] = [] if oracle is None else [oracle]
-    for reference in references:
-        known = reference.members.get("forget")
-        if isinstance(known, Tensor) and not bool(known.any()):
-            found.append(reference.model)
-    return found
+        return [NeverSeen(network) for network in never_seen]
+    if oracle is not None:
+        return [NeverSeen(oracle)]
+    return [NeverSeen(reference.model, reference.members["forget"].cpu()) for reference in references]
 
 
 def _check_network(name: str, network: object) -> None:

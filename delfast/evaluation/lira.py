@@ -253,6 +253,10 @@ def offline_lira(
     check_flag("fixed_variance", fixed_variance)
     _check_shadows({"references": references}, 1)
     _check_values("attacked", attacked, references.shape[1])
+    if attacked.ndim != 1:
+        raise InputError(
+            f"attacked: expected (examples,) of one network, got {tuple(attacked.shape)}; attack each alone"
+        )
     check_tensors(**({} if members is None else {"members": members}))
     if members is not None and (members.dtype is not torch.bool or members.shape != references.shape):
         raise InputError(

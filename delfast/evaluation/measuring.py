@@ -13,7 +13,15 @@ from delfast.batches import IGNORED, LossFn, device_of, per_example_losses, plai
 from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.evaluation.divergence import divergences
-from delfast.evaluation.outputs import check_examples, collect, log_complement, predict, predict_tokens, true_class
+from delfast.evaluation.outputs import (
+    check_examples,
+    collect,
+    join,
+    log_complement,
+    predict,
+    predict_tokens,
+    true_class,
+)
 from delfast.execution import Execution
 from delfast.language import is_token_batch
 
@@ -55,6 +63,8 @@ def measure(
     """
     # a loss_fn may do anything, so it is not captured in a graph
     execution = Execution(cuda_graphs="auto" if loss_fn is None else False)
+    for network in networks:
+        join(None, "audit", execution, model=network)  # refuses parameters that several processes hold together
     device = device_of(networks[0])
     form = _Form()
 
@@ -115,7 +125,11 @@ def _examples(batch: Any, device: torch.device) -> Tensor:
     if not tensors:
         raise InputError("expected batches with a tensor of N examples, got none; pass tensors")
     count = len(tensors[0])
-    rows = [tensor.reshape(count, -1).double().sum(1) for tensor in tensors if len(tensor) == count]
+    rows = [
+        tensor.double().reshape(count, *tensor.shape[1:], 1).flatten(1).sum(1)
+        for tensor in tensors
+        if len(tensor) == count
+    ]
     return torch.stack([(k + 1) * row for k, row in enumerate(rows)]).sum(0).nan_to_num()
 
 

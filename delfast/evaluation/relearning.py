@@ -14,15 +14,15 @@ from delfast.arguments import check_count, check_number, check_type, describe
 from delfast.batches import LossFn, check_differentiable, device_of, move, per_example_losses
 from delfast.copies import copy_of
 from delfast.errors import InputError
-from delfast.evaluation.intervals import Figure, student
+from delfast.evaluation.intervals import Figure
 from delfast.evaluation.measuring import Measured, measure
+from delfast.evaluation.relearn_ratio import MIN_EXAMPLES, compare, corrected
 from delfast.evaluation.samples import Examples, joined
 from delfast.language import causal_lm_loss, is_token_batch
 from delfast.naming import unwrap
 
 MOMENTUM = 0.9
 MEASURING_BATCH = 256
-MAX_EXPONENT = 700.0  # exp is finite below 709
 
 Network = nn.Module | Callable[[], nn.Module]
 """A network, or a function without arguments that returns one, so that one at a time is in memory."""
@@ -34,7 +34,7 @@ class Relearning:
 
     Parameters
     ----------
-    steps : int, default 100
+    steps : int, default 50
         Number of steps.
     lr : float, default 0.01
         Learning rate: a tenth of the training's in the DEL paper. It is high enough to move a network of that training,
@@ -45,7 +45,7 @@ class Relearning:
         Parts of the forget set that are trained on, each in (0, 1); beside them, the retained examples alone.
     every : int, default 10
         Steps between two measurements.
-    max_examples : int, default 1000
+    max_examples : int, default 500
         Maximum number of forget examples, and of control examples, that are measured: chosen by the seed.
 
     Examples
@@ -55,12 +55,12 @@ class Relearning:
     [0, 20, 40]
     """
 
-    steps: int = 100
+    steps: int = 50
     lr: float = 0.01
     batch_size: int = 64
     fractions: tuple[float, ...] = (0.01, 0.1)
     every: int = 10
-    max_examples: int = 1000
+    max_examples: int = 500
 
     def __post_init__(self) -> None:
         for name, minimum in (("steps", 1), ("batch_size", 2), ("every", 1), ("max_examples", 2)):
@@ -108,7 +108,8 @@ class RelearningCurve:
     ratio : Figure, optional
         How much more the network regains than never-seen ones, see ``audit``. None without never-seen networks.
     advantage : Figure, optional
-        The same on control examples, which no network has seen: how much more the network has learned in general.
+        The same on control examples, which no network has seen, before the finetuning: at least 1, and above 1 if the
+        network has learned more in general.
 
     Examples
     --------
@@ -128,6 +129,14 @@ class RelearningCurve:
 
 
 @dataclass(frozen=True, eq=False)
+class NeverSeen:
+    """A network that relearning is compared with; knew: bool (forget examples,), those it was trained on, or None."""
+
+    network: Network
+    knew: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Sets:
     """The loaders of "forget", "retain" and "control", their numbers of examples, and how to read and draw them."""
 
@@ -138,7 +147,7 @@ class Sets:
 
 
 def run_relearning(
-    model: nn.Module, never_seen: Sequence[Network], sets: Sets, settings: Relearning
+    model: nn.Module, never_seen: Sequence[NeverSeen], sets: Sets, settings: Relearning
 ) -> dict[str, RelearningCurve | str]:
     """Return the curves of finetuning on the retain set alone, and with each fraction of the forget set, by name.
 
@@ -155,16 +164,16 @@ def run_relearning(
         if name != "retain" and not examples
     }
     try:
-        data = _Data(sets, settings, max(trained.values()))
+        data = Data(sets, settings, max(trained.values()))
     except InputError as error:
         return dict.fromkeys(trained, str(error))
-    courses: dict[str, list[_Course | str]] = {name: [] for name in trained if name not in few}
-    for number, each in enumerate([model, *never_seen]):
+    courses: dict[str, list[Course | str]] = {name: [] for name in trained if name not in few}
+    for number, each in enumerate([NeverSeen(model), *never_seen]):
         who = "the model" if number == 0 else f"never-seen network {number}"
-        network = unwrap(loaded(each, who))
+        network = unwrap(loaded(each.network, who))
         for name, kept in courses.items():
-            kept.append(_course(network, who, data, trained[name]))
-    return few | {name: _curve(kept, trained[name], settings) for name, kept in courses.items()}
+            kept.append(finetuned(network, who, data, trained[name], each.knew))
+    return {name: few[name] if name in few else curve_of(courses[name], trained[name], settings) for name in trained}
 
 
 def loaded(network: Network, name: str) -> nn.Module:
@@ -179,7 +188,7 @@ def loaded(network: Network, name: str) -> nn.Module:
 # The finetuning
 
 
-class _Data:
+class Data:
     """The examples of every finetuning, the same for each network, in memory on the CPU."""
 
     def __init__(self, sets: Sets, settings: Relearning, most: int) -> None:
@@ -223,15 +232,20 @@ class _Data:
 
 
 @dataclass(frozen=True, eq=False)
-class _Course:
-    """One network's measurements (times, N) on forget and control examples: parts that are right, or losses."""
+class Course:
+    """One network's measurements on forget examples (times, N): parts that are right, or losses.
+
+    control: the same on control examples (M,), before the finetuning, which can harm a network.
+    unknown: bool (N,), the forget examples that the network was not trained on before.
+    """
 
     right: Tensor | None
     losses: Tensor
     control: Tensor
+    unknown: Tensor
 
 
-def _course(network: nn.Module, who: str, data: _Data, trained: int) -> _Course | str:
+def finetuned(network: nn.Module, who: str, data: Data, trained: int, knew: Tensor | None) -> Course | str:
     """Finetune a copy of a network and return its measurements; the reason if it diverges."""
     settings = data.settings
     copied = copy_of(network)
@@ -244,6 +258,7 @@ def _course(network: nn.Module, who: str, data: _Data, trained: int) -> _Course 
     positions = data.order[trained : trained + settings.max_examples]
     forgotten = data.measuring_batches(data.forget, positions)
     times = set(settings.measured_at)
+    (general,), _ = measure([copied], data.control_batches, "control", data.loss_fn)
     measured = [_measured(copied, forgotten, data)]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
@@ -257,8 +272,11 @@ def _course(network: nn.Module, who: str, data: _Data, trained: int) -> _Course 
                 return f"finetuning {who} with lr {settings.lr:g} diverged in step {step}; pass a lower lr"
             if step in times:
                 measured.append(_measured(copied, forgotten, data))
-    right, losses, control = zip(*measured, strict=True)
-    return _Course(None if right[0] is None else torch.stack(right), torch.stack(losses), torch.stack(control))
+    right, losses = zip(*measured, strict=True)
+    unknown = torch.ones(len(positions), dtype=torch.bool) if knew is None else ~knew[positions]
+    rights = None if right[0] is None else torch.stack(right)
+    parts = _right(general)
+    return Course(rights, torch.stack(losses), general.losses if parts is None else parts, unknown)
 
 
 def _losses(network: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
@@ -269,22 +287,17 @@ def _losses(network: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     return losses
 
 
-def _measured(network: nn.Module, forgotten: list[Any], data: _Data) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return for each forget example the part of its units that is right, and its loss; for the control either."""
-    (forget,), _ = measure([network], forgotten, "forget", data.loss_fn)
-    (control,), _ = measure([network], data.control_batches, "control", data.loss_fn)
-    parts = _right(control)
-    return _right(forget), forget.losses, control.losses if parts is None else parts
+def _measured(network: nn.Module, forgotten: list[Any], data: Data) -> tuple[Tensor | None, Tensor]:
+    """Return for each forget example the part of its units that is right, and its loss."""
+    (found,), _ = measure([network], forgotten, "forget", data.loss_fn)
+    return _right(found), found.losses
 
 
 def _right(measured: Measured) -> Tensor | None:
     return None if measured.right is None else measured.right / measured.units
 
 
-# The ratio
-
-
-def _curve(courses: Sequence[_Course | str], trained: int, settings: Relearning) -> RelearningCurve | str:
+def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning) -> RelearningCurve | str:
     """Return the curve of the model's and the never-seen networks' courses, or the first one's reason."""
     whole = []
     for course in courses:
@@ -294,85 +307,23 @@ def _curve(courses: Sequence[_Course | str], trained: int, settings: Relearning)
     own = whole[0]
     is_loss = own.right is None
     values = [course.losses if course.right is None else course.right for course in whole]
-    curves = [(value.mean(1) * (1 if is_loss else 100)).tolist() for value in values]
-    ratio = advantage = None
-    if len(whole) > 1:
-        forgotten = _comparison(values, is_loss)
-        general = _comparison([course.control for course in whole], is_loss)
-        if forgotten is not None and general is not None:
-            ratio, advantage = _corrected(forgotten, general).figure(), general.figure()
+    scale = 1 if is_loss else 100
+    others = [course.unknown for course in whole[1:]]
+    forgotten = compare(values[0], values[1:], others, is_loss)
+    general = [course.control.expand(2, -1) for course in whole]  # one time, which is the first and the last
+    usable = [other for other, unknown in zip(general[1:], others, strict=True) if int(unknown.sum()) >= MIN_EXAMPLES]
+    known_not = [torch.ones(general[0].shape[1], dtype=torch.bool)] * len(usable)
+    advantage = compare(general[0], usable, known_not, is_loss)
     return RelearningCurve(
         steps=settings.measured_at,
-        accuracy=None if is_loss else curves[0],
+        accuracy=None if is_loss else (scale * values[0].mean(1)).tolist(),
         loss=own.losses.mean(1).tolist(),
-        control=curves[1:],
+        control=[
+            (scale * value[:, unknown].mean(1)).tolist() if unknown.any() else []
+            for value, unknown in zip(values[1:], others, strict=True)
+        ],
         trained_on=trained,
         measured=own.losses.shape[1],
-        ratio=ratio,
-        advantage=advantage,
-    )
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """A log ratio of the model to never-seen networks, its two variances, and their degrees of freedom.
-
-    sampling: of the examples. networks: between the never-seen networks, None if there is one.
-    """
-
-    log: float
-    sampling: float
-    networks: float | None
-    degrees: tuple[int, int]
-
-    def figure(self) -> Figure:
-        """Return the ratio with its interval: Student's, with Satterthwaite's degrees of freedom (1946)."""
-        if self.degrees[0] < 1:
-            return Figure(_bounded_exp(self.log), None, None)
-        parts = [(self.sampling, self.degrees[0]), (self.networks or 0.0, self.degrees[1])]
-        variance = sum(part for part, _ in parts)
-        weights = sum(part * part / degrees for part, degrees in parts if degrees > 0 and part > 0)
-        degrees = math.floor(variance**2 / weights) if weights > 0 else 1
-        half = student(max(1, min(degrees, 10_000))) * math.sqrt(variance)
-        return Figure(*(_bounded_exp(x) for x in (self.log, self.log - half, self.log + half)))
-
-
-def _bounded_exp(x: float) -> float:
-    return math.exp(min(max(x, -MAX_EXPONENT), MAX_EXPONENT))
-
-
-def _comparison(values: list[Tensor], is_loss: bool) -> _Comparison | None:
-    """Compare the first network's values (times, N), over the times after 0, with those of the others.
-
-    None for losses whose mean is not above 0, which have no ratio.
-    """
-    means = torch.stack([value[1:].mean(0) for value in values])  # (networks, N)
-    if is_loss:
-        totals = means.mean(1)
-        if not bool((totals > 0).all()):
-            return None
-        logs, influence = -totals.log(), -means / totals[:, None]
-    else:
-        count = means.shape[1]
-        # Haldane's half, so that odds of 0 and infinity do not occur
-        part = (means.sum(1) + 0.5) / (count + 1)
-        logs, influence = part.logit(), means / (part * (1 - part))[:, None]
-    differences = influence[0] - influence[1:].mean(0)
-    sampling = (differences.var() / len(differences)).item() if len(differences) > 1 else 0.0
-    others = len(values) - 1
-    between = (logs[1:].var() * (1 + 1 / others)).item() if others > 1 else None
-    return _Comparison((logs[0] - logs[1:].mean()).item(), sampling, between, (len(differences) - 1, others - 1))
-
-
-def _corrected(forgotten: _Comparison, general: _Comparison) -> _Comparison:
-    """Return the comparison without the advantage that the network has on never-seen examples too.
-
-    An advantage is taken off as far as it explains the forgotten set's. A disadvantage is not: a network that is worse
-    in general is none the better at wrong labels.
-    """
-    taken = min(max(general.log, 0.0), max(forgotten.log, 0.0))
-    if taken == 0:
-        return forgotten
-    return _Comparison(
-        forgotten.log - taken, forgotten.sampling + general.sampling, forgotten.networks, forgotten.degrees
+        ratio=corrected(forgotten, advantage).figure() if forgotten and advantage else None,
+        advantage=advantage.figure() if advantage else None,
     )

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from delfast.evaluation import gaps
 from delfast.experiments import pipeline
+from delfast.experiments.config import Config
+from delfast.experiments.losses import gaps_between
 from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
 from delfast.experiments.reports.plots import plot_accuracies, plot_selection
-from delfast.experiments.run import MASK, SUMMARY, Config, output_directory, start
+from delfast.experiments.run import MASK, SUMMARY, output_directory, start
 from delfast.files import write_json, write_text
 from delfast.localization import BUDGET
 from delfast.provenance import provenance
@@ -126,7 +127,7 @@ def _scenario(name: str, config: Config, settings: Settings, output_dir: Path, d
     }
     metrics = {"original": original.metrics, "oracle": oracle.metrics, "del": unlearned.metrics}
     methods = {
-        method: {**values.as_dict(), **gaps(values, oracle.metrics), "seconds": seconds[method]}
+        method: {**values.as_dict(), **gaps_between(values, oracle.metrics), "seconds": seconds[method]}
         for method, values in metrics.items()
     }
     plot_accuracies(methods, output_dir / "accuracies.png", f"digits, {name}: original, oracle and DEL")

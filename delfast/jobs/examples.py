@@ -10,12 +10,26 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from delfast.errors import InputError
 from delfast.provenance import digest_tensor
 
 DIGESTED = 64  # examples of a data set that its digest reads
+
+
+class Relabelled(Dataset[Any]):
+    """A data set of (input, target) with other targets: ``targets`` int64 (N,), by position."""
+
+    def __init__(self, data: Any, targets: Tensor) -> None:
+        self.data, self.targets = data, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, position: int) -> tuple[Any, Tensor]:
+        inputs, _ = self.data[position]
+        return inputs, self.targets[position]
 
 
 def check_dataset(data: Any) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from delfast.arguments import check_count, check_seed, check_type, describe
 from delfast.batches import LossFn
 from delfast.errors import InputError
-from delfast.files import load_state, save_state, write_atomically
-from delfast.jobs.examples import check_dataset, class_targets, digest_examples
-from delfast.jobs.source import ADVICE, Source
+from delfast.jobs.examples import Relabelled, check_dataset, class_targets, digest_examples
+from delfast.jobs.identifiers import check_identifiers
+from delfast.jobs.networks import checked_loss, load_network, save_network
+from delfast.jobs.source import Source
 from delfast.jobs.values import Accept, Training, read_accept, read_batch_size, read_settings, read_training
-from delfast.seeding import seeded
 
 REQUIRED = ("model", "train_set", "test_set")
 OPTIONAL = ("example_ids", "load", "save", "loss_fn", "preprocess")
@@ -140,24 +139,7 @@ class Job:
         InputError
             For a missing or damaged file, and one of another network.
         """
-        file = Path(path)
-        if self.source.function("load") is not None:
-            if not file.exists():
-                raise InputError(f"expected a network at '{file}', there is none; check the path")
-            loaded = self.source.call("load", file)
-            with self.source.at("load"):
-                check_type("load() to return", loaded, nn.Module, "a torch.nn.Module")
-            return loaded  # type: ignore[no-any-return]
-        state = load_state(file)
-        with seeded(0):  # values that the state replaces: draw none from the process's generator
-            model = self.model()
-        try:
-            model.load_state_dict(state)
-        except RuntimeError:
-            raise InputError(
-                f"'{file}' does not fit model() of '{self.path}': other names or shapes; pass a file of this network"
-            ) from None
-        return model
+        return load_network(self.source, Path(path), self.model)
 
     def save(self, model: nn.Module, path: str | os.PathLike[str]) -> None:
         """Write a network to a file, whole or not at all.
@@ -174,36 +156,7 @@ class Job:
         InputError
             With file and line, if the job's ``save`` fails or writes no file.
         """
-        file = Path(path)
-        if self.source.function("save") is None:
-            save_state(file, model.state_dict())
-            return
-
-        def write(partial: Path) -> None:
-            named = partial.with_name(f"{partial.name}-{file.name}")  # some formats are chosen by the suffix
-            with self._passing_system_errors():
-                self.source.call("save", model, named)
-            if not named.is_file():
-                raise InputError(
-                    f"{self.source.place('save')}: expected save(model, path) to write the file 'path', "
-                    f"it did not; {ADVICE}"
-                )
-            named.rename(partial)
-
-        write_atomically(file, write)
-
-    @contextmanager
-    def _passing_system_errors(self) -> Iterator[None]:
-        """Raise the system's own error, such as a full disk, where the job's ``save`` met one."""
-        try:
-            yield
-        except InputError as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, OSError):
-                    raise cause from None
-                cause = cause.__cause__ or cause.__context__
-            raise
+        save_network(self.source, model, Path(path))
 
     # The data
 
@@ -228,27 +181,19 @@ class Job:
         """Number of training examples."""
         return len(self.train_set)
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether the job has identifiers of its own; otherwise the indices are the identifiers."""
+        return self.source.function("example_ids") is not None
+
     @cached_property
     def ids(self) -> Sequence[str]:
         """The identifier of each training example, as text: the job's ``example_ids()``, or the indices."""
-        if self.source.function("example_ids") is None:
+        if not self.has_ids:
             return tuple(map(str, range(self.count)))
         given = self.source.call("example_ids")
         with self.source.at("example_ids"):
-            if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-                raise InputError(f"expected example_ids() to return a list of texts or ints, got {describe(given)}")
-            found = tuple(_identifier(each) for each in given)
-            if len(found) != self.count:
-                raise InputError(
-                    f"expected example_ids() to have one identifier for each of the {self.count} training examples, "
-                    f"got {len(found)}"
-                )
-            seen = set[str]()
-            for each in found:
-                if each in seen:
-                    raise InputError(f"expected example_ids() to be unique, '{each}' occurs twice")
-                seen.add(each)
-        return found
+            return check_identifiers(given, self.count)
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -328,7 +273,13 @@ class Job:
             return class_targets(self.train_set, self.count)
 
     def batches(
-        self, indices: Tensor, *, batch_size: int | None = None, shuffle: bool = False, seed: int = 0
+        self,
+        indices: Tensor,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        targets: Tensor | None = None,
     ) -> DataLoader[Any]:
         """Return a loader of training examples.
 
@@ -342,6 +293,9 @@ class Job:
             Whether every pass has an order of its own. Otherwise the order is that of ``indices``.
         seed : int, default 0
             Of the orders: the first pass of the same seed has the same order, and so on.
+        targets : Tensor, optional
+            Classes of all training examples, int64 (N,), in place of those of the data set. Examples must be
+            (input, target). Default: the data set's own.
 
         Returns
         -------
@@ -353,7 +307,8 @@ class Job:
         InputError
             For positions that do not exist.
         """
-        return self._loader(self.train_set, indices, batch_size, shuffle, seed)
+        data = self.train_set if targets is None else Relabelled(self.train_set, targets)
+        return self._loader(data, indices, batch_size, shuffle, seed)
 
     def test_batches(self, indices: Tensor | None = None, *, batch_size: int | None = None) -> DataLoader[Any]:
         """Return a loader of test examples, in order.
@@ -395,18 +350,6 @@ class Job:
 
     def _collate(self, examples: Any) -> Any:
         return self.source.call("preprocess", default_collate(examples))
-
-
-def _identifier(value: Any) -> str:
-    """Return an identifier as text. InputError for another type, and for text that a line of a file cannot hold."""
-    if not isinstance(value, (str, Integral)) or isinstance(value, bool):
-        raise InputError(f"expected example_ids() to hold texts or ints, got {describe(value)}")
-    text = value if isinstance(value, str) else str(int(value))
-    if not text or text != text.strip() or not text.isprintable():
-        raise InputError(
-            f"expected identifiers of printable characters, without white space at the ends, got {describe(text)}"
-        )
-    return text
 
 
 def read_job(path: str | os.PathLike[str]) -> Job:
@@ -458,7 +401,7 @@ def read_job(path: str | os.PathLike[str]) -> Job:
         training=read_training(source),
         accept=read_accept(source),
         settings=read_settings(source),
-        loss_fn=found["loss_fn"],
+        loss_fn=checked_loss(source),
         digest=source.digest,
         source=source,
     )

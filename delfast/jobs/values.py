@@ -51,7 +51,8 @@ class Accept:
     Parameters
     ----------
     test_drop : float, optional
-        Maximum loss of test accuracy against the network before, in percentage points. Default 2.
+        Maximum loss of test accuracy against the ledger's first network, in percentage points. Default 2. Losses of
+        several runs therefore add up.
     attack_advantage : float, optional
         Maximum advantage of the confidence attack, 2 (balanced accuracy - 0.5), from 0 to 1. Default 0.1.
     relearn_ratio : float, optional

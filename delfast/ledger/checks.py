@@ -44,31 +44,35 @@ def check_all(
     sets: dict[str, Any] = audited["figures"]["sets"]
     found = [Check("outside_mask", verified["outside"], 0, verified["outside"] == 0, "model")]
     if accept["test_drop"] is not None:
-        accuracy = _value(sets["test"]["accuracy"])
-        drop = None if accuracy is None or first_test_accuracy is None else first_test_accuracy - accuracy
+        drop = _drop(first_test_accuracy, sets["test"]["accuracy"])
         found.append(_check("test_drop", drop, accept["test_drop"], "test"))
     if accept["attack_advantage"] is not None:
         forgotten = [name for name in sets if name == "forget" or name.startswith("run ")]
-        advantages = {name: _value(sets[name]["attack_advantage"]) for name in forgotten}
         # a set whose attack could not be measured comes first: its threshold does not hold
-        worst = max(forgotten, key=lambda name: _or_infinite(advantages[name]))
-        found.append(_check("attack_advantage", advantages[worst], accept["attack_advantage"], worst))
+        worst = max(forgotten, key=lambda name: _or_infinite(sets[name]["attack_advantage"]))
+        found.append(_check("attack_advantage", sets[worst]["attack_advantage"], accept["attack_advantage"], worst))
     if accept["relearn_ratio"] is not None:
-        ratio = _value(audited["figures"]["relearn_ratio"])
+        ratio = audited["figures"]["relearn_ratio"]
         found.append(_check("relearn_ratio", ratio, accept["relearn_ratio"], "forget"))
     return found
 
 
-def _check(name: str, value: float | None, limit: float, where: str) -> Check:
-    return Check(name, value, limit, value is not None and value <= limit, where)
+def _check(name: str, figure: Mapping[str, Any] | None, limit: float, where: str) -> Check:
+    if figure is None:
+        return Check(name, None, limit, False, where)
+    return Check(name, figure["value"], limit, figure["value"] <= limit, where, figure["low"], figure["high"])
 
 
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value
+def _drop(before: float | None, after: Mapping[str, Any] | None) -> dict[str, float | None] | None:
+    """Return the loss of accuracy (percentage points), with the interval of the accuracy after."""
+    if before is None or after is None:
+        return None
+    ends = {"value": after["value"], "low": after["high"], "high": after["low"]}
+    return {name: None if end is None else before - end for name, end in ends.items()}
 
 
-def _value(figure: Mapping[str, float] | None) -> float | None:
-    return None if figure is None else figure["value"]
+def _or_infinite(figure: Mapping[str, Any] | None) -> float:
+    return math.inf if figure is None else float(figure["value"])
 
 
 HELP = {
@@ -77,6 +81,7 @@ HELP = {
     "attack_advantage": "the forget set still stands out: a larger budget, more epochs, another method, or retraining",
     "relearn_ratio": "the forget set is hidden, not gone: a larger budget, another method, or retraining",
 }
+TOO_FEW = "its interval includes 1, a network that never saw them: take up more requests, or train more references"
 
 
 def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: bool) -> list[str]:
@@ -93,7 +98,8 @@ def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: b
             )
         else:
             found = f"{check.name} of '{check.set}' is {check.value:.4g}, the limit is {check.limit:.4g}"
-            lines.append(f"{found}; {HELP[check.name]}")
+            few = check.name == "relearn_ratio" and check.low is not None and check.low <= 1
+            lines.append(f"{found}; {TOO_FEW if few else HELP[check.name]}")
     if not escalated:
         lines.append("--escalate tries the settings of the job file in order, retraining last")
     return lines

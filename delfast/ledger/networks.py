@@ -14,7 +14,7 @@ from delfast.errors import InputError
 from delfast.ledger.artefacts import digest_file
 
 if TYPE_CHECKING:
-    from delfast.ledger.ledger import Ledger
+    from delfast.ledger.records import Records
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def drawing(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def load_recorded(ledger: Ledger, recorded: Mapping[str, str], device: torch.device) -> nn.Module:
+def load_recorded(ledger: Records, recorded: Mapping[str, str], device: torch.device) -> nn.Module:
     """Load a network of the ledger to the device. InputError if its file is not as it was recorded."""
     path = recorded_file(ledger.path, recorded)
     return ledger.job.load(path).to(device)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
 from delfast.ledger.artefacts import PURGED, digest_file
-from delfast.ledger.history import CREATED, History
+from delfast.ledger.history import History
 from delfast.ledger.references import Trained, references_of
-from delfast.ledger.requests import requests
+from delfast.ledger.requests import CREATED, requests
 from delfast.ledger.results import HeldFile
 from delfast.ledger.running import LOCALIZED, UNLEARNED
 
 if TYPE_CHECKING:
-    from delfast.ledger.ledger import Ledger
+    from delfast.ledger.records import Records
 
 
-def purge_plan(ledger: Ledger) -> list[HeldFile]:
+def purge_plan(ledger: Records) -> list[HeldFile]:
     """Return the files that a purge deletes: those that hold examples of accepted requests.
 
     The newest accepted model stays, and so does everything of an unfinished run.
@@ -33,14 +33,14 @@ def purge_plan(ledger: Ledger) -> list[HeldFile]:
     ]
 
 
-def holding(ledger: Ledger) -> list[HeldFile]:
+def holding(ledger: Records) -> list[HeldFile]:
     """Return every file of the ledger that still holds examples of any request, open ones included."""
     history = History(ledger.store)
     purged = {each["file"] for entry in ledger.store.entries(PURGED) for each in entry.payload["files"]}
     return [each for each in _held(ledger, history) if each.file not in purged and each.requests]
 
 
-def purge(ledger: Ledger, plan: Sequence[HeldFile]) -> None:
+def purge(ledger: Records, plan: Sequence[HeldFile]) -> None:
     """Delete the files of a plan and record it. InputError if the plan is not the ledger's present one.
 
     Files are deleted first: an entry never states that a file is gone which is there. After a stop in between the next
@@ -63,7 +63,7 @@ def purge(ledger: Ledger, plan: Sequence[HeldFile]) -> None:
             ledger.store.append(PURGED, {"files": files})
 
 
-def _held(ledger: Ledger, history: History) -> Iterator[HeldFile]:
+def _held(ledger: Records, history: History) -> Iterator[HeldFile]:
     """Yield the recorded files with the requests whose examples they hold."""
     everything = [request.number for request in requests(ledger.store)]
     created = next(ledger.store.entries(CREATED)).payload["model"]
@@ -95,13 +95,13 @@ def _held(ledger: Ledger, history: History) -> Iterator[HeldFile]:
         yield _reference(ledger, reference)
 
 
-def _reference(ledger: Ledger, reference: Trained) -> HeldFile:
+def _reference(ledger: Records, reference: Trained) -> HeldFile:
     members = reference.members(ledger)
     seen = [number for number, positions in ledger.positions_by_request() if bool(members[positions].any())]
     return _file(ledger, dict(reference.model), seen, f"reference {reference.number}, trained on some of them")
 
 
-def _file(ledger: Ledger, recorded: dict[str, str], numbers: Sequence[int], why: str) -> HeldFile:
+def _file(ledger: Records, recorded: dict[str, str], numbers: Sequence[int], why: str) -> HeldFile:
     path = ledger.path / recorded["file"]
     size = path.stat().st_size if path.is_file() else 0
     return HeldFile(recorded["file"], recorded["digest"], size, tuple(numbers), why)

@@ -26,7 +26,7 @@ from delfast.seeding import seeded
 from delfast.unlearning import train
 
 if TYPE_CHECKING:
-    from delfast.ledger.ledger import Ledger
+    from delfast.ledger.records import Records
 
 REFERENCES = "references"
 MOMENTUM = 0.9  # of SGD, as in every training of the DEL paper
@@ -42,7 +42,7 @@ class Trained:
     seed: int
     requests: tuple[int, ...]
 
-    def members(self, ledger: Ledger) -> Tensor:
+    def members(self, ledger: Records) -> Tensor:
         """Return bool (training examples,): the reference was trained on the example."""
         count = ledger.job.count
         allowed = torch.ones(count, dtype=torch.bool)
@@ -53,7 +53,7 @@ class Trained:
         members[positions[order[: len(positions) // 2]]] = True
         return members
 
-    def for_audit(self, ledger: Ledger, sets: Mapping[str, Tensor], device: torch.device) -> Reference:
+    def for_audit(self, ledger: Records, sets: Mapping[str, Tensor], device: torch.device) -> Reference:
         """Return the reference as the audit takes it; the network is loaded when it is used."""
         members = self.members(ledger)
         return Reference(
@@ -73,7 +73,7 @@ def references_of(store: Store) -> list[Trained]:
     ]
 
 
-def train_references(ledger: Ledger, count: int, *, device: str, watch: Callable[[str], None]) -> list[int]:
+def train_references(ledger: Records, count: int, *, device: str, watch: Callable[[str], None]) -> list[int]:
     """Train references until the ledger has ``count``; return the numbers of the new ones.
 
     None is trained on an example of a request that was received before. Each is recorded when it is trained, so a
@@ -92,7 +92,7 @@ def train_references(ledger: Ledger, count: int, *, device: str, watch: Callable
         return numbers
 
 
-def _train(ledger: Ledger, number: int, device: torch.device) -> None:
+def _train(ledger: Records, number: int, device: torch.device) -> None:
     started = time.perf_counter()
     job, seed = ledger.job, SEED + number
     requests = [request.number for request in ledger.requests()]

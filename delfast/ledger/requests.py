@@ -11,7 +11,7 @@ from delfast.errors import InputError
 from delfast.ledger.identifiers import checked
 from delfast.ledger.store import Entry, Store
 
-RECEIVED, STARTED, ACCEPTED, REJECTED = "received", "started", "accepted", "rejected"
+CREATED, RECEIVED, STARTED, ACCEPTED, REJECTED = "created", "received", "started", "accepted", "rejected"
 PENDING, RUNNING = "pending", "running"  # states beside ACCEPTED and REJECTED
 FIELDS = ("ids", "reason", "due")
 

@@ -25,6 +25,10 @@ class Check:
     set : str
         The set that was measured: "test", "forget", "model", or "run 3" for the forget set of an earlier run. For
         "method" it is the error.
+    low : float, optional
+        Lower end of the value's 95 % interval; None where there is none.
+    high : float, optional
+        Upper end.
 
     Examples
     --------
@@ -38,6 +42,8 @@ class Check:
     limit: float | None
     held: bool
     set: str
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from delfast.provenance import provenance
 from delfast.unlearning import Diverged, TrainingOptions, make_method, unlearn
 
 if TYPE_CHECKING:
-    from delfast.ledger.ledger import Ledger
+    from delfast.ledger.records import Records
 
 LOCALIZED, UNLEARNED, VERIFIED, AUDITED = "localized", "unlearned", "verified", "audited"
 FAILED, RESUMED = "failed", "resumed"
@@ -66,7 +66,7 @@ class Choice:
         return all(value is None for value in vars(self).values())
 
 
-def run(ledger: Ledger, choice: Choice, *, device: str, watch: Watch) -> RunResult:
+def run(ledger: Records, choice: Choice, *, device: str, watch: Watch) -> RunResult:
     """Continue the unfinished run or start one, and bring it to its end. ``watch`` gets a line for each step."""
     with ledger.lock(), ledger.job.naming_errors():
         history = History(ledger.store)
@@ -79,7 +79,7 @@ def run(ledger: Ledger, choice: Choice, *, device: str, watch: Watch) -> RunResu
         return _Run(ledger, History(ledger.store), started, chosen, watch).finish()
 
 
-def abandon(ledger: Ledger) -> int:
+def abandon(ledger: Records) -> int:
     """Reject the unfinished run without a result, and return its number."""
     with ledger.lock():
         unfinished = History(ledger.store).unfinished
@@ -93,7 +93,7 @@ def abandon(ledger: Ledger) -> int:
 # ---- starting
 
 
-def _start(ledger: Ledger, history: History, choice: Choice, device: torch.device) -> Entry:
+def _start(ledger: Records, history: History, choice: Choice, device: torch.device) -> Entry:
     """Check everything that can be checked, and append the entry that begins a run."""
     localize_on = choice.localize_on or "new"
     check_choice("localize_on", localize_on, LocalizeOn)
@@ -133,7 +133,7 @@ def _start(ledger: Ledger, history: History, choice: Choice, device: torch.devic
     )
 
 
-def _continue(ledger: Ledger, started: Entry, choice: Choice, device: torch.device) -> Entry:
+def _continue(ledger: Records, started: Entry, choice: Choice, device: torch.device) -> Entry:
     """Check that a stopped run has the inputs that it began with, and record that it goes on."""
     if not choice.is_empty:
         raise InputError(
@@ -164,7 +164,7 @@ def _chosen_requests(history: History, wanted: Sequence[int] | None) -> list[int
     return sorted(set(wanted))
 
 
-def _attempts(ledger: Ledger, choice: Choice) -> list[dict[str, Any]]:
+def _attempts(ledger: Records, choice: Choice) -> list[dict[str, Any]]:
     """Return the settings to try, in order, each checked."""
     job = ledger.job
     settings = [dict(each) for each in job.settings]
@@ -191,7 +191,7 @@ def _hyperparameters(setting: Mapping[str, Any]) -> dict[str, Any]:
 class Examples:
     """Positions in the training set (n,), sorted: those to forget now, those accepted before, and the rest."""
 
-    def __init__(self, ledger: Ledger, accepted: Sequence[int], requests: Sequence[int]) -> None:
+    def __init__(self, ledger: Records, accepted: Sequence[int], requests: Sequence[int]) -> None:
         self.forget = ledger.positions(requests)
         self.erased = ledger.positions(accepted)
         kept = torch.ones(ledger.job.count, dtype=torch.bool)
@@ -205,7 +205,7 @@ class Examples:
         return torch.cat([self.forget, self.erased]).sort().values
 
 
-def _accuracy(ledger: Ledger, network: nn.Module, positions: Tensor | None) -> float | None:
+def _accuracy(ledger: Records, network: nn.Module, positions: Tensor | None) -> float | None:
     """Return the accuracy (percent) on training examples, or on the test set; None with a loss alone."""
     job = ledger.job
     loader = job.test_batches() if positions is None else job.batches(positions)
@@ -219,7 +219,7 @@ def _accuracy(ledger: Ledger, network: nn.Module, positions: Tensor | None) -> f
 class _Run:
     """One run that has begun: its steps, each done once and recorded."""
 
-    def __init__(self, ledger: Ledger, history: History, started: Entry, device: torch.device, watch: Watch) -> None:
+    def __init__(self, ledger: Records, history: History, started: Entry, device: torch.device, watch: Watch) -> None:
         assert started.run is not None
         self.ledger, self.history, self.device, self.watch = ledger, history, device, watch
         self.job = ledger.job

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,7 +21,8 @@ from delfast.errors import InputError, one_line
 DATABASE = "ledger.sqlite3"
 FIRST = "0" * 64  # the hash before the first entry
 WAIT = 60.0  # seconds that a writer waits for another one; an append takes milliseconds
-BATCH = 1000  # entries that a query returns at once: bounds the memory, and no query stays open while entries are added
+BATCH = 100  # entries that a query returns at once: bounds the memory, and no query stays open while entries are added
+LOWEST = -(2**63)  # below every number that SQLite has: an entry moved to a negative one is found too
 COLUMNS = "number, time, event, run, payload, previous, hash"
 _REFUSED = "BEGIN SELECT RAISE(ABORT, 'a ledger is only ever added to'); END"
 SCHEMA = {
@@ -90,8 +91,15 @@ class Entry(NamedTuple):
 
     @property
     def payload(self) -> dict[str, Any]:
-        """The payload's fields."""
-        fields: dict[str, Any] = json.loads(self.text)
+        """The payload's fields; InputError if they are no JSON, as after a change of the database."""
+        try:
+            fields = json.loads(self.text)
+        except (TypeError, ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise InputError(
+                f"entry {self.number} of the ledger was altered: its payload is no JSON; verify the ledger"
+            )
         return fields
 
 
@@ -148,9 +156,13 @@ class Store:
         self.path = Path(directory) / DATABASE
         if not self.path.is_file():
             raise InputError(f"expected a ledger at '{directory}', found no {DATABASE}; make one: delfast ledger init")
-        with self._errors():
+        with _errors(self.path):
             self._connection = _connect(self.path, "rw" if _is_writable(self.path) else "ro")
-            self._connection.execute("PRAGMA synchronous = FULL")  # a commit outlives a power cut
+        try:
+            self._rows("PRAGMA synchronous = FULL")  # a commit outlives a power cut
+        except BaseException:
+            self._connection.close()
+            raise
 
     @classmethod
     def create(cls, directory: Path) -> Store:
@@ -183,30 +195,27 @@ class Store:
 
         Other writers wait meanwhile, so what is read inside the context stays true until its end.
         """
-        with self._errors():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield _Appender(self._connection)
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # SQLite has ended it itself after a failure of the disk
-                    self._connection.execute("ROLLBACK")
-                raise
+        self._rows("BEGIN IMMEDIATE")
+        try:
+            yield _Appender(self._rows)
+            self._rows("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # SQLite ends it itself after some failures of the disk
+                self._rows("ROLLBACK")
+            raise
 
     # ---- reading
 
-    def entries(self, event: str | None = None, run: int | None = None, *, after: int = 0) -> Iterator[Entry]:
+    def entries(self, event: str | None = None, run: int | None = None, *, after: int = LOWEST) -> Iterator[Entry]:
         """Yield the entries in order, those of an event or of a run alone if asked, after the number ``after``.
 
         Entries that are appended meanwhile are yielded too.
         """
-        chosen = {"event = ?": event, "run = ?": run}
-        conditions = ["number > ?", *(text for text, value in chosen.items() if value is not None)]
-        values = [value for value in chosen.values() if value is not None]
-        query = f"SELECT {COLUMNS} FROM entries WHERE {' AND '.join(conditions)} ORDER BY number LIMIT {BATCH}"
+        chosen = {name: value for name, value in (("event", event), ("run", run)) if value is not None}
+        conditions = " AND ".join(["number > ?", *(f"{name} = ?" for name in chosen)])
+        query = f"SELECT {COLUMNS} FROM entries WHERE {conditions} ORDER BY number LIMIT {BATCH}"
         while True:
-            with self._errors():
-                rows = self._connection.execute(query, (after, *values)).fetchall()
+            rows = self._rows(query, (after, *chosen.values()))
             for row in rows:
                 yield Entry._make(row)
             if len(rows) < BATCH:
@@ -216,17 +225,14 @@ class Store:
     def last(self, event: str | None = None) -> Entry | None:
         """Return the newest entry, or the newest of an event; None without one."""
         where, values = ("", ()) if event is None else ("WHERE event = ? ", (event,))
-        with self._errors():
-            query = f"SELECT {COLUMNS} FROM entries {where}ORDER BY number DESC LIMIT 1"
-            row = self._connection.execute(query, values).fetchone()
-        return None if row is None else Entry._make(row)
+        rows = self._rows(f"SELECT {COLUMNS} FROM entries {where}ORDER BY number DESC LIMIT 1", values)
+        return Entry._make(rows[0]) if rows else None
 
     def nth(self, event: str, position: int) -> Entry | None:
         """Return the entry at a position, from 1, among those of an event; None past the last."""
-        with self._errors():
-            query = f"SELECT {COLUMNS} FROM entries WHERE event = ? ORDER BY number LIMIT 1 OFFSET ?"
-            row = self._connection.execute(query, (event, position - 1)).fetchone()
-        return None if row is None else Entry._make(row)
+        query = f"SELECT {COLUMNS} FROM entries WHERE event = ? ORDER BY number LIMIT 1 OFFSET ?"
+        rows = self._rows(query, (event, position - 1))
+        return Entry._make(rows[0]) if rows else None
 
     @property
     def head(self) -> str:
@@ -245,7 +251,7 @@ class Store:
         passed, last, previous = head is None, 0, FIRST
         try:
             for entry in self.entries():
-                problem = _chain_problem(entry, last, previous) or seen(entry)
+                problem = chain_problem(entry, last, previous) or seen(entry)
                 if problem is not None:
                     problems.append(problem)
                     break
@@ -263,10 +269,10 @@ class Store:
     def _schema_problems(self) -> list[str]:
         """Compare the table, its indexes and its triggers with those that ``create`` makes, and check the file."""
         try:
-            found = dict(self._connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-            damage = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        except sqlite3.Error as error:
-            return [f"'{self.path}' cannot be read ({one_line(error)})"]
+            found = dict(self._rows("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+            damage = self._rows("PRAGMA integrity_check(1)")[0][0]
+        except InputError as error:
+            return [str(error)]
         problems = [
             f"the database's '{name}' is not what a ledger has: it was altered"
             for name in sorted(found.keys() | SCHEMA.keys())
@@ -274,29 +280,31 @@ class Store:
         ]
         return problems if damage == "ok" else [*problems, f"the database is damaged ({damage})"]
 
-    def _errors(self) -> Any:
-        return _errors(self.path)
+    def _rows(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Execute one statement, and return its rows."""
+        with _errors(self.path):
+            return self._connection.execute(statement, values).fetchall()
 
 
 class _Appender:
     """Append entries inside a transaction, after the newest one at its beginning."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-        row = connection.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
-        self._number: int = row[0] if row else 0
-        self._previous: str = row[1] if row else FIRST
+    def __init__(self, execute: Callable[..., list[Any]]) -> None:
+        self._execute = execute
+        rows = execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1")
+        self._number: int = rows[0][0] if rows else 0
+        self._previous: str = rows[0][1] if rows else FIRST
 
     def __call__(self, event: str, payload: Mapping[str, Any], run: int | None = None) -> Entry:
         time = datetime.now(timezone.utc).isoformat(timespec="microseconds")
         fields = (self._number + 1, time, event, run, canonical(dict(payload)), self._previous)
         entry = Entry(*fields, entry_hash(*fields))
-        self._connection.execute(f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", (*fields, entry.hash))
+        self._execute(f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
         self._number, self._previous = entry.number, entry.hash
         return entry
 
 
-def _chain_problem(entry: Entry, last: int, previous: str) -> str | None:
+def chain_problem(entry: Entry, last: int, previous: str) -> str | None:
     """Return why an entry cannot follow entry ``last`` with the hash ``previous``; None if it can."""
     if entry.number != last + 1:
         return f"entry {last + 1} is missing: entry {entry.number} comes next"
@@ -337,3 +345,5 @@ def _errors(path: Path) -> Iterator[None]:
             message = f"another process has been writing for {WAIT:g} seconds; try again"
             raise OSError(errno.EBUSY, message, str(path)) from error
         raise InputError(f"'{path}' is no ledger or is damaged ({text}); restore it from a backup") from error
+    except UnicodeDecodeError as error:  # SQLite quotes damaged text in its message
+        raise InputError(f"'{path}' is no ledger or is damaged; restore it from a backup") from error

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from delfast.arguments import describe
@@ -31,7 +32,7 @@ def patterns_of(mask: Mask) -> dict[str, list[str]]:
 def competing_parameters(
     network: nn.Module, parameters: Mapping[str, Tensor], patterns: Mapping[str, list[str]]
 ) -> dict[str, Tensor]:
-    """Return those of the parameters, by plain name, that compete. InputError if none does.
+    """Return those of the parameters, by plain name, that compete. InputError if none does, or on several devices.
 
     ``patterns`` are those of ``check_patterns``; a pattern that matches no parameter of the network, trainable or not,
     is an InputError.
@@ -42,7 +43,21 @@ def competing_parameters(
             "expected include and exclude to leave a trainable parameter, got patterns that leave none; widen include "
             "or narrow exclude"
         )
+    _refuse_several_devices(kept)
     return kept
+
+
+def _refuse_several_devices(parameters: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless the parameters, which are ranked together, are on one device."""
+    places: dict[torch.device, str] = {}
+    for name, parameter in parameters.items():
+        places.setdefault(parameter.device, name)
+    if len(places) > 1:
+        found = ", ".join(f"'{name}' on {device}" for device, name in places.items())
+        raise InputError(
+            f"expected all parameters that compete on one device, got {found}; score a copy of the model on one "
+            "device, and apply the mask to this one"
+        )
 
 
 def left_in(

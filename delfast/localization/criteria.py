@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
-
-import torch
 
 from delfast.arguments import check_choice, check_flag, check_function, check_number, describe
 from delfast.batches import LossFn
@@ -87,14 +86,14 @@ def check_selection(
         raise InputError(f"criterion '{criterion}' scores channels, not their elements; use granularity='channel'")
 
 
-def resolve_top_h(top_h: object, shape: tuple[int, ...] | torch.Size) -> int:
-    """Return h for a parameter of this shape, clipped to [1, length of a row].
+def resolve_top_h(top_h: object, shape: Sequence[int], dim: int = 0) -> int:
+    """Return h for a parameter of this shape, whose channels lie along ``dim``, clipped to [1, length of a row].
 
     Raises InputError if ``top_h`` is neither a count nor a fraction nor "published".
     """
-    length = max(1, row_length(shape))
+    length = max(1, row_length(shape, dim))
     if isinstance(top_h, str) and top_h == "published":
-        h = int(0.1 * shape[0]) if len(shape) > 1 else 1
+        h = int(0.1 * shape[dim]) if len(shape) > 1 else 1
     elif isinstance(top_h, int) and not isinstance(top_h, bool) and top_h >= 1:
         h = top_h
     elif isinstance(top_h, float) and 0 < top_h <= 1:

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_count, check_flag, check_function, check_loader, check_number
-from delfast.batches import (
-    device_of,
-    evaluating,
-    warn_about_loader,
-)
+from delfast.batches import device_of, warn_about_loader
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import ChannelsLast, Execution, Precision
 from delfast.feeding import feed
 from delfast.localization.critical_search import LogitsFn, Search

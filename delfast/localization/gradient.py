@@ -17,17 +17,18 @@ from delfast.batches import (
     check_differentiable,
     detached,
     device_of,
-    evaluating,
     per_example_losses,
     split_batch,
 )
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
+from delfast.groups import MAX_BUCKET_BYTES
 from delfast.loaders import is_frequent
-from delfast.processes import MAX_BUCKET_BYTES, Processes
+from delfast.processes import Processes
 
 
 class GradientSums(Protocol):
@@ -163,7 +164,7 @@ def add_all(
     together = nullcontext() if processes is None else processes.together()
     with together, evaluating(network, gradients=True), sums.checks:
         if processes is not None:
-            processes.copy_from_first(network.buffers())  # restored by ``evaluating``
+            processes.copy_from_first(dict(network.named_buffers()))  # restored by ``evaluating``
         for batch in feed(loader, device_of(network)):
             examples += sums.add(batch)
         sums.checks.read()

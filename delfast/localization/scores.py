@@ -26,7 +26,7 @@ from delfast.localization.criteria import (
 )
 from delfast.localization.selection import Selection
 from delfast.mask import Mask
-from delfast.ops.layout import pack, packed_bytes, row_length, unit_count
+from delfast.ops.layout import channels_first, pack, packed_bytes, row_length, unit_count
 from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
 from delfast.processes import Processes
@@ -187,14 +187,14 @@ class Scores:
     ) -> Selection:
         """Select as ``select`` does, without the check that the selected units score above 0."""
         budget, top_h = unboxed(budget), unboxed(top_h)
-        check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
-        if self._processes is not None:
-            arguments = repr((budget, granularity, aggregate, top_h, policy))
-            self._processes.check_same(
-                arguments, "expected the same arguments on every process, got others; pass the same"
-            )
         together = nullcontext() if self._processes is None else self._processes.together()
         with together:
+            check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
+            if self._processes is not None:
+                arguments = repr((budget, granularity, aggregate, top_h, policy))
+                self._processes.check_same(
+                    arguments, "expected the same arguments on every process, got others; pass the same"
+                )
             for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
                 if version_of(parameter) != version:
                     raise InputError(f"'{name}' has changed since it was scored; call score() again")
@@ -255,23 +255,20 @@ class Scores:
         top_h = unboxed(top_h)
         resolve_top_h(top_h, (1, 1))
         if self.criterion == "random" or self.units is not None:  # scored as units, never aggregated
-            return self._join([self._unit_scores(name, unit_count(shape)) for name, shape in self._row_shapes.items()])
-        values = self._by_row(self.parameters)
-        gradients = [] if self.gradients is None else self._by_row(self.gradients)
-        counts = [resolve_top_h(top_h, value.shape) for value in values]
+            return self._join([self._unit_scores(name, count) for name, count in self._counts.items()])
+        dims = {name: self.dims.get(name, 0) for name in self.parameters}
+        values, gradients = (
+            [channels_first(tensors[name], dim) for name, dim in dims.items()] if tensors is not None else []
+            for tensors in (self.parameters, self.gradients)
+        )
+        counts = [resolve_top_h(top_h, self.parameters[name].shape, dim) for name, dim in dims.items()]
         result: Tensor = torch.ops.delfast.criticality(values, gradients, self._op_criterion, aggregate, counts)
         return result
 
-    def _by_row(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return one view per parameter with its channels along dim 0."""
-        dims = self.dims
-        return [tensors[n].movedim(dims[n], 0) if n in dims else tensors[n] for n in self.parameters]
-
     @property
-    def _row_shapes(self) -> dict[str, torch.Size]:
-        """Parameter name -> shape, with the channels along dim 0."""
-        moved = {name: (self.dims.get(name, 0), t.shape) for name, t in self.parameters.items()}
-        return {n: torch.Size((*s[d : d + 1], *s[:d], *s[d + 1 :])) for n, (d, s) in moved.items()}
+    def _counts(self) -> dict[str, int]:
+        """Parameter name -> number of units."""
+        return {name: unit_count(p.shape, self.dims.get(name, 0)) for name, p in self.parameters.items()}
 
     def _select_elements(self, k: int) -> tuple[dict[str, ParameterMask], int, int]:
         """Return the masks, the number of selected elements, and how many of these score above 0."""
@@ -301,9 +298,8 @@ class Scores:
     ) -> tuple[dict[str, ParameterMask], int, int]:
         """Return the masks, the number of selected units including a cut one, and how many of these score above 0."""
         scores = self.channel_scores(aggregate, top_h)
-        shapes = self._row_shapes
-        counts = [unit_count(shape) for shape in shapes.values()]
-        lengths = [row_length(shape) for shape in shapes.values()]
+        counts = list(self._counts.values())
+        lengths = [row_length(p.shape, self.dims.get(name, 0)) for name, p in self.parameters.items()]
         bits, info = torch.ops.delfast.select_units(scores, counts, lengths, budgeted, cut_last)
         cut_unit, cut_size, nonfinite, selected, positive = info.tolist()
         if nonfinite >= 0:
@@ -311,7 +307,9 @@ class Scores:
         selected += cut_unit >= 0
         if not selected and bool((scores > 0).any()):
             name, _ = self._owner(int(scores.argmax()), counts)
-            raise self._too_small(1 if cut_last else row_length(shapes[name]), "channel")
+            raise self._too_small(
+                1 if cut_last else row_length(self.parameters[name].shape, self.dims.get(name, 0)), "channel"
+            )
         parts = {
             name: ParameterMask(tuple(t.shape), "row", part, self.dims.get(name, 0))
             for (name, t), part in zip(
@@ -321,7 +319,7 @@ class Scores:
         if cut_unit >= 0:  # a part of the last channel: only its parameter needs a bit per element
             name, row = self._owner(cut_unit, counts)
             flags = parts[name].dense()
-            cut = flags.movedim(self.dims.get(name, 0), 0)[row]
+            cut = channels_first(flags, self.dims.get(name, 0))[row]
             cut.copy_((torch.arange(cut.numel(), device=cut.device) < cut_size).view(cut.shape))
             parts[name] = replace(parts[name], unit="element", bits=pack(flags))
         return parts, selected, selected if self.criterion == "random" else positive

@@ -21,12 +21,12 @@ from delfast.batches import (
     check_differentiable,
     detached,
     device_of,
-    evaluating,
     per_example_losses,
     split_batch,
 )
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import Execution
 from delfast.feeding import feed
 from delfast.localization.gradient import check_examples, mean_of, zeros_like
@@ -73,7 +73,7 @@ class ShardedGradient:
                 _taken(trainable_parameters(self.network, sharded=True), self._take),
                 self.checks,
             ):
-                self.processes.copy_from_first(self.network.buffers())  # restored by ``evaluating``
+                self.processes.copy_from_first(dict(self.network.named_buffers()))  # restored by ``evaluating``
                 for batch in self.processes.in_step(feed(share.batches, device_of(self.network))):
                     examples += self._add(batch, share)
             reshard(self.network)

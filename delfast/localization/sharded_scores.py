@@ -12,7 +12,7 @@ from delfast.arguments import check_choice
 from delfast.errors import InputError
 from delfast.localization.criteria import Aggregate, resolve_top_h
 from delfast.localization.scores import Scores
-from delfast.ops.layout import pack, unit_count
+from delfast.ops.layout import channels_first, pack
 from delfast.ops.reference.criticality import element_scores
 from delfast.parameter_mask import ParameterMask
 from delfast.plain import unboxed
@@ -40,21 +40,22 @@ class ShardedScores(Scores):
         self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
     ) -> Tensor:
         """Return the score of every competing unit, of the whole model, on every process; see ``Scores``."""
-        check_choice("aggregate", aggregate, Aggregate)
-        top_h = unboxed(top_h)
-        resolve_top_h(top_h, (1, 1))
+        with self._processes.together():
+            check_choice("aggregate", aggregate, Aggregate)
+            top_h = unboxed(top_h)
+            resolve_top_h(top_h, (1, 1))
         if self.criterion == "random" or self.units is not None:
             return super().channel_scores(aggregate, top_h)
         rows, values, gradients, counts = [], [], [], []
         start = 0
         for name, parameter in self.parameters.items():
-            dim, units = self.dims.get(name, 0), unit_count(self._row_shapes[name])
+            dim, units = self.dims.get(name, 0), self._counts[name]
             whole = with_whole_rows(parameter, dim)
-            values.append(_along_first(local_part(whole), dim))
+            values.append(channels_first(local_part(whole), dim))
             if self.gradients is not None:
                 gradient = dtensor_like(self.gradients[name], parameter)
-                gradients.append(_along_first(local_part(with_whole_rows(gradient, dim)), dim))
-            counts.append(resolve_top_h(top_h, self._row_shapes[name]))
+                gradients.append(channels_first(local_part(with_whole_rows(gradient, dim)), dim))
+            counts.append(resolve_top_h(top_h, parameter.shape, dim))
             numbers = torch.arange(start, start + units, device=values[-1].device)
             rows.append(rows_of(numbers, whole, dim) if parameter.ndim and units else numbers)
             start += units
@@ -150,10 +151,6 @@ class ShardedScores(Scores):
         """Return integers (n,) that are ordered as the scores of this process's part: the bits of floats >= 0."""
         scores = self._elements(name).reshape(-1)
         return scores.view(torch.int64 if self._dtype == torch.float64 else torch.int32)
-
-
-def _along_first(tensor: Tensor, dim: int) -> Tensor:
-    return tensor.movedim(dim, 0) if dim else tensor
 
 
 def _flat_indices(parameter: Any) -> Tensor:

@@ -18,22 +18,22 @@ from delfast.batches import (
     check_differentiable,
     detached,
     device_of,
-    evaluating,
     per_example_losses,
     split_batch,
     warn_about_loader,
 )
 from delfast.device_checks import DeviceChecks
+from delfast.eval_mode import evaluating
 from delfast.execution import Execution
 from delfast.feeding import feed
+from delfast.groups import MAX_BUCKET_BYTES
 from delfast.layer_types import output_dims
 from delfast.localization.competing import competing_parameters
 from delfast.localization.criteria import Aggregate, Criterion, resolve_top_h
 from delfast.localization.gradient import GradientHooks, mean_of
 from delfast.localization.scores import Scores
 from delfast.naming import trainable_parameters, unwrap
-from delfast.ops.layout import unit_count
-from delfast.processes import MAX_BUCKET_BYTES
+from delfast.ops.layout import channels_first, unit_count
 from delfast.sharding import is_laid_out
 from delfast.shares import refuse_sharded
 
@@ -164,9 +164,8 @@ class _Streamed:
     def _pieces(self, name: str, gradient: Tensor, limit: int) -> list[tuple[Tensor, Tensor]]:
         """Return rows of a parameter and of its gradient, at most ``limit`` bytes at a time or one row."""
         dim = self.dims.get(name, 0)
-        value = self.parameters[name].movedim(dim, 0) if dim else self.parameters[name]
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        dense = dense.movedim(dim, 0) if dim else dense
+        value = channels_first(self.parameters[name], dim)
+        dense = channels_first(gradient.to_dense() if gradient.is_sparse else gradient, dim)
         if not value.ndim or not value.numel():
             return [(value, dense)]
         rows = max(1, limit // (4 * value[:1].numel()))
@@ -178,15 +177,12 @@ class _Streamed:
             means[str(number)] = torch.empty_like(value, dtype=torch.float32).copy_(piece)
         values = {str(number): value for number, (_, value, _) in enumerate(group)}
         means = mean_of(means, self._examples, values, last=True)
-        counts = [resolve_top_h(self.top_h, self._row_shape(name)) for name, _, _ in group]
+        counts = [
+            resolve_top_h(self.top_h, self.parameters[name].shape, self.dims.get(name, 0)) for name, _, _ in group
+        ]
         scores = torch.ops.delfast.criticality(
             list(values.values()), list(means.values()), self.criterion, self.aggregate, counts
         )
         sizes = [unit_count(value.shape) for value in values.values()]
         for (name, _, _), part in zip(group, torch.split(scores, sizes), strict=True):
             found[name].append(part)
-
-    def _row_shape(self, name: str) -> tuple[int, ...]:
-        """Return the parameter's shape with the channels along dim 0."""
-        shape, dim = self.parameters[name].shape, self.dims.get(name, 0)
-        return (*shape[dim : dim + 1], *shape[:dim], *shape[dim + 1 :])

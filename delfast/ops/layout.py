@@ -30,6 +30,11 @@ def row_length(shape: Sequence[int], dim: int = 0) -> int:
     return math.prod(shape[1:] if dim == 0 else (*shape[:dim], *shape[dim + 1 :]))
 
 
+def channels_first(tensor: Tensor, dim: int) -> Tensor:
+    """Return a view with the channels, which lie along ``dim``, along dim 0, as the ops expect them."""
+    return tensor.movedim(dim, 0) if dim else tensor
+
+
 def packed_bytes(count: int) -> int:
     """Return the number of bytes that ``count`` packed bits occupy."""
     return (count + 7) // 8

@@ -5,43 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from delfast.arguments import check_flag, check_function, check_loader, check_path, check_seed, check_type
-from delfast.batches import LossFn, Versions, device_of, refuse_writing_layers
+from delfast.arguments import check_seed, function_name
+from delfast.batches import LossFn, device_of
 from delfast.compaction import compact
 from delfast.copies import copy_of
-from delfast.errors import InputError
+from delfast.eval_mode import Versions, refuse_writing_layers
 from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
+from delfast.groups import Group
+from delfast.joint_calls import averaging, one_error
 from delfast.localization import localize
 from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
 from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
-from delfast.processes import Group, Processes
+from delfast.processes import Processes
 from delfast.reset import Init
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
+from delfast.unlearning.checks import check_needs, check_sharded, check_shareable, check_types, choose
 from delfast.unlearning.data_parallel import together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
-from delfast.unlearning.loop import TrainResult, train
+from delfast.unlearning.loop import TrainResult, refuse_checkpoint, train
 from delfast.unlearning.method import Method, UnlearningTask, required
-from delfast.unlearning.methods import Del
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
-from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Step, Steps
 from delfast.unlearning.stopping import EarlyStop
-
-SHARDED = ("del", "finetune", "gradient-ascent", "neggrad+", "relabel")  # methods for FSDP2
-OF_TRAINING = {each.name for each in fields(Method)} - {"epochs"}  # without effect on a method that trains nothing
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def unlearn(
     Masks and settings are compared before anything is changed, and the networks after the method has prepared them.
 
     FSDP2 (``fully_shard``) is trained with ``group`` in the same way, by "del", "finetune", "gradient-ascent",
-    "neggrad+" and "relabel", without a checkpoint and early stopping. Tensor parallelism is refused.
+    "neggrad+" and "relabel", without a checkpoint. Tensor parallelism is refused.
 
     Before anything is changed, the loss of the first batch of each set that is used is computed once, in eval mode, and
     random generators are restored. Errors that occur only in a later batch or only in training mode, and errors that
@@ -203,9 +201,10 @@ def unlearn(
     >>> result.method.alpha
     0.01
     """
-    training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
-    processes = training_processes(model, group)
-    with together(None if group is None else processes):
+    wrapper = None if group is None else averaging(model)
+    with one_error(group if wrapper is None else wrapper.process_group, model):
+        training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
+        processes = training_processes(model, group)
         with together(processes):
             job = _prepared(
                 model, retain, forget, mask, init, method, head, loss_fn, seed, training, checkpoint, resume,
@@ -229,16 +228,13 @@ class _Job:
     early_stop: EarlyStop | None
     settings: dict[str, object]
     processes: Processes | None
+    computed_in: str  # the precision of forward passes: a caller's autocast counts
 
     def check_same(self, processes: Processes) -> None:
         """Raise InputError, on every process, unless all have the same mask and settings, and sets if they share."""
+        processes.check_same_mask(f"{self.task.mask.digest} {self.mask.digest}")
         processes.check_same(
-            f"{self.task.mask.digest} {self.mask.digest}",
-            "expected the same mask on every process, got different ones; localize the whole forget set with group=, "
-            "or pass every process the same mask",
-        )
-        processes.check_same(
-            repr(sorted(self.settings.items(), key=str)),
+            f"{sorted(self.settings.items(), key=str)} {function_name(self.task.loss_fn)} {self.computed_in}",
             "expected the same method, head, seed and options on every process, got others; make the same call",
         )
         if isinstance(self.steps, SharedSteps):
@@ -277,18 +273,19 @@ def _prepared(
     shares: bool,
 ) -> _Job:
     """Check the arguments of ``unlearn``, localize, and return the job."""
-    _check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
+    check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
     refuse_writing_layers(model)
     seed = check_seed(seed)
-    chosen = _choose(method, hyperparameters)
-    _check_needs(chosen, retain, forget, mask, init, loss_fn)
+    chosen = choose(method, hyperparameters)
+    check_needs(chosen, retain, forget, mask, init, loss_fn)
     check_options(training, chosen)
     group = processes if shares else None
     network = unwrap(model)
     if group is not None:
-        _check_shareable(chosen, training)
+        check_shareable(chosen, training)
     if is_laid_out(network):
-        _check_sharded(chosen, training, checkpoint)
+        check_sharded(chosen)
+        refuse_checkpoint(network, checkpoint)
     check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
 
     everything_may_change = mask is None and not chosen.localizes
@@ -322,6 +319,7 @@ def _prepared(
         bf16=training.precision == "bf16" and steps is not None,
         frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
+        processes=group if is_laid_out(network) else None,
     )
     reshard(network)
     head = (first.head if head is None else head) if chosen.trains_head else None
@@ -349,103 +347,8 @@ def _prepared(
     settings = {**_settings(chosen, selected, head, seed, training), **(training.config or {})}
     if group is not None:
         settings["processes"] = group.size
-    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes)
-
-
-def _check_shareable(method: Method, training: TrainingOptions) -> None:
-    """Raise InputError for what processes cannot do together."""
-    if not method.epochs:
-        raise InputError(
-            f"expected no group for '{method.name}', which each process computes from its own sets, got one; leave "
-            "group out, and pass every process the whole sets"
-        )
-    if training.cuda_graphs is True:
-        raise InputError(
-            "expected cuda_graphs='auto' or False with group=, whose processes exchange more than gradients in each "
-            "step, got True; leave it out"
-        )
-
-
-def _check_sharded(method: Method, training: TrainingOptions, checkpoint: object) -> None:
-    """Raise InputError for what is not done with FSDP2, whose gathered parameters only its own passes see."""
-    if method.name not in SHARDED or type(method).__module__ != Del.__module__:
-        raise InputError(
-            f"expected one of {', '.join(SHARDED)} for FSDP2, got '{method.name}', which reads or copies whole "
-            "parameters, or was not tested; use DistributedDataParallel"
-        )
-    for name, given in (("checkpoint", checkpoint), ("validation", training.validation)):
-        if given is not None:
-            raise InputError(
-                f"expected no {name}= for FSDP2, got one; train with MaskedSGD and torch.distributed.checkpoint in a "
-                "loop of your own"
-            )
-
-
-def _check_types(
-    retain: object,
-    forget: object,
-    mask: object,
-    head: object,
-    loss_fn: object,
-    checkpoint: object,
-    resume: object,
-) -> None:
-    """Raise InputError for arguments of ``unlearn`` of another type."""
-    for what, loader in (("retain set", retain), ("forget set", forget)):
-        if loader is not None:
-            check_loader(loader, what)
-    check_type("mask", mask, (Mask, type(None)), "a delfast.Mask or None")
-    check_type("head", head, (str, type(None)), "the name of a module or None")
-    check_function("loss_fn", loss_fn)
-    check_flag("resume", resume)
-    if checkpoint is not None and Path(check_path("checkpoint", checkpoint)).is_dir():
-        raise InputError(f"expected checkpoint to be a file, got the directory '{checkpoint}'; name a file in it")
-
-
-def _choose(method: str | Method, hyperparameters: dict[str, Any]) -> Method:
-    """Return the method with these hyperparameters. InputError for an unknown keyword, or one without effect."""
-    method = find_method(method)
-    known = hyperparameter_names(method)
-    for name in hyperparameters:
-        if name not in known:
-            raise InputError(
-                f"unlearn has no parameter '{name}', and '{method.name}' no such hyperparameter: it has "
-                f"{', '.join(known)}; options of the training loop are fields of TrainingOptions"
-            )
-    given = {name: value for name, value in hyperparameters.items() if value is not None}
-    chosen = make_method(method, given)
-    for name, value in given.items():
-        if name in OF_TRAINING and not chosen.epochs:
-            raise InputError(
-                f"expected no {name}= for '{chosen.name}', which trains nothing, got {value}; leave it out"
-            )
-    return chosen
-
-
-def _check_needs(
-    method: Method,
-    retain: object,
-    forget: object,
-    mask: object,
-    init: object,
-    loss_fn: object,
-) -> None:
-    """Raise InputError for a missing argument that the method needs, and for one that it cannot use."""
-    if retain is not None or not method.epochs or method.step_plan != "forget":
-        check_loader(retain, "retain set")
-    needed = {"forget": forget, "init": init}
-    if method.localizes and mask is None and forget is None:
-        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
-    for name in sorted(method.needs & needed.keys()):
-        if needed[name] is None:
-            raise InputError(f"expected {name}= for '{method.name}', got none; pass it")
-    if "everything" in method.needs and mask is not None:
-        raise InputError(f"expected no mask for '{method.name}', which changes everything, got one; leave mask out")
-    if "logits" in method.needs and loss_fn is not None:
-        raise InputError(
-            f"expected no loss_fn for '{method.name}', which needs logits and labels, got one; leave loss_fn out, or "
-            "choose another method"
-        )
+    computed_in = Execution(training.precision).computed_in(device_of(network))
+    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes, computed_in)
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:

@@ -11,22 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from delfast.errors import InputError
-from delfast.naming import trainable_parameters, unwrap, wrappers
-from delfast.processes import Group, Processes, check_group, joined, mesh_groups, ranks_of
+from delfast.groups import Group, check_group, mesh_groups, ranks_of
+from delfast.joint_calls import averaging, averaging_processes
+from delfast.naming import trainable_parameters, unwrap
+from delfast.processes import Processes, joined
 from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard
-
-DDP = nn.parallel.DistributedDataParallel
-
-
-def averaging(model: nn.Module) -> DDP | None:
-    """Return the DistributedDataParallel around a network, which averages its gradients; None if there is none."""
-    return next((wrapper for wrapper in wrappers(model) if isinstance(wrapper, DDP)), None)
-
-
-def averaging_processes(model: nn.Module) -> Processes | None:
-    """Return the processes over which DistributedDataParallel averages the gradients; None without it."""
-    wrapper = averaging(model)
-    return None if wrapper is None else Processes(wrapper.process_group, dict(wrapper.named_parameters()))
 
 
 def training_processes(model: nn.Module, group: Group) -> Processes | None:
@@ -95,11 +84,17 @@ def together(processes: Processes | None) -> Any:
 
 
 def add_up(processes: Processes | None, *values: float) -> list[float]:
-    """Return each value's sum over the processes, in float64."""
+    """Return each value's sum over the processes, in float64.
+
+    Without a data group it is the sum over all that hold a network together: processes of the same data count alike.
+    """
     if processes is None:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64, device=processes.device)
-    processes.add_data([sums])
+    if processes.data is None:
+        processes.total(sums)
+    else:
+        processes.add_data([sums])
     found: list[float] = sums.tolist()
     return found
 
@@ -114,7 +109,7 @@ def send_buffers(model: nn.Module, processes: Processes | None) -> None:
         return
     ignored = () if wrapper is None else wrapper.parameters_to_ignore
     named = (model if wrapper is None else wrapper.module).named_buffers()
-    processes.copy_from_first(buffer for name, buffer in named if name not in ignored)
+    processes.copy_from_first({name: buffer for name, buffer in named if name not in ignored})
 
 
 @contextmanager

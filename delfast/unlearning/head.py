@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
-from delfast.batches import LossFn, evaluating, per_example_losses
+from delfast.batches import LossFn, per_example_losses
 from delfast.dispatch import ObservingMode
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.naming import model_parameters, unwrap
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)

@@ -23,12 +23,13 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import check_cuda_graphs
+from delfast.joint_calls import averaging_processes
 from delfast.plain import as_json, unboxed
 from delfast.processes import Processes, raised_by_all
-from delfast.sharding import reshard
+from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
-from delfast.unlearning.data_parallel import averaging_processes, met_in_forward, send_buffers, together
+from delfast.unlearning.data_parallel import met_in_forward, send_buffers, together
 from delfast.unlearning.loaders import Randomness, batch_count, refuse_persistent_workers, set_epoch
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Steps
@@ -96,7 +97,8 @@ def train(
     is trained in training mode. Afterwards every module has the mode that it had before.
 
     Under DistributedDataParallel the losses are means over the examples of all processes, which stop together. After
-    every epoch all have the first one's buffers, as after the wrapper's next forward pass.
+    every epoch all have the first one's buffers, as after the wrapper's next forward pass. Under FSDP2 too losses are
+    means over all processes, which stop together; buffers stay each process's own.
 
     Parameters
     ----------
@@ -134,7 +136,8 @@ def train(
     checkpoint : str or pathlib.Path, optional
         File that is written after every epoch, completely or not at all. It holds the generators of torch, numpy and
         Python, and every generator that a loader, its samplers, its data set or their transforms hold. Under
-        DistributedDataParallel these belong to one process: use a file for each, or it is refused.
+        DistributedDataParallel these belong to one process: use a file for each, or it is refused. Not for a network
+        of DTensors.
     resume : bool, default False
         Continue from ``checkpoint`` if the file exists. The run ends with the weights of an uninterrupted run.
     config : mapping of str to plain JSON values, optional
@@ -177,28 +180,29 @@ def train(
     >>> len(result.losses), round(optimizer.param_groups[0]["lr"], 6)
     (2, 0.001)
     """
-    epochs, final_lr = check_int("epochs", epochs), check_number("final_lr", final_lr)
-    if epochs < 1:
-        raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
-    max_norm = None if max_norm is None else check_number("max_norm", max_norm)
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    check_cuda_graphs(cuda_graphs, device_of(model))
-    check_choice("batchnorm", batchnorm, BatchNormMode)
-    step_count = batch_count(loader, "training")
-    for group in optimizer.param_groups:  # numpy's numbers: a checkpoint with them cannot be read, and float32 rounds
-        group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
-    scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * step_count))
-    parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
-    parts["model"] = model  # loaded last: an error of another part leaves the model unchanged
-    record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
-    if early_stop is not None:
-        early_stop.reset()
     shares = loader if isinstance(loader, SharedSteps) else None
     processes = averaging_processes(model) if shares is None else shares.processes
-    if processes is not None:
-        _refuse_one_file(checkpoint, processes)
     with together(processes):
+        epochs, final_lr = check_int("epochs", epochs), check_number("final_lr", final_lr)
+        if epochs < 1:
+            raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
+        max_norm = None if max_norm is None else check_number("max_norm", max_norm)
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        check_cuda_graphs(cuda_graphs, device_of(model))
+        check_choice("batchnorm", batchnorm, BatchNormMode)
+        step_count = batch_count(loader, "training")
+        refuse_checkpoint(model, checkpoint)
+        for group in optimizer.param_groups:  # numpy's numbers: a checkpoint cannot be read, and float32 rounds
+            group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
+        scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * step_count))
+        parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
+        parts["model"] = model  # loaded last: an error of another part leaves the model unchanged
+        record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
+        if early_stop is not None:
+            early_stop.reset()
+        if processes is not None:
+            _refuse_one_file(checkpoint, processes)
         losses = record.load(epochs) if resume else []
     resumed_from = len(losses)
     if processes is not None:
@@ -262,6 +266,15 @@ def train(
         model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return TrainResult(losses, seconds, epochs, resumed_from, early_stop.losses if early_stop else [])
+
+
+def refuse_checkpoint(model: nn.Module, checkpoint: object) -> None:
+    """Raise InputError for a checkpoint of DTensors: nothing in a file would tell whose part of them it holds."""
+    if checkpoint is not None and is_laid_out(model):
+        raise InputError(
+            "expected no checkpoint= for a network of DTensors (FSDP2 or tensor parallelism), got one; train with "
+            "MaskedSGD and torch.distributed.checkpoint in a loop of your own"
+        )
 
 
 def _refuse_one_file(checkpoint: str | Path | None, processes: Processes) -> None:

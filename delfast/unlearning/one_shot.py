@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from delfast.batches import cut, device_of, evaluating, examples_in, per_example_losses, warn_about_loader
+from delfast.batches import cut, device_of, examples_in, per_example_losses, warn_about_loader
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.feeding import feed
 from delfast.localization.gradient import MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients

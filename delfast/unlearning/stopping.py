@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from delfast.arguments import check_int
-from delfast.batches import LossFn, device_of, evaluating, per_example_losses
+from delfast.batches import LossFn, device_of, per_example_losses
 from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.feeding import feed
-from delfast.unlearning.data_parallel import add_up, averaging, averaging_processes, together
+from delfast.joint_calls import averaging, averaging_processes
+from delfast.processes import Processes
+from delfast.sharding import is_laid_out, reshard
+from delfast.unlearning.data_parallel import add_up, together
 from delfast.unlearning.loaders import preserved
 
 EMPTY = "expected a validation set of at least one example, got none; hold more out"
@@ -26,8 +30,9 @@ class EarlyStop:
 
     The state of this object is part of a checkpoint: a resumed run stops where an uninterrupted run stops.
 
-    Under DistributedDataParallel the loss is the mean over the examples of all processes, which therefore stop
-    together. Each may have its own share of the examples held out, of any size, or all of them.
+    Under DistributedDataParallel and FSDP2 the loss is the mean over the examples of all processes, which therefore
+    stop together. Each may have its own share of the examples held out, of any size, or all of them. Of a network of
+    DTensors each process keeps its part of the best epoch's state.
 
     Parameters
     ----------
@@ -127,15 +132,34 @@ class EarlyStop:
         sums, count = [], 0
         with together(processes):
             with evaluating(network), torch.no_grad(), DeviceChecks(device_of(network)) as checks:
-                for batch in feed(self.validation, device_of(network)):
-                    losses = per_example_losses(network, batch, self.loss_fn)
+                for losses in self._losses_of(network, processes):
                     sums.append(losses.double().sum())
                     count += losses.numel()
                 checks.read()
+            reshard(network)
             if not count:
                 raise InputError(EMPTY)
         total, examples = add_up(processes, math.fsum(torch.stack(sums).tolist()), count)
         return total / examples if math.isfinite(total) else math.inf
+
+    def _losses_of(self, network: nn.Module, processes: Processes | None) -> Iterator[Tensor]:
+        """Yield the losses (N,) of each batch.
+
+        Processes that hold the network together compute in step: one that has no batch left computes its first again.
+        """
+        batches = feed(self.validation, device_of(network))
+        if processes is None or not is_laid_out(network):
+            yield from (per_example_losses(network, batch, self.loss_fn) for batch in batches)
+            return
+        spare = None
+        for batch in processes.in_step(batches):
+            if spare is None and batch is None:
+                raise InputError(EMPTY)
+            spare = batch if spare is None else spare
+            with processes.in_one_pass(network):
+                losses = per_example_losses(network, spare if batch is None else batch, self.loss_fn)
+            if batch is not None:
+                yield losses
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint saves.

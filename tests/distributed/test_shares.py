@@ -5,19 +5,21 @@ from __future__ import annotations
 import warnings
 
 import numpy
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
 )
 
 from delfast.batches import tensors_of
+from delfast.contents import signature_of
 from delfast.processes import Processes
 from delfast.shares import share
 from tests.distributed.spawning import error_of, run_in_processes
@@ -27,19 +29,6 @@ SIZE = 101
 
 def whole_set(size=SIZE):
     return TensorDataset(torch.arange(size))
-
-
-class Fingerprinted(Dataset):
-    """A data set of this process's own examples, as those of Hugging Face have a fingerprint of their content."""
-
-    def __init__(self, rank):
-        self._fingerprint = f"shard {rank}"
-
-    def __getitem__(self, index):
-        return index
-
-    def __len__(self):
-        return 8
 
 
 class RandomFlip:
@@ -80,7 +69,6 @@ REFUSED = {
         lambda rank: DataLoader([(torch.tensor(rank), 0), (torch.tensor(5), 1)]), "expected the same data set"
     ),
     "own texts": (objects, "expected the same data set on every process"),
-    "fingerprint": (lambda rank: DataLoader(Fingerprinted(rank)), "expected the same data set on every process"),
     "batches of text": (lambda rank: [[f"{rank}", "b"], ["c"]], "expected the same batches on every process"),
     "arrays": (lambda rank: [numpy.arange(3) + rank], "expected the same batches on every process"),
     "keys": (lambda rank: DataLoader({"a": 1}, sampler=["a"]), "expected a sampler of integer indices, got str"),
@@ -156,3 +144,24 @@ def test_shares(tmp_path):
         assert found["empty"][0] == "InputError" and "at least one example on every process" in found["empty"][1]
     for name, (_, expected) in SHARED.items():
         assert sorted(i for found in results for i in found["drawn"][name]) == list(expected), name
+
+
+def signature(dataset):
+    return signature_of(DataLoader(dataset))
+
+
+def test_data_sets_of_hugging_face_are_compared_by_their_rows():
+    """A fingerprint is random after a function that cannot be pickled; transforms and formats may be random too."""
+    datasets = pytest.importorskip("datasets", reason="datasets is missing: pip install -r requirements-dev.txt")
+    datasets.disable_progress_bars()
+    text = datasets.Dataset.from_dict({"text": [f"example {number}" for number in range(SIZE)]})
+    no_pickle = (number for number in range(SIZE))
+    one, other = (text.map(lambda row: {"size": len(row["text"]) if no_pickle else 0}) for _ in range(2))
+    assert one._fingerprint != other._fingerprint
+    random = other.with_transform(lambda rows: {"value": torch.rand(len(rows["text"]))})
+    assert signature(one) == signature(other) == signature(random) == signature(one.with_format("torch"))
+    assert signature(Subset(one, [3, 4])) == signature(Subset(other, [3, 4])) != signature(Subset(one, [3, 5]))
+    for different in (one.shuffle(seed=1), one.shard(2, 0), one.remove_columns("size"), text):
+        assert signature(different) != signature(one)
+    assert signature(text.shard(2, 0, contiguous=True)) != signature(text.shard(2, 1, contiguous=True))
+    assert signature(text.select([])) == signature(text.select([]))

@@ -2,142 +2,39 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import sys
-import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
+from torch import nn
 from torch.nn import functional
 
 import delfast
 from delfast import InputError, Mask
 from delfast.files import save_state
 from delfast.naming import model_parameters
-from delfast.optim import MaskedAdamW, MaskedSGD
+from delfast.optim import MaskedSGD
 from delfast.sharding import is_dtensor, local_part, part_of
+from tests.distributed.layouts import (
+    OPTIMIZERS,
+    Net,
+    assert_equal_parts,
+    give_gradients,
+    masks,
+    network,
+    sharded,
+)  # fmt: skip
+from tests.distributed.spawning import run_in_processes
+from tests.distributed.training_states import check_checkpoints, check_other_forms_of_state, check_whole_job
 from tests.groups import gloo_group
 
-SECONDS = 300  # of a job of several processes, after which it has failed
 LAYOUTS = {
     2: ("fsdp", "rows", "columns", "mixed"), 3: ("fsdp", "mixed"), 4: ("fsdp", "hsdp", "fsdp + rows and columns")
 }  # fmt: skip
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "sgd": lambda named, mask: MaskedSGD(named, mask, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adamw": lambda named, mask: MaskedAdamW(named, mask, lr=torch.tensor(0.05), weight_decay=0.1),
-}
-
-
-class Turned(nn.Module):
-    """A layer whose weight is (in, out), as transformers' Conv1D has it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(5, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
-
-
-class Net(nn.Module):
-    """A network of odd sizes, with parameters of fewer rows than there are processes, and with a zero below 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.turned = nn.Linear(6, 7), nn.Linear(7, 5), Turned()
-        self.conv, self.last = nn.Conv2d(1, 5, (1, 3)), nn.Linear(20, 2)
-        with torch.no_grad():
-            self.first.weight[0, 0] = -0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.turned(self.second(self.first(x).relu()).relu())
-        return self.last(self.conv(x[:, None, None]).flatten(1))
-
-
-def network(seed: int = 1) -> Net:
-    torch.manual_seed(seed)
-    return Net()
-
-
-def masks() -> dict[str, Mask]:
-    """Return a mask of rows and one of elements: all of the last layer, and no entry of one weight and one bias."""
-    torch.manual_seed(3)
-    dense: dict[str, dict[str, Tensor]] = {"rows": {}, "elements": {}}
-    for name, p in Net().named_parameters():
-        dim = 1 if name == "turned.weight" else 0
-        rows = torch.arange(p.shape[dim]) % 2 == 0
-        rows = (rows if dim == 1 else rows.reshape(-1, *[1] * (p.ndim - 1))).expand(p.shape)
-        for kind, flags in (("rows", rows), ("elements", torch.rand(p.shape) < 0.4)):
-            all_or_none = {"second.weight": flags & False, "second.bias": flags & False, "last.weight": flags | True}
-            dense[kind][name] = all_or_none.get(name, flags)
-    return {kind: Mask.from_dense(flags, dims={"turned.weight": 1}) for kind, flags in dense.items()}
-
-
-def sharded(layout: str, model: nn.Module) -> nn.Module:
-    """Shard a model that every process has a copy of."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
-
-    processes = torch.distributed.get_world_size()
-
-    def split(columns: Callable[[str], bool]) -> Any:
-        def along(name: str, module: nn.Module, mesh: Any) -> None:
-            for key, p in list(module.named_parameters(recurse=False)):
-                place = [Shard(0)] if p.ndim < 2 or not columns(name) else [Shard(1)]
-                if p.ndim < 2 and columns(name):
-                    place = [Replicate()]  # type: ignore[list-item]
-                module.register_parameter(key, nn.Parameter(distribute_tensor(p, mesh, place)))
-
-        return along
-
-    if layout in ("rows", "columns"):
-        mesh = init_device_mesh("cpu", (processes,))
-        return distribute_module(model, mesh, split(lambda _: layout == "columns"))
-    if layout == "mixed":  # plain parameters beside DTensors
-        return fully_shard(model, ignored_params={*model.first.parameters(), *model.turned.parameters()})  # type: ignore[union-attr]
-    if layout == "fsdp":
-        for module in (model.first, model.last):
-            fully_shard(module)  # type: ignore[arg-type]
-        return fully_shard(model)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    if layout == "hsdp":
-        return fully_shard(model, mesh=mesh)
-    distribute_module(model, mesh["inner"], split(lambda name: name in ("second", "last")))
-    return fully_shard(model, mesh=mesh["outer"])
-
-
-Named = nn.Module | list[tuple[str, Any]]
-
-
-def give_gradients(named: Named, step: int, *, replicated: bool = False, edge: float | None = None) -> None:
-    """Give every parameter its gradient of this step; ``edge``: the last value of the first weight's."""
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    for name, p in named.named_parameters() if isinstance(named, nn.Module) else named:
-        torch.manual_seed(zlib.crc32(name.encode()) + step)
-        gradient = torch.randn(p.shape)
-        if edge is not None and name == "first.weight":
-            gradient[-1, -1] = edge
-        if is_dtensor(p):
-            place = [Replicate()] * p.device_mesh.ndim if replicated else p.placements
-            gradient = distribute_tensor(gradient, p.device_mesh, place, src_data_rank=None)
-        p.grad = gradient
-
-
-def assert_equal_parts(model: nn.Module, expected: nn.Module) -> None:
-    """The part of every parameter that this process holds, to the bit: the sign of a zero counts."""
-    whole = dict(expected.named_parameters())
-    for name, p in model_parameters(model, sharded=True).items():
-        part, held = part_of(whole[name], p), local_part(p)
-        assert part.shape == held.shape, name
-        assert torch.equal(part.contiguous().view(torch.int32), held.contiguous().view(torch.int32)), name
 
 
 # What the processes of one job check, layout by layout
@@ -269,127 +166,6 @@ def check_scaler_and_clipping(layout: str) -> None:
         torch.testing.assert_close(model.get_parameter(name).grad.full_tensor(), p.grad)  # type: ignore[union-attr]
 
 
-def check_checkpoints(layout: str, folder: Path) -> None:
-    """Three steps by two processes, then three by these; the checkpoint's own step changes nothing."""
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    for (kind, mask), (name, make) in zip(masks().items(), OPTIMIZERS.items(), strict=True):
-        one, path = network(), folder / f"{name}-{kind}"
-        theirs = make(one.named_parameters(), mask)
-        if not (path / ".metadata").exists():
-            model = sharded(layout, network())
-            ours = make(model.named_parameters(), mask)
-            take_steps(model, ours, range(3))
-            parts = dict(zip(("model", "optimizer"), get_state_dict(model, ours), strict=True))
-            checkpoint.save(parts, checkpoint_id=path)
-        model = sharded(layout, network())
-        ours = make(model.named_parameters(), mask)
-        parts = dict(zip(("model", "optimizer"), get_state_dict(model, ours), strict=True))
-        assert_equal_parts(model, one)
-        state = parts["optimizer"]["state"]
-        assert state.keys() == dict(one.named_parameters()).keys()
-        for key, entry in state.items():
-            assert entry.pop("step") == 0 and bool(entry) == bool(mask[key].selected)
-            parameter = model.get_parameter(key)
-            for value in entry.values():
-                assert value.shape == parameter.shape and is_dtensor(value) == is_dtensor(parameter)
-                assert not is_dtensor(value) or value.placements == parameter.placements  # type: ignore[attr-defined]
-            entry["step"] = torch.zeros(())
-        checkpoint.load(parts, checkpoint_id=path)
-        set_state_dict(model, ours, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
-        take_steps(one, theirs, range(3))
-        for key, entry in ours.state_dict()["state"].items():
-            part = mask[one_name(ours, key)]
-            assert entry["step"] == (3 if part.selected else 0)
-            for value in entry.values():
-                assert not value.ndim or not local_part(value)[~part.part_of(value).dense()].any()
-                assert not value.ndim or value.shape == part.shape
-        for net, optimizer in ((one, theirs), (model, ours)):
-            take_steps(net, optimizer, range(3, 6))
-        assert_equal_parts(model, one)
-
-
-def take_steps(model: nn.Module, optimizer: Any, steps: range) -> None:
-    for step in steps:
-        give_gradients(model, step)
-        optimizer.step()
-
-
-def one_name(optimizer: Any, index: int) -> str:
-    return optimizer.param_groups[0]["param_names"][index]
-
-
-def check_other_forms_of_state(layout: str) -> None:
-    """Check state that is gathered, flattened, or of one process: each goes on bit for bit."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    for mask, make in zip(masks().values(), OPTIMIZERS.values(), strict=True):
-        one, model = network(), sharded(layout, network())
-        ours, theirs = make(model.named_parameters(), mask), make(one.named_parameters(), mask)
-        take_steps(one, theirs, range(2))
-        take_steps(model, ours, range(2))
-        forms = [StateDictOptions(flatten_optimizer_state_dict=True)]
-        if "+" not in layout:  # torch itself cannot split a gathered state along two mesh dimensions (2.14)
-            forms.insert(0, StateDictOptions(full_state_dict=True))
-        for options in forms:
-            state = get_optimizer_state_dict(model, ours, options=options)
-            ours = make(model.named_parameters(), mask)
-            set_optimizer_state_dict(model, ours, state, options=options)
-            if options.full_state_dict:
-                theirs = make(one.named_parameters(), mask)
-                set_optimizer_state_dict(one, theirs, state, options=StateDictOptions(strict=False))
-            for net, optimizer in ((one, theirs), (model, ours)):
-                take_steps(net, optimizer, range(2, 3))
-            assert_equal_parts(model, one)
-        ours = make(model.named_parameters(), mask)
-        ours.load_state_dict(theirs.state_dict())
-        for net, optimizer in ((one, theirs), (model, ours)):
-            take_steps(net, optimizer, range(3, 4))
-        assert_equal_parts(model, one)
-
-
-def check_whole_job(layout: str, folder: Path) -> None:
-    """Mask, reset, three epochs with clipping; resumed by more processes. No entry outside the mask has changed."""
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    if layout not in ("fsdp", "hsdp"):
-        return
-    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shared, own = folder / "mask.safetensors", folder / f"mask-{rank}.safetensors"
-    for path in (shared, own):  # all processes write the one, at the same time
-        masks()["elements"].save(path)
-    mask = Mask.load(shared)
-    assert shared.read_bytes() == own.read_bytes()
-    model, begun, job = sharded(layout, network()), network(), folder / "checkpoint"
-    optimizer = OPTIMIZERS["adamw"](model.named_parameters(), mask)
-    if processes == 2:
-        delfast.reset_(model, mask, Net, seed=4)
-    else:
-        parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        checkpoint.load(parts, checkpoint_id=job)
-        set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
-    for epoch in range(3):
-        torch.manual_seed(10 * epoch + rank)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(torch.randn(5, 6)), torch.arange(5) % 2).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-    for name, p in model_parameters(model, sharded=True).items():
-        chosen, old = (part_of(value, p) for value in (mask[name].dense(), begun.get_parameter(name)))
-        held = local_part(p)
-        assert torch.equal(held[~chosen].view(torch.int32), old[~chosen].view(torch.int32)), name
-        assert bool((held[chosen] != old[chosen]).any()) == bool(chosen.any()), name
-    if processes == 2:
-        parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        checkpoint.save(parts, checkpoint_id=job)
-
-
 def check_tensor_parallel_training(layout: str) -> None:
     """Forward and backward passes of FSDP2 and tensor parallelism together; the gradients differ by rounding."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -444,7 +220,7 @@ def check_sources_of_one_process(layout: str, folder: Path) -> None:
     with pytest.raises(InputError, match="pass the same seed, model, state dict or file everywhere"):
         delfast.reset_(model, mask, own)
     for chosen in (mask, only):  # of a mixed layout, the second selects plain parameters alone
-        with pytest.raises(InputError, match="expected the same fresh values in all processes"):
+        with pytest.raises(InputError, match="expected the same fresh values on every process"):
             delfast.reset_(model, chosen, Net, seed=rank)
     with pytest.raises(InputError, match=r"seed .* \(on rank 1\)"):
         delfast.reset_(model, mask, Net, seed=-rank)
@@ -458,15 +234,15 @@ def check_what_is_refused(layout: str) -> None:
     rank, (rows, elements) = torch.distributed.get_rank(), masks().values()
     model, before = sharded(layout, network()), network()
     other = elements if rank == 0 else rows
-    with pytest.raises(InputError, match="expected the same mask in all processes"):
+    with pytest.raises(InputError, match="expected the same mask on every process"):
         delfast.reset_(model, other, Net)
-    with pytest.raises(InputError, match="expected the same mask in all processes"):
+    with pytest.raises(InputError, match="expected the same mask on every process"):
         OPTIMIZERS["sgd"](model.named_parameters(), other)
-    with pytest.raises(InputError, match="expected the same fresh values in all processes"):
+    with pytest.raises(InputError, match="expected the same fresh values on every process"):
         delfast.reset_(model, rows, Net, seed=rank)
     with pytest.raises(InputError, match=r"another init than 'reset_parameters' for the sharded 'first.weight'"):
         delfast.reset_(model, rows, "reset_parameters")
-    with pytest.raises(InputError, match=r"a plain tensor for 'first.weight', got a DTensor"):
+    with pytest.raises(InputError, match=r"got 'first.weight' as a DTensor"):
         delfast.compact(model, rows)
     first, second = (OPTIMIZERS["sgd"](model.named_parameters(), mask) for mask in (rows, elements))
     with pytest.raises(InputError, match="build the optimizer with the mask it was saved with"):
@@ -502,54 +278,41 @@ MIXED = (
 )  # scenarios of the layout with plain parameters
 
 
-def job(rank: int, processes: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    with gloo_group(folder / f"store-{processes}", rank, processes):
-        for layout in LAYOUTS[processes]:
-            for name, check in SCENARIOS.items():
-                if layout == "mixed" and name not in MIXED:
-                    continue
-                began = time.perf_counter()
-                try:
-                    check(*(layout, folder)[: check.__code__.co_argcount])
-                except Exception as error:
-                    raise AssertionError(f"{name}, {layout}, process {rank} of {processes}") from error
-                if rank == 0:
-                    print(f"{processes} {layout}: {name} {time.perf_counter() - began:.2f} s", flush=True)
+def checked(name: str, layout: str, folder: Path, rank: int) -> None:
+    check = SCENARIOS[name]
+    check(*(layout, folder)[: check.__code__.co_argcount])
 
 
 def run(processes: int, folder: Path) -> None:
-    """Run a job of several processes; fail if one of them fails, or if they take too long."""
-    context = start_processes(job, (processes, folder), nprocs=processes, join=False, start_method="spawn")
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"{processes} processes took more than {SECONDS} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
-needs_gloo = pytest.mark.skipif(sys.platform != "linux", reason="gloo by a shared file is tested on Linux")
+    """Check all layouts in one job of several processes, whose files are in ``folder``."""
+    jobs = {
+        f"{name}, {layout}": functools.partial(checked, name, layout, folder)
+        for layout in LAYOUTS[processes]
+        for name in SCENARIOS
+        if layout != "mixed" or name in MIXED
+    }
+    own = folder / f"{processes} processes"
+    own.mkdir()
+    run_in_processes(processes, jobs, own)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that two processes have written; the jobs of three and four processes go on from there."""
-    if os.listdir("/sys/class/net") == []:
-        pytest.skip("gloo needs a network interface, be it the loopback, and there is none")
     folder = tmp_path_factory.mktemp("jobs")
     run(2, folder)
-    yield folder
+    return folder
 
 
-@needs_gloo
 @pytest.mark.parametrize("processes", [3, 4])
 def test_more_processes_go_on_bit_for_bit(processes: int, folder: Path) -> None:
     run(processes, folder)
 
 
 # What one process can check
+
+
+needs_gloo = pytest.mark.skipif(sys.platform != "linux", reason="gloo by a shared file is tested on Linux")
 
 
 @needs_gloo

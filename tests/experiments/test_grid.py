@@ -23,6 +23,7 @@ import torch
 from delfast.cli import main
 from delfast.errors import InputError
 from delfast.evaluation import logit_confidences, predictions, u_lira_leave_one_out
+from delfast.experiments.data import Pictures
 from delfast.experiments.datasets import pictures
 from delfast.experiments.grid import HTML, MARKDOWN, RESULTS, cells
 from delfast.experiments.grid.definition import read_grid
@@ -282,7 +283,8 @@ def test_run_times_of_other_machines_are_not_compared(finished: Path, tmp_path: 
 def test_networks_of_other_data_are_refused(finished: Path) -> None:
     cell = read_grid(finished / "grid.toml").cells[0]
     setting = cells._run(cell.config, "cpu")
-    other = replace(setting, data=replace(setting.data, train_images=setting.data.train_images.flip(0)))
+    images = setting.data.images
+    other = replace(setting, data=Pictures(replace(images, train_images=images.train_images.flip(0))))
     with pytest.raises(InputError, match="was made with other data than 'digits' holds now; restore them"):
         load_model(other, finished / "out" / "networks" / cell.original().key)
 

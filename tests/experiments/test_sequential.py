@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from delfast.errors import InputError
-from delfast.experiments.run import load_data
 from delfast.experiments.sequential import report
 from delfast.experiments.sequential.__main__ import main
 from delfast.experiments.sequential.cells import run_definition
@@ -56,9 +55,7 @@ def write(directory: Path, text: str = TINY) -> Path:
 
 def stream(path: Path) -> Stream:
     definition = read_definition(path)
-    config = definition.configs[0]
-    data = load_data(config.data, None, None, config.train_examples, config.test_examples)
-    return Stream(config, data, definition.requests, torch.device("cpu"))
+    return Stream.load(definition.configs[0], definition.requests, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("path", DEFINITIONS, ids=lambda path: path.stem)
@@ -98,7 +95,7 @@ def test_a_definition_that_cannot_be_run_is_refused(tmp_path: Path, before: str,
 
 def test_requests_name_disjoint_examples_that_later_requests_do_not_retain(tmp_path: Path) -> None:
     found = stream(write(tmp_path))
-    sets, given = found.sets, found.data.train_targets
+    sets, given = found.sets, found.data.images.train_targets
     assert [len(each.indices) for each in sets] == [10, 4, 10]
     assert len(torch.cat([each.indices for each in sets]).unique()) == 24
     assert bool((sets[0].targets[sets[0].indices] != given[sets[0].indices]).all())

@@ -46,8 +46,8 @@ def job_of(folder: Path, more: str = "") -> Job:
 
 
 def line_of(path: Path, text: str) -> int:
-    """Return the number of the first line with this text."""
-    return next(n for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if text in line)
+    """Return the number of the last line with this text."""
+    return [n for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if text in line][-1]
 
 
 def points(count: int, seed: int) -> TensorDataset:

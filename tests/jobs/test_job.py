@@ -52,7 +52,7 @@ def test_networks_are_new_each_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "at", "message"),
     [
-        ("def model():\n    return [1]\n", "def model():\n", "model() to return to be a torch.nn.Module, got list"),
+        ("def model():\n    return [1]\n", "def model():", "model() to return to be a torch.nn.Module, got list"),
         ("def model():\n    raise ValueError('no size')\n", "raise ValueError", "ValueError: no size"),
         ("def model():\n    return nn.Linear('a', 'b')\n", "nn.Linear('a'", "TypeError: "),
         ("def model(size):\n    return size\n", "def model(size)", "TypeError: model() missing 1 required"),
@@ -60,9 +60,8 @@ def test_networks_are_new_each_time(tmp_path: Path) -> None:
 )
 def test_errors_of_model_name_file_and_line(more: str, at: str, message: str, tmp_path: Path) -> None:
     job = job_of(tmp_path, more)
-    last = [n for n, line in enumerate(job.path.read_text().splitlines(), 1) if at.strip() in line][-1]
     shown = refusal(job.model)
-    assert shown.startswith(f"'{job.path}', line {last}: ") and message in shown
+    assert shown.startswith(f"'{job.path}', line {line_of(job.path, at)}: ") and message in shown
 
 
 def test_files_hold_a_state_dict_by_default(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from delfast.ledger.store import FIRST, Entry, canonical, entry_hash
 
+START = datetime(2026, 3, 1, 8, 0, 7, 250000, tzinfo=timezone.utc)
 ACCEPT = {"test_drop": 2.0, "attack_advantage": 0.1, "relearn_ratio": 1.5}
 SETTINGS = {"method": "del", "budget": 0.3, "epochs": 10, "lr": 0.015}
 
@@ -24,14 +26,14 @@ def artefact(file: str) -> dict[str, str]:
 
 
 class Writer:
-    """Chains entries, one minute after the other."""
+    """Chains entries, each 37 minutes after the one before."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
 
     def __call__(self, event: str, payload: dict[str, Any], run: int | None = None) -> None:
         number = len(self.entries) + 1
-        time = f"2026-03-{1 + number // 30:02d}T{8 + number % 12:02d}:{number % 60:02d}:07.250000+00:00"
+        time = (START + timedelta(minutes=37 * number)).isoformat(timespec="microseconds")
         previous = self.entries[-1].hash if self.entries else FIRST
         fields = (number, time, event, run, canonical(payload), previous)
         self.entries.append(Entry(*fields, entry_hash(*fields)))

@@ -17,7 +17,9 @@ from torch import nn
 from delfast.errors import InputError, one_line
 from delfast.evaluation import Audit, audit
 from delfast.experiments import pipeline
-from delfast.experiments.run import EVALUATION_BATCH, SUMMARY, Config, Run, choose_device, commit, load_data, load_model
+from delfast.experiments.config import Config
+from delfast.experiments.data import EVALUATION_BATCH
+from delfast.experiments.run import SUMMARY, Run, choose_device, commit, load_model
 from delfast.experiments.sequential.definition import ORIGINAL, Definition, Sequence
 from delfast.experiments.sequential.stream import Stream
 from delfast.files import load_state, make_output_dir, read_json, save_state, write_json
@@ -36,8 +38,8 @@ def run_definition(definition: Definition, directory: Path, device: str, watch: 
     _check_records(definition, directory)
     chosen = choose_device(device)
     for config in definition.configs:
-        data = load_data(config.data, config.data_dir, config.image_size, config.train_examples, config.test_examples)
-        _Seed(definition, Stream(config, data, definition.requests, chosen), directory, watch).run()
+        stream = Stream.load(config, definition.requests, chosen)
+        _Seed(definition, stream, directory, watch).run()
 
 
 def cell_path(directory: Path, config: Config, name: str, number: int) -> Path:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from delfast.arguments import check_choice
 from delfast.errors import InputError
 from delfast.evaluation import Relearning
+from delfast.experiments.config import Config
 from delfast.experiments.grid.definition import check_strategy, choose_method, make_config, read_toml
-from delfast.experiments.run import Config
 from delfast.experiments.schema import Number, check_table, kinds_of, shown
 from delfast.localization import BUDGET, STRATEGIES
 from delfast.unlearning import METHODS, Method

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from delfast.errors import InputError
-from delfast.experiments.datasets import ForgetSet, ImageData, choose
-from delfast.experiments.run import Config, Run
+from delfast.experiments.config import Config
+from delfast.experiments.data import Pictures
+from delfast.experiments.datasets import ForgetSet, choose, load
+from delfast.experiments.run import Run
 from delfast.experiments.sequential.definition import Request
 
 
@@ -23,7 +26,7 @@ class RequestedSet(ForgetSet):
     @property
     def retain(self) -> Tensor:
         """The sorted positions that neither this request nor one before it names."""
-        keep = torch.ones(len(self.targets), dtype=torch.bool)
+        keep = torch.ones(self.count, dtype=torch.bool)
         keep[self.indices] = False
         keep[self.erased] = False
         return keep.nonzero().flatten()
@@ -40,9 +43,16 @@ class Stream:
     """The requests of one seed."""
 
     config: Config
-    data: ImageData
+    data: Pictures
     requests: tuple[Request, ...]
     device: torch.device
+
+    @classmethod
+    def load(cls, config: Config, requests: tuple[Request, ...], device: torch.device) -> Stream:
+        """Load the data of the configuration."""
+        directory = Path(config.data_dir) if config.data_dir else None
+        images = load(config.data, directory, config.image_size, config.train_examples, config.test_examples)
+        return cls(config, Pictures(images), requests, device)
 
     @cached_property
     def sets(self) -> list[RequestedSet]:
@@ -50,14 +60,13 @@ class Stream:
 
         All of them have the same targets: the networks are trained with the wrong labels of every mislabelled request.
         """
-        count, targets = len(self.data.train_targets), self.data.train_targets.clone()
-        left = torch.arange(count)
+        given, classes = self.data.images.train_targets, self.data.images.num_classes
+        count, targets, left = len(given), given.clone(), torch.arange(len(given))
         chosen: list[Tensor] = []
         for number, request in enumerate(self.requests):
             wanted = request.share * count / len(left)
-            own = choose(
-                request.forget, wanted, self.data.train_targets[left], self.data.num_classes, self.config.seed + number
-            )
+            own = choose(request.forget, wanted, given[left], classes, self.config.seed + number)
+            assert own.targets is not None
             if len(own.indices) != round(request.share * count):
                 raise InputError(
                     f"request {number + 1} finds {len(own.indices)} examples of {request.forget}, it asks for "
@@ -67,7 +76,9 @@ class Stream:
             targets[chosen[-1]] = own.targets[own.indices]
             left = left[own.retain]
         return [
-            RequestedSet(request.forget, request.share, self.config.seed, indices, targets, _joined(chosen[:number]))
+            RequestedSet(
+                request.forget, request.share, self.config.seed, indices, targets, count, _joined(chosen[:number])
+            )
             for number, (request, indices) in enumerate(zip(self.requests, chosen, strict=True))
         ]
 

@@ -19,8 +19,15 @@ class Drawing:
 
     svg: Markup
     caption: str
+    reading: str
+    """Words on the drawing's marks, which a report without drawings leaves out."""
     columns: list[str]
     rows: Rows
+
+    @property
+    def text_columns(self) -> int:
+        """Number of columns, from the first, that hold words."""
+        return 2 if "status" in self.columns else 1
 
 
 def figures_of(runs: list[Run]) -> list[Drawing]:
@@ -34,8 +41,8 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
     return [
         Drawing(
             plots.draw_erosion(audited),
-            "Erosion: what the model still can. Each request may cost some accuracy, and the cost adds up. Hollow "
-            "points are runs that were not accepted. Bars are 95 % intervals.",
+            "Erosion: what the model still can. Each request may cost some accuracy, and the cost adds up.",
+            "Hollow points are runs that were not accepted. Bars are 95 % intervals.",
             ["run", "status", "retain set, %", "test set, %"],
             [
                 [*_run_cells(run), _set(run, "retain", "accuracy", 1), _set(run, "test", "accuracy", 1)]
@@ -44,8 +51,9 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
         ),
         Drawing(
             plots.draw_reversal(audited, worst, returns),
-            "Reversal: accuracy on every forget set, from its own run on. A line that rises from run to run, or "
-            "lies above the dotted one, is a sign that the set comes back.",
+            "Reversal: accuracy on every forget set, from its own run on. A rise from run to run is a sign that it "
+            "comes back.",
+            "So is a line above the dotted one.",
             ["request", "first run", "accuracy then, %", "newest run", "accuracy now, %", "rise, points"],
             [
                 [
@@ -60,6 +68,7 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
             plots.draw_attack(audited),
             "Attack: how well an attacker separates the forget set from never-seen examples. 0 is guessing, 1 is "
             "always right.",
+            "",
             ["run", "status", "attack advantage", "limit"],
             [
                 [*_run_cells(run), _set(run, "forget", "attack_advantage", 3), _limit(run, "attack_advantage")]
@@ -70,6 +79,7 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
             plots.draw_ratios(audited),
             "Relearning: odds of answering a forgotten example correctly in a short finetuning, over those of networks "
             "that never saw it. Far above 1 means hidden, not gone.",
+            "",
             ["run", "status", "relearning ratio", "limit"],
             [[*_run_cells(run), _ratio(run), _limit(run, "relearn_ratio")] for run in audited],
         ),

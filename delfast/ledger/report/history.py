@@ -71,6 +71,8 @@ class TakenRequest:
     """One forget request, and the runs that took it up."""
 
     number: int
+    entry: int
+    """Number of the entry that received it."""
     time: str
     count: int
     reason: str | None
@@ -105,8 +107,8 @@ class History:
     head: str = FIRST
     requests: dict[int, TakenRequest] = field(default_factory=dict)
     runs: dict[int, Run] = field(default_factory=dict)
-    references: dict[str, tuple[str, Payload]] = field(default_factory=dict)
-    """File -> time when it was added, and the artefact; retired ones are left out."""
+    references: dict[str, tuple[int, Payload]] = field(default_factory=dict)
+    """File -> number of the entry that added it, and the artefact; retired ones are left out."""
     purged: set[str] = field(default_factory=set)
 
     def having(self, status: str) -> list[TakenRequest]:
@@ -146,8 +148,8 @@ class History:
 
     def _references(self) -> Iterable[Holder]:
         why = "trained before these requests came: may have seen their examples"
-        for file, (time, artefact) in self.references.items():
-            later = tuple(number for number, request in self.requests.items() if request.time > time)
+        for file, (added, artefact) in self.references.items():
+            later = tuple(number for number, request in self.requests.items() if request.entry > added)
             yield Holder(file, artefact["digest"], "reference", later, why)
 
 
@@ -163,7 +165,7 @@ def read_history(entries: Iterable[Entry]) -> History:
         elif entry.event == RECEIVED:
             number = payload["request"]
             facts = (payload[name] for name in ("count", "reason", "due", "ids"))
-            history.requests[number] = TakenRequest(number, entry.time, *facts)
+            history.requests[number] = TakenRequest(number, entry.number, entry.time, *facts)
             if number - KEPT_IDS in history.requests:
                 history.requests[number - KEPT_IDS].ids = ()
         elif entry.event == STARTED and entry.run is not None:
@@ -176,7 +178,7 @@ def read_history(entries: Iterable[Entry]) -> History:
                 if payload["action"] == "retired":
                     history.references.pop(artefact["file"], None)
                 else:
-                    history.references[artefact["file"]] = (entry.time, artefact)
+                    history.references[artefact["file"]] = (entry.number, artefact)
         elif entry.event == "purged":
             history.purged.update(artefact["file"] for artefact in payload["files"])
         if entry.run is not None:

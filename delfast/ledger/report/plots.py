@@ -84,7 +84,8 @@ def _measure(run: Run, name: str, field: str) -> Interval | None:
 
 
 def _panel(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure(figsize=SIZE)  # fixed margins: a layout engine takes as long as the drawing
+    figure.subplots_adjust(left=0.14, right=0.98, top=0.97, bottom=0.36)
     axes = figure.add_subplot()
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
@@ -137,5 +138,5 @@ def _limit(axes: Any, runs: Sequence[Run], name: str) -> None:
 
 
 def _finish(figure: Figure, axes: Any, name: str, label: str) -> Markup:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, fontsize=8.5)
     return inline_svg(figure, "".join(c if c.isalnum() else "-" for c in name), label)

@@ -176,7 +176,9 @@ def _set_row(name: str, values: Mapping[str, Any]) -> list[str]:
 
 def _class_rows(classes: Mapping[str, list[Mapping[str, float | None] | None]]) -> Rows:
     pairs = zip(classes.get("retain", ()), classes.get("test", ()), strict=True)
-    return [[str(label), *(wording.interval(each, 1) for each in pair)] for label, pair in enumerate(pairs)]
+    return [
+        [str(label), *(wording.interval(each, 1) for each in pair)] for label, pair in enumerate(pairs) if any(pair)
+    ]
 
 
 def _curves(run: Run) -> list[tuple[Markup, str]]:

@@ -13,8 +13,9 @@ from numpy.lib import format as npy
 from torch import Tensor, nn
 
 from delfast.arguments import check_function, check_loader, check_path
-from delfast.batches import LossFn, device_of, evaluating, split_batch, warn_about_loader
+from delfast.batches import LossFn, device_of, split_batch, warn_about_loader
 from delfast.errors import InputError
+from delfast.eval_mode import evaluating
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.files import directory_for, read_json, write_json
@@ -25,6 +26,7 @@ from delfast.localization.per_example.contributions import channel_dot, wide, wi
 from delfast.localization.per_example.passes import ExamplePasses
 from delfast.localization.per_example.trial import Trial
 from delfast.naming import trainable_parameters, unwrap
+from delfast.ops.layout import channels_first
 
 MATRIX_FILE, EXAMPLES_FILE, LAYERS_FILE = "matrix.npy", "examples.npy", "layers.json"
 
@@ -239,7 +241,7 @@ class ChannelSums:
 
     def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
         products = self.parameters[name].detach() * widened(gradient)
-        by_row = products.movedim(self.dims.get(name, 0), 0).flatten(1)
+        by_row = channels_first(products, self.dims.get(name, 0)).flatten(1)
         self.rows[name][example] = by_row.sum(dim=1)
 
     def state(self) -> dict[str, Tensor]:

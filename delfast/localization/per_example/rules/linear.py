@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from delfast.layer_types import as_linear, register_rule
+from delfast.layer_types import register_rule
 from delfast.localization.per_example.contributions import Contribution, Convolution
 from delfast.localization.per_example.layers import BatchAxis, Call, LayerRule
+from delfast.ops.layout import channels_first
 
 
 class Linear(LayerRule):
@@ -75,7 +76,7 @@ class _Registered(Linear):
 
     def mismatch(self, call: Call, inputs: Tensor, output: Tensor) -> str | None:
         with torch.no_grad():
-            expected = functional.linear(inputs, as_linear(call["weight"], self.output_dim), call["bias"])
+            expected = functional.linear(inputs, channels_first(call["weight"], self.output_dim), call["bias"])
         # a tolerance of 1 %: far above the rounding of 16-bit floats
         output = output.detach().to(expected.dtype)  # autocast may convert one of the two
         if output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-2, atol=1e-2):

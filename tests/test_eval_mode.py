@@ -1,4 +1,4 @@
-"""Networks that write their state as they run, and RNNs: what delfast.batches.evaluating leaves as it was."""
+"""Networks that write their state as they run, and RNNs: what delfast.eval_mode.evaluating leaves as it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import delfast
 from delfast import InputError
-from delfast.batches import evaluating
+from delfast.eval_mode import evaluating
 from delfast.evaluation import accuracy_and_loss, kl_to_oracle, predictions
 from delfast.localization import signed_channels
 from delfast.unlearning import METHODS

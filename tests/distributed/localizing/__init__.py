@@ -1,0 +1,1 @@
+"""The themes of tests/distributed/test_localize.py: scenarios of several processes, and what they must return."""
