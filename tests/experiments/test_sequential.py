@@ -120,7 +120,7 @@ def without_times(directory: Path) -> list[dict[str, Any]]:
     """Return the records without seconds."""
     records = report.read_records(directory)
     for record in records:
-        del record["seconds"]
+        record.pop("seconds", None)
     return records
 
 
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_to_the_same_records(tmp_path: Path, capsys: pytes
     path, whole, pieces = write(tmp_path), tmp_path / "whole", tmp_path / "pieces"
     packed = tmp_path / "packed"
     assert main([str(path), "--output-dir", str(whole), "--pack", str(packed)]) == 0, capsys.readouterr().err
-    assert len(report.read_records(whole)) == 1 + 2 * 3
+    assert len(report.read_records(whole)) == 1 + 2 * (3 + 1)
     assert report.read_records(packed) == report.read_records(whole)
     text = (packed / report.REPORT).read_text(encoding="utf-8")
     assert text == report.make_report(report.read_records(packed), "tiny")
@@ -152,9 +152,9 @@ def test_a_stopped_run_goes_on_to_the_same_records(tmp_path: Path, capsys: pytes
     state.write_bytes(kept)
     lines: list[str] = []
     run_definition(read_definition(path), pieces, "cpu", lines.append)
-    assert [line.partition(":")[2].split(":")[0] for line in lines] == [
-        " del-all, request 3", *(f" retrain, request {number}" for number in (1, 2, 3))
-    ]  # fmt: skip
+    served = [line.removeprefix("seed 0: ").partition(":")[0] for line in lines]
+    last = [*(f"retrain, request {number}" for number in (1, 2, 3)), "retrain, relearning"]
+    assert served == ["del-all, request 3", "del-all, relearning", *last]
     assert without_times(pieces) == without_times(whole)
 
     other = write(tmp_path, TINY.replace("share = 0.02", "share = 0.04"))
@@ -168,7 +168,8 @@ def record(sequence: str, seed: int, request: int, accuracies: dict[str, float],
         name: {"accuracy": {"value": value}, "attack_advantage": {"value": value / 100}}
         for name, value in accuracies.items()
     }
-    classes = {"test": [{"value": accuracies["test"]}, {"value": accuracies["test"] - 10.0 * request}, None]}
+    test = accuracies.get("test", 0.0)
+    classes = {"test": [{"value": test}, {"value": test - 10.0 * request}, None]}
     return {
         "sequence": sequence,
         "seed": seed,
@@ -188,12 +189,15 @@ def record(sequence: str, seed: int, request: int, accuracies: dict[str, float],
 def recorded(seed: int, bonus: float) -> list[dict[str, Any]]:
     before = {"test": 90.0, "retain": 100.0, "request 1": 100.0, "request 2": 100.0, "request 3": 100.0}
     after = {"test": 80.0 + bonus, "retain": 99.0, "request 1": 50.0, "request 2": 70.0, "request 3": 5.0}
-    ratios = {f"request {number}": {"ratio": {"value": 2.0 + 6 * seed}} for number in (1, 3)}
+    ratio = {"value": 2.0 + 6 * seed, "low": 1.0, "high": 5000.0}
+    relearned = record("del", seed, 3, {}, relearning={f"request {number}": {"ratio": ratio} for number in (1, 3)})
+    del relearned["audit"]
     return [
         record("original", seed, 0, before),
         record("del", seed, 1, {"test": 88.0, "retain": 99.0, "request 1": 10.0}),
         record("del", seed, 2, {"test": 84.0, "retain": 99.0, "request 1": 10.0, "request 2": 60.0}),
-        record("del", seed, 3, after, relearning=ratios),
+        record("del", seed, 3, after),
+        relearned,
     ]
 
 
@@ -207,6 +211,7 @@ def test_the_report_has_erosion_what_comes_back_and_relearning() -> None:
     assert [cell.split()[0] for cell in reversal[1:]] == ["60.0", "70.0", "none", "none", "10.0", "50.0"]
     assert [cell.split()[0] for cell in attacks[1:3]] == ["0.250", "0.417"]
     assert attacks[3] == "4.00 (2.00 to 8.00)"
+    assert "| 2.00 (1.00 to 5e+03) |" in report.make_report(recorded(0, 0.0), "one seed")
     assert "After 3 requests the change of test accuracy is -9.0 points with all methods." in text
     assert "its change since each was unlearned is 40.0 points with all methods." in text
 

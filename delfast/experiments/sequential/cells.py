@@ -1,7 +1,8 @@
 """Serve the requests one after the other by each sequence, and measure after every request what holds.
 
 A record that exists is not computed again, so a run that was stopped goes on where it was. Records are files of JSON,
-``cells/SEED-SEQUENCE-NUMBER.json``. ``networks/`` has the original, the controls, and each sequence's newest network.
+``cells/SEED-SEQUENCE-NUMBER.json`` and, after the last request, ``-relearning.json``. ``networks/`` has the original,
+the controls, and each sequence's newest network.
 """
 
 from __future__ import annotations
@@ -47,13 +48,18 @@ def cell_path(directory: Path, config: Config, name: str, number: int) -> Path:
     return directory / CELLS / f"{config.seed}-{name}-{number:02d}.json"
 
 
+def relearning_path(directory: Path, config: Config, name: str) -> Path:
+    """The file of the record of relearning after a sequence's last request."""
+    return directory / CELLS / f"{config.seed}-{name}-relearning.json"
+
+
 def _check_records(definition: Definition, directory: Path) -> None:
     """Raise InputError for a record of other settings than the definition's."""
     for config in definition.configs:
         for sequence in (None, *definition.sequences):
             name = ORIGINAL if sequence is None else sequence.name
-            for number in range(len(definition.requests) + 1):
-                path = cell_path(directory, config, name, number)
+            paths = [cell_path(directory, config, name, number) for number in range(len(definition.requests) + 1)]
+            for path in (*paths, relearning_path(directory, config, name)):
                 if path.is_file() and read_json(path).get("definition") != definition.digest(config, sequence):
                     raise InputError(f"'{path}' is of other settings than the definition; choose another --output-dir")
 
@@ -85,7 +91,7 @@ class _Seed:
                     return
                 continue
             content = self._origin(sequence, number)
-            model = self._model_before(sequence, number)
+            model = self._model_after(sequence, number - 1)
             try:
                 content |= self._unlearn(sequence, number, model)
             except (InputError, Diverged) as error:
@@ -93,12 +99,15 @@ class _Seed:
                 self.watch(f"seed {self.seed}: {sequence.name}, request {number}: failed: {one_line(error)}")
                 return
             content["audit"] = self._audit(model, number)
-            if number == self.last:
-                content["relearning"] = self._relearning(model)
             save_state(self._state_path(sequence, number), model.state_dict())
             write_json(path, {**content, "model": digest_state(model.state_dict())})
             self._state_path(sequence, number - 1).unlink(missing_ok=True)
             self.watch(f"seed {self.seed}: {sequence.name}, request {number}: {sum(content['seconds'].values()):.1f} s")
+        path = relearning_path(self.directory, self.config, sequence.name)
+        if not path.is_file():
+            model = self._model_after(sequence, self.last)
+            write_json(path, {**self._origin(sequence, self.last), "relearning": self._relearning(model)})
+            self.watch(f"seed {self.seed}: {sequence.name}, relearning")
 
     def _origin(self, sequence: Sequence | None, number: int) -> dict[str, Any]:
         """Return the part of a record that says what it is of."""
@@ -132,13 +141,13 @@ class _Seed:
             return pipeline.oracle(run, path, shadow=control, **options).model
         return load_model(run, path)
 
-    def _model_before(self, sequence: Sequence, number: int) -> nn.Module:
-        """Return the network that a request begins with: of the request before it, or the original."""
-        if number == 1:
+    def _model_after(self, sequence: Sequence, number: int) -> nn.Module:
+        """Return the network after a request; number 0: the original."""
+        if number == 0:
             return self._trained(ORIGINAL)
-        path, run = self._state_path(sequence, number - 1), self.stream.run(number)
+        path, run = self._state_path(sequence, number), self.stream.run(number)
         state = load_state(path)
-        record = cell_path(self.directory, self.config, sequence.name, number - 1)
+        record = cell_path(self.directory, self.config, sequence.name, number)
         if digest_state(state) != read_json(record).get("model"):
             raise InputError(f"'{path}' is not the network of '{record}'; choose another --output-dir")
         model = run.factory()

@@ -20,12 +20,13 @@ from delfast.experiments.sequential.definition import ORIGINAL
 from delfast.files import make_output_dir, read_json, read_json_lines, write_text
 
 PACKED, REPORT = f"{CELLS}.jsonl", "report.md"
-RETRAIN = "retrain"
+RETRAIN, RELEARNING = "retrain", "relearning"
 KINDS = {"iid": "random examples", "non-iid": "one class", "mislabelled": "wrong labels"}
 RECORD: dict[str, Any] = {
     "sequence": str, "seed": int, "request": int, "provenance": {**ORIGIN, "threads": int}
 }  # fmt: skip
 MEASURED: dict[str, Any] = {"seconds": SECONDS, "audit": {"sets": Each(dict)}}
+RELEARNED: dict[str, Any] = {RELEARNING: Each(dict)}
 
 EROSION = """\
 **Erosion.** Test accuracy before the first request and after some; its change over all {last}, in points, also of the
@@ -40,7 +41,8 @@ unlearned, and after the last request. With wrong labels it is the part that get
 ATTACKS = """\
 **Attack and relearning.** The confidence attack's advantage (0 to 1), mean over the forget sets. After the last
 request, how much more of the first and of the last forget set comes back by finetuning than in networks that never saw
-it: the audit's ratio of odds, 1 for as much; geometric mean over seeds, with the least and the greatest.
+it: the audit's ratio of odds, 1 for as much. The geometric mean over seeds, with the least and the greatest; one seed
+has its 95 % interval.
 
 """
 
@@ -59,7 +61,9 @@ def read_records(directory: Path) -> list[Record]:
             f"expected '{directory}' to hold records of sequential requests, there is none; run them first"
         )
     for name, record in named:
-        check_record(record, RECORD if "failed" in record else {**RECORD, **MEASURED}, name, "; restore it")
+        check_record(record, RECORD, name, "; restore it")
+        if "failed" not in record:
+            check_record(record, RELEARNED if RELEARNING in record else MEASURED, name, "; restore it")
     return [record for _, record in named]
 
 
@@ -72,10 +76,14 @@ def pack(directory: Path, target: Path, report: str) -> None:
 
 @dataclass(frozen=True)
 class Course:
-    """One sequence with one seed that served every request: its records by request, and the original's record."""
+    """One sequence with one seed that served every request: its records by request, and the original's record.
+
+    ``relearning``: by the names of two requests.
+    """
 
     original: Record
     records: dict[int, Record]
+    relearning: Mapping[str, Any]
 
     @property
     def last(self) -> Record:
@@ -98,16 +106,19 @@ Measure = Callable[[Course], float]
 def courses_of(records: Sequence[Record]) -> dict[str, list[Course]]:
     """Return the courses of each sequence that are whole, by name, retraining last; the seeds ascend."""
     originals = {record["seed"]: record for record in records if record["sequence"] == ORIGINAL}
+    relearning = {
+        (record["sequence"], record["seed"]): record[RELEARNING] for record in records if RELEARNING in record
+    }
     last = max(record["request"] for record in records)
     grouped: dict[str, dict[int, dict[int, Record]]] = {}
     for record in records:
-        if record["sequence"] != ORIGINAL and "failed" not in record:
+        if record["sequence"] != ORIGINAL and "audit" in record:
             grouped.setdefault(record["sequence"], {}).setdefault(record["seed"], {})[record["request"]] = record
     return {
         name: [
-            Course(originals[seed], found)
+            Course(originals[seed], found, relearning[name, seed])
             for seed, found in sorted(seeds.items())
-            if seed in originals and len(found) == last
+            if seed in originals and len(found) == last and (name, seed) in relearning
         ]
         for name, seeds in sorted(grouped.items(), key=lambda item: (item[0] == RETRAIN, item[0]))
     }
@@ -240,12 +251,23 @@ def _attacks(courses: Mapping[str, Sequence[Course]]) -> str:
 
 
 def _ratios(courses: Sequence[Course], name: str) -> str:
-    found = [course.last["relearning"][name]["ratio"] for course in courses]
-    values = [each["value"] for each in found if each is not None]
-    if not values:
+    """Return the geometric mean over seeds with the least and the greatest; for one seed its own interval."""
+    found = [course.relearning[name]["ratio"] for course in courses]
+    figures = [each for each in found if each is not None]
+    if not figures:
         return "none"
+    values = [each["value"] for each in figures]
+    if len(values) == 1:
+        low, high = figures[0]["low"], figures[0]["high"]
+    else:
+        low, high = min(values), max(values)
     middle = math.exp(sum(map(math.log, values)) / len(values))
-    return f"{middle:.2f} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else f"{middle:.2f}"
+    return _short(middle) + (f" ({_short(low)} to {_short(high)})" if low is not None else "")
+
+
+def _short(value: float) -> str:
+    """Return two decimals, or a power of ten for what is far from 1."""
+    return f"{value:.2f}" if 0.005 <= value < 1000 else f"{value:.0e}"
 
 
 def _mean(courses: Sequence[Course], measure: Measure, digits: int = 1) -> str:
