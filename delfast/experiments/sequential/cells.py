@@ -58,9 +58,12 @@ def _check_records(definition: Definition, directory: Path) -> None:
     for config in definition.configs:
         for sequence in (None, *definition.sequences):
             name = ORIGINAL if sequence is None else sequence.name
-            paths = [cell_path(directory, config, name, number) for number in range(len(definition.requests) + 1)]
-            for path in (*paths, relearning_path(directory, config, name)):
-                if path.is_file() and read_json(path).get("definition") != definition.digest(config, sequence):
+            paths = {
+                cell_path(directory, config, name, number): False for number in range(len(definition.requests) + 1)
+            }
+            for path, relearning in (paths | {relearning_path(directory, config, name): True}).items():
+                wanted = definition.digest(config, sequence, relearning=relearning)
+                if path.is_file() and read_json(path).get("definition") != wanted:
                     raise InputError(f"'{path}' is of other settings than the definition; choose another --output-dir")
 
 
@@ -106,13 +109,14 @@ class _Seed:
         path = relearning_path(self.directory, self.config, sequence.name)
         if not path.is_file():
             model = self._model_after(sequence, self.last)
-            write_json(path, {**self._origin(sequence, self.last), "relearning": self._relearning(model)})
+            origin = self._origin(sequence, self.last, relearning=True)
+            write_json(path, {**origin, "relearning": self._relearning(model)})
             self.watch(f"seed {self.seed}: {sequence.name}, relearning")
 
-    def _origin(self, sequence: Sequence | None, number: int) -> dict[str, Any]:
+    def _origin(self, sequence: Sequence | None, number: int, *, relearning: bool = False) -> dict[str, Any]:
         """Return the part of a record that says what it is of."""
         content: dict[str, Any] = {
-            "definition": self.definition.digest(self.config, sequence),
+            "definition": self.definition.digest(self.config, sequence, relearning=relearning),
             "sequence": ORIGINAL if sequence is None else sequence.name,
             "seed": self.seed,
             "request": number,

@@ -79,11 +79,14 @@ class Definition:
     controls: int
     relearning: Relearning
 
-    def digest(self, config: Config, sequence: Sequence | None) -> str:
-        """Return a digest of everything that determines the results of a sequence; None: of the original."""
+    def digest(self, config: Config, sequence: Sequence | None, *, relearning: bool = False) -> str:
+        """Return a digest of everything that determines the records of a sequence, or its record of relearning.
+
+        ``sequence``: None for the original.
+        """
         determined: list[Any] = [asdict(config), [asdict(request) for request in self.requests]]
-        if sequence is not None:
-            determined += [sequence.described(), asdict(self.relearning), self.controls]
+        determined += [] if sequence is None else [sequence.described()]
+        determined += [asdict(self.relearning), self.controls] if relearning else []
         return hashlib.sha256(json.dumps(determined, sort_keys=True).encode()).hexdigest()[:16]
 
 
