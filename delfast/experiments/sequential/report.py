@@ -291,7 +291,7 @@ def _remarks(records: Sequence[Record], courses: Mapping[str, Sequence[Course]])
         missing = len(seeds) - len(courses.get(name, ()))
         if name != ORIGINAL and missing:
             lines.append(f"- {name}: {missing} of {len(seeds)} seeds did not serve every request and are left out")
-    return "\n".join([*lines, f"- {len(seeds)} seeds; {origins(records)}", ""])
+    return "\n".join([*lines, f"- seeds: {len(seeds)}; {origins(records)}", ""])
 
 
 def paragraph(courses: Mapping[str, Sequence[Course]]) -> str:
