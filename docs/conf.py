@@ -1,4 +1,4 @@
-"""The documentation's settings: ``make docs``. Nothing is downloaded while it builds, and no page loads from elsewhere."""
+"""Settings of the documentation: ``make docs``. The build downloads nothing, and no page loads from elsewhere."""
 
 from __future__ import annotations
 

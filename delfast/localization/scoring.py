@@ -87,7 +87,8 @@ def score(
           and linear layers scores 0, and so does the head.
     per_example : bool, default False
         Score each example by its own gradient g(x): c_j is the mean over ``loader`` of ``|θ_j g_j(x)|``,
-        ``|g_j(x)|`` or g_j(x)². Exact, in one backward pass per batch. ``docs/per_example.md`` lists what it requires of a model.
+        ``|g_j(x)|`` or g_j(x)². Exact, in one backward pass per batch. ``docs/per_example.md`` lists what it requires
+        of a model.
     loss_fn : callable or None, default None
         ``loss_fn(model, batch)`` returns per-example losses of shape (N,). None means cross-entropy.
     seed : int, default 0

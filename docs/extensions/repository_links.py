@@ -1,43 +1,55 @@
-"""Links from a page to a file of the repository that has a page of its own in the site.
+"""Links of a page, or of a file that it includes, to a file of the repository.
 
-The pages are also read in the repository, where they link to ``../CONTRIBUTING.md`` or ``../examples/``. In the site
-these links lead to the page that shows the file. A link to any other file outside docs/ becomes a download.
+The pages are also read in the repository, where they link to ``../CONTRIBUTING.md`` or ``../examples``. In the site
+these links lead to the page that shows the file. A link to another file outside docs/ becomes a download.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+from pathlib import Path
 
 from sphinx.application import Sphinx
 
+DOCS = Path(__file__).parents[1]
 PAGES = {
+    "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "examples": "examples/index.md",
     "experiments/results/cifar10-small/README.md": "results_cifar10_small.md",
 }
-LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
+TARGET = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
 
 
-def page_of(target: str, docname: str) -> str:
-    """Return the target of a link of the page ``docname``, a file of the repository replaced by the page that shows it."""
-    inside = posixpath.normpath(posixpath.join("docs", posixpath.dirname(docname), target))
-    name, _, suffix = inside.rpartition("/")
-    page = f"examples/{suffix.removesuffix('.py')}.md" if name == "examples" and suffix.endswith(".py") else None
-    page = PAGES.get(inside, page)
-    if page is not None:
-        return posixpath.relpath(page, posixpath.dirname(docname) or ".")
-    is_outside = not inside.startswith("docs/") and inside.endswith(".md")
-    return f"path:{target}" if is_outside else target  # MyST takes any .md for a page
+def target_in_site(target: str, folder: str, docname: str) -> str:
+    """Return a link's target as the page ``docname`` needs it. In the repository the link is in ``folder``."""
+    file = posixpath.normpath(posixpath.join(folder, target))
+    example = re.fullmatch(r"examples/(\w+)\.py", file)
+    page = f"examples/{example[1]}.md" if example and (DOCS / f"examples/{example[1]}.md").exists() else None
+    path = posixpath.relpath(f"docs/{PAGES.get(file, page)}" if PAGES.get(file, page) else file, f"docs/{docname}/..")
+    is_outside = path.startswith("../") and not posixpath.normpath(f"docs/{docname}/../{path}").startswith("docs/")
+    return f"path:{path}" if is_outside and path.endswith(".md") else path  # MyST takes any other .md for a page
 
 
-def rewrite(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Replace the links of a page before it is parsed."""
-    content[0] = LINK.sub(lambda match: page_of(match[1], docname), content[0])
+def rewrite(content: list[str], folder: str, docname: str) -> None:
+    """Replace the targets of links in a text before it is parsed."""
+    content[0] = TARGET.sub(lambda match: target_in_site(match[1], folder, docname), content[0])
+
+
+def rewrite_page(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Rewrite a page."""
+    rewrite(content, posixpath.dirname(f"docs/{docname}"), docname)
+
+
+def rewrite_included(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
+    """Rewrite a file that the page ``parent`` includes. ``path`` is relative to docs/."""
+    rewrite(content, posixpath.dirname(posixpath.normpath(f"docs/{path.as_posix()}")), parent)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect the event."""
-    app.connect("source-read", rewrite)
+    """Connect the events."""
+    app.connect("source-read", rewrite_page)
+    app.connect("include-read", rewrite_included)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
