@@ -33,11 +33,13 @@ def marked_up(text: str) -> str:
 
 
 def sentences(text: str) -> str:
-    """Return the help of a parameter as sentences: "number  [default: 1; required]" ends in "Default: 1. Required."."""
-    text, _, bracket = text.partition("  [")
-    notes = [note.strip() for note in bracket.removesuffix("]").split(";") if note.strip()]
-    parts = [text, *(re.sub(r"^default: (.*)$", r"default: `\1`", note) for note in notes)]
-    return " ".join(marked_up(part[:1].upper() + part[1:]) + "." * (not part.endswith(".")) for part in parts if part)
+    """Return the help of a parameter as sentences: "number  [default: 1; required]" becomes "number. Default: 1. …"."""
+    found = re.fullmatch(r"(?P<text>.*?)(?:\s*\[(?P<notes>(?:default|required|env var|x|[\d.]+<)[^\[]*)\])?", text)
+    assert found is not None  # matches any line
+    notes = filter(None, map(str.strip, (found["notes"] or "").split(";")))
+    marked = (re.sub(r"^default: (.*)$", r"default: `\1`", note) for note in notes)
+    parts = [found["text"], *(note[:1].upper() + note[1:] for note in marked)]
+    return " ".join(marked_up(part) + "." * (not part.endswith(".")) for part in parts if part)
 
 
 def page(name: str, command: Command) -> Iterator[str]:

@@ -19,16 +19,18 @@ PACKAGES = tuple(
 def names(package: str) -> dict[str, Any]:
     """Return the public names of a package by kind.
 
-    ``own``: functions and classes. ``elsewhere``: those that ``delfast`` itself has, where they are described.
-    ``data``: for each constant that is documented, the module-qualified name below its documentation.
+    ``functions``, ``classes``: those that are described with this package. ``elsewhere``: those that ``delfast``
+    itself has, where they are described. ``data``: each documented constant, by the module that documents it.
     """
     module = importlib.import_module(package)
     values = {name: getattr(module, name) for name in module.__all__ if not name.startswith("__")}
     objects = [name for name, value in values.items() if getattr(value, "__module__", "").startswith("delfast")]
     top = () if package == "delfast" else importlib.import_module("delfast").__all__
     rest = [name for name, value in values.items() if name not in objects and not isinstance(value, ModuleType)]
+    own = [name for name in objects if name not in top]
     return {
-        "own": [name for name in objects if name not in top],
+        "functions": [name for name in own if not isinstance(values[name], type)],
+        "classes": [name for name in own if isinstance(values[name], type)],
         "elsewhere": [name for name in objects if name in top],
         "data": [found for name in rest if name not in top for found in _documented(name)],
     }
