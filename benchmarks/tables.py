@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import gpu_bandwidth
+from benchmarks.distributed import RESULTS as DISTRIBUTED
+from benchmarks.distributed import table as distributed_table
 from benchmarks.gpu_kernels import COLUMNS, row
 from benchmarks.gpu_report import (
     GOALS,
@@ -328,6 +330,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "steps": measured(read_json(STEPS), STEPS.name),
             "job": measured(kept["JOB"], JOB.name),
             "memory": measured(read_json(MEMORY), MEMORY.name),
+            "distributed": distributed_table(read_json(DISTRIBUTED)),
             "calls": calls(card),
             "gpu": gpu(kept["GPU"]),
             "bandwidth": bandwidth(card, read_json(gpu_bandwidth.BEFORE)),

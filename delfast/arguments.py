@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
@@ -138,3 +139,12 @@ def check_device(value: Any) -> torch.device:
         return torch.device(value)
     except RuntimeError:
         raise refusal from None
+
+
+def function_name(function: object) -> str:
+    """Return text that tells functions apart: a qualified name, and the plain arguments of a ``functools.partial``."""
+    if isinstance(function, functools.partial):
+        given = [*enumerate(function.args), *sorted(function.keywords.items())]
+        plain = {name: value for name, value in given if isinstance(value, (bool, int, float, str, type(None)))}
+        return f"{function_name(function.func)} {plain}"
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import SubsetRandomSampler
+from torch.utils.data import Dataset, SubsetRandomSampler
 
 from delfast.arguments import form_of
 from delfast.device_checks import refuse_if
@@ -307,8 +307,7 @@ def warn_about_loader(loader: Any, what: str) -> None:
             "Subset(dataset, indices) without that sampler",
             stacklevel=3,
         )
-    dataset = getattr(loader, "dataset", None)
-    while dataset is not None:
+    for dataset in data_sets_of(loader):
         for transform in _transforms(getattr(dataset, "transform", None)):
             if type(transform).__name__.startswith(("Random", "AutoAugment", "TrivialAugment", "AugMix")):
                 warnings.warn(
@@ -317,7 +316,14 @@ def warn_about_loader(loader: Any, what: str) -> None:
                     stacklevel=3,
                 )
                 return
-        dataset = getattr(dataset, "dataset", None)  # Subset
+
+
+def data_sets_of(loader: Any) -> Iterator[Any]:
+    """Yield the data set of a loader, the one of which it is a Subset, and so on, each once."""
+    seen: set[int] = set()
+    while isinstance(loader := getattr(loader, "dataset", None), (Dataset, Sized)) and id(loader) not in seen:
+        seen.add(id(loader))
+        yield loader
 
 
 def sampler_of(loader: Any) -> Any:

@@ -43,6 +43,11 @@ def check_group(group: Group) -> Any:
     return group
 
 
+def meshes_of(tensors: Iterable[Any]) -> list[Any]:
+    """Return the device meshes of the DTensors among tensors, each once."""
+    return list(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor)))
+
+
 def mesh_groups(parameter: Any) -> list[Any]:
     """Return the groups of more than one process of a DTensor's mesh."""
     if not is_dtensor(parameter):

@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from delfast.bits import bits
+from delfast.bits import checksum
 from delfast.errors import InputError, one_line
 from delfast.groups import (
-    MAX_BUCKET_BYTES,
     Group,
     all_reduce,
     check_group,
     exchanged_device,
     listed,
     mesh_groups,
+    meshes_of,
     ranks_of,
     reduced_over,
 )
@@ -41,6 +41,9 @@ class Processes:
 
     data: the data group, or None if the data are the same everywhere. rank, size: this process's rank in it, and its
     number of processes. meshes: the mesh groups of more than one process, each once.
+
+    Every exchange begins with ``raise_first``. A process that has failed, in whatever context ``together``, meets the
+    others there, and all of them raise its error in place of the exchange.
     """
 
     def __init__(self, group: Any, parameters: Mapping[str, Tensor]) -> None:
@@ -49,13 +52,15 @@ class Processes:
         self.size: int = 1 if group is None else dist.get_world_size(group)
         by_ranks = {ranks_of(each): each for p in parameters.values() for each in mesh_groups(p)}
         self.meshes = list(by_ranks.values())
-        if group is not None:
-            by_ranks.setdefault(ranks_of(group), group)
-        self._all = list(by_ranks.values())
+        # the groups of every exchange are the same in all calls inside a job, also where some know no data group
+        reached = {rank for mesh in meshes_of(parameters.values()) for rank in mesh.mesh.flatten().tolist()}
+        beyond = [] if group is None or reached.issuperset(ranks_of(group)) else [group]
+        self._all = [*self.meshes, *beyond]
         devices = {p.device for p in parameters.values()}
-        on_cpu = all(torch.device("cpu") in each._device_types for each in self._all)
+        groups = self._all if group is None else [*self._all, group]
+        on_cpu = all(torch.device("cpu") in each._device_types for each in groups)
         # small messages: the host does not wait for the device where the groups can exchange without it
-        self.device = torch.device("cpu") if on_cpu or not devices else exchanged_device(devices, self._all)
+        self.device = torch.device("cpu") if on_cpu or not devices else exchanged_device(devices, groups)
         self._check_product()
 
     # What all processes of the job do together
@@ -88,7 +93,8 @@ class Processes:
         if error is not None and mine == highest:
             is_input = isinstance(error, InputError)
             words = str(error) if is_input else f"{type(error).__name__}: {one_line(error)}"
-            encoded = f"{words} (on rank {rank})".encode()[:TEXT_BYTES]
+            place = f" (on rank {rank})".encode()
+            encoded = words.encode()[: TEXT_BYTES - len(place)].decode(errors="ignore").encode() + place
             text[0] = is_input
             text[1 : 1 + len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         raw = self._over_all(text).numpy().tobytes()
@@ -145,6 +151,7 @@ class Processes:
         return self._is_same(value, self._all)
 
     def _is_same(self, value: str | bytes, groups: list[Any]) -> bool:
+        self.raise_first(None)
         digest = hashlib.sha256(value.encode() if isinstance(value, str) else value).digest()
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         both = self._maximum(torch.cat([mine, 255 - mine]), groups)  # the maximum, and 255 minus the minimum
@@ -181,6 +188,7 @@ class Processes:
 
     def first_of_all(self, value: Any) -> Any:
         """Return the value of the first process, an object that can be pickled."""
+        self.raise_first(None)
         box = [value]
         for group in self._all:
             dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group, device=self.device)
@@ -201,6 +209,7 @@ class Processes:
     def add_data(self, tensors: Iterable[Tensor]) -> None:
         """Add the tensors of all processes of the data group, in place."""
         if self.data is not None:
+            self.raise_first(None)
             all_reduce(tensors, dist.ReduceOp.SUM, [self.data])
 
     def count_data(self, count: int) -> int:
@@ -213,60 +222,63 @@ class Processes:
         """Return the value, an object that can be pickled, of each process of the data group, by its rank there."""
         if self.data is None:
             return [value]
+        self.raise_first(None)
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.data)
         return values
 
-    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the tensors of the data group's first process to the others, in place.
+    # Over all groups
 
-        DTensors that are laid out over the data group are left as they are.
+    def copy_from_first(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of the first process to all others of the job, in place.
+
+        DTensors that are laid out over a group are left as they are in it. A tensor is written only where it differs.
+        Raises InputError, on every process, for tensors of other names, dtypes or shapes.
         """
-        parts = [local_part(tensor) for tensor in tensors if not self._lies_over_data(tensor)]
-        parts = [part for part in parts if part.numel()]
-        if self.data is None or not parts:
-            return
-        raw = [part.to(self.device).reshape(-1).view(torch.uint8) for part in parts]
-        joined_values = torch.cat(raw)  # a copy
-        dist.broadcast(joined_values, dist.get_global_rank(self.data, 0), group=self.data)
-        for part, values in zip(parts, torch.split(joined_values, list(map(len, raw))), strict=True):
-            part.copy_(values.clone().view(part.dtype).view(part.shape))
+        forms = "; ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items())
+        self.check_same(
+            forms,
+            "expected the same buffers on every process, got other names, dtypes or shapes on some; build the same "
+            "model everywhere",
+        )
+        for group in self._all:
+            parts = [local_part(each) for each in tensors.values() if _is_same_over(each, group) and each.numel()]
+            if parts:
+                _copy_from_first(parts, group, self.device)
 
     def check_same_values(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise InputError on every process if the processes of the data group have other values of a parameter.
+        """Raise InputError on every process if processes that hold the same part of a parameter have other values.
 
-        The sums of the bit patterns are compared, which are exact in any order. Parameters that are laid out over the
-        data group are not.
+        Checksums are compared, whose sums are exact in any order.
         """
-        compared = {name: p for name, p in parameters.items() if not self._lies_over_data(p)}
         with self.together():
-            if self.data is None or not compared:
-                return
-            sums = torch.stack([_sum_of_bits(local_part(p)).to(self.device) for p in compared.values()])
-            both = torch.cat([sums, -sums])
-            dist.all_reduce(both, dist.ReduceOp.MAX, group=self.data)
-            different = (both[: len(sums)] != -both[len(sums) :]).tolist()
-            for name, differs in zip(compared, different, strict=True):
-                if differs:
+            sums = {name: checksum(local_part(p)).to(self.device) for name, p in parameters.items()}
+            for group in self._all:
+                self.raise_first(None)
+                compared = [name for name, p in parameters.items() if _is_same_over(p, group)]
+                if not compared:
+                    continue
+                own = torch.stack([sums[name] for name in compared])
+                both = torch.cat([own, ~own])  # the maximum, and the complement of the minimum
+                dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+                different = (both[: len(own)] != ~both[len(own) :]).tolist()
+                if any(different):
                     raise InputError(
-                        f"expected the same values of '{name}' on every process, got others on some; load the same "
-                        "state everywhere, or train inside DistributedDataParallel"
+                        f"expected the same values of '{compared[different.index(True)]}' on every process, got others "
+                        "on some; load the same state everywhere, or train inside DistributedDataParallel"
                     )
-
-    def _lies_over_data(self, tensor: Tensor) -> bool:
-        """Return whether processes of the data group hold a tensor together."""
-        data = set() if self.data is None else set(ranks_of(self.data))
-        return any(len(data.intersection(ranks_of(group))) > 1 for group in mesh_groups(tensor))
 
     # Over the mesh groups
 
     def maximum(self, values: Tensor) -> Tensor:
         """Return the maximum, in place, over the processes that hold the parameters between them."""
+        self.raise_first(None)
         all_reduce([values], dist.ReduceOp.MAX, self.meshes)
         return values
 
     def total(self, *values: Tensor) -> None:
         """Add the values of the processes that hold the parameters between them, in place, each process once."""
+        self.raise_first(None)
         all_reduce(values, dist.ReduceOp.SUM, self.meshes)
 
     def is_first(self, parameter: Any) -> bool:
@@ -291,6 +303,7 @@ class Processes:
         """
         if len(self.meshes) < 2:
             return
+        self.raise_first(None)
         reached = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.device)
         reached[dist.get_rank()] = 1
         for group in self.meshes:
@@ -352,10 +365,26 @@ def joined(
     return processes
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bit patterns, int64 modulo 2**64; in pieces, since their conversion is a copy."""
-    pieces = torch.split(bits(tensor).flatten(), MAX_BUCKET_BYTES // 8)
-    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
+def _is_same_over(tensor: Any, group: Any) -> bool:
+    """Return whether the processes of a group hold the same part of a tensor."""
+    ranks = ranks_of(group)
+    if is_dtensor(tensor):
+        mesh = tensor.device_mesh
+        for dim, placement in enumerate(tensor.placements):
+            if ranks_of(mesh.get_group(dim)) == ranks:
+                is_replicated: bool = placement.is_replicate()
+                return is_replicated
+    return all(len(set(ranks_of(each)).intersection(ranks)) < 2 for each in mesh_groups(tensor))
+
+
+def _copy_from_first(parts: list[Tensor], group: Any, device: torch.device) -> None:
+    """Copy tensors with elements from a group's first process."""
+    raw = [part.to(device).contiguous().reshape(-1).view(torch.uint8) for part in parts]
+    joined_values = torch.cat(raw)  # a copy
+    dist.broadcast(joined_values, dist.get_global_rank(group, 0), group=group)
+    for part, own, values in zip(parts, raw, torch.split(joined_values, list(map(len, raw))), strict=True):
+        if not torch.equal(own, values):  # views such as expanded tensors cannot be written to
+            part.copy_(values.clone().view(part.dtype).view(part.shape))
 
 
 # Errors that all processes raise

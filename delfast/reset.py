@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from delfast.arguments import check_path, check_seed, check_type
+from delfast.bits import checksum
 from delfast.copies import copy_of
 from delfast.errors import InputError
+from delfast.joint_calls import averaging_processes
 from delfast.mask import Mask
 from delfast.naming import model_parameters, plain_name, refuse_merged, unwrap
-from delfast.processes import holders
 from delfast.seeding import seeded
 from delfast.sharding import held_part, is_dtensor, local_part, reshard
 from delfast.slices import read_parts
@@ -38,8 +40,9 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     Other entries and all buffers stay as they are.
 
     The parameters may be DTensors (FSDP2, HSDP, tensor parallelism). All processes that hold them make the same call,
-    with the same mask, source and seed. Each writes the part that it holds, and all parts together are the values that
-    one process would write. Parameters that FSDP2 has gathered are sharded again first.
+    with the same mask, source and seed, and so do those of DistributedDataParallel. Each writes the part that it holds,
+    and all parts together are the values that one process would write. Parameters that FSDP2 has gathered are sharded
+    again first.
 
     Parameters
     ----------
@@ -63,8 +66,9 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     ------
     InputError
         If the mask is of another architecture, if ``init`` lacks a masked parameter or has it in another shape, and if
-        the processes that hold a sharded model pass different masks, values or files. Nothing is changed then, in any
-        process; an error of one is raised by all that hold the model.
+        the processes of DDP, or those that hold a sharded model, pass different masks, values or files. Of files their
+        headers, the ends of masked tensors and samples are compared. Nothing is changed then, in any process; an error
+        of one is raised by all.
 
     References
     ----------
@@ -84,7 +88,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     """
     refuse_merged(unwrap(model))
     targets = model_parameters(unwrap(model), sharded=True)
-    processes = holders(targets)
+    processes = averaging_processes(model)
     # no process exchanges anything else inside, so that an error of one is raised by all before any of them writes
     with nullcontext() if processes is None else processes.together():
         check_type("mask", mask, Mask, "a delfast.Mask")
@@ -93,13 +97,15 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
         parameters = {name: parameter for name, (parameter, _) in matched.items()}
         path = Path(check_path("init", init)) if _is_path(init) else None
         values = _checked_values(model, init, seed, parameters) if path is None else read_parts(path, parameters)
-        content = "" if processes is None else _content_of(values) if path is None else _content_of_file(path)
+        content = (
+            "" if processes is None else _content_of(values) if path is None else _content_of_file(path, parameters)
+        )
     if processes is not None:
         processes.check_same_mask(mask.digest)
         processes.check_same(
             content,
-            "expected the same fresh values in all processes that hold a sharded model, got different ones; pass the "
-            "same seed, model, state dict or file everywhere",
+            "expected the same fresh values on every process, got different ones; pass the same seed, model, state "
+            "dict or file everywhere",
         )
     fresh = {name: held_part(values[name], p) for name, p in parameters.items()} if path is None else values
     entries = [(local_part(p), fresh[name], part.part_of(p).for_ops) for name, (p, part) in matched.items()]
@@ -144,27 +150,30 @@ def _checked_values(model: nn.Module, init: Any, seed: int, parameters: Mapping[
 def _content_of(values: Mapping[str, Any]) -> str:
     """Return text that is the same for the same values; of a DTensor, each process holds another part of the values."""
     forms = {
-        name: f"{value.device_mesh.shape} {value.placements}" if is_dtensor(value) else _bit_sum(value)
+        name: f"{value.device_mesh.shape} {value.placements}" if is_dtensor(value) else int(checksum(value))
         for name, value in values.items()
     }
     return str(forms)
 
 
-def _content_of_file(path: Path) -> str:
-    """Return the size of a file, and a digest of its first block and of others at even distances."""
+def _content_of_file(path: Path, names: Iterable[str]) -> str:
+    """Return a digest of a safetensors file's header, of both ends of each tensor of these names, and of samples.
+
+    The samples are blocks at even distances. Files that differ elsewhere alone are not told apart.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256()
+    wanted = set(names)
     with path.open("rb") as file:
-        for start in range(0, size, max(BLOCK_BYTES, size // BLOCKS)):
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = file.read(begin - 8)
+        digest.update(header)
+        held = [form["data_offsets"] for name, form in json.loads(header).items() if plain_name(name) in wanted]
+        ends = [at for start, end in held for at in (begin + start, max(begin + start, begin + end - BLOCK_BYTES))]
+        for start in sorted({*ends, *range(0, size, max(BLOCK_BYTES, size // BLOCKS))}):
             file.seek(start)
             digest.update(file.read(BLOCK_BYTES))
     return f"{size} {digest.hexdigest()}"
-
-
-def _bit_sum(values: Tensor) -> int:
-    """Return the sum of the values' bits read as integers, equal for equal values and unlikely so for others."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return int(values.contiguous().view(kind).sum(dtype=torch.int64))
 
 
 def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> dict[str, Tensor]:

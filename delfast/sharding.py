@@ -42,8 +42,12 @@ def is_flat(tensor: object) -> bool:
 
 def local_part(tensor: Any) -> Tensor:
     """Return the part of a tensor that this process holds, detached; a plain tensor is held as a whole."""
-    detached = tensor.detach()
-    part: Tensor = detached.to_local() if is_dtensor(tensor) else detached
+    part: Tensor
+    if not is_dtensor(tensor):
+        part = tensor.detach()
+    else:
+        with torch.inference_mode(False):  # inside of which torch cannot detach a DTensor
+            part = tensor.detach().to_local()
     return part
 
 

@@ -6,25 +6,22 @@ import itertools
 import operator
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Number
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    Subset,
-    TensorDataset,
 )
 
-from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, tensors_of, warn_about_loader
+from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, warn_about_loader
+from delfast.contents import content_of, signature_of
 from delfast.errors import InputError
 from delfast.processes import Processes
 
@@ -34,7 +31,6 @@ LOADING = (
     "prefetch_factor",
 )  # fmt: skip
 WHOLE_SET = "pass the loader of the whole set without a sampler, which is shared out here"
-ROWS = 16  # of a datasets.Dataset, which are compared between processes
 HASHES = 2**48  # the number of different hashes, whose sum over thousands of processes an int64 holds
 
 
@@ -44,14 +40,14 @@ class Share:
 
     batches: iterable once. stand_in: returns a batch for a step in which this process has none, if it never had one;
     its result does not count. finish: raises InputError, on every process, if the batches of all of them are not the
-    set; for after the last batch. by_example: whether the processes take the set's examples in turn, as by a
-    DistributedSampler, and not its batches.
+    set; for after the last batch. places: the place in the set of each example of this process, or more places; None if
+    the processes take the set's batches in turn.
     """
 
     batches: Iterable[Any]
     stand_in: Callable[[], Any]
     finish: Callable[[], None]
-    by_example: bool = False
+    places: Sequence[int] | None = None
 
 
 def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
@@ -101,7 +97,7 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         units = _without_repeats(loader, units)
         whole = range(len(loader.dataset))
         expected = [operator.index(i) for i in sampler_of(loader).indices] if draws_a_subset(loader) else whole
-        signature = f"{signature_of(loader.dataset)}; {_hash_of(expected)}; sharded: {sharded is not None}"
+        signature = f"{signature_of(loader)}; {_hash_of(expected)}; sharded: {sharded is not None}"
     processes.check_same(
         signature,
         f"expected the same data set on every process, got others; {WHOLE_SET}",
@@ -134,8 +130,16 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
             raise _empty()
         return next(iter(batches(spare)))
 
-    by_example = loader.batch_sampler is not None and isinstance(sampler_of(loader), DistributedSampler)
-    return Share(batches(units), stand_in, lambda: None, by_example)
+    places = _places(loader, processes)
+    if places is None and isinstance(sampler_of(loader), DistributedSampler):
+        places = drawn  # of a subclass, which may take the examples in any order
+    return Share(batches(units), stand_in, lambda: None, places)
+
+
+def _places(loader: Any, processes: Processes) -> Sequence[int] | None:
+    """Return the places of the examples that torch's DistributedSampler gives this process, and more; else None."""
+    takes_turns = type(sampler_of(loader)) is DistributedSampler and _batch_sampler_of(loader) is not None
+    return range(processes.rank, sys.maxsize, processes.size) if takes_turns else None
 
 
 def _units(loader: Any) -> list[Any]:
@@ -220,38 +224,6 @@ def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
     return [indices for indices in kept if indices]
 
 
-def signature_of(dataset: Any) -> str:
-    """Return what tells data sets apart without loading an example of a Dataset: types, lengths, what is in memory."""
-    parts = []
-    while dataset is not None:
-        parts.append(f"{type(dataset).__qualname__} of {len(dataset)}")
-        if _is_hugging_face(dataset):
-            parts.append(content_of(_rows(dataset)))
-        if isinstance(dataset, (list, tuple)):
-            parts.append(content_of([dataset[:1], dataset[-1:]]))
-        if isinstance(dataset, Subset):
-            parts.append(repr(zlib.crc32(repr([int(i) for i in dataset.indices]).encode())))
-        if isinstance(dataset, TensorDataset):
-            parts += [f"{t.dtype} {tuple(t.shape)} {checksum([t[:1], t[-1:]])}" for t in dataset.tensors]
-        dataset = getattr(dataset, "dataset", None)
-    return "; ".join(parts)
-
-
-def _is_hugging_face(dataset: Any) -> bool:
-    """Return whether this is a ``datasets.Dataset``; without an import, which no other user needs."""
-    library = sys.modules.get("datasets")
-    return library is not None and isinstance(dataset, library.Dataset)
-
-
-def _rows(dataset: Any) -> Any:
-    """Return rows of a ``datasets.Dataset`` that are evenly spaced, as it stores them: no transform, nothing decoded.
-
-    Its fingerprint is no content: after ``map`` with a function that cannot be pickled it is random.
-    """
-    rows = sorted({place * (len(dataset) - 1) // (ROWS - 1) for place in range(ROWS)}) if len(dataset) else []
-    return dataset.with_format("arrow")[rows].to_pylist()
-
-
 # Other iterables
 
 
@@ -280,7 +252,7 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
             raise _empty()
         return first[0]
 
-    return Share(stream, stand_in, lambda: stream.check(size), isinstance(sampler_of(loader), DistributedSampler))
+    return Share(stream, stand_in, lambda: stream.check(size), _places(loader, processes))
 
 
 class _Stream:
@@ -355,36 +327,3 @@ def _refuse_count(total: int, expected: int) -> None:
 
 def _empty() -> InputError:
     return InputError("expected a set of at least one example on every process, got none; check its loader")
-
-
-def content_of(value: Any) -> str:
-    """Return a checksum of an example or a batch: of its tensors, and of its other leaves."""
-    return f"{checksum(tensors_of(value))} {zlib.crc32(repr(list(_leaves(value))).encode())}"
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the leaves that are no tensors; of an object only the type, since its repr may be its address."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(key)
-            yield from _leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, numpy.ndarray):
-        yield from _leaves(value.tolist()) if value.dtype.hasobject else (str(value.dtype), value.tobytes())
-    elif value is None or isinstance(value, (str, bytes, Number)):
-        yield value
-    elif not isinstance(value, Tensor):
-        yield type(value).__qualname__
-
-
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """Return a checksum of the tensors' bytes."""
-    total = 0
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        total = zlib.crc32(f"{plain.dtype} {tuple(plain.shape)}".encode(), total)
-        if plain.layout is torch.strided and not plain.is_quantized:
-            total = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy().data, total)
-    return total

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import delfast
 from delfast import InputError
 from delfast.files import save_state
+from delfast.reset import _content_of_file
 from tests import cases
 
 
@@ -105,3 +107,13 @@ def test_16_bit_and_channels_last_models_reset_too() -> None:
         expected = cases.SmallNet().to(dtype)
         delfast.reset_(model, mask, cases.SmallNet, seed=0)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_files_are_compared_by_the_ends_of_what_is_read(tmp_path):
+    """A small tensor may lie between the samples of a large file."""
+    values = {f"{number}.weight": torch.zeros(1_000_000) for number in range(2)} | {"1.bias": torch.zeros(900)}
+    save_file(values, tmp_path / "one")
+    save_file(values | {"1.bias": torch.ones(900)}, tmp_path / "two")
+    save_file(values, tmp_path / "same")
+    one, two, same = (_content_of_file(tmp_path / name, ["1.bias", "0.weight"]) for name in ("one", "two", "same"))
+    assert one == same != two

@@ -15,6 +15,7 @@ from delfast.errors import InputError
 from delfast.evaluation.outputs import Loader, check_examples, check_log_probabilities, collect, join, predict
 from delfast.execution import Execution
 from delfast.groups import Group
+from delfast.joint_calls import one_error
 
 
 def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> float:
@@ -98,23 +99,24 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader, *, group: 
     >>> kl_to_oracle(model, model, [(torch.eye(2), torch.tensor([0, 2]))])
     0.0
     """
-    check_loader(loader, "data set")
-    execution = Execution()
-    networks, processes = join(group, "kl_to_oracle", model=model, oracle=oracle)
-    device = device_of(networks[0])
+    with one_error(group, model, oracle):
+        check_loader(loader, "data set")
+        execution = Execution()
+        networks, processes = join(group, "kl_to_oracle", execution, model=model, oracle=oracle)
+        device = device_of(networks[0])
 
-    def divergences(batch: Any) -> tuple[Tensor, ...]:
-        rows = []
-        for name, network in zip(("the model", "the oracle"), networks, strict=True):
-            with prefixed(name):
-                rows.append(predict(network, batch, execution)[1].to(device))
-        _check_shapes(*rows)
-        return (_divergences(*rows),)
+        def divergences(batch: Any) -> tuple[Tensor, ...]:
+            rows = []
+            for name, network in zip(("the model", "the oracle"), networks, strict=True):
+                with prefixed(name):
+                    rows.append(predict(network, batch, execution)[1].to(device))
+            _check_shapes(*rows)
+            return (_divergences(*rows),)
 
-    found = [each for (each,) in collect(networks, loader, "data set", divergences, execution, processes)]
-    count = sum(map(len, found))
-    check_examples(count, "data set")
-    return float(sum(torch.stack([each.sum() for each in found]).tolist())) / count
+        found = [each for (each,) in collect(networks, loader, "data set", divergences, execution, processes)]
+        count = sum(map(len, found))
+        check_examples(count, "data set")
+        return float(sum(torch.stack([each.sum() for each in found]).tolist())) / count
 
 
 def _divergences(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from delfast.evaluation.membership import import_svc, membership_inference
 from delfast.evaluation.outputs import Loader, check_examples, collect, join, predict, predict_tokens, true_class
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.groups import Group
+from delfast.joint_calls import one_error
 from delfast.language import is_token_batch
 from delfast.processes import Processes
 
@@ -216,35 +217,36 @@ def evaluate(
     >>> 0 <= metrics.forget_acc <= 100
     True
     """
-    sets = {"forget": forget, "retain": retain, "test": test}
-    for name, loader in sets.items():
-        check_loader(loader, f"{name} set")
-    check_type("oracle", oracle, (Metrics, type(None)), "the Metrics of evaluate(oracle, ...), or None")
-    seed = check_seed(seed)
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    if check_flag("mia", mia):
-        import_svc()  # so that a missing package is reported before the sets are measured
-    (network,), processes = join(group, f"evaluate {seed} {mia} {execution}", model=model)
-    results = {name: _measure(network, loader, name, execution, processes) for name, loader in sets.items()}
-    forgotten, retained, tested = results.values()
-    if len({each.losses is None for each in results.values()}) > 1:
-        raise InputError(
-            "expected three sets of one form, got batches with 'input_ids' and others; pass one model's sets"
+    with one_error(group, model):
+        sets = {"forget": forget, "retain": retain, "test": test}
+        for name, loader in sets.items():
+            check_loader(loader, f"{name} set")
+        check_type("oracle", oracle, (Metrics, type(None)), "the Metrics of evaluate(oracle, ...), or None")
+        seed = check_seed(seed)
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        if check_flag("mia", mia):
+            import_svc()  # so that a missing package is reported before the sets are measured
+        (network,), processes = join(group, f"evaluate {seed} {mia}", execution, model=model)
+        results = {name: _measure(network, loader, name, execution, processes) for name, loader in sets.items()}
+        forgotten, retained, tested = results.values()
+        if len({each.losses is None for each in results.values()}) > 1:
+            raise InputError(
+                "expected three sets of one form, got batches with 'input_ids' and others; pass one model's sets"
+            )
+        metrics = Metrics(
+            forget_acc=forgotten.accuracy,
+            retain_acc=retained.accuracy,
+            test_acc=tested.accuracy,
+            forget_loss=forgotten.loss,
+            retain_loss=retained.loss,
+            test_loss=tested.loss,
+            mia=membership_inference(_feature(retained), _feature(tested), _feature(forgotten), seed) if mia else None,
+            forget_perplexity=forgotten.perplexity,
+            retain_perplexity=retained.perplexity,
+            test_perplexity=tested.perplexity,
         )
-    metrics = Metrics(
-        forget_acc=forgotten.accuracy,
-        retain_acc=retained.accuracy,
-        test_acc=tested.accuracy,
-        forget_loss=forgotten.loss,
-        retain_loss=retained.loss,
-        test_loss=tested.loss,
-        mia=membership_inference(_feature(retained), _feature(tested), _feature(forgotten), seed) if mia else None,
-        forget_perplexity=forgotten.perplexity,
-        retain_perplexity=retained.perplexity,
-        test_perplexity=tested.perplexity,
-    )
-    return metrics if oracle is None else Metrics(**{**asdict(metrics), **gaps(metrics, oracle)})
+        return metrics if oracle is None else Metrics(**{**asdict(metrics), **gaps(metrics, oracle)})
 
 
 def gaps(metrics: Metrics, oracle: Metrics) -> dict[str, float]:
@@ -334,11 +336,12 @@ def accuracy_and_loss(
     >>> accuracy_and_loss(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))]).accuracy
     50.0
     """
-    check_loader(loader, "data set")
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    (network,), processes = join(group, f"accuracy_and_loss {execution}", model=model)
-    return _measure(network, loader, "data", execution, processes)
+    with one_error(group, model):
+        check_loader(loader, "data set")
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        (network,), processes = join(group, "accuracy_and_loss", execution, model=model)
+        return _measure(network, loader, "data", execution, processes)
 
 
 def _feature(result: SetResult) -> Tensor:

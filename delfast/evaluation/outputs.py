@@ -20,6 +20,7 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.graphs import Graphed, make_backend
 from delfast.groups import Group
+from delfast.joint_calls import one_error
 from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap
@@ -87,29 +88,33 @@ def predictions(
     >>> log_probabilities.exp(), targets
     (tensor([[0.2500, 0.2500, 0.2500, 0.2500]]), tensor([2]))
     """
-    check_loader(loader, "data set")
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    (network,), processes = join(group, f"predictions {execution}", model=model)
-    found = collect(
-        (network,), loader, "data set", lambda batch: predict(network, batch, execution), execution, processes
-    )
-    check_examples(sum(len(labels) for labels, _ in found), "data set")
-    return torch.cat([rows for _, rows in found]), torch.cat([labels for labels, _ in found])
+    with one_error(group, model):
+        check_loader(loader, "data set")
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        (network,), processes = join(group, "predictions", execution, model=model)
+        found = collect(
+            (network,), loader, "data set", lambda batch: predict(network, batch, execution), execution, processes
+        )
+        check_examples(sum(len(labels) for labels, _ in found), "data set")
+        return torch.cat([rows for _, rows in found]), torch.cat([labels for labels, _ in found])
 
 
-def join(group: Group, settings: str, **models: nn.Module) -> tuple[list[nn.Module], Processes | None]:
+def join(
+    group: Group, settings: str, execution: Execution, **models: nn.Module
+) -> tuple[list[nn.Module], Processes | None]:
     """Return the networks to run, and the processes of the job; the models and None if this process works alone.
 
-    settings: the arguments that must be the same on all processes, as text. Raises InputError, on every process, for a
-    group that does not fit the models, and for models that are not the same everywhere.
+    settings: the other arguments that must be the same on all processes, as text. Raises InputError, on every process,
+    for a group that does not fit the models, and for models that are not the same everywhere.
     """
     networks = [unwrap(model) for model in models.values()]
     if group is None and not any(fsdp_modules(network) or is_laid_out(network) for network in networks):
         return list(models.values()), None
     job = networks[0] if len(networks) == 1 else nn.ModuleDict(dict(zip(models, networks, strict=True)))
     parameters = model_parameters(job, sharded=True)
-    processes = joined(job, group, parameters, settings)
+    computed = [execution.computed_in(device_of(network)) for network in networks]  # a caller's autocast counts
+    processes = joined(job, group, parameters, f"{settings} {execution} {computed}")
     if processes is not None:
         processes.check_same_values(parameters)
     return networks, processes
@@ -139,9 +144,11 @@ def collect(
         with processes.together():
             found = _run(models, shared.batches, function, execution, processes, shared.stand_in)
         shared.finish()
+    places = None if shared.places is None else shared.places[: sum(map(_rows, found))]
     # as arrays: a pickled tensor has a storage of its own
-    gathered = processes.gather_data([tuple(t.numpy() for t in result) for result in found])
-    return _in_order([[tuple(map(torch.from_numpy, each)) for each in part] for part in gathered], shared.by_example)
+    gathered = processes.gather_data((places, [tuple(t.numpy() for t in result) for result in found]))
+    parts = [[tuple(map(torch.from_numpy, each)) for each in part] for _, part in gathered]
+    return _in_order(parts, [each for each, _ in gathered])
 
 
 def _run(
@@ -183,8 +190,7 @@ def _run(
         stack.enter_context(checks)
         batches = feed(loader, device)
         if processes is not None:
-            processes.raise_first(None)  # has any failed so far?
-            processes.copy_from_first(buffer for model in models for buffer in model.buffers())
+            processes.copy_from_first(dict(nn.ModuleList(models).named_buffers()))
         if processes is None or stand_in is None or not in_step:
             found = [result_of(batch) for batch in batches]
         else:
@@ -198,22 +204,26 @@ def _run(
     return found
 
 
-def _in_order(parts: list[list[tuple[Tensor, ...]]], by_example: bool) -> list[tuple[Tensor, ...]]:
-    """Return the results of all processes, which have taken batches or examples in turn, in the set's order.
+def _rows(result: tuple[Tensor, ...]) -> int:
+    """Return the number of examples of a result."""
+    return max((len(each) for each in result if each.ndim), default=0)
 
-    With ``by_example`` each result gets as many rows as it has, but those that follow in the set.
+
+def _in_order(parts: list[list[tuple[Tensor, ...]]], places: list[Sequence[int] | None]) -> list[tuple[Tensor, ...]]:
+    """Return the results of all processes in the set's order; places as for ``Share``.
+
+    With places each result gets as many rows as it has, but those that follow in the set.
     """
     found = [each for turn in zip_longest(*parts) for each in turn if each is not None]
-    if not by_example or len({len(each) for each in found}) != 1:
+    if len({len(each) for each in found}) != 1 or any(each is None for each in places):
         return found
+    order = torch.tensor([place for each in places for place in each or ()]).argsort()
     columns: list[Sequence[Tensor]] = []
     for place, first in enumerate(found[0]):
         column = [each[place] for each in found]
         if first.ndim:
-            rows = [torch.cat([each[place] for each in part]) if part else first[:0] for part in parts]
-            turns = [torch.arange(len(own)) * len(parts) + rank for rank, own in enumerate(rows)]
-            ordered = torch.cat(rows)[torch.cat(turns).argsort()]
-            column = list(torch.split(ordered, [len(each) for each in column]))
+            rows = torch.cat([each[place] for part in parts for each in part])
+            column = list(torch.split(rows[order], [len(each) for each in column]))
         columns.append(column)
     return list(zip(*columns, strict=True))
 

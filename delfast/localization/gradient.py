@@ -164,7 +164,7 @@ def add_all(
     together = nullcontext() if processes is None else processes.together()
     with together, evaluating(network, gradients=True), sums.checks:
         if processes is not None:
-            processes.copy_from_first(network.buffers())  # restored by ``evaluating``
+            processes.copy_from_first(dict(network.named_buffers()))  # restored by ``evaluating``
         for batch in feed(loader, device_of(network)):
             examples += sums.add(batch)
         sums.checks.read()

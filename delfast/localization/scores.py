@@ -187,14 +187,14 @@ class Scores:
     ) -> Selection:
         """Select as ``select`` does, without the check that the selected units score above 0."""
         budget, top_h = unboxed(budget), unboxed(top_h)
-        check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
-        if self._processes is not None:
-            arguments = repr((budget, granularity, aggregate, top_h, policy))
-            self._processes.check_same(
-                arguments, "expected the same arguments on every process, got others; pass the same"
-            )
         together = nullcontext() if self._processes is None else self._processes.together()
         with together:
+            check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
+            if self._processes is not None:
+                arguments = repr((budget, granularity, aggregate, top_h, policy))
+                self._processes.check_same(
+                    arguments, "expected the same arguments on every process, got others; pass the same"
+                )
             for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
                 if version_of(parameter) != version:
                     raise InputError(f"'{name}' has changed since it was scored; call score() again")

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delfast.arguments import check_count, check_loader, check_seed, describe
+from delfast.arguments import check_count, check_loader, check_seed, describe, function_name
 from delfast.batches import LossFn, device_of, warn_about_loader
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.graphs import check_cuda_graphs
 from delfast.groups import Group
+from delfast.joint_calls import one_error
 from delfast.layer_types import output_dims
 from delfast.localization.competing import Patterns, check_patterns, competing_parameters
 from delfast.localization.criteria import (
@@ -153,88 +154,92 @@ def score(
     >>> [scores.select(budget).selected for budget in (0.4, 0.8)]
     [8, 16]
     """
-    check_criterion(criterion, per_example, loss_fn)
-    per_example = bool(per_example)  # numpy's too
-    patterns = check_patterns(include, exclude)
-    if criterion == "critmem" and patterns:
-        raise InputError(
-            "expected no include and no exclude for criterion 'critmem', which searches all channels, got patterns; "
-            "leave them out, or freeze the parameters"
-        )
-    max_channels = check_count("max_channels", max_channels)
-    seed = check_seed(seed)
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    device = device_of(unwrap(model))
-    check_cuda_graphs(cuda_graphs, device)
-    _check_sums(sum_dtype, per_example, model)
-    if loader is not None:
-        check_loader(loader, "loader")
-    network = unwrap(model)
-    parameters = trainable_parameters(network, sharded=True)
-    if not parameters:
-        raise InputError("expected a model with trainable parameters, got none; set requires_grad on those to score")
-    parameters = competing_parameters(network, parameters, patterns)
-    dims = output_dims(network)
-    is_sharded = is_laid_out(network)
-    settings = f"{criterion} {per_example} {seed} {execution} {sum_dtype} {patterns}"
-    make = ShardedScores if is_sharded else Scores
-    if criterion in WITHOUT_SET:
-        processes = joined(network, group, parameters, settings, reads_data=False)
-        units = _by_depth(parameters, dims, criterion == "deepest") if criterion in BY_DEPTH else None
+    with one_error(group, model):
+        check_criterion(criterion, per_example, loss_fn)
+        per_example = bool(per_example)  # numpy's too
+        patterns = check_patterns(include, exclude)
+        if criterion == "critmem" and patterns:
+            raise InputError(
+                "expected no include and no exclude for criterion 'critmem', which searches all channels, got "
+                "patterns; leave them out, or freeze the parameters"
+            )
+        max_channels = check_count("max_channels", max_channels)
+        seed = check_seed(seed)
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        device = device_of(unwrap(model))
+        check_cuda_graphs(cuda_graphs, device)
+        _check_sums(sum_dtype, per_example, model)
+        if loader is not None:
+            check_loader(loader, "loader")
+        network = unwrap(model)
+        parameters = trainable_parameters(network, sharded=True)
+        if not parameters:
+            raise InputError(
+                "expected a model with trainable parameters, got none; set requires_grad on those to score"
+            )
+        parameters = competing_parameters(network, parameters, patterns)
+        dims = output_dims(network)
+        is_sharded = is_laid_out(network)
+        computed_in = execution.computed_in(device)  # a caller's autocast counts
+        settings = f"{criterion} {per_example} {seed} {execution} {computed_in} {sum_dtype} {patterns}"
+        make = ShardedScores if is_sharded else Scores
+        if criterion in WITHOUT_SET:
+            processes = joined(network, group, parameters, settings, reads_data=False)
+            units = _by_depth(parameters, dims, criterion == "deepest") if criterion in BY_DEPTH else None
+            return make(
+                parameters, None, criterion, 0, seed, units=units, dims=dims, patterns=patterns, processes=processes
+            )
+        if loader is None:
+            raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
+        if is_sharded and (per_example or criterion == "critmem"):
+            for name, parameter in network.named_parameters():
+                refuse_dtensor(plain_name(name), parameter, "per_example" if per_example else "criterion 'critmem'")
+        if criterion == "critmem":
+            if group is not None:
+                raise InputError("expected no group for criterion 'critmem', got one; pass every process the whole set")
+            refuse_sharded(loader)
+            found = critmem(model, loader, max_channels=max_channels, precision=precision, channels_last=channels_last)
+            return Scores(
+                parameters,
+                None,
+                criterion,
+                len(found.examples),
+                seed,
+                units=found.unit_scores(),
+                dims=dims,
+                precision=computed_in,
+            )
+        processes = joined(network, group, parameters, f"{settings} {function_name(loss_fn)}")
+        shared = None
+        if processes is None:
+            refuse_sharded(loader)
+            warn_about_loader(loader, "forget set")
+        else:
+            processes.check_same_values(model_parameters(network, sharded=True))
+            shared = share(loader, processes, loss_fn)
+        if is_sharded:
+            assert processes is not None and shared is not None
+            sharded = ShardedGradient(network, parameters, loss_fn, execution, processes, sum_dtype)
+            mean, examples = sharded.mean_over(shared, "forget set")
+        else:
+            batches = loader if shared is None else shared.batches
+            sums = gradient_sums(network, parameters, criterion, per_example, loss_fn, execution, batches, sum_dtype)
+            finish = None if shared is None else shared.finish
+            examples = add_all(sums, network, batches, "forget set", processes, finish)
+            mean = sums.mean(examples, last=True)
         return make(
-            parameters, None, criterion, 0, seed, units=units, dims=dims, patterns=patterns, processes=processes
-        )
-    if loader is None:
-        raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
-    if is_sharded and (per_example or criterion == "critmem"):
-        for name, parameter in network.named_parameters():
-            refuse_dtensor(plain_name(name), parameter, "per_example" if per_example else "criterion 'critmem'")
-    if criterion == "critmem":
-        if group is not None:
-            raise InputError("expected no group for criterion 'critmem', got one; pass every process the whole set")
-        refuse_sharded(loader)
-        found = critmem(model, loader, max_channels=max_channels, precision=precision, channels_last=channels_last)
-        return Scores(
             parameters,
-            None,
+            mean,
             criterion,
-            len(found.examples),
+            examples,
             seed,
-            units=found.unit_scores(),
+            per_example,
             dims=dims,
-            precision=execution.computed_in(device),
+            precision=computed_in,
+            patterns=patterns,
+            processes=processes,
         )
-    processes = joined(network, group, parameters, settings)
-    shared = None
-    if processes is None:
-        refuse_sharded(loader)
-        warn_about_loader(loader, "forget set")
-    else:
-        processes.check_same_values(model_parameters(network, sharded=True))
-        shared = share(loader, processes, loss_fn)
-    if is_sharded:
-        assert processes is not None and shared is not None
-        sharded = ShardedGradient(network, parameters, loss_fn, execution, processes, sum_dtype)
-        mean, examples = sharded.mean_over(shared, "forget set")
-    else:
-        batches = loader if shared is None else shared.batches
-        sums = gradient_sums(network, parameters, criterion, per_example, loss_fn, execution, batches, sum_dtype)
-        finish = None if shared is None else shared.finish
-        examples = add_all(sums, network, batches, "forget set", processes, finish)
-        mean = sums.mean(examples, last=True)
-    return make(
-        parameters,
-        mean,
-        criterion,
-        examples,
-        seed,
-        per_example,
-        dims=dims,
-        precision=execution.computed_in(device),
-        patterns=patterns,
-        processes=processes,
-    )
 
 
 def _check_sums(sum_dtype: torch.dtype | None, per_example: bool, model: nn.Module) -> None:

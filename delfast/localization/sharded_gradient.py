@@ -73,7 +73,7 @@ class ShardedGradient:
                 _taken(trainable_parameters(self.network, sharded=True), self._take),
                 self.checks,
             ):
-                self.processes.copy_from_first(self.network.buffers())  # restored by ``evaluating``
+                self.processes.copy_from_first(dict(self.network.named_buffers()))  # restored by ``evaluating``
                 for batch in self.processes.in_step(feed(share.batches, device_of(self.network))):
                     examples += self._add(batch, share)
             reshard(self.network)

@@ -40,9 +40,10 @@ class ShardedScores(Scores):
         self, aggregate: Aggregate = "topk_mean", top_h: int | float | Literal["published"] = 0.1
     ) -> Tensor:
         """Return the score of every competing unit, of the whole model, on every process; see ``Scores``."""
-        check_choice("aggregate", aggregate, Aggregate)
-        top_h = unboxed(top_h)
-        resolve_top_h(top_h, (1, 1))
+        with self._processes.together():
+            check_choice("aggregate", aggregate, Aggregate)
+            top_h = unboxed(top_h)
+            resolve_top_h(top_h, (1, 1))
         if self.criterion == "random" or self.units is not None:
             return super().channel_scores(aggregate, top_h)
         rows, values, gradients, counts = [], [], [], []

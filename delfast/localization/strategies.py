@@ -16,6 +16,7 @@ from delfast.deprecation import renamed
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.groups import Group
+from delfast.joint_calls import averaging, one_error
 from delfast.localization.anytime import BATCH_SIZE, check_stop, localize_until_stable
 from delfast.localization.competing import Patterns, check_patterns
 from delfast.localization.criteria import (
@@ -276,7 +277,8 @@ def localize(
         The dtype in which gradients are summed over batches and processes; see ``score``.
     group : ProcessGroup, DeviceMesh or None, default None
         The processes over which the data differ. They share the set and all get the same mask, that of the whole model;
-        see ``score``. Refused with ``stop_when_stable``.
+        see ``score``. Refused with ``stop_when_stable``. None: this process reads the whole set. The processes of a
+        model inside DistributedDataParallel then all call it too, and compare their masks.
 
     Returns
     -------
@@ -289,7 +291,7 @@ def localize(
     ------
     InputError
         As ``score`` and ``Scores.select``, and for an unknown strategy or preset. Arguments are checked before anything
-        is computed.
+        is computed. For masks that differ between the processes of DistributedDataParallel.
 
     Warns
     -----
@@ -326,55 +328,63 @@ def localize(
     >>> delfast.localize(model, forget, strategy="salloc").metadata["criterion"]
     'grad'
     """
-    criterion_name, settings = check_localize(
-        budget,
-        strategy=strategy,
-        preset=preset,
-        criterion=criterion,
-        granularity=granularity,
-        aggregate=aggregate,
-        top_h=top_h,
-        policy=policy,
-        per_example=per_example,
-        loss_fn=loss_fn,
-        seed=seed,
-        stop_when_stable=stop_when_stable,
-        batch_size=batch_size,
-    )
-    budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    options: dict[str, Any] = {"per_example": bool(per_example), "loss_fn": loss_fn, "seed": check_seed(seed)}
-    patterns = check_patterns(include, exclude)
-    if stop_when_stable is not None:
-        if group is not None or sum_dtype is not None:
-            raise InputError(
-                "expected neither group nor sum_dtype with stop_when_stable, got one; omit stop_when_stable, and all "
-                "examples are used"
-            )
-        selection = localize_until_stable(
-            model,
-            forget,
-            criterion_name,
+    wrapper = averaging(model) if group is None else None
+    with one_error(group if wrapper is None else wrapper.process_group, model) as processes:
+        criterion_name, settings = check_localize(
             budget,
-            settings,
-            stop_when_stable,
-            batch_size,
-            execution=execution,
-            patterns=patterns,
-            **options,
+            strategy=strategy,
+            preset=preset,
+            criterion=criterion,
+            granularity=granularity,
+            aggregate=aggregate,
+            top_h=top_h,
+            policy=policy,
+            per_example=per_example,
+            loss_fn=loss_fn,
+            seed=seed,
+            stop_when_stable=stop_when_stable,
+            batch_size=batch_size,
         )
-    else:
-        scores = None
-        if settings["granularity"] == "channel" and not per_example and sum_dtype is None and group is None:
-            units = (settings["aggregate"], settings["top_h"])
-            scores = streamed_scores(
-                model, forget, criterion_name, units, loss_fn, options["seed"], execution, patterns
+        budget, seed, stop_when_stable, batch_size = unboxed((budget, seed, stop_when_stable, batch_size))
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        options: dict[str, Any] = {"per_example": bool(per_example), "loss_fn": loss_fn, "seed": check_seed(seed)}
+        patterns = check_patterns(include, exclude)
+        if stop_when_stable is not None:
+            if group is not None or sum_dtype is not None:
+                raise InputError(
+                    "expected neither group nor sum_dtype with stop_when_stable, got one; omit stop_when_stable, and "
+                    "all examples are used"
+                )
+            selection = localize_until_stable(
+                model,
+                forget,
+                criterion_name,
+                budget,
+                settings,
+                stop_when_stable,
+                batch_size,
+                execution=execution,
+                patterns=patterns,
+                **options,
             )
-        if scores is None:
-            options |= {**asdict(execution), **patterns, "sum_dtype": sum_dtype, "group": group}
-            scores = score(model, cast(Any, forget), criterion_name, **options)
-        selection = scores.choose(budget, **settings)
+        else:
+            scores = None
+            if settings["granularity"] == "channel" and not per_example and sum_dtype is None and group is None:
+                units = (settings["aggregate"], settings["top_h"])
+                scores = streamed_scores(
+                    model, forget, criterion_name, units, loss_fn, options["seed"], execution, patterns
+                )
+            if scores is None:
+                options |= {**asdict(execution), **patterns, "sum_dtype": sum_dtype, "group": group}
+                scores = score(model, cast(Any, forget), criterion_name, **options)
+            selection = scores.choose(budget, **settings)
+        if wrapper is not None and processes is not None:  # each process has localized a set of its own
+            processes.check_same(
+                selection.mask.digest,
+                "expected the same mask on every process of DistributedDataParallel, got different ones; pass group= "
+                "and the whole set's loader, or model.module to localize on one process",
+            )
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}
     if criterion is None and granularity is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from delfast.arguments import check_seed
+from delfast.arguments import check_seed, function_name
 from delfast.batches import LossFn, device_of
 from delfast.compaction import compact
 from delfast.copies import copy_of
@@ -20,6 +20,7 @@ from delfast.eval_mode import Versions, refuse_writing_layers
 from delfast.execution import Execution
 from delfast.graphs import check_cuda_graphs
 from delfast.groups import Group
+from delfast.joint_calls import averaging, one_error
 from delfast.localization import localize
 from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
@@ -200,9 +201,10 @@ def unlearn(
     >>> result.method.alpha
     0.01
     """
-    training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
-    processes = training_processes(model, group)
-    with together(None if group is None else processes):
+    wrapper = None if group is None else averaging(model)
+    with one_error(group if wrapper is None else wrapper.process_group, model):
+        training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
+        processes = training_processes(model, group)
         with together(processes):
             job = _prepared(
                 model, retain, forget, mask, init, method, head, loss_fn, seed, training, checkpoint, resume,
@@ -226,12 +228,13 @@ class _Job:
     early_stop: EarlyStop | None
     settings: dict[str, object]
     processes: Processes | None
+    computed_in: str  # the precision of forward passes: a caller's autocast counts
 
     def check_same(self, processes: Processes) -> None:
         """Raise InputError, on every process, unless all have the same mask and settings, and sets if they share."""
         processes.check_same_mask(f"{self.task.mask.digest} {self.mask.digest}")
         processes.check_same(
-            repr(sorted(self.settings.items(), key=str)),
+            f"{sorted(self.settings.items(), key=str)} {function_name(self.task.loss_fn)} {self.computed_in}",
             "expected the same method, head, seed and options on every process, got others; make the same call",
         )
         if isinstance(self.steps, SharedSteps):
@@ -316,6 +319,7 @@ def _prepared(
         bf16=training.precision == "bf16" and steps is not None,
         frozen_batchnorm=training.batchnorm == "frozen",
         find_head=chosen.trains_head and head is None,
+        processes=group if is_laid_out(network) else None,
     )
     reshard(network)
     head = (first.head if head is None else head) if chosen.trains_head else None
@@ -343,7 +347,8 @@ def _prepared(
     settings = {**_settings(chosen, selected, head, seed, training), **(training.config or {})}
     if group is not None:
         settings["processes"] = group.size
-    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes)
+    computed_in = Execution(training.precision).computed_in(device_of(network))
+    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes, computed_in)
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:

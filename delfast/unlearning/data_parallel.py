@@ -12,28 +12,10 @@ from torch import nn
 
 from delfast.errors import InputError
 from delfast.groups import Group, check_group, mesh_groups, ranks_of
-from delfast.naming import trainable_parameters, unwrap, wrappers
-from delfast.processes import Processes, holders, joined
+from delfast.joint_calls import averaging, averaging_processes
+from delfast.naming import trainable_parameters, unwrap
+from delfast.processes import Processes, joined
 from delfast.sharding import adding_gradients, fsdp_groups, is_laid_out, reshard
-
-DDP = nn.parallel.DistributedDataParallel
-
-
-def averaging(model: nn.Module) -> DDP | None:
-    """Return the DistributedDataParallel around a network, which averages its gradients; None if there is none."""
-    return next((wrapper for wrapper in wrappers(model) if isinstance(wrapper, DDP)), None)
-
-
-def averaging_processes(model: nn.Module) -> Processes | None:
-    """Return the processes that train a network together; None if this process trains it alone.
-
-    They are those of DistributedDataParallel, or those that hold a network of DTensors together.
-    """
-    if (wrapper := averaging(model)) is not None:
-        return Processes(wrapper.process_group, dict(wrapper.named_parameters()))
-    network = unwrap(model)
-    reshard(network)
-    return holders(dict(network.named_parameters()))
 
 
 def training_processes(model: nn.Module, group: Group) -> Processes | None:
@@ -127,7 +109,7 @@ def send_buffers(model: nn.Module, processes: Processes | None) -> None:
         return
     ignored = () if wrapper is None else wrapper.parameters_to_ignore
     named = (model if wrapper is None else wrapper.module).named_buffers()
-    processes.copy_from_first(buffer for name, buffer in named if name not in ignored)
+    processes.copy_from_first({name: buffer for name, buffer in named if name not in ignored})
 
 
 @contextmanager

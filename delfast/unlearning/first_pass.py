@@ -16,7 +16,10 @@ from delfast.eval_mode import evaluating
 from delfast.mask import Mask
 from delfast.masked_optimizer import sparse_gradient
 from delfast.naming import trainable_parameters
+from delfast.processes import Processes
+from delfast.sharding import forget_forward
 from delfast.unlearning.batchnorm import BatchNormInputs
+from delfast.unlearning.data_parallel import met_in_forward, together
 from delfast.unlearning.head import HeadSearch, uncompiled, uncompiled_function
 from delfast.unlearning.loaders import first_batch, preserved, restarts
 from delfast.unlearning.method import Method, UnlearningTask
@@ -49,10 +52,12 @@ def check_first_batches(
     bf16: bool,
     frozen_batchnorm: bool,
     find_head: bool,
+    processes: Processes | None = None,
 ) -> FirstPass:
     """Compute the method's loss of each set's first batch, once, in eval mode and in the training's precision.
 
-    task: its model is the network inside any wrapper. sets: "retain" and "forget", if they are used.
+    task: its model is the network inside any wrapper. sets: "retain" and "forget", if they are used. processes: those
+    that exchange parameters in each forward pass. They make the same passes, and raise or ignore an error of one alike.
 
     Two cases are left to the training. An iterator with a length is not read, since its first batch would be lost. With
     a ``loss_fn``, an error other than InputError on a set that is trained on is ignored, since the ``loss_fn`` may need
@@ -71,6 +76,11 @@ def check_first_batches(
         )
     sets = {name: loader for name, loader in sets.items() if not _is_consumed(loader)}
     validation = None if _is_consumed(validation) else validation
+    if processes is not None:
+        processes.check_same(
+            f"{list(sets)} {validation is not None}",
+            "expected loaders of the same types on every process, got iterators on some; pass DataLoaders or lists",
+        )
     pairs = method.step_plan == "pairs" and len(sets) == 2
     loaders = [*sets.values(), *([] if validation is None else [validation])]
     search = HeadSearch(network) if find_head else None
@@ -82,6 +92,7 @@ def check_first_batches(
         evaluating(network, gradients=True),
         torch.inference_mode(False),
         torch.enable_grad(),
+        met_in_forward(network, processes),
     ):
         batches = {name: first_batch(loader, name) for name, loader in sets.items()}
         watched = _WatchedTask(**vars(task), maps={id(batches[name]): each for name, each in maps.items()})
@@ -89,9 +100,15 @@ def check_first_batches(
         for step in [batches] if pairs else alone:
             searching = search if search is not None and "retain" in step else nullcontext()
             try:
-                with torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16), draws, searching:
+                with (
+                    together(processes),
+                    torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16),
+                    draws,
+                    searching,
+                ):
                     loss = method.loss(watched, _numbered(method, watched, step))
             except Exception as error:
+                forget_forward(network)
                 if isinstance(error, InputError) or task.loss_fn is None or not method.epochs:
                     raise
                 continue

@@ -23,12 +23,13 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import check_cuda_graphs
+from delfast.joint_calls import averaging_processes
 from delfast.plain import as_json, unboxed
 from delfast.processes import Processes, raised_by_all
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained
-from delfast.unlearning.data_parallel import averaging_processes, met_in_forward, send_buffers, together
+from delfast.unlearning.data_parallel import met_in_forward, send_buffers, together
 from delfast.unlearning.loaders import Randomness, batch_count, refuse_persistent_workers, set_epoch
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Steps
@@ -179,29 +180,29 @@ def train(
     >>> len(result.losses), round(optimizer.param_groups[0]["lr"], 6)
     (2, 0.001)
     """
-    epochs, final_lr = check_int("epochs", epochs), check_number("final_lr", final_lr)
-    if epochs < 1:
-        raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
-    max_norm = None if max_norm is None else check_number("max_norm", max_norm)
-    execution = Execution(precision, channels_last, cuda_graphs)
-    execution.check()
-    check_cuda_graphs(cuda_graphs, device_of(model))
-    check_choice("batchnorm", batchnorm, BatchNormMode)
-    step_count = batch_count(loader, "training")
     shares = loader if isinstance(loader, SharedSteps) else None
     processes = averaging_processes(model) if shares is None else shares.processes
-    refuse_checkpoint(model, checkpoint)
-    for group in optimizer.param_groups:  # numpy's numbers: a checkpoint with them cannot be read, and float32 rounds
-        group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
-    scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * step_count))
-    parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
-    parts["model"] = model  # loaded last: an error of another part leaves the model unchanged
-    record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
-    if early_stop is not None:
-        early_stop.reset()
-    if processes is not None:
-        _refuse_one_file(checkpoint, processes)
     with together(processes):
+        epochs, final_lr = check_int("epochs", epochs), check_number("final_lr", final_lr)
+        if epochs < 1:
+            raise InputError(f"expected epochs >= 1, got {epochs}; pass how many passes over the data to make")
+        max_norm = None if max_norm is None else check_number("max_norm", max_norm)
+        execution = Execution(precision, channels_last, cuda_graphs)
+        execution.check()
+        check_cuda_graphs(cuda_graphs, device_of(model))
+        check_choice("batchnorm", batchnorm, BatchNormMode)
+        step_count = batch_count(loader, "training")
+        refuse_checkpoint(model, checkpoint)
+        for group in optimizer.param_groups:  # numpy's numbers: a checkpoint cannot be read, and float32 rounds
+            group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
+        scheduler = LambdaLR(optimizer, _factor(schedule, final_lr, epochs * step_count))
+        parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"early_stop": early_stop} if early_stop else {})
+        parts["model"] = model  # loaded last: an error of another part leaves the model unchanged
+        record = _Checkpoint(checkpoint, dict(config or {}), loader, parts)
+        if early_stop is not None:
+            early_stop.reset()
+        if processes is not None:
+            _refuse_one_file(checkpoint, processes)
         losses = record.load(epochs) if resume else []
     resumed_from = len(losses)
     if processes is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from delfast.contents import content_of, signature_of
 from delfast.errors import InputError
 from delfast.feeding import feed
 from delfast.processes import Processes
@@ -16,10 +17,8 @@ from delfast.shares import (
     LOADING,
     WHOLE_SET,
     checked_sharding,
-    content_of,
     is_torchs,
     refuse_overlap,
-    signature_of,
 )
 from delfast.unlearning.loaders import first_batch, preserved
 from delfast.unlearning.steps import Step, StepPlan, Steps
@@ -60,18 +59,19 @@ class SharedSteps(Steps):
             by_index = self._is_sharded or is_torchs(loader)
             with self.processes.together(), preserved([loader]):
                 first = "" if by_index else content_of(first_batch(loader, name))
-            known = signature_of(loader.dataset) if is_torchs(loader) else first
+                known = signature_of(loader) if is_torchs(loader) else first
             self.processes.check_same(
                 f"{self._is_sharded} {len(loader)} {known}",
                 f"expected the same {name} set on every process, in as many batches, got others; {WHOLE_SET}",
             )
         self._check_shares()
-        uneven = not self._is_sharded and super().__len__() % self.processes.size
+        counts = {super().__len__()} | (set() if self.forget_epochs is None else {len(self.sets["retain"])})
+        uneven = [count for count in counts if count % self.processes.size and not self._is_sharded]
         for name, module in network.named_modules():
             if uneven and isinstance(module, nn.SyncBatchNorm):
                 raise InputError(
                     f"expected as many batches on every process for the SyncBatchNorm '{name}', got "
-                    f"{super().__len__()} steps for {self.processes.size} processes; use BatchNorm, or a multiple"
+                    f"{uneven[0]} steps for {self.processes.size} processes; use BatchNorm, or a multiple"
                 )
 
     def _check_shares(self) -> None:

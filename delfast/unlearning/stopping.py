@@ -16,9 +16,10 @@ from delfast.device_checks import DeviceChecks
 from delfast.errors import InputError
 from delfast.eval_mode import evaluating
 from delfast.feeding import feed
+from delfast.joint_calls import averaging, averaging_processes
 from delfast.processes import Processes
 from delfast.sharding import is_laid_out, reshard
-from delfast.unlearning.data_parallel import add_up, averaging, averaging_processes, together
+from delfast.unlearning.data_parallel import add_up, together
 from delfast.unlearning.loaders import preserved
 
 EMPTY = "expected a validation set of at least one example, got none; hold more out"

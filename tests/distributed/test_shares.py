@@ -19,8 +19,9 @@ from torch.utils.data import (
 )
 
 from delfast.batches import tensors_of
+from delfast.contents import signature_of
 from delfast.processes import Processes
-from delfast.shares import share, signature_of
+from delfast.shares import share
 from tests.distributed.spawning import error_of, run_in_processes
 
 SIZE = 101
@@ -145,6 +146,10 @@ def test_shares(tmp_path):
         assert sorted(i for found in results for i in found["drawn"][name]) == list(expected), name
 
 
+def signature(dataset):
+    return signature_of(DataLoader(dataset))
+
+
 def test_data_sets_of_hugging_face_are_compared_by_their_rows():
     """A fingerprint is random after a function that cannot be pickled; transforms and formats may be random too."""
     datasets = pytest.importorskip("datasets", reason="datasets is missing: pip install -r requirements-dev.txt")
@@ -154,9 +159,9 @@ def test_data_sets_of_hugging_face_are_compared_by_their_rows():
     one, other = (text.map(lambda row: {"size": len(row["text"]) if no_pickle else 0}) for _ in range(2))
     assert one._fingerprint != other._fingerprint
     random = other.with_transform(lambda rows: {"value": torch.rand(len(rows["text"]))})
-    assert signature_of(one) == signature_of(other) == signature_of(random) == signature_of(one.with_format("torch"))
-    assert signature_of(Subset(one, [3, 4])) == signature_of(Subset(other, [3, 4])) != signature_of(Subset(one, [3, 5]))
+    assert signature(one) == signature(other) == signature(random) == signature(one.with_format("torch"))
+    assert signature(Subset(one, [3, 4])) == signature(Subset(other, [3, 4])) != signature(Subset(one, [3, 5]))
     for different in (one.shuffle(seed=1), one.shard(2, 0), one.remove_columns("size"), text):
-        assert signature_of(different) != signature_of(one)
-    assert signature_of(text.shard(2, 0, contiguous=True)) != signature_of(text.shard(2, 1, contiguous=True))
-    assert signature_of(text.select([])) == signature_of(text.select([]))
+        assert signature(different) != signature(one)
+    assert signature(text.shard(2, 0, contiguous=True)) != signature(text.shard(2, 1, contiguous=True))
+    assert signature(text.select([])) == signature(text.select([]))

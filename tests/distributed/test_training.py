@@ -220,7 +220,7 @@ def check_sources_of_one_process(layout: str, folder: Path) -> None:
     with pytest.raises(InputError, match="pass the same seed, model, state dict or file everywhere"):
         delfast.reset_(model, mask, own)
     for chosen in (mask, only):  # of a mixed layout, the second selects plain parameters alone
-        with pytest.raises(InputError, match="expected the same fresh values in all processes"):
+        with pytest.raises(InputError, match="expected the same fresh values on every process"):
             delfast.reset_(model, chosen, Net, seed=rank)
     with pytest.raises(InputError, match=r"seed .* \(on rank 1\)"):
         delfast.reset_(model, mask, Net, seed=-rank)
@@ -238,7 +238,7 @@ def check_what_is_refused(layout: str) -> None:
         delfast.reset_(model, other, Net)
     with pytest.raises(InputError, match="expected the same mask on every process"):
         OPTIMIZERS["sgd"](model.named_parameters(), other)
-    with pytest.raises(InputError, match="expected the same fresh values in all processes"):
+    with pytest.raises(InputError, match="expected the same fresh values on every process"):
         delfast.reset_(model, rows, Net, seed=rank)
     with pytest.raises(InputError, match=r"another init than 'reset_parameters' for the sharded 'first.weight'"):
         delfast.reset_(model, rows, "reset_parameters")

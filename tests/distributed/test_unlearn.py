@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import delfast
+from tests.distributed import one_rank
 from tests.distributed.spawning import error_of, run_in_processes
 from tests.distributed.unlearning import (
     SHARDED,
@@ -134,6 +135,7 @@ def test_processes(count, tmp_path):
         scenarios["fsdp refused"] = sharded_refused
         for name, (wrapping, options) in PRECISIONS.items():
             scenarios[name] = functools.partial(unlearned, "del", **wrapping, **options)
+        scenarios["broken"] = functools.partial(one_rank.broken_unlearn, tmp_path)
         scenarios |= {"refused": refused, "failing": failing, "resumed": functools.partial(checkpoints, tmp_path)}
     results = run_in_processes(count, scenarios, tmp_path)
 
@@ -161,6 +163,8 @@ def test_processes(count, tmp_path):
         return
     for name, (_, options) in PRECISIONS.items():
         same_as(all_ranks(name), expected("del", count, **options), name)
+    one_rank.check_errors(all_ranks("broken"), one_rank.BROKEN_UNLEARN)
+    assert all(found["works"] for found in all_ranks("broken"))
     for found in all_ranks("refused"):
         for name, (kind, text) in REFUSED.items():
             assert found[name] is not None and found[name][0] == kind and text in found[name][1], (name, found[name])
