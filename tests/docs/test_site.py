@@ -15,7 +15,6 @@ import pytest
 
 from tests import ROOT, cases
 
-pytestmark = pytest.mark.long
 LOADED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src")}  # by a browser, unasked
 
 
