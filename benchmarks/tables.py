@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import gpu_bandwidth
+from benchmarks.audit import RESULTS as AUDIT
+from benchmarks.audit import table as audit_table
 from benchmarks.distributed import RESULTS as DISTRIBUTED
 from benchmarks.distributed import table as distributed_table
 from benchmarks.gpu_kernels import COLUMNS, row
@@ -40,11 +42,12 @@ from benchmarks.gpu_report import (
 )
 from benchmarks.precision import RESULTS as PRECISION
 from benchmarks.precision import table as precision_table
+from benchmarks.thresholds import RESULTS as THRESHOLDS
+from benchmarks.thresholds import table as thresholds_table
 from delfast.errors import InputError
 from delfast.experiments.grid.definition import EVERYTHING
-from delfast.experiments.grid.report import FIELDS
 from delfast.experiments.grid.summary import KEYS, means
-from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
+from delfast.experiments.reports import FIELDS, METHOD_COLUMNS, markdown_table, method_rows
 from delfast.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +55,7 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "docs/results.md"
 LANGUAGE_MODELS = ROOT / "docs/language_models.md"
+LEDGER_PAGE = ROOT / "docs/ledger.md"
 FIGURE = ROOT / "docs/images/demo.png"
 CPU = ROOT / "benchmarks/results/cpu.json"  # of `make bench`: kernels
 CALLS = ROOT / "benchmarks/results/calls.json"  # of `make bench`: calls of ops
@@ -62,6 +66,7 @@ MEMORY = ROOT / "benchmarks/results/memory.json"  # of `make bench`: memory of t
 GPU = ROOT / "benchmarks/results/gpu.json"  # of `python -m benchmarks.gpu`
 DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`, kept
 CAUSAL_LM = ROOT / "benchmarks/results/causal_lm.json"  # of `python examples/causal_lm.py --json`
+LEDGER = ROOT / "benchmarks/results/ledger.json"  # of `python -m benchmarks.ledger`
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
@@ -307,6 +312,21 @@ def causal_lm(result: dict[str, Any]) -> str:
     return "\n".join([markdown_table(columns, rows), line])
 
 
+def ledger(result: dict[str, Any]) -> str:
+    """Return a row for each command of benchmarks/ledger.py, then a line on the run."""
+    columns = ("command", "seconds", "seconds of CPU", "peak memory, MiB")
+    rows = [
+        [f"`{name}`", f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}", f"{row['peak_mib']:.0f}"]
+        for name, row in result["commands"].items()
+    ]
+    machine = result["machine"]
+    line = f"{result['requests']:,} requests of {result['ids']} examples, identifiers as HMACs, "
+    line += f"{result['bytes'] / 2**20:.0f} MiB. {machine['cpus']} CPUs, {machine['cpu']}, with a load average of "
+    line += f"{machine['load']:.1f} when it began; "
+    line += f"Python {machine['python']}, SQLite {machine['sqlite']}.\n"
+    return "\n".join([markdown_table(columns, rows), line])
+
+
 def fill(text: str, name: str, content: str, page: Path) -> str:
     """Replace what stands between the markers of ``name``. InputError unless one pair of them is there."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -341,8 +361,10 @@ def pages() -> dict[Path, dict[str, str]]:
             "demo": demo(read_json(DEMO)),
             "precision": "\n".join(precision_table(result) for _, result in sorted(read_json(PRECISION).items())),
             "cifar10": cifar10(CIFAR10.read_text(encoding="utf-8")),
+            "audit": audit_table(read_json(AUDIT)),
         },
         LANGUAGE_MODELS: {"causal-lm": causal_lm(read_json(CAUSAL_LM))},
+        LEDGER_PAGE: {"ledger": ledger(read_json(LEDGER)), "thresholds": thresholds_table(read_json(THRESHOLDS))},
     }
 
 

@@ -111,6 +111,18 @@ def remove_abandoned(directory: Path, names: str = "*") -> None:
         _remove_abandoned(abandoned)
 
 
+@contextmanager
+def exclusive(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of the file ``path``, which is made if needed, until the context ends or the process does.
+
+    InputError with the text ``busy`` if another process holds it; OSError where the file system has no locks.
+    """
+    with open(path, "ab") as stream, naming_errors(path):
+        if not _lock(stream.fileno(), wait=False, needed=True):
+            raise InputError(busy)
+        yield
+
+
 def _locked_directory(path: Path) -> tuple[Path, int]:
     while True:
         directory = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -135,14 +147,19 @@ def _remove_abandoned(directory: Path) -> None:
         os.close(lock)
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Lock an open file until it is closed; return False if another process holds the lock, or the system has none."""
+def _lock(descriptor: int, *, wait: bool, needed: bool = False) -> bool:
+    """Lock an open file until it is closed; return False if another process holds the lock.
+
+    Where the system has no locks, return False too, or raise its OSError if the lock is ``needed``.
+    """
     if sys.platform == "win32":
+        if needed:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if isinstance(error, BlockingIOError) or error.errno in UNSUPPORTED:
+        if isinstance(error, BlockingIOError) or (error.errno in UNSUPPORTED and not needed):
             return False
         raise
     return True

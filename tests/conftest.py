@@ -24,6 +24,7 @@ HEAVY = (
     "experiments/test_grid.py",
     "cli/test_methods_cli.py",
     "experiments/test_records.py",
+    "cli/test_job.py",
     "packaging/test_backend.py",
     "docs/test_readme.py",
     "packaging/test_core_install.py",

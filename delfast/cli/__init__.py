@@ -1,4 +1,4 @@
-"""The command line: ``demo | train | oracle | localize | unlearn | evaluate | verify | compare | bench | doctor``.
+"""The command line: train, oracle, localize, unlearn, evaluate, verify, compare, bench, doctor, demo and ledger.
 
 torch and every other large package are imported by the command that needs them, so that ``--help`` answers at once.
 """
@@ -15,7 +15,19 @@ from delfast.experiments.interrupts import Stopped, stopping
 
 BAD_INPUT, FAILURE = 2, 1
 INVALID_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # the path itself is at fault, not the disk
-EXTRA = ("typer", "rich", "tomli", "torchvision", "sklearn", "matplotlib", "vit_pytorch", "PIL", "scipy", "einops")
+EXTRA = (
+    "typer",
+    "rich",
+    "tomli",
+    "torchvision",
+    "sklearn",
+    "matplotlib",
+    "vit_pytorch",
+    "PIL",
+    "scipy",
+    "einops",
+    "jinja2",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import cast
 
 import typer
 
-from delfast.cli import steps, tools
+from delfast.cli import ledger, steps, tools
 from delfast.cli.console import start_log
 from delfast.errors import InputError
 from delfast.experiments.interrupts import Stopped
@@ -38,6 +38,7 @@ def _app() -> None:
 
 for command in (
     *(steps.train, steps.oracle, steps.localize, steps.unlearn, steps.evaluate),
-    *(tools.compare, tools.verify, tools.bench, tools.doctor, tools.demo),
+    *(tools.init_job, tools.compare, tools.verify, tools.bench, tools.doctor, tools.demo),
 ):
     app.command()(command)
+app.add_typer(ledger.app, name="ledger")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from delfast.cli.console import log
 from delfast.cli.names import STRATEGIES
 from delfast.errors import InputError
 
 if TYPE_CHECKING:  # imports torch
     from delfast.execution import CudaGraphs
+    from delfast.jobs import Job
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, as `delfast train` writes it")]
 OutputDir = Annotated[Path, typer.Option(help="directory that the results are written to")]
@@ -22,6 +26,10 @@ OptionalOutputDir = Annotated[
 ]
 DataDir = Annotated[
     Path | None, typer.Option(help="directory of downloaded data and decoded images (default: ~/.cache/delfast)")
+]
+JobFile = Annotated[
+    Path | None,
+    typer.Option("--job", metavar="JOB.py", help="your job file; it is executed (`delfast init-job` writes one)"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Graphs = Annotated[
@@ -32,6 +40,27 @@ Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of everythin
 StepSeed = Annotated[
     int | None, typer.Option(min=0, max=2**31 - 1, help="seed of this step (default: derived from the run's)")
 ]
+
+
+@contextmanager
+def executing(path: Path | None) -> Iterator[Job | None]:
+    """Execute a job file, log that, and name its file and line in errors inside the context; None without a path."""
+    if path is None:
+        yield None
+        return
+    from delfast.jobs import read_job
+
+    log.info(f"executing the job file '{path}'")
+    job = read_job(path)
+    with job.naming_errors():
+        yield job
+
+
+def refuse_beside_job(options: Mapping[str, object]) -> None:
+    """Raise InputError for an option about pictures that is given beside --job."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InputError(f"expected --job without --{given[0]}, got both: the job file has the data and the network")
 
 
 def resolved(source: str) -> str:

@@ -14,6 +14,7 @@ from delfast.cli.options import (
     DataDir,
     Device,
     Graphs,
+    JobFile,
     OptionalOutputDir,
     OutputDir,
     Seed,
@@ -27,6 +28,7 @@ def compare(
     grid: Annotated[Path, typer.Argument(help="a TOML file; examples are in experiments/")],
     output_dir: OutputDir,
     data: Annotated[str | None, typer.Option(help="data to use instead of the grid's, as --data of train")] = None,
+    job: JobFile = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="number of worker processes (default: CPUs / threads)")
     ] = None,
@@ -52,8 +54,21 @@ def compare(
     with watching() as watch:
         source = None if data is None else resolved(data)
         graphs = cuda_graphs_for(cuda_graphs)
-        found = grids.compare(grid, output_dir, workers, threads, device, watch, source, report_only, pack, graphs)
+        found = grids.compare(grid, output_dir, workers, threads, device, watch, source, report_only, pack, graphs, job)
     print_line(f"{len(found.cells)} cells: see {output_dir / grids.HTML}")
+
+
+def init_job(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="the file to write, such as job.py")],
+) -> None:
+    """Write a job file with comments, which runs as it stands: a small network on scikit-learn's digits."""
+    from delfast.errors import InputError
+    from delfast.files import write_text
+
+    if path.exists():
+        raise InputError(f"expected a path at which there is no file, '{path}' exists; choose another")
+    write_text(path, Path(__file__).with_name("example_job.py").read_text(encoding="utf-8"))
+    print_line(f"{path}: edit it, then `delfast train --job {path} --output-dir run`")
 
 
 def verify(

@@ -56,7 +56,7 @@ def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -
     _check_shapes(log_probabilities, oracle_log_probabilities)
     check_log_probabilities(log_probabilities, "the model")
     check_log_probabilities(oracle_log_probabilities, "the oracle")
-    return _divergences(log_probabilities, oracle_log_probabilities).mean().item()
+    return divergences(log_probabilities, oracle_log_probabilities).mean().item()
 
 
 def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader, *, group: Group = None) -> float:
@@ -105,22 +105,22 @@ def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader, *, group: 
         networks, processes = join(group, "kl_to_oracle", execution, model=model, oracle=oracle)
         device = device_of(networks[0])
 
-        def divergences(batch: Any) -> tuple[Tensor, ...]:
+        def of_batch(batch: Any) -> tuple[Tensor, ...]:
             rows = []
             for name, network in zip(("the model", "the oracle"), networks, strict=True):
                 with prefixed(name):
                     rows.append(predict(network, batch, execution)[1].to(device))
-            _check_shapes(*rows)
-            return (_divergences(*rows),)
+            return (divergences(*rows),)
 
-        found = [each for (each,) in collect(networks, loader, "data set", divergences, execution, processes)]
+        found = [each for (each,) in collect(networks, loader, "data set", of_batch, execution, processes)]
         count = sum(map(len, found))
         check_examples(count, "data set")
         return float(sum(torch.stack([each.sum() for each in found]).tolist())) / count
 
 
-def _divergences(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> Tensor:
-    """Return the divergence of each example: float64 (N,)."""
+def divergences(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -> Tensor:
+    """Return KL(oracle || model) of each example: float64 (N,), in nats. InputError for different shapes."""
+    _check_shapes(log_probabilities, oracle_log_probabilities)
     # normalize again in float64: rows that sum to 1 only within float32's rounding could give less than 0
     log_p = functional.log_softmax(log_probabilities.double(), dim=1)
     log_q = functional.log_softmax(oracle_log_probabilities.double(), dim=1)

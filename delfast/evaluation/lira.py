@@ -1,4 +1,7 @@
-"""U-LiRA: an attack that distinguishes, by example, an unlearned network from one that never saw the example.
+"""LiRA: attacks that distinguish, by example, a network from one that never saw the example.
+
+U-LiRA has shadows of both kinds: networks that unlearned the examples, and networks that never saw them. The offline
+LiRA has the second kind alone, which can be trained before anybody asks to be forgotten.
 
 Hayes et al., "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy", 2024, arXiv
 2403.01218, after the online LiRA of Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P
@@ -202,6 +205,73 @@ def u_lira_leave_one_out(
     negatives = torch.stack([pair.retrained_scores for pair in pairs])
     accuracy = math.fsum(pair.accuracy for pair in pairs) / len(pairs)
     return ULira(accuracy, tpr_at_fpr(positives, negatives, fpr), fpr, positives, negatives)
+
+
+def offline_lira(
+    attacked: Tensor, references: Tensor, members: Tensor | None = None, *, fixed_variance: bool = True
+) -> Tensor:
+    """Return by example how far its confidence is above that of networks which never saw it: the offline LiRA.
+
+    The score of an example with confidence x is (x - mean) / (s sqrt(1 + 1/n)), of the n reference networks that never
+    saw it, with s their deviation. Carlini et al. report the standard normal's distribution function of (x - mean) / s,
+    which ranks the examples alike where n is one number. The factor is the mean's own error: with it examples that have
+    different numbers of references are comparable.
+
+    Parameters
+    ----------
+    attacked : Tensor
+        Logit-scaled confidences (examples,) of the attacked network, as ``logit_confidences`` returns them.
+    references : Tensor
+        Confidences (models, examples) of the reference networks.
+    members : Tensor, optional
+        Bool (models, examples): whether a reference was trained on an example. These are not used. Default: none was.
+    fixed_variance : bool, default True
+        Whether to use one variance for all examples: the paper's advice below 64 references. Otherwise each example's.
+        Either is unbiased, and at least ``VARIANCE_FLOOR``.
+
+    Returns
+    -------
+    Tensor
+        Scores, float64 (examples,), NaN for an example with fewer than two references. Large: a member.
+
+    Raises
+    ------
+    InputError
+        For no reference, tensors of different examples, and values that are not finite.
+
+    References
+    ----------
+    Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P 2022, arXiv 2112.03570, section VI.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from delfast.evaluation import offline_lira
+    >>> offline_lira(torch.tensor([4.0, 1.0]), torch.tensor([[0.0, 0.0], [2.0, 2.0]])).round(decimals=2)
+    tensor([1.7300, 0.0000], dtype=torch.float64)
+    """
+    check_flag("fixed_variance", fixed_variance)
+    _check_shadows({"references": references}, 1)
+    _check_values("attacked", attacked, references.shape[1])
+    if attacked.ndim != 1:
+        raise InputError(
+            f"attacked: expected (examples,) of one network, got {tuple(attacked.shape)}; attack each alone"
+        )
+    check_tensors(**({} if members is None else {"members": members}))
+    if members is not None and (members.dtype is not torch.bool or members.shape != references.shape):
+        raise InputError(
+            f"expected members to be bool {tuple(references.shape)}, got {members.dtype} {tuple(members.shape)}; pass "
+            "whether each reference was trained on each example"
+        )
+    out = torch.ones_like(references, dtype=torch.bool) if members is None else ~members
+    values, counts = references.double(), out.sum(0)
+    means = torch.where(out, values, 0.0).sum(0) / counts
+    squares = torch.where(out, values - means, 0.0).square().sum(0)
+    usable = counts >= MIN_SHADOWS
+    free = counts - 1  # degrees of freedom
+    variance = squares[usable].sum() / free[usable].sum() if fixed_variance else squares / free
+    spread = variance.clamp(min=VARIANCE_FLOOR) * (1 + 1 / counts)
+    return torch.where(usable, (attacked.double() - means) / spread.sqrt(), torch.nan)
 
 
 def tpr_at_fpr(positives: Tensor, negatives: Tensor, fpr: float) -> float:

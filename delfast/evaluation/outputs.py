@@ -127,6 +127,8 @@ def collect(
     function: Callable[[Any], tuple[Tensor, ...]],
     execution: Execution,
     processes: Processes | None = None,
+    *,
+    any_form: bool = False,
 ) -> list[tuple[Tensor, ...]]:
     """Return what ``function`` computes of every batch, (input, target) or a language model's mapping, on the CPU.
 
@@ -135,14 +137,16 @@ def collect(
 
     processes: those of ``join``, which share the set. Each gets the results of all, in the set's order. A result is a
     tuple of scalars, and of tensors with a row for each example.
+
+    any_form: whether ``function`` is given each batch as the loader yields it, as a ``loss_fn`` is.
     """
     with prefixed(where):
         if processes is None:
             refuse_sharded(loader)
-            return _run(models, loader, function, execution)
+            return _run(models, loader, function, execution, any_form=any_form)
         shared = share(loader, processes, None)
         with processes.together():
-            found = _run(models, shared.batches, function, execution, processes, shared.stand_in)
+            found = _run(models, shared.batches, function, execution, processes, shared.stand_in, any_form=any_form)
         shared.finish()
     places = None if shared.places is None else shared.places[: sum(map(_rows, found))]
     # as arrays: a pickled tensor has a storage of its own
@@ -158,6 +162,8 @@ def _run(
     execution: Execution,
     processes: Processes | None = None,
     stand_in: Callable[[], Any] | None = None,
+    *,
+    any_form: bool = False,
 ) -> list[tuple[Tensor, ...]]:
     """Return what ``function`` computes of every batch of this process; arguments as for ``collect`` and ``Share``.
 
@@ -176,7 +182,7 @@ def _run(
     )
 
     def result_of(batch: Any) -> tuple[Tensor, ...]:
-        if not isinstance(batch, Indexed) and not is_token_batch(batch):
+        if not any_form and not isinstance(batch, Indexed) and not is_token_batch(batch):
             batch = split_batch(batch)[1:]
         return tuple(t.to("cpu", non_blocking=True) for t in run(batch))
 

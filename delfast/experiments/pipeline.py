@@ -22,18 +22,19 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_choice
 from delfast.errors import InputError
-from delfast.evaluation import Metrics
+from delfast.evaluation import Metrics, predictions
 from delfast.execution import Precision
-from delfast.experiments.datasets import Batches, Examples
+from delfast.experiments.config import Config
+from delfast.experiments.datasets import Batches
+from delfast.experiments.losses import Losses, mean_losses
 from delfast.experiments.progress import Progress
 from delfast.experiments.run import (
     CHECKPOINT,
-    EVALUATION_BATCH,
     FORGET,
     MASK,
     MODEL,
+    SETS,
     SUMMARY,
-    Config,
     Run,
     commit,
     output_directory,
@@ -60,7 +61,7 @@ class Trained:
     """A network that a step wrote, its metrics (percentages), and the seconds of each part of the step."""
 
     model: nn.Module
-    metrics: Metrics
+    metrics: Metrics | Losses
     seconds: dict[str, float]
 
 
@@ -86,7 +87,7 @@ def train(
     ``shadow`` > 0 trains with the shadow's seeds. ``progress``: whether to show the training's progress. ``remedy``:
     the choice that the error of an unfit batch size advises.
     """
-    everything = torch.arange(len(run.data.train_targets))
+    everything = torch.arange(run.data.count)
     return _train(run, output_dir, "train", everything, run.config.seed, shadow, progress, remedy)
 
 
@@ -107,21 +108,49 @@ def oracle(
     return _train(run, output_dir, "oracle", run.forget.retain, seed, shadow, progress, remedy)
 
 
+def adopt(run: Run, model: nn.Module, output_dir: Path, path: Path) -> Trained:
+    """Write the run directory of a network that was trained elsewhere, and loaded from ``path``; train nothing.
+
+    InputError if it is no network of the run's kind, and for a forget set with other labels than the data's own.
+    """
+    if run.forget.changes_labels:
+        raise InputError(
+            f"expected a forget set with the data's own labels beside a trained network, got '{run.config.forget}'; "
+            "use another --forget"
+        )
+    state = model.state_dict()
+    try:
+        run.factory().load_state_dict(state)
+    except RuntimeError:
+        raise InputError(
+            f"'{path}' is no {run.config.model_name} of {run.config.data_name}: other names or shapes; load a network "
+            "like that of model()"
+        ) from None
+    with output_directory(output_dir), run.data.naming_errors():
+        model = run.placed(model)
+        trained = Trained(model, run.measure(model), {})
+        _write_run(run, output_dir, "train", trained, {"trained": str(path)}, {}, {"losses": []})
+    return trained
+
+
 def _train(
     run: Run, output_dir: Path, command: str, indices: Tensor, seed: int, shadow: int, progress: bool, remedy: str
 ) -> Trained:
     config, seed = run.config, seed + SHADOW_SEED * shadow
     batches = run.batches(indices, config.batch_size, shuffle=True, seed=config.seed + SHADOW_SEED * shadow)
     _check_last_batch(run, batches, remedy)
-    title = f"{command}: {config.model} on {len(indices)} examples of {config.data}, {config.epochs} epochs"
-    with output_directory(output_dir):
+    title = f"{command}: {config.model_name} on {len(indices)} examples of {config.data_name}, {config.epochs} epochs"
+    with output_directory(output_dir), run.data.naming_errors():
         with seeded(seed):
             model = run.placed(run.factory())
+        if run.config.has_job:
+            _check_measurable(run, model)
         result = train_model(
             model,
             batches,
             _sgd(model, config, run.device),
             epochs=config.epochs,
+            loss_fn=run.data.loss_fn,
             precision=cast(Precision, config.precision),
             cuda_graphs=run.cuda_graphs,
             progress=Progress(title) if progress else None,
@@ -129,6 +158,16 @@ def _train(
         trained = Trained(model, run.measure(model), {"train": result.seconds})
         _write_run(run, output_dir, command, trained, {"seed": seed}, {}, {"losses": result.losses})
     return trained
+
+
+def _check_measurable(run: Run, model: nn.Module) -> None:
+    """Measure the first batch of each set: what cannot be measured is refused before hours of training."""
+    for batches in run.sets().values():
+        batch = next(iter(batches))
+        if run.data.loss_fn is None:
+            predictions(model, [batch])
+        else:
+            mean_losses(model, {name: [batch] for name in SETS}, run.data.loss_fn, "fp32")
 
 
 def _sgd(model: nn.Module, config: Config, device: torch.device) -> torch.optim.SGD:
@@ -163,15 +202,15 @@ def find_mask(
     if strategy is not None:
         own = STRATEGIES.get(strategy, {}).items()  # ``localize`` refuses an unknown name
         options = {name: value for name, value in options.items() if (name, value) not in own} | {"strategy": strategy}
-    indices = torch.arange(len(run.forget.targets)) if strategy in WHOLE_TRAINING_SET else run.forget.indices
-    options |= {"cuda_graphs": run.cuda_graphs}
+    indices = torch.arange(run.forget.count) if strategy in WHOLE_TRAINING_SET else run.forget.indices
+    options |= {"cuda_graphs": run.cuda_graphs, "loss_fn": run.data.loss_fn}
     started = time.perf_counter()
     batches = run.batches(indices, batch_size)
     if stop_when_stable is None:
         mask = localize_model(model, batches, budget, seed=seed, **options)
     else:
         options |= {"stop_when_stable": stop_when_stable, "batch_size": batch_size}
-        mask = localize_model(model, Examples(batches), budget, seed=seed, **options)
+        mask = localize_model(model, run.data.examples(batches), budget, seed=seed, **options)
     return mask, time.perf_counter() - started
 
 
@@ -195,7 +234,7 @@ def localize(
     check_choice("precision", precision, Precision)
     seed, batch_size = _or_default(seed, run.config.seed), run.config.batch_size
     options = {"preset": preset, **STRATEGIES.get(strategy or "", {}), **options}
-    with output_directory(output_dir):
+    with output_directory(output_dir), run.data.naming_errors():
         mask, duration = find_mask(
             run,
             model,
@@ -271,7 +310,7 @@ def run_method(
     trained_on, validation = run.forget.retain, None
     if patience is not None:
         trained_on, aside = _hold_out(run.forget.retain, held_out, seed)
-        validation = run.batches(aside, EVALUATION_BATCH)
+        validation = run.batches(aside, run.data.evaluation_batch)
     sets = {
         "retain": run.batches(trained_on, batch_size, shuffle=True, seed=seed),
         "forget": run.batches(run.forget.indices, batch_size, shuffle=True, seed=seed),
@@ -291,6 +330,7 @@ def run_method(
         mask=mask,
         method=method,
         init=run.factory,
+        loss_fn=run.data.loss_fn,
         seed=seed,
         head=head,
         training=TrainingOptions(
@@ -335,7 +375,7 @@ def unlearn(
         head_parameters(model, head)
     original = digest_state(model.state_dict())
     choices = {"batch_size": batch_size, "held_out": held_out if patience is not None else None}
-    with output_directory(output_dir):
+    with output_directory(output_dir), run.data.naming_errors():
         result = run_method(
             run,
             model,
@@ -385,13 +425,15 @@ def _or_default(seed: int | None, default: int) -> int:
     return default if seed is None else seed
 
 
-def _check_last_batch(run: Run, batches: Batches, remedy: str) -> None:
+def _check_last_batch(run: Run, batches: Any, remedy: str) -> None:
     """Refuse a batch of one example whose last feature map in a ResNet would be one pixel.
 
     ``delfast.unlearn`` reads batch sizes from torch's loaders only, and so cannot refuse it for ``Batches``.
     """
+    if not isinstance(batches, Batches):
+        return
     alone = len(batches.indices) % batches.batch_size == 1 or batches.batch_size == 1
-    if alone and run.config.model.startswith("resnet") and run.data.image_size <= 8:
+    if alone and run.config.model.startswith("resnet") and batches.images.shape[-1] <= 8:
         raise InputError(
             f"{len(batches.indices)} examples in batches of {batches.batch_size} leave a batch of one, "
             f"which BatchNorm cannot train on; choose {remedy}"

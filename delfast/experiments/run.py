@@ -19,30 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delfast.arguments import check_choice
 from delfast.errors import InputError
-from delfast.evaluation import Metrics, evaluate, predictions
+from delfast.evaluation import Metrics, predictions
+from delfast.evaluation import evaluate as evaluate_model
 from delfast.execution import CudaGraphs, Precision
-from delfast.experiments.datasets import (
-    Batches,
-    ForgetSet,
-    ImageData,
-    check_source,
-    choose,
-    load,
-    parse_forget,
-)
-from delfast.experiments.datasets.forget import check_ratio
-from delfast.experiments.datasets.pictures import IN_MEMORY
-from delfast.experiments.networks import check_model, factory
+from delfast.experiments.config import JOB, Config
+from delfast.experiments.data import JobData, Pictures, RunData
+from delfast.experiments.datasets import ForgetSet, load
+from delfast.experiments.losses import Losses, mean_losses
 from delfast.experiments.schema import Each, Number, check_record, check_table, kinds_of
 from delfast.files import load_state, make_output_dir, read_json
 from delfast.graphs import check_cuda_graphs
+from delfast.jobs import Job
 from delfast.provenance import digest_state
 
-EVALUATION_BATCH = 512
 SETS = ("forget", "retain", "test")
-MAX_RUN_SEED = 2**31 - 1  # a step's seed is this plus a constant, and must fit into 64 bits
 MODEL, FORGET, MASK, SUMMARY, CHECKPOINT = (
     "model.safetensors",
     "forget.json",
@@ -65,69 +56,10 @@ NETWORK: dict[str, Any] = {  # the part of a network's summary that is read
     "config": dict,
     "digests": dict.fromkeys(("model", "data", "forget"), str),
     "forget": {"spec": str, "examples": Number(0), "of": Number(1)},
-    "metrics": {**ACCURACIES, **LOSSES},
+    "metrics": dict,
     "seconds": SECONDS,
     "provenance": ORIGIN,
 }
-
-
-@dataclass(frozen=True)
-class Config:
-    """The data and settings of a run's training: SGD with momentum 0.9, the rate falling by a cosine to 1 %.
-
-    ``precision`` and ``channels_last`` apply to training and unlearning; ``localize`` and ``evaluate`` have their own.
-    """
-
-    data: str
-    model: str
-    forget: str
-    forget_ratio: float
-    epochs: int
-    lr: float
-    batch_size: int
-    weight_decay: float = 0.0
-    seed: int = 0
-    data_dir: str | None = None
-    image_size: int | None = None
-    train_examples: int | None = None
-    test_examples: int | None = None
-    precision: str = "fp32"
-    channels_last: bool = False
-
-    def check(self, *, data_is_read: bool = True) -> None:
-        """Raise InputError for a value that no run can have; nothing is loaded or computed.
-
-        ``data_is_read``: False where the images need not be there, as for a report of finished runs.
-        """
-        if not 0 <= self.seed <= MAX_RUN_SEED:
-            raise InputError(f"expected a seed from 0 to {MAX_RUN_SEED}, got {self.seed}")
-        check_source(self.data, self.image_size, data_is_read)
-        check_model(self.model, self.image_size)
-        for name in ("train_examples", "test_examples"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise InputError(f"expected {name} of at least 1, got {count}")
-        check_choice("precision", self.precision, Precision)
-        parse_forget(self.forget)
-        check_ratio(self.forget_ratio)
-        check_training(self.epochs, self.lr, self.batch_size, self.weight_decay)
-
-
-def check_training(epochs: int, lr: float, batch_size: int, weight_decay: float) -> None:
-    """Raise InputError for a value with which nothing can be trained."""
-    if epochs < 1:
-        raise InputError(f"expected at least 1 epoch, got {epochs}")
-    if not 0 < lr < float("inf"):
-        raise InputError(f"expected a learning rate above 0, got {lr}")
-    check_batch_size(batch_size)
-    if not 0 <= weight_decay < float("inf"):
-        raise InputError(f"expected a weight decay of 0 or more, got {weight_decay}")
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise InputError unless a batch holds examples."""
-    if batch_size < 1:
-        raise InputError(f"expected a batch size of at least 1, got {batch_size}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +70,7 @@ class Run:
     """
 
     config: Config
-    data: ImageData
+    data: RunData
     forget: ForgetSet
     device: torch.device
     cuda_graphs: CudaGraphs = "auto"
@@ -146,7 +78,7 @@ class Run:
     @property
     def factory(self) -> Callable[[], nn.Module]:
         """A function that returns a newly initialized network on the CPU."""
-        return factory(self.config.model, self.data.num_classes, self.data.channels, self.data.image_size)
+        return self.data.factory(self.config.model)
 
     def with_config(self, **changes: Any) -> Run:
         """The run with a changed configuration and the same data. InputError for values that no run can have."""
@@ -159,23 +91,19 @@ class Run:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         return model.to(self.device).to(memory_format=layout)
 
-    def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Batches:
+    def batches(self, indices: Tensor, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> Any:
         """Batches of training examples, with the labels that the run trains with."""
-        options: dict[str, Any] = {"batch_size": batch_size, "indices": indices, "shuffle": shuffle, "seed": seed}
-        return self._batches(self.data.images("train", self.device), self.forget.targets, **options)
+        return self.data.training(self.forget, indices, self.device, batch_size, shuffle=shuffle, seed=seed)
 
-    def _batches(self, images: Tensor, targets: Tensor, **options: Any) -> Batches:
-        """Batches of images, read one ahead where the images are in a file, or in memory of the CPU for another device.
+    def measure(self, model: nn.Module, seed: int | None = None, precision: Precision = "fp32") -> Metrics | Losses:
+        """The network's metrics on the run's forget, retain and test sets; ``seed``, ``precision``: of ``evaluate``.
 
-        Images on the device are read by index: see ``delfast.feeding.feed``.
+        With a ``loss_fn`` of the job's, the mean losses alone: what is a correct output is not known.
         """
-        ahead = images.device.type == "cpu" and (self.device.type != "cpu" or images.nbytes > IN_MEMORY)
-        return Batches(images, targets, self.data.mean, self.data.std, ahead=ahead, **options)
-
-    def measure(self, model: nn.Module, seed: int | None = None, precision: Precision = "fp32") -> Metrics:
-        """The network's metrics on the run's forget, retain and test sets; ``seed``, ``precision``: of ``evaluate``."""
         sets = self.sets()
-        return evaluate(
+        if self.data.loss_fn is not None:
+            return mean_losses(model, sets, self.data.loss_fn, precision)
+        return evaluate_model(
             model,
             sets["forget"],
             sets["retain"],
@@ -189,19 +117,18 @@ class Run:
         """The network's log-probabilities and the targets of one of ``sets``, as ``delfast.evaluation.predictions``."""
         return predictions(model, self.sets()[name], cuda_graphs=self.cuda_graphs)
 
-    def sets(self) -> dict[str, Batches]:
+    def sets(self) -> dict[str, Any]:
         """The batches of the forget, retain and test sets, in order, for measurements."""
+        batch_size = self.data.evaluation_batch
         return {
-            "forget": self.batches(self.forget.indices, EVALUATION_BATCH),
-            "retain": self.batches(self.forget.retain, EVALUATION_BATCH),
-            "test": self._batches(
-                self.data.images("test", self.device), self.data.test_targets, batch_size=EVALUATION_BATCH
-            ),
+            "forget": self.batches(self.forget.indices, batch_size),
+            "retain": self.batches(self.forget.retain, batch_size),
+            "test": self.data.testing(self.device, batch_size),
         }
 
     def digests(self) -> dict[str, str]:
-        """Digests of the data and of the forget set."""
-        return {"data": self.data.digest, "forget": self.forget.digest}
+        """Digests of the data, of a job file, and of the forget set."""
+        return {**self.data.digests(), "forget": self.forget.digest}
 
     def describe_forget(self) -> dict[str, Any]:
         """The forget set in plain values."""
@@ -211,7 +138,7 @@ class Run:
             "ratio": forget.ratio,
             "seed": forget.seed,
             "examples": len(forget.indices),
-            "of": len(forget.targets),
+            "of": forget.count,
             "digest": forget.digest,
         }
 
@@ -247,7 +174,7 @@ def commit() -> str | None:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
-LoadData = Callable[[str, str | None, int | None, int | None, int | None], ImageData]
+LoadData = Callable[[str, str | None, int | None, int | None, int | None], RunData]
 
 
 def check_own_directory(output_dir: Path, *inputs: Path, option: str = "--output-dir") -> None:
@@ -269,12 +196,28 @@ def choose_device(name: str) -> torch.device:
 
 def load_data(
     source: str, data_dir: str | None, image_size: int | None, train: int | None, test: int | None
-) -> ImageData:
-    """Load the images of ``--data source``, at most ``train`` and ``test`` of them."""
-    return load(source, Path(data_dir) if data_dir else None, image_size, train, test)
+) -> RunData:
+    """Load the images of ``--data source``, at most ``train`` and ``test`` of them.
+
+    InputError for a job file: it is executed only where the user passes it.
+    """
+    if source.startswith(JOB):
+        raise InputError(
+            f"expected the job file '{source.removeprefix(JOB)}' as --job, it was not passed; pass it if it is your "
+            "own: it is executed"
+        )
+    return Pictures(load(source, Path(data_dir) if data_dir else None, image_size, train, test))
 
 
-def _data(config: Config, load_data: LoadData = load_data) -> ImageData:
+def data_of(job: Job | None) -> LoadData:
+    """Return the function that loads the data of a configuration: those of the job, or else images."""
+    if job is None:
+        return load_data
+    data = JobData(job)
+    return lambda *_: data
+
+
+def _data(config: Config, load_data: LoadData) -> RunData:
     return load_data(config.data, config.data_dir, config.image_size, config.train_examples, config.test_examples)
 
 
@@ -286,13 +229,22 @@ def start(
     config.check()
     check_cuda_graphs(cuda_graphs, device)
     data = _data(config, load_data)
-    check_model(config.model, data.image_size)
-    forget = choose(config.forget, config.forget_ratio, data.train_targets, data.num_classes, config.seed)
+    data.check_model(config.model)
+    forget = data.choose(config.forget, config.forget_ratio, config.seed)
     return Run(config, data, forget, device, cuda_graphs)
 
 
-def open_run(path: Path, device: torch.device, data_dir: Path | None = None, cuda_graphs: CudaGraphs = "auto") -> Run:
-    """Read a run directory and load its data; check both against the digests of its summary."""
+def open_run(
+    path: Path,
+    device: torch.device,
+    data_dir: Path | None = None,
+    cuda_graphs: CudaGraphs = "auto",
+    job: Job | None = None,
+) -> Run:
+    """Read a run directory and load its data; check both against the digests of its summary.
+
+    ``job``: the job file, which a run of a job needs. The path that the directory records is not followed.
+    """
     commit()
     check_cuda_graphs(cuda_graphs, device)
     summary = read_summary(path)
@@ -303,17 +255,22 @@ def open_run(path: Path, device: torch.device, data_dir: Path | None = None, cud
     if missing:
         raise InputError(f"'{path / SUMMARY}' has no whole configuration: '{missing[0]}' is missing; train again")
     config = Config(**stored)
+    if job is not None:
+        if not config.has_job:
+            raise InputError(f"'{path}' was made with --data {config.data}, not with a job; leave --job out")
+        if data_dir is not None:
+            raise InputError("expected --job without --data-dir, got both; leave --data-dir out")
+        config = replace(config, data=f"{JOB}{job.path}")
     if data_dir is not None:
         config = replace(config, data_dir=str(data_dir))
     config.check()
-    data = _data(config)
-    if data.digest != summary["digests"]["data"]:
-        raise InputError(f"the data '{config.data}' are not those that '{path}' was made with; restore them")
-    forget = ForgetSet.load(path / FORGET, data.train_targets)
+    data = _data(config, data_of(job))
+    data.check_model(config.model)
+    if data.digests()["data"] != summary["digests"]["data"]:
+        raise InputError(f"the data '{config.data_name}' are not those that '{path}' was made with; restore them")
+    forget = data.load_forget(path / FORGET)
     if forget.digest != summary["digests"]["forget"]:
         raise InputError(f"'{path / FORGET}' is not the forget set of the '{SUMMARY}' beside it; restore it")
-    if not 0 <= forget.targets.min() <= forget.targets.max() < data.num_classes:
-        raise InputError(f"'{path / FORGET}' has labels of classes that '{config.data}' does not have; train again")
     return Run(config, data, forget, device, cuda_graphs)
 
 
@@ -329,9 +286,10 @@ def load_model(run: Run, path: Path) -> nn.Module:
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        raise InputError(f"'{path / MODEL}' is no {run.config.model} for {run.config.data}; use its own run") from None
-    if digests["data"] != run.data.digest:
-        raise InputError(f"'{path}' was made with other data than '{run.config.data}' holds now; restore them")
+        names = f"{run.config.model_name} for {run.config.data_name}"
+        raise InputError(f"'{path / MODEL}' is no {names}; use its own run") from None
+    if digests["data"] != run.data.digests()["data"]:
+        raise InputError(f"'{path}' was made with other data than '{run.config.data_name}' holds now; restore them")
     if digests["forget"] != run.forget.digest:
         raise InputError(f"'{path}' is of another forget set than the run; use networks of one `delfast train`")
     return run.placed(model)
@@ -350,5 +308,10 @@ def check_summary(summary: Any, path: Path) -> dict[str, Any]:
         raise InputError(
             f"'{path}' is no run directory: its {SUMMARY} describes no network; pass one of `delfast train`"
         )
-    check_record(summary, NETWORK, f"'{path / SUMMARY}'", "; restore the file, or train again")
+    advice = "; restore the file, or train again"
+    check_record(summary, NETWORK, f"'{path / SUMMARY}'", advice)
+    # a job with a loss of its own has no accuracies
+    is_job = str(summary["config"].get("data")).startswith(JOB)
+    measured = LOSSES if is_job and not summary["metrics"].keys() & ACCURACIES.keys() else {**ACCURACIES, **LOSSES}
+    check_record(summary["metrics"], measured, f"metrics of '{path / SUMMARY}'", advice)
     return summary

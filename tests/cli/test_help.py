@@ -8,6 +8,7 @@ import sys
 from typing import get_args
 
 import pytest
+from typer.models import CommandInfo
 
 from delfast.cli import main, names
 from delfast.cli.commands import app
@@ -15,12 +16,25 @@ from delfast.experiments.networks import NAMES
 from delfast.localization import BUDGET, STRATEGIES, Criterion
 from delfast.unlearning import METHODS
 
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+
+def names_of(commands: list[CommandInfo]) -> list[str]:
+    """Return the names as they are typed."""
+    found = [(command.name, command.callback) for command in commands if command.callback is not None]
+    return [name or callback.__name__.replace("_", "-") for name, callback in found]
+
+
+COMMANDS = names_of(app.registered_commands)
+for group in app.registered_groups:
+    assert group.typer_instance is not None
+    COMMANDS += [
+        str(group.name),
+        *(f"{group.name} {name}" for name in names_of(group.typer_instance.registered_commands)),
+    ]
 LARGE = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "torchvision", "safetensors", "PIL"}
 ALL_HELP = f"""
 import json, sys
 from delfast.cli import main
-for command in ([], *([name] for name in {COMMANDS})):
+for command in ([], *(name.split() for name in {COMMANDS})):
     assert main([*command, "--help"]) == 0
 print(json.dumps(sorted(sys.modules)))
 """

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import delfast
+from delfast.ledger import Ledger
 from tests import ROOT
 
 validate = pytest.importorskip("numpydoc.validate", reason="numpydoc is missing: pip install -r requirements-dev.txt")
@@ -20,13 +21,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PACKAGES = ("", ".localization", ".compaction", ".unlearning", ".evaluation")
+PACKAGES = ("", ".localization", ".compaction", ".unlearning", ".evaluation", ".jobs", ".ledger")
 OPTIMIZERS = ("delfast.optim.MaskedSGD", "delfast.optim.MaskedAdamW")
+WITH_METHODS = {"delfast.Mask": delfast.Mask, "delfast.ledger.Ledger": Ledger}
 CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["numpydoc_validation"]
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
-    """Yield path and object of every public function and class, and of the methods and properties of ``Mask``."""
+    """Yield path and object of every public function and class, and of the members of ``WITH_METHODS``."""
     seen: set[int] = set()
     for package in PACKAGES:
         module = importlib.import_module(f"delfast{package}")
@@ -38,9 +40,10 @@ def public_objects() -> Iterator[tuple[str, Any]]:
                 yield f"{module.__name__}.{name}", value
     for path in OPTIMIZERS:
         yield path, getattr(delfast.optim, path.rpartition(".")[2])
-    for name in vars(delfast.Mask):
-        if not name.startswith("_"):
-            yield f"delfast.Mask.{name}", inspect.getattr_static(delfast.Mask, name)
+    for path, owner in WITH_METHODS.items():
+        for name in dir(owner):  # inherited ones too
+            if not name.startswith("_"):
+                yield f"{path}.{name}", inspect.getattr_static(owner, name)
 
 
 OBJECTS = dict(sorted(public_objects()))
@@ -51,7 +54,7 @@ def problems(path: str, value: Any) -> list[str]:
 
     Functions and classes of a package need an example; methods, properties and exceptions do not.
     """
-    is_method = path.startswith("delfast.Mask.")
+    is_method = path.rpartition(".")[0] in WITH_METHODS
     is_exception = inspect.isclass(value) and issubclass(value, BaseException)
     left_out = set(CONFIGURATION["checks"]) - (set() if is_method or is_exception else {"EX01"})
     return [f"{code}: {text}" for code, text in validate.validate(path)["errors"] if code not in left_out]

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import delfast
 from delfast.cli import main as delfast_command
 from tests import ROOT
+from tests.ledger.small import write_job
 
 IN_ORDER = ("getting_started",)
 BLOCKS = [
@@ -77,6 +78,8 @@ def test_every_block_compiles_and_runs(
 ) -> None:
     names = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)}
     monkeypatch.chdir(tmp_path)
+    if "Ledger" in names:
+        write_job(tmp_path)
     if "dist" in names:
         run_in_a_group(block, job)
     else:

@@ -23,8 +23,8 @@ from tests import ROOT
 
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-PAGES = ("README", "BENCHMARKS", "RESULTS", "LANGUAGE_MODELS")
-KEPT = ("CPU", "STEPS", "JOB", "MEMORY", "GPU", "DEMO", "SECTORS", "CIFAR10", "CAUSAL_LM")
+PAGES = ("README", "BENCHMARKS", "RESULTS", "LANGUAGE_MODELS", "LEDGER_PAGE")
+KEPT = ("CPU", "STEPS", "JOB", "MEMORY", "GPU", "DEMO", "SECTORS", "CIFAR10", "CAUSAL_LM", "LEDGER")
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:

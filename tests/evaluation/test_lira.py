@@ -1,4 +1,4 @@
-"""U-LiRA: answers known by hand."""
+"""U-LiRA and the offline LiRA: answers known by hand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from delfast.errors import InputError
 from delfast.evaluation import (
     logit_confidences,
+    offline_lira,
     predictions,
     tpr_at_fpr,
     u_lira,
     u_lira_leave_one_out,
 )
+from delfast.evaluation.intervals import auc
 from delfast.evaluation.lira import VARIANCE_FLOOR
 from tests.evaluation.samples import batches, make_model
 
@@ -184,3 +186,58 @@ def test_from_networks_to_the_attack() -> None:
     )
     found = u_lira_leave_one_out(unlearned, retrained)
     assert 0 <= found.accuracy <= 100 and found.unlearned_scores.shape == (3, 50)
+
+
+def test_offline_lira_reaches_the_area_of_two_gaussians() -> None:
+    """Each example's Gaussian lies elsewhere; members lie 1.5 above. The area is F(1.5 / sqrt(2))."""
+    examples, distance = 20_000, 1.5
+    where = 10 * normal(0, examples)
+    references = where + normal(1, 64, examples)
+    members = offline_lira(where + distance + normal(2, examples), references)
+    others = offline_lira(where + normal(3, examples), references)
+    area = auc(members, others)
+    assert area.value == pytest.approx(below(distance / math.sqrt(2)), abs=0.01)
+    # the score of one that was never seen is a standard normal, that of a member lies 1.5 above
+    assert others.mean().abs() < 0.05 and others.std() == pytest.approx(1, abs=0.03)
+    assert members.mean() == pytest.approx(distance, abs=0.05)
+    assert tpr_at_fpr(members, others, 5) == pytest.approx(100 * below(distance - 1.645), abs=2)
+
+
+def test_offline_lira_uses_the_references_that_never_saw_the_example() -> None:
+    references = torch.tensor([[0.0, 0.0, 5.0], [2.0, 4.0, 6.0], [90.0, 8.0, 7.0], [4.0, 90.0, 90.0]])
+    knew = references == 90
+    knew[0, 2] = knew[1, 2] = True  # one is left for the last example
+    x = torch.tensor([6.0, 4.0, 1.0])
+    found = offline_lira(x, references, knew)
+    # means 2 and 4, sums of squares 8 and 32, over 2 + 2 degrees of freedom
+    spread = math.sqrt(10 * (1 + 1 / 3))
+    assert found[:2].tolist() == pytest.approx([4 / spread, 0]) and found[2].isnan()
+    own = offline_lira(x, references, knew, fixed_variance=False)
+    assert own[0].item() == pytest.approx(4 / math.sqrt(4 * (1 + 1 / 3))) and own[2].isnan()
+
+
+def test_examples_with_different_numbers_of_references_are_comparable() -> None:
+    """Half of them have two references, half have eight: scores of both are standard normal."""
+    knew = torch.zeros(8, 40_000, dtype=torch.bool)
+    knew[2:, :20_000] = True
+    found = offline_lira(normal(0, 40_000), normal(1, 8, 40_000), knew)
+    assert found[:20_000].std() == pytest.approx(1, abs=0.03) and found[20_000:].std() == pytest.approx(1, abs=0.03)
+
+
+def test_offline_lira_stays_finite_where_references_agree() -> None:
+    found = offline_lira(torch.tensor([1.0, 0.0]), torch.zeros(2, 2))
+    assert found.tolist() == pytest.approx([1 / math.sqrt(1.5 * VARIANCE_FLOOR), 0])
+
+
+def test_offline_lira_refuses_bad_input() -> None:
+    r, x = normal(0, 3, 5), normal(1, 5)
+    for arguments, message in (
+        ((x, r[:0]), "references: expected at least 1 models"),
+        ((x[:4], r), r"attacked: expected the same examples.*got \(4,\)"),
+        ((r, r), r"attacked: expected \(examples,\) of one network, got \(3, 5\)"),
+        ((x, r, r), r"expected members to be bool \(3, 5\), got torch.float64 \(3, 5\)"),
+        ((x, r, torch.zeros(5, dtype=torch.bool)), r"expected members to be bool \(3, 5\), got torch.bool \(5,\)"),
+        ((x, r * float("inf")), "references: expected finite logit-scaled confidences"),
+    ):
+        with pytest.raises(InputError, match=message):
+            offline_lira(*arguments)

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 KEPT_RUN = Path(__file__).parent / "files" / "run"  # a run directory, with SHAPES in place of its weights
 MODEL, SHAPES, SUMMARY = "model.safetensors", "shapes.json", "summary.json"
 COMMANDS = (
-    "train", "oracle", "localize", "unlearn", "evaluate", "compare", "verify", "bench", "doctor", "demo",
+    "train", "oracle", "localize", "unlearn", "evaluate", "init-job", "compare", "verify", "bench", "doctor", "demo",
+    "ledger init", "ledger add", "ledger list", "ledger show", "ledger verify",
+    "ledger run", "ledger references", "ledger purge", "ledger report",
 )  # fmt: skip
 GRID = """
 title = "golden"
@@ -87,7 +89,7 @@ def measure(directory: Path) -> dict[str, Any]:
     """Return the options of every command, and what the commands write, run in this empty directory."""
     (directory / "grid.toml").write_text(GRID, encoding="utf-8")
     restore_run(directory / "kept")
-    options = _outputs(directory, [[name, "--help"] for name in COMMANDS], list(RUNS.values()))
+    options = _outputs(directory, [[*name.split(), "--help"] for name in COMMANDS], list(RUNS.values()))
     files = sorted(
         path.relative_to(directory).as_posix()
         for name in RUNS

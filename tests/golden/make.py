@@ -4,7 +4,7 @@
     python -m tests.golden.make signatures       # that one alone
     python -m tests.golden.make --files          # files/ too: then no test reads files of an earlier tree any longer
 
-Only names that users have are used: those of ``delfast`` and the command ``python -m delfast``.
+Only names that users have are used: those of ``delfast`` and ``delfast.ledger``, and the command ``python -m delfast``.
 
 Each JSON file has a part "everywhere", equal on every machine, and may have a part "here": results that depend on how
 the CPU's libraries round, equal where ``machine()`` is the same. "near" holds sums of such results for other machines.
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import delfast
+from delfast import ledger
 from tests.golden import command_line, networks
 from tests.golden.networks import Batches, Classifier, Exact, Interrupted, seeded
 
@@ -77,6 +78,7 @@ def signatures() -> dict[str, Any]:
             for name, method in ((name, plain_run(name)[1].method) for name in METHODS)
         },
         "results": {name: _described(type(value)) for name, value in _results().items()},
+        "ledger": {name: _described(getattr(ledger, name)) for name in ledger.__all__},
     }
 
 

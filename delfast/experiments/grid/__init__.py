@@ -34,6 +34,7 @@ def compare(
     report_only: bool = False,
     pack_dir: Path | None = None,
     cuda_graphs: CudaGraphs = "auto",
+    job: Path | None = None,
 ) -> Grid:
     """Run the cells of a grid that ``output_dir`` does not hold, and write results and report to ``output_dir``.
 
@@ -42,12 +43,12 @@ def compare(
     or a device's name. data: replaces the grid's data. report_only: run nothing and report the finished cells; the
     grid that is returned has only these. pack_dir: a directory for a copy to keep in git: results.csv, report.md, the
     figures, and the records packed into cells.jsonl and networks.jsonl. It may not hold a run's own files.
-    cuda_graphs: whether passes are captured on CUDA devices.
+    cuda_graphs: whether passes are captured on CUDA devices. job: a job file in place of the grid's; it is executed.
 
     Raises InputError for a bad grid or device, or nothing to report, before anything is written.
     """
     check_cuda_graphs(cuda_graphs, choose_device(device))  # both raise before anything is written
-    whole = grid = read_grid(path, data, data_is_read=not report_only)
+    whole = grid = read_grid(path, data, data_is_read=not report_only, job_path=job)
     if report_only:
         grid = replace(whole, cells=[cell for cell in whole.cells if has_record(cell_path(output_dir, cell))])
         if not grid.cells:

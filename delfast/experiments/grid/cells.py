@@ -21,7 +21,6 @@ from delfast.errors import InputError, one_line
 from delfast.evaluation import (
     Metrics,
     changed_fraction,
-    gaps,
     kl_divergence,
     logit_confidences,
     svc_attacks,
@@ -29,6 +28,8 @@ from delfast.evaluation import (
 )
 from delfast.execution import CudaGraphs
 from delfast.experiments import pipeline
+from delfast.experiments.config import JOB, Config
+from delfast.experiments.data import JobData, RunData
 from delfast.experiments.grid.definition import ORIGINAL, STOP, Cell, Grid, NetworkSpec
 from delfast.experiments.grid.records import (
     CELLS,
@@ -42,6 +43,7 @@ from delfast.experiments.grid.records import (
     read_record,
 )
 from delfast.experiments.grid.workers import Stage, Watch, run_stages
+from delfast.experiments.losses import gaps_between
 from delfast.experiments.run import (
     ACCURACIES,
     GAPS,
@@ -53,7 +55,6 @@ from delfast.experiments.run import (
     SETS,
     SHARE,
     SUMMARY,
-    Config,
     Run,
     check_summary,
     choose_device,
@@ -64,6 +65,7 @@ from delfast.experiments.run import (
 )
 from delfast.experiments.schema import Each, Number, check_record, shown
 from delfast.files import write_json
+from delfast.jobs import read_job
 from delfast.localization import STRATEGIES
 from delfast.mask import Mask
 from delfast.provenance import provenance
@@ -207,10 +209,11 @@ def _train(directory: Path, network: NetworkSpec, device: str, cuda_graphs: Cuda
     run = _run(network.config, device, cuda_graphs)
     train = pipeline.train if network.which == ORIGINAL else pipeline.oracle
     remedy = "another batch_size in [train]"
-    model = train(run, partial, shadow=network.shadow, progress=False, remedy=remedy).model
-    if not network.shadow:
-        found = {name: run.predictions(model, name) for name in SETS}
-        write_json(partial / MEMBERSHIP, _attacks(run, found))
+    with run.data.naming_errors():
+        model = train(run, partial, shadow=network.shadow, progress=False, remedy=remedy).model
+        if not network.shadow:
+            found = {name: run.predictions(model, name) for name in SETS}
+            write_json(partial / MEMBERSHIP, _attacks(run, found))
     if _digest(path) not in (None, _digest(partial)):
         raise InputError(
             f"expected '{path}', trained again, to be the network it was, it is not (other threads, torch or machine); "
@@ -231,7 +234,8 @@ def run_cell(directory: Path, cell: Cell, device: str, cuda_graphs: CudaGraphs =
         load_model(run, network_path(directory, network))
     content: dict[str, Any] = {"cell": _described(cell), "networks": _digests(directory, cell)}
     try:
-        content |= measure_cell(directory, cell, device, cuda_graphs)
+        with run.data.naming_errors():
+            content |= measure_cell(directory, cell, device, cuda_graphs)
     except (InputError, Diverged) as error:
         content |= {"failed": one_line(error)}
     write_json(cell_path(directory, cell), content)
@@ -255,7 +259,7 @@ def measure_cell(directory: Path, cell: Cell, device: str, cuda_graphs: CudaGrap
     kl = {f"kl_{name}": kl_divergence(found[name][0], reference[name][0]) for name in ("forget", "test")}
     changeable = result.mask.selected / sum(parameter.numel() for parameter in model.parameters())
     content: dict[str, Any] = {
-        "metrics": {**metrics.as_dict(), **gaps(metrics, metrics_of(directory, cell.oracle())), **kl},
+        "metrics": {**metrics.as_dict(), **gaps_between(metrics, metrics_of(directory, cell.oracle())), **kl},
         "attacks": _attacks(run, found),
         "mask": {"fraction": changeable, "channels": result.mask.channels, "digest": result.mask.digest},
         "changed": changed_fraction(before, dict(model.named_parameters()), list(before)),
@@ -361,6 +365,8 @@ def _u_lira(directory: Path, cell: Cell, device: str, cuda_graphs: CudaGraphs, o
 def metrics_of(directory: Path, network: NetworkSpec) -> Metrics:
     """The metrics of a trained network on its own run's sets."""
     metrics = read_network(directory, network)["metrics"]
+    place_of = place(network_path(directory, network) / SUMMARY)
+    check_record(metrics, {**ACCURACIES, **LOSSES}, f"metrics of {place_of}", "; restore the file, or train again")
     return Metrics(**{name: metrics[name] for name in (*ACCURACIES, *LOSSES)})
 
 
@@ -382,8 +388,17 @@ def _oracle_predictions(
     return {name: run.predictions(oracle, name) for name in ("forget", "test")}
 
 
-# all settings and seeds share the data, and decoding a folder of images again is slower than some cells
-_load_data = lru_cache(maxsize=1)(load_data)
+@lru_cache(maxsize=1)
+def _load_data(
+    source: str, data_dir: str | None, image_size: int | None, train: int | None, test: int | None
+) -> RunData:
+    """The data that all settings and seeds share: decoding a folder of images again is slower than some cells.
+
+    A job file is executed: the user's own grid or command line names it.
+    """
+    if source.startswith(JOB):
+        return JobData(read_job(source.removeprefix(JOB)))
+    return load_data(source, data_dir, image_size, train, test)
 
 
 @lru_cache(maxsize=2)

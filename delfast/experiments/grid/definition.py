@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from delfast.errors import InputError, one_line
-from delfast.experiments.recipes import method_recipe, recipe
-from delfast.experiments.run import Config, check_batch_size
+from delfast.experiments.config import Config, check_batch_size, job_config
+from delfast.experiments.recipes import recipe
 from delfast.experiments.schema import OF_64_BITS, check_table, kinds_of, shown
 from delfast.files import read_text, reason
+from delfast.jobs import read_job
 from delfast.localization import BUDGET, STRATEGIES, check_selection, preset_settings
 from delfast.localization.anytime import check_stop
 from delfast.localization.criteria import check_criterion
@@ -30,7 +31,7 @@ else:
 EVERYTHING = "everything"  # the strategy of a method without a mask
 ORIGINAL, ORACLE = "original", "oracle"
 # the keys of a grid and of its [[compare]], with the kind of each; brackets mean a list
-GRID = {"title": str, "seeds": [int], "budget": float, "shadows": int, "compare": [dict]} | dict.fromkeys(
+GRID = {"title": str, "job": str, "seeds": [int], "budget": float, "shadows": int, "compare": [dict]} | dict.fromkeys(
     ("train", "settings", "unlearn", "methods", "strategies"), dict
 )
 BLOCK = {"methods": [str], "strategies": [str], "budgets": [float], "settings": [str]}
@@ -128,18 +129,20 @@ class Grid:
         return list(found.values())
 
 
-def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True) -> Grid:
+def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True, job_path: Path | None = None) -> Grid:
     """Read a grid; ``data`` replaces the data of [train], ``data_is_read`` is that of ``Config.check``.
+
+    ``job_path``: the job file to use, in place of the grid's ``job``, a path from the grid's folder. It is executed.
 
     InputError for a missing file, an unknown table, key or name, and values out of range.
 
-    ``title``. ``seeds``: a list. ``budget``: of tables that show one, and of blocks without budgets (default 0.3).
-    ``shadows``: 0 or at least 2; the number of repetitions of every network and every cell, for U-LiRA. ``[train]``: a
-    run's configuration, as the options of ``delfast train``. ``[settings.NAME]``: a setting's changes to it.
-    ``[unlearn]``: epochs, batch_size and other hyperparameters, for every method that has them. ``[methods.NAME]``:
-    those of one method; with ``of = "del"`` NAME is a variant of "del". ``[strategies.NAME]``: arguments of
-    ``localize``, under a new name. ``[[compare]]``: lists of ``methods``, ``strategies`` ("everything": no mask) and
-    ``budgets``; every combination is a cell, in the listed ``settings`` or in all.
+    ``title``. ``job``: a job file. ``seeds``: a list. ``budget``: of tables that show one, and of blocks without
+    budgets (default 0.3). ``shadows``: 0 or at least 2; the number of repetitions of every network and every cell, for
+    U-LiRA. ``[train]``: a run's configuration, as the options of ``delfast train``. ``[settings.NAME]``: a setting's
+    changes to it. ``[unlearn]``: epochs, batch_size and other hyperparameters, for every method that has them.
+    ``[methods.NAME]``: those of one method; with ``of = "del"`` NAME is a variant of "del". ``[strategies.NAME]``:
+    arguments of ``localize``, under a new name. ``[[compare]]``: lists of ``methods``, ``strategies`` ("everything": no
+    mask) and ``budgets``; every combination is a cell, in the listed ``settings`` or in all.
     """
     content = _read(path)
     check_table(content, GRID, f"'{path}'")
@@ -156,6 +159,7 @@ def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True)
             raise InputError(f"[strategies.{name}] has the name of something else; choose another")
     check_table(content.get("unlearn", {}), kinds_of(*METHODS.values()) | {"batch_size": int}, "[unlearn]")
     strategies = {**STRATEGIES, **content.get("strategies", {})}
+    own = _job_fields(path, content, data, job_path)
     settings = content.get("settings", {})
     if not settings or not content.get("compare"):
         raise InputError(f"expected '{path}' to have [settings.NAME] and [[compare]], one is missing; add it")
@@ -177,7 +181,7 @@ def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True)
                 raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
             for seed in seeds:
                 values = {**content.get("train", {}), **settings[setting]}
-                config = _config(values, seed, data, data_is_read)
+                config = _config(values, seed, data, data_is_read, own)
                 for cell in _block(block, setting, config, content, strategies):
                     if cells.setdefault(cell.key, cell).label != cell.label:
                         raise InputError(f"'{cells[cell.key].label}' and '{cell.label}' are the same; drop one")
@@ -237,7 +241,7 @@ def _method(
         shared.pop("epochs", None)
     if name == "retrain":  # as the original was trained
         shared |= {key: getattr(config, key) for key in ("epochs", "lr", "weight_decay", "batch_size")}
-    changes = {**method_recipe(config.data, config.model, name), **shared, **changes_of_own}
+    changes = {**config.recipe(name), **shared, **changes_of_own}
     batch_size = int(changes.pop("batch_size", config.batch_size))
     check_batch_size(batch_size)
     return make_method(name, changes), batch_size
@@ -261,19 +265,49 @@ def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> N
         raise InputError(f"strategy '{name}': {one_line(error)}; see delfast.localize") from None
 
 
-def _config(values: Mapping[str, Any], seed: int, data: str | None, data_is_read: bool) -> Config:
+def _job_fields(
+    path: Path, content: Mapping[str, Any], data: str | None, job_path: Path | None
+) -> Mapping[str, Any] | None:
+    """Return the configuration's fields of the grid's job file; None without one. The file is executed."""
+    if job_path is None and "job" not in content:
+        return None
+    if data is not None:
+        raise InputError("expected --data or a job, got both; leave one out")
+    job = read_job(path.parent / content["job"] if job_path is None else job_path)
+    if job.loss_fn is not None:
+        raise InputError(
+            f"expected a job without loss_fn, whose accuracies can be compared, got '{job.path}'; use "
+            "`delfast unlearn --job` and `delfast evaluate --job`"
+        )
+    return job_config(job)
+
+
+def _config(
+    values: Mapping[str, Any], seed: int, data: str | None, data_is_read: bool, own: Mapping[str, Any] | None
+) -> Config:
+    """Return the configuration of one seed; ``own``: the fields of a job file."""
     kinds = kinds_of(Config)
     del kinds["seed"]
     check_table(values, kinds, "[train] and [settings.NAME]")
+    if own is not None:
+        refused = sorted(values.keys() & {"data", "model", "data_dir", "image_size", "train_examples", "test_examples"})
+        if refused:
+            raise InputError(
+                f"expected a grid with a job to have no {refused[0]} in [train] or [settings.NAME]; drop it"
+            )
     defaults: dict[str, Any] = {"data": "digits", "model": "resnet18-thin", "forget_ratio": 0.1, "batch_size": 128}
+    defaults |= own or {}
     values = {**defaults, **values}
     if "forget" not in values:
         raise InputError(
             "expected [settings.NAME] to have forget = 'iid', 'mislabelled', 'non-iid:2,5' or 'file:PATH'; add it"
         )
-    published = recipe(values["data"], values["model"])
-    values = {"epochs": published.epochs, "lr": published.lr, **values, "seed": int(seed)}
-    config = Config(**(values if data is None else {**values, "data": data}))
+    if own is None:
+        published = recipe(values["data"], values["model"])
+        values = {"epochs": published.epochs, "lr": published.lr, **values}
+    config = Config(**(values if data is None else {**values, "data": data}), seed=int(seed))
+    if own is None and config.has_job:
+        raise InputError(f"expected a job file as job = '{config.job_path}' above [train], got it as data; move it")
     config.check(data_is_read=data_is_read)
     return config
 

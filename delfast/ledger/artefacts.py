@@ -1,0 +1,74 @@
+"""Files that a ledger's entries record, and whether they still are as recorded.
+
+An artefact in a payload, at any depth, is {"file": path relative to the ledger, with "/", "digest": SHA-256 (hex) of
+the content}. The artefacts of a "purged" entry are those that it removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from delfast.ledger.store import Entry
+
+PURGED = "purged"
+CHUNK = 1 << 20  # bytes read at once
+
+
+def artefact(ledger: Path, path: Path) -> dict[str, str]:
+    """Return the record of a file of the ledger, for a payload."""
+    return {"file": path.relative_to(ledger).as_posix(), "digest": digest_file(path)}
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's content."""
+    total = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+class Recorded:
+    """Files that the entries given so far record, except those purged since: path -> digest."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+
+    def take(self, entry: Entry) -> str | None:
+        """Take up an entry's artefacts; return a problem if the path of one leads out of the ledger."""
+        if '"file":' not in entry.text:  # most entries are requests, which need not be parsed
+            return None
+        for name, digest in _artefacts(entry.payload):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                return f"entry {entry.number} records the file '{name}', which is outside the ledger"
+            if entry.event == PURGED:
+                self.digests.pop(name, None)
+            else:
+                self.digests[name] = digest
+        return None
+
+    def problems(self, ledger: Path) -> Iterator[str]:
+        """Yield a line for each file that is missing or has another content."""
+        for name, digest in sorted(self.digests.items()):
+            try:
+                found = digest_file(ledger / name)
+            except OSError as error:
+                yield f"the recorded file '{name}' cannot be read ({error.strerror})"
+                continue
+            if found != digest:
+                yield f"the recorded file '{name}' is not as it was written: its digest is {found}, not {digest}"
+
+
+def _artefacts(value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        if isinstance(value.get("file"), str) and isinstance(value.get("digest"), str):
+            yield value["file"], value["digest"]
+        for each in value.values():
+            yield from _artefacts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _artefacts(each)

@@ -1,0 +1,175 @@
+"""The history that a ledger's entries describe: its requests, its runs with their attempts, and its references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from delfast.ledger.artefacts import PURGED
+from delfast.ledger.requests import ACCEPTED, CREATED, PENDING, RECEIVED, REJECTED, RUNNING, STARTED
+from delfast.ledger.results import Check
+from delfast.ledger.store import FIRST, Entry
+
+Payload = Mapping[str, Any]
+STATUSES = (ACCEPTED, REJECTED, RUNNING, PENDING)
+KEPT_IDS = 100  # requests, the newest, whose identifiers are kept: bounds the memory
+
+
+def is_forget_set(name: str) -> bool:
+    """Return whether a set of an audit is the run's own forget set, or that of an earlier run."""
+    return name == "forget" or name.startswith("run ")
+
+
+@dataclass
+class Run:
+    """One run: its number, the requests that it took, how it started and ended, and its attempts."""
+
+    number: int
+    requests: tuple[int, ...]
+    time: str
+    started: Payload
+    attempts: list[dict[str, Payload]] = field(default_factory=list)
+    """Of each attempt, the payload of each event."""
+    resumed: int = 0
+    status: str = RUNNING
+    result: Payload = field(default_factory=dict)
+    decided: str = ""
+    """Time of the entry that ended the run; empty while it has no result."""
+
+    @property
+    def last(self) -> Mapping[str, Payload]:
+        """The events of the newest attempt: the one that was accepted, or the last that was rejected."""
+        return self.attempts[-1] if self.attempts else {}
+
+    @property
+    def settings(self) -> Payload:
+        """The method and settings of the newest attempt."""
+        attempts: Sequence[Payload] = self.started["attempts"]
+        return attempts[max(0, len(self.attempts) - 1)]
+
+    @property
+    def figures(self) -> Payload | None:
+        """Figures of the newest attempt's audit, in the form of ``Audit.as_dict``; None before the audit."""
+        audited = self.last.get("audited")
+        return None if audited is None else audited["figures"]
+
+    @property
+    def largest_attack(self) -> Payload | None:
+        """The largest attack advantage, of the run's own forget set and of every earlier one; None if not measured."""
+        sets = (self.figures or {}).get("sets", {})
+        found = [figures["attack_advantage"] for name, figures in sets.items() if is_forget_set(name)]
+        known: list[Payload] = [figure for figure in found if figure is not None]
+        return max(known, key=lambda figure: figure["value"], default=None)
+
+    @property
+    def checks(self) -> list[Check]:
+        """The checks of the newest attempt; empty before the result, and for a run that was abandoned."""
+        return [Check(**check) for check in self.result.get("checks", ())]
+
+    @property
+    def earlier_checks(self) -> list[tuple[Payload, list[Check]]]:
+        """The settings and the checks of each attempt before the newest."""
+        tried = self.result.get("attempts", ())[:-1]
+        return [(each["settings"], [Check(**check) for check in each["checks"]]) for each in tried]
+
+    def asked(self, name: str) -> Check | None:
+        """Return the check of one threshold, if it was made."""
+        return next((check for check in self.checks if check.name == name), None)
+
+    def artefact(self, step: str, name: str) -> Payload | None:
+        """File and digest that a step of the newest attempt recorded under a name; None if it recorded none."""
+        found: Payload | None = self.last.get(step, {}).get(name)
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the steps of all attempts together."""
+        steps = (payload for attempt in self.attempts for payload in attempt.values())
+        return sum(float(payload.get("seconds", 0.0)) for payload in steps)
+
+
+@dataclass
+class TakenRequest:
+    """One forget request, and the runs that took it up."""
+
+    number: int
+    time: str
+    count: int
+    reason: str | None
+    due: str | None
+    ids: Sequence[str]
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """Status of the newest run that took it up; PENDING without one."""
+        return self.runs[-1].status if self.runs else PENDING
+
+
+@dataclass
+class History:
+    """Everything that the report shows, from one pass over the entries."""
+
+    created: Entry | None = None
+    entry_count: int = 0
+    last_time: str = ""
+    head: str = FIRST
+    requests: dict[int, TakenRequest] = field(default_factory=dict)
+    runs: dict[int, Run] = field(default_factory=dict)
+    references: set[str] = field(default_factory=set)
+    """Files of the reference models that were trained."""
+    purged: dict[str, str] = field(default_factory=dict)
+    """File that was deleted -> time of the entry that records it."""
+
+    def having(self, status: str) -> list[TakenRequest]:
+        """Return the requests of a status, in order."""
+        return [request for request in self.requests.values() if request.status == status]
+
+
+def read_history(entries: Iterable[Entry]) -> History:
+    """Read a ledger's entries, in order, into its history."""
+    history = History()
+    for entry in entries:
+        history.entry_count += 1
+        history.last_time, history.head = entry.time, entry.hash
+        if entry.run is not None:
+            _read_step(history, entry, entry.run)
+        elif entry.event == CREATED:
+            history.created = entry
+        elif entry.event == RECEIVED:
+            _read_request(history, entry)
+        elif entry.event == "references":
+            history.references.add(entry.payload["model"]["file"])
+        elif entry.event == PURGED:
+            history.purged.update((artefact["file"], entry.time) for artefact in entry.payload["files"])
+    return history
+
+
+def _read_request(history: History, entry: Entry) -> None:
+    payload = entry.payload
+    number = payload["request"]
+    facts = (payload[name] for name in ("count", "reason", "due", "ids"))
+    history.requests[number] = TakenRequest(number, entry.time, *facts)
+    if number - KEPT_IDS in history.requests:
+        history.requests[number - KEPT_IDS].ids = ()
+
+
+def _read_step(history: History, entry: Entry, number: int) -> None:
+    """Read an entry of a run."""
+    payload = entry.payload
+    if entry.event == STARTED:
+        run = Run(number, tuple(payload["requests"]), entry.time, payload)
+        history.runs[number] = run
+        for each in run.requests:
+            history.requests[each].runs.append(run)
+        return
+    run = history.runs[number]
+    if entry.event in (ACCEPTED, REJECTED):
+        run.status, run.result, run.decided = entry.event, payload, entry.time
+    elif entry.event == "resumed":
+        run.resumed += 1
+    else:
+        if len(run.attempts) < payload["attempt"]:
+            run.attempts.append({})
+        run.attempts[-1][entry.event] = payload
