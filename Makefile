@@ -2,8 +2,9 @@
 # make check  lint, types and the fast tests, for the inner loop
 # make test   lint, types, C++ and Python tests; make test-all adds the wide sweeps, make coverage lists what no test runs
 # make wheels  wheels that need no compiler, for each Python that is there, in dist/: for CPUs, and for CUDA if there is a toolkit
+# make docs   the documentation as a site, in build/docs/index.html; warnings are errors, and nothing is downloaded
 # make bench  every kernel, training step and whole job against its baseline, hours; make results also renews the README's tables
-# Both make .venv and build the extension first; a second call does no work twice.
+# All make .venv and build the extension first; a second call does no work twice.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py delfast/ops/schemas.py
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all demo check test test-all coverage lint wheels bench results clean
+.PHONY: all demo check test test-all coverage lint wheels docs bench results clean
 
 all: $(VENV)/.built
 
@@ -57,6 +58,11 @@ coverage: all
 
 wheels: all
 	$(BIN)/python -m build_support.wheels
+
+# a page that was removed would stay, and a cached page would not warn again: each build is a new one
+docs: all
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env --doctree-dir build/doctrees docs build/docs
 
 # both sides take turns on the same threads; the results are kept as JSON: of kernels, and of each other subject
 SUBJECTS := calls steps job memory

@@ -1,5 +1,7 @@
 """delfast: fast localized machine unlearning for PyTorch.
 
+The three steps::
+
     mask = delfast.localize(model, forget_loader, budget=0.3)   # the channels that hold the forget set
     delfast.reset_(model, mask, init=factory, seed=1)           # a seed other than that of training
     with delfast.compact(model, mask) as handle:                # only selected rows are trained

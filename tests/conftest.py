@@ -29,6 +29,7 @@ HEAVY = (
     "docs/test_readme.py",
     "packaging/test_core_install.py",
     "experiments/test_profile.py",
+    "docs/test_site.py",
     "cli/test_stop.py",
     "test_distributed.py",
     "distributed/test_localize.py",

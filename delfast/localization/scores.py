@@ -50,11 +50,11 @@ class Scores:
         Parameter name -> the model's own tensor.
     gradients : mapping of str to Tensor, or None
         The same names -> G in the parameter's shape, float32 (float64 for float64 parameters). With ``per_example`` the
-        mean of |g(x)|, or of g(x)² for the criterion "squared_grad". None for criteria without a gradient.
+        mean of ``|g(x)|``, or of g(x)² for the criterion "squared_grad". None for criteria without a gradient.
     criterion : str
         The criterion; see ``score``.
     examples : int
-        The number of examples, |S|.
+        The number of examples, ``|S|``.
     seed : int, default 0
         The seed of the criterion "random".
     per_example : bool, default False

@@ -75,11 +75,11 @@ def score(
     criterion : str, default "weighted_grad"
         The score c_j of an element, with G the mean gradient of the loss over ``loader``:
 
-        - "weighted_grad": |θ_j G_j|, the criterion of DEL [1]_.
-        - "grad": |G_j|, SalLoc, the localization of SalUn [2]_.
+        - "weighted_grad": ``|θ_j G_j|``, the criterion of DEL [1]_.
+        - "grad": ``|G_j|``, SalLoc, the localization of SalUn [2]_.
         - "squared_grad": the mean of g_j(x)², with ``per_example`` only. It is the diagonal of the Fisher information
           that SSD divides by [3]_.
-        - "weight": |θ_j|.
+        - "weight": ``|θ_j|``.
         - "random": a uniform number per competing unit, keyed by (seed, parameter name, index).
         - "shallowest", "deepest": the position of the parameter in the model, the first or the last highest. Channels
           only.
@@ -87,8 +87,9 @@ def score(
           positive first-order score. Channels only, never aggregated. Everything except the channels of convolutions
           and linear layers scores 0, and so does the head.
     per_example : bool, default False
-        Score each example by its own gradient g(x): c_j is the mean over ``loader`` of |θ_j g_j(x)|, |g_j(x)| or
-        g_j(x)². Exact, in one backward pass per batch. ``docs/per_example.md`` lists what it requires of a model.
+        Score each example by its own gradient g(x): c_j is the mean over ``loader`` of ``|θ_j g_j(x)|``,
+        ``|g_j(x)|`` or g_j(x)². Exact, in one backward pass per batch. ``docs/per_example.md`` lists what it requires
+        of a model.
     loss_fn : callable or None, default None
         ``loss_fn(model, batch)`` returns per-example losses of shape (N,). None means cross-entropy.
     seed : int, default 0

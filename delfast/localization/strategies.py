@@ -257,7 +257,7 @@ def localize(
         The seed, in [0, 2**64), of the criterion "random" and of the order of the examples with ``stop_when_stable``.
     stop_when_stable : float or None, default None
         Stop at the first n for which the masks after n and after 2n examples overlap by this Jaccard index
-        |A ∩ B| / |A ∪ B|, in (0, 1]. n starts at ``batch_size``. Examples are read in a seeded order, each at most
+        ``|A ∩ B| / |A ∪ B|``, in (0, 1]. n starts at ``batch_size``. Examples are read in a seeded order, each at most
         once. None uses all examples.
     batch_size : int, default 128
         The number of examples in a batch with ``stop_when_stable``. If it is omitted, a DataLoader keeps its own batch

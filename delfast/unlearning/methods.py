@@ -292,7 +292,7 @@ class Relabel(Method):
 class L1Sparse(Method):
     """Finetuning with an L1 penalty on the parameters that may change.
 
-    The loss of a step in epoch e is L(R) + gamma_e |θ|₁. gamma_e falls linearly, epoch by epoch, from ``gamma`` to
+    The loss of a step in epoch e is ``L(R) + gamma_e |θ|₁``. gamma_e falls linearly, epoch by epoch, from ``gamma`` to
     ``gamma / epochs``.
 
     Parameters
@@ -330,7 +330,7 @@ class L1Sparse(Method):
         require(self, "gamma", 0 <= self.gamma < float("inf"), ">= 0")
 
     def loss(self, task: UnlearningTask, step: Step) -> Tensor:
-        """Return L(R) + gamma_e |θ|₁ over the entries that may change."""
+        """Return ``L(R) + gamma_e |θ|₁`` over the entries that may change."""
         masked = task.mask.match(trainable_parameters(task.network))
         norm = torch.stack([parameter.abs().sum() for _, parameter, _ in masked]).sum()
         loss: Tensor = task.loss(step["retain"]) + self._gamma(task, step).to(norm.dtype) * norm

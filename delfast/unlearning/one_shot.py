@@ -45,8 +45,8 @@ class Dampening(OneShotMethod):
     gradient of each example's own loss, in eval mode: the result does not depend on batches. Where
     I_S > alpha I_D, θ_j is multiplied by min(dampening I_D / I_S, 1).
 
-    D contains S, hence I_D >= I_S |S| / |D|. With alpha >= |D| / |S| nothing can be dampened, which is refused: the
-    default fits forget sets of less than a tenth of the data.
+    D contains S, hence ``I_D >= I_S |S| / |D|``. With ``alpha >= |D| / |S|`` nothing can be dampened, which is refused:
+    the default fits forget sets of less than a tenth of the data.
 
     Parameters
     ----------
@@ -116,8 +116,8 @@ class Dampening(OneShotMethod):
 class Influence(OneShotMethod):
     """Influence: estimate the effect of leaving the forget set out, as one Newton step θ + alpha F⁻¹ v.
 
-    v = ∇L(1/N - w), where L(w) = Σ w_i ℓ_i over all N examples, and w is 1/|R| on the retain set R and 0 on the forget
-    set S: v = |S|/N (mean of ∇ℓ over S - mean of ∇ℓ over R). F is the WoodFisher estimate
+    v = ∇L(1/N - w), where L(w) = Σ w_i ℓ_i over all N examples, and w is ``1/|R|`` on the retain set R and 0 on the
+    forget set S: ``v = |S|/N (mean of ∇ℓ over S - mean of ∇ℓ over R)``. F is the WoodFisher estimate
     damping I + (1/n) Σ g(x) g(x)ᵀ over n = ``samples`` examples of R, the first that its loader yields. Within a mask,
     F is the Fisher matrix of the masked entries.
 

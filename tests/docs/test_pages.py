@@ -1,10 +1,14 @@
-"""The Python of the pages in docs/: every block compiles and runs, in a process group if it needs one."""
+"""The Python of the pages in docs/: every block compiles and runs, in a process group if it needs one.
+
+The blocks of a page in IN_ORDER run one after another, with the commands between them, and print what the page says.
+"""
 
 from __future__ import annotations
 
 import ast
 import gc
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import delfast
+from delfast.cli import main as delfast_command
 from tests import ROOT
 from tests.ledger.small import write_job
 
+IN_ORDER = ("getting_started",)
 BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
-    for page in sorted((ROOT / "docs").glob("*.md"))
+    for page in sorted((ROOT / "docs").rglob("*.md"))
+    if page.stem not in IN_ORDER
     for number, block in enumerate(
         re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     )
@@ -92,6 +99,39 @@ def run_in_a_group(block: str, job: dict[str, Any]) -> None:
         gc.collect()
         if dist.is_initialized():  # a page shows how a job ends
             dist.destroy_process_group()
+
+
+def shape_of(text: str) -> str:
+    """Return a printed text without its figures and digests, which differ from machine to machine."""
+    return re.sub(r"\b[\da-f]{12}\b|[\d.,]+", "N", re.sub(r" +", " ", text.strip()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_a_page_in_order_prints_what_it_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install -r requirements-dev.txt")
+    text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(python|sh|text)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    printed, shown = "", []
+    for language, block in blocks:
+        if language == "text":
+            assert shape_of(printed) == shape_of(block)
+            shown.append(block)
+        elif language == "python":
+            exec(block, space)
+            printed = capsys.readouterr().out
+        elif "# network" not in block:  # the marked ones are not run
+            for line in block.splitlines():
+                assert delfast_command(shlex.split(line)[1:]) == 0, line
+            printed = capsys.readouterr().out
+    assert len(shown) == 3 and "kept to the mask" in printed
+    before, after, oracle = (space[measured] for measured in ("before", "after", "oracle"))
+    assert before.forget_acc > 40 and after.forget_acc < 10 and oracle.forget_acc < 10
+    assert after.test_acc > oracle.test_acc - 5 and abs(after.mia - oracle.mia) < 10
 
 
 def test_the_pages_have_blocks() -> None:

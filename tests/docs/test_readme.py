@@ -255,7 +255,7 @@ def test_every_make_target_that_it_names_exists() -> None:
 
 
 PAGES_WITH_LINKS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
+    (ROOT / "docs").rglob("*.md")
 )
 
 
