@@ -38,7 +38,8 @@ def one_error(group: Group, *models: nn.Module) -> Iterator[Processes | None]:
     """Raise the error of any process, raised inside the context, on all processes of ``group`` and of the models.
 
     They raise it at their next exchange of anything. Return these processes; without a group and DTensors this process
-    is alone, and None is returned. An error of the group or the models themselves is raised on its process alone.
+    is alone, and None is returned. An error of the group or the models themselves is raised on the process where it
+    occurs.
     """
     group = check_group(group)
     networks = [unwrap(model) for model in models]
