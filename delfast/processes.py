@@ -101,7 +101,7 @@ class Processes:
         if error is not None and (self._is_alone or hasattr(error, _RAISED_BY_ALL)):
             raise error
         rank, last = dist.get_rank(), dist.get_world_size()
-        own = b"" if error is None else _encoded(error, rank)  # between the exchanges nothing may fail
+        own = b"" if error is None else encoded(error, rank)  # between the exchanges nothing may fail
         mine = int(more) if error is None else 1 + last - rank  # the lowest rank has the highest number
         highest = int(self._over_all(torch.tensor([mine], dtype=torch.int64)))
         if highest < 2:
@@ -422,8 +422,8 @@ def raised_by_all(error: Failure) -> Failure:
     return error
 
 
-def _encoded(error: Exception, rank: int) -> bytes:
-    """Return an error's text with its rank, in at most TEXT_BYTES bytes that decode; for any error, it fails at none."""
+def encoded(error: Exception, rank: int) -> bytes:
+    """Return the text of any error, with its rank, in at most TEXT_BYTES bytes of UTF-8."""
     name = type(error).__name__
     try:
         words = str(error) if isinstance(error, InputError) else f"{name}: {one_line(error)}"
