@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from delfast.errors import InputError, one_line, printable
+from delfast.errors import InputError
+from delfast.processes import encoded
 from delfast.unlearning import Diverged
 from tests.groups import gloo_group
 
@@ -61,9 +62,5 @@ def error_of(function: Callable[[], Any]) -> tuple[str, str] | None:
     except Exception as error:
         name, text = type(error).__name__, str(error)
         is_alike = isinstance(error, (InputError, Diverged)) or "(on rank " in text
-        return (
-            (name, text)
-            if is_alike
-            else ("RuntimeError", printable(f"{name}: {one_line(error)} (on rank {dist.get_rank()})"))
-        )
+        return (name, text) if is_alike else ("RuntimeError", encoded(error, dist.get_rank()).decode())
     return None
