@@ -19,11 +19,11 @@ from delfast.batches import data_sets_of, tensors_of
 ROWS = 16  # of a datasets.Dataset, which are compared between processes
 
 
-def signature_of(loader: Any) -> str:
+def signature_of(loader: Any, *, without_varying: bool = False) -> str:
     """Return what tells the data sets of torch's DataLoaders apart: types, lengths, and what is in memory.
 
-    Of types that are not known the first and the last example are loaded, as the loader does it, twice: an example that
-    then differs, as one that is augmented by a generator of its own, is not compared.
+    Of types that are not known the first and the last example are loaded, as the loader does it. without_varying: load
+    them again, and leave out examples that then differ, as those that are augmented by a generator of their own.
     """
     parts, known = [], True
     for dataset in data_sets_of(loader):
@@ -40,8 +40,9 @@ def signature_of(loader: Any) -> str:
         else:
             known = False
     if not known:
-        once, again = _ends_of(loader), _ends_of(loader)
-        parts.append(once if once == again else "examples that vary")
+        ends = _ends_of(loader)
+        varies = without_varying and ends != _ends_of(loader)
+        parts.append("examples that vary" if varies else ends)
     return "; ".join(parts)
 
 
@@ -55,7 +56,7 @@ def _ends_of(loader: Any) -> str:
     options = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
     generators = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     try:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would set the GPUs' generators too
         random.seed(0)
         numpy.random.seed(0)
         ends = DataLoader(

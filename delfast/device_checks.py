@@ -86,7 +86,9 @@ def prefixed(text: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(f"{text}: ") else f"{text}: {error}") from None
+        if not str(error).startswith(f"{text}: "):
+            error.args = (f"{text}: {error}",)  # the same error: processes that raise it together have marked it
+        raise
     finally:
         _entered.prefix = outer
 

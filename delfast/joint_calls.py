@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from delfast.errors import InputError
 from delfast.groups import Group, check_group
 from delfast.naming import unwrap, wrappers
 from delfast.processes import Processes, holders
@@ -27,6 +29,11 @@ def averaging_processes(model: nn.Module) -> Processes | None:
     They are those of DistributedDataParallel, or those that hold a network of DTensors together.
     """
     if (wrapper := averaging(model)) is not None:
+        if not dist.is_initialized():
+            raise InputError(
+                "expected the process group of DistributedDataParallel, got one that was destroyed; pass model.module, "
+                "or call before destroy_process_group()"
+            )
         return Processes(wrapper.process_group, dict(wrapper.named_parameters()))
     network = unwrap(model)
     reshard(network)
@@ -38,7 +45,8 @@ def one_error(group: Group, *models: nn.Module) -> Iterator[Processes | None]:
     """Raise the error of any process, raised inside the context, on all processes of ``group`` and of the models.
 
     They raise it at their next exchange of anything. Return these processes; without a group and DTensors this process
-    is alone, and None is returned. An error of the group or the models themselves is raised on its process alone.
+    is alone, and None is returned. An error of the group or the models themselves is raised on the process where it
+    occurs.
     """
     group = check_group(group)
     networks = [unwrap(model) for model in models]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +80,6 @@ class MaskedOptimizer(Optimizer):
         mask: Mask,
         defaults: dict[str, Any],
     ) -> None:
-        check_type("mask", mask, Mask, "a delfast.Mask")
         if not isinstance(named_parameters, Iterable) or isinstance(named_parameters, (str, bytes, Tensor)):
             raise InputError(
                 f"expected (name, parameter) pairs, got {describe(named_parameters)}; pass model.named_parameters()"
@@ -94,14 +94,15 @@ class MaskedOptimizer(Optimizer):
                 "model.named_parameters()"
             )
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
-        list(mask.match(_checked(mask, pairs)))
-        self.mask = mask
-        self._parts = _parts_of(mask, pairs)
-        self._calls: dict[int, list[OpCall]] = {}
-        super().__init__(groups, {**defaults, "mask_digest": mask.digest})
-        for group in self.param_groups:  # torch.load(weights_only=True) refuses numpy's numbers in a state dict
-            group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
-        self._begin_state()
+        with _same_mask(mask, pairs):
+            self._check_options(defaults)
+            self.mask = mask
+            self._parts = _parts_of(mask, pairs)
+            self._calls: dict[int, list[OpCall]] = {}
+            super().__init__(groups, {**defaults, "mask_digest": mask.digest})
+            for group in self.param_groups:  # torch.load(weights_only=True) refuses numpy's numbers in a state dict
+                group.update({name: unboxed(value) for name, value in group.items() if name != "params"})
+            self._begin_state()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "mask": self.mask, "_parts": self._parts, "_calls": {}}
@@ -137,6 +138,10 @@ class MaskedOptimizer(Optimizer):
                 if call.sharded is not None:  # the op has incremented the versions of the parts
                     torch.autograd.graph.increment_version(list(call.sharded.values()))
         return loss
+
+    @abstractmethod
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Raise InputError for default values of options that are out of range."""
 
     @abstractmethod
     def _state_count(self, group: dict[str, Any]) -> int:
@@ -254,7 +259,10 @@ class MaskedOptimizer(Optimizer):
             For a mask of another architecture; nothing is changed.
         """
         named = self._named()
-        list(mask.match(_checked(mask, named)))
+        with _same_mask(mask, named):
+            self._replace_mask(mask, named)
+
+    def _replace_mask(self, mask: Mask, named: list[tuple[str, Any]]) -> None:
         for name, parameter in named:
             old, new = (each.parameters.get(plain_name(name)) for each in (self.mask, mask))
             if new is None or not new.selected:
@@ -365,12 +373,21 @@ class OpPart:
     selected: int
 
 
-def _checked(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the parameters by plain name; InputError if the processes that hold them have different masks."""
-    parameters = dict(unique_parameters(named, sharded=True))
-    if (processes := holders(parameters)) is not None:
-        processes.check_same_mask(mask.digest)
-    return parameters
+@contextmanager
+def _same_mask(mask: Mask, pairs: Sequence[Any]) -> Iterator[None]:
+    """Check a mask, and that all processes that hold the parameters have the same; they raise one error of the context.
+
+    pairs: names and parameters, which are checked too.
+    """
+    held = [pair[1] for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2 and is_dtensor(pair[1])]
+    processes = holders({str(place): parameter for place, parameter in enumerate(held)})
+    with nullcontext() if processes is None else processes.together():
+        check_type("mask", mask, Mask, "a delfast.Mask")
+        parameters = dict(unique_parameters(pairs, sharded=True))
+        if processes is not None:
+            processes.check_same_mask(mask.digest)
+        list(mask.match(parameters))
+        yield
 
 
 def _parts_of(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, OpPart]:

@@ -77,12 +77,6 @@ class MaskedSGD(MaskedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        _check_range(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        check_number("dampening", dampening)
-        check_flag("nesterov", nesterov)
-        check_flag("maximize", maximize)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise InputError("expected momentum > 0 and dampening = 0 with nesterov; change one of the three")
         super().__init__(
             named_parameters,
             mask,
@@ -95,6 +89,14 @@ class MaskedSGD(MaskedOptimizer):
                 "maximize": maximize,
             },
         )
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        _check_range(**{name: options[name] for name in ("lr", "momentum", "weight_decay")})
+        check_number("dampening", options["dampening"])
+        check_flag("nesterov", options["nesterov"])
+        check_flag("maximize", options["maximize"])
+        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+            raise InputError("expected momentum > 0 and dampening = 0 with nesterov; change one of the three")
 
     def _state_count(self, group: dict[str, Any]) -> int:
         return 1 if group["momentum"] else 0
@@ -174,23 +176,26 @@ class MaskedAdamW(MaskedOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        _check_range(lr=lr, eps=eps, weight_decay=weight_decay)
-        check_flag("maximize", maximize)
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise InputError(f"expected betas to be two numbers, got {describe(betas)}; pass a pair in [0, 1)")
-        if not all(0 <= check_number("betas", beta) < 1 for beta in betas):
-            raise InputError(f"expected betas in [0, 1), got {betas}; pass two such numbers")
         super().__init__(
             named_parameters,
             mask,
             {
                 "lr": lr,
-                "betas": tuple(betas),
+                "betas": tuple(betas) if isinstance(betas, list) else betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "maximize": maximize,
             },
         )
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        _check_range(**{name: options[name] for name in ("lr", "eps", "weight_decay")})
+        check_flag("maximize", options["maximize"])
+        betas = options["betas"]
+        if not isinstance(betas, tuple) or len(betas) != 2:
+            raise InputError(f"expected betas to be two numbers, got {describe(betas)}; pass a pair in [0, 1)")
+        if not all(0 <= check_number("betas", beta) < 1 for beta in betas):
+            raise InputError(f"expected betas in [0, 1), got {betas}; pass two such numbers")
 
     def _state_count(self, group: dict[str, Any]) -> int:
         return 2

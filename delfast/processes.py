@@ -10,6 +10,8 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from threading import local
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from delfast.bits import checksum
-from delfast.errors import InputError, one_line
+from delfast.errors import InputError, one_line, printable
 from delfast.groups import (
     Group,
     all_reduce,
@@ -29,9 +31,10 @@ from delfast.groups import (
     ranks_of,
     reduced_over,
 )
-from delfast.sharding import forget_forward, fsdp_groups, is_dtensor, is_laid_out, local_part
+from delfast.sharding import forget_forward, fsdp_groups, fsdp_modules, is_dtensor, is_laid_out, local_part
 
 TEXT_BYTES = 4096  # of an error's text that reach the other processes
+NO_BATCH: Any = object()  # in place of a batch for a process that has none left; None may be a loader's batch
 
 Failure = TypeVar("Failure", bound=Exception)
 
@@ -56,11 +59,13 @@ class Processes:
         reached = {rank for mesh in meshes_of(parameters.values()) for rank in mesh.mesh.flatten().tolist()}
         beyond = [] if group is None or reached.issuperset(ranks_of(group)) else [group]
         self._all = [*self.meshes, *beyond]
-        devices = {p.device for p in parameters.values()}
+        self._is_alone = all(dist.get_world_size(each) == 1 for each in self._all)
         groups = self._all if group is None else [*self._all, group]
         on_cpu = all(torch.device("cpu") in each._device_types for each in groups)
+        # a network without parameters is on no device
+        devices = {p.device for p in parameters.values()} or {d for each in groups for d in each._device_types}
         # small messages: the host does not wait for the device where the groups can exchange without it
-        self.device = torch.device("cpu") if on_cpu or not devices else exchanged_device(devices, groups)
+        self.device = torch.device("cpu") if on_cpu else exchanged_device(devices, groups)
         self._check_product()
 
     # What all processes of the job do together
@@ -69,50 +74,63 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Raise the error of any process, raised inside the context, on all of them: the one of the lowest rank."""
         error: Exception | None = None
+        is_outermost = not getattr(_contexts, "inside", False)
+        _contexts.inside = True
         try:
-            yield
-        except Exception as raised:
-            error = raised
-        self.raise_first(error)
+            try:
+                yield
+            except Exception as raised:
+                error = raised
+            self.raise_first(error)
+        except Exception as leaving:
+            if is_outermost:  # a caller may raise the same exception again, in a later call
+                vars(leaving).pop(_RAISED_BY_ALL, None)
+            raise
+        finally:
+            if is_outermost:
+                _contexts.inside = False
 
     def raise_first(self, error: Exception | None, *, more: bool = False) -> bool:
         """Raise the error of the process of the lowest rank that has one, on every process; None: this one has none.
 
-        An InputError stays one; any other exception becomes a RuntimeError. Both name the rank. Without an error,
-        return whether any process has ``more`` to do. Every wait for the others is this one exchange, so that a process
-        that fails where it is not expected to is still met by the others.
+        An InputError stays one. Any other exception is raised as it is by the process that failed, and as a
+        RuntimeError by the others. The texts name the rank. Without an error, return whether any process has ``more``
+        to do. Every wait for the others is this one exchange, so that a process that fails where it is not expected to
+        is still met by the others.
         """
-        if error is not None and hasattr(error, _RAISED_BY_ALL):
+        if error is not None and (self._is_alone or hasattr(error, _RAISED_BY_ALL)):
             raise error
         rank, last = dist.get_rank(), dist.get_world_size()
+        own = b"" if error is None else encoded(error, rank)  # between the exchanges nothing may fail
         mine = int(more) if error is None else 1 + last - rank  # the lowest rank has the highest number
         highest = int(self._over_all(torch.tensor([mine], dtype=torch.int64)))
         if highest < 2:
             return highest == 1
         text = torch.zeros(1 + TEXT_BYTES, dtype=torch.uint8)
         if error is not None and mine == highest:
-            is_input = isinstance(error, InputError)
-            words = str(error) if is_input else f"{type(error).__name__}: {one_line(error)}"
-            place = f" (on rank {rank})".encode()
-            encoded = words.encode()[: TEXT_BYTES - len(place)].decode(errors="ignore").encode() + place
-            text[0] = is_input
-            text[1 : 1 + len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+            text[0] = isinstance(error, InputError)
+            text[1 : 1 + len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         raw = self._over_all(text).numpy().tobytes()
+        # a generator would make another error of StopIteration
+        if error is not None and mine == highest and not isinstance(error, (InputError, StopIteration)):
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"on rank {rank}; the other processes raise a RuntimeError that names it")
+            raise raised_by_all(error) if getattr(_contexts, "inside", False) else error
         _refuse(raw[1:].rstrip(b"\0").decode(errors="replace"), is_input=bool(raw[0]), cause=error)
 
     def in_step(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Yield the values, and then None until the last process of the job is done. No value is None.
+        """Yield the values, and then NO_BATCH until the last process of the job is done.
 
         An error of one process's iterable is raised by all.
         """
         source = iter(values)
         while True:
-            value, error = None, None
+            value, error = NO_BATCH, None
             try:
-                value = next(source, None)
+                value = next(source, NO_BATCH)
             except Exception as raised:
                 error = raised
-            if not self.raise_first(error, more=value is not None):
+            if not self.raise_first(error, more=value is not NO_BATCH):
                 return
             yield value
 
@@ -121,16 +139,21 @@ class Processes:
         """Let the processes meet when the forward pass of each network begins; they all run the networks in this order.
 
         Inside a pass they exchange parameters or activations, and nobody may be missing. So an error that a process
-        raises before is raised by all where the pass would begin. FSDP2 forgets a pass that failed.
+        raises before is raised by all where the pass would begin: in the network, or in the first of its modules under
+        ``fully_shard`` where a function calls these by themselves. FSDP2 forgets a pass that failed.
         """
         waiting = set(networks)
 
-        def begin(network: torch.nn.Module, _: Any) -> None:
+        def begin(network: torch.nn.Module, *_: Any) -> None:
             if network in waiting:
                 waiting.discard(network)
                 self.raise_first(None)
 
-        handles = [network.register_forward_pre_hook(begin, prepend=True) for network in networks]
+        handles = [
+            module.register_forward_pre_hook(partial(begin, network), prepend=True)
+            for network in networks
+            for module in dict.fromkeys([network, *fsdp_modules(network)])
+        ]
         try:
             yield
             while waiting:  # the function did not call the network, or not as a module
@@ -390,12 +413,24 @@ def _copy_from_first(parts: list[Tensor], group: Any, device: torch.device) -> N
 # Errors that all processes raise
 
 _RAISED_BY_ALL = "_delfast_raised_by_all"  # marks an error, so that a context around does not exchange it again
+_contexts = local()  # .inside: whether this thread is inside a context ``together``
 
 
 def raised_by_all(error: Failure) -> Failure:
     """Return an error that every process of a job raises by itself, marked, so that they do not exchange it."""
-    setattr(error, _RAISED_BY_ALL, True)
+    vars(error)[_RAISED_BY_ALL] = True  # past a __setattr__ of its own, such as a frozen dataclass's
     return error
+
+
+def encoded(error: Exception, rank: int) -> bytes:
+    """Return the text of any error, with its rank, in at most TEXT_BYTES bytes of UTF-8."""
+    name = type(error).__name__
+    try:
+        words = str(error) if isinstance(error, InputError) else f"{name}: {one_line(error)}"
+    except Exception:  # of its own __str__: the name is all that can be said of it
+        words = name
+    place = f" (on rank {rank})".encode()
+    return printable(words).encode()[: TEXT_BYTES - len(place)].decode(errors="ignore").encode() + place
 
 
 def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:

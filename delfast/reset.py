@@ -40,9 +40,11 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     Other entries and all buffers stay as they are.
 
     The parameters may be DTensors (FSDP2, HSDP, tensor parallelism). All processes that hold them make the same call,
-    with the same mask, source and seed, and so do those of DistributedDataParallel. Each writes the part that it holds,
-    and all parts together are the values that one process would write. Parameters that FSDP2 has gathered are sharded
-    again first.
+    with the same mask, source and seed. Each writes the part that it holds, and all parts together are the values that
+    one process would write. Parameters that FSDP2 has gathered are sharded again first.
+
+    A model inside DistributedDataParallel is reset on all processes together, since the replicas would differ
+    otherwise: a process that calls ``reset_`` alone waits for the others.
 
     Parameters
     ----------

@@ -97,11 +97,8 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
         units = _without_repeats(loader, units)
         whole = range(len(loader.dataset))
         expected = [operator.index(i) for i in sampler_of(loader).indices] if draws_a_subset(loader) else whole
-        signature = f"{signature_of(loader)}; {_hash_of(expected)}; sharded: {sharded is not None}"
-    processes.check_same(
-        signature,
-        f"expected the same data set on every process, got others; {WHOLE_SET}",
-    )
+        settings = f"{_hash_of(expected)}; sharded: {sharded is not None}"
+    check_same_set(loader, processes, settings, f"expected the same data set on every process, got others; {WHOLE_SET}")
     if sharded is None:
         if not processes.is_same(repr(units)):  # of a sampler that each process has seeded differently
             units = processes.first_of_all(units)
@@ -134,6 +131,19 @@ def _share_of_indices(loader: Any, processes: Processes) -> Share:
     if places is None and isinstance(sampler_of(loader), DistributedSampler):
         places = drawn  # of a subclass, which may take the examples in any order
     return Share(batches(units), stand_in, lambda: None, places)
+
+
+def check_same_set(loader: Any, processes: Processes, settings: str, error: str) -> None:
+    """Raise InputError with ``error`` on every process unless all have the same settings and torch's loaders of a set.
+
+    Examples that are not the same each time they are loaded are not compared; only where they differ is that found out.
+    """
+    with processes.together():
+        once = signature_of(loader)
+    if not processes.is_same(f"{once}; {settings}"):
+        with processes.together():
+            constant = signature_of(loader, without_varying=True)
+        processes.check_same(f"{constant}; {settings}", error)
 
 
 def _places(loader: Any, processes: Processes) -> Sequence[int] | None:

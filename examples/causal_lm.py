@@ -87,9 +87,12 @@ def train(
     for _ in range(epochs):
         for batch in loader:
             optimizer.zero_grad()
-            share = {name: value[rank::processes] for name, value in batch.items()}
+            count = len(batch["input_ids"])
+            own = list(range(rank, count, processes))
+            # a process without an example computes one that does not count, since the others wait for its pass
+            share = {name: value[own or [0]] for name, value in batch.items()}
             # FSDP2 takes the mean of the processes' gradients: that of the batch, also if it does not divide
-            (causal_lm_loss(model, share).sum() * processes / len(batch["input_ids"])).backward()
+            (causal_lm_loss(model, share)[: len(own)].sum() * processes / count).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -151,10 +154,11 @@ def run(settings: dict[str, int], mesh: DeviceMesh | None, path: Path | None) ->
     held_out, retain = blocks[: settings["held_out"]], blocks[-settings["blocks"] :]
     forget = [example(prefix + secret) for prefix, secret in passages()]
 
-    is_kept = path is not None and path.exists()
-    before = torch.load(path) if is_kept else whole(trained(retain + settings["repeats"] * forget))
-    if path is not None and not is_kept and is_first():
-        torch.save(before, path)
+    before = kept(path)
+    if before is None:
+        before = whole(trained(retain + settings["repeats"] * forget))
+        if path is not None and is_first():
+            torch.save(before, path)
     models = {name: loaded(before) for name in ("original", "unlearned", "control")}
     mask = unlearn(models["unlearned"], forget, retain, network, "del", mesh)
     unlearn(models["control"], forget, retain, network, "random", mesh)
@@ -177,6 +181,14 @@ def run(settings: dict[str, int], mesh: DeviceMesh | None, path: Path | None) ->
         "settings": {**settings, "budget": BUDGET, "passages": len(NAMES), "text_bytes": len(text)},
         "versions": {"delfast": delfast.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def kept(path: Path | None) -> dict[str, Tensor] | None:
+    """Return, on every process, the state dict in the file if the first process finds it; otherwise None."""
+    found = [torch.load(path) if path is not None and is_first() and path.exists() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def is_first() -> bool:

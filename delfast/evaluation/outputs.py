@@ -24,7 +24,7 @@ from delfast.joint_calls import one_error
 from delfast.language import is_token_batch, next_token_logits, next_token_losses
 from delfast.loaders import is_frequent
 from delfast.naming import model_parameters, unwrap
-from delfast.processes import Processes, joined
+from delfast.processes import NO_BATCH, Processes, joined
 from delfast.sharding import fsdp_modules, is_laid_out, reshard, whole
 from delfast.shares import refuse_sharded, share
 
@@ -203,8 +203,8 @@ def _run(
             found = []
             for batch in processes.in_step(batches):
                 with processes.in_one_pass(*models):
-                    result = result_of(stand_in() if batch is None else batch)
-                if batch is not None:
+                    result = result_of(stand_in() if batch is NO_BATCH else batch)
+                if batch is not NO_BATCH:
                     found.append(result)
     checks.read()  # waits for the copies too, which are on the same stream
     return found

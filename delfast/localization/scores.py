@@ -68,7 +68,7 @@ class Scores:
     patterns : mapping of str to list of str, or None, default None
         The patterns "include" and "exclude" of names by which ``parameters`` were chosen, for the mask's metadata.
     processes : Processes or None, default None
-        The processes that computed G together, which compare their masks. None: this process alone.
+        The processes that computed G together. None: this process alone.
 
     Examples
     --------
@@ -147,7 +147,8 @@ class Scores:
         Returns
         -------
         Mask
-            The selected parameters. Ties fall to the lower (parameter, index).
+            The selected parameters. Ties fall to the lower (parameter, index). Of scores that several processes
+            computed, those of plain parameters may be selected on one process, those of DTensors on all together.
 
         Raises
         ------
@@ -184,15 +185,19 @@ class Scores:
         aggregate: Aggregate = "topk_mean",
         top_h: int | float | Literal["published"] = 0.1,
         policy: Policy = "whole",
+        *,
+        processes: Processes | None = None,
     ) -> Selection:
-        """Select as ``select`` does, without the check that the selected units score above 0."""
+        """Select as ``select`` does, without the check that the selected units score above 0.
+
+        processes: those that all select with the same arguments, and compare their masks.
+        """
         budget, top_h = unboxed(budget), unboxed(top_h)
-        together = nullcontext() if self._processes is None else self._processes.together()
-        with together:
+        with nullcontext() if processes is None else processes.together():
             check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
-            if self._processes is not None:
+            if processes is not None:
                 arguments = repr((budget, granularity, aggregate, top_h, policy))
-                self._processes.check_same(
+                processes.check_same(
                     arguments, "expected the same arguments on every process, got others; pass the same"
                 )
             for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
@@ -218,8 +223,8 @@ class Scores:
         if self._processes is not None and self._processes.data is not None:
             metadata["processes"] = self._processes.size
         metadata |= {**self.patterns, "delfast": __version__, "torch": torch.__version__}
-        if self._processes is not None:
-            self._processes.check_same(_fingerprint(parts), DIFFERENT_MASKS)
+        if processes is not None:
+            processes.check_same(_fingerprint(parts), DIFFERENT_MASKS)
         return Selection(Mask(parts, metadata), selected, positive)
 
     def channel_scores(

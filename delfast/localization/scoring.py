@@ -120,7 +120,8 @@ def score(
         The processes over which the data differ; a DeviceMesh has one dimension. ``loader`` is the whole set's on every
         process, and process r of W takes the batches r, r + W, and so on; of a DataLoader the indices are shared out. A
         DataLoader with a DistributedSampler of this group is used as it is, without the examples that the sampler
-        repeats. None: this process reads the whole set.
+        repeats. None: this process reads the whole set. ``Scores.select`` exchanges nothing afterwards, except for
+        DTensors: all processes then call it too.
 
     Returns
     -------

@@ -31,7 +31,7 @@ from delfast.execution import Execution
 from delfast.feeding import feed
 from delfast.localization.gradient import check_examples, mean_of, zeros_like
 from delfast.naming import trainable_parameters
-from delfast.processes import Processes
+from delfast.processes import NO_BATCH, Processes
 from delfast.sharding import (
     adding_gradients,
     forget_forward,
@@ -88,11 +88,11 @@ class ShardedGradient:
     def _add(self, batch: Any, share: Share) -> int:
         """Add the batch's gradients, in step with the other processes, and return its number of examples.
 
-        Without a batch, one that does not count is computed, so that the others can gather the parameters.
+        For NO_BATCH one that does not count is computed, so that the others can gather the parameters.
         """
         with torch.inference_mode(False), torch.enable_grad():
             with self._forward():
-                counts = batch is not None
+                counts = batch is not NO_BATCH
                 batch = batch if counts else share.stand_in()
                 if not isinstance(batch, Indexed):
                     batch = detached(split_batch(batch)[1:] if self.loss_fn is None else batch)

@@ -12,6 +12,7 @@ from delfast.arguments import check_choice
 from delfast.errors import InputError
 from delfast.localization.criteria import Aggregate, resolve_top_h
 from delfast.localization.scores import Scores
+from delfast.localization.selection import Selection
 from delfast.ops.layout import channels_first, pack
 from delfast.ops.reference.criticality import element_scores
 from delfast.parameter_mask import ParameterMask
@@ -64,6 +65,10 @@ class ShardedScores(Scores):
         result[torch.cat(rows)] = scores
         # scores are at least 0: their maximum is exact, whoever holds a row, and however many hold it
         return self._processes.maximum(result.nan_to_num_(nan=torch.inf, posinf=torch.inf))
+
+    def choose(self, *arguments: Any, processes: Processes | None = None, **settings: Any) -> Selection:
+        """Select on all processes together; see ``Scores``."""
+        return super().choose(*arguments, **settings, processes=self._processes)
 
     def _select_elements(self, k: int) -> tuple[dict[str, ParameterMask], int, int]:
         if k == 0:

@@ -16,7 +16,7 @@ from delfast.deprecation import renamed
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.groups import Group
-from delfast.joint_calls import averaging, one_error
+from delfast.joint_calls import one_error
 from delfast.localization.anytime import BATCH_SIZE, check_stop, localize_until_stable
 from delfast.localization.competing import Patterns, check_patterns
 from delfast.localization.criteria import (
@@ -277,8 +277,8 @@ def localize(
         The dtype in which gradients are summed over batches and processes; see ``score``.
     group : ProcessGroup, DeviceMesh or None, default None
         The processes over which the data differ. They share the set and all get the same mask, that of the whole model;
-        see ``score``. Refused with ``stop_when_stable``. None: this process reads the whole set. The processes of a
-        model inside DistributedDataParallel then all call it too, and compare their masks.
+        see ``score``. Refused with ``stop_when_stable``. None: this process reads the whole set. Plain parameters are
+        then localized by this process alone, also inside DistributedDataParallel: nothing is exchanged.
 
     Returns
     -------
@@ -291,7 +291,7 @@ def localize(
     ------
     InputError
         As ``score`` and ``Scores.select``, and for an unknown strategy or preset. Arguments are checked before anything
-        is computed. For masks that differ between the processes of DistributedDataParallel.
+        is computed.
 
     Warns
     -----
@@ -328,8 +328,7 @@ def localize(
     >>> delfast.localize(model, forget, strategy="salloc").metadata["criterion"]
     'grad'
     """
-    wrapper = averaging(model) if group is None else None
-    with one_error(group if wrapper is None else wrapper.process_group, model) as processes:
+    with one_error(group, model) as processes:
         criterion_name, settings = check_localize(
             budget,
             strategy=strategy,
@@ -378,13 +377,7 @@ def localize(
             if scores is None:
                 options |= {**asdict(execution), **patterns, "sum_dtype": sum_dtype, "group": group}
                 scores = score(model, cast(Any, forget), criterion_name, **options)
-            selection = scores.choose(budget, **settings)
-        if wrapper is not None and processes is not None:  # each process has localized a set of its own
-            processes.check_same(
-                selection.mask.digest,
-                "expected the same mask on every process of DistributedDataParallel, got different ones; pass group= "
-                "and the whole set's loader, or model.module to localize on one process",
-            )
+            selection = scores.choose(budget, **settings, processes=processes)
     selection.check(stacklevel=4)  # the caller of localize, past the decorator's frame
     metadata = {**selection.mask.metadata, "preset": preset or "paper"}
     if criterion is None and granularity is None:

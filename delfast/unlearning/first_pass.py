@@ -57,7 +57,8 @@ def check_first_batches(
     """Compute the method's loss of each set's first batch, once, in eval mode and in the training's precision.
 
     task: its model is the network inside any wrapper. sets: "retain" and "forget", if they are used. processes: those
-    that exchange parameters in each forward pass. They make the same passes, and raise or ignore an error of one alike.
+    that exchange parameters in each forward pass. All of them make the same passes. If one fails, either all raise its
+    error or all ignore it.
 
     Two cases are left to the training. An iterator with a length is not read, since its first batch would be lost. With
     a ``loss_fn``, an error other than InputError on a set that is trained on is ignored, since the ``loss_fn`` may need

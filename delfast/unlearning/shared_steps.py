@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
-from delfast.contents import content_of, signature_of
+from delfast.batches import sampler_of
+from delfast.contents import content_of
 from delfast.errors import InputError
 from delfast.feeding import feed
 from delfast.processes import Processes
 from delfast.shares import (
     LOADING,
     WHOLE_SET,
+    check_same_set,
     checked_sharding,
     is_torchs,
     refuse_overlap,
@@ -52,18 +54,21 @@ class SharedSteps(Steps):
                 f"{WHOLE_SET}"
             )
         self._loaders = {name: _Numbered(loader, processes) for name, loader in self.sets.items()}
+        self._checked: list[tuple[int, int] | None] = []  # the orders whose shares have nothing in common
 
     def check(self, network: nn.Module) -> None:
         """Raise InputError, on every process, unless all have loaders of one set. All processes call it together."""
         for name, loader in self.sets.items():
-            by_index = self._is_sharded or is_torchs(loader)
-            with self.processes.together(), preserved([loader]):
-                first = "" if by_index else content_of(first_batch(loader, name))
-                known = signature_of(loader) if is_torchs(loader) else first
-            self.processes.check_same(
-                f"{self._is_sharded} {len(loader)} {known}",
-                f"expected the same {name} set on every process, in as many batches, got others; {WHOLE_SET}",
-            )
+            settings = f"{self._is_sharded} {len(loader)}"
+            error = f"expected the same {name} set on every process, in as many batches, got others; {WHOLE_SET}"
+            self.processes.check_same(f"{settings} {is_torchs(loader)}", error)
+            with preserved([loader]):
+                if is_torchs(loader):
+                    check_same_set(loader, self.processes, settings, error)
+                elif not self._is_sharded:
+                    with self.processes.together():
+                        first = content_of(first_batch(loader, name))
+                    self.processes.check_same(first, error)
         self._check_shares()
         counts = {super().__len__()} | (set() if self.forget_epochs is None else {len(self.sets["retain"])})
         uneven = [count for count in counts if count % self.processes.size and not self._is_sharded]
@@ -76,6 +81,7 @@ class SharedSteps(Steps):
 
     def _check_shares(self) -> None:
         """Raise InputError, on every process, if the shares of two have an example in common in this epoch."""
+        self._checked = self._orders()
         for name, loader in self.sets.items() if self._is_sharded else ():
             with preserved([loader]):
                 refuse_overlap(loader, self.processes, name)
@@ -95,9 +101,20 @@ class SharedSteps(Steps):
         for step in steps:
             yield step if self.values is None else {**step, **self.values(step)}
 
+    def _orders(self) -> list[tuple[int, int] | None]:
+        """Return what decides each loader's share, the seed and epoch of its DistributedSampler; None if more does."""
+        known = {
+            name: type(getattr(loader, "batch_sampler", None)) in (BatchSampler, type(None))
+            and type(sampler_of(loader)) is DistributedSampler
+            for name, loader in self.sets.items()
+        }
+        samplers = {name: sampler_of(loader) for name, loader in self.sets.items()}
+        return [(each.seed, each.epoch) if known[name] else None for name, each in samplers.items()]
+
     def _own(self) -> Iterator[Step]:
         """Yield the steps of loaders that shard."""
-        self._check_shares()
+        if self.processes.raise_first(None, more=not all(self._orders()) or self._orders() != self._checked):
+            self._check_shares()
         for number, batches in enumerate(self._batches()):
             place = number * self.processes.size + self.processes.rank
             yield {**batches, "epoch": self.epoch, "step": place, "weight": 1.0}

@@ -17,7 +17,7 @@ from delfast.errors import InputError
 from delfast.eval_mode import evaluating
 from delfast.feeding import feed
 from delfast.joint_calls import averaging, averaging_processes
-from delfast.processes import Processes
+from delfast.processes import NO_BATCH, Processes
 from delfast.sharding import is_laid_out, reshard
 from delfast.unlearning.data_parallel import add_up, together
 from delfast.unlearning.loaders import preserved
@@ -151,14 +151,15 @@ class EarlyStop:
         if processes is None or not is_laid_out(network):
             yield from (per_example_losses(network, batch, self.loss_fn) for batch in batches)
             return
-        spare = None
+        spare = NO_BATCH
         for batch in processes.in_step(batches):
-            if spare is None and batch is None:
+            if spare is NO_BATCH:
+                spare = batch
+            if spare is NO_BATCH:
                 raise InputError(EMPTY)
-            spare = batch if spare is None else spare
             with processes.in_one_pass(network):
-                losses = per_example_losses(network, spare if batch is None else batch, self.loss_fn)
-            if batch is not None:
+                losses = per_example_losses(network, spare if batch is NO_BATCH else batch, self.loss_fn)
+            if batch is not NO_BATCH:
                 yield losses
 
     def state_dict(self) -> dict[str, Any]:

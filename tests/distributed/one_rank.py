@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, Te
 
 import delfast
 from delfast.evaluation import accuracy_and_loss, predictions
+from delfast.optim import MaskedSGD
 from delfast.processes import Processes
 from delfast.sole_use import sole_use
 from delfast.unlearning.shared_steps import SharedSteps
@@ -184,11 +185,15 @@ def long_text(model, batch):
     raise ValueError("é" * 5000)
 
 
+def file_of_no_encoding(model, batch):
+    raise OSError("caf\udce9.png")
+
+
 def scaled_losses(model, batch, scale=1.0):
     return losses_of(model, batch) * scale
 
 
-long_text.__qualname__ = losses_of.__qualname__
+long_text.__qualname__ = file_of_no_encoding.__qualname__ = losses_of.__qualname__
 
 
 def in_autocast(rank, function):
@@ -242,16 +247,18 @@ def broken_calls(rank):
     model, ddp = network(), DistributedDataParallel(network())
     sets = (batches(8),) * 3
     own = DataLoader(OwnShare(rank), batch_size=4)
-    share = DataLoader(Subset(examples(), range(rank, 24, 2)), batch_size=4)
-    mask = delfast.localize(model, batches())
-    whole, parts = (
-        delfast.score(each, criterion="weight", group=group)
-        for each, group in ((model, world), (fully_shard(network(), mesh=mesh), mesh))
-    )
+    mask, sharded = delfast.localize(model, batches()), fully_shard(network(), mesh=mesh)
+    parts = delfast.score(sharded, criterion="weight", group=mesh)
     loss = functools.partial(scaled_losses, scale=1.0 + rank)
     mine, ours = (long_text if rank else losses_of), (None if rank else batches())
     return {
         "long": error_of(lambda: delfast.localize(model, batches(), loss_fn=mine, group=world)),
+        "encoding": error_of(lambda: delfast.localize(
+            model, batches(), loss_fn=file_of_no_encoding if rank else losses_of, group=world)),
+        "no batch": error_of(lambda: delfast.score(sharded, [None, *batches()][rank:], group=mesh)),
+        "no batch, measured": error_of(lambda: accuracy_and_loss(sharded, [*batches(), None], group=mesh)),
+        "rate": error_of(lambda: MaskedSGD(sharded.named_parameters(), mask, lr=-0.1 if rank else 0.1)),
+        "no mask": error_of(lambda: MaskedSGD(sharded.named_parameters(), None if rank else mask)),
         "argument": error_of(lambda: delfast.score(model, ours, group=world)),
         "budget": error_of(lambda: delfast.localize(model, batches(), 2.0 if rank else 0.3, group=world)),
         "evaluate": error_of(lambda: delfast.evaluate(model, ours, *sets[1:], mia=False, group=world)),
@@ -263,7 +270,6 @@ def broken_calls(rank):
             lambda: delfast.unlearn(ddp, retain=own, method="finetune", epochs=1, group=world)),
         "own seed, trained": error_of(
             lambda: delfast.unlearn(ddp, retain=own_seed(rank), method="finetune", epochs=1, group=world)),
-        "no group": error_of(lambda: delfast.localize(ddp, share)),
         "reset": error_of(lambda: delfast.reset_(ddp, mask, "reset_parameters", seed=rank)),
         "order": error_of(lambda: accuracy_and_loss(flipped(network()) if rank else network(), batches(), group=world)),
         "buffer": error_of(lambda: delfast.score(WithBuffer(torch.ones(4 + 4 * rank)), batches(), group=world)),
@@ -274,7 +280,7 @@ def broken_calls(rank):
             lambda: in_autocast(rank, lambda: accuracy_and_loss(model, batches(), group=world))),
         "loss": error_of(lambda: delfast.localize(model, batches(), loss_fn=loss, group=world)),
         "synchronized": error_of(synchronized),
-        "selection": error_of(lambda: whole.select(2.0 if rank else 0.3)),
+        "selection": error_of(lambda: parts.select(2.0 if rank else 0.3)),
         "aggregate": error_of(lambda: parts.channel_scores("median" if rank else "max")),
         "sharded": error_of(lambda: delfast.score(fully_shard(network(), mesh=mesh), ours, group=mesh)),
     }  # fmt: skip
@@ -282,6 +288,11 @@ def broken_calls(rank):
 
 BROKEN_CALLS = {
     "long": "é (on rank 1)",
+    "encoding": r"caf\udce9.png (on rank 1)",
+    "no batch": "expected the same batches on every process",
+    "no batch, measured": "got NoneType",
+    "rate": "expected lr >= 0, got -0.1",
+    "no mask": "expected mask to be a delfast.Mask",
     "argument": "expected a loader for criterion 'weighted_grad', got none; pass the forget set's (on rank 1)",
     "budget": "expected a budget in (0, 1], got 2.0",
     "evaluate": "(on rank 1)",
@@ -291,7 +302,6 @@ BROKEN_CALLS = {
     "own share, measured": "expected the same data set on every process",
     "own share, trained": "expected the same retain set on every process",
     "own seed, trained": "expected each example of the retain set at most once",
-    "no group": "expected the same mask on every process of DistributedDataParallel",
     "reset": "expected the same fresh values on every process",
     "order": "expected the same values of '0.weight' on every process",
     "buffer": "expected the same buffers on every process",
@@ -349,6 +359,36 @@ def in_inference_mode(model, group):
         return delfast.localize(model, batches(), group=group).digest
 
 
+def exception_of(fails, group, error):
+    """Return the exception of a call whose loss raises an error, the second time; the same error is raised twice."""
+
+    def loss_fn(model, batch):
+        if fails:
+            raise error
+        return losses_of(model, batch)
+
+    loss_fn.__qualname__ = losses_of.__qualname__
+    found = []
+    for _ in range(2):
+        try:
+            delfast.localize(network(), batches(), loss_fn=loss_fn, group=group)
+        except Exception as raised:
+            found.append(raised)
+    return found[1]
+
+
+def alone_then_together(rank):
+    """Localize and select on one process, whose next exchange must be the caller's own; return its result."""
+    ddp = DistributedDataParallel(network())
+    scores = delfast.score(ddp, batches(), group=dist.group.WORLD)
+    if rank == 0:
+        delfast.localize(ddp, batches())
+        scores.select(0.3)
+    count = torch.tensor([100])
+    dist.all_reduce(count)
+    return int(count)
+
+
 def accepted(rank):
     """Return digests and predictions that are those of one process."""
     world, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
@@ -356,7 +396,11 @@ def accepted(rank):
     data = examples()
     blocks = DataLoader(data, batch_size=4, sampler=Contiguous(data, shuffle=False))
     noisy = delfast.score(network(), DataLoader(Noisy(rank), batch_size=4), group=world)
+    groups = [dist.new_group([each]) for each in range(2)]
+    own = [exception_of(rank, world, KeyError("labels")), exception_of(True, groups[rank], KeyError("labels"))]
     return {
+        "own types": [type(each) for each in own] == [KeyError if rank else RuntimeError, KeyError],
+        "alone": alone_then_together(rank),
         "views": [delfast.localize(WithBuffer(buffer), batches(), group=world).digest for buffer in buffers],
         "inference": in_inference_mode(fully_shard(network(), mesh=mesh), mesh),
         "path": [
@@ -377,6 +421,8 @@ def accepted_by_one():
         "path": [digest, digest],
         "blocks": examples().tensors[1],
         "noisy": 24,
+        "own types": True,
+        "alone": 200,
     }
 
 

@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from delfast.errors import InputError
+from delfast.processes import encoded
+from delfast.unlearning import Diverged
 from tests.groups import gloo_group
 
 LIMIT_S = 300  # of all scenarios of a start: half a minute on idle cores
@@ -49,9 +53,14 @@ def _run(rank: int, count: int, scenarios: dict[str, Callable[..., Any]], folder
 
 
 def error_of(function: Callable[[], Any]) -> tuple[str, str] | None:
-    """Return the type and the text of the error that a function raises."""
+    """Return the type and the text of the error that a function raises.
+
+    The process that fails raises its own exception: it is returned as the others name it.
+    """
     try:
         function()
     except Exception as error:
-        return type(error).__name__, str(error)
+        name, text = type(error).__name__, str(error)
+        is_alike = isinstance(error, (InputError, Diverged)) or "(on rank " in text
+        return (name, text) if is_alike else ("RuntimeError", encoded(error, dist.get_rank()).decode())
     return None

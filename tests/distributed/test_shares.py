@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     SequentialSampler,
     Subset,
@@ -18,11 +19,15 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from delfast.batches import tensors_of
+import delfast
+from delfast.batches import sampler_of, tensors_of
 from delfast.contents import signature_of
-from delfast.processes import Processes
+from delfast.errors import InputError
+from delfast.processes import Processes, encoded
 from delfast.shares import share
+from delfast.unlearning import shared_steps
 from tests.distributed.spawning import error_of, run_in_processes
+from tests.groups import gloo_group
 
 SIZE = 101
 
@@ -165,3 +170,59 @@ def test_data_sets_of_hugging_face_are_compared_by_their_rows():
         assert signature(different) != signature(one)
     assert signature(text.shard(2, 0, contiguous=True)) != signature(text.shard(2, 1, contiguous=True))
     assert signature(text.select([])) == signature(text.select([]))
+
+
+# What a check reads
+
+
+class Counted(Dataset):
+    def __init__(self):
+        self.loaded = []
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        return torch.rand(2)
+
+
+def test_ends_are_loaded_once_and_no_generator_of_a_gpu_is_set(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the seed of the GPUs was set"))
+    dataset, before = Counted(), torch.get_rng_state()
+    assert signature(dataset) == signature(dataset)
+    assert dataset.loaded == [0, SIZE - 1] * 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_shares_of_the_first_epoch_are_checked_once(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(shared_steps, "refuse_overlap", lambda loader, *_: checked.append(sampler_of(loader).epoch))
+    with gloo_group(tmp_path / "store"):
+        data = whole_set()
+        loader = DataLoader(data, 7, sampler=DistributedSampler(data))
+        processes = Processes(dist.group.WORLD, {})
+        steps = shared_steps.SharedSteps("retain", processes, retain=loader, forget=())
+        steps.check(torch.nn.Identity())
+        for epoch in range(3):
+            steps.set_epoch(epoch)
+            list(steps)
+    assert checked == [0, 1, 2]
+
+
+class NoText(Exception):
+    def __str__(self):
+        raise KeyError
+
+
+def test_an_error_without_a_text_reaches_the_others_by_its_name():
+    assert encoded(NoText(), 1) == b"NoText (on rank 1)"
+
+
+def test_a_wrapper_whose_group_was_destroyed_is_refused(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    with gloo_group(tmp_path / "store"):
+        wrapped = torch.nn.parallel.DistributedDataParallel(network)
+    mask = delfast.localize(wrapped, None, 1.0, criterion="weight")
+    with pytest.raises(InputError, match=r"one that was destroyed; pass model\.module"):
+        delfast.reset_(wrapped, mask, "reset_parameters")

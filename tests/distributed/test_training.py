@@ -215,7 +215,7 @@ def check_sources_of_one_process(layout: str, folder: Path) -> None:
         with pytest.raises(InputError, match=r"there is none; check the path \(on rank 1\)"):
             delfast.reset_(model, mask, missing)
     save_state(own, network(9 + rank).state_dict())
-    with pytest.raises(RuntimeError, match=r"OSError: no memory \(on rank 1\)"):
+    with pytest.raises(OSError if rank == 1 else RuntimeError, match=r"no memory"):
         delfast.reset_(model, mask, failing)
     with pytest.raises(InputError, match="pass the same seed, model, state dict or file everywhere"):
         delfast.reset_(model, mask, own)

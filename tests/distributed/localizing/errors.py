@@ -65,6 +65,10 @@ def failing_before(model, batch):
     raise KeyError("labels")
 
 
+def of_modules(model, batch):
+    return model.late(model.early(batch[0])).sum(1)
+
+
 def failing_form(model, batch):
     return loss_fn(model, batch).sum()
 
@@ -73,7 +77,7 @@ def stopping(model, batch):
     return next(iter([]))
 
 
-for function in (failing_after, failing_before, failing_form, stopping):
+for function in (failing_after, failing_before, failing_form, of_modules, stopping):
     function.__qualname__ = loss_fn.__qualname__  # so that the processes make the same call
 
 
@@ -114,6 +118,7 @@ def failing_early(rank):
     return [
         error_of(lambda: salun_by(twice, loss, group=mesh)),
         error_of(lambda: salun_by(tensor_parallel()[0], loss)),
+        error_of(lambda: salun_by(twice, failing_before if rank == 1 else of_modules, group=mesh)),
         error_of(lambda: salun_by(fsdp()[0], stopping if rank == 1 else loss_fn, group=mesh)),
     ]
 
@@ -260,7 +265,12 @@ def check(count, all_ranks):
             for name, text in MISUSED.items():
                 assert found[name] is not None and found[name][0] == "InputError" and text in found[name][1], found
         for found in all_ranks("early"):
-            assert [text.partition(":")[0] for _, text in found] == ["KeyError", "KeyError", "StopIteration"], found
+            assert [text.partition(":")[0] for _, text in found] == [
+                "KeyError",
+                "KeyError",
+                "KeyError",
+                "StopIteration",
+            ], found
             assert all(text.endswith("(on rank 1)") for _, text in found)
     if count == 4:
         for found in all_ranks("meshes"):
