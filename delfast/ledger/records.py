@@ -53,7 +53,7 @@ class Records:
         path : path-like
             Directory to make; it must not exist, or be empty.
         job : path-like
-            Your job file (docs/jobs.md).
+            Your job file (docs/job_files.md).
         model : path-like
             Checkpoint of the trained model, as the job's ``load`` reads it. It is copied into the ledger.
         hash_ids : path-like, optional
