@@ -76,7 +76,7 @@ class Records:
         >>> from delfast.ledger import Ledger
         >>> ledger = Ledger.create("ledger", job="job.py", model="model.safetensors")  # doctest: +SKIP
         """
-        from delfast.files import directory_for
+        from delfast.files import directory_for, sync_directory, write_atomically
         from delfast.jobs import read_job
 
         path, model = Path(path), Path(model)
@@ -90,13 +90,14 @@ class Records:
             making = directory / "ledger"
             kept = making / MODELS / f"0000{model.suffix}"
             kept.parent.mkdir(parents=True)
-            shutil.copyfile(model, kept)
+            write_atomically(kept, lambda partial: shutil.copyfile(model, partial))
             store = Store.create(making)
             identifiers = Identifiers(key)
             secrecy = {"hash_ids": key is not None, "key_check": identifiers.key_check}
             store.append(CREATED, {**facts, **secrecy, "model": artefact(making, kept)})
             store.close()
             os.replace(making, path)  # a reader sees no ledger or a whole one
+        sync_directory(path.absolute().parent)
         return cls(Store(path), read, identifiers)
 
     @classmethod

@@ -112,8 +112,8 @@ def _kept(accepted: list[Run]) -> list[str]:
         )
     if blind := sum(check.held_before for check in checks):
         sentences.append(
-            f"For {blind} of the {len(checks)} figures, the model before the run was within the limit too: these do not "
-            "show that anything was forgotten."
+            f"For {blind} of the {len(checks)} figures, the model before the run was within the limit too: these do "
+            "not show that anything was forgotten."
         )
     return sentences
 
