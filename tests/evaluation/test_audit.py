@@ -90,7 +90,28 @@ def test_lira_is_the_attack_of_offline_lira(sets: dict[str, Any]) -> None:
     control = torch.stack([logit_confidences(*predictions(r.model, sets["test"])) for r in known])  # type: ignore[arg-type]
     others = offline_lira(logit_confidences(*predictions(model, sets["test"])), control)
     used = scores[~scores.isnan()]
-    assert found.auc.value == pytest.approx((used[:, None] > others).double().mean().item())
+    assert found.auc is not None and found.auc.value == pytest.approx((used[:, None] > others).double().mean().item())
+
+
+def test_what_is_left_out_for_lack_of_references_is_counted(sets: dict[str, Any]) -> None:
+    knew = torch.ones(30, dtype=torch.bool)
+    known = [Reference(make_model(k), {"forget": knew}) for k in range(3)]
+    found = audit(make_model(0), **sets, references=known, relearn=QUICK).as_dict()
+    assert found["sets"]["forget"]["lira"] == {"auc": None, "tpr_at_1_percent": None, "examples": 0, "left_out": 30}
+    curve = found["relearning"]["retain"]
+    assert curve["ratio"] is None and curve["compared_on"] == [0, 0, 0]
+    assert curve["ratio_left_out"] == (
+        "none of 3 never-seen networks has 2 measured forget examples that it did not know"
+    )
+    knew = torch.arange(30) >= 12
+    known = [Reference(make_model(k), {"forget": each}) for k, each in enumerate([knew, knew | True])]
+    curve = audit(make_model(0), **sets, references=known, relearn=QUICK).as_dict()["relearning"]["retain"]
+    assert curve["ratio"] is not None and curve["compared_on"] == [12, 0] and curve["ratio_left_out"] is None
+    alone = audit(make_model(0), **sets, relearn=QUICK).as_dict()["relearning"]["retain"]
+    assert alone["ratio_left_out"] == "there is no never-seen network to compare with"
+    one = {**sets, "forget": batches(1)}
+    curve = audit(make_model(0), **one, oracle=make_model(1), relearn=QUICK).as_dict()["relearning"]["retain"]
+    assert curve["ratio_left_out"] == "1 measured forget example: a variance needs 2"
 
 
 def test_one_network_at_a_time_may_be_loaded(sets: dict[str, Any]) -> None:

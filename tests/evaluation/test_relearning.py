@@ -88,7 +88,7 @@ def test_a_network_that_never_saw_it_has_1_in_its_interval(lab: Lab) -> None:
             assert curve.ratio.low < 1 < curve.ratio.high and curve.ratio.value < 3
     # beside itself the ratio is 1, to the bit
     same = lab.audit(lab.never_seen[0], [lab.never_seen[0]]).relearn_ratio
-    assert same is not None and (same.value, same.low, same.high) == (1, 1, 1)
+    assert same is not None and same.value == 1 and same.low is not None and same.low < 1
 
 
 @pytest.mark.long
