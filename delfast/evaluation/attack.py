@@ -86,12 +86,11 @@ def _attack(members: Tensor, others: Tensor, weights: Tensor, seed: int) -> Figu
         alarms += weights[held[1]][others[held[1]] > threshold].sum().item()
     total = weights.sum().item()
     effective = total**2 / weights.square().sum().item()
-    counts = len(members), effective
-    hits = caught, effective * min(alarms / total, 1.0)
-    if hits[0] / counts[0] < hits[1] / counts[1]:
-        hits = tuple(sum(hits) / sum(counts) * count for count in counts)
-    rates = [proportion(hit, count) for hit, count in zip(hits, counts, strict=True)]
-    return difference(*rates).mapped(lambda x: min(max(x, 0.0), 1.0))
+    count, rates = len(members), (caught / len(members), min(alarms / total, 1.0))
+    if rates[0] < rates[1]:
+        rates = ((count * rates[0] + effective * rates[1]) / (count + effective),) * 2
+    found = difference(proportion(count * rates[0], count), proportion(effective * rates[1], effective))
+    return found.mapped(lambda x: min(max(x, 0.0), 1.0))
 
 
 def _threshold(members: Tensor, others: Tensor, weights: Tensor) -> float:
