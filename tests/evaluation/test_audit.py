@@ -221,6 +221,45 @@ def test_a_loss_of_the_callers_gives_losses_alone() -> None:
     assert expected_log <= 0 or curve.ratio.value <= expected_log.exp().item() + 1e-6
 
 
+def test_texts_beside_tensors_stay_with_their_examples() -> None:
+    """torch's collate function makes lists of texts."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(30, 4, generator=generator) for name in ("forget", "retain", "test")}
+    names = {f"{float(row[0]):.6f}": row for rows in inputs.values() for row in rows}
+
+    def loader(rows: Tensor) -> list[dict[str, Any]]:
+        parts = rows.split(7)
+        return [{"name": [f"{float(row[0]):.6f}" for row in part], "more": {"x": part}} for part in parts]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x = batch["more"]["x"]
+        assert torch.equal(torch.stack([names[name] for name in batch["name"]]), x)
+        return model(x).square().mean(1)
+
+    torch.manual_seed(0)
+    found = audit(
+        nn.Linear(4, 2),
+        **{name: loader(rows) for name, rows in inputs.items()},
+        loss_fn=loss,
+        never_seen=[nn.Linear(4, 2)],
+        relearn=Relearning(steps=3, every=1, batch_size=4, fractions=(0.1,)),
+    )
+    curves = found.relearning.values()
+    assert all(not isinstance(curve, str) and curve.ratio is not None for curve in curves), found.relearning
+
+
+def test_parts_without_a_row_for_each_example_are_refused_by_name() -> None:
+    sets = {name: [{"x": torch.randn(5, 4), "part": None}] for name in ("forget", "retain", "test")}
+    for part in (3, None, ["a"] * 4, torch.ones(4), torch.tensor(1)):
+        for each in sets.values():
+            each[0]["part"] = part
+        found = audit(
+            nn.Linear(4, 2), **sets, loss_fn=lambda model, batch: model(batch["x"]).mean(1), relearn=QUICK,
+        )  # fmt: skip
+        reason = found.relearning["retain"]
+        assert isinstance(reason, str) and "with a row for each example, got" in reason
+
+
 def test_token_batches_count_tokens() -> None:
     torch.manual_seed(0)
 
