@@ -54,8 +54,8 @@ class Accept:
     Parameters
     ----------
     test_drop : float, optional
-        Maximum loss of test accuracy against the ledger's first network, in percentage points. Default 2. Losses of
-        several runs therefore add up.
+        Maximum loss of test accuracy against the ledger's first network, in percentage points, so that losses of
+        several runs count together. Default 2.
     attack_advantage : float, optional
         Maximum advantage of the confidence attack, 2 (balanced accuracy - 0.5), from 0 to 1. Default 0.25. It limits
         the largest advantage of all forget sets so far. Of 100 sets of 20 examples that a network never saw, 21 were
