@@ -108,13 +108,10 @@ def _advantage(figures: Mapping[str, Any], name: str) -> Measured:
 
 
 def _ratio(figures: Mapping[str, Any]) -> Measured:
-    """Return the relearning ratio, and the audit's reasons for what it left out."""
+    """Return the relearning ratio, and the audit's reasons where there is none."""
     curves = figures["relearning"].values()
-    reasons = dict.fromkeys(each["left_out"] for each in curves if "left_out" in each)
-    why = "fewer than two references never saw two of the examples"
-    if all("left_out" in each for each in curves):
-        why = "; ".join(reasons) or "the ledger has no references"
-    return figures["relearn_ratio"], why
+    reasons = dict.fromkeys(each.get("left_out") or each["ratio_left_out"] for each in curves)
+    return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no references"
 
 
 def _or_infinite(figure: Mapping[str, Any] | None) -> float:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,7 +91,7 @@ class Records:
             making = directory / "ledger"
             kept = making / MODELS / f"0000{model.suffix}"
             kept.parent.mkdir(parents=True)
-            write_atomically(kept, lambda partial: shutil.copyfile(model, partial))
+            write_atomically(kept, partial(_copy, model))
             store = Store.create(making)
             identifiers = Identifiers(key)
             secrecy = {"hash_ids": key is not None, "key_check": identifiers.key_check}
@@ -410,6 +411,10 @@ class Records:
             return None
         found = self._identifiers.originals(self._job.ids, set(ids))
         return tuple(found[each] for each in ids)
+
+
+def _copy(model: Path, path: Path) -> None:
+    shutil.copyfile(model, path)
 
 
 def _facts(job: Job, model: Path) -> dict[str, Any]:

@@ -226,6 +226,8 @@ def figures(number: int, count: int, earlier: Sequence[int], ratio: float) -> di
             "trained_on": size,
             "measured": count - size,
             "advantage": figure(1.0, 0.2),
+            "compared_on": [count - size],
+            "ratio_left_out": None,
             "ratio": figure(ratio, 0.3, 0),
         }
         for name, gain, size in (("retain", 4, 0), ("forget 10 %", 14, max(1, count // 10)))

@@ -129,7 +129,7 @@ def test_attack_that_leaves_out_more_than_a_tenth_is_not_measured() -> None:
 
 def test_reason_is_that_of_the_audit() -> None:
     why = "forget set: expected batches of tensors"
-    curves = {"retain": {"left_out": why}, "forget 10 %": {"left_out": why}}
+    curves = {"retain": {"ratio_left_out": why}, "forget 10 %": {"left_out": why}}
     found = {**audited(relearn_ratio=None), "relearning": curves}
     *_, ratio = check_all(ACCEPT, 90.0, {"outside": 0}, found, BEFORE)
     assert ratio.reason == why
