@@ -130,7 +130,7 @@ def show(
         found = number if identifier is None else opened.find(identifier)
         if found is None:
             raise InputError(f"expected an example that a request names, got '{identifier}'; no request names it")
-        details, model = opened.show(found), opened.model
+        details, model = opened.show(found), ledger / opened.model.relative_to(opened.path)
     with _pipe():
         if as_json:
             sys.stdout.write(json.dumps(_plain(details), ensure_ascii=False, indent=2) + "\n")
@@ -195,7 +195,7 @@ def run(
             _print(f"- {line}")
         accepted = f"accepted, {verdict(result.checks)}" if result.accepted else "REJECTED, the model stays as it was"
         _print(f"run {result.number}: {accepted}")
-        _print(f"the model in use: {opened.model}")
+        _print(f"the model in use: {ledger / result.model}")
         _print(f"head: {opened.head}")
     if not result.accepted:
         raise typer.Exit(1)

@@ -319,6 +319,8 @@ def test_run_by_command(ledger: Ledger) -> None:
     assert "test_drop: Accuracy on the test set is" in done.stdout and "run 1: accepted" in done.stdout
     assert f"head: {ledger.head}" in done.stdout
     assert f"the model in use: {ledger.path / 'runs/0001/1/model.safetensors'}" in done.stdout
+    done = subprocess.run([*command, "show", own[0], "1"], capture_output=True, text=True, check=True)
+    assert f"the model in use: {ledger.model}" in done.stdout
     done = subprocess.run([*command, "purge", *own], capture_output=True, text=True, check=True)
     assert "5 files; --yes deletes them" in done.stdout
     done = subprocess.run([*command, "purge", *own, "--yes"], capture_output=True, text=True, check=True)
