@@ -20,6 +20,11 @@ def one_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def is_line(text: str) -> bool:
+    """Return whether a text can stand on a line of a file: printable, not empty, without white space at its ends."""
+    return bool(text) and text == text.strip() and text.isprintable()
+
+
 class InputError(ValueError):
     """Bad input; nothing was changed.
 

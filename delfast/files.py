@@ -87,7 +87,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
                     os.fchmod(stream.fileno(), mode)  # safetensors and mapped tensors create private files
                 os.fsync(stream.fileno())
             os.replace(partial, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _lock(descriptor: int, *, wait: bool, needed: bool = False) -> bool:
     return True
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Flush a rename to the disk, so that it survives a power cut, if the system can flush directories."""
     try:
         directory = os.open(path, os.O_RDONLY)

@@ -53,6 +53,8 @@ def init(
 
     with Ledger.create(ledger, job=job, model=model, hash_ids=hash_ids) as made:
         _print(f"made the ledger '{ledger}' for {made.created['examples']} training examples")
+        if made.job.loss_fn is not None and made.job.accept.test_drop is not None:
+            _print("a job with a loss_fn has no accuracies: before `run`, define accept in it without test_drop")
         _print(f"head: {made.head}")
 
 
@@ -128,13 +130,14 @@ def show(
         found = number if identifier is None else opened.find(identifier)
         if found is None:
             raise InputError(f"expected an example that a request names, got '{identifier}'; no request names it")
-        details = opened.show(found)
+        details, model = opened.show(found), ledger / opened.model.relative_to(opened.path)
     with _pipe():
         if as_json:
             sys.stdout.write(json.dumps(_plain(details), ensure_ascii=False, indent=2) + "\n")
             return
         for line in _lines(details):
             _print(line)
+        _print(f"the model in use: {model}")
 
 
 @app.command()
@@ -168,7 +171,7 @@ def run(
     A run that was stopped is continued by the same command without settings.
     """
     from delfast.ledger import Ledger
-    from delfast.ledger.running import LocalizeOn
+    from delfast.ledger.starting import LocalizeOn
     from delfast.ledger.words import check_sentence, verdict
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:

@@ -38,7 +38,9 @@ def threshold_attack(members: Tensor, others: Tensor, weights: Tensor | None = N
     -------
     Figure
         In [0, 1]. The interval is Newcombe's (1998, method 10) for the difference of two proportions. It treats
-        the thresholds as given; with weights the count of ``others`` is Kish's effective sample size.
+        the thresholds as given; with weights the count of ``others`` is Kish's effective sample size. A result below
+        guessing has the interval of two equal proportions, the rate of both sets together: the maximum-likelihood
+        estimate without a negative advantage.
 
     Raises
     ------
@@ -84,8 +86,11 @@ def _attack(members: Tensor, others: Tensor, weights: Tensor, seed: int) -> Figu
         alarms += weights[held[1]][others[held[1]] > threshold].sum().item()
     total = weights.sum().item()
     effective = total**2 / weights.square().sum().item()
-    rates = proportion(caught, len(members)), proportion(effective * min(alarms / total, 1.0), effective)
-    return difference(*rates).mapped(lambda x: min(max(x, 0.0), 1.0))
+    count, rates = len(members), (caught / len(members), min(alarms / total, 1.0))
+    if rates[0] < rates[1]:
+        rates = ((count * rates[0] + effective * rates[1]) / (count + effective),) * 2
+    found = difference(proportion(count * rates[0], count), proportion(effective * rates[1], effective))
+    return found.mapped(lambda x: min(max(x, 0.0), 1.0))
 
 
 def _threshold(members: Tensor, others: Tensor, weights: Tensor) -> float:

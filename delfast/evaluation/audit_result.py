@@ -16,10 +16,12 @@ class LiraFigures:
 
     Parameters
     ----------
-    auc : Figure
-        Area under the ROC curve: the probability that a forget example's score is above a control example's.
-    tpr_at_1_percent : Figure
-        Percentage of the forget examples above the threshold that 1 % of the control examples exceed.
+    auc : Figure, optional
+        Area under the ROC curve: the probability that a forget example's score is above a control example's. None if
+        every forget example is left out, or every control example.
+    tpr_at_1_percent : Figure, optional
+        Percentage of the forget examples above the threshold that 1 % of the control examples exceed. None with
+        ``auc``.
     examples : int
         Number of forget examples that were attacked.
     left_out : int
@@ -32,8 +34,8 @@ class LiraFigures:
     100
     """
 
-    auc: Figure
-    tpr_at_1_percent: Figure
+    auc: Figure | None
+    tpr_at_1_percent: Figure | None
     examples: int
     left_out: int
 

@@ -152,9 +152,9 @@ def audit(
     forget set with the rest; finetune it until it no longer changes, and audit it again. A ratio of 1 is none either:
     what a finetuning of these steps does not bring back may come back in another.
 
-    The interval of the ratio has the variance of the paired differences between examples, and that between the
-    never-seen networks, s² (1 + 1/K), for K >= 2 (Student's t with Satterthwaite's degrees of freedom, 1946). With one
-    never-seen network the second is missing, and the interval is too narrow.
+    The interval of the ratio has the variance of the paired differences between examples, with Haldane's 1/2 as an
+    example more, and that between the never-seen networks, s² (1 + 1/K), for K >= 2 (Student's t with Satterthwaite's
+    degrees of freedom, 1946). With one never-seen network the second is missing, and the interval is too narrow.
 
     References
     ----------
@@ -376,12 +376,12 @@ def _attack(own: Measured, control: Measured, seed: int) -> tuple[Figure | None,
     return threshold_attack(members, others, weights, seed=seed), left_out
 
 
-def _lira(scores: Tensor, control: Tensor) -> LiraFigures | None:
-    """Return the figures of LiRA's scores; None if no example has enough references."""
+def _lira(scores: Tensor, control: Tensor) -> LiraFigures:
+    """Return the figures of LiRA's scores; without areas if no example has enough references."""
     positives, negatives = scores[~scores.isnan()], control[~control.isnan()]
     left_out = len(scores) - len(positives)
     if not len(positives) or not len(negatives):
-        return None
+        return LiraFigures(None, None, 0, left_out)
     caught = tpr_at_fpr(positives, negatives, LIRA_FPR)
     rate = proportion(round(caught / 100 * len(positives)), len(positives)).scaled(100)
     return LiraFigures(auc(positives, negatives), rate, len(positives), left_out)

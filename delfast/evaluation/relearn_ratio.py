@@ -5,6 +5,12 @@ They are parts that are right, in [0, 1], or losses. Each measurement has a log 
 that is right, or minus the log of the mean loss. The log ratio to one never-seen network is the difference of their
 scores, of the means over the times after 0. A network that begins below the never-seen ones is measured from where it
 begins: the difference of the scores at time 0 is taken off then.
+
+The variance from the sample of examples is that of the paired differences, plus that of an example more for each
+network, half right and half wrong: Haldane's 1/2, which the log odds include. Without pairing the sum of the two is at
+least 1 / (a + 1/2) + 1 / (b + 1/2) for each network, a right and b wrong (Gart & Zweifel, "On the Bias of Various
+Estimators of the Logit and Its Variance With Application to Quantal Bioassay", Biometrika, 1967), so that no interval
+is without width where all examples are right or all are wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -64,18 +71,16 @@ def compare(own: Tensor, others: Sequence[Tensor], unknown: Sequence[Tensor], is
         starts.append(_difference(pair[0][0], pair[1][0], known_not, is_loss))
     if not levels:
         return None
-    (level, level_influence), (start, start_influence) = (
-        tuple(torch.stack(column) for column in zip(*each, strict=True)) for each in (levels, starts)
-    )
-    logs, influence = level, level_influence
-    if start.mean() < 0:
-        logs, influence = level - start, level_influence - start_influence
-    count = len(logs)
+    level, start = _Differences.of(levels), _Differences.of(starts)
+    from_start = level.less(start)
+    chosen = from_start if start.logs.mean() < 0 else level
+    count, examples = len(levels), chosen.influence.shape[1]
     return Comparison(
-        logs.mean().item(),
-        (influence.mean(0).var() / influence.shape[1]).item(),
-        (logs.var() * (1 + 1 / count)).item() if count > 1 else 0.0,
-        (influence.shape[1] - 1, count - 1),
+        chosen.logs.mean().item(),
+        # the larger of both, since the examples also decide which of both it is
+        max(level.sampling(), from_start.sampling()),
+        (chosen.logs.var() * (1 + 1 / count)).item() if count > 1 else 0.0,
+        (examples - 1, count - 1),
     )
 
 
@@ -83,29 +88,85 @@ def corrected(forgotten: Comparison, general: Comparison) -> Comparison:
     """Return the comparison without the advantage that the network also has on examples that no network has seen.
 
     An advantage is taken off as far as it goes towards a ratio of 1. A disadvantage is not added: a network that is
-    worse in general is not expected to be worse at wrong labels.
+    worse in general is not expected to be worse at wrong labels. The variance of the advantage counts also where less
+    than all of it is taken off, since the control examples decide how much.
     """
     taken = min(max(general.log, 0.0), max(forgotten.log, 0.0))
-    sampling = forgotten.sampling + (general.sampling if taken > 0 else 0.0)
+    sampling = forgotten.sampling + _variance_above_0(general)
     return Comparison(forgotten.log - taken, sampling, forgotten.networks, forgotten.degrees)
 
 
-def _difference(own: Tensor, other: Tensor, where: Tensor, is_loss: bool) -> tuple[Tensor, Tensor]:
-    """Return the difference of two scores, and each example's influence on it (N,), 0 outside ``where``.
+def _variance_above_0(estimate: Comparison) -> float:
+    """Return the variance of max(X, 0) for a normal X with the estimate as its mean (Tobin, Econometrica, 1958)."""
+    if not estimate.sampling > 0:
+        return 0.0
+    spread = math.sqrt(estimate.sampling)
+    density, part = (function(estimate.log / spread) for function in (NormalDist().pdf, NormalDist().cdf))
+    first = estimate.log * part + spread * density
+    second = (estimate.log**2 + estimate.sampling) * part + estimate.log * spread * density
+    return max(second - first**2, 0.0)
 
-    The variance of the influences over N, divided by N, is that of the difference (delta method).
+
+@dataclass(frozen=True, eq=False)
+class _Score:
+    """A log score, each value's influence on it (n,), and that of the two halves of the added example (2,)."""
+
+    log: Tensor
+    influence: Tensor
+    added: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Differences:
+    """The differences of a network's score and those of K others: logs (K,), influence of the examples (K, N).
+
+    own, others: influence (K, 2) of the added example, of the network and of the others.
     """
-    (a, b), (c, d) = _score(own, is_loss), _score(other, is_loss)
+
+    logs: Tensor
+    influence: Tensor
+    own: Tensor
+    others: Tensor
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, ...]]) -> _Differences:
+        return cls(*(torch.stack(column) for column in zip(*pairs, strict=True)))
+
+    def less(self, start: _Differences) -> _Differences:
+        """Return these differences from those at the beginning."""
+        return _Differences(
+            self.logs - start.logs,
+            self.influence - start.influence,
+            self.own - start.own,
+            self.others - start.others,
+        )
+
+    def sampling(self) -> float:
+        """Return the variance of the mean difference (delta method)."""
+        networks, examples = self.influence.shape
+        drawn = self.influence.mean(0).square().sum() / (examples * (examples - 1))
+        # the network is the same in each pair; the others are independent of each other
+        added = self.own.mean(0).square().sum() + self.others.square().sum() / networks**2
+        return (drawn + added).item()
+
+
+def _difference(own: Tensor, other: Tensor, where: Tensor, is_loss: bool) -> tuple[Tensor, ...]:
+    """Return the difference of two scores, each example's influence on it (N,), and those of the added examples (2,).
+
+    Examples outside ``where`` have an influence of 0.
+    """
+    first, second = _score(own, is_loss), _score(other, is_loss)
     influence = torch.zeros(len(where), dtype=torch.float64)
-    influence[where] = (b - d) * (len(where) / len(own))
-    return a - c, influence
+    influence[where] = (first.influence - second.influence) * (len(where) / len(own))
+    return first.log - second.log, influence, first.added, second.added
 
 
-def _score(values: Tensor, is_loss: bool) -> tuple[Tensor, Tensor]:
-    """Return the log score of values (n,), and each value's influence on it, with a mean of 0."""
-    mean = values.mean()
+def _score(values: Tensor, is_loss: bool) -> _Score:
     if is_loss:
-        return -mean.log(), -(values - mean) / mean
+        mean = values.mean()
+        return _Score(-mean.log(), -(values - mean) / mean, values.new_zeros(2))
     # Haldane's half, so that odds of 0 and infinity do not occur
-    part = (values.sum() + 0.5) / (len(values) + 1)
-    return part.logit(), (values - mean) / (part * (1 - part))
+    count = len(values) + 1
+    part = (values.sum() + 0.5) / count
+    halves = torch.stack([1 / part, -1 / (1 - part)]) / (count * math.sqrt(2))
+    return _Score(part.logit(), (values - part) / (part * (1 - part)), halves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -106,10 +106,15 @@ class RelearningCurve:
     measured : int
         Number of forget examples that were measured.
     ratio : Figure, optional
-        How much more the network regains than never-seen ones, see ``audit``. None without never-seen networks.
+        How much more the network regains than never-seen ones, see ``audit``.
     advantage : Figure, optional
-        The same on control examples, which no network has seen, before the finetuning: at least 1, and above 1 if the
-        network has learned more in general.
+        The same on control examples, which no network has seen, before the finetuning: above 1 if the network has
+        learned more in general.
+    compared_on : list of int
+        For each never-seen network the number of measured forget examples that it did not know; 0 if these are fewer
+        than two, and the network is left out.
+    ratio_left_out : str, optional
+        The reason why there is no ratio.
 
     Examples
     --------
@@ -126,6 +131,8 @@ class RelearningCurve:
     measured: int
     ratio: Figure | None = None
     advantage: Figure | None = None
+    compared_on: list[int] = field(default_factory=list)
+    ratio_left_out: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,9 +316,10 @@ def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning
     values = [course.losses if course.right is None else course.right for course in whole]
     scale = 1 if is_loss else 100
     others = [course.unknown for course in whole[1:]]
+    unknown_counts = [int(unknown.sum()) for unknown in others]
     forgotten = compare(values[0], values[1:], others, is_loss)
     general = [course.control.expand(2, -1) for course in whole]  # one time, which is the first and the last
-    usable = [other for other, unknown in zip(general[1:], others, strict=True) if int(unknown.sum()) >= MIN_EXAMPLES]
+    usable = [other for other, count in zip(general[1:], unknown_counts, strict=True) if count >= MIN_EXAMPLES]
     known_not = [torch.ones(general[0].shape[1], dtype=torch.bool)] * len(usable)
     advantage = compare(general[0], usable, known_not, is_loss)
     return RelearningCurve(
@@ -326,4 +334,19 @@ def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning
         measured=own.losses.shape[1],
         ratio=corrected(forgotten, advantage).figure() if forgotten and advantage else None,
         advantage=advantage.figure() if advantage else None,
+        compared_on=[count if count >= MIN_EXAMPLES else 0 for count in unknown_counts],
+        ratio_left_out=None if forgotten and advantage else _reason(len(others), bool(usable), own.losses.shape[1]),
     )
+
+
+def _reason(networks: int, usable: bool, measured: int) -> str:
+    """Return why there is no ratio."""
+    if not networks:
+        return "there is no never-seen network to compare with"
+    if measured < MIN_EXAMPLES:
+        return f"{measured} measured forget example{'' if measured == 1 else 's'}: a variance needs {MIN_EXAMPLES}"
+    if not usable:
+        return (
+            f"none of {networks} never-seen networks has {MIN_EXAMPLES} measured forget examples that it did not know"
+        )
+    return "a mean loss is not above 0"

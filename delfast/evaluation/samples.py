@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from delfast.batches import LossFn, examples_in, map_tensors, plain, split_batch, tensors_of
+from delfast.arguments import describe
+from delfast.batches import LossFn, plain, split_batch
 from delfast.device_checks import prefixed
 from delfast.errors import InputError
 from delfast.language import is_token_batch
@@ -30,11 +34,7 @@ class Examples:
         with prefixed(f"{name} set"):
             for each in loader:
                 batch = _whole(each, loss_fn)
-                count = examples_in(batch, lambda *_: torch.empty(0))
-                if count is None:
-                    raise InputError(
-                        "expected batches of tensors with a row for each example, got other parts; make them tensors"
-                    )
+                count = _count(batch)
                 rows = wanted[(wanted >= begin) & (wanted < begin + count)] - begin
                 if len(rows):
                     kept.append(_rows(batch, rows))
@@ -61,16 +61,65 @@ def _whole(batch: Any, loss_fn: LossFn | None) -> Any:
     return batch if loss_fn is not None or is_token_batch(batch) else tuple(split_batch(batch)[1:])
 
 
+def _count(batch: Any) -> int:
+    """Return the number of examples. InputError unless each part of the batch has one row for each."""
+    sizes = {None if isinstance(part, Tensor) and not part.ndim else len(part) for part in _parts(batch)}
+    if len(sizes) != 1 or None in sizes:
+        raise InputError(
+            "expected batches of tensors, and lists of texts, with a row for each example, got other parts; make them "
+            "tensors"
+        )
+    return sizes.pop()  # type: ignore[return-value]
+
+
 def _rows(batch: Any, rows: Tensor) -> Any:
-    return map_tensors(batch, lambda tensor: tensor.detach()[rows.to(tensor.device)].cpu())
+    def choose(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.detach()[rows.to(part.device)].cpu()
+        return [part[row] for row in rows.tolist()]
+
+    return _map_parts(batch, choose)
 
 
 def _joined(batches: list[Any]) -> Any:
-    columns = list(zip(*(tensors_of(batch) for batch in batches), strict=True))
+    columns = list(zip(*map(_parts, batches), strict=True))
     for column in columns:
-        shapes = {tuple(tensor.shape[1:]) for tensor in column}
+        shapes = {tuple(part.shape[1:]) for part in column if isinstance(part, Tensor)}
         if len(shapes) > 1:
             first, second = sorted(shapes)[:2]
             raise InputError(f"expected examples of one shape in all batches, got {first} and {second}; pad them alike")
-    tensors = iter([torch.cat(column) for column in columns])
-    return map_tensors(batches[0], lambda _: next(tensors))
+    parts = iter(
+        [torch.cat(column) if isinstance(column[0], Tensor) else [*chain.from_iterable(column)] for column in columns]
+    )
+    return _map_parts(batches[0], lambda _: next(parts))
+
+
+def _parts(batch: Any) -> list[Any]:
+    found: list[Any] = []
+    _map_parts(batch, found.append)
+    return found
+
+
+def _map_parts(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply ``function`` to every part of a batch that has a row for each example: tensors, and lists of texts.
+
+    As ``map_tensors``, except for the lists, which torch's collate function makes of texts. InputError for other parts.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, (str, bytes)) for item in value):
+        return function(list(value))
+    if isinstance(value, (list, tuple)):
+        items = [_map_parts(item, function) for item in value]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if isinstance(value, (dict, UserDict)):
+        changed = copy.copy(value)
+        for key, item in value.items():
+            changed[key] = _map_parts(item, function)
+        return changed
+    if isinstance(value, Mapping):
+        return {key: _map_parts(item, function) for key, item in value.items()}
+    raise InputError(
+        f"expected batches of tensors, and lists of texts, with a row for each example, got {describe(value)}; make "
+        "it a tensor"
+    )

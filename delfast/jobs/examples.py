@@ -1,21 +1,22 @@
-"""The examples of a job's data sets: a digest of some, and the class of each."""
+"""The examples of a job's data sets: a digest of some, the class of each, and their batches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral, Number
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, TensorDataset
 
 from delfast.errors import InputError
 from delfast.provenance import digest_tensor
 
 DIGESTED = 64  # examples of a data set that its digest reads
+BATCH = 8  # of these in a batch: 8 batches, so that a change by chance, in half of the batches, is found in 255 of 256
 
 
 class Relabelled(Dataset[Any]):
@@ -30,6 +31,17 @@ class Relabelled(Dataset[Any]):
     def __getitem__(self, position: int) -> tuple[Any, Tensor]:
         inputs, _ = self.data[position]
         return inputs, self.targets[position]
+
+
+class JoinedBatches(BatchSampler):
+    """Batches whose last one, of one example, joins the one before it, since BatchNorm cannot train on one."""
+
+    def __len__(self) -> int:
+        return super().__len__() - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        *whole, before, last = super().__iter__()
+        yield from [*whole, before + last]
 
 
 def check_dataset(data: Any) -> int:
@@ -54,7 +66,7 @@ def digest_examples(data: Any, count: int) -> bytes:
     InputError for an example that differs between the two readings, and for content of an unknown type.
     """
     total = hashlib.sha256(str(count).encode())
-    for position in torch.linspace(0, count - 1, min(count, DIGESTED), dtype=torch.float64).round().long().tolist():
+    for position in _evenly_spaced(count).tolist():
         first, second = (_digest(data[position]) for _ in range(2))
         if first != second:
             raise InputError(
@@ -63,6 +75,22 @@ def digest_examples(data: Any, count: int) -> bytes:
             )
         total.update(first)
     return total.digest()
+
+
+def check_batches(data: Any, count: int, collate: Callable[[list[Any]], Any]) -> None:
+    """Collate some batches of the examples that ``digest_examples`` reads, each twice. InputError if two differ."""
+    for positions in torch.split(_evenly_spaced(count), BATCH):
+        examples = [data[position] for position in positions.tolist()]
+        first, second = (_digest(collate(examples)) for _ in range(2))
+        if first != second:
+            raise InputError(
+                "expected preprocess() to return the same batch each time for the same examples, it differs (a random "
+                "transform?); leave the examples as they are"
+            )
+
+
+def _evenly_spaced(count: int) -> Tensor:
+    return torch.linspace(0, count - 1, min(count, DIGESTED), dtype=torch.float64).round().long()
 
 
 def _digest(value: Any) -> bytes:

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from delfast.arguments import describe
-from delfast.errors import InputError
+from delfast.errors import InputError, is_line
 
 
 def check_identifiers(given: Any, count: int) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def _identifier(value: Any) -> str:
     if not isinstance(value, (str, Integral)) or isinstance(value, bool):
         raise InputError(f"expected example_ids() to hold texts or ints, got {describe(value)}")
     text = value if isinstance(value, str) else str(int(value))
-    if not text or text != text.strip() or not text.isprintable():
+    if not is_line(text):
         raise InputError(
             f"expected identifiers of printable characters, without white space at the ends, got {describe(text)}"
         )

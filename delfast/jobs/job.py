@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, RandomSampler, Subset, default_collate
 
 from delfast.arguments import check_count, check_seed, check_type, describe
 from delfast.batches import LossFn
 from delfast.errors import InputError
-from delfast.jobs.examples import Relabelled, check_dataset, class_targets, digest_examples
+from delfast.jobs.examples import (
+    JoinedBatches,
+    Relabelled,
+    check_batches,
+    check_dataset,
+    class_targets,
+    digest_examples,
+)
 from delfast.jobs.identifiers import check_identifiers
 from delfast.jobs.networks import checked_loss, load_network, save_network
 from delfast.jobs.source import Source
@@ -82,7 +89,7 @@ class Job:
     loss_fn: LossFn | None
     digest: str
     source: Source = field(repr=False)
-    _last: list[weakref.ref[nn.Module]] = field(default_factory=list, init=False, repr=False)
+    _networks: list[weakref.ref[nn.Module]] = field(default_factory=list, init=False, repr=False)
 
     def naming_errors(self) -> AbstractContextManager[None]:
         """Turn exceptions that come from a line of the job file into InputErrors that name file and line.
@@ -107,18 +114,9 @@ class Job:
         Raises
         ------
         InputError
-            With file and line, for an exception inside, another type, and the network of the call before.
+            With file and line, for an exception inside, another type, and a network of an earlier call.
         """
-        made = self.source.call("model")
-        with self.source.at("model"):
-            check_type("model() to return", made, nn.Module, "a torch.nn.Module")
-            if any(last() is made for last in self._last):
-                raise InputError(
-                    "expected model() to make a new network each time, it returned the one before; "
-                    "build the network inside model()"
-                )
-        self._last[:] = [weakref.ref(made)]
-        return made  # type: ignore[no-any-return]
+        return self._new("model")
 
     def load(self, path: str | os.PathLike[str]) -> nn.Module:
         """Return the network of a file.
@@ -137,9 +135,32 @@ class Job:
         Raises
         ------
         InputError
-            For a missing or damaged file, and one of another network.
+            For a missing or damaged file, and one of another network. With file and line, for an exception inside the
+            job's ``load``, another type, and a network of an earlier call.
         """
-        return load_network(self.source, Path(path), self.model)
+        file = Path(path)
+        if self.source.function("load") is None:
+            return load_network(self.source, file, self.model)
+        if not file.exists():
+            raise InputError(f"expected a network at '{file}', there is none; check the path")
+        return self._new("load", file)
+
+    def _new(self, name: str, *arguments: Any) -> nn.Module:
+        """Call a function of the job that returns a network. InputError for one that an earlier call returned.
+
+        Two networks are compared with each other, so neither may be the other under a second name.
+        """
+        made = self.source.call(name, *arguments)
+        with self.source.at(name):
+            check_type(f"{name}() to return", made, nn.Module, "a torch.nn.Module")
+            self._networks[:] = [earlier for earlier in self._networks if earlier() is not None]
+            if any(earlier() is made for earlier in self._networks):
+                raise InputError(
+                    f"expected {name}() to make a new network each time, it returned an earlier one; build the network "
+                    f"inside {name}()"
+                )
+        self._networks.append(weakref.ref(made))
+        return made  # type: ignore[no-any-return]
 
     def save(self, model: nn.Module, path: str | os.PathLike[str]) -> None:
         """Write a network to a file, whole or not at all.
@@ -242,7 +263,8 @@ class Job:
         Raises
         ------
         InputError
-            For examples that differ each time they are read, as under a random transform.
+            For examples that differ each time they are read, as under a random transform, and for a ``preprocess``
+            that returns another batch for the same examples. A random change that it makes rarely is not noticed.
         """
         return self._data_digest
 
@@ -255,6 +277,9 @@ class Job:
             data = getattr(self, name)
             with self.source.at(name), self.source.naming_errors():
                 total.update(digest_examples(data, len(data)))
+            if self.source.function("preprocess") is not None:
+                with self.source.at("preprocess"), self.source.naming_errors():
+                    check_batches(data, len(data), self._collate)
         return total.hexdigest()
 
     def targets(self) -> Tensor | None:
@@ -290,7 +315,8 @@ class Job:
         batch_size : int, optional
             Number of examples in a batch. Default: the job's.
         shuffle : bool, default False
-            Whether every pass has an order of its own. Otherwise the order is that of ``indices``.
+            Whether every pass has an order of its own. Otherwise the order is that of ``indices``. A last batch of one
+            example then joins the batch before it, since BatchNorm cannot train on one.
         seed : int, default 0
             Of the orders: the first pass of the same seed has the same order, and so on.
         targets : Tensor, optional
@@ -339,14 +365,18 @@ class Job:
         chosen = range(count) if indices is None else indices.tolist()
         if len(chosen) and not 0 <= min(chosen) <= max(chosen) < count:
             raise InputError(f"expected positions from 0 to {count - 1}, got {min(chosen)} to {max(chosen)}")
-        return DataLoader(
-            Subset(data, chosen),
-            self.batch_size if batch_size is None else check_count("batch_size", batch_size),
-            shuffle=shuffle and len(chosen) > 0,  # torch's sampler refuses an empty set
-            # also without shuffle: a DataLoader draws from its generator at each pass, or else from the process's
-            generator=torch.Generator().manual_seed(check_seed(seed)),
-            collate_fn=default_collate if self.source.function("preprocess") is None else self._collate,
-        )
+        subset, generator = Subset(data, chosen), torch.Generator().manual_seed(check_seed(seed))
+        size = self.batch_size if batch_size is None else check_count("batch_size", batch_size)
+        options: dict[str, Any] = {
+            "batch_size": size,
+            "shuffle": shuffle and len(chosen) > 0,
+        }  # torch's sampler refuses an empty set
+        if shuffle and 1 < size < len(chosen) and len(chosen) % size == 1:
+            # the same draws as with shuffle=True
+            options = {"batch_sampler": JoinedBatches(RandomSampler(subset, generator=generator), size, False)}
+        # also without shuffle: a DataLoader draws from its generator at each pass, or else from the process's
+        collate = default_collate if self.source.function("preprocess") is None else self._collate
+        return DataLoader(subset, generator=generator, collate_fn=collate, **options)
 
     def _collate(self, examples: Any) -> Any:
         return self.source.call("preprocess", default_collate(examples))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from delfast.arguments import check_type, describe
+from delfast.arguments import describe
 from delfast.batches import LossFn
 from delfast.errors import InputError
 from delfast.files import load_state, save_state, write_atomically
@@ -18,14 +18,7 @@ from delfast.seeding import seeded
 
 
 def load_network(source: Source, file: Path, make_model: Callable[[], nn.Module]) -> nn.Module:
-    """Return the network of a file: by the job's ``load``, or else the state dict in it."""
-    if source.function("load") is not None:
-        if not file.exists():
-            raise InputError(f"expected a network at '{file}', there is none; check the path")
-        loaded = source.call("load", file)
-        with source.at("load"):
-            check_type("load() to return", loaded, nn.Module, "a torch.nn.Module")
-        return loaded  # type: ignore[no-any-return]
+    """Return the network whose state dict a file holds."""
     state = load_state(file)
     with seeded(0):  # values that the state replaces: draw none from the process's generator
         model = make_model()

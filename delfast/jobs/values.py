@@ -54,8 +54,8 @@ class Accept:
     Parameters
     ----------
     test_drop : float, optional
-        Maximum loss of test accuracy against the ledger's first network, in percentage points. Default 2. Losses of
-        several runs therefore add up.
+        Maximum loss of test accuracy against the ledger's first network, in percentage points, so that losses of
+        several runs count together. Default 2.
     attack_advantage : float, optional
         Maximum advantage of the confidence attack, 2 (balanced accuracy - 0.5), from 0 to 1. Default 0.25. It limits
         the largest advantage of all forget sets so far. Of 100 sets of 20 examples that a network never saw, 21 were
@@ -133,12 +133,17 @@ def _check_setting(setting: Mapping[str, Any]) -> None:
     method = setting.get("method")
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"expected a setting to have 'method', one of {', '.join(METHODS)}; got {describe(method)}")
-    make_method(method, {name: value for name, value in setting.items() if name not in OWN_SETTINGS})
+    make_method(method, hyperparameters(setting))
     check_selection(setting.get("budget", BUDGET))
     check_count("batch_size of a setting", setting.get("batch_size", BATCH_SIZE))
     strategy = setting.get("strategy", "del")
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise InputError(f"expected strategy of a setting among {', '.join(STRATEGIES)}; got {describe(strategy)}")
+
+
+def hyperparameters(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a setting's method."""
+    return {name: value for name, value in setting.items() if name not in OWN_SETTINGS}
 
 
 def _table(source: Source, name: str, keys: tuple[str, ...]) -> Mapping[str, Any]:

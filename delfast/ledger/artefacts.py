@@ -7,7 +7,8 @@ the content}. The artefacts of a "purged" entry are those that it removes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,28 +32,56 @@ def digest_file(path: Path) -> str:
     return total.hexdigest()
 
 
+def is_inside(name: str) -> bool:
+    """Return whether a recorded path stays in the ledger's directory."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 class Recorded:
     """Files that the entries given so far record, except those purged since: path -> digest."""
 
     def __init__(self) -> None:
         self.digests: dict[str, str] = {}
+        self.purged: set[str] = set()
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Recorded:
+        """Return the files of these entries, in their order."""
+        recorded = cls()
+        for entry in entries:
+            recorded.take(entry)
+        return recorded
 
     def take(self, entry: Entry) -> str | None:
         """Take up an entry's artefacts; return a problem if the path of one leads out of the ledger."""
         if '"file":' not in entry.text:  # most entries are requests, which need not be parsed
             return None
         for name, digest in _artefacts(entry.payload):
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
+            if not is_inside(name):
                 return f"entry {entry.number} records the file '{name}', which is outside the ledger"
             if entry.event == PURGED:
                 self.digests.pop(name, None)
+                self.purged.add(name)
             else:
                 self.digests[name] = digest
+                self.purged.discard(name)
         return None
 
+    def others(self, ledger: Path, *folders: str) -> Iterator[str]:
+        """Yield the files in these folders of the ledger that are not among the recorded ones."""
+        for folder in folders:
+            found = [Path(at, name) for at, _, names in os.walk(ledger / folder) for name in names]
+            for path in sorted(found):
+                name = path.relative_to(ledger).as_posix()
+                if name not in self.digests:
+                    yield name
+
     def problems(self, ledger: Path) -> Iterator[str]:
-        """Yield a line for each file that is missing or has another content."""
+        """Yield a line for each file that is missing or has another content, or that is there after its purge."""
+        for name in sorted(self.purged):
+            if os.path.lexists(ledger / name):
+                yield f"the file '{name}' was purged and is there again; delete it by `delfast ledger purge`"
         for name, digest in sorted(self.digests.items()):
             try:
                 found = digest_file(ledger / name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from delfast.errors import InputError
@@ -14,69 +14,104 @@ if TYPE_CHECKING:  # imports torch
     from delfast.jobs import Accept
 
 MIN_REFERENCES = 2  # the variance of LiRA's Gaussians, and an interval of the relearning ratio, need two
+MAX_LEFT_OUT = 0.1  # of a forget set: an advantage on a part of it says nothing about the rest
+Measured = tuple[Mapping[str, Any] | None, str]  # a figure, or why there is none
 
 
-def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: Callable[[], Sequence[Any]]) -> None:
+def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: int) -> None:
     """Raise InputError for a threshold that this job or ledger cannot measure."""
     if accept.test_drop is not None and not has_accuracy:
         raise InputError(
             "expected accuracies for the threshold test_drop, a job with a loss_fn has none; "
             "define accept in the job file without test_drop"
         )
-    if accept.relearn_ratio is not None and len(references()) < MIN_REFERENCES:
+    if accept.relearn_ratio is not None and references < MIN_REFERENCES:
         raise InputError(
             f"expected at least {MIN_REFERENCES} references for the threshold relearn_ratio, the ledger has "
-            f"{len(references())}; train them: delfast ledger references --count 8, "
+            f"{references}; train them: delfast ledger references --count 8, "
             "or define accept in the job file without relearn_ratio"
         )
+
+
+def refuse_unmeasured(accept: Accept, figures: Mapping[str, Any]) -> None:
+    """Raise InputError for a threshold that the audit of the model before the run could not measure."""
+    for name, (value, why) in (("attack_advantage", _advantage(figures, "forget")), ("relearn_ratio", _ratio(figures))):
+        if getattr(accept, name) is not None and value is None:
+            raise InputError(
+                f"expected a forget set on which the threshold {name} can be measured, but {why}; take up more "
+                "requests together, or pass --accept-unmeasured, which is recorded"
+            )
 
 
 def check_all(
     accept: Mapping[str, float | None],
     first_test_accuracy: float | None,
     verified: Mapping[str, Any],
-    audited: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    baseline: Mapping[str, Any],
     *,
     accept_unmeasured: bool = False,
 ) -> list[Check]:
     """Return a check of the comparison with the mask, and of each threshold that is asked for.
 
-    The test accuracy is compared with that of the ledger's first model, so that small losses cannot add up unnoticed.
-    The attack's advantage is the largest over the new forget set and all earlier ones that it can be measured on. A
-    figure that could not be measured holds with ``accept_unmeasured`` alone.
+    ``figures``: of the audit of the result; ``baseline``: of that of the model before the run. The test accuracy is
+    compared with that of the ledger's first model, so that small losses cannot add up unnoticed. The attack's advantage
+    is the largest over the new forget set and all earlier ones that it can be measured on. A figure that could not be
+    measured holds with ``accept_unmeasured`` alone.
     """
-    sets: dict[str, Any] = audited["figures"]["sets"]
     found = [Check("outside_mask", verified["outside"], 0, verified["outside"] == 0, "model")]
     if accept["test_drop"] is not None:
-        drop = _drop(first_test_accuracy, sets["test"]["accuracy"])
-        found.append(_check("test_drop", drop, accept["test_drop"], "test", accept_unmeasured))
+        drop, before = (_drop(first_test_accuracy, each) for each in (figures, baseline))
+        found.append(_check("test_drop", drop, before, accept["test_drop"], "test", accept_unmeasured))
     if accept["attack_advantage"] is not None:
-        advantages = {name: each["attack_advantage"] for name, each in sets.items() if name.startswith("run ")}
-        measured = {name: each for name, each in advantages.items() if each is not None}
-        new = sets["forget"]["attack_advantage"]
-        if new is not None or not (measured and accept_unmeasured):
+        names = [name for name in figures["sets"] if name.startswith("run ")]
+        measured = {name: each for name in names if (each := _advantage(figures, name))[0] is not None}
+        new = _advantage(figures, "forget")
+        if new[0] is not None or not (measured and accept_unmeasured):
             measured["forget"] = new  # without a figure it is the worst; earlier sets were accepted as they were
-        worst = max(measured, key=lambda name: _or_infinite(measured[name]))
-        limit = accept["attack_advantage"]
-        found.append(_check("attack_advantage", measured[worst], limit, worst, accept_unmeasured))
+        worst = max(measured, key=lambda name: _or_infinite(measured[name][0]))
+        before, limit = _advantage(baseline, worst), accept["attack_advantage"]
+        found.append(_check("attack_advantage", measured[worst], before, limit, worst, accept_unmeasured))
     if accept["relearn_ratio"] is not None:
-        ratio = audited["figures"]["relearn_ratio"]
-        found.append(_check("relearn_ratio", ratio, accept["relearn_ratio"], "forget", accept_unmeasured))
+        ratio, before = _ratio(figures), _ratio(baseline)
+        found.append(_check("relearn_ratio", ratio, before, accept["relearn_ratio"], "forget", accept_unmeasured))
     return found
 
 
-def _check(name: str, figure: Mapping[str, Any] | None, limit: float, where: str, accept_unmeasured: bool) -> Check:
+def _check(name: str, after: Measured, before: Measured, limit: float, where: str, accept_unmeasured: bool) -> Check:
+    (figure, why), (earlier, _) = after, before
+    value_before = None if earlier is None else earlier["value"]
     if figure is None:
-        return Check(name, None, limit, accept_unmeasured, where)
-    return Check(name, figure["value"], limit, figure["value"] <= limit, where, figure["low"], figure["high"])
+        return Check(name, None, limit, accept_unmeasured, where, before=value_before, reason=why)
+    held = figure["value"] <= limit
+    return Check(name, figure["value"], limit, held, where, figure["low"], figure["high"], value_before)
 
 
-def _drop(before: float | None, after: Mapping[str, Any] | None) -> dict[str, float | None] | None:
+def _drop(first: float | None, figures: Mapping[str, Any]) -> Measured:
     """Return the loss of accuracy (percentage points), with the interval of the accuracy after."""
-    if before is None or after is None:
-        return None
+    after = figures["sets"]["test"]["accuracy"]
+    if first is None or after is None:
+        return None, "a job with a loss_fn has no accuracies"
     ends = {"value": after["value"], "low": after["high"], "high": after["low"]}
-    return {name: None if end is None else before - end for name, end in ends.items()}
+    return {name: None if end is None else first - end for name, end in ends.items()}, ""
+
+
+def _advantage(figures: Mapping[str, Any], name: str) -> Measured:
+    """Return the attack's advantage on a set; none if it leaves out more than a tenth of the set."""
+    found = figures["sets"].get(name)
+    if found is None:
+        return None, "it is a set of a later run"
+    if found["attack_left_out"] > MAX_LEFT_OUT * found["count"]:
+        left_out = f"{found['attack_left_out']} of {found['count']} examples"
+        return None, f"the test set has no example of the labels of {left_out}"
+    return found["attack_advantage"], f"{found['count']} examples are too few for the attack"
+
+
+def _ratio(figures: Mapping[str, Any]) -> Measured:
+    """Return the relearning ratio, and the audit's reasons where there is none."""
+    curves = figures["relearning"].values()
+    reasons = dict.fromkeys(each.get("left_out") or each["ratio_left_out"] for each in curves)
+    return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no references"
 
 
 def _or_infinite(figure: Mapping[str, Any] | None) -> float:
@@ -105,7 +140,7 @@ def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: b
             lines.append(f"{settings['method']} failed: {check.set}")
         elif check.value is None:
             lines.append(
-                f"{check.name} was not measured on so few examples. Take up more requests together, or pass "
+                f"{check.name} was not measured: {check.reason}. Take up more requests together, or pass "
                 "--accept-unmeasured, which is recorded"
             )
         else:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from delfast.errors import InputError
+from delfast.errors import InputError, is_line
 
 KEY_BYTES = 32  # of a key made here: as long as SHA-256's output, which RFC 2104, section 3, advises
 MIN_KEY_BYTES = 16
@@ -89,6 +89,6 @@ def _texts(identifiers: Iterable[str | int]) -> Iterator[str]:
         if isinstance(identifier, bool) or not isinstance(identifier, (str, int)):
             raise InputError(f"expected identifiers of type str or int, got {identifier!r}; convert them")
         text = str(identifier)
-        if not text or text != text.strip() or not text.isprintable():
+        if not is_line(text):
             raise InputError(f"expected identifiers of printable characters without spaces around them, got {text!r}")
         yield text

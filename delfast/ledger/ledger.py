@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
+from delfast.ledger.history import History
 from delfast.ledger.records import Records
 from delfast.ledger.results import HeldFile, RunResult
 from delfast.ledger.store import Verification
 from delfast.ledger.verification import verify_ledger
 
 if TYPE_CHECKING:  # imports torch
-    from delfast.ledger.running import LocalizeOn
+    from delfast.ledger.starting import LocalizeOn
 
 
 class Ledger(Records):
@@ -74,8 +75,8 @@ class Ledger(Records):
         """Make the newest accepted model unlearn the open requests, audit the result, and accept or reject it.
 
         All open requests are taken up together. The retained examples are the training set without those of accepted
-        requests and of the requests taken up. A run that was stopped is continued, to the same model: call ``run``
-        without arguments then.
+        requests, and of all open ones, taken up or not. The model before the run is audited first. A run that was
+        stopped is continued, to the same model: call ``run`` without arguments then.
 
         Parameters
         ----------
@@ -116,7 +117,8 @@ class Ledger(Records):
         >>> ledger.run().accepted  # doctest: +SKIP
         True
         """
-        from delfast.ledger.running import Choice, run
+        from delfast.ledger.running import run
+        from delfast.ledger.starting import Choice
 
         choice = Choice(requests, method, budget, localize_on, escalate, seed, accept_unmeasured)
         return run(self, choice, device=device, watch=watch or _drop)
@@ -202,7 +204,8 @@ class Ledger(Records):
     def purge_plan(self) -> list[HeldFile]:
         """Return the files that ``purge`` would delete: all that hold examples of accepted requests.
 
-        These are superseded models, masks, and references that were trained on them. The newest accepted model stays.
+        These are superseded models, masks, references that were trained on them, and files that no entry records. The
+        newest accepted model stays, and the references that an unfinished run began with.
 
         Returns
         -------
@@ -241,6 +244,11 @@ class Ledger(Records):
         purge(self, plan)
 
     # ---- evidence
+
+    @property
+    def model(self) -> Path:
+        """Path of the newest accepted model, the one to use; at first that of the model the ledger was made for."""
+        return self.path / History(self.store).model["file"]
 
     @property
     def head(self) -> str:

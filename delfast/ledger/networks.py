@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from delfast.errors import InputError
-from delfast.ledger.artefacts import digest_file
+from delfast.ledger.artefacts import digest_file, is_inside
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
+
+
+class AlteredFile(InputError):
+    """A recorded file is missing or has another content."""
 
 
 @contextmanager
@@ -26,14 +30,14 @@ def drawing(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def load_recorded(ledger: Records, recorded: Mapping[str, str], device: torch.device) -> nn.Module:
-    """Load a network of the ledger to the device. InputError if its file is not as it was recorded."""
+    """Load a network of the ledger to the device. AlteredFile if its file is not as it was recorded."""
     path = recorded_file(ledger.path, recorded)
     return ledger.job.load(path).to(device)
 
 
 def recorded_file(ledger: Path, recorded: Mapping[str, str]) -> Path:
-    """Return the path of a recorded file. InputError if the file is missing or not as it was recorded."""
+    """Return the path of a recorded file. AlteredFile if the file is missing or not as it was recorded."""
     path = ledger / recorded["file"]
-    if not path.is_file() or digest_file(path) != recorded["digest"]:
-        raise InputError(f"'{path}' is not as the ledger recorded it; restore it, and see `delfast ledger verify`")
+    if not is_inside(recorded["file"]) or not path.is_file() or digest_file(path) != recorded["digest"]:
+        raise AlteredFile(f"'{path}' is not as the ledger recorded it; restore it, and see `delfast ledger verify`")
     return path

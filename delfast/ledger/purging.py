@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
-from delfast.ledger.artefacts import PURGED, digest_file
+from delfast.ledger.artefacts import PURGED, Recorded, digest_file
 from delfast.ledger.history import History
-from delfast.ledger.references import Trained, references_of
+from delfast.ledger.records import MODELS
+from delfast.ledger.references import REFERENCES, Trained, references_of, with_members
 from delfast.ledger.requests import CREATED, requests
 from delfast.ledger.results import HeldFile
 from delfast.ledger.running import LOCALIZED, UNLEARNED
+from delfast.ledger.starting import RUNS
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
@@ -20,29 +22,30 @@ if TYPE_CHECKING:
 def purge_plan(ledger: Records) -> list[HeldFile]:
     """Return the files that a purge deletes: those that hold examples of accepted requests.
 
-    The newest accepted model stays, and so does everything of an unfinished run. InputError without the job, since a
-    reference is deleted only if it saw an example.
+    The newest accepted model stays, and so does everything that an unfinished run needs. InputError without the job,
+    since a reference is deleted only if it saw an example.
     """
     ledger.positions([])  # InputError without the job or the key
     history = History(ledger.store)
     accepted = set(history.accepted_requests)
-    purged = {each["file"] for entry in ledger.store.entries(PURGED) for each in entry.payload["files"]}
-    keep = history.model["file"]
-    return [
-        each
-        for each in _held(ledger, history)
-        if each.file not in purged and each.file != keep and accepted & {*each.requests}
-    ]
+    keep = {history.model["file"]}
+    if history.unfinished is not None:
+        used = history.unfinished.payload["references"]
+        keep |= {each.model["file"] for each in references_of(ledger.store) if each.number in used}
+    return [each for each in holding(ledger) if each.file not in keep and accepted & {*each.requests}]
 
 
 def holding(ledger: Records) -> list[HeldFile]:
     """Return every file of the ledger that still holds examples of any request, open ones included.
 
-    Without the job, a reference may hold the examples of every request that came after it.
+    Without the job, a reference may hold the examples of every request that came after it. A file that no entry
+    records, as a stopped run leaves it, may hold any.
     """
     history = History(ledger.store)
-    purged = {each["file"] for entry in ledger.store.entries(PURGED) for each in entry.payload["files"]}
-    return [each for each in _held(ledger, history) if each.file not in purged and each.requests]
+    everything = [request.number for request in requests(ledger.store)]
+    recorded = Recorded.of(ledger.store.entries())
+    found = [each for each in _held(ledger, history, everything) if each.file in recorded.digests]
+    return [each for each in (*found, *_unrecorded(ledger, history, recorded, everything)) if each.requests]
 
 
 def purge(ledger: Records, plan: Sequence[HeldFile]) -> None:
@@ -68,9 +71,22 @@ def purge(ledger: Records, plan: Sequence[HeldFile]) -> None:
             ledger.store.append(PURGED, {"files": files})
 
 
-def _held(ledger: Records, history: History) -> Iterator[HeldFile]:
-    """Yield the recorded files with the requests whose examples they hold."""
-    everything = [request.number for request in requests(ledger.store)]
+def _unrecorded(ledger: Records, history: History, recorded: Recorded, everything: Sequence[int]) -> Iterator[HeldFile]:
+    """Yield the files that no entry records, except those of an unfinished run, which continues with them."""
+    working = None if history.unfinished is None else f"{RUNS}/{history.unfinished.run:04d}/"
+    for name in recorded.others(ledger.path, MODELS, RUNS, REFERENCES):
+        if working is not None and name.startswith(working):
+            continue
+        why = "was purged and is there again" if name in recorded.purged else "recorded by no entry: may hold all"
+        try:
+            digest = digest_file(ledger.path / name)
+        except FileNotFoundError:  # of a process at work
+            continue
+        yield _file(ledger, {"file": name, "digest": digest}, everything, why)
+
+
+def _held(ledger: Records, history: History, everything: Sequence[int]) -> Iterator[HeldFile]:
+    """Yield the recorded files with the requests whose examples they hold, purged ones too."""
     created = next(ledger.store.entries(CREATED)).payload["model"]
     yield _file(ledger, created, everything, "the model that the ledger was made for, trained on them")
     gone: set[int] = set()  # of the requests of runs accepted so far
@@ -96,19 +112,25 @@ def _held(ledger: Records, history: History) -> Iterator[HeldFile]:
                 yield _file(ledger, payload["model"], left, f"{what}, which did not unlearn them")
         if run in accepted:
             gone |= set(taken)
-    for reference in references_of(ledger.store):
-        yield _reference(ledger, reference)
+    yield from _references(ledger)
 
 
-def _reference(ledger: Records, reference: Trained) -> HeldFile:
-    if ledger.has_positions:
-        members = reference.members(ledger)
-        seen = [number for number, positions in ledger.positions_by_request() if bool(members[positions].any())]
-        why = "trained on some of them"
-    else:
-        before = set(reference.requests)
-        seen = [request.number for request in requests(ledger.store) if request.number not in before]
-        why = "trained before they came: may have seen some of them"
+def _references(ledger: Records) -> Iterator[HeldFile]:
+    references = references_of(ledger.store)
+    if not ledger.has_positions:
+        received = [request.number for request in requests(ledger.store)]
+        for reference in references:
+            before = set(reference.requests)
+            seen = [number for number in received if number not in before]
+            yield _reference(ledger, reference, seen, "trained before they came: may have seen some of them")
+        return
+    positions = list(ledger.positions_by_request()) if references else []
+    for reference, members in with_members(ledger, references):
+        seen = [number for number, each in positions if bool(members[each].any())]
+        yield _reference(ledger, reference, seen, "trained on some of them")
+
+
+def _reference(ledger: Records, reference: Trained, seen: Sequence[int], why: str) -> HeldFile:
     return _file(ledger, dict(reference.model), seen, f"reference {reference.number}, {why}")
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,7 +54,7 @@ class Records:
         path : path-like
             Directory to make; it must not exist, or be empty.
         job : path-like
-            Your job file (docs/jobs.md).
+            Your job file (docs/job_files.md).
         model : path-like
             Checkpoint of the trained model, as the job's ``load`` reads it. It is copied into the ledger.
         hash_ids : path-like, optional
@@ -76,7 +77,7 @@ class Records:
         >>> from delfast.ledger import Ledger
         >>> ledger = Ledger.create("ledger", job="job.py", model="model.safetensors")  # doctest: +SKIP
         """
-        from delfast.files import directory_for
+        from delfast.files import directory_for, sync_directory, write_atomically
         from delfast.jobs import read_job
 
         path, model = Path(path), Path(model)
@@ -90,13 +91,14 @@ class Records:
             making = directory / "ledger"
             kept = making / MODELS / f"0000{model.suffix}"
             kept.parent.mkdir(parents=True)
-            shutil.copyfile(model, kept)
+            write_atomically(kept, partial(_copy, model))
             store = Store.create(making)
             identifiers = Identifiers(key)
             secrecy = {"hash_ids": key is not None, "key_check": identifiers.key_check}
             store.append(CREATED, {**facts, **secrecy, "model": artefact(making, kept)})
             store.close()
             os.replace(making, path)  # a reader sees no ledger or a whole one
+        sync_directory(path.absolute().parent)
         return cls(Store(path), read, identifiers)
 
     @classmethod
@@ -409,6 +411,10 @@ class Records:
             return None
         found = self._identifiers.originals(self._job.ids, set(ids))
         return tuple(found[each] for each in ids)
+
+
+def _copy(model: Path, path: Path) -> None:
+    shutil.copyfile(model, path)
 
 
 def _facts(job: Job, model: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ its seed, and the requests whose examples it was trained without.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from delfast.arguments import check_count
 from delfast.evaluation import Reference
 from delfast.experiments.run import choose_device
-from delfast.ledger.artefacts import PURGED, artefact
+from delfast.ledger.artefacts import PURGED, Recorded, artefact
 from delfast.ledger.networks import drawing, load_recorded
 from delfast.ledger.store import Store
 from delfast.seeding import seeded
@@ -42,20 +42,20 @@ class Trained:
     seed: int
     requests: tuple[int, ...]
 
-    def members(self, ledger: Records) -> Tensor:
-        """Return bool (training examples,): the reference was trained on the example."""
-        count = ledger.job.count
+    def members(self, count: int, unknown: Tensor) -> Tensor:
+        """Return bool (count,): the reference was trained on the example; ``unknown``: those of its requests."""
         allowed = torch.ones(count, dtype=torch.bool)
-        allowed[ledger.positions(self.requests)] = False
+        allowed[unknown] = False
         positions = allowed.nonzero().flatten()
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(self.seed))
         members = torch.zeros(count, dtype=torch.bool)
         members[positions[order[: len(positions) // 2]]] = True
         return members
 
-    def for_audit(self, ledger: Records, sets: Mapping[str, Tensor], device: torch.device) -> Reference:
+    def for_audit(
+        self, ledger: Records, members: Tensor, sets: Mapping[str, Tensor], device: torch.device
+    ) -> Reference:
         """Return the reference as the audit takes it; the network is loaded when it is used."""
-        members = self.members(ledger)
         return Reference(
             partial(load_recorded, ledger, self.model, device),
             {name: members[positions] for name, positions in sets.items()},
@@ -64,13 +64,23 @@ class Trained:
 
 def references_of(store: Store) -> list[Trained]:
     """Return the references that were trained and not purged, in order."""
-    purged = {each["file"] for entry in store.entries(PURGED) for each in entry.payload["files"]}
-    found = (entry.payload for entry in store.entries(REFERENCES))
+    trained = list(store.entries(REFERENCES))
+    present = Recorded.of(sorted([*trained, *store.entries(PURGED)])).digests
+    found = (entry.payload for entry in trained)
     return [
         Trained(each["reference"], each["model"], each["seed"], tuple(each["requests"]))
         for each in found
-        if each["model"]["file"] not in purged
+        if present.get(each["model"]["file"]) == each["model"]["digest"]
     ]
+
+
+def with_members(ledger: Records, references: Iterable[Trained]) -> Iterator[tuple[Trained, Tensor]]:
+    """Yield each reference and bool (training examples,): it was trained on the example."""
+    known: dict[tuple[int, ...], Tensor] = {}  # most references were trained together, without the same requests
+    for reference in references:
+        if reference.requests not in known:
+            known[reference.requests] = ledger.positions(reference.requests)
+        yield reference, reference.members(ledger.job.count, known[reference.requests])
 
 
 def train_references(ledger: Records, count: int, *, device: str, watch: Callable[[str], None]) -> list[int]:
@@ -97,7 +107,8 @@ def _train(ledger: Records, number: int, device: torch.device) -> None:
     job, seed = ledger.job, SEED + number
     requests = [request.number for request in ledger.requests()]
     reference = Trained(number, {}, seed, tuple(requests))
-    positions = reference.members(ledger).nonzero().flatten()
+    ((_, members),) = with_members(ledger, [reference])
+    positions = members.nonzero().flatten()
     with seeded(seed):
         network = job.model().to(device)
     settings = job.training

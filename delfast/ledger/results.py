@@ -29,6 +29,10 @@ class Check:
         Lower end of the value's 95 % interval; None where there is none.
     high : float, optional
         Upper end.
+    before : float, optional
+        The same figure of the model before the run; None if it has none.
+    reason : str, optional
+        Why there is no value.
 
     Examples
     --------
@@ -44,6 +48,14 @@ class Check:
     set: str
     low: float | None = None
     high: float | None = None
+    before: float | None = None
+    reason: str | None = None
+
+    @property
+    def held_before(self) -> bool:
+        """Whether the model before the run held the threshold too, so that the figure shows no forgetting."""
+        shows = self.name in ("attack_advantage", "relearn_ratio") and self.value is not None
+        return shows and self.held and self.before is not None and self.limit is not None and self.before <= self.limit
 
 
 @dataclass(frozen=True)

@@ -8,63 +8,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from delfast.arguments import check_choice, check_seed
 from delfast.errors import InputError, one_line
-from delfast.evaluation import Audit, Relearning, audit
-from delfast.evaluation.measuring import measure
 from delfast.experiments.run import choose_device
 from delfast.experiments.verification import compare
-from delfast.files import write_json
-from delfast.ledger.artefacts import artefact
-from delfast.ledger.checks import advice, check_all, refuse_unmeasurable
+from delfast.jobs.values import hyperparameters
+from delfast.ledger.artefacts import Recorded, artefact
+from delfast.ledger.auditing import audit_recorded
+from delfast.ledger.checks import advice, check_all
+from delfast.ledger.examples import Examples
 from delfast.ledger.history import History
-from delfast.ledger.networks import drawing, load_recorded, recorded_file
-from delfast.ledger.references import references_of
-from delfast.ledger.requests import ACCEPTED, REJECTED, STARTED
+from delfast.ledger.networks import AlteredFile, drawing, load_recorded, recorded_file
+from delfast.ledger.requests import ACCEPTED, REJECTED
 from delfast.ledger.results import Check, RunResult
+from delfast.ledger.starting import BASELINE, RUNS, Choice, resume, start
 from delfast.ledger.store import Entry
 from delfast.localization import BUDGET, WHOLE_TRAINING_SET, localize
 from delfast.mask import Mask
-from delfast.provenance import provenance
 from delfast.unlearning import Diverged, TrainingOptions, make_method, unlearn
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
 LOCALIZED, UNLEARNED, VERIFIED, AUDITED = "localized", "unlearned", "verified", "audited"
-FAILED, RESUMED = "failed", "resumed"
-RUNS = "runs"
-VERSIONS = ("delfast", "torch", "numpy", "python", "platform", "device")
-SEEDS_PER_RUN = 1000  # more than a run has attempts, so that no two attempts draw alike
-OWN_SETTINGS = ("method", "budget", "strategy", "batch_size")  # the other keys of a setting are hyperparameters
-LocalizeOn = Literal["new", "all"]
+FAILED = "failed"
 Watch = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The arguments of ``Ledger.run`` as given; None: not given."""
-
-    requests: Sequence[int] | None = None
-    method: str | None = None
-    budget: float | None = None
-    localize_on: LocalizeOn | None = None
-    escalate: bool | None = None
-    seed: int | None = None
-    accept_unmeasured: bool | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was given."""
-        return all(value is None for value in vars(self).values())
 
 
 def run(ledger: Records, choice: Choice, *, device: str, watch: Watch) -> RunResult:
@@ -74,9 +49,9 @@ def run(ledger: Records, choice: Choice, *, device: str, watch: Watch) -> RunRes
         chosen = choose_device(device)
         unfinished = history.unfinished
         if unfinished is None:
-            started = _start(ledger, history, choice, chosen)
+            started = start(ledger, history, choice, chosen, watch)
         else:
-            started = _continue(ledger, unfinished, choice, chosen)
+            started = resume(ledger, unfinished, choice, chosen)
         return _Run(ledger, History(ledger.store), started, chosen, watch).finish()
 
 
@@ -86,133 +61,10 @@ def abandon(ledger: Records) -> int:
         unfinished = History(ledger.store).unfinished
         if unfinished is None:
             raise InputError("expected an unfinished run to abandon, there is none")
-        ledger.store.append(REJECTED, {"attempts": [], "checks": [], "advice": ["it was abandoned"]}, unfinished.run)
         assert unfinished.run is not None
+        _discard_unrecorded(ledger, unfinished.run)
+        ledger.store.append(REJECTED, {"attempts": [], "checks": [], "advice": ["it was abandoned"]}, unfinished.run)
         return unfinished.run
-
-
-# ---- starting
-
-
-def _start(ledger: Records, history: History, choice: Choice, device: torch.device) -> Entry:
-    """Check everything that can be checked, and append the entry that begins a run."""
-    localize_on = choice.localize_on or "new"
-    check_choice("localize_on", localize_on, LocalizeOn)
-    numbers = _chosen_requests(history, choice.requests)
-    attempts = _attempts(ledger, choice)
-    number = history.last_run + 1
-    seed = SEEDS_PER_RUN * number if choice.seed is None else check_seed(choice.seed)
-    examples = Examples(ledger, history.accepted_requests, numbers)
-    if not len(examples.retain):
-        raise InputError("expected examples to retain, the requests name every one; delete the model instead")
-    model = history.model
-    network = load_recorded(ledger, model, device)
-    before = {
-        "forget": _accuracy(ledger, network, examples.forget),
-        "retain": _accuracy(ledger, network, examples.retain),
-        "test": _accuracy(ledger, network, None),
-    }
-    refuse_unmeasurable(ledger.job.accept, before["test"] is not None, partial(references_of, ledger.store))
-    versions = provenance(device=str(device))
-    return ledger.store.append(
-        STARTED,
-        {
-            "requests": numbers,
-            "settings": attempts[0],
-            "attempts": attempts,
-            "localize_on": localize_on,
-            "seed": seed,
-            "job": ledger.job.digest,
-            "model": model,
-            "forget": len(examples.forget),
-            "retain": len(examples.retain),
-            "before": before,
-            "accept": asdict(ledger.job.accept),
-            "accept_unmeasured": bool(choice.accept_unmeasured),
-            "versions": {name: versions[name] for name in VERSIONS},
-        },
-        number,
-    )
-
-
-def _continue(ledger: Records, started: Entry, choice: Choice, device: torch.device) -> Entry:
-    """Check that a stopped run has the inputs that it began with, and record that it goes on."""
-    if not choice.is_empty:
-        raise InputError(
-            f"run {started.run} was stopped and is not finished; continue it by `delfast ledger run` without settings, "
-            "or end it by --abandon"
-        )
-    if started.payload["job"] != ledger.job.digest:
-        raise InputError(
-            f"the job file '{ledger.job.path}' has changed since run {started.run} began; restore it, or end the run "
-            "by --abandon"
-        )
-    versions = provenance(device=str(device))
-    ledger.store.append(RESUMED, {"versions": {name: versions[name] for name in VERSIONS}}, started.run)
-    return started
-
-
-def _chosen_requests(history: History, wanted: Sequence[int] | None) -> list[int]:
-    """Return the numbers of the requests to take up: all open ones, or those wanted."""
-    open_requests = history.open_requests
-    if wanted is None:
-        if not open_requests:
-            raise InputError("expected open requests, there are none; add one: delfast ledger add")
-        return open_requests
-    for number in wanted:
-        if number not in open_requests:
-            known = "is accepted already" if number in history.accepted_requests else "does not exist"
-            raise InputError(f"expected open requests, request {number} {known}; see `delfast ledger list`")
-    return sorted(set(wanted))
-
-
-def _attempts(ledger: Records, choice: Choice) -> list[dict[str, Any]]:
-    """Return the settings to try, in order, each checked."""
-    job = ledger.job
-    settings = [dict(each) for each in job.settings]
-    first = settings[0]
-    if choice.method is not None:
-        first = next((each for each in settings if each["method"] == choice.method), {"method": choice.method})
-    if choice.budget is not None:
-        first = {**first, "budget": choice.budget}
-    make_method(first["method"], _hyperparameters(first))
-    if not choice.escalate:
-        return [first]
-    others = [each for each in settings if each["method"] != "retrain" and each not in (first, settings[0])]
-    retrain = next((each for each in settings if each["method"] == "retrain"), None)
-    return [first, *others, retrain or {"method": "retrain", **asdict(job.training)}]
-
-
-def _hyperparameters(setting: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in setting.items() if name not in OWN_SETTINGS}
-
-
-# ---- the examples and the models
-
-
-class Examples:
-    """Positions in the training set (n,), sorted: those to forget now, those accepted before, and the rest."""
-
-    def __init__(self, ledger: Records, accepted: Sequence[int], requests: Sequence[int]) -> None:
-        self.forget = ledger.positions(requests)
-        self.erased = ledger.positions(accepted)
-        kept = torch.ones(ledger.job.count, dtype=torch.bool)
-        kept[self.forget] = False
-        kept[self.erased] = False
-        self.retain = kept.nonzero().flatten()
-
-    @property
-    def requested(self) -> Tensor:
-        """Return the examples of all requests that were accepted or are taken up."""
-        return torch.cat([self.forget, self.erased]).sort().values
-
-
-def _accuracy(ledger: Records, network: nn.Module, positions: Tensor | None) -> float | None:
-    """Return the accuracy (percent) on training examples, or on the test set; None with a loss alone."""
-    job = ledger.job
-    loader = job.test_batches() if positions is None else job.batches(positions)
-    (measured,), _ = measure([network], loader, "test" if positions is None else "training", job.loss_fn)
-    return None if measured.right is None else 100 * (measured.right / measured.units).mean().item()
 
 
 # ---- the steps
@@ -226,7 +78,10 @@ class _Run:
         self.ledger, self.history, self.device, self.watch = ledger, history, device, watch
         self.job = ledger.job
         self.number, self.inputs = started.run, started.payload
-        self.examples = Examples(ledger, history.accepted_requests, self.inputs["requests"])
+        inputs = self.inputs
+        self.examples = Examples(ledger, history.accepted_requests, inputs["requests"], inputs["excluded"])
+        (baseline,) = ledger.store.entries(BASELINE, self.number)
+        self.baseline: dict[str, Any] = baseline.payload["figures"]
         self.done = {
             (entry.payload["attempt"], entry.event): entry.payload
             for entry in ledger.store.entries(run=self.number)
@@ -256,6 +111,7 @@ class _Run:
         model: Mapping[str, str],
     ) -> RunResult:
         """Record the result and return it; ``model`` is the newest accepted one."""
+        _discard_unrecorded(self.ledger, self.number)
         self.ledger.store.append(event, payload, self.number)
         self.watch(f"run {self.number}: {event}")
         found = tuple(payload.get("advice", ()))
@@ -270,22 +126,27 @@ class _Attempt:
         self.run, self.number, self.settings = run, number, settings
         self.ledger, self.job, self.examples = run.ledger, run.job, run.examples
         self.directory = self.ledger.path / RUNS / f"{run.number:04d}" / str(number)
-        self.method = make_method(settings["method"], _hyperparameters(settings))
+        self.method = make_method(settings["method"], hyperparameters(settings))
         self.batch_size: int = settings.get("batch_size", self.job.batch_size)
         self.seed: int = run.inputs["seed"] + number
 
     def result(self) -> tuple[list[Check], dict[str, str] | None]:
-        """Take the steps; return the checks and the record of the model, None if the method failed."""
+        """Take the steps; return the checks and the record of the model, None if a step failed."""
         failed = self.run.done.get((self.number, FAILED))
         if failed is None:
             try:
-                mask = self._step(LOCALIZED, self._localize)["mask"] if self._localizes else None
-                unlearned = self._step(UNLEARNED, partial(self._unlearn, mask))
+                return self._steps()
+            except AlteredFile:  # it may be restored: the run stays unfinished
+                raise
             except (InputError, Diverged) as error:
-                failed = {"attempt": self.number, "error": one_line(error)}
+                self.run.watch(f"run {self.run.number}, {self.settings['method']}: {FAILED}: {one_line(error)}")
+                failed = {"attempt": self.number, "error": recorded_error(error, self.job.path)}
                 self.ledger.store.append(FAILED, failed, self.run.number)
-        if failed is not None:
-            return [Check("method", None, None, False, failed["error"])], None
+        return [Check("method", None, None, False, failed["error"])], None
+
+    def _steps(self) -> tuple[list[Check], dict[str, str]]:
+        mask = self._step(LOCALIZED, self._localize)["mask"] if self._localizes else None
+        unlearned = self._step(UNLEARNED, partial(self._unlearn, mask))
         verified = self._step(VERIFIED, partial(self._verify, unlearned))
         audited = self._step(AUDITED, partial(self._audit, unlearned["model"]))
         inputs = self.run.inputs
@@ -293,7 +154,8 @@ class _Attempt:
             inputs["accept"],
             self.run.history.first_test_accuracy,
             verified,
-            audited,
+            audited["figures"],
+            self.run.baseline,
             accept_unmeasured=inputs["accept_unmeasured"],
         )
         return checks, unlearned["model"]
@@ -385,25 +247,41 @@ class _Attempt:
         return {"changed": found.changed, "outside": found.outside}
 
     def _audit(self, recorded: Mapping[str, str]) -> dict[str, Any]:
-        job, history = self.job, self.run.history
-        model = load_recorded(self.ledger, recorded, self.run.device)
-        earlier = {f"run {run}": self.ledger.positions(numbers) for run, numbers in history.accepted_runs}
-        sets = {"forget": self.examples.forget, **earlier}
-        references = [
-            reference.for_audit(self.ledger, sets, self.run.device) for reference in references_of(self.ledger.store)
-        ]
-        found: Audit = audit(
-            model,
-            forget=job.batches(self.examples.forget),
-            retain=job.batches(self.examples.retain),
-            test=job.test_batches(),
-            earlier={name: job.batches(positions) for name, positions in earlier.items()},
-            references=references or None,
-            relearn=Relearning() if references else None,
-            loss_fn=job.loss_fn,
-            seed=self.run.inputs["seed"],
+        inputs, path = self.run.inputs, self.directory / "audit.json"
+        return audit_recorded(
+            self.ledger,
+            self.run.history,
+            recorded,
+            self.examples,
+            inputs["references"],
+            inputs["seed"],
+            self.run.device,
+            path,
         )
-        figures = found.as_dict()
-        path = self.directory / "audit.json"
-        write_json(path, figures)
-        return {"audit": artefact(self.ledger.path, path), "figures": figures}
+
+
+# ---- the end
+
+
+def _discard_unrecorded(ledger: Records, run: int) -> None:
+    """Delete a run's files that no entry records, such as a checkpoint: nobody needs them after its end."""
+    recorded = Recorded.of(ledger.store.entries(run=run))
+    for name in recorded.others(ledger.path, f"{RUNS}/{run:04d}"):
+        (ledger.path / name).unlink()
+
+
+def recorded_error(error: Exception, job: Path) -> str:
+    """Return an error as the ledger keeps it: one of the job's code by its type, file and line alone.
+
+    Its text may name a person, and an entry cannot be removed.
+    """
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for each in reversed(chain):
+        lines = [line for frame, line in walk_tb(each.__traceback__) if frame.f_code.co_filename == str(job)]
+        if lines:
+            return f"{type(each).__name__} in '{job}', line {lines[-1]}; its text is not recorded"
+    if str(job) in str(error):  # a result of the job's that did not fit, quoted
+        return f"{type(error).__name__} of a value of '{job}'; its text is not recorded"
+    return one_line(error)

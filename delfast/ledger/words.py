@@ -86,19 +86,28 @@ def check_sentence(check: Check) -> str:
     verdict = "held" if check.held else "did not hold"
     limit = f"Limit {amount(check.limit, threshold)}: {verdict}."
     if check.value is None:
-        if check.held:
-            return f"{threshold.title}: not measured on so few examples. The run was told to accept this."
-        return f"{threshold.title}: not measured. {limit}"
+        why = f": {check.reason}" if check.reason else ""
+        told = "The run was told to accept this." if check.held else limit
+        return f"{threshold.title}: not measured{why}. {told}"
     sentence, value = threshold.sentence, check.value
     if value < 0 and threshold.if_below_0:
         sentence, value = threshold.if_below_0, -value
     text = f"{sentence.format(value=amount(value, threshold), set=set_name(check.set))} {limit}"
-    if check.low is None or check.high is None:
-        return text
+    if check.low is not None and check.high is not None:
+        text += _interval(check, threshold)
+    if check.before is not None:
+        text += f" Before the run: {amount(check.before, threshold)}."
+    return f"{text} {NOTHING_SHOWN}" if check.held_before else text
+
+
+NOTHING_SHOWN = "The model before the run held it too: this figure does not show that anything was forgotten."
+
+
+def _interval(check: Check, threshold: Threshold) -> str:
     if check.low == check.high:
-        return f"{text} No interval: each network answered all examples alike."
+        return " No interval: each network answered all examples alike."
     ends = f"{check.low:.{threshold.digits}f} to {check.high:.{threshold.digits}f}"
-    return f"{text} 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check) else ".")
+    return f" 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check) else ".")
 
 
 def verdict(checks: Sequence[Check]) -> str:

@@ -90,7 +90,28 @@ def test_lira_is_the_attack_of_offline_lira(sets: dict[str, Any]) -> None:
     control = torch.stack([logit_confidences(*predictions(r.model, sets["test"])) for r in known])  # type: ignore[arg-type]
     others = offline_lira(logit_confidences(*predictions(model, sets["test"])), control)
     used = scores[~scores.isnan()]
-    assert found.auc.value == pytest.approx((used[:, None] > others).double().mean().item())
+    assert found.auc is not None and found.auc.value == pytest.approx((used[:, None] > others).double().mean().item())
+
+
+def test_what_is_left_out_for_lack_of_references_is_counted(sets: dict[str, Any]) -> None:
+    knew = torch.ones(30, dtype=torch.bool)
+    known = [Reference(make_model(k), {"forget": knew}) for k in range(3)]
+    found = audit(make_model(0), **sets, references=known, relearn=QUICK).as_dict()
+    assert found["sets"]["forget"]["lira"] == {"auc": None, "tpr_at_1_percent": None, "examples": 0, "left_out": 30}
+    curve = found["relearning"]["retain"]
+    assert curve["ratio"] is None and curve["compared_on"] == [0, 0, 0]
+    assert curve["ratio_left_out"] == (
+        "none of 3 never-seen networks has 2 measured forget examples that it did not know"
+    )
+    knew = torch.arange(30) >= 12
+    known = [Reference(make_model(k), {"forget": each}) for k, each in enumerate([knew, knew | True])]
+    curve = audit(make_model(0), **sets, references=known, relearn=QUICK).as_dict()["relearning"]["retain"]
+    assert curve["ratio"] is not None and curve["compared_on"] == [12, 0] and curve["ratio_left_out"] is None
+    alone = audit(make_model(0), **sets, relearn=QUICK).as_dict()["relearning"]["retain"]
+    assert alone["ratio_left_out"] == "there is no never-seen network to compare with"
+    one = {**sets, "forget": batches(1)}
+    curve = audit(make_model(0), **one, oracle=make_model(1), relearn=QUICK).as_dict()["relearning"]["retain"]
+    assert curve["ratio_left_out"] == "1 measured forget example: a variance needs 2"
 
 
 def test_one_network_at_a_time_may_be_loaded(sets: dict[str, Any]) -> None:
@@ -198,6 +219,45 @@ def test_a_loss_of_the_callers_gives_losses_alone() -> None:
     start = torch.tensor(curve.control)[:, 0].log().mean() - torch.tensor(curve.loss)[0].log()
     expected_log = level - min(float(start), 0.0)
     assert expected_log <= 0 or curve.ratio.value <= expected_log.exp().item() + 1e-6
+
+
+def test_texts_beside_tensors_stay_with_their_examples() -> None:
+    """torch's collate function makes lists of texts."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(30, 4, generator=generator) for name in ("forget", "retain", "test")}
+    names = {f"{float(row[0]):.6f}": row for rows in inputs.values() for row in rows}
+
+    def loader(rows: Tensor) -> list[dict[str, Any]]:
+        parts = rows.split(7)
+        return [{"name": [f"{float(row[0]):.6f}" for row in part], "more": {"x": part}} for part in parts]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x = batch["more"]["x"]
+        assert torch.equal(torch.stack([names[name] for name in batch["name"]]), x)
+        return model(x).square().mean(1)
+
+    torch.manual_seed(0)
+    found = audit(
+        nn.Linear(4, 2),
+        **{name: loader(rows) for name, rows in inputs.items()},
+        loss_fn=loss,
+        never_seen=[nn.Linear(4, 2)],
+        relearn=Relearning(steps=3, every=1, batch_size=4, fractions=(0.1,)),
+    )
+    curves = found.relearning.values()
+    assert all(not isinstance(curve, str) and curve.ratio is not None for curve in curves), found.relearning
+
+
+def test_parts_without_a_row_for_each_example_are_refused_by_name() -> None:
+    sets = {name: [{"x": torch.randn(5, 4), "part": None}] for name in ("forget", "retain", "test")}
+    for part in (3, None, ["a"] * 4, torch.ones(4), torch.tensor(1)):
+        for each in sets.values():
+            each[0]["part"] = part
+        found = audit(
+            nn.Linear(4, 2), **sets, loss_fn=lambda model, batch: model(batch["x"]).mean(1), relearn=QUICK,
+        )  # fmt: skip
+        reason = found.relearning["retain"]
+        assert isinstance(reason, str) and "with a row for each example, got" in reason
 
 
 def test_token_batches_count_tokens() -> None:

@@ -87,6 +87,32 @@ def test_the_sampling_variance_is_that_of_a_bootstrap() -> None:
     assert torch.tensor(drawn).std().item() == pytest.approx(math.sqrt(found.sampling), rel=0.15)
 
 
+def haldane(right: float, count: int) -> float:
+    """The variance of the log odds of ``right`` of ``count`` (Gart & Zweifel, 1967)."""
+    return 1 / (right + 0.5) + 1 / (count - right + 0.5)
+
+
+@pytest.mark.parametrize(("own", "other", "count"), [(1, 1, 5), (1, 1, 28), (1, 0, 28), (0, 0, 10), (0.5, 1, 10)])
+def test_no_interval_is_narrower_than_that_of_its_odds(own: float, other: float, count: int) -> None:
+    """Where all answers of a network are right, or all wrong, the examples vary no longer, but the odds do."""
+    networks = [answers(other, other, other, count=count) for _ in range(4)]
+    found = compare(answers(own, own, own, count=count), networks, everywhere(networks), False)
+    assert found is not None
+    least = haldane(own * count, count) + haldane(other * count, count) / 4
+    assert found.sampling >= 0.9 * least  # what the same examples do to both networks cancels
+    assert compare(networks[0], networks, everywhere(networks), False) is not None
+    figure = found.figure()
+    assert figure.low is not None and figure.high is not None and figure.high > 5 * figure.value > 25 * figure.low
+
+
+def test_the_beginning_counts_whether_it_is_taken_off_or_not() -> None:
+    """A start just below and just above the others' have variances alike."""
+    other = answers(0.5, 0.6)
+    below, above = (compare(answers(start, 0.9), [other], everywhere([other]), False) for start in (0.49, 0.51))
+    assert below is not None and above is not None
+    assert below.log > above.log and below.sampling == pytest.approx(above.sampling, rel=0.05)
+
+
 def test_the_interval_has_both_variances() -> None:
     one = answers(0.7, 0.7)
     others = [answers(part, part) for part in (0.6, 0.7, 0.75)]
@@ -120,9 +146,10 @@ def test_networks_of_one_kind_have_1_in_their_interval() -> None:
 
 def test_a_general_advantage_is_taken_off_and_a_disadvantage_is_not_added() -> None:
     forgotten = Comparison(math.log(6), 0.01, 0.02, (99, 3))
-    for general, left in ((2.0, 3.0), (10.0, 1.0), (0.5, 6.0)):
+    # the variance of max(X, 0) for X around 0 is 1/2 - 1/(2 pi) of that of X
+    for general, left, part in ((2.0, 3.0, 1.0), (10.0, 1.0, 1.0), (1.0, 6.0, 0.5 - 0.5 / math.pi), (0.5, 6.0, 0.0)):
         found = corrected(forgotten, Comparison(math.log(general), 0.03, 0.0, (99, 3)))
         assert math.exp(found.log) == pytest.approx(left)
-        assert found.sampling == pytest.approx(0.04 if general > 1 else 0.01)
+        assert found.sampling == pytest.approx(0.01 + 0.03 * part, abs=1e-5)
     below = Comparison(math.log(0.5), 0.01, 0.02, (99, 3))
     assert corrected(below, forgotten).log == below.log

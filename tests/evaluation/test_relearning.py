@@ -88,7 +88,7 @@ def test_a_network_that_never_saw_it_has_1_in_its_interval(lab: Lab) -> None:
             assert curve.ratio.low < 1 < curve.ratio.high and curve.ratio.value < 3
     # beside itself the ratio is 1, to the bit
     same = lab.audit(lab.never_seen[0], [lab.never_seen[0]]).relearn_ratio
-    assert same is not None and (same.value, same.low, same.high) == (1, 1, 1)
+    assert same is not None and same.value == 1 and same.low is not None and same.low < 1
 
 
 @pytest.mark.long
@@ -123,17 +123,3 @@ def test_a_finetuning_that_diverges_is_left_out_by_name(lab: Lab) -> None:
     reason = found.relearning["retain"]
     assert isinstance(reason, str) and reason.startswith("finetuning the model with lr 1e+20 diverged in step")
     assert found.relearn_ratio is None
-
-
-def test_batches_that_cannot_be_cut_leave_relearning_out(lab: Lab) -> None:
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        inputs, targets, _ = batch
-        return cross_entropy(model(inputs), targets, reduction="none")
-
-    sets = {
-        name: [(*each, ["a name"] * len(each[0]))]
-        for name, each in (("forget", lab.forget), ("retain", lab.retain), ("test", lab.test))
-    }
-    found = audit(lab.original, **sets, loss_fn=loss, relearn=SETTINGS)  # type: ignore[arg-type]
-    assert found.sets["forget"].count == 60
-    assert all("batches of tensors with a row for each example" in str(each) for each in found.relearning.values())

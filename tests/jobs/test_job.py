@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import delfast
 from delfast import InputError
@@ -293,3 +293,59 @@ def test_a_subset_of_a_tensor_dataset_feeds_by_index(tmp_path: Path) -> None:
     assert type(job.train_set) is TensorDataset
     batches = list(feed(job.batches(torch.arange(6)), torch.device("cpu"), resident=True))
     assert all(isinstance(batch, Indexed) for batch in batches)
+
+
+def test_a_network_that_is_loaded_is_a_new_one(tmp_path: Path) -> None:
+    """Two networks of a run, before and after, would be one."""
+    only = "\nONLY = model()\ndef load(path):\n    ONLY.load_state_dict(torch.load(path))\n    return ONLY\n"
+    job = job_of(tmp_path, only + "\ndef save(model, path):\n    torch.save(model.state_dict(), path)\n")
+    job.save(network(), tmp_path / "network.pt")
+    job.load(tmp_path / "network.pt")
+    shown = refusal(lambda: job.load(tmp_path / "network.pt"))
+    assert shown.startswith(
+        f"'{job.path}', line {line_of(job.path, 'def load')}: expected load() to make a new network"
+    )
+    new = job_of(
+        tmp_path, LOAD_SAVE + "\ndef save(model, path):\n    torch.save({'network': model.state_dict()}, path)\n"
+    )
+    new.save(network(), tmp_path / "new.pt")
+    kept = [new.load(tmp_path / "new.pt") for _ in range(3)]
+    assert len({id(each) for each in kept}) == 3
+
+
+def test_a_random_preprocess_is_refused_by_name(tmp_path: Path) -> None:
+    steady = "\ndef preprocess(batch):\n    return batch[0].mul_(2), batch[1]\n"
+    assert job_of(tmp_path, steady).data_digest() == job_of(tmp_path).data_digest()
+    for change in ("batch[0] + 0.1 * torch.rand(1)", "batch[0] if torch.rand(1) < 0.5 else batch[0].flip(1)"):
+        job = job_of(tmp_path, f"\ndef preprocess(batch):\n    return {change}, batch[1]\n")
+        torch.manual_seed(0)
+        shown = refusal(job.data_digest)
+        assert shown.startswith(f"'{job.path}', line {line_of(job.path, 'def preprocess')}: expected preprocess()")
+
+
+def test_a_last_batch_of_one_joins_the_one_before_it_in_training(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    for count, size, sizes in (
+        (13, 4, [4, 4, 5]),
+        (5, 4, [5]),
+        (12, 4, [4, 4, 4]),
+        (14, 4, [4, 4, 4, 2]),
+        (1, 4, [1]),  # there is no batch before it
+        (3, 1, [1, 1, 1]),
+        (0, 4, []),
+    ):
+        loader = job.batches(torch.arange(count), batch_size=size, shuffle=True)
+        drawn = [batch[0] for batch in loader]
+        assert [len(each) for each in drawn] == sizes and len(loader) == len(sizes)
+        assert count == 0 or len(torch.cat(drawn).unique(dim=0)) == count
+    assert [len(batch[0]) for batch in job.batches(torch.arange(13), batch_size=4)] == [4, 4, 4, 1]
+
+
+def test_a_shuffled_loader_draws_as_torchs_own(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    generator = torch.Generator().manual_seed(5)
+    own = DataLoader(job.train_set, 8, shuffle=True, generator=generator)
+    loader = job.batches(torch.arange(40), batch_size=8, shuffle=True, seed=5)
+    for _ in range(2):
+        for ours, theirs in zip(loader, own, strict=True):
+            assert torch.equal(ours[0], theirs[0])

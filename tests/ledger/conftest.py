@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from delfast.ledger import Ledger
+from tests.ledger import jobs
 from tests.ledger.small import write_job
 
 
@@ -21,3 +22,11 @@ def ledger(files: tuple[Path, Path], tmp_path: Path) -> Iterator[Ledger]:
     job, model = files
     with Ledger.create(tmp_path / "ledger", job=job, model=model) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a job of a second's training and a ledger with two references and no request."""
+    folder = tmp_path_factory.mktemp("made")
+    jobs.make_ledger(folder, jobs.write_job(folder), references=2).close()
+    return folder

@@ -116,7 +116,19 @@ class Writer:
         inputs = {"job": hexadecimal("job"), "model": artefact(before), "accept": ACCEPT, "accept_unmeasured": False}
         accuracies = {"before": {"forget": 100.0, "retain": 98.2, "test": 84.3}}
         versions = {"versions": {**VERSIONS, "device": "cpu"}}
-        self("started", {"requests": list(requests), **settings, **sizes, **inputs, **accuracies, **versions}, number)
+        others = {"excluded": [], "references": [1]}
+        self(
+            "started",
+            {"requests": list(requests), **others, **settings, **sizes, **inputs, **accuracies, **versions},
+            number,
+        )
+        found = figures(0, count, [], 4.0)
+        found["sets"]["forget"]["attack_advantage"] = figure(0.4, 0.1)
+        self(
+            "baseline",
+            {"audit": artefact(f"runs/{number:04d}/baseline.json"), "figures": found, "seconds": 12.0},
+            number,
+        )
 
     def resume(self, number: int) -> None:
         """Append that a stopped run goes on."""
@@ -156,9 +168,12 @@ class Writer:
         advantage = found["sets"]["forget"]["attack_advantage"]
         return [
             check("outside_mask", 0, 0, True, "model"),
-            check("test_drop", drop, ACCEPT["test_drop"], where="test") | {"low": drop - 1, "high": drop + 1},
-            check("attack_advantage", advantage["value"], 0.1) | {"low": advantage["low"], "high": advantage["high"]},
-            check("relearn_ratio", ratio, ACCEPT["relearn_ratio"]) | {"low": ratio - 0.3, "high": ratio + 0.3},
+            check("test_drop", drop, ACCEPT["test_drop"], where="test")
+            | {"low": drop - 1, "high": drop + 1, "before": 0.0},
+            check("attack_advantage", advantage["value"], 0.1)
+            | {"low": advantage["low"], "high": advantage["high"], "before": 0.4},
+            check("relearn_ratio", ratio, ACCEPT["relearn_ratio"])
+            | {"low": ratio - 0.3, "high": ratio + 0.3, "before": 4.0},
         ]
 
 
@@ -170,7 +185,7 @@ def model_of(run: int, attempt: int = 1) -> str:
 def check(name: str, value: float, limit: float, held: bool | None = None, where: str = "forget") -> dict[str, Any]:
     """Return one comparison with a threshold, without an interval."""
     found = {"name": name, "value": value, "limit": limit, "held": value <= limit if held is None else held}
-    return {**found, "set": where, "low": None, "high": None}
+    return {**found, "set": where, "low": None, "high": None, "before": None, "reason": None}
 
 
 def figure(value: float, half: float, low: float = -math.inf, high: float = math.inf) -> dict[str, float]:
@@ -211,6 +226,8 @@ def figures(number: int, count: int, earlier: Sequence[int], ratio: float) -> di
             "trained_on": size,
             "measured": count - size,
             "advantage": figure(1.0, 0.2),
+            "compared_on": [count - size],
+            "ratio_left_out": None,
             "ratio": figure(ratio, 0.3, 0),
         }
         for name, gain, size in (("retain", 4, 0), ("forget 10 %", 14, max(1, count // 10)))

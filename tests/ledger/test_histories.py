@@ -67,7 +67,7 @@ def test_payloads_are_those_of_real_runs(tmp_path: Path, monkeypatch: pytest.Mon
         ledger.add(persons(0, 60))
         assert not ledger.run(device="cpu").accepted, "the method fails"
         with monkeypatch.context() as patched:
-            patched.setattr("delfast.ledger.running.audit", stop)
+            patched.setattr("delfast.ledger.running.audit_recorded", stop)
             with pytest.raises(KeyboardInterrupt):
                 ledger.run(method="del", device="cpu")
         assert ledger.run(device="cpu").accepted

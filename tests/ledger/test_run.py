@@ -16,19 +16,12 @@ from delfast.bits import bits
 from delfast.errors import InputError
 from delfast.files import LOCK, exclusive, load_state
 from delfast.ledger import Ledger
+from delfast.ledger.references import references_of, with_members
 from delfast.mask import Mask
 from tests.ledger.jobs import LENIENT, make_ledger, persons, write_job
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a job and a ledger with two references and no request."""
-    folder = tmp_path_factory.mktemp("made")
-    make_ledger(folder, write_job(folder), references=2).close()
-    return folder
 
 
 @pytest.fixture
@@ -57,7 +50,7 @@ def test_runs_follow_one_another(ledger: Ledger) -> None:
     ledger.add(persons(30, 60))
     first = ledger.run(device="cpu")
     assert first.accepted and first.requests == (1, 2)
-    assert events(ledger, 1) == ["started", "localized", "unlearned", "verified", "audited", "accepted"]
+    assert events(ledger, 1) == ["started", "baseline", "localized", "unlearned", "verified", "audited", "accepted"]
     started = payload(ledger, "started", 1)
     assert (started["forget"], started["retain"]) == (60, 240)
     assert started["model"]["file"] == "models/0000.safetensors"
@@ -176,7 +169,7 @@ def test_stopped_run_is_continued_as_it_began(ledger: Ledger, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("delfast.ledger.running.audit", stop)
+        patched.setattr("delfast.ledger.running.audit_recorded", stop)
         with pytest.raises(KeyboardInterrupt):
             ledger.run(device="cpu")
     ledger.add(persons(60, 80))
@@ -191,7 +184,16 @@ def test_stopped_run_is_continued_as_it_began(ledger: Ledger, monkeypatch: pytes
     write_job(ledger.path.parent)
     result = ledger.run(device="cpu")
     assert result.requests == (1,), "requests that came later wait for the next run"
-    assert events(ledger, 1) == ["started", "localized", "unlearned", "verified", "resumed", "audited", "accepted"]
+    assert events(ledger, 1) == [
+        "started",
+        "baseline",
+        "localized",
+        "unlearned",
+        "verified",
+        "resumed",
+        "audited",
+        "accepted",
+    ]
 
 
 def test_abandoned_run_leaves_its_requests_open(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,10 +234,8 @@ def test_references_know_half_of_what_no_request_named(ledger: Ledger) -> None:
     ledger.add(persons(0, 60))
     assert ledger.train_references(3, device="cpu") == [3]
     assert ledger.train_references(3, device="cpu") == []
-    from delfast.ledger.references import references_of
-
-    *_, newest = references_of(ledger.store)
-    members = newest.members(ledger)
+    *_, (newest, members) = with_members(ledger, references_of(ledger.store))
+    assert newest.requests == (1,)
     assert int(members.sum()) == 120
     assert not members[:60].any()
 
@@ -319,6 +319,8 @@ def test_run_by_command(ledger: Ledger) -> None:
     assert "test_drop: Accuracy on the test set is" in done.stdout and "run 1: accepted" in done.stdout
     assert f"head: {ledger.head}" in done.stdout
     assert f"the model in use: {ledger.path / 'runs/0001/1/model.safetensors'}" in done.stdout
+    done = subprocess.run([*command, "show", own[0], "1"], capture_output=True, text=True, check=True)
+    assert f"the model in use: {ledger.model}" in done.stdout
     done = subprocess.run([*command, "purge", *own], capture_output=True, text=True, check=True)
     assert "5 files; --yes deletes them" in done.stdout
     done = subprocess.run([*command, "purge", *own, "--yes"], capture_output=True, text=True, check=True)

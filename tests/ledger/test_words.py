@@ -12,7 +12,7 @@ GAINED = Check("test_drop", -0.25, 2.0, True, "test", -1.0, 2.5)
 EARLIER = Check("attack_advantage", 0.3, 0.25, False, "run 3", 0.1, 0.5)
 ALIKE = Check("relearn_ratio", 1.0, 1.5, True, "forget", 1.0, 1.0)
 UNMEASURED = Check("relearn_ratio", None, 1.5, False, "forget")
-TOLD = Check("relearn_ratio", None, 1.5, True, "forget")
+TOLD = Check("relearn_ratio", None, 1.5, True, "forget", reason="too few")
 FAILED = Check("method", None, None, False, "the loss is not finite")
 
 
@@ -27,7 +27,7 @@ FAILED = Check("method", None, None, False, "the loss is not finite")
         (EARLIER, "Limit 0.250: did not hold. 95 % interval 0.100 to 0.500."),
         (ALIKE, "Limit 1.50: held. No interval: each network answered all examples alike."),
         (UNMEASURED, "Relearning ratio: not measured. Limit 1.50: did not hold."),
-        (TOLD, "Relearning ratio: not measured on so few examples. The run was told to accept this."),
+        (TOLD, "Relearning ratio: not measured: too few. The run was told to accept this."),
         (FAILED, "The method failed: the loss is not finite."),
     ],
 )

@@ -31,6 +31,8 @@ class Run:
     started: Payload
     attempts: list[dict[str, Payload]] = field(default_factory=list)
     """Of each attempt, the payload of each event."""
+    baseline: Payload = field(default_factory=dict)
+    """The audit of the model before the run."""
     resumed: int = 0
     status: str = RUNNING
     result: Payload = field(default_factory=dict)
@@ -84,9 +86,9 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the steps of all attempts together."""
+        """Seconds of the steps of all attempts, and of the audit before them."""
         steps = (payload for attempt in self.attempts for payload in attempt.values())
-        return sum(float(payload.get("seconds", 0.0)) for payload in steps)
+        return float(self.baseline["seconds"]) + sum(float(payload.get("seconds", 0.0)) for payload in steps)
 
 
 @dataclass
@@ -169,6 +171,8 @@ def _read_step(history: History, entry: Entry, number: int) -> None:
         run.status, run.result, run.decided = entry.event, payload, entry.time
     elif entry.event == "resumed":
         run.resumed += 1
+    elif entry.event == "baseline":
+        run.baseline = payload
     else:
         if len(run.attempts) < payload["attempt"]:
             run.attempts.append({})

@@ -110,6 +110,11 @@ def _kept(accepted: list[Run]) -> list[str]:
             f"For {unsure} of the {len(checks)} figures of these runs, the 95 % interval reaches above the limit: the "
             "measurement cannot exclude that the limit was passed."
         )
+    if blind := sum(check.held_before for check in checks):
+        sentences.append(
+            f"For {blind} of the {len(checks)} figures, the model before the run was within the limit too: these do "
+            "not show that anything was forgotten."
+        )
     return sentences
 
 

@@ -107,7 +107,8 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
     if verified is not None:
         changed = f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask and the head"
         facts.append(("Compared bit by bit", changed))
-    steps = [f"{name} {payload['seconds']:.1f}" for name, payload in run.last.items() if "seconds" in payload]
+    taken = {"baseline": run.baseline, **run.last}
+    steps = [f"{name} {payload['seconds']:.1f}" for name, payload in taken.items() if "seconds" in payload]
     facts.append(("Seconds", f"{run.seconds:.1f} ({', '.join(steps)})"))
     facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in started["versions"].items())))
     return facts

@@ -1,0 +1,243 @@
+"""What a run begins with, what it keeps when it stops, and what it leaves behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delfast.errors import InputError
+from delfast.ledger import Ledger
+from delfast.ledger.starting import Choice, _attempts
+from tests.ledger.jobs import persons, write_job
+
+pytestmark = pytest.mark.long
+FINETUNE = {"method": "finetune", "epochs": 1, "lr": 0.02}
+RATIO = {"test_drop": 60.0, "relearn_ratio": 1000.0}
+
+
+@pytest.fixture
+def ledger(made: Path, tmp_path: Path) -> Iterator[Ledger]:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    with Ledger.open(tmp_path / "ledger", job=tmp_path / "job.py") as opened:
+        yield opened
+
+
+def payload(ledger: Ledger, event: str, run: int = 1) -> dict[str, Any]:
+    (entry,) = ledger.store.entries(event, run)
+    return entry.payload
+
+
+def stopped(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, at: str = "audit_recorded", **choice: Any) -> None:
+    """Run a ledger, and stop it where it calls a function."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"delfast.ledger.running.{at}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.run(device="cpu", **choice)
+
+
+def with_job(ledger: Ledger, text: str = "", **job: Any) -> Ledger:
+    """Return the ledger with another job file, to which text is added."""
+    path = write_job(ledger.path.parent, **job)
+    with path.open("a") as stream:
+        stream.write(text)
+    return Ledger.open(ledger.path, job=path)
+
+
+def files(ledger: Ledger) -> set[str]:
+    folders = ("models", "runs", "references")
+    found = (path for folder in folders for path in (ledger.path / folder).rglob("*") if path.is_file())
+    return {path.relative_to(ledger.path).as_posix() for path in found}
+
+
+def test_model_before_the_run_is_audited_and_its_figures_are_beside(ledger: Ledger) -> None:
+    ledger.add(persons(0, 60))
+    idle = [{"method": "finetune", "epochs": 1, "lr": 1e-9}]
+    with with_job(ledger, accept={"attack_advantage": 1.0, **RATIO}, settings=idle) as opened:
+        result = opened.run(device="cpu")
+        figures = payload(opened, "baseline")["figures"]
+        found = {check.name: check for check in result.checks}
+        assert result.accepted
+        assert found["relearn_ratio"].before == figures["relearn_ratio"]["value"]
+        assert found["attack_advantage"].before == figures["sets"]["forget"]["attack_advantage"]["value"]
+        assert found["relearn_ratio"].held_before and found["attack_advantage"].held_before
+        assert payload(opened, "started")["before"]["test"] == figures["sets"]["test"]["accuracy"]["value"]
+        assert opened.verify().holds, "its file is recorded"
+
+
+def test_open_requests_that_are_not_taken_up_are_not_retained(ledger: Ledger) -> None:
+    ledger.add(persons(0, 20))
+    ledger.add(persons(20, 50))
+    assert ledger.run(requests=[1], method="finetune", device="cpu").accepted
+    started = payload(ledger, "started")
+    assert (started["excluded"], started["forget"], started["retain"]) == ([2], 20, 250)
+
+
+@pytest.mark.parametrize("requests", [[], 2, "12"])
+def test_requests_of_another_form_are_refused(ledger: Ledger, requests: Any) -> None:
+    ledger.add(persons(0, 20))
+    with pytest.raises(InputError, match="expected requests as a list of numbers, at least one"):
+        ledger.run(requests=requests, device="cpu")
+
+
+@pytest.mark.parametrize("budget", [0.0, 2.0, float("nan")])
+def test_budget_is_checked_before_anything_is_recorded(ledger: Ledger, budget: float) -> None:
+    ledger.add(persons(0, 20))
+    head = ledger.head
+    with pytest.raises(InputError, match="budget"):
+        ledger.run(budget=budget, device="cpu")
+    assert ledger.head == head
+
+
+@pytest.mark.parametrize(
+    ("choice", "methods"),
+    [
+        (Choice(escalate=True), ["del", "finetune", "retrain"]),
+        (Choice(method="finetune", escalate=True), ["finetune", "del", "retrain"]),
+        (Choice(method="neggrad+", escalate=True), ["neggrad+", "del", "finetune", "retrain"]),
+        (Choice(method="retrain", escalate=True), ["retrain", "del", "finetune"]),
+        (Choice(budget=0.5, escalate=True), ["del", "finetune", "retrain"]),
+    ],
+)
+def test_escalation_takes_every_setting_once(ledger: Ledger, choice: Choice, methods: list[str]) -> None:
+    assert [each["method"] for each in _attempts(ledger, choice)] == methods
+
+
+def test_what_cannot_be_measured_is_found_out_before_the_run(ledger: Ledger) -> None:
+    ledger.add(persons(0, 1))
+    head = ledger.head
+    with pytest.raises(InputError, match=r"examples are too few for the attack.*--accept-unmeasured"):
+        ledger.run(device="cpu")
+    assert ledger.head == head
+
+
+def test_resumed_run_has_the_references_that_it_began_with(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.add(persons(0, 40))
+    assert ledger.run(method="finetune", device="cpu").accepted
+    ledger.add(persons(40, 100))
+    with with_job(ledger, accept=RATIO) as opened:
+        stopped(opened, monkeypatch, method="finetune")
+        assert payload(opened, "started", 2)["references"] == [1, 2]
+        plan = opened.purge_plan()
+        assert "references/0001.safetensors" not in {each.file for each in plan}
+        opened.purge(plan)
+        opened.train_references(3, device="cpu")
+        opened.run(device="cpu")
+        assert len(payload(opened, "audited", 2)["figures"]["relearning"]["retain"]["control"]) == 2
+        assert "references/0001.safetensors" in {each.file for each in opened.purge_plan()}
+
+
+def test_unrecorded_files_hold_everything_and_are_purged(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.add(persons(0, 40))
+    stopped(ledger, monkeypatch, at="artefact", method="finetune")
+    left = "runs/0001/1/model.safetensors"
+    assert left in files(ledger)
+    assert left not in {each.file for each in ledger.holding()}, "the unfinished run goes on with it"
+    ledger.abandon()
+    assert left not in files(ledger)
+    (ledger.path / "references/0009.safetensors").write_bytes(b"of a process that was killed")
+    assert ledger.run(method="finetune", device="cpu").accepted
+    (found,) = [each for each in ledger.holding() if each.file == "references/0009.safetensors"]
+    assert (found.requests, found.why) == ((1,), "recorded by no entry: may hold all")
+    ledger.purge(ledger.purge_plan())
+    assert files(ledger) == {
+        "runs/0001/baseline.json",
+        "runs/0002/baseline.json",
+        "runs/0002/1/audit.json",
+        "runs/0002/1/model.safetensors",
+        "runs/0002/1/allowed.safetensors",
+    }
+    assert ledger.verify().holds and ledger.holding() == []
+
+
+def test_purged_file_that_came_back_is_found(ledger: Ledger) -> None:
+    ledger.add(persons(0, 40))
+    ledger.run(method="finetune", device="cpu")
+    first = ledger.path / "models/0000.safetensors"
+    content = first.read_bytes()
+    ledger.purge(ledger.purge_plan())
+    first.write_bytes(content)
+    (problem,) = ledger.verify().problems
+    assert problem.startswith("the file 'models/0000.safetensors' was purged and is there again")
+    (again,) = ledger.purge_plan()
+    assert again.why == "was purged and is there again"
+    ledger.purge([again])
+    assert ledger.verify().holds and not first.exists()
+
+
+def test_damaged_mask_leaves_the_run_unfinished(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.add(persons(0, 40))
+    stopped(ledger, monkeypatch, at="unlearn")
+    mask = ledger.path / "runs/0001/1/mask.safetensors"
+    content = mask.read_bytes()
+    mask.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="is not as the ledger recorded it"):
+        ledger.run(device="cpu")
+    assert not list(ledger.store.entries("failed"))
+    mask.write_bytes(content)
+    assert ledger.run(device="cpu").accepted
+
+
+def test_error_of_the_audit_is_a_failed_attempt(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.add(persons(0, 40))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise InputError("the model has outputs that are not finite")
+
+    monkeypatch.setattr("delfast.ledger.running.audit_recorded", fail)
+    result = ledger.run(device="cpu", escalate=True)
+    assert not result.accepted
+    assert [entry.payload["attempt"] for entry in ledger.store.entries("failed")] == [1, 2, 3]
+    assert "outputs that are not finite" in result.checks[0].set
+
+
+FAILING = """
+failing = False
+
+def preprocess(batch):
+    if failing:
+        raise KeyError("no image of person-0005")
+    return batch
+"""
+
+
+def test_text_of_the_jobs_errors_is_not_recorded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.add(persons(0, 40))
+    lines: list[str] = []
+    with with_job(ledger, FAILING) as opened:
+        module = opened.job.source.module
+
+        def watch(line: str) -> None:
+            lines.append(line)
+            if "baseline" in line:
+                module.failing = True  # type: ignore[attr-defined]
+
+        opened.run(device="cpu", watch=watch)
+        recorded = payload(opened, "failed")["error"]
+        entries = "\n".join(entry.text for entry in opened.store.entries(run=1))
+    assert any("no image of person-0005" in line for line in lines), "it is printed"
+    assert "no image" not in entries and "person-0005" not in entries
+    assert recorded.startswith(f"KeyError in '{opened.job.path}', line ")
+
+
+def test_path_of_the_model_in_use(ledger: Ledger) -> None:
+    assert ledger.model == ledger.path / "models/0000.safetensors"
+    ledger.add(persons(0, 40))
+    ledger.run(method="finetune", device="cpu")
+    assert ledger.model == ledger.path / "runs/0001/1/model.safetensors"
+
+
+def test_recorded_path_outside_the_ledger_is_not_followed(ledger: Ledger) -> None:
+    from delfast.ledger.artefacts import digest_file
+    from delfast.ledger.networks import AlteredFile, recorded_file
+
+    path = ledger.path.parent / "model.safetensors"
+    with pytest.raises(AlteredFile, match="is not as the ledger recorded it"):
+        recorded_file(ledger.path, {"file": "../model.safetensors", "digest": digest_file(path)})
