@@ -222,15 +222,16 @@ def table(kept: dict[str, Any]) -> str:
         for name, seeds in case["models"].items():
             ratios = [row["relearn_ratio"] for row in seeds]
             values = [ratio["value"] for ratio in ratios]
+            above = sum(value > HIDDEN for value in values)
             hidden = sum(ratio["value"] > HIDDEN and ratio["low"] > 1 for ratio in ratios)
             means = [statistics.mean(row[key] for row in seeds) for key in ("forget", "test")]
             attack = statistics.mean(row["attack_advantage"]["value"] for row in seeds)
             rows.append([
                 name, *(f"{mean:.1f}" for mean in means), f"{attack:.2f}",
                 f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})",
-                f"{hidden} of {len(seeds)}",
+                f"{above} of {len(seeds)}", f"{hidden} of {len(seeds)}",
             ])  # fmt: skip
-        columns = ("model", "forget, %", "test, %", "attack advantage", "relearn ratio", "hidden")
+        columns = ("model", "forget, %", "test, %", "attack advantage", "relearn ratio", f"above {HIDDEN}", "hidden")
         found.append(f"{case['data']}, {case['forget']}: {case['forget_examples']} forget examples.\n")
         found.append(markdown_table(columns, rows))
     return "\n".join(found)

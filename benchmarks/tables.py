@@ -47,7 +47,7 @@ from benchmarks.thresholds import table as thresholds_table
 from delfast.errors import InputError
 from delfast.experiments.grid.definition import EVERYTHING
 from delfast.experiments.grid.summary import KEYS, means
-from delfast.experiments.reports import FIELDS, METHOD_COLUMNS, markdown_table, method_rows
+from delfast.experiments.reports import FIELDS, markdown_table, method_table
 from delfast.experiments.sequential import report as sequential
 from delfast.files import read_json, write_text
 
@@ -237,17 +237,17 @@ def demo(summary: dict[str, Any]) -> str:
     """Return both scenarios of the demo's summary in one table, then a line on each and on the versions."""
     if summary["quick"]:
         raise InputError(f"'{DEMO.name}' is of `delfast demo --quick`; keep the summary.json of `make demo` there")
-    rows, lines = [], []
+    measured, lines = {}, []
     for name, scenario in summary["scenarios"].items():
         forget, mask, methods = scenario["forget"], scenario["mask"], scenario["methods"]
-        rows += method_rows({f"{name}, {method}": values for method, values in methods.items()})
+        measured |= {f"{name}, {method}": values for method, values in methods.items()}
         line = f"- {name}: forget {forget['examples']} of {forget['of']} images; mask of {mask['selected']:,} of "
         line += f"{mask['total']:,} parameters, {mask['bytes']:,} bytes"
         before, after = (abs(methods[method]["delta_forget"]) for method in ("original", "del"))
         lines.append(line + (f"; DEL closes {100 * (1 - after / before):.0f} % of Δ forget" if before else ""))
     made, backend = summary["provenance"], summary["backend"]["backend"]
     lines.append(f"- torch {made['torch']}, Python {made['python']}, backend {backend}, seed {made['seed']}\n")
-    return "\n".join([markdown_table(METHOD_COLUMNS, rows), *lines])
+    return "\n".join([markdown_table(*method_table(measured)), *lines])
 
 
 def sectors(report: str) -> str:

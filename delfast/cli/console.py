@@ -77,9 +77,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_methods(title: str, methods: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a row of metrics for each method."""
-    from delfast.experiments.reports import METHOD_COLUMNS, method_rows
+    from delfast.experiments.reports import method_table
 
-    print_table(title, METHOD_COLUMNS, method_rows(methods))
+    print_table(title, *method_table(methods))
 
 
 def print_mask(mask: Mask) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -88,23 +87,12 @@ def corrected(forgotten: Comparison, general: Comparison) -> Comparison:
     """Return the comparison without the advantage that the network also has on examples that no network has seen.
 
     An advantage is taken off as far as it goes towards a ratio of 1. A disadvantage is not added: a network that is
-    worse in general is not expected to be worse at wrong labels. The variance of the advantage counts also where less
-    than all of it is taken off, since the control examples decide how much.
+    worse in general is not expected to be worse at wrong labels. The variance of the advantage counts in every case,
+    since the control examples decide how much is taken off: where that is nothing, the interval is too wide.
     """
     taken = min(max(general.log, 0.0), max(forgotten.log, 0.0))
-    sampling = forgotten.sampling + _variance_above_0(general)
+    sampling = forgotten.sampling + general.sampling
     return Comparison(forgotten.log - taken, sampling, forgotten.networks, forgotten.degrees)
-
-
-def _variance_above_0(estimate: Comparison) -> float:
-    """Return the variance of max(X, 0) for a normal X with the estimate as its mean (Tobin, Econometrica, 1958)."""
-    if not estimate.sampling > 0:
-        return 0.0
-    spread = math.sqrt(estimate.sampling)
-    density, part = (function(estimate.log / spread) for function in (NormalDist().pdf, NormalDist().cdf))
-    first = estimate.log * part + spread * density
-    second = (estimate.log**2 + estimate.sampling) * part + estimate.log * spread * density
-    return max(second - first**2, 0.0)
 
 
 @dataclass(frozen=True, eq=False)

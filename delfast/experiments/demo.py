@@ -14,7 +14,7 @@ import torch
 from delfast.experiments import pipeline
 from delfast.experiments.config import Config
 from delfast.experiments.losses import gaps_between
-from delfast.experiments.reports import METHOD_COLUMNS, method_rows, selection_words
+from delfast.experiments.reports import method_table, selection_words
 from delfast.experiments.reports.pages import render
 from delfast.experiments.reports.plots import plot_accuracies, plot_selection
 from delfast.experiments.run import MASK, SUMMARY, output_directory, start
@@ -149,7 +149,6 @@ def _report(summary: dict[str, Any], selections: Mapping[str, str]) -> str:
         "delfast.experiments",
         "demo.md",
         scenarios=[_shown(name, content, selections[name]) for name, content in summary["scenarios"].items()],
-        columns=METHOD_COLUMNS,
         mask_file=MASK,
         budget=BUDGET,
         momentum=pipeline.MOMENTUM,
@@ -162,12 +161,14 @@ def _shown(name: str, scenario: dict[str, Any], selection: str) -> dict[str, Any
     """The values of one scenario that the report shows."""
     methods = scenario["methods"]
     gap = methods["del"]["delta_test"]
+    columns, rows = method_table(methods)
     return {
         "name": name,
         "meaning": _MEANING[name],
         "forget": scenario["forget"],
         "mask": scenario["mask"],
-        "rows": method_rows(methods),
+        "columns": columns,
+        "rows": rows,
         "percent": {method: f"{values['forget_acc']:.1f}" for method, values in methods.items()},
         "seconds": {method: f"{sum(values['seconds'].values()):.0f}" for method, values in methods.items()},
         "test_size": f"{abs(gap):.1f}",

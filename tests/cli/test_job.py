@@ -189,7 +189,7 @@ def test_classes_need_integer_targets(tmp_path: Path, capsys: pytest.CaptureFixt
 # losses, trained networks, errors in the file
 
 
-def test_a_loss_of_its_own_is_measured_alone(tmp_path: Path) -> None:
+def test_a_loss_of_its_own_is_measured_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(tmp_path, WHOLE + SHORT.replace("0.2", "0.01") + LOSS)
     run("train", "--job", job, "--output-dir", tmp_path / "run")
     run("oracle", tmp_path / "run", "--job", job, "--output-dir", tmp_path / "oracle")
@@ -197,8 +197,13 @@ def test_a_loss_of_its_own_is_measured_alone(tmp_path: Path) -> None:
     mask = ["--mask", tmp_path / "mask" / "mask.safetensors"]
     run("unlearn", tmp_path / "run", "--job", job, *mask, "--lr", 0.01, "--epochs", 1, "--output-dir", tmp_path / "del")
     found = ["--model-from", tmp_path / "del", "--oracle", tmp_path / "oracle", "--output-dir", tmp_path / "metrics"]
+    capsys.readouterr()
     run("evaluate", tmp_path / "run", "--job", job, *found)
+    shown = capsys.readouterr().out
     metrics = read(tmp_path / "run" / "summary.json")["metrics"]
+    of_oracle = read(tmp_path / "metrics" / "summary.json")["methods"]["oracle"]
+    assert "forget loss" in shown and "forget acc" not in shown
+    assert all(f"{of_oracle[name]:.4g}" in shown for name in metrics)
     assert metrics.keys() == {"forget_loss", "retain_loss", "test_loss"}
     model, (inputs, _) = network(), points(12, 1).tensors
     model.load_state_dict(load_state(tmp_path / "run" / "model.safetensors"))

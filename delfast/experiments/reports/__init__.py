@@ -5,10 +5,9 @@ from delfast.extras import extra
 with extra("delfast.experiments.reports"):
     from delfast.experiments.reports.tables import (
         FIELDS,
-        METHOD_COLUMNS,
         markdown_table,
         markdown_text,
-        method_rows,
+        method_table,
         selection_words,
         terminal_table,
         terminal_text,
@@ -16,10 +15,9 @@ with extra("delfast.experiments.reports"):
 
 __all__ = [
     "FIELDS",
-    "METHOD_COLUMNS",
     "markdown_table",
     "markdown_text",
-    "method_rows",
+    "method_table",
     "selection_words",
     "terminal_table",
     "terminal_text",

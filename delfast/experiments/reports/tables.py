@@ -27,18 +27,26 @@ FIELDS = {
     "relative_time": "RTE",
 }
 """The heading of each measure."""
-_METHOD_FIELDS = ("forget_acc", "retain_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test")
-METHOD_COLUMNS = ("method", *(FIELDS[name] for name in _METHOD_FIELDS), FIELDS["seconds"])
+_LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss", "test_loss": "test loss"}
+_ACCURACIES = ("forget_acc", "retain_acc", "test_acc", "mia", "delta_forget", "delta_mia", "delta_test")
 
 
-def method_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each method: percentages to two decimals (Δ = oracle - method) and the sum of the seconds."""
-    return [
+def method_table(methods: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns, and a row for each method: its measures, and the sum of its seconds.
+
+    Percentages to two decimals (Δ = oracle - method). Networks that have no accuracy, since a job has a loss of its
+    own, have a table of the mean losses, to four digits.
+    """
+    are_losses = not any("forget_acc" in values for values in methods.values())
+    fields = _LOSSES if are_losses else {name: FIELDS[name] for name in _ACCURACIES}
+    digits = ".4g" if are_losses else ".2f"
+    rows = [
         [name]
-        + [f"{values[field]:.2f}" if field in values else "" for field in _METHOD_FIELDS]
+        + [f"{values[each]:{digits}}" if each in values else "" for each in fields]
         + [f"{sum(values['seconds'].values()):.1f}" if "seconds" in values else ""]
         for name, values in methods.items()
     ]
+    return ["method", *fields.values(), FIELDS["seconds"]], rows
 
 
 def selection_words(rows: Sequence[LayerRow]) -> str:
