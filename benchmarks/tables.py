@@ -48,6 +48,7 @@ from delfast.errors import InputError
 from delfast.experiments.grid.definition import EVERYTHING
 from delfast.experiments.grid.summary import KEYS, means
 from delfast.experiments.reports import FIELDS, METHOD_COLUMNS, markdown_table, method_rows
+from delfast.experiments.sequential import report as sequential
 from delfast.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +69,9 @@ DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`,
 CAUSAL_LM = ROOT / "benchmarks/results/causal_lm.json"  # of `python examples/causal_lm.py --json`
 LEDGER = ROOT / "benchmarks/results/ledger.json"  # of `python -m benchmarks.ledger`
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
+SEQUENTIAL = {  # of `python -m delfast.experiments.sequential`, packed
+    name: ROOT / "experiments/results" / name for name in ("sequential-digits", "sequential-cifar10-small")
+}
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
 DRAWING = 1  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
@@ -361,6 +365,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "demo": demo(read_json(DEMO)),
             "precision": "\n".join(precision_table(result) for _, result in sorted(read_json(PRECISION).items())),
             "cifar10": cifar10(CIFAR10.read_text(encoding="utf-8")),
+            **{name: sequential.tables(sequential.read_records(path)) for name, path in SEQUENTIAL.items()},
             "audit": audit_table(read_json(AUDIT)),
         },
         LANGUAGE_MODELS: {"causal-lm": causal_lm(read_json(CAUSAL_LM))},

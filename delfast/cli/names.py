@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-NETWORKS = ("resnet18", "resnet18-thin", "resnet50", "vit")
+NETWORKS = ("resnet18", "resnet18-thin", "resnet50", "vit", "cnn")
 METHODS = (
     *("del", "finetune", "gradient-ascent", "neggrad+", "relabel"),
     *("l1-sparse", "influence", "ssd", "scrub", "retrain"),

@@ -1,9 +1,11 @@
-"""Networks by name: torchvision's ResNets, with a stem for small images, and vit-pytorch's ViT."""
+"""Networks by name: torchvision's ResNets, with a stem for small images, vit-pytorch's ViT, and a small CNN."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 from torch import nn
@@ -14,6 +16,7 @@ from delfast.extras import extra
 with extra("delfast.experiments.networks"):
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+MIN_CNN_IMAGE = 8  # pixels; two poolings leave a map of 2 x 2, so that BatchNorm can train on a single example
 MAX_SMALL_IMAGE = 64  # pixels; up to this size a ResNet has the CIFAR stem: 3x3 convolution of stride 1, no pooling
 TORCHVISION_WIDTH = 64  # channels of torchvision's first stage
 
@@ -53,6 +56,20 @@ class ImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
         return cast(nn.Sequential, stage)
 
 
+class SmallCNN(nn.Sequential):
+    """Three convolutions with BatchNorm, of 32, 64 and 128 channels, for experiments of minutes on a CPU."""
+
+    def __init__(self, *, num_classes: int, channels: int, image_size: int) -> None:
+        layers: dict[str, nn.Module] = {}
+        widths = (channels, 32, 64, 128)
+        for number, (before, width) in enumerate(pairwise(widths), 1):
+            layers[f"conv{number}"] = nn.Conv2d(before, width, 3, padding=1, bias=False)
+            layers[f"bn{number}"] = nn.BatchNorm2d(width)
+            layers[f"relu{number}"] = nn.ReLU(inplace=True)
+            layers[f"pool{number}"] = nn.MaxPool2d(2) if number < len(widths) - 1 else nn.AdaptiveAvgPool2d(1)
+        super().__init__(OrderedDict(**layers, flatten=nn.Flatten(), fc=nn.Linear(widths[-1], num_classes)))
+
+
 def _vit_class() -> type[nn.Module]:
     with extra("the network 'vit'"):
         from vit_pytorch.vit_for_small_dataset import ViT
@@ -78,6 +95,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet18-thin": partial(ImageResNet, BasicBlock, [2, 2, 2, 2], width=16),
     "resnet50": partial(ImageResNet, Bottleneck, [3, 4, 6, 3]),
     "vit": _vit,
+    "cnn": SmallCNN,
 }
 NAMES = tuple(_BUILDERS)
 
@@ -90,12 +108,15 @@ def check_model(name: str, image_size: int | None = None) -> None:
         _vit_class()  # raises where vit-pytorch is not installed
     if name == "vit" and image_size is not None and image_size % 4:
         raise InputError(f"a vit takes images whose side is a multiple of 4 pixels, got {image_size}")
+    if name == "cnn" and image_size is not None and image_size < MIN_CNN_IMAGE:
+        raise InputError(f"a cnn takes images of at least {MIN_CNN_IMAGE} pixels, got {image_size}")
 
 
 def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
     """Return a newly initialized network: (B, channels, image_size, image_size) float32 -> (B, num_classes) logits.
 
-    Names: ``resnet18``, ``resnet18-thin`` (a quarter of the width: 16, 32, 64, 128), ``resnet50``, ``vit``.
+    Names: ``resnet18``, ``resnet18-thin`` (a quarter of the width: 16, 32, 64, 128), ``resnet50``, ``vit``, ``cnn``
+    (three convolutions).
     Raises InputError for another name or an unfit image size.
     """
     check_model(name, image_size)

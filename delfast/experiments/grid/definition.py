@@ -144,7 +144,7 @@ def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True,
     arguments of ``localize``, under a new name. ``[[compare]]``: lists of ``methods``, ``strategies`` ("everything": no
     mask) and ``budgets``; every combination is a cell, in the listed ``settings`` or in all.
     """
-    content = _read(path)
+    content = read_toml(path)
     check_table(content, GRID, f"'{path}'")
     for table in ("settings", "methods", "strategies"):
         check_table(content.get(table, {}), dict.fromkeys(content.get(table, {}), dict), f"[{table}]")
@@ -181,7 +181,7 @@ def read_grid(path: Path, data: str | None = None, *, data_is_read: bool = True,
                 raise InputError(f"[[compare]] names the setting '{setting}', there is {', '.join(settings)}")
             for seed in seeds:
                 values = {**content.get("train", {}), **settings[setting]}
-                config = _config(values, seed, data, data_is_read, own)
+                config = make_config(values, seed, data, data_is_read, own)
                 for cell in _block(block, setting, config, content, strategies):
                     if cells.setdefault(cell.key, cell).label != cell.label:
                         raise InputError(f"'{cells[cell.key].label}' and '{cell.label}' are the same; drop one")
@@ -198,7 +198,7 @@ def _block(
 ) -> list[Cell]:
     cells, shadows = [], content.get("shadows", 0)
     for name in block.get("methods", ["del"]):
-        method, batch_size = _method(name, config, content.get("unlearn", {}), content.get("methods", {}))
+        method, batch_size = choose_method(name, config, content.get("unlearn", {}), content.get("methods", {}))
         for strategy in block.get("strategies", ["del"]):
             if strategy == EVERYTHING:
                 if method.localizes:
@@ -211,13 +211,13 @@ def _block(
                 raise InputError(f"[[compare]] pairs '{name}' with '{strategy}', which works with '{EVERYTHING}' only")
             arguments = strategies[strategy]
             for budget in block.get("budgets", [content.get("budget", BUDGET)]):
-                _check_strategy(strategy, budget, arguments)
+                check_strategy(strategy, budget, arguments)
                 share = float(budget)
                 cells.append(Cell(setting, config, name, method, strategy, share, arguments, batch_size, shadows))
     return cells
 
 
-def _method(
+def choose_method(
     name: str, config: Config, shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Method, int]:
     """A method or variant, and its batch size.
@@ -247,7 +247,7 @@ def _method(
     return make_method(name, changes), batch_size
 
 
-def _check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
+def check_strategy(name: str, budget: float, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that ``localize`` would refuse, before hours of cells."""
     check_table({key: value for key, value in arguments.items() if key in STRATEGY}, STRATEGY, f"strategy '{name}'")
     for key, value in arguments.items():
@@ -282,8 +282,8 @@ def _job_fields(
     return job_config(job)
 
 
-def _config(
-    values: Mapping[str, Any], seed: int, data: str | None, data_is_read: bool, own: Mapping[str, Any] | None
+def make_config(
+    values: Mapping[str, Any], seed: int, data: str | None, data_is_read: bool, own: Mapping[str, Any] | None = None
 ) -> Config:
     """Return the configuration of one seed; ``own``: the fields of a job file."""
     kinds = kinds_of(Config)
@@ -312,7 +312,7 @@ def _config(
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = tomllib.loads(read_text(path))
         return content
