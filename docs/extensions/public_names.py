@@ -12,7 +12,8 @@ from sphinx.config import Config
 from sphinx.pycode import ModuleAnalyzer
 
 PACKAGES = tuple(
-    f"delfast{name}" for name in ("", ".localization", ".compaction", ".unlearning", ".evaluation", ".optim")
+    f"delfast{name}"
+    for name in ("", ".localization", ".compaction", ".unlearning", ".evaluation", ".optim", ".jobs", ".ledger")
 )
 
 

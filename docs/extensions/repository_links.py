@@ -19,6 +19,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "examples": "examples/index.md",
     "experiments/results/cifar10-small/README.md": "results_cifar10_small.md",
+    "experiments/results/cifar10-small/report.md": "results_cifar10_small_report.md",
 }
 TARGET = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
 
