@@ -263,12 +263,9 @@ def main() -> None:
     parser.add_argument("--only", help="run the case with this forget set alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cases = [(Case("digits", forget, 20, 10), None) for forget in ("non-iid:2,5", "iid", "mislabelled")]
+    cases = [(Case("digits", forget, 20, 10), None) for forget in ("iid", "mislabelled", "non-iid:2,5")]
     if arguments.folder is not None:
-        cases += [
-            (Case("cifar10-small", forget, 20, 10), arguments.folder)
-            for forget in ("non-iid:2,5", "iid", "mislabelled")
-        ]
+        cases.append((Case("cifar10-small", "iid", 20, 10), arguments.folder))
     results = []
     for case, folder in cases:
         if arguments.only and arguments.only != f"{case.data} {case.forget}":

@@ -42,6 +42,8 @@ from benchmarks.gpu_report import (
 )
 from benchmarks.precision import RESULTS as PRECISION
 from benchmarks.precision import table as precision_table
+from benchmarks.thresholds import RESULTS as THRESHOLDS
+from benchmarks.thresholds import table as thresholds_table
 from delfast.errors import InputError
 from delfast.experiments.grid.definition import EVERYTHING
 from delfast.experiments.grid.report import FIELDS
@@ -368,7 +370,7 @@ def pages() -> dict[Path, dict[str, str]]:
             "audit": audit_table(read_json(AUDIT)),
         },
         LANGUAGE_MODELS: {"causal-lm": causal_lm(read_json(CAUSAL_LM))},
-        LEDGER_PAGE: {"ledger": ledger(read_json(LEDGER))},
+        LEDGER_PAGE: {"ledger": ledger(read_json(LEDGER)), "thresholds": thresholds_table(read_json(THRESHOLDS))},
     }
 
 

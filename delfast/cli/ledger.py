@@ -21,7 +21,7 @@ from delfast.cli.options import Device
 from delfast.errors import InputError, one_line, printable
 
 if TYPE_CHECKING:  # imports sqlite3
-    from delfast.ledger import Check, Entry, Request, RequestDetails
+    from delfast.ledger import Entry, Request, RequestDetails
 
 app = typer.Typer(no_args_is_help=True, help="Keep forget requests for one model, and the evidence of what was done.")
 
@@ -153,6 +153,10 @@ def run(
         bool, typer.Option("--escalate", help="where the thresholds do not hold, try the job's other settings in order")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="seed (default: derived from the run's number)")] = None,
+    accept_unmeasured: Annotated[
+        bool,
+        typer.Option("--accept-unmeasured", help="accept where a threshold cannot be measured on so few examples"),
+    ] = False,
     abandon: Annotated[
         bool, typer.Option("--abandon", help="end a run that was stopped, as rejected, and do nothing else")
     ] = False,
@@ -165,6 +169,7 @@ def run(
     """
     from delfast.ledger import Ledger
     from delfast.ledger.running import LocalizeOn
+    from delfast.ledger.words import check_sentence, verdict
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         if abandon:
@@ -177,14 +182,17 @@ def run(
             localize_on=cast("LocalizeOn | None", localize_on),
             escalate=escalate or None,
             seed=seed,
+            accept_unmeasured=accept_unmeasured or None,
             device=device,
             watch=log.info,
         )
         for check in result.checks:
-            _print(_check_line(check))
-        _print(f"run {result.number}: {'accepted' if result.accepted else 'REJECTED, the model stays as it was'}")
+            _print(f"{check.name}: {check_sentence(check)}")
         for line in result.advice:
             _print(f"- {line}")
+        accepted = f"accepted, {verdict(result.checks)}" if result.accepted else "REJECTED, the model stays as it was"
+        _print(f"run {result.number}: {accepted}")
+        _print(f"the model in use: {ledger / result.model}")
         _print(f"head: {opened.head}")
     if not result.accepted:
         raise typer.Exit(1)
@@ -259,12 +267,16 @@ def verify(
 def report(
     ledger: LedgerDir,
     output_dir: Annotated[Path, typer.Option(help="directory of the report; made if it does not exist")],
+    job: Annotated[
+        Path | None, typer.Option("--job", help="your own job file: with it the report names which references saw what")
+    ] = None,
+    hash_ids: KeyFile = None,
 ) -> None:
     """Write report.html and report.md: what was asked, what was done, and the evidence. Prints the head."""
     from delfast.ledger import Ledger
     from delfast.ledger.report import HTML
 
-    with Ledger.open(ledger) as opened:
+    with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         opened.report(output_dir)
         _print(f"see {output_dir / HTML}")
         _print(f"head: {opened.head}")
@@ -336,14 +348,6 @@ def _lines(details: RequestDetails) -> Iterator[str]:
     for entry in details.events:
         run = "" if entry.run is None else f" run {entry.run}"
         yield f"{entry.time}{run} {entry.event}: {_figures(entry)}"
-
-
-def _check_line(check: Check) -> str:
-    held = "held" if check.held else "NOT held"
-    if check.limit is None:
-        return f"{check.name}: {held}: {check.set}"
-    value = "not measured" if check.value is None else f"{check.value:.4g}"
-    return f"{check.name} of '{check.set}': {value}, limit {check.limit:.4g}: {held}"
 
 
 def _figures(entry: Entry) -> str:

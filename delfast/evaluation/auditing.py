@@ -189,6 +189,7 @@ def audit(
     check_type("relearn", relearn, (Relearning, type(None)), "a Relearning or None")
     loaders = _loaders(forget, retain, test, control, earlier)
     references = _references(references)
+    _check_never_seen(never_seen)
     reread = {"forget": forget, "retain": retain, "control": test if control is None else control}
     started = time.perf_counter()
     networks = [model] if oracle is None else [model, oracle]
@@ -260,14 +261,17 @@ def _references(references: Sequence[Reference] | None) -> list[Reference]:
     return list(references or [])
 
 
+def _check_never_seen(never_seen: Sequence[Network] | None) -> None:
+    check_type("never_seen", never_seen, (Sequence, type(None)), "a list of networks, or None")
+    for number, network in enumerate(never_seen or []):
+        _check_network(f"never_seen[{number}]", network)
+
+
 def _never_seen(
     never_seen: Sequence[Network] | None, oracle: nn.Module | None, references: Sequence[Reference]
 ) -> list[NeverSeen]:
     """Return the networks that relearning is compared with: the caller's, else the oracle, else the references."""
-    check_type("never_seen", never_seen, (Sequence, type(None)), "a list of networks, or None")
     if never_seen is not None:
-        for number, network in enumerate(never_seen):
-            _check_network(f"never_seen[{number}]", network)
         return [NeverSeen(network) for network in never_seen]
     if oracle is not None:
         return [NeverSeen(oracle)]
@@ -345,7 +349,7 @@ def _figures(
         attack_advantage=attack,
         attack_left_out=left_out,
         lira=None if scores is None else _lira(*scores),
-        kl=None if divergence is None else _at_least_0(mean(divergence)),
+        kl=None if divergence is None else mean(divergence).mapped(lambda x: max(x, 0.0)),
     )
 
 
@@ -354,10 +358,6 @@ def _accuracy(right: Tensor, units: Tensor) -> Figure:
     if bool((units == 1).all()):
         return proportion(right.sum().item(), len(right)).scaled(100)
     return mean(right, units).mapped(lambda x: 100 * min(max(x, 0.0), 1.0))
-
-
-def _at_least_0(figure: Figure) -> Figure:
-    return figure.mapped(lambda x: max(x, 0.0))
 
 
 def _attack(own: Measured, control: Measured, seed: int) -> tuple[Figure | None, int]:

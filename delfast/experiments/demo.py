@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,13 @@ import torch
 from delfast.experiments import pipeline
 from delfast.experiments.config import Config
 from delfast.experiments.losses import gaps_between
-from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
+from delfast.experiments.reports import METHOD_COLUMNS, method_rows, selection_words
+from delfast.experiments.reports.pages import render
 from delfast.experiments.reports.plots import plot_accuracies, plot_selection
 from delfast.experiments.run import MASK, SUMMARY, output_directory, start
 from delfast.files import write_json, write_text
 from delfast.localization import BUDGET
+from delfast.mask import LayerRow
 from delfast.provenance import provenance
 from delfast.unlearning import Del
 
@@ -63,11 +65,13 @@ def run(output_dir: Path, device: torch.device, seed: int, *, quick: bool = Fals
     origin = provenance(device=str(device), seed=seed)
     with output_directory(output_dir):
         with _one_thread():
-            scenarios = {
+            found = {
                 name: _scenario(name, config, settings, output_dir / name, device) for name, config in configs.items()
             }
+        scenarios = {name: content for name, (content, _) in found.items()}
         summary = {"scenarios": scenarios, "backend": origin["backend"], "quick": quick, "provenance": origin}
-        write_text(output_dir / REPORT, _report(summary))
+        selections = {name: selection_words(rows) for name, (_, rows) in found.items()}
+        write_text(output_dir / REPORT, _report(summary, selections))
         write_json(output_dir / SUMMARY, summary)
     return summary
 
@@ -106,7 +110,10 @@ def _config(forget: str, settings: Settings, seed: int) -> Config:
     )
 
 
-def _scenario(name: str, config: Config, settings: Settings, output_dir: Path, device: torch.device) -> dict[str, Any]:
+def _scenario(
+    name: str, config: Config, settings: Settings, output_dir: Path, device: torch.device
+) -> tuple[dict[str, Any], list[LayerRow]]:
+    """Run a scenario; return its part of the summary, and what the mask selects of each parameter."""
     log.info(f"scenario {name}")
     run = start(config, device)
     original = pipeline.train(run, output_dir / "original")
@@ -131,46 +138,39 @@ def _scenario(name: str, config: Config, settings: Settings, output_dir: Path, d
         for method, values in metrics.items()
     }
     plot_accuracies(methods, output_dir / "accuracies.png", f"digits, {name}: original, oracle and DEL")
-    plot_selection(found.mask.table(), output_dir / "selection.png", f"digits, {name}: channels that DEL resets")
-    return {"forget": run.describe_forget(), "mask": found.description, "methods": methods}
+    rows = found.mask.table()
+    plot_selection(rows, output_dir / "selection.png", f"digits, {name}: channels that DEL resets")
+    return {"forget": run.describe_forget(), "mask": found.description, "methods": methods}, rows
 
 
-def _report(summary: dict[str, Any]) -> str:
-    origin, settings = summary["provenance"], QUICK if summary["quick"] else FULL
-    scenarios = "\n".join(_scenario_report(name, content) for name, content in summary["scenarios"].items())
-    return f"""# delfast demo
-
-A thin ResNet-18 on scikit-learn's handwritten digits is trained (*original*), retrained from
-scratch without the forget set (*oracle*), and made to unlearn it (*del*: localize, reset, finetune on the
-retain set). The nearer *del* is to *oracle*, the better.
-
-Percentages; Δ = oracle - method. MIA is the percentage of the forget set that membership inference calls
-non-member. Seconds are those of training, or of localizing, resetting and finetuning.
-
-{scenarios}
-## How
-
-Budget {BUDGET}, batches of {settings.batch_size}, SGD with momentum {pipeline.MOMENTUM};
-the rate falls by a cosine to 1 %.
-Original and oracle: rate {settings.lr}, {settings.epochs} epochs.
-Finetuning: rate {settings.finetune_lr}, {settings.finetune_epochs} epochs.
-
-delfast {origin["delfast"]}, torch {origin["torch"]}, Python {origin["python"]}, {origin["platform"]};
-backend {origin["backend"]["backend"]} ({origin["backend"]["reason"]}); seed {origin["seed"]}.
-"""
+def _report(summary: dict[str, Any], selections: Mapping[str, str]) -> str:
+    """The report as Markdown. ``selections``: what each scenario's mask selects, in words."""
+    return render(
+        "delfast.experiments",
+        "demo.md",
+        scenarios=[_shown(name, content, selections[name]) for name, content in summary["scenarios"].items()],
+        columns=METHOD_COLUMNS,
+        mask_file=MASK,
+        budget=BUDGET,
+        momentum=pipeline.MOMENTUM,
+        settings=QUICK if summary["quick"] else FULL,
+        origin=summary["provenance"],
+    )
 
 
-def _scenario_report(name: str, scenario: dict[str, Any]) -> str:
-    forget, mask = scenario["forget"], scenario["mask"]
-    return f"""## {name}
-
-Forget set: {_MEANING[name]} ({forget["examples"]} of {forget["of"]}).
-
-{markdown_table(METHOD_COLUMNS, method_rows(scenario["methods"]))}
-Mask: {mask["selected"]} of {mask["total"]} parameters, {mask["channels"]} channels,
-a file of {mask["bytes"]} bytes (`{name}/mask/{MASK}`).
-
-![accuracies against the oracle]({name}/accuracies.png)
-
-![channels selected per layer]({name}/selection.png)
-"""
+def _shown(name: str, scenario: dict[str, Any], selection: str) -> dict[str, Any]:
+    """The values of one scenario that the report shows."""
+    methods = scenario["methods"]
+    gap = methods["del"]["delta_test"]
+    return {
+        "name": name,
+        "meaning": _MEANING[name],
+        "forget": scenario["forget"],
+        "mask": scenario["mask"],
+        "rows": method_rows(methods),
+        "percent": {method: f"{values['forget_acc']:.1f}" for method, values in methods.items()},
+        "seconds": {method: f"{sum(values['seconds'].values()):.0f}" for method, values in methods.items()},
+        "test_size": f"{abs(gap):.1f}",
+        "test_side": "below" if gap >= 0 else "above",
+        "selection": selection,
+    }

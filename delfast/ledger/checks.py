@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from delfast.errors import InputError
 from delfast.ledger.results import Check
+from delfast.ledger.words import failure
 
 if TYPE_CHECKING:  # imports torch
     from delfast.jobs import Accept
@@ -35,31 +36,38 @@ def check_all(
     first_test_accuracy: float | None,
     verified: Mapping[str, Any],
     audited: Mapping[str, Any],
+    *,
+    accept_unmeasured: bool = False,
 ) -> list[Check]:
     """Return a check of the comparison with the mask, and of each threshold that is asked for.
 
     The test accuracy is compared with that of the ledger's first model, so that small losses cannot add up unnoticed.
-    The attack's advantage is the largest over the new forget set and all earlier ones.
+    The attack's advantage is the largest over the new forget set and all earlier ones that it can be measured on. A
+    figure that could not be measured holds with ``accept_unmeasured`` alone.
     """
     sets: dict[str, Any] = audited["figures"]["sets"]
     found = [Check("outside_mask", verified["outside"], 0, verified["outside"] == 0, "model")]
     if accept["test_drop"] is not None:
         drop = _drop(first_test_accuracy, sets["test"]["accuracy"])
-        found.append(_check("test_drop", drop, accept["test_drop"], "test"))
+        found.append(_check("test_drop", drop, accept["test_drop"], "test", accept_unmeasured))
     if accept["attack_advantage"] is not None:
-        forgotten = [name for name in sets if name == "forget" or name.startswith("run ")]
-        # a set whose attack could not be measured comes first: its threshold does not hold
-        worst = max(forgotten, key=lambda name: _or_infinite(sets[name]["attack_advantage"]))
-        found.append(_check("attack_advantage", sets[worst]["attack_advantage"], accept["attack_advantage"], worst))
+        advantages = {name: each["attack_advantage"] for name, each in sets.items() if name.startswith("run ")}
+        measured = {name: each for name, each in advantages.items() if each is not None}
+        new = sets["forget"]["attack_advantage"]
+        if new is not None or not (measured and accept_unmeasured):
+            measured["forget"] = new  # without a figure it is the worst; earlier sets were accepted as they were
+        worst = max(measured, key=lambda name: _or_infinite(measured[name]))
+        limit = accept["attack_advantage"]
+        found.append(_check("attack_advantage", measured[worst], limit, worst, accept_unmeasured))
     if accept["relearn_ratio"] is not None:
         ratio = audited["figures"]["relearn_ratio"]
-        found.append(_check("relearn_ratio", ratio, accept["relearn_ratio"], "forget"))
+        found.append(_check("relearn_ratio", ratio, accept["relearn_ratio"], "forget", accept_unmeasured))
     return found
 
 
-def _check(name: str, figure: Mapping[str, Any] | None, limit: float, where: str) -> Check:
+def _check(name: str, figure: Mapping[str, Any] | None, limit: float, where: str, accept_unmeasured: bool) -> Check:
     if figure is None:
-        return Check(name, None, limit, False, where)
+        return Check(name, None, limit, accept_unmeasured, where)
     return Check(name, figure["value"], limit, figure["value"] <= limit, where, figure["low"], figure["high"])
 
 
@@ -76,12 +84,15 @@ def _or_infinite(figure: Mapping[str, Any] | None) -> float:
 
 
 HELP = {
-    "outside_mask": "entries outside the mask changed: a load or save of the job that alters weights, or a fault",
-    "test_drop": "the model lost test accuracy: a smaller budget, more epochs, or retraining",
-    "attack_advantage": "the forget set still stands out: a larger budget, more epochs, another method, or retraining",
-    "relearn_ratio": "the forget set is hidden, not gone: a larger budget, another method, or retraining",
+    "outside_mask": "The job's load or save alters weights, or delfast has a fault",
+    "test_drop": "The model lost test accuracy. Try a smaller budget, more epochs, or retraining",
+    "attack_advantage": "The examples still stand out. Try a larger budget, more epochs, another method, or retraining",
+    "relearn_ratio": "The examples are hidden, not gone. Try a larger budget, another method, or retraining",
 }
-TOO_FEW = "its interval includes 1, a network that never saw them: take up more requests, or train more references"
+TOO_FEW = (
+    "Its interval includes 1, the ratio of a network that never saw the examples: the figure cannot tell. "
+    "Take up more requests, or train more references"
+)
 
 
 def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: bool) -> list[str]:
@@ -94,12 +105,12 @@ def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: b
             lines.append(f"{settings['method']} failed: {check.set}")
         elif check.value is None:
             lines.append(
-                f"{check.name} of '{check.set}' could not be measured: too few examples; take up more requests"
+                f"{check.name} was not measured on so few examples. Take up more requests together, or pass "
+                "--accept-unmeasured, which is recorded"
             )
         else:
-            found = f"{check.name} of '{check.set}' is {check.value:.4g}, the limit is {check.limit:.4g}"
             few = check.name == "relearn_ratio" and check.low is not None and check.low <= 1
-            lines.append(f"{found}; {TOO_FEW if few else HELP[check.name]}")
+            lines.append(f"{check.name}: {failure(check)}. {TOO_FEW if few else HELP[check.name]}")
     if not escalated:
         lines.append("--escalate tries the settings of the job file in order, retraining last")
     return lines

@@ -67,8 +67,9 @@ class Ledger(Records):
         localize_on: LocalizeOn | None = None,
         escalate: bool | None = None,
         seed: int | None = None,
+        accept_unmeasured: bool | None = None,
         device: str = "auto",
-        watch: Callable[[str], None] = lambda line: None,
+        watch: Callable[[str], None] | None = None,
     ) -> RunResult:
         """Make the newest accepted model unlearn the open requests, audit the result, and accept or reject it.
 
@@ -92,9 +93,11 @@ class Ledger(Records):
             Default: no.
         seed : int, optional
             Seed of everything random. Default: derived from the run's number.
+        accept_unmeasured : bool, optional
+            Whether a threshold that cannot be measured on so few examples holds; it is recorded. Default: no.
         device : str
             "auto", "cpu", "cuda" or "cuda:N". Default: "auto".
-        watch : callable
+        watch : callable, optional
             Called with a line for each step. Default: lines are dropped.
 
         Returns
@@ -115,8 +118,8 @@ class Ledger(Records):
         """
         from delfast.ledger.running import Choice, run
 
-        choice = Choice(requests, method, budget, localize_on, escalate, seed)
-        return run(self, choice, device=device, watch=watch)
+        choice = Choice(requests, method, budget, localize_on, escalate, seed, accept_unmeasured)
+        return run(self, choice, device=device, watch=watch or _drop)
 
     def abandon(self) -> int:
         """End a run that was stopped, as rejected; its requests stay open.
@@ -141,7 +144,7 @@ class Ledger(Records):
         return abandon(self)
 
     def train_references(
-        self, count: int = 8, *, device: str = "auto", watch: Callable[[str], None] = lambda line: None
+        self, count: int = 8, *, device: str = "auto", watch: Callable[[str], None] | None = None
     ) -> list[int]:
         """Train reference models until the ledger has ``count`` of them.
 
@@ -154,7 +157,7 @@ class Ledger(Records):
             Number of references to have. Default: 8.
         device : str
             As for ``run``. Default: "auto".
-        watch : callable
+        watch : callable, optional
             Called with a line for each reference. Default: lines are dropped.
 
         Returns
@@ -174,10 +177,13 @@ class Ledger(Records):
         """
         from delfast.ledger.references import train_references
 
-        return train_references(self, count, device=device, watch=watch)
+        return train_references(self, count, device=device, watch=watch or _drop)
 
     def holding(self) -> list[HeldFile]:
         """Return the ledger's files that hold examples of requests, open ones included.
+
+        In a ledger that was opened without the job, a reference is listed with every request that came after it: it may
+        have seen their examples.
 
         Returns
         -------
@@ -274,7 +280,8 @@ class Ledger(Records):
     def report(self, output_dir: str | os.PathLike[str]) -> None:
         """Write a report of all requests and runs: ``report.html``, which needs no other file, and ``report.md``.
 
-        Its first lines give the number of requests by status, the thresholds that held, and the ledger's head.
+        Its first lines give the number of requests by status, the thresholds that held, and the ledger's head. It lists
+        what ``holding`` returns, which is exact if the ledger was opened with the job.
 
         Parameters
         ----------
@@ -295,4 +302,8 @@ class Ledger(Records):
         found = self.verify(files=False)
         if not found.holds:
             raise InputError(f"expected a ledger that holds, but {found.problems[0]}; see `delfast ledger verify`")
-        write_report(self.store.entries(), Path(output_dir))
+        write_report(self.store.entries(), self.holding(), Path(output_dir))
+
+
+def _drop(line: str) -> None:
+    """Drop a line that nobody watches."""

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 def purge_plan(ledger: Records) -> list[HeldFile]:
     """Return the files that a purge deletes: those that hold examples of accepted requests.
 
-    The newest accepted model stays, and so does everything of an unfinished run.
+    The newest accepted model stays, and so does everything of an unfinished run. InputError without the job, since a
+    reference is deleted only if it saw an example.
     """
+    ledger.positions([])  # InputError without the job or the key
     history = History(ledger.store)
     accepted = set(history.accepted_requests)
     purged = {each["file"] for entry in ledger.store.entries(PURGED) for each in entry.payload["files"]}
@@ -34,7 +36,10 @@ def purge_plan(ledger: Records) -> list[HeldFile]:
 
 
 def holding(ledger: Records) -> list[HeldFile]:
-    """Return every file of the ledger that still holds examples of any request, open ones included."""
+    """Return every file of the ledger that still holds examples of any request, open ones included.
+
+    Without the job, a reference may hold the examples of every request that came after it.
+    """
     history = History(ledger.store)
     purged = {each["file"] for entry in ledger.store.entries(PURGED) for each in entry.payload["files"]}
     return [each for each in _held(ledger, history) if each.file not in purged and each.requests]
@@ -96,9 +101,15 @@ def _held(ledger: Records, history: History) -> Iterator[HeldFile]:
 
 
 def _reference(ledger: Records, reference: Trained) -> HeldFile:
-    members = reference.members(ledger)
-    seen = [number for number, positions in ledger.positions_by_request() if bool(members[positions].any())]
-    return _file(ledger, dict(reference.model), seen, f"reference {reference.number}, trained on some of them")
+    if ledger.has_positions:
+        members = reference.members(ledger)
+        seen = [number for number, positions in ledger.positions_by_request() if bool(members[positions].any())]
+        why = "trained on some of them"
+    else:
+        before = set(reference.requests)
+        seen = [request.number for request in requests(ledger.store) if request.number not in before]
+        why = "trained before they came: may have seen some of them"
+    return _file(ledger, dict(reference.model), seen, f"reference {reference.number}, {why}")
 
 
 def _file(ledger: Records, recorded: dict[str, str], numbers: Sequence[int], why: str) -> HeldFile:

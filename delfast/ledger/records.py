@@ -212,6 +212,11 @@ class Records:
             raise InputError("expected the key file of the ledger, which stores HMACs; pass --hash-ids KEYFILE")
         return self._identifiers
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether ``positions`` can be found: the ledger was opened with the job and, where it needs one, the key."""
+        return self._job is not None and self._identifiers is not None
+
     # ---- requests
 
     def add(self, ids: Iterable[str | int], *, reason: str | None = None, due: str | None = None) -> int:

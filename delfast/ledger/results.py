@@ -21,7 +21,7 @@ class Check:
     limit : float or None
         The largest value that holds.
     held : bool
-        Whether the value was measured and is at most the limit.
+        Whether the value is at most the limit. One that was not measured holds only where the run was told so.
     set : str
         The set that was measured: "test", "forget", "model", or "run 3" for the forget set of an earlier run. For
         "method" it is the error.
@@ -64,11 +64,13 @@ class RunResult:
         Each threshold of that attempt, with the measured value.
     advice : tuple of str
         For a rejected run: what failed, and what would help.
+    model : str
+        File of the newest accepted model, relative to the ledger's directory: the one to use.
 
     Examples
     --------
     >>> from delfast.ledger import RunResult
-    >>> RunResult(1, True, (1, 2), {"method": "del"}, (), ()).accepted
+    >>> RunResult(1, True, (1,), {"method": "del"}, (), (), "runs/0001/1/model.safetensors").accepted
     True
     """
 
@@ -78,6 +80,7 @@ class RunResult:
     settings: Mapping[str, Any]
     checks: tuple[Check, ...]
     advice: tuple[str, ...]
+    model: str
 
 
 @dataclass(frozen=True)

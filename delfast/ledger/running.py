@@ -59,6 +59,7 @@ class Choice:
     localize_on: LocalizeOn | None = None
     escalate: bool | None = None
     seed: int | None = None
+    accept_unmeasured: bool | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -127,6 +128,7 @@ def _start(ledger: Records, history: History, choice: Choice, device: torch.devi
             "retain": len(examples.retain),
             "before": before,
             "accept": asdict(ledger.job.accept),
+            "accept_unmeasured": bool(choice.accept_unmeasured),
             "versions": {name: versions[name] for name in VERSIONS},
         },
         number,
@@ -238,16 +240,27 @@ class _Run:
         for attempt, settings in enumerate(attempts, start=1):
             checks, model = _Attempt(self, attempt, settings).result()
             tried.append({"attempt": attempt, "settings": settings, "checks": [asdict(check) for check in checks]})
-            if all(check.held for check in checks):
-                payload = {"attempt": attempt, "model": model, "settings": settings, "checks": tried[-1]["checks"]}
-                self.ledger.store.append(ACCEPTED, payload, self.number)
-                self.watch(f"run {self.number}: accepted")
-                return RunResult(self.number, True, tuple(self.inputs["requests"]), settings, tuple(checks), ())
+            if model is not None and all(check.held for check in checks):
+                payload = {"model": model, "attempts": tried, "checks": tried[-1]["checks"]}
+                return self._end(ACCEPTED, payload, settings, checks, model)
         found = advice(checks, settings, escalated=len(attempts) > 1)
         payload = {"attempts": tried, "checks": tried[-1]["checks"], "advice": found}
-        self.ledger.store.append(REJECTED, payload, self.number)
-        self.watch(f"run {self.number}: rejected")
-        return RunResult(self.number, False, tuple(self.inputs["requests"]), settings, tuple(checks), tuple(found))
+        return self._end(REJECTED, payload, settings, checks, self.inputs["model"])
+
+    def _end(
+        self,
+        event: str,
+        payload: dict[str, Any],
+        settings: Mapping[str, Any],
+        checks: Sequence[Check],
+        model: Mapping[str, str],
+    ) -> RunResult:
+        """Record the result and return it; ``model`` is the newest accepted one."""
+        self.ledger.store.append(event, payload, self.number)
+        self.watch(f"run {self.number}: {event}")
+        found = tuple(payload.get("advice", ()))
+        requests = tuple(self.inputs["requests"])
+        return RunResult(self.number, event == ACCEPTED, requests, settings, tuple(checks), found, model["file"])
 
 
 class _Attempt:
@@ -275,7 +288,14 @@ class _Attempt:
             return [Check("method", None, None, False, failed["error"])], None
         verified = self._step(VERIFIED, partial(self._verify, unlearned))
         audited = self._step(AUDITED, partial(self._audit, unlearned["model"]))
-        checks = check_all(self.run.inputs["accept"], self.run.history.first_test_accuracy, verified, audited)
+        inputs = self.run.inputs
+        checks = check_all(
+            inputs["accept"],
+            self.run.history.first_test_accuracy,
+            verified,
+            audited,
+            accept_unmeasured=inputs["accept_unmeasured"],
+        )
         return checks, unlearned["model"]
 
     def _step(self, event: str, take: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from delfast.cli import main
-from delfast.mask import Mask
+from delfast.experiments.reports import selection_words
+from delfast.mask import LayerRow, Mask
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,37 @@ def test_the_report_shows_the_same_figures(demo):
         assert f"## {name}\n" in report
         for method, values in scenario["methods"].items():
             assert f"| {method} | {values['forget_acc']:.2f} | {values['retain_acc']:.2f} |" in report
+        percent = {method: f"{values['forget_acc']:.1f} %" for method, values in scenario["methods"].items()}
+        line = report.split("\n## ")[0].partition(f"- **{name}**")[2].partition("\n- ")[0]
+        assert line.index(percent["original"]) < line.index(percent["del"]) and percent["oracle"] in line
+        assert selection_words(Mask.load(out / name / "mask" / "mask.safetensors").table()) in report.replace(
+            "\\_", "_"
+        )
         for plot in ("accuracies.png", "selection.png"):
             assert f"({name}/{plot})" in report
             with Image.open(out / name / plot) as image:
                 assert image.width > 1000 and len(image.convert("RGB").getcolors(2**24)) > 10  # not blank
+
+
+def test_a_selection_in_words():
+    def layer(name, channels, of_channels):
+        return LayerRow(name, (of_channels, 3), 3 * channels, 3 * of_channels, channels, of_channels)
+
+    rows = [
+        layer("stem", 4, 4),
+        layer("one", 8, 8),
+        LayerRow("bias", (4,), 1, 4, 0, 0),
+        layer("two", 2, 12),
+        layer("head", 0, 2),
+    ]
+    assert selection_words(rows) == (
+        "Of 4 layers, 2 are selected whole: stem, one. From the input on, 100 % of the channels of the first half of "
+        "the layers are selected, and 14 % of the second half. So it is mainly the early layers that are selected. "
+        "They have fewer parameters than the late ones, and the budget counts parameters: all of their channels take "
+        "little of it. A layer that is selected whole is reset and trained again entirely."
+    )
+    late = selection_words([layer("stem", 1, 4), layer("head", 2, 2)])
+    assert late.startswith("Of 2 layers, 1 is selected whole: head. ") and "mainly" not in late
 
 
 def test_its_networks_kept_to_their_masks(demo):

@@ -30,6 +30,7 @@ from delfast.experiments.grid.definition import read_grid
 from delfast.experiments.grid.figures import STYLES, _bars
 from delfast.experiments.grid.summary import _times, mean
 from delfast.experiments.reports import markdown_table
+from delfast.experiments.reports.pages import own_script
 from delfast.experiments.run import commit, load_model, read_summary
 from delfast.localization import STRATEGIES
 from delfast.unlearning import METHODS
@@ -499,23 +500,35 @@ def test_the_report_has_tables_and_figures_and_asks_the_network_for_nothing(fini
         def __init__(self) -> None:
             super().__init__()
             self.found: list[str] = []
+            self.ids: list[str] = []
             self.open_tags: list[str] = []
 
         def handle_starttag(self, tag: str, attributes: Any) -> None:
-            self.found += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+            links = ("src", "href", "xlink:href", "action", "data", "srcset")
+            self.found += [value for name, value in attributes if name in links]
+            self.ids += [value for name, value in attributes if name == "id"]
             if tag not in ("meta", "link", "img"):
                 self.open_tags.append(tag)
             assert tag not in ("script", "iframe", "object")
+
+        def handle_startendtag(self, tag: str, attributes: Any) -> None:
+            self.handle_starttag(tag, attributes)
+            self.handle_endtag(tag)
 
         def handle_endtag(self, tag: str) -> None:
             assert self.open_tags.pop() == tag
 
     page = (out / HTML).read_text(encoding="utf-8")
     links = Links()
-    links.feed(page)
-    assert links.open_tags == [] and "url(" not in page and "@import" not in page
-    assert len(links.found) == 3 and all(link.startswith("data:") for link in links.found)  # the icon and two figures
-    for figure in ("non-iid-budgets.png", "non-iid-methods.png"):
+    assert page.count(own_script()) == 1
+    links.feed(page.replace(own_script(), ""))
+    assert links.open_tags == [] and "@import" not in page and "http://" not in page and "https://" not in page
+    inside = [link.removeprefix("#") for link in links.found if link.startswith("#")]
+    inside += re.findall(r"url\(#([^)]*)\)", page)  # clips of the drawings
+    assert set(inside) <= set(links.ids) and len(links.ids) == len(set(links.ids))
+    assert page.count("url(") == page.count("url(#") and page.count("<svg") == 3  # the answer, and two of the paper
+    assert all(link.startswith(("#", "data:,", "data:text/csv;base64,")) for link in links.found)
+    for figure in ("non-iid-answer.png", "non-iid-budgets.png", "non-iid-methods.png"):
         assert (out / "figures" / figure).read_bytes().startswith(b"\x89PNG")
         assert f"figures/{figure}" in markdown
 

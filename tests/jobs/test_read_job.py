@@ -24,7 +24,7 @@ def test_the_defaults(tmp_path: Path) -> None:
     path = write_job(tmp_path)
     job = read_job(path)
     assert (job.path, job.name, job.batch_size) == (path, "job", 128)
-    assert job.training == Training(30, 0.1, 0.0) and job.accept == Accept(2.0, 0.1, 1.5)
+    assert job.training == Training(30, 0.1, 0.0) and job.accept == Accept(2.0, 0.25, 1.5)
     assert job.settings == ({"method": "del", "budget": 0.3},) and job.loss_fn is None
     assert job.digest == hashlib.sha256(path.read_bytes()).hexdigest()
 

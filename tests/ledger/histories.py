@@ -1,4 +1,7 @@
-"""Entries of ledgers as ``delfast ledger`` writes them, with figures made up, for tests of the report."""
+"""Entries of ledgers as ``delfast ledger`` writes them, with figures made up, for tests of the report.
+
+test_histories.py compares the payloads with those of real runs.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from delfast.ledger.results import HeldFile
 from delfast.ledger.store import FIRST, Entry, canonical, entry_hash
 
 START = datetime(2026, 3, 1, 8, 0, 7, 250000, tzinfo=timezone.utc)
 ACCEPT = {"test_drop": 2.0, "attack_advantage": 0.1, "relearn_ratio": 1.5}
 SETTINGS = {"method": "del", "budget": 0.3, "epochs": 10, "lr": 0.015}
+RETRAIN = {"method": "retrain", "epochs": 30, "lr": 0.1, "weight_decay": 0.0}
+VERSIONS = {"delfast": "0.2.0", "torch": "2.11.0", "numpy": "2.4.0", "python": "3.11.2", "platform": "Linux x86_64"}
 
 
 def hexadecimal(text: str) -> str:
@@ -41,7 +47,6 @@ class Writer:
     def create(self, *, hash_ids: bool = False) -> None:
         """Append the first entry."""
         job = {"name": "photos", "path": "/home/ana/photos.py", "digest": hexadecimal("job")}
-        versions = {"delfast": "0.2.0", "torch": "2.11.0", "python": "3.11.2", "platform": "Linux x86_64"}
         payload = {"job": job, "data": hexadecimal("data"), "model": artefact("models/0000.safetensors")}
         self(
             "created",
@@ -51,9 +56,19 @@ class Writer:
                 "key_check": None,
                 "examples": 4500,
                 "accept": ACCEPT,
-                "versions": versions,
+                "versions": VERSIONS,
             },
         )
+
+    def reference(self, number: int, requests: Sequence[int] = ()) -> None:
+        """Append a reference model, trained without the examples of the requests that came before."""
+        model = artefact(f"references/{number:04d}.safetensors")
+        trained = {"action": "trained", "reference": number, "model": model, "seed": 500_000_000 + number}
+        self("references", {**trained, "requests": list(requests), "examples": 2250, "seconds": 55.5})
+
+    def purge(self, file: str, requests: Sequence[int]) -> None:
+        """Append the deletion of a file."""
+        self("purged", {"files": [{**artefact(file), "why": "superseded", "requests": list(requests)}]})
 
     def receive(self, number: int, ids: Sequence[str], reason: str | None = None, due: str | None = None) -> None:
         """Append a request."""
@@ -67,46 +82,95 @@ class Writer:
         count: int,
         earlier: Sequence[int] = (),
         before: str = "models/0000.safetensors",
-        accepted: bool = True,
         drop: float = 0.4,
-        ratio: float = 1.1,
+        ratios: Sequence[float] = (1.1,),
     ) -> None:
-        """Append a whole run, from started to its verdict."""
-        folder = f"runs/{number:04d}"
-        model = artefact(f"models/{number:04d}.safetensors" if accepted else f"{folder}/model.safetensors")
-        versions = {"delfast": "0.2.0", "torch": "2.11.0", "python": "3.11.2", "platform": "Linux x86_64"}
-        start = {"requests": list(requests), "settings": SETTINGS, "localize_on": "new", "forget": count, "seed": 0}
-        self(
-            "started", {**start, "retain": 4500 - 40 * number, "model": artefact(before), "versions": versions}, number
-        )
-        mask = {"mask": artefact(f"{folder}/mask.safetensors"), "selected": 210_000, "total": 701_466, "channels": 913}
-        self("localized", {**mask, "seconds": 2.4}, number)
-        self("unlearned", {"model": model, "settings": SETTINGS, "seconds": 61.7}, number)
-        self("verified", {"changed": 209_871, "outside": 0, "seconds": 0.3}, number)
-        found = figures(number, count, earlier, ratio)
-        self("audited", {"audit": artefact(f"{folder}/audit.json"), "figures": found, "seconds": 31.0}, number)
-        checks = [
-            check("verified", 0, 0, True),
-            check("test_drop", drop, ACCEPT["test_drop"]),
-            check("attack_advantage", found["sets"]["forget"]["attack_advantage"]["value"], 0.1, where="forget"),
-            check("relearn_ratio", ratio, ACCEPT["relearn_ratio"], where="forget 10 %"),
-        ]
-        if accepted:
-            self("accepted", {"model": model, "checks": checks}, number)
+        """Append a whole run: an attempt for each ratio, of which the last alone may be accepted.
+
+        ``earlier``: the accepted runs before. Attempts after the first retrain.
+        """
+        attempts = [SETTINGS if number == 1 else RETRAIN for number, _ in enumerate(ratios, start=1)]
+        self.start(number, requests, count=count, before=before, attempts=attempts)
+        tried = []
+        for attempt, (settings, ratio) in enumerate(zip(attempts, ratios, strict=True), start=1):
+            checks = self._attempt(number, attempt, settings, count, earlier, drop, ratio)
+            tried.append({"attempt": attempt, "settings": settings, "checks": checks})
+        if all(check["held"] for check in tried[-1]["checks"]):
+            model = artefact(model_of(number, len(ratios)))
+            self("accepted", {"model": model, "attempts": tried, "checks": tried[-1]["checks"]}, number)
         else:
-            advice = ["a larger budget, 0.4 in place of 0.3", "more epochs, 20 in place of 10"]
-            self("rejected", {"model": artefact(before), "checks": checks, "advice": advice}, number)
+            self("rejected", {"attempts": tried, "checks": tried[-1]["checks"], "advice": ["a larger budget"]}, number)
+
+    def start(
+        self,
+        number: int,
+        requests: Sequence[int],
+        *,
+        count: int,
+        before: str = "models/0000.safetensors",
+        attempts: Sequence[dict[str, Any]] = (SETTINGS,),
+    ) -> None:
+        """Append the beginning of a run."""
+        settings = {"settings": attempts[0], "attempts": list(attempts), "localize_on": "new", "seed": 1000 * number}
+        sizes = {"forget": count, "retain": 4500 - 40 * number}
+        inputs = {"job": hexadecimal("job"), "model": artefact(before), "accept": ACCEPT, "accept_unmeasured": False}
+        accuracies = {"before": {"forget": 100.0, "retain": 98.2, "test": 84.3}}
+        versions = {"versions": {**VERSIONS, "device": "cpu"}}
+        self("started", {"requests": list(requests), **settings, **sizes, **inputs, **accuracies, **versions}, number)
+
+    def resume(self, number: int) -> None:
+        """Append that a stopped run goes on."""
+        self("resumed", {"versions": {**VERSIONS, "device": "cpu"}}, number)
+
+    def fail(self, number: int, error: str) -> None:
+        """Append the end of a run whose only attempt failed."""
+        checks = [{**check("method", 0, 0, False, error), "value": None, "limit": None}]
+        self("failed", {"attempt": 1, "error": error}, number)
+        tried = [{"attempt": 1, "settings": SETTINGS, "checks": checks}]
+        self("rejected", {"attempts": tried, "checks": checks, "advice": [f"del failed: {error}"]}, number)
+
+    def _attempt(
+        self,
+        number: int,
+        attempt: int,
+        settings: dict[str, Any],
+        count: int,
+        earlier: Sequence[int],
+        drop: float,
+        ratio: float,
+    ) -> list[dict[str, Any]]:
+        """Append the steps of one attempt, and return its checks."""
+
+        def step(event: str, payload: dict[str, Any], seconds: float) -> None:
+            self(event, {"attempt": attempt, **payload, "seconds": seconds}, number)
+
+        folder = f"runs/{number:04d}/{attempt}"
+        if settings["method"] == "del":
+            mask = artefact(f"{folder}/mask.safetensors")
+            step("localized", {"mask": mask, "selected": 210_000, "total": 701_466, "channels": 913}, 2.4)
+        files = {"model": artefact(model_of(number, attempt)), "allowed": artefact(f"{folder}/allowed.safetensors")}
+        step("unlearned", {**files, "settings": settings, "losses": [0.4, 0.2]}, 61.7)
+        step("verified", {"changed": 209_871, "outside": 0}, 0.3)
+        found = figures(number, count, earlier, ratio)
+        step("audited", {"audit": artefact(f"{folder}/audit.json"), "figures": found}, 31.0)
+        advantage = found["sets"]["forget"]["attack_advantage"]
+        return [
+            check("outside_mask", 0, 0, True, "model"),
+            check("test_drop", drop, ACCEPT["test_drop"], where="test") | {"low": drop - 1, "high": drop + 1},
+            check("attack_advantage", advantage["value"], 0.1) | {"low": advantage["low"], "high": advantage["high"]},
+            check("relearn_ratio", ratio, ACCEPT["relearn_ratio"]) | {"low": ratio - 0.3, "high": ratio + 0.3},
+        ]
 
 
-def check(name: str, value: float, limit: float, held: bool | None = None, where: str | None = None) -> dict[str, Any]:
-    """Return one comparison with a threshold."""
-    return {
-        "name": name,
-        "value": value,
-        "limit": limit,
-        "held": value <= limit if held is None else held,
-        "set": where,
-    }
+def model_of(run: int, attempt: int = 1) -> str:
+    """Return the file of a run's model."""
+    return f"runs/{run:04d}/{attempt}/model.safetensors"
+
+
+def check(name: str, value: float, limit: float, held: bool | None = None, where: str = "forget") -> dict[str, Any]:
+    """Return one comparison with a threshold, without an interval."""
+    found = {"name": name, "value": value, "limit": limit, "held": value <= limit if held is None else held}
+    return {**found, "set": where, "low": None, "high": None}
 
 
 def figure(value: float, half: float, low: float = -math.inf, high: float = math.inf) -> dict[str, float]:
@@ -135,7 +199,7 @@ def figures(number: int, count: int, earlier: Sequence[int], ratio: float) -> di
         "retain": measured(4000, 97.4 - 0.3 * number),
         "test": measured(1000, 84.1 - 0.4 * number),
         "control": measured(500, 83.5 - 0.4 * number),
-        **{f"request {each}": measured(40, 70.0 + 0.8 * (number - each), 0.03) for each in earlier},
+        **{f"run {each}": measured(40, 70.0 + 0.8 * (number - each), 0.03) for each in earlier},
     }
     steps = [0, 5, 10, 20, 40]
     curves = {
@@ -143,10 +207,13 @@ def figures(number: int, count: int, earlier: Sequence[int], ratio: float) -> di
             "steps": steps,
             "accuracy": [65 + gain * (1 - math.exp(-step / 15)) for step in steps],
             "control": [[64 + shift + gain * (1 - math.exp(-step / 18)) for step in steps] for shift in (0, 1, 2)],
+            "loss": [1.2 - 0.01 * step for step in steps],
             "trained_on": size,
+            "measured": count - size,
+            "advantage": figure(1.0, 0.2),
             "ratio": figure(ratio, 0.3, 0),
         }
-        for name, gain, size in (("retain", 4, 3900), ("forget 10 %", 14, max(1, count // 10)))
+        for name, gain, size in (("retain", 4, 0), ("forget 10 %", 14, max(1, count // 10)))
     }
     return {
         "sets": sets,
@@ -154,7 +221,17 @@ def figures(number: int, count: int, earlier: Sequence[int], ratio: float) -> di
         "relearning": {**curves, "forget 1 %": {"left_out": f"1 % of {count} examples is less than one"}},
         "relearn_ratio": figure(ratio, 0.3, 0),
         "oracle": None,
-        "settings": {"seed": 0, "relearning": {"steps": 40, "lr": 0.01}},
+        "settings": {
+            "seed": 0,
+            "relearning": {
+                "steps": 40,
+                "lr": 0.01,
+                "batch_size": 64,
+                "fractions": [0.01, 0.1],
+                "every": 10,
+                "max_examples": 500,
+            },
+        },
         "seconds": {"inference": 4.0, "lira": 2.0, "relearning": 25.0},
     }
 
@@ -173,16 +250,26 @@ def example(*, hash_ids: bool = False, reason: str = "withdrawn consent, letter 
         found = names(first, count)
         return [f"hmac-sha256:{hexadecimal('key' + each)}" for each in found] if hash_ids else found
 
-    write("references", {"action": "added", "references": [artefact("references/0.safetensors")], "requests": []})
+    write.reference(1)
     write.receive(1, ids(0, 40), reason, "2026-04-01")
     write.run(1, [1], count=40)
     write.receive(2, ids(100, 25))
     write.receive(3, ids(200, 15), "wrong labels")
-    write.run(2, [2, 3], count=40, earlier=[1], before="models/0001.safetensors", drop=1.1)
+    write.run(2, [2, 3], count=40, earlier=[1], before=model_of(1), drop=1.1)
     write.receive(4, ids(300, 90), "an account was closed", "2026-03-20")
-    write.run(3, [4], count=90, earlier=[1, 2, 3], before="models/0002.safetensors", accepted=False, ratio=2.7)
+    write.run(3, [4], count=90, earlier=[1, 2], before=model_of(2), ratios=[2.7])
     write.receive(5, ids(400, 30))
-    write.run(4, [5], count=30, earlier=[1, 2, 3], before="models/0002.safetensors", drop=1.7, ratio=1.38)
-    write("purged", {"files": [{**artefact("models/0000.safetensors"), "why": "superseded"}]})
+    write.run(4, [5], count=30, earlier=[1, 2], before=model_of(2), drop=1.7, ratios=[2.2, 1.38])
+    write.purge("models/0000.safetensors", [1, 2, 3, 4, 5])
     write.receive(6, ids(500, 3), None, "2026-04-15")
     return write.entries
+
+
+def held() -> list[HeldFile]:
+    """Return files of the example that still hold requested examples."""
+    files = {
+        "references/0001.safetensors": ((1, 2, 3, 4, 5, 6), "reference 1, trained on some of them"),
+        model_of(2): ((4, 5, 6), "the model of run 2, which did not unlearn them"),
+        "runs/0004/1/mask.safetensors": ((5,), "the mask of run 4, chosen by them"),
+    }
+    return [HeldFile(file, hexadecimal(file), 4096, requests, why) for file, (requests, why) in files.items()]

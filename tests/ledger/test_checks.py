@@ -47,7 +47,7 @@ def test_all_hold() -> None:
         ({"test": {"accuracy": None}}, 90.0, "test_drop"),
         ({"forget": {"attack_advantage": figure(0.11)}}, 90.0, "attack_advantage"),
         ({"run_1": {"attack_advantage": figure(0.3)}}, 90.0, "attack_advantage"),
-        ({"run_1": {"attack_advantage": None}}, 90.0, "attack_advantage"),
+        ({"forget": {"attack_advantage": None}}, 90.0, "attack_advantage"),
         ({"relearn_ratio": figure(1.6, 1.2, 2.0)}, 90.0, "relearn_ratio"),
         ({"relearn_ratio": None}, 90.0, "relearn_ratio"),
     ],
@@ -55,6 +55,20 @@ def test_all_hold() -> None:
 def test_each_fails_alone(changes: dict[str, Any], first: float, name: str) -> None:
     found = held({"outside": 0}, audited(**changes), first)
     assert [each for each, holds in found.items() if not holds] == [name]
+
+
+def test_unmeasured_holds_where_the_run_was_told_so() -> None:
+    audit = audited(forget={"attack_advantage": None}, relearn_ratio=None)
+    checks = check_all(ACCEPT, 90.0, {"outside": 0}, audit, accept_unmeasured=True)
+    assert all(check.held for check in checks)
+    assert {check.name: check.set for check in checks}["attack_advantage"] == "run 1", "earlier sets still count"
+    audit = audited(forget={"attack_advantage": None}, run_1={"attack_advantage": figure(0.3)})
+    checks = check_all(ACCEPT, 90.0, {"outside": 0}, audit, accept_unmeasured=True)
+    assert [check.name for check in checks if not check.held] == ["attack_advantage"]
+
+
+def test_earlier_set_that_cannot_be_measured_is_left_out() -> None:
+    assert all(held({"outside": 0}, audited(run_1={"attack_advantage": None})).values())
 
 
 def test_entry_outside_the_mask() -> None:

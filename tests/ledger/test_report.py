@@ -19,7 +19,7 @@ from delfast.ledger import Entry, Ledger
 from delfast.ledger.report import HTML, MARKDOWN, make_report
 from delfast.ledger.report.history import KEPT_IDS, read_history
 from delfast.ledger.report.wording import interval, listed
-from tests.ledger.histories import Writer, artefact, example, hexadecimal, names
+from tests.ledger.histories import Writer, example, held, hexadecimal, model_of, names
 
 NASTY = "<script>alert(1)</script> {{ 7 * 7 }} `*_|\x1b[31m\n\u202e& https://elsewhere.example"
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def reported() -> tuple[str, str, Page]:
-    markdown, page = make_report(example())
+    markdown, page = make_report(example(), held())
     return markdown, page, Page(page)
 
 
@@ -91,7 +91,7 @@ def test_it_begins_with_the_answer_and_the_head(reported: Any) -> None:
         "In the 3 accepted runs, all thresholds held.",
         "Run 3 (request 4) was rejected: relearning ratio 2.70, limit 1.50. The model from before it was kept.",
         "Not carried out: requests 4, 6. The model in use was trained on these examples.",
-        "Worst figure of an accepted run: fall of test accuracy 1.70 points in run 4, limit 2.00 points.",
+        "Worst figure of an accepted run: fall of test accuracy 1.70 points, limit 2.00 points, in run 4.",
         "This report is evidence, not a certificate.",
         "Relearning ratio 1.50 3 of 4 runs 1.38 (run 4)",
         f"Head of the ledger, entry {len(example())}: {head}",
@@ -104,8 +104,8 @@ def test_it_begins_with_the_answer_and_the_head(reported: Any) -> None:
 def test_a_figure_whose_interval_passes_its_limit_is_not_called_safe(reported: Any) -> None:
     _, _, page = reported
     shown = words(page.shown)
-    # of three accepted runs, three intervals of the attack and one of the ratio reach above their limits
-    assert "For 4 of the 12 figures of these runs, the 95 % interval reaches above the limit" in shown
+    # of three accepted runs, those of three attacks, one ratio and two drops of accuracy
+    assert "For 6 of the 12 figures of these runs, the 95 % interval reaches above the limit" in shown
     assert "Limit 0.100: held. 95 % interval 0.000 to 0.125, which reaches above the limit." in shown
     assert "Limit 1.50: held. 95 % interval 0.80 to 1.40." in shown
 
@@ -121,49 +121,61 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
         "Together with request 3",
         "Examples to forget 40, and 4,420 to keep",
         "method del, budget 0.3, epochs 10, lr 0.015",
-        f"models/0001.safetensors, SHA-256 {hexadecimal('models/0001.safetensors')}",
-        f"models/0002.safetensors, SHA-256 {hexadecimal('models/0002.safetensors')}",
+        f"{model_of(1)}, SHA-256 {hexadecimal(model_of(1))}",
+        f"{model_of(2)}, SHA-256 {hexadecimal(model_of(2))}",
+        "Accuracy before forget set 100.0 %, retain set 98.2 %, test set 84.3 %",
         "210,000 of 701,466 parameters (29.9 %), localized on the examples of this run's requests",
-        hexadecimal("runs/0002/mask.safetensors"),
-        "209,871 entries changed, 0 outside the mask",
+        hexadecimal("runs/0002/1/mask.safetensors"),
+        "209,871 entries changed, 0 outside the mask and the head",
+        "Finetuned on retained examples alone: ratio 1.10 [0.80, 1.40].",
+        "Finetuned on retained examples and 10 % of the forget set (4 examples): ratio 1.10",
         "95.4 (localized 2.4, unlearned 61.7, verified 0.3, audited 31.0)",
-        "Accuracy on the test set fell by 1.10 points. Limit 2.00 points: held.",
-        "earlier: request 1",
+        "Accuracy on the test set is 1.10 points below that of the ledger's first model. Limit 2.00 points: held.",
+        "earlier: run 1",
         "No network was retrained without the forget set to compare with (KL).",
         "Relearning on forget 1 % was not measured",
         f"delfast ledger verify . --head {head}",
-        "delfast verify models/0001.safetensors models/0002.safetensors runs/0002/mask.safetensors",
+        f"delfast verify {model_of(1)} {model_of(2)} runs/0002/1/allowed.safetensors",
     ):
         assert text in second, text
-    assert "rejected" in fourth and "did not hold" in fourth and "a larger budget, 0.4 in place of 0.3" in fourth
-    assert "runs/0003/model.safetensors" in fourth
+    assert "rejected" in fourth and "did not hold" in fourth and "a larger budget" in fourth
+    assert model_of(3) in fourth
+    # an escalated run: both attempts are told apart
+    assert "Tried before method del, budget 0.3, epochs 10, lr 0.015: relearning ratio 2.20, limit 1.50" in fifth
+    assert "Settings method retrain, epochs 30, lr 0.1, weight_decay 0.0" in fifth and "Mask" not in fifth
+    assert "172.0 (unlearned 61.7, verified 0.3, audited 31.0)" not in fifth
+    assert "188.4 (unlearned 61.7, verified 0.3, audited 31.0)" in fifth
     assert "No run has taken this request" in sixth
     # the model before run 1 was purged, so it can no longer be compared
     assert "delfast verify models/0000" not in page.shown
-    assert "What still holds this request (5)" in fifth  # three models before run 4, its mask, and a reference
-    assert "### Request 4: rejected" in markdown and "What may help: a larger budget, 0.4 in place of 0.3" in markdown
-    assert f"```sh\ndelfast ledger verify . --head {head}\ndelfast verify models/0001" in markdown
+    assert "What still holds this request (3)" in fifth and "What still holds this request (1)" in second
+    assert "### Request 4: rejected" in markdown and "What failed, and what may help: a larger budget" in markdown
+    assert f"```sh\ndelfast ledger verify . --head {head}\ndelfast verify {model_of(1)}" in markdown
 
 
-def test_files_that_still_hold_a_request() -> None:
-    history = read_history(example())
-    held = {holder.file: holder.requests for holder in history.holders()}
-    assert "models/0000.safetensors" not in held  # purged
-    assert held["models/0001.safetensors"] == (2, 3, 4, 5, 6)
-    assert held["models/0002.safetensors"] == (4, 5, 6)
-    assert held["runs/0003/model.safetensors"] == (4, 5, 6)  # a rejected run's: request 4 counts as not carried out
-    assert held["models/0004.safetensors"] == (4, 6)  # the model in use
-    assert held["runs/0002/mask.safetensors"] == (2, 3)
-    assert held["references/0.safetensors"] == (1, 2, 3, 4, 5, 6)
+def test_files_that_still_hold_a_request_and_those_deleted(reported: Any) -> None:
+    markdown, _, page = reported
+    part = words(page.shown.split("What still holds requested examples")[1])
+    assert "references/0001.safetensors 1 to 6 reference 1, trained on some of them" in part
+    assert "Files that were deleted (1)" in part and "models/0000.safetensors" in part
+    assert "| references/0001.safetensors | 1 to 6 | reference 1, trained on some of them |" in markdown
 
 
-def test_retired_references_hold_nothing() -> None:
+def test_a_run_that_failed_and_one_that_was_abandoned() -> None:
     write = Writer()
     write.create()
-    for action, requests in (("added", []), ("retired", [1])):
-        write("references", {"action": action, "references": [artefact("references/0")], "requests": requests})
-        write.receive(len(requests) + 1, names(10 * len(requests), 2))
-    assert [holder.file for holder in read_history(write.entries).holders()] == ["models/0000.safetensors"]
+    write.receive(1, ["1"])
+    write.start(1, [1], count=1)
+    write.resume(1)
+    write.fail(1, "the loss is not finite")
+    write.receive(2, ["2"])
+    write.start(2, [1, 2], count=2)
+    write("rejected", {"attempts": [], "checks": [], "advice": ["it was abandoned"]}, 2)
+    _, text = make_report(write.entries, [])
+    shown = words(Page(text).shown)
+    assert "The method failed: the loss is not finite." in shown and "stopped and continued" in shown
+    assert "Run 2 (requests 1, 2) was rejected: it was stopped and then abandoned." in shown
+    assert "it runs, or it was stopped" not in shown
 
 
 def test_the_page_needs_nothing_else(reported: Any) -> None:
@@ -177,7 +189,7 @@ def test_the_page_needs_nothing_else(reported: Any) -> None:
 
 
 def test_free_text_is_shown_as_it_is() -> None:
-    markdown, text = make_report(undrawn(reason=NASTY))
+    markdown, text = make_report(undrawn(reason=NASTY), held())
     page = Page(text)
     assert page.scripts == [SORT.read_text(encoding="utf-8").strip()]
     plain = r"<script>alert(1)</script> {{ 7 * 7 }} `*_|\x1b[31m\n\u202e& https://elsewhere.example"
@@ -187,25 +199,25 @@ def test_free_text_is_shown_as_it_is() -> None:
 
 
 def test_hashed_identifiers_are_not_shown() -> None:
-    markdown, text = make_report(undrawn(hash_ids=True))
+    markdown, text = make_report(undrawn(hash_ids=True), held())
     for name in names(0, 40):
         assert hexadecimal("key" + name) not in text + markdown
     assert "hmac-sha256:" not in text + markdown and "The identifiers are stored as keyed hashes" in text
-    _, plain = make_report(undrawn())
+    _, plain = make_report(undrawn(), held())
     assert "IMG_00019.jpg and 20 more" in words(Page(plain).shown) and "IMG_00020" not in plain
 
 
 def test_an_empty_ledger() -> None:
     write = Writer()
     write.create()
-    markdown, text = make_report(write.entries)
+    markdown, text = make_report(write.entries, [])
     assert "No request has been received." in Page(text).shown and "No request has been received." in markdown
     assert write.entries[-1].hash in text and "<svg" not in text
 
 
 def test_a_run_without_a_verdict_is_running() -> None:
     entries = [entry for entry in undrawn() if not (entry.run == 4 and entry.event == "accepted")]
-    markdown, text = make_report(entries)
+    markdown, text = make_report(entries, held())
     assert "6 forget requests: 3 accepted, 1 rejected, 1 running, 1 pending." in markdown
     assert "The run has no result yet" in text
 
@@ -220,6 +232,18 @@ def without(entries: Sequence[Entry], change: Any) -> list[Entry]:
     return writer.entries
 
 
+def test_figures_that_a_run_accepted_unmeasured_are_not_called_held() -> None:
+    def change(event: str, payload: dict[str, Any]) -> None:
+        if event == "accepted":
+            payload["checks"][3].update(value=None, held=True, low=None, high=None)
+
+    _, text = make_report(without(undrawn(), change), held())
+    shown = words(Page(text).shown)
+    assert "In the 3 accepted runs, all thresholds held that were measured; 3 of 12 figures were not." in shown
+    assert "Relearning ratio: not measured on so few examples. The run was told to accept this." in shown
+    assert "Relearning ratio 1.50 0 of 4 runs" in shown
+
+
 def test_figures_that_were_not_measured_are_named() -> None:
     def change(event: str, payload: dict[str, Any]) -> None:
         if event == "audited":
@@ -231,12 +255,12 @@ def test_figures_that_were_not_measured_are_named() -> None:
         if event in ("accepted", "rejected"):
             for check in payload["checks"]:
                 if check["name"] in ("attack_advantage", "relearn_ratio"):
-                    check.update(value=None, limit=None)
+                    check.update(value=None, held=False, low=None, high=None)
 
-    _, text = make_report(without(example(), change))
+    _, text = make_report(without(example(), change), held())
     shown = words(Page(text).shown)
     for sentence in (
-        "Relearning ratio: not measured; not asked for.",
+        "Relearning ratio: not measured. Limit 1.50: did not hold.",
         "The attack was not measured",
         "No reference models: the per-example attack (LiRA) was not made.",
         "Relearning was not compared with networks that never saw the examples.",
@@ -247,8 +271,8 @@ def test_figures_that_were_not_measured_are_named() -> None:
 
 
 def test_a_method_without_a_mask_has_no_comparison_by_mask() -> None:
-    entries = [entry for entry in undrawn() if entry.event not in ("localized", "verified")]
-    _, text = make_report(entries)
+    entries = [entry for entry in undrawn() if entry.event not in ("localized", "unlearned", "verified")]
+    _, text = make_report(entries, held())
     assert "delfast verify" not in text and "Compared bit by bit" not in text
 
 
@@ -259,7 +283,7 @@ def test_many_requests_keep_a_bounded_page() -> None:
         write.receive(number, [f"id-{number}"])
     history = read_history(write.entries)
     assert history.requests[30].ids == () and history.requests[31].ids == ["id-31"]
-    _, text = make_report(write.entries)
+    _, text = make_report(write.entries, [])
     assert f"The newest {KEPT_IDS} requests. For the 30 before them" in text
     assert 'id="request-30"' not in text and 'id="request-31"' in text and 'href="#request-30"' not in text
 

@@ -94,6 +94,7 @@ def test_rejected_run_keeps_the_model(ledger: Ledger) -> None:
         assert [check.name for check in result.checks if not check.held] == ["relearn_ratio"]
         assert any("relearn_ratio" in line for line in result.advice)
         assert any("--escalate" in line for line in result.advice)
+        assert result.model == "models/0000.safetensors", "the model stays as it was"
         assert [request.status for request in opened.requests()] == ["rejected"]
     with reopened(ledger, accept=LENIENT) as opened:
         assert opened.run(device="cpu").accepted, "a rejected request stays open"
@@ -244,6 +245,11 @@ def test_purge_deletes_what_holds_accepted_requests(ledger: Ledger) -> None:
     assert ledger.purge_plan() == []
     ledger.run(device="cpu")
     plan = ledger.purge_plan()
+    with Ledger.open(ledger.path) as other:  # without the job nobody knows which examples a reference saw
+        assert [each.requests for each in other.holding()] == [each.requests for each in ledger.holding()]
+        assert "may have seen some of them" in other.holding()[-1].why
+        with pytest.raises(InputError, match="expected the job of the ledger"):
+            other.purge_plan()
     assert {each.file for each in plan} == {
         "models/0000.safetensors",
         "runs/0001/1/mask.safetensors",
@@ -310,8 +316,9 @@ def test_run_by_command(ledger: Ledger) -> None:
     own = [str(ledger.path), "--job", str(ledger.job.path)]
     done = subprocess.run([*command, "run", *own, "--device", "cpu"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "test_drop of 'test'" in done.stdout and "run 1: accepted" in done.stdout
+    assert "test_drop: Accuracy on the test set is" in done.stdout and "run 1: accepted" in done.stdout
     assert f"head: {ledger.head}" in done.stdout
+    assert f"the model in use: {ledger.path / 'runs/0001/1/model.safetensors'}" in done.stdout
     done = subprocess.run([*command, "purge", *own], capture_output=True, text=True, check=True)
     assert "5 files; --yes deletes them" in done.stdout
     done = subprocess.run([*command, "purge", *own, "--yes"], capture_output=True, text=True, check=True)

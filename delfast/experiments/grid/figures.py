@@ -1,18 +1,21 @@
-"""The paper's figures 2 to 4: strategies by budget, and strategies by method. PNG files, drawn without a display."""
+"""Figures of a grid's report: the answer, and the paper's figures 2 to 4. Drawn without a display."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Affine2D
 
+from delfast.experiments.grid.answer import ONE_SEED, Standing, cost
 from delfast.experiments.grid.summary import Mean, Row
-from delfast.experiments.reports.plots import INK, save_figure
+from delfast.experiments.reports.plots import COLOURS, INK
 
 # Okabe & Ito's palette (https://jfly.uni-koeln.de/color); lines differ in marker, dash and fill too, bars in hatch
 STYLES = [
@@ -30,7 +33,114 @@ GAPS = {
 }
 
 
-def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
+AREAS = (25.0, 260.0)  # square points of a marker: of no time, and of the longest time in the figure
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # intervals may cross a label
+NEAR = 10.0  # points between two markers below which they share a label
+
+
+def plot_answer(ranked: Sequence[Standing]) -> Figure:
+    """Draw the gap in forgetting against the gap in test accuracy: a numbered point for each method, the oracle at 0.
+
+    The area of a point grows with the method's time. Methods whose points are close share a label.
+    """
+    figure = Figure(figsize=(5.4, 4.4))
+    figure.subplots_adjust(left=0.11, right=0.98, top=0.98, bottom=0.24)  # fixed, so that distances on paper are known
+    axes = figure.add_subplot()
+    longest = max((cost(each) for each in ranked if math.isfinite(cost(each))), default=0.0)
+    for name, (colour, marker, fill) in KINDS.items():
+        chosen = [each for each in ranked if _kind(each) == name]
+        if not chosen:
+            continue
+        across, up = [each.row["delta_test"] for each in chosen], [each.gap for each in chosen]
+        axes.errorbar(
+            [mean.value for mean in across],
+            [mean.value for mean in up],
+            xerr=_bars(across, least=-100),
+            yerr=_bars(up, least=0),
+            fmt="none",
+            ecolor="#b5b5b5",
+            elinewidth=1,
+            zorder=1,
+        )
+        axes.scatter(
+            [mean.value for mean in across],
+            [mean.value for mean in up],
+            s=[_area(cost(each), longest) for each in chosen],
+            marker=marker,
+            facecolors=colour if fill else "none",
+            edgecolors=colour,
+            linewidths=1.4,
+            alpha=0.85,
+            zorder=2,
+        )
+        axes.scatter([], [], s=45, marker=marker, facecolors=colour if fill else "none", edgecolors=colour, label=name)
+    axes.scatter([0], [0], s=160, marker="*", color=INK, zorder=3, label="oracle")
+    axes.axhline(0, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_xlabel("oracle's test accuracy - the method's (points)")
+    axes.set_ylabel("largest gap to the oracle (points)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.1)  # room for the labels of points at the top
+    figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=9)
+    _number(axes, ranked)
+    return figure
+
+
+KINDS = {  # colour, marker, whether it is filled
+    "nearest, or a tie with it": (COLOURS[1], "o", True),
+    "farther": (COLOURS[0], "s", True),
+    "one seed": (COLOURS[2], "^", False),
+    "not unlearned": ("#000000", "X", True),
+}
+
+
+def _kind(standing: Standing) -> str:
+    """Return the name of the kind of point, in KINDS."""
+    if standing.is_original:
+        return "not unlearned"
+    if standing.verdict == ONE_SEED or standing.gap.seeds < 2:
+        return "one seed"
+    return "nearest, or a tie with it" if standing.is_best else "farther"
+
+
+def _area(time: float, longest: float) -> float:
+    least, most = AREAS
+    return least + (most - least) * time / longest if math.isfinite(time) and longest > 0 else least
+
+
+def _number(axes: Any, ranked: Sequence[Standing]) -> None:
+    """Write the methods' places beside their points; points that are close are joined and share one label."""
+    axes.autoscale_view()  # settles the limits
+    groups: list[tuple[list[int], Any]] = []
+    centres = []
+    for place, standing in enumerate(ranked, 1):
+        point = (standing.row["delta_test"].value, standing.gap.value)
+        centres.append(axes.transData.transform(point) * 72 / axes.figure.dpi)  # in points, as the sizes of text
+        near = next((group for group in groups if np.linalg.norm(group[1] - centres[-1]) < NEAR), None)
+        if near is None:
+            groups.append(([place], centres[-1]))
+        else:
+            near[0].append(place)
+    frame = axes.get_window_extent().transformed(Affine2D().scale(72 / axes.figure.dpi))
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
+    for places, (x, y) in groups:
+        text = ", ".join(map(str, places))
+        width, height = 5.2 * len(text), 9.0
+        sides = [(x + across, y + up) for up in (3, -12, 14, -22) for across in (8, -8 - width)]
+        boxes = [(left, low, left + width, low + height) for left, low in sides]
+        inside = [box for box in boxes if box[0] >= frame.x0 and box[2] <= frame.x1 and box[3] <= frame.y1] or boxes
+        box = next((box for box in inside if not any(_overlap(box, other) for other in taken)), inside[0])
+        taken.append(box)
+        offset = (box[0] - x, box[1] - y)
+        point = axes.transData.inverted().transform((x * axes.figure.dpi / 72, y * axes.figure.dpi / 72))
+        axes.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=9, path_effects=HALO, zorder=4)
+
+
+def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+
+
+def plot_budgets(rows: Sequence[Row], title: str) -> Figure:
     """Draw the gaps to the oracle by budget: a line for each strategy, with 95 % intervals. The oracle is at 0."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     budgets = sorted({100 * row["budget"] for row in rows})
@@ -57,10 +167,10 @@ def plot_budgets(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.set_title(label, fontsize=11)
         axes.set_xlabel("budget (percent of the parameters)")
     panels[0].set_ylabel("oracle - method (points)")
-    _save(figure, panels, path)
+    return _with_legend(figure, panels)
 
 
-def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
+def plot_methods(rows: Sequence[Row], title: str) -> Figure:
     """Draw the sizes of the gaps to the oracle: a group of bars for each method, a bar for each of its strategies."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -91,7 +201,7 @@ def plot_methods(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.set_xticks(middles, methods, rotation=30, ha="right", fontsize=8)
         axes.set_xlabel("method")
     panels[0].set_ylabel("size of oracle - method (points)")
-    _save(figure, panels, path)
+    return _with_legend(figure, panels)
 
 
 def _panels(title: str) -> tuple[Figure, Any]:
@@ -105,11 +215,11 @@ def _panels(title: str) -> tuple[Figure, Any]:
     return figure, panels
 
 
-def _save(figure: Figure, panels: Any, path: Path) -> None:
-    """Write the figure with one legend for all panels."""
+def _with_legend(figure: Figure, panels: Any) -> Figure:
+    """Add one legend for all panels."""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    save_figure(figure, path)
+    return figure
 
 
 def _bars(means: Sequence[Mean], least: float) -> list[list[float]]:

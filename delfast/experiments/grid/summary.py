@@ -46,6 +46,11 @@ class Mean:
     def __str__(self) -> str:
         return f"{self.value:.2f}" if math.isnan(self.half) else f"{self.value:.2f} ± {self.half:.2f}"
 
+    @property
+    def signed(self) -> str:
+        """The text with a sign, for differences."""
+        return f"{'+' if self.value >= 0 else ''}{self}"
+
 
 def mean(values: Sequence[float]) -> Mean:
     """The mean, with Student's t of n - 1 degrees of freedom times the standard error (Student 1908)."""

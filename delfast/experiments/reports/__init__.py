@@ -9,6 +9,7 @@ with extra("delfast.experiments.reports"):
         markdown_table,
         markdown_text,
         method_rows,
+        selection_words,
         terminal_table,
         terminal_text,
     )
@@ -19,6 +20,7 @@ __all__ = [
     "markdown_table",
     "markdown_text",
     "method_rows",
+    "selection_words",
     "terminal_table",
     "terminal_text",
 ]

@@ -30,7 +30,8 @@ def render(package: str, template: str, **values: Any) -> str:
 
     Templates of ``package`` may extend and import those of ``SHARED``.
     """
-    return _environment(package, template.endswith(".html")).get_template(template).render(**values).strip() + "\n"
+    environment = _environment(package, template.endswith(".html"))
+    return environment.get_template(template).render(script=Markup(own_script()), **values).strip() + "\n"
 
 
 @lru_cache
@@ -44,6 +45,7 @@ def _environment(package: str, is_html: bool) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["table"] = _table_in_markdown
+    environment.filters["anchor"] = anchor
     environment.filters["code"] = _code_in_markdown
     return environment
 
@@ -65,6 +67,17 @@ def _table_in_markdown(rows: list[list[str]], columns: list[str]) -> Markup:
 def _code_in_markdown(text: str) -> Markup:
     """Return text for a line of a fenced block, where Markdown has no escapes."""
     return Markup(printable(text))
+
+
+def own_script() -> str:
+    """Return the one script of a page, with its tags."""
+    template = _environment(SHARED, True).get_template("sort.js")
+    return f"<script>\n{template.render()}\n</script>"
+
+
+def anchor(text: str) -> str:
+    """Return text as an id of HTML: letters, digits and hyphens."""
+    return "".join(character if character.isalnum() else "-" for character in text)
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from delfast.errors import printable
+from delfast.mask import LayerRow
 
 FIELDS = {
     "forget_acc": "forget acc",
@@ -38,6 +39,32 @@ def method_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         + [f"{sum(values['seconds'].values()):.1f}" if "seconds" in values else ""]
         for name, values in methods.items()
     ]
+
+
+def selection_words(rows: Sequence[LayerRow]) -> str:
+    """Sentences on which layers a mask selects whole, and on the shares of the first and the second half of the layers.
+
+    rows: as ``Mask.table`` returns them; parameters without channels are left out.
+    """
+    layers = [row for row in rows if row.of_channels]
+    whole = [row.name for row in layers if row.channels == row.of_channels]
+    first, second = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+    early, late = (_share_of_channels(half) for half in (first, second))
+    names = f": {', '.join(whole)}" if whole else ""
+    text = f"Of {len(layers)} layers, {len(whole)} {'is' if len(whole) == 1 else 'are'} selected whole{names}."
+    if first and second:
+        text += f" From the input on, {early:.0f} % of the channels of the first half of the layers are selected, and "
+        text += f"{late:.0f} % of the second half."
+        if early > late and sum(row.total for row in first) < sum(row.total for row in second):
+            text += (
+                " So it is mainly the early layers that are selected. They have fewer parameters than the late ones, "
+                "and the budget counts parameters: all of their channels take little of it."
+            )
+    return text + " A layer that is selected whole is reset and trained again entirely."
+
+
+def _share_of_channels(layers: Sequence[LayerRow]) -> float:
+    return 100 * sum(row.channels for row in layers) / max(1, sum(row.of_channels for row in layers))
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from delfast.ledger.report import plots, wording
-from delfast.ledger.report.history import Run
+from delfast.ledger.report.history import Run, is_forget_set
 from delfast.ledger.requests import ACCEPTED
 
 Rows = list[list[str]]
@@ -53,8 +53,8 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
             plots.draw_reversal(audited, worst, returns),
             "Reversal: accuracy on every forget set, from its own run on. A rise from run to run is a sign that it "
             "comes back.",
-            "So is a line above the dotted one.",
-            ["request", "first run", "accuracy then, %", "newest run", "accuracy now, %", "rise, points"],
+            "A line far above the dotted one is a sign that the examples are still known.",
+            ["forget set of", "first run", "accuracy then, %", "newest run", "accuracy now, %", "rise, points"],
             [
                 [
                     name,
@@ -66,12 +66,17 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
         ),
         Drawing(
             plots.draw_attack(audited),
-            "Attack: how well an attacker separates the forget set from never-seen examples. 0 is guessing, 1 is "
-            "always right.",
+            "Attack: how well an attacker separates a forget set from never-seen examples. 0 is guessing, 1 is always "
+            "right. The limit is for the largest of all forget sets so far.",
             "",
-            ["run", "status", "attack advantage", "limit"],
+            ["run", "status", "its forget set", "largest of all", "limit"],
             [
-                [*_run_cells(run), _set(run, "forget", "attack_advantage", 3), _limit(run, "attack_advantage")]
+                [
+                    *_run_cells(run),
+                    _set(run, "forget", "attack_advantage", 3),
+                    wording.interval(run.largest_attack, 3),
+                    _limit(run, "attack_advantage"),
+                ]
                 for run in audited
             ],
         ),
@@ -87,20 +92,14 @@ def figures_of(runs: list[Run]) -> list[Drawing]:
 
 
 def _returns(runs: list[Run]) -> dict[str, list[tuple[int, float]]]:
-    """Return, for every accepted forget set, the accuracy on it at its own run and at each later accepted run.
-
-    Requests of one run have one line until a later audit measures them one by one.
-    """
+    """Return, for the forget set of every accepted run, its accuracy at that run and at each later accepted one."""
     found: dict[str, list[tuple[int, float]]] = {}
     for run in (run for run in runs if run.status == ACCEPTED):
         assert run.figures is not None  # the caller's runs are audited
-        sets = run.figures["sets"]
-        for name, measured in sets.items():
-            if name not in ("forget", "retain", "test", "control") and measured["accuracy"] is not None:
-                found.setdefault(name, []).append((run.number, measured["accuracy"]["value"]))
-        if sets["forget"]["accuracy"] is not None:
-            for number in run.requests:
-                found[f"request {number}"] = [(run.number, sets["forget"]["accuracy"]["value"])]
+        for name, measured in run.figures["sets"].items():
+            if measured["accuracy"] is not None and is_forget_set(name):
+                own = f"run {run.number}" if name == "forget" else name
+                found.setdefault(own, []).append((run.number, measured["accuracy"]["value"]))
     return found
 
 
@@ -120,4 +119,4 @@ def _ratio(run: Run) -> str:
 
 def _limit(run: Run, name: str) -> str:
     check = run.asked(name)
-    return "" if check is None else f"{check['limit']:g}"
+    return "" if check is None else f"{check.limit:g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from delfast.ledger.report.figures import figures_of
 from delfast.ledger.report.history import KEPT_IDS, STATUSES, History, Run, TakenRequest, read_history
 from delfast.ledger.report.sections import SET_COLUMNS, section_of
 from delfast.ledger.requests import ACCEPTED, PENDING, REJECTED
+from delfast.ledger.results import HeldFile
 from delfast.ledger.store import Entry
+from delfast.ledger.words import THRESHOLDS, amount, failure, is_unsure, verdict
 
 HTML, MARKDOWN = "report.html", "report.md"
 SHOWN_REQUESTS = KEPT_IDS  # requests with a section; the page names the command for older ones
@@ -24,27 +26,30 @@ SHOWN_CURVES = 10  # runs with drawn relearning curves, the newest: a drawing ta
 Rows = list[list[str]]
 
 
-def write_report(entries: Iterable[Entry], output_dir: Path) -> None:
-    """Write ``report.html`` and ``report.md`` of a ledger's entries, in order, to a directory."""
-    markdown, page = make_report(entries)
+def write_report(entries: Iterable[Entry], holding: Sequence[HeldFile], output_dir: Path) -> None:
+    """Write ``report.html`` and ``report.md`` of a ledger's entries, in order, to a directory.
+
+    ``holding``: the files that still hold requested examples.
+    """
+    markdown, page = make_report(entries, holding)
     make_output_dir(output_dir)
     write_text(output_dir / MARKDOWN, markdown)
     write_text(output_dir / HTML, page)
 
 
-def make_report(entries: Iterable[Entry]) -> tuple[str, str]:
+def make_report(entries: Iterable[Entry], holding: Sequence[HeldFile]) -> tuple[str, str]:
     """Return the report of a ledger's entries as Markdown and as HTML."""
-    values = _values(read_history(entries))
+    values = _values(read_history(entries), holding)
     return render("delfast.ledger.report", "ledger.md", **values), render(
         "delfast.ledger.report", "ledger.html", **values
     )
 
 
-def _values(history: History) -> dict[str, Any]:
+def _values(history: History, holding: Sequence[HeldFile]) -> dict[str, Any]:
     """Return everything that the templates print."""
     requests = list(history.requests.values())
     runs = list(history.runs.values())
-    created, holders = history.created, history.holders()
+    created = history.created
     drawn = {run.number for run in [run for run in runs if run.figures is not None][-SHOWN_CURVES:]}
     return {
         "name": "" if created is None else created.payload["job"]["name"],
@@ -56,13 +61,11 @@ def _values(history: History) -> dict[str, Any]:
         "about": _about(history),
         "timeline": [_timeline_row(request) for request in requests[-SHOWN_ROWS:]],
         "figures": figures_of(runs),
-        "sections": [section_of(request, history, holders, drawn) for request in requests[-SHOWN_REQUESTS:]],
+        "sections": [section_of(request, history, holding, drawn) for request in requests[-SHOWN_REQUESTS:]],
         "left_out": max(0, len(requests) - SHOWN_REQUESTS),
         "left_out_rows": max(0, len(requests) - SHOWN_ROWS),
-        "holders": [
-            [holder.file, holder.kind, wording.listed(holder.requests), holder.why, f"{holder.digest[:16]}…"]
-            for holder in holders
-        ],
+        "holders": [[held.file, wording.listed(held.requests), held.why, f"{held.digest[:16]}…"] for held in holding],
+        "purged": [[file, wording.date(time)] for file, time in history.purged.items()],
         "set_columns": SET_COLUMNS,
         "wording": wording,
         "version": __version__,
@@ -99,14 +102,9 @@ def _kept(accepted: list[Run]) -> list[str]:
     """Return sentences on the thresholds in accepted runs."""
     if not accepted:
         return []
-    checks = [(run, check) for run in accepted for check in run.checks if check["limit"] is not None]
-    broken = sum(not check["held"] for _, check in checks)
-    unsure = sum(wording.is_unsure(check, run.measured(check)) for run, check in checks)
-    if not checks:
-        result = "no threshold was asked for"
-    else:
-        result = f"{broken} of {len(checks)} thresholds did not hold" if broken else "all thresholds held"
-    sentences = [f"In the {wording.counted(len(accepted), 'accepted run')}, {result}."]
+    checks = [check for run in accepted for check in run.checks]
+    unsure = sum(is_unsure(check) for check in checks)
+    sentences = [f"In the {wording.counted(len(accepted), 'accepted run')}, {verdict(checks)}."]
     if unsure:
         sentences.append(
             f"For {unsure} of the {len(checks)} figures of these runs, the 95 % interval reaches above the limit: the "
@@ -116,13 +114,8 @@ def _kept(accepted: list[Run]) -> list[str]:
 
 
 def _rejection(run: Run) -> str:
-    """One sentence on a rejected run: the thresholds that did not hold."""
-    failed = []
-    for check in run.checks:
-        if check["limit"] is not None and not check["held"]:
-            threshold = wording.THRESHOLDS[check["name"]]
-            value, limit = (wording.amount(check[name], threshold) for name in ("value", "limit"))
-            failed.append(f"{threshold.title.lower()} {value}, limit {limit}")
+    """One sentence on a rejected run: what did not hold."""
+    failed = [failure(check) for check in run.checks if not check.held] or ["it was stopped and then abandoned"]
     requests = wording.requests(run.requests)
     return f"Run {run.number} ({requests}) was rejected: {'; '.join(failed)}. The model from before it was kept."
 
@@ -130,15 +123,17 @@ def _rejection(run: Run) -> str:
 def _thresholds(runs: list[Run]) -> Rows:
     """A row for each threshold: its newest limit, how often it held, and the largest figure of an accepted run."""
     rows = []
-    for name, threshold in wording.THRESHOLDS.items():
+    for name, threshold in THRESHOLDS.items():
         asked = [(run, check) for run in runs if (check := run.asked(name)) is not None]
-        measured = [(run, check) for run, check in asked if check["value"] is not None and run.status == ACCEPTED]
         if not asked:
             continue
-        held = sum(bool(check["held"]) for _, check in asked)
-        worst = max(measured, key=lambda pair: pair[1]["value"], default=None)
-        largest = "" if worst is None else f"{wording.amount(worst[1]['value'], threshold)} (run {worst[0].number})"
-        limit = wording.amount(asked[-1][1]["limit"], threshold)
+        values = [
+            (check.value, run.number) for run, check in asked if run.status == ACCEPTED and check.value is not None
+        ]
+        value, number = max(values, default=(None, 0))
+        largest = "" if value is None else f"{amount(value, threshold)} (run {number})"
+        held = sum(check.held and check.value is not None for _, check in asked)
+        limit = amount(asked[-1][1].limit, threshold)
         rows.append([threshold.title, limit, f"{held} of {wording.counted(len(asked), 'run')}", largest])
     return rows
 
@@ -146,19 +141,16 @@ def _thresholds(runs: list[Run]) -> Rows:
 def _worst(runs: list[Run]) -> str:
     """One sentence: the figure of an accepted run that is the farthest from its best value, measured by its limit."""
     found = [
-        ((check["value"] - threshold.best) / (check["limit"] - threshold.best), run, check, threshold)
-        for name, threshold in wording.THRESHOLDS.items()
+        ((check.value - THRESHOLDS[check.name].best) / (check.limit - THRESHOLDS[check.name].best), run.number, check)
         for run in runs
         if run.status == ACCEPTED
-        and (check := run.asked(name)) is not None
-        and check["value"] is not None
-        and check["limit"] > threshold.best
+        for check in run.checks
+        if check.value is not None and check.limit is not None and check.limit > THRESHOLDS[check.name].best
     ]
     if not found:
         return ""
-    _, run, check, threshold = max(found, key=lambda each: each[0])
-    value, limit = (wording.amount(check[name], threshold) for name in ("value", "limit"))
-    return f"Worst figure of an accepted run: {threshold.title.lower()} {value} in run {run.number}, limit {limit}."
+    _, number, check = max(found, key=lambda each: each[:2])
+    return f"Worst figure of an accepted run: {failure(check)}, in run {number}."
 
 
 def _about(history: History) -> list[tuple[str, str]]:
@@ -171,15 +163,24 @@ def _about(history: History) -> list[tuple[str, str]]:
         ("Training set", f"{payload['examples']:,} examples, digest {payload['data']}"),
         ("First model", f"{payload['model']['file']}, digest {payload['model']['digest']}"),
         ("Identifiers", "stored as keyed hashes (HMAC)" if payload["hash_ids"] else "stored as they were given"),
+        ("References", _references(history)),
         ("Created", wording.date(history.created.time)),
         ("Newest entry", f"number {history.entry_count:,}, {wording.date(history.last_time)}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in payload["versions"].items())),
     ]
 
 
+def _references(history: History) -> str:
+    """Return how many reference models there are, and how many were deleted."""
+    if not history.references:
+        return "none; the per-example attack and the relearning ratio need them"
+    gone = len(history.references & history.purged.keys())
+    return f"{len(history.references) - gone}" + (f", and {gone} that were deleted" if gone else "")
+
+
 def _timeline_row(request: TakenRequest) -> list[str]:
     run = request.runs[-1] if request.runs else None
-    decided = "" if run is None or run.status not in run.times else wording.date(run.times[run.status])
+    decided = "" if run is None or not run.decided else wording.date(run.decided)
     return [
         str(request.number),
         wording.date(request.time),

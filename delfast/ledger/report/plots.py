@@ -10,13 +10,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from delfast.experiments.reports.pages import inline_svg
+from delfast.experiments.reports.pages import anchor, inline_svg
 from delfast.experiments.reports.plots import COLOURS, INK
 from delfast.ledger.report.history import Run
 from delfast.ledger.requests import ACCEPTED
 
 SIZE = (4.6, 3.0)  # inches: two panels side by side at 1280 pixels, one at 390; text of 9 points is legible in both
-NAMED = 4  # lines of single requests that get a colour and a name; more cannot be told apart
+NAMED = 4  # lines of single forget sets that get a colour and a name; more cannot be told apart
 Interval = Mapping[str, float | None]
 
 
@@ -36,7 +36,7 @@ def draw_reversal(
     figure, axes = _panel("run", "accuracy (percent)")
     others = [name for name in returns if name not in worst]
     for name in others:
-        label = "other requests" if name == others[0] else None
+        label = "other forget sets" if name == others[0] else None
         axes.plot(*zip(*returns[name], strict=True), color="#b5b5b5", linewidth=0.9, marker=".", label=label)
     for position, name in enumerate(worst):
         style = {"color": COLOURS[position], "marker": "os^D"[position], "markersize": 4.5, "linewidth": 1.3}
@@ -49,12 +49,13 @@ def draw_reversal(
 
 
 def draw_attack(runs: Sequence[Run]) -> Markup:
-    """Draw the attack advantage on each run's own forget set, and its limit."""
+    """Draw the attack advantage on each run's own forget set, the largest on all forget sets, and its limit."""
     figure, axes = _panel("run", "attack advantage")
+    _points(axes, [(run, run.largest_attack) for run in runs], COLOURS[0], "s", "largest of all forget sets")
     _points(axes, [(run, _measure(run, "forget", "attack_advantage")) for run in runs], COLOURS[1], "o", "forget set")
     _limit(axes, runs, "attack_advantage")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    return _finish(figure, axes, "attack", "Attack advantage on each run's own forget set")
+    return _finish(figure, axes, "attack", "Attack advantage on each run's own forget set, and the largest on all")
 
 
 def draw_ratios(runs: Sequence[Run]) -> Markup:
@@ -73,6 +74,8 @@ def draw_relearning(run: Run, name: str, curves: Mapping[str, Any]) -> Markup:
         label = "never saw the examples" if position == 0 else None
         axes.plot(curves["steps"], control, color=COLOURS[0], linestyle="--", linewidth=1.1, label=label)
     axes.plot(curves["steps"], curves["accuracy"], color=COLOURS[1], linewidth=1.8, marker="o", label="the model")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2), min(high, 102))  # an axis of equal values would go beyond 100 percent
     label = f"Relearning on {name}: accuracy on the forget set by step"
     return _finish(figure, axes, f"run{run.number}-{name}", label)
 
@@ -129,7 +132,7 @@ def _length(interval: Interval, end: str) -> float:
 
 def _limit(axes: Any, runs: Sequence[Run], name: str) -> None:
     """Draw a threshold's limit by run: it may change between runs."""
-    limits = [(run.number, check["limit"]) for run in runs for check in run.checks if check["name"] == name]
+    limits = [(run.number, check.limit) for run in runs for check in run.checks if check.name == name]
     known = [(number, limit) for number, limit in limits if limit is not None]
     if known:
         axes.step(*zip(*known, strict=True), where="mid", color="#a11212", linestyle="--", linewidth=1.1, label="limit")
@@ -139,4 +142,4 @@ def _limit(axes: Any, runs: Sequence[Run], name: str) -> None:
 
 def _finish(figure: Figure, axes: Any, name: str, label: str) -> Markup:
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, fontsize=8.5)
-    return inline_svg(figure, "".join(c if c.isalnum() else "-" for c in name), label)
+    return inline_svg(figure, anchor(name), label)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from delfast.ledger.report import plots, wording
-from delfast.ledger.report.history import History, Holder, Run, TakenRequest
-from delfast.ledger.requests import REJECTED
+from delfast.ledger.report.history import History, Run, TakenRequest
+from delfast.ledger.results import HeldFile
+from delfast.ledger.words import check_sentence, failure
 
 SHOWN_IDS = 20  # identifiers of a request
 Rows = list[list[str]]
@@ -30,7 +31,7 @@ class Section:
     commands: list[str]
 
 
-def section_of(request: TakenRequest, history: History, holders: list[Holder], drawn: set[int]) -> Section:
+def section_of(request: TakenRequest, history: History, holding: Sequence[HeldFile], drawn: set[int]) -> Section:
     """Return the part on one request; ``drawn``: numbers of the runs whose relearning curves are drawn."""
     hashed = history.created is not None and history.created.payload["hash_ids"]
     return Section(
@@ -45,7 +46,7 @@ def section_of(request: TakenRequest, history: History, holders: list[Holder], d
         ids=[] if hashed else list(request.ids[:SHOWN_IDS]),
         ids_left_out=0 if hashed else max(0, request.count - SHOWN_IDS),
         runs=[_run(run, request, run.number in drawn) for run in reversed(request.runs)],
-        holders=[[holder.file, holder.kind, holder.why] for holder in holders if request.number in holder.requests],
+        holders=[[held.file, held.why] for held in holding if request.number in held.requests],
         commands=[f"delfast ledger verify . --head {history.head}", *_commands(request, history)],
     )
 
@@ -54,69 +55,67 @@ def _commands(request: TakenRequest, history: History) -> list[str]:
     """Return the commands that compare the models before and after each of the request's runs."""
     commands = []
     for run in request.runs:
-        parts = [
-            run.artefact("started", "model"),
-            run.artefact("unlearned", "model"),
-            run.artefact("localized", "mask"),
-        ]
+        parts = [run.started["model"], run.artefact("unlearned", "model"), run.artefact("unlearned", "allowed")]
         files = [part["file"] for part in parts if part is not None]
-        if len(files) == len(parts) and not history.purged.intersection(files):
+        if len(files) == len(parts) and not history.purged.keys() & set(files):
             commands.append(f"delfast verify {' '.join(files)}")
     return commands
 
 
 def _run(run: Run, request: TakenRequest, is_drawn: bool) -> dict[str, Any]:
     """Return what the page says on one run of a request."""
-    started, figures = run.steps["started"], run.figures
-    others = [number for number in run.requests if number != request.number]
-    mask = run.steps.get("localized")
-    before, after = run.artefact("started", "model"), run.artefact("unlearned", "model")
-    settings = (run.steps.get("unlearned") or started).get("settings", started["settings"])
-    verified = run.steps.get("verified")
-    facts = [
-        ("Started", f"{wording.date(run.time)} UTC"),
-        ("Together with", wording.requests(others) if others else "no other request"),
-        ("Examples to forget", f"{started['forget']:,}, and {started['retain']:,} to keep"),
-        (
-            "Settings",
-            ", ".join(f"{name} {settings[name]}" for name in sorted(settings, key=lambda n: (n != "method", n))),
-        ),
-        ("Model before", _artefact(before)),
-        ("Model after", _artefact(after)),
-    ]
-    if mask is not None:
-        share = 100 * mask["selected"] / mask["total"]
-        size = f"{mask['selected']:,} of {mask['total']:,} parameters ({share:.1f} %)"
-        examples = "all requests so far" if started["localize_on"] == "all" else "this run's requests"
-        facts.append(("Mask", f"{size}, localized on the examples of {examples}; {_artefact(mask['mask'])}"))
-    if verified is not None:
-        facts.append(
-            (
-                "Compared bit by bit",
-                f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask",
-            )
-        )
-    steps = [
-        f"{name} {payload['seconds']:.1f}" for name, payload in run.steps.items() if payload.get("seconds") is not None
-    ]
-    facts.append(("Seconds", f"{run.seconds:.1f} ({', '.join(steps)})"))
-    facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in started["versions"].items())))
+    figures = run.figures
     return {
         "number": run.number,
         "status": run.status,
-        "facts": facts,
-        "decided": wording.date(run.times[run.status]) if run.status in run.times else "",
-        "sentences": [wording.check_sentence(check, run.measured(check)) for check in run.checks],
+        "facts": _facts(run, request),
+        "decided": wording.date(run.decided) if run.decided else "",
+        "sentences": [check_sentence(check) for check in run.checks],
         "missing": [] if figures is None else wording.missing(figures),
-        "advice": run.steps.get(REJECTED, {}).get("advice", []),
+        "advice": run.result.get("advice", []),
         "sets": [] if figures is None else _set_rows(figures),
         "classes": _class_rows((figures or {}).get("classes") or {}),
         "curves": _curves(run) if is_drawn and request.number == run.requests[0] else [],
     }
 
 
-def _method_first(settings: Mapping[str, Any]) -> list[str]:
-    return sorted(settings, key=lambda name: (name != "method", name))
+def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
+    """Return the facts of one run, each with its name."""
+    started = run.started
+    others = [number for number in run.requests if number != request.number]
+    facts = [
+        ("Started", f"{wording.date(run.time)} UTC" + (", stopped and continued" if run.resumed else "")),
+        ("Together with", wording.requests(others) if others else "no other request"),
+        ("Examples to forget", f"{started['forget']:,}, and {started['retain']:,} to keep"),
+    ]
+    for settings, checks in run.earlier_checks:
+        failed = "; ".join(failure(check) for check in checks if not check.held)
+        facts.append(("Tried before", f"{_settings(settings)}: {failed}"))
+    facts.append(("Settings", _settings(run.settings)))
+    known = {name: value for name, value in started["before"].items() if value is not None}
+    if known:
+        names = ((SET_NAMES[name].removeprefix("this run's "), value) for name, value in known.items())
+        facts.append(("Accuracy before", ", ".join(f"{name} {value:.1f} %" for name, value in names)))
+    facts.append(("Model before", _artefact(started["model"])))
+    facts.append(("Model after", _artefact(run.artefact("unlearned", "model"))))
+    mask, verified = run.last.get("localized"), run.last.get("verified")
+    if mask is not None:
+        share = 100 * mask["selected"] / mask["total"]
+        size = f"{mask['selected']:,} of {mask['total']:,} parameters ({share:.1f} %)"
+        examples = "all requests so far" if started["localize_on"] == "all" else "this run's requests"
+        facts.append(("Mask", f"{size}, localized on the examples of {examples}; {_artefact(mask['mask'])}"))
+    if verified is not None:
+        changed = f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask and the head"
+        facts.append(("Compared bit by bit", changed))
+    steps = [f"{name} {payload['seconds']:.1f}" for name, payload in run.last.items() if "seconds" in payload]
+    facts.append(("Seconds", f"{run.seconds:.1f} ({', '.join(steps)})"))
+    facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in started["versions"].items())))
+    return facts
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Return settings in words, the method first."""
+    return ", ".join(f"{name} {settings[name]}" for name in sorted(settings, key=lambda name: (name != "method", name)))
 
 
 def _artefact(found: Mapping[str, Any] | None) -> str:
@@ -133,7 +132,6 @@ SET_COLUMNS = [
     "TPR at 1 %, %",
     "KL, nats",
 ]
-
 
 SET_NAMES = {
     "forget": "this run's forget set",
@@ -187,14 +185,19 @@ def _curves(run: Run) -> list[tuple[Markup, str]]:
     return [
         (
             plots.draw_relearning(run, name, curves),
-            f"Finetuned on {_trained_on(name, curves)}: ratio {wording.interval(curves['ratio'], 2)}.",
+            f"Finetuned on {_trained_on(name, curves)}: {_ratio(curves)}.",
         )
         for name, curves in sorted(run.figures["relearning"].items(), key=lambda item: (item[0] != "retain", item[0]))
         if "left_out" not in curves
     ]
 
 
+def _ratio(curves: Mapping[str, Any]) -> str:
+    return f"ratio {wording.interval(curves['ratio'], 2)}" if curves["ratio"] else "the ratio was not measured"
+
+
 def _trained_on(name: str, curves: Mapping[str, Any]) -> str:
     if name == "retain":
-        return f"{curves['trained_on']:,} retained examples alone"
-    return f"{name.removeprefix('forget ')} of the forget set ({wording.counted(curves['trained_on'], 'example')})"
+        return "retained examples alone"
+    part = f"{name.removeprefix('forget ')} of the forget set ({wording.counted(curves['trained_on'], 'example')})"
+    return f"retained examples and {part}"

@@ -3,58 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from delfast.ledger.words import THRESHOLDS
 
-@dataclass(frozen=True)
-class Threshold:
-    """A threshold of the job: its title, the unit, decimals and best value of its figure, and what the figure means."""
-
-    title: str
-    unit: str
-    digits: int
-    meaning: str
-    sentence: str
-    best: float = 0.0
-
-
-THRESHOLDS = {
-    "verified": Threshold(
-        "Changes outside the mask",
-        "",
-        0,
-        "Number of the model's parameters outside the mask that differ, bit by bit, from those before the run.",
-        "{value} parameters outside the mask changed.",
-    ),
-    "test_drop": Threshold(
-        "Fall of test accuracy",
-        "points",
-        2,
-        "Percentage points by which accuracy on the test set is lower after the run: the cost of unlearning.",
-        "Accuracy on the test set fell by {value}.",
-    ),
-    "attack_advantage": Threshold(
-        "Attack advantage",
-        "",
-        3,
-        "2 · (balanced accuracy - 0.5) of an attacker that sees the model's confidence and separates the forget set "
-        "from never-seen examples: 0 is guessing, 1 is always right.",
-        "An attacker that sees the model's confidence separated the forget set from never-seen examples with an "
-        "advantage of {value} (0: guessing, 1: always right).",
-    ),
-    "relearn_ratio": Threshold(
-        "Relearning ratio",
-        "",
-        2,
-        "Odds that the model answers a forgotten example correctly while it is finetuned for a short time, over the "
-        "odds of networks that never saw the example. About 1: gone, as far as this test shows. Far above 1: hidden, "
-        "not gone.",
-        "Finetuned for a short time, the model's odds of answering a forgotten example correctly were {value} times "
-        "the odds of networks that never saw it (about 1: like never seen; far above 1: hidden, not gone).",
-        best=1.0,
-    ),
-}
 SMALL = 30  # examples below which most intervals are too wide to separate forgotten from remembered
 EVIDENCE = (
     "This report is evidence, not a certificate. Each figure is a measurement with its uncertainty, made by the tests "
@@ -75,6 +27,15 @@ DEFINITIONS = (
         "Never-seen examples",
         "Examples that were not trained on, as a control: the test set, unless the ledger names others.",
     ),
+    (
+        "Mask",
+        "The parameters that a run may change, chosen on the examples to forget. The head, the model's last layer, may "
+        "change too.",
+    ),
+    (
+        "Reference model",
+        "A network of the same kind that was trained on a random half of the examples, to compare with.",
+    ),
     ("Accuracy", "Percent of examples whose class is predicted. A network that never saw the examples is not at 0 %."),
     *((threshold.title, threshold.meaning) for threshold in THRESHOLDS.values()),
     (
@@ -91,51 +52,13 @@ DEFINITIONS = (
 )
 
 
-def number(value: float | None, digits: int) -> str:
-    """A number with a fixed count of decimals; "not measured" for None."""
-    return "not measured" if value is None else f"{value:.{digits}f}"
-
-
 def interval(figure: Mapping[str, float | None] | None, digits: int) -> str:
-    """A figure with its 95 % interval; empty for None."""
+    """A figure with its 95 % interval; empty for None. A range of one value is none: its examples do not differ."""
     if figure is None:
         return ""
-    if figure["low"] is None or figure["high"] is None:
+    if figure["low"] is None or figure["high"] is None or figure["low"] == figure["high"]:
         return f"{figure['value']:.{digits}f} [no interval]"
     return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
-
-
-def amount(value: float | None, threshold: Threshold) -> str:
-    """A threshold's figure with its unit."""
-    return number(value, threshold.digits) + (f" {threshold.unit}" if threshold.unit and value is not None else "")
-
-
-def verdict(check: Mapping[str, Any]) -> str:
-    """ "held" or "did not hold"; "not asked for" without a limit."""
-    if check["limit"] is None:
-        return "not asked for"
-    return "held" if check["held"] else "did not hold"
-
-
-def check_sentence(check: Mapping[str, Any], measured: Mapping[str, float | None] | None) -> str:
-    """The result of one comparison with a threshold, in words, with the interval of its figure if there is one."""
-    threshold = THRESHOLDS[check["name"]]
-    if check["value"] is None:
-        return f"{threshold.title}: not measured; {verdict(check)}."
-    text = threshold.sentence.format(value=amount(check["value"], threshold))
-    if check["limit"] is None:
-        return f"{text} No limit was asked for."
-    text = f"{text} Limit {amount(check['limit'], threshold)}: {verdict(check)}."
-    if measured is None or measured["low"] is None or measured["high"] is None:
-        return text
-    ends = f"{measured['low']:.{threshold.digits}f} to {measured['high']:.{threshold.digits}f}"
-    return f"{text} 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check, measured) else ".")
-
-
-def is_unsure(check: Mapping[str, Any], measured: Mapping[str, float | None] | None) -> bool:
-    """Return whether a figure held its limit and its interval reaches above the limit."""
-    high = None if measured is None else measured["high"]
-    return bool(check["held"]) and check["limit"] is not None and high is not None and high > check["limit"]
 
 
 def missing(figures: Mapping[str, Any]) -> list[str]:
