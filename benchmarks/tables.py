@@ -46,9 +46,8 @@ from benchmarks.thresholds import RESULTS as THRESHOLDS
 from benchmarks.thresholds import table as thresholds_table
 from delfast.errors import InputError
 from delfast.experiments.grid.definition import EVERYTHING
-from delfast.experiments.grid.report import FIELDS
 from delfast.experiments.grid.summary import KEYS, means
-from delfast.experiments.reports import METHOD_COLUMNS, markdown_table, method_rows
+from delfast.experiments.reports import FIELDS, METHOD_COLUMNS, markdown_table, method_rows
 from delfast.experiments.sequential import report as sequential
 from delfast.files import read_json, write_text
 
