@@ -18,18 +18,25 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "examples": "examples/index.md",
-    "experiments/results/cifar10-small/README.md": "results_cifar10_small.md",
-    "experiments/results/cifar10-small/report.md": "results_cifar10_small_report.md",
 }
 TARGET = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
+
+
+def page_of(file: str) -> str | None:
+    """Return the page below docs/ that shows a file of the repository, if there is one."""
+    page = PAGES.get(file)
+    if example := re.fullmatch(r"examples/(\w+)\.py", file):
+        page = f"examples/{example[1]}.md"
+    elif result := re.fullmatch(r"experiments/results/([\w-]+)/(README|report)\.md", file):
+        page = f"results_{result[1].replace('-', '_')}{'_report' if result[2] == 'report' else ''}.md"
+    return page if page and (DOCS / page).exists() else None
 
 
 def target_in_site(target: str, folder: str, docname: str) -> str:
     """Return a link's target as the page ``docname`` needs it. In the repository the link is in ``folder``."""
     file = posixpath.normpath(posixpath.join(folder, target))
-    example = re.fullmatch(r"examples/(\w+)\.py", file)
-    page = f"examples/{example[1]}.md" if example and (DOCS / f"examples/{example[1]}.md").exists() else None
-    path = posixpath.relpath(f"docs/{PAGES.get(file, page)}" if PAGES.get(file, page) else file, f"docs/{docname}/..")
+    page = page_of(file)
+    path = posixpath.relpath(file if page is None else f"docs/{page}", f"docs/{docname}/..")
     is_outside = path.startswith("../") and not posixpath.normpath(f"docs/{docname}/../{path}").startswith("docs/")
     return f"path:{path}" if is_outside and path.endswith(".md") else path  # MyST takes any other .md for a page
 
