@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from delfast.ledger import Ledger
+from delfast.ledger.artefacts import artefact
 from delfast.ledger.identifiers import Identifiers, read_key
 from delfast.ledger.store import Store
 
@@ -78,7 +79,11 @@ def make(path: Path, key: Path, count: int) -> None:
     path.mkdir()
     identifiers = Identifiers(read_key(key, path, make=True))
     store = Store.create(path)
-    store.append("created", {"hash_ids": True, "key_check": identifiers.key_check})
+    model = path / "models" / "0000.safetensors"
+    model.parent.mkdir()
+    model.write_bytes(b"")  # no command measured here loads it
+    secrecy = {"hash_ids": True, "key_check": identifiers.key_check}
+    store.append("created", {**secrecy, "model": artefact(path, model)})
     with Ledger(store, _AnyExample(), identifiers) as ledger:  # type: ignore[arg-type]
         ledger.add_requests(forget_requests(count))
 
