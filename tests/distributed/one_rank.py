@@ -186,7 +186,7 @@ def long_text(model, batch):
 
 
 def file_of_no_encoding(model, batch):
-    raise OSError("caf\udce9.png")
+    raise OSError("image\udce9.png")
 
 
 def scaled_losses(model, batch, scale=1.0):
@@ -288,7 +288,7 @@ def broken_calls(rank):
 
 BROKEN_CALLS = {
     "long": "é (on rank 1)",
-    "encoding": r"caf\udce9.png (on rank 1)",
+    "encoding": r"image\udce9.png (on rank 1)",
     "no batch": "expected the same batches on every process",
     "no batch, measured": "got NoneType",
     "rate": "expected lr >= 0, got -0.1",
