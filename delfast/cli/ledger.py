@@ -147,6 +147,7 @@ def run(
     request: Annotated[
         list[int] | None, typer.Option(metavar="N", help="a request to take up; repeatable (default: all open ones)")
     ] = None,
+    pending: Annotated[bool, typer.Option("--pending", help="take up all open requests: the default")] = False,
     method: Annotated[str | None, typer.Option(help="method to use (default: the job's first setting)")] = None,
     budget: Annotated[float | None, typer.Option(help="fraction of the parameters to select, in (0, 1]")] = None,
     localize_on: Annotated[
@@ -174,6 +175,8 @@ def run(
     from delfast.ledger.starting import LocalizeOn
     from delfast.ledger.words import check_sentence, verdict
 
+    if pending and request:
+        raise InputError("expected --request or --pending, got both; pass the numbers, or take up all open requests")
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         if abandon:
             _print(f"run {opened.abandon()} is ended, as rejected; its requests are open")

@@ -68,6 +68,7 @@ def test_show_prints_a_request_by_number_or_by_example(ledger: str, capsys: pyte
     assert [line.partition(" ")[2] for line in lines[5:]] == [
         "received: count 3, due 2026-12-31, 3 ids, reason case [bold]7, request 1",
         "run 1 started: forget 4, 2 requests",
+        f"model in use: {Path(ledger).resolve() / 'models/0000.safetensors'}",
     ]
     assert main(["ledger", "show", ledger, "--id", "person-2", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

@@ -314,6 +314,9 @@ def test_run_by_command(ledger: Ledger) -> None:
     ledger.add(persons(0, 60))
     command = [sys.executable, "-m", "delfast", "ledger"]
     own = [str(ledger.path), "--job", str(ledger.job.path)]
+    both = [*command, "run", *own, "--request", "1", "--pending"]
+    done = subprocess.run(both, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "expected --request or --pending, got both" in done.stderr
     done = subprocess.run([*command, "run", *own, "--device", "cpu"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "test_drop: Accuracy on the test set is" in done.stdout and "run 1: accepted" in done.stdout

@@ -116,10 +116,22 @@ def calls() -> dict[str, dict[str, Call]]:
     early = UNLEARN.EarlyStop(BATCHES, 1, None)
     optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.01)
     evaluation = {
+        "Audit": works(lambda: EVALUATE.Audit({}, None, {}, None, None, {}, {}).as_dict()),
+        "Figure": works(lambda: EVALUATE.Figure(1.0, 0.5, 1.5)),
+        "LiraFigures": works(lambda: EVALUATE.LiraFigures(None, None, 0, 1)),
         "Metrics": works(METRICS.as_dict),
+        "Reference": works(lambda: EVALUATE.Reference(MODEL, {"forget": torch.ones(4, dtype=torch.bool)})),
+        "Relearning": works(lambda: EVALUATE.Relearning(steps=2).measured_at),
+        "RelearningCurve": works(lambda: EVALUATE.RelearningCurve([0], [50.0], [0.7], [], 0, 4)),
+        "SetFigures": works(lambda: EVALUATE.SetFigures(4, None, EVALUATE.Figure(0.7, 0.5, 0.9))),
         "SetResult": works(lambda: EVALUATE.SetResult(1.0, 1.0, Y)),
         "ULira": works(lambda: EVALUATE.ULira(1.0, 1.0, 1.0, Y, Y)),
         "accuracy_and_loss": works(lambda: EVALUATE.accuracy_and_loss(MODEL, BATCHES)),
+        "audit": works(
+            lambda: EVALUATE.audit(
+                MODEL, **SETS, test=BATCHES, never_seen=[SmallNet()], relearn=EVALUATE.Relearning(steps=2, batch_size=2)
+            )
+        ),
         "changed_fraction": works(lambda: EVALUATE.changed_fraction(STATE, STATE, ["head.bias"])),
         "evaluate": (lambda: EVALUATE.evaluate(MODEL, **SETS, test=BATCHES), "sklearn"),
         "gaps": works(lambda: EVALUATE.gaps(METRICS, METRICS)),
@@ -128,9 +140,11 @@ def calls() -> dict[str, dict[str, Call]]:
         "logit_confidences": works(lambda: EVALUATE.logit_confidences(LOGITS, Y)),
         "membership_inference": (lambda: EVALUATE.membership_inference(*[torch.rand(5)] * 3), "sklearn"),
         "modified_entropy": works(lambda: EVALUATE.modified_entropy(LOGITS, Y)),
+        "offline_lira": works(lambda: EVALUATE.offline_lira(SHADOWS[0], SHADOWS)),
         "predictions": works(lambda: EVALUATE.predictions(MODEL, BATCHES)),
         "relative_time": works(lambda: EVALUATE.relative_time(1.0, 2.0)),
         "svc_attacks": (lambda: EVALUATE.svc_attacks(*[(LOGITS, Y)] * 3), "sklearn"),
+        "threshold_attack": works(lambda: EVALUATE.threshold_attack(SHADOWS[0], SHADOWS[1])),
         "tpr_at_fpr": works(lambda: EVALUATE.tpr_at_fpr(SHADOWS, SHADOWS, 10.0)),
         "u_lira": works(lambda: EVALUATE.u_lira(SHADOWS, SHADOWS, SHADOWS[0], SHADOWS[0])),
         "u_lira_leave_one_out": works(lambda: EVALUATE.u_lira_leave_one_out(SHADOWS, SHADOWS)),
