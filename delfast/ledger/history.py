@@ -68,6 +68,11 @@ class History:
         accuracy: float | None = first["before"]["test"]
         return accuracy
 
+    def sees_more(self, run: int) -> bool:
+        """Return whether a run may have localized more examples than those of its own requests."""
+        inputs = self._started[run].payload
+        return inputs["localize_on"] == "all" or any("strategy" in each for each in inputs["attempts"])
+
     def requests_of(self, run: int) -> list[int]:
         """Return the numbers of the requests that a run took up."""
         numbers: list[int] = self._started[run].payload["requests"]

@@ -95,16 +95,17 @@ def _held(ledger: Records, history: History, everything: Sequence[int]) -> Itera
         if history.unfinished is not None and history.unfinished.run == run:
             continue
         taken = history.requests_of(run)
+        chosen_by = everything if history.sees_more(run) else taken  # what its masks were localized on
         localized: set[int] = set()
         for entry in ledger.store.entries(run=run):
             payload = entry.payload
             if entry.event == LOCALIZED:
                 localized.add(payload["attempt"])
-                yield _file(ledger, payload["mask"], taken, f"the mask of run {run}, chosen by them")
+                yield _file(ledger, payload["mask"], chosen_by, f"the mask of run {run}, chosen by them")
             elif entry.event == UNLEARNED:
                 if payload["attempt"] in localized:  # otherwise everything was allowed to change
                     why = f"the mask of run {run} with the head, chosen by them"
-                    yield _file(ledger, payload["allowed"], taken, why)
+                    yield _file(ledger, payload["allowed"], chosen_by, why)
                 is_result = run in accepted and payload["model"] == history.result_of(run)["model"]
                 known = gone | (set(taken) if is_result else set())
                 left = [number for number in everything if number not in known]

@@ -154,7 +154,11 @@ def _attempts(ledger: Records, choice: Choice) -> list[dict[str, Any]]:
     own: dict[str, Any] | None = settings[0]  # the job's setting that the first attempt is made of
     if choice.method is not None:
         own = next((each for each in settings if each["method"] == choice.method), None)
+    retraining = next((each for each in settings if each["method"] == "retrain"), None)
+    retraining = retraining or {"method": "retrain", **asdict(job.training)}
     first: dict[str, Any] = {"method": choice.method} if own is None else dict(own)
+    if own is None and choice.method == "retrain":
+        first = dict(retraining)
     if choice.budget is not None:
         check_selection(choice.budget)
         first["budget"] = choice.budget
@@ -164,5 +168,4 @@ def _attempts(ledger: Records, choice: Choice) -> list[dict[str, Any]]:
     others = [each for each in settings if each["method"] != "retrain" and each is not own]
     if first["method"] == "retrain":
         return [first, *others]
-    retrain = next((each for each in settings if each["method"] == "retrain"), None)
-    return [first, *others, retrain or {"method": "retrain", **asdict(job.training)}]
+    return [first, *others, retraining]

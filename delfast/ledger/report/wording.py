@@ -22,7 +22,10 @@ LIMITS = (
 )
 DEFINITIONS = (
     ("Forget set", "The examples that a run was to forget: those of all its requests."),
-    ("Retain set", "The training set without all examples of accepted requests and of the run's own."),
+    (
+        "Retain set",
+        "The training set without the examples of every request that was accepted or open when the run began.",
+    ),
     (
         "Never-seen examples",
         "Examples that were not trained on, as a control: the test set, unless the ledger names others.",
