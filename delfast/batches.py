@@ -319,7 +319,7 @@ def warn_about_loader(loader: Any, what: str) -> None:
 
 
 def data_sets_of(loader: Any) -> Iterator[Any]:
-    """Yield the data set of a loader, the one of which it is a Subset, and so on, each once."""
+    """Yield the data set of a loader, then the set that this one is a Subset of, and so on, each once."""
     seen: set[int] = set()
     while isinstance(loader := getattr(loader, "dataset", None), (Dataset, Sized)) and id(loader) not in seen:
         seen.add(id(loader))

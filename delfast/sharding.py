@@ -46,7 +46,7 @@ def local_part(tensor: Any) -> Tensor:
     if not is_dtensor(tensor):
         part = tensor.detach()
     else:
-        with torch.inference_mode(False):  # inside of which torch cannot detach a DTensor
+        with torch.inference_mode(False):  # in inference mode torch cannot detach a DTensor
             part = tensor.detach().to_local()
     return part
 

@@ -32,7 +32,9 @@ def purge_plan(ledger: Records) -> list[HeldFile]:
     if history.unfinished is not None:
         used = history.unfinished.payload["references"]
         keep |= {each.model["file"] for each in references_of(ledger.store) if each.number in used}
-    return [each for each in holding(ledger) if each.file not in keep and accepted & {*each.requests}]
+    working = _directory_of(history)
+    found = [each for each in holding(ledger) if not (working and each.file.startswith(working))]
+    return [each for each in found if each.file not in keep and accepted & {*each.requests}]
 
 
 def holding(ledger: Records) -> list[HeldFile]:
@@ -45,7 +47,7 @@ def holding(ledger: Records) -> list[HeldFile]:
     everything = [request.number for request in requests(ledger.store)]
     recorded = Recorded.of(ledger.store.entries())
     found = [each for each in _held(ledger, history, everything) if each.file in recorded.digests]
-    return [each for each in (*found, *_unrecorded(ledger, history, recorded, everything)) if each.requests]
+    return [each for each in (*found, *_unrecorded(ledger, recorded, everything)) if each.requests]
 
 
 def purge(ledger: Records, plan: Sequence[HeldFile]) -> None:
@@ -71,12 +73,14 @@ def purge(ledger: Records, plan: Sequence[HeldFile]) -> None:
             ledger.store.append(PURGED, {"files": files})
 
 
-def _unrecorded(ledger: Records, history: History, recorded: Recorded, everything: Sequence[int]) -> Iterator[HeldFile]:
-    """Yield the files that no entry records, except those of an unfinished run, which continues with them."""
-    working = None if history.unfinished is None else f"{RUNS}/{history.unfinished.run:04d}/"
+def _directory_of(history: History) -> str | None:
+    """Return the directory of the unfinished run, which continues with the files in it; None without one."""
+    return None if history.unfinished is None else f"{RUNS}/{history.unfinished.run:04d}/"
+
+
+def _unrecorded(ledger: Records, recorded: Recorded, everything: Sequence[int]) -> Iterator[HeldFile]:
+    """Yield the files that no entry records."""
     for name in recorded.others(ledger.path, MODELS, RUNS, REFERENCES):
-        if working is not None and name.startswith(working):
-            continue
         why = "was purged and is there again" if name in recorded.purged else "recorded by no entry: may hold all"
         try:
             digest = digest_file(ledger.path / name)
@@ -92,8 +96,6 @@ def _held(ledger: Records, history: History, everything: Sequence[int]) -> Itera
     gone: set[int] = set()  # of the requests of runs accepted so far
     accepted = dict(history.accepted_runs)
     for run in range(1, history.last_run + 1):
-        if history.unfinished is not None and history.unfinished.run == run:
-            continue
         taken = history.requests_of(run)
         chosen_by = everything if history.sees_more(run) else taken  # what its masks were localized on
         localized: set[int] = set()
@@ -109,7 +111,7 @@ def _held(ledger: Records, history: History, everything: Sequence[int]) -> Itera
                 is_result = run in accepted and payload["model"] == history.result_of(run)["model"]
                 known = gone | (set(taken) if is_result else set())
                 left = [number for number in everything if number not in known]
-                what = f"the model of run {run}" if is_result else f"a rejected model of run {run}"
+                what = f"the model of run {run}" if is_result else f"a model of run {run} that is not accepted"
                 yield _file(ledger, payload["model"], left, f"{what}, which did not unlearn them")
         if run in accepted:
             gone |= set(taken)

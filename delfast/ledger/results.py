@@ -1,4 +1,4 @@
-"""What the work of a ledger returns. Nothing here imports torch."""
+"""Results of the work of a ledger. Nothing here imports torch."""
 
 from __future__ import annotations
 

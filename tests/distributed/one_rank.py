@@ -1,4 +1,4 @@
-"""What goes wrong on one of two processes: each scenario returns the errors of both, or what must be the same on both.
+"""Faults of one of two processes: each scenario returns the errors of both, or what must be the same on both.
 
 Their tests run them in the processes that those start anyway.
 """
@@ -46,7 +46,7 @@ def batches(count=24):
 
 
 class Failing:
-    """Batches, one of which cannot be read."""
+    """Batches; one batch cannot be read."""
 
     def __init__(self, count, at):
         self.batches, self.at = batches(count), at
@@ -234,7 +234,7 @@ def own_seed(rank):
 
 
 def synchronized():
-    """Check steps of two sets, 12 and 4 batches, of which the last epochs use 11."""
+    """Check steps of two sets, 12 and 4 batches; the last epochs use 11 batches."""
     model = nn.Sequential(nn.Linear(WIDTH, 4), nn.SyncBatchNorm(4))
     processes = Processes(dist.group.WORLD, dict(model.named_parameters()))
     sets = {"retain": batches(44), "forget": batches(4)}

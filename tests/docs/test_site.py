@@ -19,7 +19,7 @@ LOADED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the ids in it."""
+    """The links of a page, the files it loads, and its ids."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ def test_a_result_below_guessing_has_an_interval() -> None:
 
 
 def test_weights_balance_the_others() -> None:
-    """Of two classes, one easy: the forget set is all of the easy one, and shows nothing beside its like."""
+    """Two classes, one of them easy: a forget set of the easy class shows nothing beside others of that class."""
     easy, hard = normal(0, 400) + 6, normal(1, 400)
     members, others = normal(2, 300) + 6, torch.cat([easy, hard])
     assert threshold_attack(members, others).value > 0.4

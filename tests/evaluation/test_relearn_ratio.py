@@ -13,7 +13,7 @@ from delfast.evaluation.relearn_ratio import Comparison, compare, corrected
 
 
 def answers(*parts: float, count: int = 100) -> Tensor:
-    """Examples of which, at each time, the first part is right: float64 (times, count)."""
+    """Right answers, float64 (times, count): at each time the first part of the examples."""
     return torch.stack([(torch.arange(count) < round(part * count)).double() for part in parts])
 
 

@@ -174,6 +174,9 @@ def test_stopped_run_is_continued_as_it_began(ledger: Ledger, monkeypatch: pytes
             ledger.run(device="cpu")
     ledger.add(persons(60, 80))
     assert [request.status for request in ledger.requests()] == ["running", "pending"]
+    held = {each.file for each in ledger.holding()}
+    assert {"runs/0001/1/mask.safetensors", "runs/0001/1/model.safetensors"} <= held, "a stopped run's files count too"
+    assert not [each for each in ledger.purge_plan() if each.file.startswith("runs/0001/")]
     with pytest.raises(InputError, match="run 1 was stopped and is not finished"):
         ledger.run(method="finetune", device="cpu")
     with (

@@ -36,7 +36,7 @@ MIN_REQUESTS = 2
 
 @dataclass(frozen=True)
 class Request:
-    """What a request names: a forget spec other than ``file:``, and a fraction of the training set."""
+    """The examples of a request: a forget spec other than ``file:``, and a fraction of the training set."""
 
     forget: str
     share: float

@@ -30,7 +30,7 @@ class Run:
     time: str
     started: Payload
     attempts: list[dict[str, Payload]] = field(default_factory=list)
-    """Of each attempt, the payload of each event."""
+    """The payload of each event, by attempt."""
     baseline: Payload = field(default_factory=dict)
     """The audit of the model before the run."""
     resumed: int = 0

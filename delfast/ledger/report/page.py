@@ -104,7 +104,8 @@ def _kept(accepted: list[Run]) -> list[str]:
         return []
     checks = [check for run in accepted for check in run.checks]
     unsure = sum(is_unsure(check) for check in checks)
-    sentences = [f"In the {wording.counted(len(accepted), 'accepted run')}, {verdict(checks)}."]
+    runs = "accepted run" if len(accepted) == 1 else wording.counted(len(accepted), "accepted run")
+    sentences = [f"In the {runs}, {verdict(checks)}."]
     if unsure:
         sentences.append(
             f"For {unsure} of the {len(checks)} figures of these runs, the 95 % interval reaches above the limit: the "

@@ -1,4 +1,4 @@
-"""Loaders of 101 examples, each of which counts once, and loaders that are refused."""
+"""Loaders of 101 examples that count once each, and loaders that are refused."""
 
 from __future__ import annotations
 
