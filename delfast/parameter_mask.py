@@ -57,7 +57,7 @@ class ParameterMask:
 
     @property
     def numel(self) -> int:
-        """Number of scalars, selected or not."""
+        """Number of elements, selected or not."""
         return math.prod(self.shape)
 
     @property
@@ -72,7 +72,7 @@ class ParameterMask:
 
     @cached_property
     def selected(self) -> int:
-        """Number of selected scalars."""
+        """Number of selected elements."""
         return int(self.flags.sum()) * (row_length(self.shape, self.dim) if self.unit == "row" else 1)
 
     @cached_property

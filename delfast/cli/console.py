@@ -93,5 +93,5 @@ def print_mask(mask: Mask) -> None:
         ]
         for row in mask.table()
     ]
-    print_table("mask", ("parameter", "shape", "entries selected", "channels selected"), rows)
-    print_line(f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels")
+    print_table("mask", ("parameter", "shape", "elements selected", "channels selected"), rows)
+    print_line(f"{mask.selected} of {mask.total} elements selected ({mask.fraction:.2%}), {mask.channels} channels")

@@ -76,12 +76,12 @@ def verify(
     after: Annotated[Path, typer.Argument(help="state file or run directory after unlearning")],
     mask: Annotated[Path, typer.Argument(help="the mask outside which nothing may change")],
     head: Annotated[list[str] | None, typer.Option(help="module or parameter that may change too; repeatable")] = None,
-    buffer: Annotated[list[str] | None, typer.Option(help="entry that is a buffer, no parameter; repeatable")] = None,
+    buffer: Annotated[list[str] | None, typer.Option(help="tensor that is a buffer, no parameter; repeatable")] = None,
     output_dir: OptionalOutputDir = None,
 ) -> None:
-    """Compare two networks bit by bit: exit code 1 if an entry outside the mask changed, else 0.
+    """Compare two networks bit by bit: exit code 1 if an element outside the mask changed, else 0.
 
-    BatchNorm's running statistics and the entries named by --buffer are listed apart and not counted.
+    BatchNorm's running statistics and the tensors named by --buffer are listed apart and not counted.
     """
     from delfast.experiments import verification
     from delfast.experiments.run import SUMMARY
@@ -102,7 +102,7 @@ def verify(
     if result.buffers:
         print_table("buffers (not counted)", verification.COLUMNS, [row.cells() for row in result.buffers])
     print_line(
-        f"{result.changed} entries changed, {result.outside} of them outside the mask: "
+        f"{result.changed} elements changed, {result.outside} of them outside the mask: "
         + ("NOT kept to the mask" if result.outside else "kept to the mask")
     )
     if result.outside:

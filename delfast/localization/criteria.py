@@ -54,7 +54,7 @@ def check_selection(
     Parameters
     ----------
     budget : float
-        The fraction of all competing parameters, in (0, 1].
+        The fraction of the competing parameters' elements, in (0, 1].
     granularity : {"channel", "param"}, default "channel"
         What competes.
     aggregate : {"topk_mean", "mean", "sum", "max"}, default "topk_mean"

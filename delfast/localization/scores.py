@@ -124,15 +124,15 @@ class Scores:
         top_h: int | float | Literal["published"] = 0.1,
         policy: Policy = "whole",
     ) -> Mask:
-        """Select the most critical parameters within a budget.
+        """Select the most critical channels or elements within a budget.
 
         Parameters
         ----------
         budget : float
-            The fraction of all competing parameters P, in (0, 1].
+            The fraction of the competing parameters' P elements, in (0, 1].
         granularity : {"channel", "param"}, default "channel"
             "channel": the slices along dim 0 of a parameter with ndim > 1 are one unit each; elements of other
-            parameters are units of their own. "param": every scalar is a unit; ``aggregate``, ``top_h`` and ``policy``
+            parameters are units of their own. "param": every element is a unit; ``aggregate``, ``top_h`` and ``policy``
             have no effect.
         aggregate : {"topk_mean", "mean", "sum", "max"}, default "topk_mean"
             A channel's score from its elements' scores. "topk_mean" is the mean of the h largest [1]_.
@@ -141,13 +141,13 @@ class Scores:
             int(0.1 C_out), as in the authors' code. Clipped to [1, length of the row].
         policy : {"whole", "exact"}, default "whole"
             "whole": the longest prefix of the channels, in falling score, of at most budget × P parameters. A smaller
-            budget's mask lies inside a larger budget's. "exact": int(budget × P) scalars, the last channel cut, as in
+            budget's mask lies inside a larger budget's. "exact": int(budget × P) elements, the last channel cut, as in
             the authors' code.
 
         Returns
         -------
         Mask
-            The selected parameters. Ties fall to the lower (parameter, index). Of scores that several processes
+            The selected elements. Ties fall to the lower (parameter, index). Of scores that several processes
             computed, those of plain parameters may be selected on one process, those of DTensors on all together.
 
         Raises
@@ -205,7 +205,7 @@ class Scores:
                     raise InputError(f"'{name}' has changed since it was scored; call score() again")
             if not self.total:
                 raise InputError(
-                    "expected a model with entries in its parameters, got empty ones; nothing can be selected"
+                    "expected a model with parameters that have elements, got empty ones; nothing can be selected"
                 )
             budgeted = int(budget * self.total)
             parts, selected, positive = (
@@ -370,7 +370,7 @@ class Scores:
             digits += 1
         return InputError(
             f"expected a budget that holds the first {what}, at least {minimum / self.total:.{digits}g} "
-            f"({minimum} of {self.total} parameters), got less; raise the budget"
+            f"({minimum} of {self.total} elements), got less; raise the budget"
         )
 
     def _refuse_nonfinite(self, name: str) -> None:

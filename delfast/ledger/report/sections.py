@@ -104,11 +104,11 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
     mask, verified = run.last.get("localized"), run.last.get("verified")
     if mask is not None:
         share = 100 * mask["selected"] / mask["total"]
-        size = f"{mask['selected']:,} of {mask['total']:,} parameters ({share:.1f} %)"
+        size = f"{mask['selected']:,} of {mask['total']:,} elements ({share:.1f} %)"
         examples = "all requests so far" if started["localize_on"] == "all" else "this run's requests"
         facts.append(("Mask", f"{size}, localized on the examples of {examples}; {_artefact(mask['mask'])}"))
     if verified is not None:
-        changed = f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask and the head"
+        changed = f"{verified['changed']:,} elements changed, {verified['outside']:,} outside the mask and the head"
         facts.append(("Compared bit by bit", changed))
     taken = {"baseline": run.baseline, **run.last}
     steps = [f"{name} {payload['seconds']:.1f}" for name, payload in taken.items() if "seconds" in payload]

@@ -22,7 +22,7 @@ MAX_TRIALS = 3  # per form of batches: a parameter's δ may be zero in the first
 class Findings:
     """Findings of the trials on batches of one form.
 
-    ``axes``: parameter -> the example axis of its outputs. ``each``: parameter -> entries of an example along it.
+    ``axes``: parameter -> the example axis of its outputs. ``each``: parameter -> slices of an example along it.
     ``trace``: the last trial's calls. None if its batch could not be cut, so that the trial is not valid for others.
     """
 

@@ -303,7 +303,7 @@ class Trace:
             is_own = isinstance(part, Tensor) and part.numel() == shape[min(dims)]
             if (
                 not is_own or self._number(part) not in self._ranges
-            ):  # t[arange(N), position] selects one entry per example
+            ):  # t[arange(N), position] selects one element per example
                 return True
         return False
 
