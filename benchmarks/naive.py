@@ -1,7 +1,7 @@
 """DEL as it is commonly written in plain PyTorch: the other side of the whole-job benchmarks.
 
 Dense masks multiplied into the gradients, ``torch.optim.SGD`` over every parameter, a double argsort, three sets
-evaluated after each epoch, float32 in the default layout, a DataLoader over tensors. On a card (``CardImages``): images
+evaluated after each epoch, float32 in the default layout, a DataLoader over tensors. On a GPU (``CardImages``): images
 that lie there as bytes and are indexed and normalized there, channels-last, and bfloat16 autocast if asked for.
 """
 
