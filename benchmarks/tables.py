@@ -124,7 +124,7 @@ def _of_gpu(results: dict[str, Any], name: str, other: str) -> str:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Draw accuracy on the forget set before and after unlearning and of the oracle, for both scenarios of the demo."""
-    names = {"original": "before", "del": "delfast", "oracle": "retrained"}
+    names = {"original": "before", "del": "delfast", "oracle": "oracle"}
     figure = Figure(figsize=(6.4, 2.3), layout="constrained")
     for axes, (scenario, content) in zip(figure.subplots(1, 2), summary["scenarios"].items(), strict=True):
         values = [content["methods"][method]["forget_acc"] for method in names]

@@ -18,11 +18,11 @@ def status() -> dict[str, Any]:
     -------
     dict of str to object
         Plain values, ready for JSON: ``delfast`` and ``torch`` (versions); ``backend``, "native" (the compiled
-        extension) or "torch" (the PyTorch references), and ``reason``, why it was chosen; ``isa``, the instruction set
-        in use on the CPU, and ``isas``, those of this build that the CPU supports; ``devices`` that have native
-        kernels; ``cuda``, which code runs for tensors on a GPU, and why; ``cuda_available``; ``built_against``, the
-        version of torch that the extension was built with, and its ``compiler``; ``threads``, the number that torch
-        uses.
+        extension) or "torch" (the PyTorch reference implementations), and ``reason``, why it was chosen; ``isa``,
+        the instruction set in use on the CPU, and ``isas``, those of this build that the CPU supports; ``devices``
+        that have native kernels; ``cuda``, which code runs for tensors on a GPU, and why; ``cuda_available``;
+        ``built_against``, the version of torch that the extension was built with, and its ``compiler``; ``threads``,
+        the number that torch uses.
 
     Examples
     --------
@@ -49,11 +49,11 @@ def status() -> dict[str, Any]:
 
 def _cuda() -> str:
     if BACKEND.module is None:
-        return "not loaded: the references run on every device"
+        return "not loaded: the reference implementations run on every device"
     built = BACKEND.build_info["cuda"]
     if not built:
         why = BACKEND.build_info.get("cuda_failure", "the extension was built without")
-        return f"not built: {why}; on a GPU the references run"
+        return f"not built: {why}; on a GPU the reference implementations run"
     text = f"built with CUDA {built['toolkit']} for {' '.join(built['architectures'])}"
     if driver_is_too_old():
         return f"{text}; they cannot run: the driver supports CUDA {'.'.join(map(str, driver_cuda() or ()))} at most"

@@ -179,7 +179,7 @@ def demo(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Unlearn two forget sets of scikit-learn's digits and compare with networks retrained without them."""
+    """Unlearn two forget sets of scikit-learn's digits and compare with oracles, networks retrained without them."""
     from delfast.experiments import demo as demonstration
     from delfast.experiments.run import choose_device
 

@@ -46,10 +46,10 @@ class Training:
 class Accept:
     """The thresholds under which an unlearned network is accepted; None: this figure is not asked for.
 
-    The defaults are the project's choice: no publication states them. Networks that were retrained without the forget
-    set hold them in at least 9 of 10 cases: measured for 20 and 50 random examples of 1,400 digits with the job of
-    `delfast init-job` (`python -m benchmarks.thresholds`; the table is in docs/ledger.md). Other data have other
-    figures: measure a retrained network of your own.
+    The defaults are the project's choice: no publication states them. Oracles, networks that were retrained without
+    the forget set, hold them in at least 9 of 10 cases: measured for 20 and 50 random examples of 1,400 digits with
+    the job of `delfast init-job` (`python -m benchmarks.thresholds`; the table is in docs/ledger.md). Other data have
+    other figures: measure an oracle of your own.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: int) -> 
         )
     if accept.relearn_ratio is not None and references < MIN_REFERENCES:
         raise InputError(
-            f"expected at least {MIN_REFERENCES} references for the threshold relearn_ratio, the ledger has "
+            f"expected at least {MIN_REFERENCES} reference models for relearn_ratio, the ledger has "
             f"{references}; train them: delfast ledger references --count 8, "
             "or define accept in the job file without relearn_ratio"
         )
@@ -111,7 +111,7 @@ def _ratio(figures: Mapping[str, Any]) -> Measured:
     """Return the relearning ratio, and the audit's reasons where there is none."""
     curves = figures["relearning"].values()
     reasons = dict.fromkeys(each.get("left_out") or each["ratio_left_out"] for each in curves)
-    return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no references"
+    return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no reference models"
 
 
 def _or_infinite(figure: Mapping[str, Any] | None) -> float:
@@ -126,7 +126,7 @@ HELP = {
 }
 TOO_FEW = (
     "Its interval includes 1, the ratio of a network that never saw the examples: the figure cannot tell. "
-    "Take up more requests, or train more references"
+    "Take up more requests, or train more reference models"
 )
 
 

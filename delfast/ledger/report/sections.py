@@ -146,11 +146,11 @@ SET_NAMES = {
 
 
 def _set_rows(figures: Mapping[str, Any]) -> Rows:
-    """A row for each set, and for each set of the retrained network if there is one."""
-    retrained = (figures.get("oracle") or {}).get("sets", {})
+    """A row for each set, and for each set of the oracle if there is one."""
+    oracle = (figures.get("oracle") or {}).get("sets", {})
     return [
         _set_row(start + SET_NAMES.get(name, f"earlier: {name}"), sets[name])
-        for start, sets in (("", figures["sets"]), ("retrained network: ", retrained))
+        for start, sets in (("", figures["sets"]), ("oracle: ", oracle))
         for name in _in_order(sets)
     ]
 
