@@ -156,7 +156,10 @@ def run(
     escalate: Annotated[
         bool, typer.Option("--escalate", help="where the thresholds do not hold, try the job's other settings in order")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="seed (default: derived from the run's number)")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="seed (default: derived from the run's number); use another than that of the training"),
+    ] = None,
     accept_unmeasured: Annotated[
         bool,
         typer.Option("--accept-unmeasured", help="accept where a threshold cannot be measured on so few examples"),

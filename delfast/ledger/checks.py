@@ -35,7 +35,7 @@ def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: int) -> 
 
 def refuse_unmeasured(accept: Accept, figures: Mapping[str, Any]) -> None:
     """Raise InputError for a threshold that the audit of the model before the run could not measure."""
-    for name, (value, why) in (("attack_advantage", _advantage(figures, "forget")), ("relearn_ratio", _ratio(figures))):
+    for name, (value, why) in (("attack_advantage", advantage(figures, "forget")), ("relearn_ratio", _ratio(figures))):
         if getattr(accept, name) is not None and value is None:
             raise InputError(
                 f"expected a forget set on which the threshold {name} can be measured, but {why}; take up more "
@@ -65,12 +65,12 @@ def check_all(
         found.append(_check("test_drop", drop, before, accept["test_drop"], "test", accept_unmeasured))
     if accept["attack_advantage"] is not None:
         names = [name for name in figures["sets"] if name.startswith("run ")]
-        measured = {name: each for name in names if (each := _advantage(figures, name))[0] is not None}
-        new = _advantage(figures, "forget")
+        measured = {name: each for name in names if (each := advantage(figures, name))[0] is not None}
+        new = advantage(figures, "forget")
         if new[0] is not None or not (measured and accept_unmeasured):
             measured["forget"] = new  # without a figure it is the worst; earlier sets were accepted as they were
         worst = max(measured, key=lambda name: _or_infinite(measured[name][0]))
-        before, limit = _advantage(baseline, worst), accept["attack_advantage"]
+        before, limit = advantage(baseline, worst), accept["attack_advantage"]
         found.append(_check("attack_advantage", measured[worst], before, limit, worst, accept_unmeasured))
     if accept["relearn_ratio"] is not None:
         ratio, before = _ratio(figures), _ratio(baseline)
@@ -96,7 +96,7 @@ def _drop(first: float | None, figures: Mapping[str, Any]) -> Measured:
     return {name: None if end is None else first - end for name, end in ends.items()}, ""
 
 
-def _advantage(figures: Mapping[str, Any], name: str) -> Measured:
+def advantage(figures: Mapping[str, Any], name: str) -> Measured:
     """Return the attack's advantage on a set; none if it leaves out more than a tenth of the set."""
     found = figures["sets"].get(name)
     if found is None:
@@ -146,6 +146,6 @@ def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: b
         else:
             few = check.name == "relearn_ratio" and check.low is not None and check.low <= 1
             lines.append(f"{check.name}: {failure(check)}. {TOO_FEW if few else HELP[check.name]}")
-    if not escalated:
+    if not escalated and settings["method"] != "retrain":  # which comes last
         lines.append("--escalate tries the settings of the job file in order, retraining last")
     return lines

@@ -78,6 +78,11 @@ class History:
         numbers: list[int] = self._started[run].payload["requests"]
         return numbers
 
+    def excluded_by(self, run: int) -> list[int]:
+        """Return the numbers of the open requests that a run left out; their examples are not retained either."""
+        numbers: list[int] = self._started[run].payload["excluded"]
+        return numbers
+
     def result_of(self, run: int) -> dict[str, Any]:
         """Return the payload of the entry that ended a run."""
         return self._results[run].payload

@@ -93,10 +93,10 @@ def _held(ledger: Records, history: History, everything: Sequence[int]) -> Itera
     """Yield the recorded files with the requests whose examples they hold, purged ones too."""
     created = next(ledger.store.entries(CREATED)).payload["model"]
     yield _file(ledger, created, everything, "the model that the ledger was made for, trained on them")
-    gone: set[int] = set()  # of the requests of runs accepted so far
+    gone: set[int] = set()  # requests whose examples the newest accepted model so far does not hold
     accepted = dict(history.accepted_runs)
     for run in range(1, history.last_run + 1):
-        taken = history.requests_of(run)
+        taken, without = history.requests_of(run), gone
         chosen_by = everything if history.sees_more(run) else taken  # what its masks were localized on
         localized: set[int] = set()
         for entry in ledger.store.entries(run=run):
@@ -109,12 +109,16 @@ def _held(ledger: Records, history: History, everything: Sequence[int]) -> Itera
                     why = f"the mask of run {run} with the head, chosen by them"
                     yield _file(ledger, payload["allowed"], chosen_by, why)
                 is_result = run in accepted and payload["model"] == history.result_of(run)["model"]
-                known = gone | (set(taken) if is_result else set())
-                left = [number for number in everything if number not in known]
+                is_retrained = payload["settings"]["method"] == "retrain" and payload["attempt"] not in localized
+                lacks = gone | set(taken) if is_result or is_retrained else gone
+                if is_retrained:  # from new weights, on the retain set alone
+                    lacks |= set(history.excluded_by(run))
+                left = [number for number in everything if number not in lacks]
                 what = f"the model of run {run}" if is_result else f"a model of run {run} that is not accepted"
-                yield _file(ledger, payload["model"], left, f"{what}, which did not unlearn them")
-        if run in accepted:
-            gone |= set(taken)
+                how = "trained on them" if is_retrained else "which did not unlearn them"
+                yield _file(ledger, payload["model"], left, f"{what}, {how}")
+                without = lacks if is_result else without
+        gone = without
     yield from _references(ledger)
 
 

@@ -105,7 +105,7 @@ NOTHING_SHOWN = "The model before the run held it too: this figure does not show
 
 def _interval(check: Check, threshold: Threshold) -> str:
     if check.low == check.high:
-        return " No interval: each network answered all examples alike."
+        return " No interval: all examples had the same figure."
     ends = f"{check.low:.{threshold.digits}f} to {check.high:.{threshold.digits}f}"
     return f" 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check) else ".")
 

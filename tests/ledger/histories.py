@@ -288,5 +288,6 @@ def held() -> list[HeldFile]:
         "references/0001.safetensors": ((1, 2, 3, 4, 5, 6), "reference 1, trained on some of them"),
         model_of(2): ((4, 5, 6), "the model of run 2, which did not unlearn them"),
         "runs/0004/1/mask.safetensors": ((5,), "the mask of run 4, chosen by them"),
+        model_of(4, 2): ((6,), "the model of run 4, trained on them"),
     }
     return [HeldFile(file, hexadecimal(file), 4096, requests, why) for file, (requests, why) in files.items()]

@@ -103,6 +103,13 @@ def test_advice_separates_hidden_from_too_few() -> None:
     assert "train more references" in advice(unclear, {"method": "del"}, escalated=True)[0]
 
 
+def test_advice_names_escalate_where_it_has_settings_left() -> None:
+    checks = check_all(ACCEPT, 90.0, {"outside": 0}, audited(relearn_ratio=figure(9.0, 3.0, 20.0)), BEFORE)
+    for method, escalated, expected in (("del", False, True), ("del", True, False), ("retrain", False, False)):
+        lines = advice(checks, {"method": method}, escalated=escalated)
+        assert any("--escalate" in line for line in lines) == expected
+
+
 def test_figure_that_the_model_before_the_run_held_shows_no_forgetting() -> None:
     checks = check_all(ACCEPT, 90.0, {"outside": 0}, audited(), BEFORE)
     assert [check.before for check in checks] == [None, 1.0, 0.4, 4.0]

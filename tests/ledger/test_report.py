@@ -90,7 +90,8 @@ def test_it_begins_with_the_answer_and_the_head(reported: Any) -> None:
         "6 forget requests: 4 accepted, 1 rejected, 1 pending.",
         "In the 3 accepted runs, all thresholds held.",
         "Run 3 (request 4) was rejected: relearning ratio 2.70, limit 1.50. The model from before it was kept.",
-        "Not carried out: requests 4, 6. The model in use was trained on these examples.",
+        "Not carried out: request 6. The model in use was trained on these examples.",
+        "Not carried out: request 4. The model in use was retrained without these examples.",
         "Worst figure of an accepted run: fall of test accuracy 1.70 points, limit 2.00 points, in run 4.",
         "This report is evidence, not a certificate.",
         "Relearning ratio 1.50 3 of 4 runs 1.38 (run 4)",
@@ -176,6 +177,16 @@ def test_a_run_that_failed_and_one_that_was_abandoned() -> None:
     assert "The method failed: the loss is not finite." in shown and "stopped and continued" in shown
     assert "Run 2 (requests 1, 2) was rejected: it was stopped and then abandoned." in shown
     assert "it runs, or it was stopped" not in shown
+
+
+def test_figure_of_an_attack_on_a_part_of_the_set_is_not_drawn() -> None:
+    def change(event: str, payload: dict[str, Any]) -> None:
+        if event == "audited":
+            sets = payload["figures"]["sets"]
+            sets["forget"].update(attack_advantage={"value": 0.9, "low": 0.8, "high": 1.0}, attack_left_out=20)
+
+    run = read_history(without(example(), change)).runs[2]
+    assert run.largest_attack is not None and run.largest_attack["value"] == 0.03, "that of the earlier set"
 
 
 def test_the_page_needs_nothing_else(reported: Any) -> None:

@@ -199,6 +199,23 @@ def test_error_of_the_audit_is_a_failed_attempt(ledger: Ledger, monkeypatch: pyt
     assert "outputs that are not finite" in result.checks[0].set
 
 
+def test_retrained_model_holds_no_request_that_its_run_left_out(ledger: Ledger) -> None:
+    ledger.add(persons(0, 40))
+    ledger.add(persons(40, 80))
+    assert ledger.run(requests=[1], method="retrain", device="cpu").accepted
+    in_use = str(ledger.model.relative_to(ledger.path))
+    assert in_use not in {each.file for each in ledger.holding()}
+    ledger.report(ledger.path.parent / "report")
+    text = (ledger.path.parent / "report" / "report.md").read_text()
+    assert "Not carried out: request 2. The model in use was retrained without these examples." in text
+    ledger.add(persons(80, 120))
+    (held,) = [each for each in ledger.holding() if each.file == in_use]
+    assert (held.requests, held.why) == ((3,), "the model of run 1, trained on them")
+    assert ledger.run(requests=[3], method="finetune", device="cpu").accepted
+    holds_2 = {each.file for each in ledger.holding() if 2 in each.requests}
+    assert not {in_use, str(ledger.model.relative_to(ledger.path))} & holds_2
+
+
 FAILING = """
 failing = False
 

@@ -25,7 +25,7 @@ FAILED = Check("method", None, None, False, "the loss is not finite")
         (GAINED, "95 % interval -1.00 to 2.50, which reaches above the limit."),
         (EARLIER, "separated the forget set of run 3 from never-seen examples with an advantage of 0.300"),
         (EARLIER, "Limit 0.250: did not hold. 95 % interval 0.100 to 0.500."),
-        (ALIKE, "Limit 1.50: held. No interval: each network answered all examples alike."),
+        (ALIKE, "Limit 1.50: held. No interval: all examples had the same figure."),
         (UNMEASURED, "Relearning ratio: not measured. Limit 1.50: did not hold."),
         (TOLD, "Relearning ratio: not measured: too few. The run was told to accept this."),
         (FAILED, "The method failed: the loss is not finite."),

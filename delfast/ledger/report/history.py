@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delfast.ledger.artefacts import PURGED
+from delfast.ledger.checks import advantage
 from delfast.ledger.requests import ACCEPTED, CREATED, PENDING, RECEIVED, REJECTED, RUNNING, STARTED
 from delfast.ledger.results import Check
 from delfast.ledger.store import FIRST, Entry
@@ -60,7 +61,7 @@ class Run:
     def largest_attack(self) -> Payload | None:
         """The largest attack advantage, of the run's own forget set and of every earlier one; None if not measured."""
         sets = (self.figures or {}).get("sets", {})
-        found = [figures["attack_advantage"] for name, figures in sets.items() if is_forget_set(name)]
+        found = [advantage(self.figures or {}, name)[0] for name in sets if is_forget_set(name)]
         known: list[Payload] = [figure for figure in found if figure is not None]
         return max(known, key=lambda figure: figure["value"], default=None)
 
@@ -123,6 +124,14 @@ class History:
     """Files of the reference models that were trained."""
     purged: dict[str, str] = field(default_factory=dict)
     """File that was deleted -> time of the entry that records it."""
+
+    @property
+    def model(self) -> str:
+        """File of the newest accepted model; at first that of the model that the ledger was made for."""
+        accepted = [run.result["model"]["file"] for run in self.runs.values() if run.status == ACCEPTED]
+        assert self.created is not None
+        file: str = [self.created.payload["model"]["file"], *accepted][-1]
+        return file
 
     def having(self, status: str) -> list[TakenRequest]:
         """Return the requests of a status, in order."""

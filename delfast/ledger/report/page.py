@@ -55,7 +55,7 @@ def _values(history: History, holding: Sequence[HeldFile]) -> dict[str, Any]:
         "name": "" if created is None else created.payload["job"]["name"],
         "history": history,
         "answer": _answer(history),
-        "summary": _summary(history),
+        "summary": _summary(history, holding),
         "thresholds": _thresholds(runs),
         "worst": _worst(runs),
         "about": _about(history),
@@ -86,15 +86,22 @@ def _answer(history: History) -> str:
     return f"{wording.counted(len(history.requests), 'forget request')}: {', '.join(parts)}."
 
 
-def _summary(history: History) -> list[str]:
+def _summary(history: History, holding: Sequence[HeldFile]) -> list[str]:
     """Return sentences on the thresholds in accepted runs, on rejected runs, and on requests that are still open."""
     open_requests = [request for request in history.requests.values() if request.status != ACCEPTED]
     accepted = [run for run in history.runs.values() if run.status == ACCEPTED]
     rejected = {request.runs[-1].number: request.runs[-1] for request in open_requests if request.status == REJECTED}
     sentences = [*_kept(accepted), *map(_rejection, list(rejected.values())[-SHOWN_REJECTIONS:])]
-    if open_requests:
-        numbers = wording.requests([request.number for request in open_requests])
-        sentences.append(f"Not carried out: {numbers}. The model in use was trained on these examples.")
+    held = {number for each in holding if each.file == history.model for number in each.requests}
+    for numbers, state in (
+        ([request.number for request in open_requests if request.number in held], "was trained on these examples"),
+        (
+            [request.number for request in open_requests if request.number not in held],
+            "was retrained without these examples",
+        ),
+    ):
+        if numbers:
+            sentences.append(f"Not carried out: {wording.requests(numbers)}. The model in use {state}.")
     return sentences
 
 

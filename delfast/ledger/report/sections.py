@@ -27,6 +27,8 @@ class Section:
     ids: list[str]
     ids_left_out: int
     runs: list[dict[str, Any]]
+    is_held: bool
+    """Whether the model in use was trained on the request's examples and did not unlearn them."""
     holders: Rows
     commands: list[str]
 
@@ -46,6 +48,7 @@ def section_of(request: TakenRequest, history: History, holding: Sequence[HeldFi
         ids=[] if hashed else list(request.ids[:SHOWN_IDS]),
         ids_left_out=0 if hashed else max(0, request.count - SHOWN_IDS),
         runs=[_run(run, request, run.number in drawn) for run in reversed(request.runs)],
+        is_held=any(held.file == history.model and request.number in held.requests for held in holding),
         holders=[[held.file, held.why] for held in holding if request.number in held.requests],
         commands=[f"delfast ledger verify . --head {history.head}", *_commands(request, history)],
     )
