@@ -74,7 +74,7 @@ SEQUENTIAL = {  # of `python -m delfast.experiments.sequential`, packed
 }
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
-DRAWING = 1  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
+DRAWING = 2  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
 BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
 
