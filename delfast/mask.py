@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ class LayerRow:
         Number of elements.
     channels : int
         Number of whole channels selected.
-    of_channels : int
+    channel_count : int
         Number of channels; 0 for a parameter with ndim <= 1.
 
     Examples
@@ -47,7 +48,7 @@ class LayerRow:
     >>> import delfast
     >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0], [0, 1]])})
     >>> mask.table()
-    [LayerRow(name='weight', shape=(3, 2), selected=3, total=6, channels=1, of_channels=3)]
+    [LayerRow(name='weight', shape=(3, 2), selected=3, total=6, channels=1, channel_count=3)]
     """
 
     name: str
@@ -55,7 +56,18 @@ class LayerRow:
     selected: int
     total: int
     channels: int
-    of_channels: int
+    channel_count: int
+
+    @property
+    def of_channels(self) -> int:
+        """The former name of ``channel_count``, for one release."""
+        warnings.warn(
+            "LayerRow: the field 'of_channels' is now 'channel_count', and 'of_channels' is removed in the next "
+            "release; read channel_count",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.channel_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +121,7 @@ class Mask:
 
     @cached_property
     def channels(self) -> int:
-        """Number of whole channels (rows of parameters with ndim > 1) selected."""
+        """Number of whole channels of parameters with ndim > 1 that are selected."""
         return sum(part.channels for part in self.parameters.values())
 
     @property
@@ -442,7 +454,7 @@ class Mask:
         Returns
         -------
         Mask
-            Bits per row where every row is selected whole or not at all, else per element.
+            Bits per row (channel) where every channel is selected whole or not at all, else per element.
 
         Raises
         ------

@@ -89,7 +89,7 @@ def print_mask(mask: Mask) -> None:
             row.name,
             "x".join(map(str, row.shape)),
             f"{row.selected} of {row.total}",
-            f"{row.channels} of {row.of_channels}",
+            f"{row.channels} of {row.channel_count}",
         ]
         for row in mask.table()
     ]

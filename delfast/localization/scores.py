@@ -60,7 +60,7 @@ class Scores:
     per_example : bool, default False
         Whether ``gradients`` are means over the examples' own gradients.
     units : mapping of str to Tensor, or None, default None
-        The scores of units for a criterion that scores no elements: float32 (rows,). Missing parameters score 0.
+        The scores of units for a criterion that scores no elements: float32 (units,). Missing parameters score 0.
     dims : mapping of str to int, or None, default None
         The dimension of a parameter's channels where it is not 0; see ``register_layer``.
     precision : str, default "fp32"
@@ -137,8 +137,8 @@ class Scores:
         aggregate : {"topk_mean", "mean", "sum", "max"}, default "topk_mean"
             A channel's score from its elements' scores. "topk_mean" is the mean of the h largest [1]_.
         top_h : int, float or "published", default 0.1
-            The number h of elements: a count, a fraction of the row in (0, 1] (rounded down), or "published" for
-            int(0.1 C_out), as in the authors' code. Clipped to [1, length of the row].
+            The number h of elements: a count, a fraction of the channel's in (0, 1] (rounded down), or "published"
+            for int(0.1 C_out), as in the authors' code. Clipped to [1, elements of a channel].
         policy : {"whole", "exact"}, default "whole"
             "whole": the longest prefix of the channels, in falling score, of at most budget × P parameters. A smaller
             budget's mask lies inside a larger budget's. "exact": int(budget × P) elements, the last channel cut, as in
@@ -242,7 +242,7 @@ class Scores:
         Returns
         -------
         Tensor
-            Shape (units,), in the order of ``parameters`` and of their rows. float32, or float64 for models with
+            Shape (units,), in the order of ``parameters`` and of their units. float32, or float64 for models with
             float64 parameters.
 
         Raises
@@ -356,7 +356,7 @@ class Scores:
         return torch.from_numpy(generator.random(count, dtype=numpy.float32)).to(self.parameters[name].device)
 
     def _owner(self, unit: int, counts: list[int]) -> tuple[str, int]:
-        """Return the parameter name and the row of a unit."""
+        """Return the name of a unit's parameter, and its number there."""
         for name, count in zip(self.parameters, counts, strict=True):
             if unit < count:
                 return name, unit

@@ -306,8 +306,8 @@ def localize(
     be cut. For transformers that code uses ``aggregate="mean"``, which the caller passes. Differences from that code:
     sorting is stable; G is the mean over every example, where that code shuffles the forget set, drops the last batch
     and sums batch means; h is at least 1, where that code scores a head of fewer than 10 outputs NaN and never selects
-    it; h is clipped to the row, where that code fails on depthwise convolutions; and frozen parameters and forget sets
-    smaller than a batch are accepted.
+    it; h is at most a channel's number of elements, where that code fails on depthwise convolutions; and frozen
+    parameters and forget sets smaller than a batch are accepted.
 
     ``score(...).select(budget)`` accepts the arguments that only ``score`` has (``max_channels``).
 
