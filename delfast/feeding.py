@@ -202,8 +202,9 @@ class _Rows:
 class Resident:
     """Examples on a device. They are copied there unless they are there, and again once their tensors were changed.
 
-    ``source``: reads batches; the object stays the same unless the data set gets other tensors or rows, so that a graph
-    that reads it stays valid. ``lookup``: int64 (N,) on the CPU, the row of the source for each example.
+    source: reads batches. The object stays the same unless the data set gets other tensors or rows, so that a graph
+        that reads it stays valid.
+    lookup: int64 (N,) on the CPU, the row of the source for each example.
     """
 
     def __init__(self, columns: Columns, rows: Tensor, device: torch.device) -> None:

@@ -417,8 +417,8 @@ def _identity(parameter: Any) -> tuple[Any, ...]:
 class OpCall:
     """The arguments of one call of a masked op, except gradients and settings.
 
-    ``key``: the number of state values, and the parameters that had gradients when the call was made; ``plan``: what
-    the mask selects, listed once for all steps.
+    key: the number of state values, and the parameters that had gradients when the call was made.
+    plan: the elements that the mask selects, listed once for all steps.
     """
 
     key: list[Any]

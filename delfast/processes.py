@@ -40,10 +40,12 @@ Failure = TypeVar("Failure", bound=Exception)
 
 
 class Processes:
-    """The processes of a job, as this process sees them.
+    """The processes of a job, as seen from this process.
 
-    data: the data group, or None if the data are the same everywhere. rank, size: this process's rank in it, and its
-    number of processes. meshes: the mesh groups of more than one process, each once.
+    data: the data group, or None if the data are the same everywhere.
+    rank: this process's rank in the data group.
+    size: the number of processes in the data group.
+    meshes: the mesh groups of more than one process, each once.
 
     Every exchange begins with ``raise_first``. A process that has failed, in whatever context ``together``, meets the
     others there, and all of them raise its error in place of the exchange.

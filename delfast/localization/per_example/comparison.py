@@ -27,8 +27,8 @@ class Comparison:
     2, so that no two examples have equal weights in all of them. To save memory, Σ |δ| along the longest dim without
     examples is kept.
 
-    dtypes: those that the layers compute in; the tolerance depends on them. number: the number of the batch, which
-    decides the order of the weights.
+    dtypes: the dtypes that the layers compute in; the tolerance depends on them.
+    number: the number of the batch, which decides the order of the weights.
     """
 
     def __init__(self, losses: Tensor, dtypes: Iterable[torch.dtype], number: int) -> None:

@@ -61,7 +61,11 @@ class Trace:
     """The calls of one forward pass. ``record`` stores a call, or compares it with that of a ``reference``.
 
     Tensors are numbered in the order of their appearance, which identifies an argument by the call that made it.
-    examples: N. inputs: the batch's tensors. owned: id -> the network's parameters and buffers.
+
+    examples: the number of examples, N.
+    inputs: the batch's tensors.
+    owned: id -> the network's parameters and buffers.
+
     ``difference``: why the examples may lie along other axes than in the reference; None if they do not.
     ``is_other``: whether the reason is that other calls were made.
     """
