@@ -222,8 +222,8 @@ class MaskedOptimizer(Optimizer):
     def _begin_state(self) -> None:
         """Make the state of parameters that have none, with the count of 0 steps, if any of them is a DTensor.
 
-        An optimizer without state would be stepped by torch.distributed.checkpoint, with a rate of 0, to learn what
-        state it will have. That step would count, and change the sign of some zeros.
+        torch.distributed.checkpoint steps an optimizer without state, with a rate of 0, to make its state. That step
+        would count, and change the sign of some zeros.
         """
         if not self._has_dtensors():
             return
@@ -272,8 +272,8 @@ class MaskedOptimizer(Optimizer):
                 for key in self._state_keys(1):
                     if key in kept:
                         kept[key] = move_state(kept[key], before, after)
-            # a captured step reads the old mask's plan: other memory tells it that it cannot be replayed any more, and
-            # not even where a later mask is equal to the old one
+            # a captured step reads the old mask's plan: by the count's new memory it is captured again, also where a
+            # later mask is equal to the old one
             if (step := self.state.get(parameter, {}).get("step")) is not None:
                 self.state[parameter]["step"] = step.clone()
         self.mask, self._parts, self._calls = mask, _parts_of(mask, named), {}

@@ -161,7 +161,7 @@ def _content_of(values: Mapping[str, Any]) -> str:
 def _content_of_file(path: Path, names: Iterable[str]) -> str:
     """Return a digest of a safetensors file's header, of both ends of each tensor of these names, and of samples.
 
-    The samples are blocks at even distances. Files that differ elsewhere alone are not told apart.
+    The samples are blocks at even distances. Files that differ elsewhere alone have one digest.
     """
     size = path.stat().st_size
     digest = hashlib.sha256()

@@ -283,7 +283,7 @@ class _Stream:
                 yield batch
 
     def check(self, size: int | None) -> None:
-        """Raise InputError unless all processes saw the whole set, or their shares are the whole set."""
+        """Raise InputError unless all processes read the whole set, or their shares are the whole set."""
         if not self._is_share:
             self._processes.check_same(
                 str(self._batches),

@@ -283,7 +283,7 @@ def report(
     ] = None,
     hash_ids: KeyFile = None,
 ) -> None:
-    """Write report.html and report.md: what was asked, what was done, and the evidence. Prints the head."""
+    """Write report.html and report.md: the requests, what was done, and the evidence. Prints the head."""
     from delfast.ledger import Ledger
     from delfast.ledger.report import HTML
 

@@ -217,7 +217,7 @@ class _Registry:
     def refuse_sharded(self, optimizer: Optimizer) -> None:
         """Raise InputError for an optimizer of sharded Parameters of a compact model that has lost any of its own.
 
-        Sharding replaces Parameters. Then no guard is found by their ids, and nothing else would notice.
+        Sharding replaces Parameters. Then no guard is found by their ids, and no other check would refuse the step.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sharded = {id(parameter) for parameter in parameters if is_dtensor(parameter)}

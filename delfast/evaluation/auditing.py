@@ -130,7 +130,7 @@ def audit(
     **Relearning.** A copy is finetuned on retained examples alone, where Siddiqui et al. saw "forgotten" examples
     come back from about 50 % to nearly 100 %, and on the retained examples with 1 % and 10 % of the forget set in every
     batch, at most half of it: the attack of Hu et al. with a part of the forget set. The parts are mixed because a
-    handful of examples alone makes any network answer with their labels. The rest of the forget set is measured. Each
+    handful of examples alone makes any network predict their labels. The rest of the forget set is measured. Each
     never-seen network has the same finetuning on the same batches.
 
     The ratio is that of the odds of a correct answer, averaged over the steps after 0: with A the mean accuracy on the

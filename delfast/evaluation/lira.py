@@ -1,7 +1,7 @@
 """LiRA: attacks that distinguish, by example, a network from one that never saw the example.
 
 U-LiRA has shadows of both kinds: networks that unlearned the examples, and networks that never saw them. The offline
-LiRA has the second kind alone, which can be trained before anybody asks to be forgotten.
+LiRA has the second kind alone, which can be trained before there is a request to forget.
 
 Hayes et al., "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy", 2024, arXiv
 2403.01218, after the online LiRA of Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P

@@ -44,7 +44,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Accept:
-    """The thresholds under which an unlearned network is accepted; None: this figure is not asked for.
+    """The thresholds under which an unlearned network is accepted; None: the figure has no threshold.
 
     The defaults are the project's choice: no publication states them. Oracles, networks that were retrained without
     the forget set, hold them in at least 9 of 10 cases: measured for 20 and 50 random examples of 1,400 digits with

@@ -1,4 +1,4 @@
-"""The ledger of one model: what was asked to be forgotten, what was done about it, and the evidence."""
+"""The ledger of one model: the requests to forget, what was done about each, and the evidence."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Check:
     limit : float or None
         The largest value that holds.
     held : bool
-        Whether the value is at most the limit. One that was not measured holds only where the run was told so.
+        Whether the value is at most the limit. One that was not measured holds only with ``accept_unmeasured``.
     set : str
         The set that was measured: "test", "forget", "model", or "run 3" for the forget set of an earlier run. For
         "method" it is the error.

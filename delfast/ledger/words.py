@@ -87,7 +87,7 @@ def check_sentence(check: Check) -> str:
     limit = f"Limit {amount(check.limit, threshold)}: {verdict}."
     if check.value is None:
         why = f": {check.reason}" if check.reason else ""
-        told = "The run was told to accept this." if check.held else limit
+        told = "The run accepts this by --accept-unmeasured." if check.held else limit
         return f"{threshold.title}: not measured{why}. {told}"
     sentence, value = threshold.sentence, check.value
     if value < 0 and threshold.if_below_0:

@@ -162,7 +162,7 @@ def critmem(
     Raises
     ------
     InputError
-        As ``signed_channels``, and for a layer whose examples cannot be told apart or whose weight other kinds of
+        As ``signed_channels``, and for a layer whose examples cannot be separated or whose weight other kinds of
         layers share (naming it), scores that are not finite (naming the parameter), and arguments out of range.
 
     References

@@ -352,7 +352,7 @@ def _prepared(
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:
-    """Return the early stop that the options ask for."""
+    """Return the early stop that the options set."""
     if training.validation is None or training.patience is None:
         return None
     return EarlyStop(training.validation, training.patience, loss_fn)

@@ -284,7 +284,7 @@ def train(
 
 
 def refuse_checkpoint(model: nn.Module, checkpoint: object) -> None:
-    """Raise InputError for a checkpoint of DTensors: nothing in a file would tell whose part of them it holds."""
+    """Raise InputError for a checkpoint of DTensors: a file does not record whose part of them it holds."""
     if checkpoint is not None and is_laid_out(model):
         raise InputError(
             "expected no checkpoint= for a network of DTensors (FSDP2 or tensor parallelism), got one; train with "

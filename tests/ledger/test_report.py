@@ -264,7 +264,7 @@ def test_figures_that_a_run_accepted_unmeasured_are_not_called_held() -> None:
     _, text = make_report(without(undrawn(), change), held())
     shown = words(Page(text).shown)
     assert "In the 3 accepted runs, all thresholds held that were measured; 3 of 12 figures were not." in shown
-    assert "Relearning ratio: not measured. The run was told to accept this." in shown
+    assert "Relearning ratio: not measured. The run accepts this by --accept-unmeasured." in shown
     assert "Relearning ratio 1.50 0 of 4 runs" in shown
 
 

@@ -1,4 +1,4 @@
-"""The answer of a grid for one setting: the method nearest to the oracle, and what the numbers allow one to say."""
+"""The answer of a grid for one setting: the method nearest to the oracle, and what follows from the numbers."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _commands(request: TakenRequest, history: History) -> list[str]:
 
 
 def _run(run: Run, request: TakenRequest, is_drawn: bool) -> dict[str, Any]:
-    """Return what the page says on one run of a request."""
+    """Return the page's content on one run of a request."""
     figures = run.figures
     return {
         "number": run.number,

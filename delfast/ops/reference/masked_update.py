@@ -102,12 +102,12 @@ def _apply(param: Tensor, source: Tensor, where: Tensor, rows: bool, update: Upd
 
 
 def masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> Tensor:
-    """List what a mask selects, once for many updates of the same parameters.
+    """List the elements that a mask selects, once for many updates of the same parameters.
 
     Parameters
     ----------
     params : sequence of Tensor
-        Parameters; only their shapes are looked at.
+        Parameters; only their shapes are read.
     bits : Tensor
         Packed bits (uint8) of all parameters, concatenated.
     by_row : sequence of bool
@@ -118,7 +118,7 @@ def masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) 
     Tensor
         A plan (csrc/delfast/mask_plan.h): the bits, the shapes and, made by a CUDA device's kernel, a list of the
         masked rows and the stretches with masked elements. The updates take it in place of ``bits``, on the device on
-        which it was made, and trust it: a plan is not to be changed. A CUDA device makes one in each call that is
+        which it was made, without a check: a plan is not to be changed. A CUDA device makes one in each call that is
         given bits alone. Its size depends on the shapes alone: beside the bits 24 bytes a parameter, 24 bytes a row of
         64 to 512 elements, and less for shorter rows and single elements.
 
