@@ -19,7 +19,7 @@ OWN_SETTINGS = ("method", "budget", "strategy", "batch_size")  # the keys of a s
 
 @dataclass(frozen=True)
 class Training:
-    """How a job's networks are trained: SGD with momentum 0.9, the rate falling by a cosine to 1 % of the first.
+    """Settings of a job's training: SGD with momentum 0.9, the rate falls by a cosine to 1 % of the first.
 
     Parameters
     ----------
