@@ -217,7 +217,7 @@ def localize(
     sum_dtype: torch.dtype | None = None,
     group: Group = None,
 ) -> Mask:
-    """Find the most critical channels of a model for a forget set: ``score`` and ``Scores.select`` in one call.
+    """Find the channels or elements most critical for a forget set: ``score`` and ``Scores.select`` in one call.
 
     A strategy sets the criterion and the granularity, a preset the rest. An argument that is given replaces theirs.
     The model runs in eval mode and is left as it was; see ``score``.

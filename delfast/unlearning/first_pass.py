@@ -28,7 +28,7 @@ from delfast.unlearning.steps import Step
 
 @dataclass(frozen=True)
 class FirstPass:
-    """Facts about the network, found by its first forward and backward passes.
+    """Facts about the network, found in the passes over the first batches.
 
     head: the name of the head, if it was searched for.
     sparse: the names of the parameters with sparse gradients.
