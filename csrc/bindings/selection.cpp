@@ -14,7 +14,7 @@ struct ElementTask {
   size_t param;
   int64_t begin, end;  // elements
   int64_t work;
-  int64_t ties = 0;  // scores equal to the threshold, once marked
+  int64_t ties = 0;  // number of scores equal to the threshold, after mark
 };
 
 struct ElementTasks {
@@ -32,7 +32,7 @@ struct ElementTasks {
   int64_t elements = 0;
 };
 
-// Integers, so the sum over threads does not depend on which thread counted what.
+// Integers: the sum over threads does not depend on the distribution of the work.
 std::vector<int64_t> count_digits(const std::vector<Scored>& params, const ElementTasks& tasks, Criterion criterion,
                                   cpu::RadixPass pass) {
   const auto& kernels = cpu::selection(cpu::isa());
@@ -48,7 +48,7 @@ std::vector<int64_t> count_digits(const std::vector<Scored>& params, const Eleme
   return counts;
 }
 
-// Infinity and NaN have all exponent bits set: in the first pass (bits 20 to 30) they are the last bins.
+// Infinity and NaN have all exponent bits set: in the first pass (bits 20 to 30) they are counted in the last bins.
 bool any_nonfinite(const std::vector<int64_t>& first_pass) {
   constexpr int kInfinity = 0x7f800000 >> 20;
   return std::any_of(first_pass.begin() + kInfinity, first_pass.end(), [](int64_t count) { return count != 0; });
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
     everything = !search.descend(counts.data());
   }
 
-  // Mark everything at or above the threshold, then take back the ties that the budget does not cover, last first.
+  // Mark all scores at or above the threshold, then clear the ties beyond the budget, the last first.
   const auto& kernels = cpu::selection(cpu::isa());
   const uint32_t threshold = everything ? 0 : search.threshold();
   run_tasks(tasks.list, [&](ElementTask& task) {
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
                          bits_data + first_byte[task.param]);
     left -= keep;
   }
-  // a threshold above 0 selects k elements above 0; else all above 0 are selected
+  // with a threshold above 0, k elements above 0 are selected; otherwise all elements above 0
   return report(-1, threshold ? k : everything ? tasks.elements - ties : k - search.left());
 }
 

@@ -40,12 +40,12 @@ void with_dtype(Dtype dtype, F f) {
   }
 }
 
-// Calls f with the score of this parameter under this criterion, typed.
+// Calls f with this parameter's typed scores under this criterion.
 template <class F>
 void with_score(const Scored& p, Criterion criterion, F f) {
   const void* values = p.theta;
   Dtype dtype = p.theta_dtype;
-  switch (criterion) {  // without a default: -Wswitch names a criterion that is missing here
+  switch (criterion) {  // no default: -Wswitch reports a criterion that is missing here
     case Criterion::weighted_grad:
       with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
         with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {

@@ -6,7 +6,7 @@ namespace delfast::cuda {
 
 namespace {
 
-// Words of dynamic shared memory.
+// Number of words of dynamic shared memory.
 int words_of(const Rows& p) {
   if (p.length == 1) return 0;
   if (p.is_long()) return row_words(4 * sample_runs(p.length));
@@ -15,7 +15,8 @@ int words_of(const Rows& p) {
 constexpr int kMaxWords = std::max(row_words(kBlockRow), kRowWarps* row_words(kWarpRow));
 static_assert(row_words(4 * kMaxRuns) <= kMaxWords);
 
-// The top h and the largest: all rows, and samples of long rows; then two readings of these, which need the samples.
+// The top h and the maximum: one launch for all rows and for the samples of long rows, then the two readings of long
+// rows.
 void launch_tops(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream) {
   const auto blocks = [](const Rows& p) {
     return p.length == 1                        ? ceil_div(p.rows, kElementTile)
@@ -26,8 +27,8 @@ void launch_tops(const Plan& plan, Criterion criterion, unsigned char* workspace
   for (const Rows& p : plan.list) words = std::max(words, words_of(p));
   launch_rows(plan.list, int64_t(plan.list.size()), blocks, [&]<int kBytes>(const Table<Rows, kBytes>& table) {
     const auto kernel = criticality_top<kBytes>;
-    // more than a kernel gets unasked, which is 48 KiB with its static part; always as much, since other threads launch
-    // it too
+    // Above the 48 KiB default, which includes static shared memory. Always request the maximum: another thread may
+    // launch the kernel meanwhile.
     if (words * 4 > 40 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxWords * 4);
     cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     DELFAST_LAUNCH(criticality_top<kBytes>, table.blocks(), kRowThreads, size_t(words) * 4, stream, table, criterion,

@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kResidentBlocks = 1056;  // eight on each of 132 multiprocessors
 
-// Lays out the workspace of `tiles` tiles of `sources` sources, and a list of `capacity` candidates; its bytes.
+// Lays out the workspace of `tiles` tiles of `sources` sources and a list of `capacity` candidates; returns its size in
+// bytes.
 int64_t lay_out(void* workspace, int64_t sources, int64_t tiles, int64_t capacity, Selection& s) {
   int64_t bytes = 0;
   const auto take = [&]<class T>(T*& array, int64_t count) {
@@ -33,13 +34,14 @@ int64_t lay_out(void* workspace, int64_t sources, int64_t tiles, int64_t capacit
 
 unsigned at_most(int64_t blocks, int64_t limit) { return unsigned(blocks < 1 ? 1 : blocks < limit ? blocks : limit); }
 
-// for_sources(add) calls add(Source, tiles) for each parameter that has any, in order; `runs` of the sample, or 0.
+// for_sources(add) calls add(Source, tiles) for each parameter with elements, in order. `runs`: runs of the sample in
+// each tile; 0: no sample.
 template <class ForSources>
 Error select(int64_t count, ForSources for_sources, Criterion criterion, int runs, double share, const Selection& s,
              Stream stream) {
   uint32_t first_source = 0;
   const auto begin = [&]<int kBytes>(const Table<Source, kBytes>& table) {
-    const int64_t wanted = ceil_div(table.blocks(), kThreads), least = runs ? 64 : 4;  // for what is to be cleared
+    const int64_t wanted = ceil_div(table.blocks(), kThreads), least = runs ? 64 : 4;  // blocks that clear
     DELFAST_LAUNCH(selection_begin<kBytes>, at_most(wanted > least ? wanted : least, 1024), kThreads, 0, stream, table,
                    s, first_source, runs != 0);
     first_source += uint32_t(table.count);
@@ -72,7 +74,7 @@ struct Elements {
     }
   }
   bool sampled(int64_t min_sampled) const { return numel && numel >= min_sampled; }
-  // The bracket holds one element in two hundred of many, one in fifty of few.
+  // The bracket holds one element in two hundred of large networks, one in fifty of small ones.
   int64_t capacity(int64_t min_sampled) const {
     const int64_t wanted = numel / 32 + 65536;
     return !sampled(min_sampled) ? 0 : wanted < INT32_MAX ? wanted : INT32_MAX;
@@ -97,7 +99,7 @@ struct Units {
       scalars += counts[i] * lengths[i];
     }
   }
-  // Whether one block selects them.
+  // Returns true if one block selects the units.
   bool few() const {
     const bool large = kLargeTables && driver_takes_large_tables();
     return words <= kUnitWords && scalars <= UINT32_MAX &&

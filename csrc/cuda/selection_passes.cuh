@@ -1,23 +1,23 @@
-// The threshold by three radix passes, the ties with it, and the bits that these leave open: among the candidates that
-// the reading listed, or over all scores.
+// The threshold by three radix passes, the ties with it, and the bits that depend on both: among the candidates that
+// selection_read listed, or over all scores.
 //
-// Mapping. As many blocks as can be resident loop over tiles; of the candidates, over the list or, a warp each, over
-// tiles. (Units: a block for each tile, whose elements all weigh the same.)
-// count: blocks count digits in shared memory and add them up; the last block descends into a digit.
-// mark: the ties are counted per tile; over all scores, the bits of those at or above the threshold are written. The
-// last block finds the tile where the ties end, by sums over segments of tiles, and reports. settle: the candidates'
-// bits are set; over all scores, ties past the end are taken back.
-// Memory. A pass over all scores reads their operands
-// again, by 16-byte loads. A tile's bits are gathered in shared memory: a lane ors in those of the four
-// neighbours that it reads; where lanes read one element each (memory not aligned, or not in logical order:
-// channels-last), a ballot makes a word.
+// Mapping. As many blocks as can be resident loop over tiles; for the candidates, over the list, or over tiles with one
+// warp each. For units: a block for each tile, because all elements of a tile weigh the same.
+// - count: blocks count digits in shared memory and add them; the last block descends into a digit.
+// - mark: counts the ties of each tile; over all scores, also writes the bits of the scores at or above the threshold.
+//   The last block finds the tile where the ties end, by sums over segments of tiles, and writes the report.
+// - settle: sets the candidates' bits; over all scores, clears the bits of the ties past the end.
+// Memory. A pass over all scores reads their operands again, by 16-byte loads. A tile's bits are collected in shared
+// memory: a lane ors in the bits of the four neighbours that it reads. Where lanes read single elements (memory that is
+// not aligned, or not in logical order: channels-last), a ballot gives a word.
+// Numerics. Integers only.
 #pragma once
 
 #include "cuda/selection.cuh"
 
 namespace delfast::cuda {
 
-// What an element of a tile weighs.
+// Weight of an element of a tile.
 __device__ __forceinline__ unsigned long long weight_of(const Selection& s, uint32_t tile) {
   return s.units ? static_cast<unsigned long long>(s.sources[global_load_const(&s.owners[tile])].weight) : 1;
 }
@@ -26,7 +26,7 @@ __device__ __forceinline__ unsigned long long weight_of(const Selection& s, uint
 
 __device__ __forceinline__ void count_candidates(const Selection& s, const Search& search, RadixPass digit,
                                                  uint32_t digits, uint32_t* bins) {
-  constexpr uint32_t kOfBlock = 4096;  // so that a block's bins count more than one
+  constexpr uint32_t kOfBlock = 4096;  // scores of a block, enough that a bin counts several
   const uint32_t listed = global_load(&s.state->listed), wanted = listed / kOfBlock + 1,
                  blocks = wanted < gridDim.x ? wanted : gridDim.x, step = blocks * kThreads;
   if (blockIdx.x >= blocks) return;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void count_all(const Selection& s, Criterion criterio
                                           uint32_t* bins) {
   for (uint32_t number = blockIdx.x; number < s.tiles; number += gridDim.x) {
     const Tile tile = tile_of(s, number);
-    int bad = tile.length;  // the first element whose score is not finite
+    int bad = tile.length;  // first element whose score is not finite
     with_scores(tile.operands, criterion, [&](auto score) {
       for_each_score(score, tile.length, [&](int i, uint32_t bits) {
         count_digit(bits, digit, digits, bins);
@@ -50,7 +50,7 @@ __device__ __forceinline__ void count_all(const Selection& s, Criterion criterio
   }
 }
 
-// The last block's part.
+// For the last block.
 __device__ __forceinline__ void descend_pass(const Selection& s, int pass) {
   DELFAST_SHARED(unsigned long long, bins, [kRadixBins]);
   DELFAST_SHARED(unsigned long long, totals, [kWarp]);
@@ -83,15 +83,17 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_count(Selection
     count_candidates(s, search, digit, digits, bins);
   else
     count_all(s, criterion, digit, digits, bins);
-  add_bins(bins, weight_of(s, blockIdx.x), state->histogram);  // a block of many tiles is one of elements, that weigh 1
+  // the weight of all tiles of the block: for units it has one tile, and elements weigh 1
+  add_bins(bins, weight_of(s, blockIdx.x), state->histogram);
   if (!is_last_block(&state->tickets[1 + pass], gridDim.x)) return;
   descend_pass(s, pass);
 }
 
 // ---- bits in logical order
 
-// Calls selected(scores, valid, element) with packs of neighbours; the bits of `valid` say which of them belong to the
-// tile. Keeps the mask that it returns. All threads of the block call it equally often, for ascending elements.
+// Calls selected(scores, valid, element) with packs of neighbours and stores the mask that it returns. The bits of
+// `valid` mark the elements that belong to the tile. All threads of the block call it equally often, for ascending
+// elements.
 template <class Scores, class F>
 __device__ __forceinline__ void select_packs(const Scores& score, int length, uint32_t* words, F selected) {
   for (int window = 0; window < length; window += kThreads * 4) {
@@ -126,11 +128,11 @@ __device__ __forceinline__ void select_ones(const Scores& score, const Tile& til
   }
 }
 
-// Writes the bits of the tile's elements that `selected` says.
+// Writes the bits of the tile's elements that `selected` returns.
 template <class F>
 __device__ __forceinline__ void write_bits(const Tile& tile, Criterion criterion, F selected) {
   DELFAST_SHARED(uint32_t, words, [kTileWords]);
-  __syncthreads();  // whoever still reads those of an earlier tile
+  __syncthreads();  // the bits of an earlier tile may still be in use
   for (int word = int(threadIdx.x); word < kTileWords; word += kThreads) words[word] = 0;
   __syncthreads();
   with_scores(tile.operands, criterion, [&](auto score) {
@@ -190,8 +192,8 @@ __device__ __forceinline__ void mark_all(const Selection& s, Criterion criterion
   }
 }
 
-// The last block's part: finds the tile where the ties end and how many of it are within the budget, and calls
-// found(tile, ties, rest) in one thread; in none if all are.
+// For the last block: finds the tile where the ties end and the number of its ties within the budget, and calls
+// found(tile, ties, rest) in one thread. No thread calls it if all ties fit.
 template <class F>
 __device__ __forceinline__ void find_last_ties(const Selection& s, unsigned long long left, F found) {
   DELFAST_SHARED(unsigned long long, totals, [kWarp]);
@@ -218,7 +220,7 @@ __device__ __forceinline__ void find_last_ties(const Selection& s, unsigned long
   if (before <= left && left < before + mine) found(tile, (left - before) / weight, (left - before) % weight);
 }
 
-// The last block's part.
+// For the last block.
 __device__ __forceinline__ void place_ties(const Selection& s, const Search& search, uint32_t threshold) {
   SelectionState* const state = s.state;
   const bool everything = global_load(&state->everything);
@@ -250,14 +252,14 @@ __device__ __forceinline__ void place_ties(const Selection& s, const Search& sea
   if (threadIdx.x) return;
   int64_t* const info = s.units ? s.info + 2 : s.info;
   global_store(&info[0], bad == kNone ? int64_t(-1) : int64_t(bad));
-  // of elements, what is above the threshold is what it took of the budget, unless everything fits
+  // the selected elements above the threshold have used the budget up to `left`, unless everything fits
   const bool counted = s.units || everything;
   const int64_t above = bad != kNone ? 0 : counted ? int64_t(higher) : int64_t(s.budget - left);
   const int64_t selected = bad != kNone ? 0 : s.units ? int64_t(higher + total) + keep : int64_t(s.budget);
   if (s.units) global_store(&info[1], selected);
   global_store(&info[1 + s.units], threshold && bad == kNone ? selected + cuts : above);
   if (!s.units) return;
-  global_store(&s.info[0], int64_t(-1));  // `settle` knows which unit is cut
+  global_store(&s.info[0], int64_t(-1));  // `settle` writes the unit that is cut
   global_store(&s.info[1], int64_t(0));
 }
 
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_mark(Selection 
 
 // ---- settle
 
-// Of the bits of a tile, keeps the first `keep`. For a warp.
+// For a warp: keeps the first `keep` of the bits of a tile.
 __device__ __forceinline__ void keep_first(uint32_t* words, uint32_t keep) {
   constexpr int kMine = kTileWords / kWarp;
   uint32_t count = 0;
@@ -328,8 +330,8 @@ __device__ __forceinline__ void settle_candidates(const Selection& s, uint32_t t
   }
 }
 
-// Takes back the ties past the last one. There the next unit may be cut: info = {unit, how much of it is left of the
-// budget}.
+// Clears the bits of the ties past the last one. The next unit there may be cut: writes the unit and the number of its
+// scalars within the budget to info.
 __device__ __forceinline__ void settle_all(const Selection& s, Criterion criterion, uint32_t threshold,
                                            uint32_t cut_tile) {
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
@@ -338,7 +340,7 @@ __device__ __forceinline__ void settle_all(const Selection& s, Criterion criteri
     const uint32_t keep = number == cut_tile ? global_load(&s.state->keep) : 0;
     const unsigned long long rest = number == cut_tile && s.cut_last ? global_load(&s.state->rest) : 0;
     const Tile tile = tile_of(s, number);
-    uint32_t rank = 0;  // of a window's first tie
+    uint32_t rank = 0;  // rank of a window's first tie
     write_bits(tile, criterion, [&](const auto& bits, uint32_t valid, int i) {
       uint32_t mask = 0, mine = 0, total;
       for (int j = 0; j < int(sizeof(bits) / 4); j++) mine += (valid >> j & 1) && bits[j] == threshold;

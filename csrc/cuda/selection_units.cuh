@@ -1,10 +1,10 @@
 // Few units selected by one block in one launch: the threshold, the ties in order, the bits, the unit to cut.
 //
-// Mapping. Words of 32 units of one parameter; a warp takes neighbouring words, a lane one unit of each. A unit's score
-// stays in its lane's registers. Three radix passes weigh digits in shared memory; ties take the budget in the order of
-// warps, words and lanes.
+// Mapping. A word is 32 units of one parameter. A warp takes neighbouring words, a lane one unit of each. A unit's
+// score stays in its lane's registers. Three radix passes add the weights of digits in shared memory. Ties use the
+// budget in the order of warps, words and lanes.
 // Memory. Every score is read once, every byte of bits written once.
-// Numerics. Integers only. Sums of weights are of 32 bits: all units together have fewer than 2^32 scalars.
+// Numerics. Integers only. Sums of weights have 32 bits: all units together have fewer than 2^32 scalars.
 #pragma once
 
 #include "cuda/radix.cuh"
@@ -12,7 +12,7 @@
 namespace delfast::cuda {
 
 constexpr int kUnitThreads = 1024, kUnitWarps = kUnitThreads / kWarp;
-constexpr int kUnitRounds = 28;  // words of a warp: as many as leave registers for the rest
+constexpr int kUnitRounds = 28;  // words of a warp, limited by registers
 constexpr int kUnitWords = kUnitRounds * kUnitWarps;
 
 struct UnitsOfParam {
@@ -93,16 +93,16 @@ __global__ void __launch_bounds__(kUnitThreads)
   const uint32_t ties_left = left;
   const bool nothing = bad != kNoUnit;
 
-  uint32_t tied = 0;  // what the warp's ties weigh
+  uint32_t tied = 0;  // weight of the warp's ties
 #pragma unroll
   for (int r = 0; r < kUnitRounds; r++)
     if (r < mine) tied += uint32_t(__popc(__ballot_sync(kAllLanes, keys[r] == least))) * own[r].length;
   if (lane() == 0) totals[warp()] = tied;
   __syncthreads();
-  uint32_t before = 0;  // what the earlier ties weigh
+  uint32_t before = 0;  // weight of the earlier ties
   for (int w = 0; w < warp(); w++) before += totals[w];
 
-  uint32_t chosen = 0, above_zero = 0;  // of the lane's units
+  uint32_t chosen = 0, above_zero = 0;  // numbers of the lane's units
 #pragma unroll
   for (int r = 0; r < kUnitRounds; r++) {
     if (r >= mine) continue;
