@@ -1,4 +1,26 @@
-// Launchers of the channel scores; those of means and sums are in criticality_mean.cu.
+// Channel scores (delfast::criticality): the launch of the top h and the maximum, and the entry point.
+//
+// The kernels in reading order. Each is launched once for as many parameters as a table holds (Table), only if there
+// are such rows. "Long" rows have more than kBlockRow = 16,384 elements. For "topk_mean" and "max":
+//
+//   kernel                  file                       rows
+//   criticality_top         criticality_top.cuh        all contiguous rows; of long rows a sample
+//   criticality_long_count  criticality_long_top.cuh   long rows, except means over the whole row (top = length)
+//   criticality_long_sum    criticality_long_sum.cuh   long rows, except maxima
+//
+// For "mean" and "sum":
+//
+//   criticality_mean        criticality_mean.cuh       all contiguous rows; of long rows the sums of segments
+//   criticality_long_add    criticality_long_sum.cuh   long rows
+//
+// For all aggregates:
+//
+//   criticality_pieces      criticality_pieces.cuh     rows in pieces (Scored), of at most 16,384 elements
+//
+// Shared code, also in reading order: criticality_plan.cuh (the rows of each launch, the workspace),
+// criticality_rows.cuh (constants, Rows, the final reduction), criticality_sum.cuh (16 float32 sums),
+// criticality_team.cuh and criticality_select.cuh (the search for the h-th largest in shared memory),
+// criticality_long.cuh (long rows).
 #include "cuda/criticality_plan.cuh"
 #include "cuda/criticality_top.cuh"
 

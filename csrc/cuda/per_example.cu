@@ -1,4 +1,26 @@
-// Launchers of the per-example sums: the choice of a kernel for a layer, and the number of slabs.
+// Per-example sums: the choice of the kernels for a layer, the number of slabs, and the launches.
+//
+// The kernels in reading order; each is launched once. For per_example_accumulate:
+//
+//   kernel                    file                       layers
+//   per_example_tiles         per_example.cuh            every layer that the next two do not take
+//   per_example_depthwise     per_example.cuh            one input channel for each group
+//   per_example_segments      per_example_segments.cuh   with tensor cores: one group, at most two dimensions, channels
+//                                                        in whole 16-byte packs, where measured to be the fastest
+//   per_example_add_slabs     per_example.cuh            after the first two, if there are several slabs
+//   per_example_add_segments  per_example_segments.cuh   after per_example_segments, if tiles are split
+//
+// For channel_dot and channel_sums:
+//
+//   channel_dot_rows          per_example_dot.cuh        contiguous operands, or a single position
+//   channel_dot_columns       per_example_dot.cuh        channels-last operands
+//   channel_sums_rows         per_example_sums.cuh       contiguous operands, or a single position
+//   channel_sums_columns      per_example_sums.cuh       channels-last operands
+//   channel_sums_add          per_example_sums.cuh       after the two before, if there are several slabs
+//
+// Shared code, also in reading order: per_example_multiply.cuh (products of a tile), per_example_stages.cuh and
+// per_example_fragments.cuh (parts 1 and 2 of per_example_segments), per_example_variants.h (the choice of a tile),
+// per_example_segments.cu (its launchers).
 #include <atomic>
 #include <cstring>
 

@@ -69,3 +69,23 @@ def test_a_bad_comment_is_refused() -> None:
 
 def test_the_sources_are_found() -> None:
     assert len(SOURCES) > 100
+
+
+KERNELS = [path for path in SOURCES if "__global__ void" in path.read_text(encoding="utf-8") and path.suffix == ".cuh"]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_a_kernel_file_opens_with_mapping_memory_and_numerics(path: Path) -> None:
+    head = path.read_text(encoding="utf-8").partition("#pragma once")[0]
+    assert re.findall(r"^// (Mapping|Memory|Numerics)[.:]", head, re.MULTILINE) == ["Mapping", "Memory", "Numerics"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "files"), [("criticality", "criticality"), ("per_example", "per_example|channel")]
+)
+def test_a_launcher_lists_all_kernels_of_its_family(launcher: str, files: str) -> None:
+    head = (ROOT / "csrc" / "cuda" / f"{launcher}.cu").read_text(encoding="utf-8").partition("#include")[0]
+    text = "".join(path.read_text(encoding="utf-8") for path in KERNELS if re.match(files, path.name))
+    names = re.findall(r"__global__ void __launch_bounds__\([^()]*\)\s+(\w+)\(", text)
+    assert len(names) == text.count("__global__ void") > 5
+    assert [name for name in names if not re.search(rf"^//   {name} ", head, re.MULTILINE)] == []
