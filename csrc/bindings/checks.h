@@ -2,10 +2,12 @@
 #pragma once
 
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "bindings/torch.h"
 #include "delfast/layouts.h"
+#include "delfast/selection.h"
 
 namespace delfast::bindings {
 
@@ -158,6 +160,15 @@ inline int64_t check_top_h(const std::vector<Scored>& params, const IntList& top
                         p, " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
   }
   return units;
+}
+
+// An op returns a struct of int64 fields as a tensor of int64 elements.
+template <class Info>
+inline constexpr int64_t kFields = sizeof(Info) / sizeof(int64_t);
+template <class Info>
+Info* fields_of(Tensor& tensor) {
+  static_assert(std::is_standard_layout_v<Info> && sizeof(Info) % sizeof(int64_t) == 0);
+  return reinterpret_cast<Info*>(tensor.mutable_data_ptr<int64_t>());
 }
 
 inline void check_budget(int64_t k) {

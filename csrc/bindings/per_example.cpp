@@ -18,7 +18,8 @@ void run_range(int64_t count, int64_t work_each, F f) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work_each)), f);
 }
 
-// A vector unit takes a thirtieth of the time for a product and its sum that memory takes for an element.
+// Work of a product and its sum relative to a copied element: a vector unit takes about a thirtieth of the time that
+// memory takes for an element. An estimate; it decides only whether other threads help.
 constexpr int64_t kProductsPerElement = 32;
 
 }  // namespace

@@ -62,6 +62,13 @@ int64_t first_nonfinite(const std::vector<Scored>& params, Criterion criterion) 
   return -1;
 }
 
+template <class Info>
+Tensor tensor_of(const Info& info) {
+  Tensor tensor = empty({kFields<Info>}, ScalarType::Long);
+  *fields_of<Info>(tensor) = info;
+  return tensor;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const TensorList& grad,
@@ -80,13 +87,7 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
   }
   Tensor bits = empty({bytes}, ScalarType::Byte);
   uint8_t* bits_data = bits.mutable_data_ptr<uint8_t>();
-  Tensor info = empty({2}, ScalarType::Long);
-  int64_t* const out = info.mutable_data_ptr<int64_t>();
-  const auto report = [&](int64_t nonfinite, int64_t positive) {
-    out[0] = nonfinite;
-    out[1] = positive;
-    return std::tuple(std::move(bits), std::move(info));
-  };
+  const auto report = [&](const ElementsInfo& info) { return std::tuple(std::move(bits), tensor_of(info)); };
 
   cpu::RadixSearch search(k);
   bool everything = false;
@@ -94,7 +95,7 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
     const std::vector<int64_t> counts = count_digits(list.params, tasks, criterion, search.pass());
     if (pass == 0 && any_nonfinite(counts)) {
       torch::stable::zero_(bits);
-      return report(first_nonfinite(list.params, criterion), 0);
+      return report({first_nonfinite(list.params, criterion), 0});
     }
     everything = !search.descend(counts.data());
   }
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
     left -= keep;
   }
   // with a threshold above 0, k elements above 0 are selected; otherwise all elements above 0
-  return report(-1, threshold ? k : everything ? tasks.elements - ties : k - search.left());
+  return report({-1, threshold ? k : everything ? tasks.elements - ties : k - search.left()});
 }
 
 std::tuple<Tensor, Tensor> select_units(const Tensor& scores, const IntList& counts, const IntList& lengths, int64_t k,
@@ -126,16 +127,10 @@ std::tuple<Tensor, Tensor> select_units(const Tensor& scores, const IntList& cou
   groups.reserve(counts.size());
   for (size_t p = 0; p < counts.size(); p++) groups.push_back({counts[p], lengths[p]});
   Tensor bits = empty({bytes}, ScalarType::Byte);
-  Tensor info = empty({5}, ScalarType::Long);
   const Tensor scores_row = torch::stable::contiguous(scores);
-  const cpu::UnitSelection selection =
-      cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(), int64_t(groups.size()), k, cut_last,
-                        bits.mutable_data_ptr<uint8_t>());
-  int64_t* out = info.mutable_data_ptr<int64_t>();
-  for (int64_t value :
-       {selection.cut_unit, selection.cut_size, selection.nonfinite, selection.selected, selection.positive})
-    *out++ = value;
-  return {std::move(bits), std::move(info)};
+  const UnitsInfo info = cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(), int64_t(groups.size()), k,
+                                           cut_last, bits.mutable_data_ptr<uint8_t>());
+  return {std::move(bits), tensor_of(info)};
 }
 
 }  // namespace delfast::bindings

@@ -9,7 +9,8 @@
 
 namespace delfast::bindings {
 
-// Minimum work for several threads: below it, waking the other threads costs more than they save (a few microseconds).
+// Minimum work for several threads, in elements: below it, waking the other threads costs more than they save (a few
+// microseconds). No measurement is kept.
 inline constexpr int64_t kWorthThreads = 1 << 15;
 
 // Returns the number of the calling thread, less than torch::stable::get_num_threads().

@@ -14,7 +14,7 @@
 namespace delfast::cuda {
 
 constexpr int kCountWarps = kThreads / kWarp;
-constexpr int kCountLoads = 4, kCountResident = 3;  // see kTopLoads, kTopResident
+constexpr int kCountLoads = 4, kCountResident = 3;  // see kTopLoads; no measurement is kept
 constexpr int kChunk = 4 * kCountLoads * kWarp;     // elements that a warp takes at a time
 constexpr int kStaged = 2 * kChunk;                 // candidates of a warp in shared memory
 static_assert(kSegment % (kCountWarps * kChunk) == 0 && kCountWarps * kStaged >= kRadixBins);

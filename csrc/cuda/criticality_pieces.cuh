@@ -18,7 +18,7 @@
 
 namespace delfast::cuda {
 
-constexpr int kPieceLoads = 4, kPieceResident = 6;  // see kTopLoads, kTopResident
+constexpr int kPieceLoads = 4, kPieceResident = 6;  // see kTopLoads; no measurement is kept
 constexpr int kPieceRows = 16;                      // maximum number of rows of a block
 constexpr int kMaxPieceInChunks = kBlock / 8;       // an input in two chunks: at most one in eight
 static_assert(kMaxRowInPieces == kBlockRow);

@@ -6,7 +6,7 @@
 namespace delfast::cuda {
 
 // Packs in flight in a thread, and resident blocks of a multiprocessor, which limit the registers of a thread. On an
-// H100, 4 and 10 were slower for large rows.
+// H100, 4 and 10 were slower for large rows (benchmarks/gpu_bandwidth.py times them; these times are not kept).
 constexpr int kMeanLoads = 8, kMeanResident = 6;
 
 template <bool kAboveOnly>

@@ -35,8 +35,12 @@ namespace delfast::cuda {
 
 namespace {
 
-constexpr int64_t kWantedBlocks = 1024;  // two to three times the blocks that an H100 runs at once
-constexpr int64_t kSlabPositions = 256;  // minimum, which pays for writing and reading a slab's sums
+// Blocks of a launch, if there are examples enough: two to three times the number that an H100 runs at once. Not
+// compared with other numbers.
+constexpr int64_t kWantedBlocks = 1024;
+// Minimum number of positions of a slab: as many multiply-adds for each element of the slab's sums, which is written
+// and read once. Not compared with other numbers.
+constexpr int64_t kSlabPositions = 256;
 constexpr int64_t kMostPositions = 1 << 30;
 constexpr int64_t kMostPadded = INT32_MAX;  // positions of a padded dimension: kernels use int
 constexpr Error kTooManyBlocks = "expected sums of at most 2^31 tiles, got more; leave that layer out";

@@ -86,17 +86,26 @@ struct Operands {
 // Calls f with a typed reader of this parameter's scores under this criterion.
 template <class F>
 __device__ __forceinline__ void with_scores(const Operands& p, Criterion criterion, F f) {
-  if (criterion == Criterion::weighted_grad) {
-    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
-      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
-        f(WeightedGrads<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+  const void* values = nullptr;
+  Dtype dtype = Dtype::float32;
+  switch (criterion) {  // no default: -Wswitch reports a criterion that is missing here
+    case Criterion::weighted_grad:
+      return with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
+        with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
+          f(WeightedGrads<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+        });
       });
-    });
-    return;
+    case Criterion::grad:
+      values = p.grad;
+      dtype = p.grad_dtype;
+      break;
+    case Criterion::weight:
+      values = p.theta;
+      dtype = p.theta_dtype;
+      break;
   }
-  const bool by_grad = criterion == Criterion::grad;
-  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
-             [&]<class T>(const T*) { f(Magnitudes<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
+  // after the switch, so that both criteria share the instances of f
+  with_dtype(dtype, [&]<class T>(const T*) { f(Magnitudes<T>{static_cast<const T*>(values)}); });
 }
 
 // Calls f(i, bits) for each of the first `length` scores, distributed over the threads of a block of kThreads.

@@ -9,7 +9,7 @@ namespace delfast::cuda {
 
 namespace {
 
-constexpr int64_t kResidentBlocks = 1056;  // eight on each of 132 multiprocessors
+constexpr int64_t kResidentBlocks = 1056;  // eight on each of an H100's 132 multiprocessors
 
 // Lays out the workspace of `tiles` tiles of `sources` sources and a list of `capacity` candidates; returns its size in
 // bytes.
@@ -125,14 +125,15 @@ int64_t select_elements_workspace(const Scored* params, int64_t count, int64_t m
   return Elements(params, count).lay_out(nullptr, min_sampled, s);
 }
 
-Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits, int64_t* info,
-                      void* workspace, Stream stream, int64_t min_sampled) {
+Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits,
+                      ElementsInfo* info, void* workspace, Stream stream, int64_t min_sampled) {
   const Elements elements(params, count);
   Selection s;
   elements.lay_out(workspace, min_sampled, s);
   s.budget = static_cast<unsigned long long>(k);
-  s.info = info;
-  s.units = s.cut_last = false;
+  s.elements = info;
+  s.units = nullptr;
+  s.cut_last = false;
   const auto for_sources = [&](auto add) {
     uint8_t* next = bits;
     int64_t tiles = 0;
@@ -157,7 +158,7 @@ int64_t select_units_workspace(const int64_t* counts, const int64_t* lengths, in
 }
 
 Error select_units(const float* scores, const int64_t* counts, const int64_t* lengths, int64_t count, int64_t k,
-                   bool cut_last, uint8_t* bits, int64_t* info, void* workspace, Stream stream) {
+                   bool cut_last, uint8_t* bits, UnitsInfo* info, void* workspace, Stream stream) {
   const Units units(counts, lengths, count);
   if (units.few()) {
     const uint32_t budget = uint32_t(k < int64_t(UINT32_MAX) ? k : UINT32_MAX);
@@ -179,8 +180,8 @@ Error select_units(const float* scores, const int64_t* counts, const int64_t* le
   Selection s;
   lay_out(workspace, units.sources, units.tiles, 0, s);
   s.budget = static_cast<unsigned long long>(k);
-  s.info = info;
-  s.units = true;
+  s.elements = nullptr;
+  s.units = info;
   s.cut_last = cut_last;
   const auto for_sources = [&](auto add) {
     int64_t tiles = 0;

@@ -19,6 +19,7 @@
 
 #include "cuda/radix.cuh"
 #include "cuda/scores.cuh"
+#include "delfast/selection.h"
 
 namespace delfast::cuda {
 
@@ -79,10 +80,11 @@ struct Selection {
   uint32_t* scores;                    // scores of the candidates
   uint16_t* places;                    // places of the candidates in their tiles
   unsigned long long budget;
-  int64_t* info;  // {nonfinite, positive}; of units {cut_unit, cut_size, nonfinite, selected, positive}
+  ElementsInfo* elements;  // null for units
+  UnitsInfo* units;        // null for elements
   uint32_t tiles;
   uint32_t capacity;  // candidates
-  bool units, cut_last;
+  bool cut_last;
 };
 
 // A tile, for the threads that work on it.

@@ -220,47 +220,60 @@ __device__ __forceinline__ void find_last_ties(const Selection& s, unsigned long
   if (before <= left && left < before + mine) found(tile, (left - before) / weight, (left - before) % weight);
 }
 
-// For the last block.
-__device__ __forceinline__ void place_ties(const Selection& s, const Search& search, uint32_t threshold) {
-  SelectionState* const state = s.state;
-  const bool everything = global_load(&state->everything);
-  const unsigned long long left = global_load(&state->left), higher = global_load(&state->higher),
-                           bad = search.listed ? kNone : global_load(&state->nonfinite);
-  DELFAST_SHARED(unsigned long long, totals, [kWarp]);
-  DELFAST_SHARED(uint32_t, last);
-  DELFAST_SHARED(uint32_t, keep);
-  DELFAST_SHARED(uint32_t, cuts);
-  if (threadIdx.x == 0) {
-    last = s.tiles;
-    keep = cuts = 0;
-  }
-  if (!everything && bad == kNone)
-    find_last_ties(s, left, [&](uint32_t tile, unsigned long long ties, unsigned long long rest) {
-      last = tile;
-      keep = uint32_t(ties);
-      cuts = s.cut_last && rest;
-      global_store(&state->cut_tile, tile);
-      global_store(&state->keep, uint32_t(ties));
-      global_store(&state->rest, rest);
-    });
+// The end of the ties: the tile that contains it, the number of its ties to keep, and whether the next unit is cut.
+struct LastTies {
+  uint32_t tile, keep, cuts;
+};
+
+// For the last block: writes the end of the ties to the state and returns it in `last`, which is shared memory.
+__device__ __forceinline__ void place_ties(const Selection& s, bool all_kept, LastTies& last) {
+  if (threadIdx.x == 0) last = {s.tiles, 0, 0};
+  if (!all_kept)
+    find_last_ties(s, global_load(&s.state->left),
+                   [&](uint32_t tile, unsigned long long ties, unsigned long long rest) {
+                     last = {tile, uint32_t(ties), s.cut_last && rest};
+                     global_store(&s.state->cut_tile, tile);
+                     global_store(&s.state->keep, uint32_t(ties));
+                     global_store(&s.state->rest, rest);
+                   });
   __syncthreads();
-  unsigned long long ties = 0, total = 0;
-  if (s.units) {
-    for (uint32_t tile = threadIdx.x; tile < last; tile += kThreads) ties += global_load(&s.ties[tile]);
-    block_exclusive_scan(ties, totals, total);
-  }
+}
+
+// For one thread. `nothing`: some score is not finite.
+__device__ __forceinline__ void report_elements(const Selection& s, bool everything, bool nothing, uint32_t threshold) {
+  const SelectionState& state = *s.state;
+  // the elements above the threshold have used the budget down to `left`, unless everything fits
+  const uint64_t above = everything ? global_load(&state.higher) : s.budget - global_load(&state.left);
+  global_store(&s.elements->nonfinite, nothing ? int64_t(global_load(&state.nonfinite)) : int64_t(-1));
+  global_store(&s.elements->positive, nothing ? 0 : threshold ? int64_t(s.budget) : int64_t(above));
+}
+
+// For the last block. selection_settle writes the unit that is cut.
+__device__ __forceinline__ void report_units(const Selection& s, bool nothing, uint32_t threshold,
+                                             const LastTies& last) {
+  DELFAST_SHARED(unsigned long long, totals, [kWarp]);
+  unsigned long long ties = 0, total;
+  for (uint32_t tile = threadIdx.x; tile < last.tile; tile += kThreads) ties += global_load(&s.ties[tile]);
+  block_exclusive_scan(ties, totals, total);
   if (threadIdx.x) return;
-  int64_t* const info = s.units ? s.info + 2 : s.info;
-  global_store(&info[0], bad == kNone ? int64_t(-1) : int64_t(bad));
-  // the selected elements above the threshold have used the budget up to `left`, unless everything fits
-  const bool counted = s.units || everything;
-  const int64_t above = bad != kNone ? 0 : counted ? int64_t(higher) : int64_t(s.budget - left);
-  const int64_t selected = bad != kNone ? 0 : s.units ? int64_t(higher + total) + keep : int64_t(s.budget);
-  if (s.units) global_store(&info[1], selected);
-  global_store(&info[1 + s.units], threshold && bad == kNone ? selected + cuts : above);
-  if (!s.units) return;
-  global_store(&s.info[0], int64_t(-1));  // `settle` writes the unit that is cut
-  global_store(&s.info[1], int64_t(0));
+  const int64_t above = int64_t(global_load(&s.state->higher)), selected = above + int64_t(total) + last.keep;
+  global_store(&s.units->cut_unit, int64_t(-1));
+  global_store(&s.units->cut_size, int64_t(0));
+  global_store(&s.units->nonfinite, nothing ? int64_t(global_load(&s.state->nonfinite)) : int64_t(-1));
+  global_store(&s.units->selected, nothing ? 0 : selected);
+  global_store(&s.units->positive, nothing ? 0 : threshold ? selected + last.cuts : above);
+}
+
+// For the last block.
+__device__ __forceinline__ void finish_mark(const Selection& s, const Search& search, uint32_t threshold) {
+  DELFAST_SHARED(LastTies, last);
+  const bool everything = global_load(&s.state->everything),
+             nothing = !search.listed && global_load(&s.state->nonfinite) != kNone;
+  place_ties(s, everything || nothing, last);
+  if (s.units)
+    report_units(s, nothing, threshold, last);
+  else if (threadIdx.x == 0)
+    report_elements(s, everything, nothing, threshold);
 }
 
 __device__ __forceinline__ uint32_t threshold_of(const Selection& s, const Search& search) {
@@ -276,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_mark(Selection 
     mark_candidates(s, threshold);
   else
     mark_all(s, criterion, threshold);
-  if (is_last_block(&s.state->tickets[kStages - 1], gridDim.x)) place_ties(s, search, threshold);
+  if (is_last_block(&s.state->tickets[kStages - 1], gridDim.x)) finish_mark(s, search, threshold);
 }
 
 // ---- settle
@@ -331,7 +344,7 @@ __device__ __forceinline__ void settle_candidates(const Selection& s, uint32_t t
 }
 
 // Clears the bits of the ties past the last one. The next unit there may be cut: writes the unit and the number of its
-// scalars within the budget to info.
+// scalars within the budget to UnitsInfo.
 __device__ __forceinline__ void settle_all(const Selection& s, Criterion criterion, uint32_t threshold,
                                            uint32_t cut_tile) {
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
@@ -350,8 +363,8 @@ __device__ __forceinline__ void settle_all(const Selection& s, Criterion criteri
         const bool tied = bits[j] == threshold;
         mask |= uint32_t(bits[j] > threshold || (tied && tie < keep)) << j;
         if (rest && tied && tie == keep) {
-          global_store(&s.info[0], tile.id_of(i + j));
-          global_store(&s.info[1], int64_t(rest));
+          global_store(&s.units->cut_unit, tile.id_of(i + j));
+          global_store(&s.units->cut_size, int64_t(rest));
         }
         tie += tied;
       }

@@ -26,7 +26,7 @@ struct UnitWord {
 template <int kBytes>
 __global__ void __launch_bounds__(kUnitThreads)
     selection_few_units(DELFAST_GRID_CONSTANT(Table<UnitsOfParam, kBytes>) table, const float* scores, uint32_t budget,
-                        bool cut_last, uint8_t* bits, int64_t* info) {
+                        bool cut_last, uint8_t* bits, UnitsInfo* info) {
   DELFAST_SHARED(UnitWord, words, [kUnitWords]);
   DELFAST_SHARED(uint32_t, bins, [kRadixBins]);
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(kUnitThreads)
   if (lane() == 0 && above_zero) atomicAdd(&positive, above_zero);
   __syncthreads();
   if (threadIdx.x) return;
-  global_store(&info[0], cut[0] == kNoUnit ? int64_t(-1) : int64_t(cut[0]));
-  global_store(&info[1], int64_t(cut[1]));
-  global_store(&info[2], nothing ? int64_t(bad) : int64_t(-1));
-  global_store(&info[3], int64_t(selected));
-  global_store(&info[4], int64_t(positive));
+  global_store(&info->cut_unit, cut[0] == kNoUnit ? int64_t(-1) : int64_t(cut[0]));
+  global_store(&info->cut_size, int64_t(cut[1]));
+  global_store(&info->nonfinite, nothing ? int64_t(bad) : int64_t(-1));
+  global_store(&info->selected, int64_t(selected));
+  global_store(&info->positive, int64_t(positive));
 }
 
 }  // namespace delfast::cuda

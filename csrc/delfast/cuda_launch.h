@@ -11,6 +11,7 @@
 
 #include "delfast/params.h"
 #include "delfast/per_example.h"
+#include "delfast/selection.h"
 #include "delfast/write_rows.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
@@ -28,22 +29,20 @@ int64_t criticality_workspace(const Scored* params, const int64_t* top, int64_t 
 Error criticality(const Scored* params, const int64_t* top, int64_t count, Criterion criterion, Aggregate aggregate,
                   float* out, void* workspace, Stream stream);
 
-// Writes the bits of the k highest-scoring elements, each parameter's padded to whole bytes, in logical order, and info
-// = {nonfinite, positive}. nonfinite: the first parameter with a NaN or infinite score (all bits are then zero), or -1.
-// positive: the number of selected elements that score above 0. From `min_sampled` elements on a sample is taken first,
-// so that most elements are read once.
+// Writes the bits of the k highest-scoring elements, each parameter's padded to whole bytes, in logical order. With a
+// NaN or infinite score all bits are zero. From `min_sampled` elements on a sample is taken first, so that most
+// elements are read once.
 inline constexpr int64_t kMinSampled = 1 << 20;
 int64_t select_elements_workspace(const Scored* params, int64_t count, int64_t min_sampled = kMinSampled);
-Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits, int64_t* info,
-                      void* workspace, Stream stream, int64_t min_sampled = kMinSampled);
+Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits,
+                      ElementsInfo* info, void* workspace, Stream stream, int64_t min_sampled = kMinSampled);
 
-// Selects the longest prefix of the units, in falling order of scores, whose sizes sum to at most k. Parameter i has
-// counts[i] units of lengths[i] scalars; the scores of one parameter follow those of the one before. info = {cut_unit,
-// cut_size, nonfinite, selected, positive} as in UnitSelection of the CPU; without cut_last the first two are -1 and 0.
-// One launch for up to about 28,672 units with fewer than 2^32 scalars in total.
+// Selects the longest prefix of the units, in falling order of scores, whose sizes sum to at most k, as the CPU's
+// select_units does. Parameter i has counts[i] units of lengths[i] scalars; the scores of one parameter follow those of
+// the one before. One launch for up to about 28,672 units with fewer than 2^32 scalars in total.
 int64_t select_units_workspace(const int64_t* counts, const int64_t* lengths, int64_t count);
 Error select_units(const float* scores, const int64_t* counts, const int64_t* lengths, int64_t count, int64_t k,
-                   bool cut_last, uint8_t* bits, int64_t* info, void* workspace, Stream stream);
+                   bool cut_last, uint8_t* bits, UnitsInfo* info, void* workspace, Stream stream);
 
 // Lists the masked entries of parameters: writes the part of a plan (delfast/mask_plan.h) after its bits, from its head
 // on. `plan` is aligned to 16 bytes. The `bits` of each Updated points to its own packed bits; its other pointers are

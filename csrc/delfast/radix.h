@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "delfast/cpu_dispatch.h"
+#include "delfast/selection.h"
 
 namespace delfast::cpu {
 
@@ -41,14 +42,6 @@ class RadixSearch {
   int pass_ = 0;
 };
 
-struct UnitSelection {
-  int64_t cut_unit = -1;   // the unit after the prefix, if part of the budget is left for it
-  int64_t cut_size = 0;    // number of its parameters that fit in that part
-  int64_t nonfinite = -1;  // first unit with a NaN or infinite score; if any, nothing is selected
-  int64_t selected = 0;    // whole units
-  int64_t positive = 0;    // number of selected units, with the cut one, that score above 0
-};
-
 // The units of one parameter: `count` of them, of `length` scalars each.
 struct UnitGroup {
   int64_t count = 0;
@@ -58,7 +51,7 @@ struct UnitGroup {
 // Selects the longest prefix of the units, in falling order of scores (ties by index), whose sizes sum to at most
 // budget. Scores are non-negative, group after group. The packed bits also follow group after group, each group padded
 // to whole bytes. Without cut_last no unit is cut.
-UnitSelection select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget,
-                           bool cut_last, uint8_t* bits);
+UnitsInfo select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget, bool cut_last,
+                       uint8_t* bits);
 
 }  // namespace delfast::cpu

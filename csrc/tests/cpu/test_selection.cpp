@@ -152,7 +152,7 @@ void check_units(const std::vector<float>& scores, const std::vector<cpu::UnitGr
     return cpu::select_units(given_scores.data(), given_groups.data(), int64_t(groups.size()), budget, cut_last,
                              into.data());
   };
-  const cpu::UnitSelection selection = select(true, bits), uncut = select(false, uncut_bits);
+  const UnitsInfo selection = select(true, bits), uncut = select(false, uncut_bits);
 
   const auto bad = std::find_if(scores.begin(), scores.end(), [](float x) { return !std::isfinite(x); });
   CHECK_EQUAL(selection.nonfinite, bad == scores.end() ? int64_t(-1) : int64_t(bad - scores.begin()));

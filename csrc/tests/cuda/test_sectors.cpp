@@ -110,12 +110,12 @@ Results score(Model& model, Aggregate aggregate = Aggregate::topk_mean) {
 Results select(Model& model) {
   std::vector<uint8_t> bits(size_t(model.numel / 8 + model.count()));
   std::vector<uint4> workspace(size_t(cuda::select_elements_workspace(model.scored.data(), model.count())) / 16 + 1);
-  int64_t info[2] = {};
+  ElementsInfo info;
   cuda_on_cpu::sectors.start();
   CHECK(!cuda::select_elements(model.scored.data(), model.count(), Criterion::weighted_grad, model.numel * 3 / 10,
-                               bits.data(), info, workspace.data(), nullptr));
-  CHECK_EQUAL(info[0], int64_t(-1));
-  CHECK_EQUAL(info[1], model.numel * 3 / 10);
+                               bits.data(), &info, workspace.data(), nullptr));
+  CHECK_EQUAL(info.nonfinite, int64_t(-1));
+  CHECK_EQUAL(info.positive, model.numel * 3 / 10);
   return cuda_on_cpu::sectors.stop();
 }
 

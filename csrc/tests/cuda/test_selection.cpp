@@ -26,7 +26,7 @@ Selected select_by_cuda(const Params& params, Criterion criterion, int64_t k, in
   int64_t bytes = 0;
   for (const Scored& p : list) bytes += (p.layout.numel() + 7) / 8;
   Bits bits(bytes);
-  Guarded<int64_t> info(2);
+  Guarded<ElementsInfo> info(1);
   Workspace workspace(cuda::select_elements_workspace(list.data(), count, min_sampled));
   const uint64_t launches = cuda_on_cpu::device.launches;
   const char* error = cuda::select_elements(list.data(), count, criterion, k, bits.data(), info.data(), workspace.get(),
@@ -35,8 +35,8 @@ Selected select_by_cuda(const Params& params, Criterion criterion, int64_t k, in
   const auto& state = *static_cast<const cuda::SelectionState*>(workspace.get());
   const bool narrow = !state.failed && state.above <= uint64_t(k) && uint64_t(k) < state.above + state.listed;
   return {{bits.begin(), bits.end()},
-          info[0],
-          info[1],
+          info[0].nonfinite,
+          info[0].positive,
           narrow,
           state.failed ? 0 : int64_t(state.listed),
           cuda_on_cpu::device.launches - launches};
@@ -192,26 +192,26 @@ void check_units(const Units& units, const std::vector<int64_t>& budgets, const 
   for (int64_t budget : budgets)
     for (bool cut_last : {false, true}) {
       Bits expected(bytes);
-      const cpu::UnitSelection reference =
+      const UnitsInfo reference =
           cpu::select_units(scores.data(), given.data(), groups, budget, cut_last, expected.data());
       for (uint64_t seed : seeds) {
         describe(what, ", ", scores.size(), " units in ", groups, " groups, budget ", budget, ", seed ", seed,
                  cut_last ? ", cut" : "");
         cuda_on_cpu::set_seed(seed);
         Bits bits(bytes);
-        Guarded<int64_t> info(5);
+        Guarded<UnitsInfo> info(1);
         Workspace workspace(cuda::select_units_workspace(units.counts.data(), units.lengths.data(), groups));
         const uint64_t launches = cuda_on_cpu::device.launches;
         const char* error = cuda::select_units(scores.data(), units.counts.data(), units.lengths.data(), groups, budget,
                                                cut_last, bits.data(), info.data(), workspace.get(), kStream);
         CHECK(error == nullptr);
         CHECK_EQUAL(cuda_on_cpu::device.launches - launches == 1, few);
-        CHECK_EQUAL(info[2], reference.nonfinite);
+        CHECK_EQUAL(info[0].nonfinite, reference.nonfinite);
         CHECK(equal(bits, expected));
-        CHECK_EQUAL(info[0], reference.cut_unit);
-        CHECK_EQUAL(info[1], reference.cut_size);
-        CHECK_EQUAL(info[3], reference.selected);
-        CHECK_EQUAL(info[4], reference.positive);
+        CHECK_EQUAL(info[0].cut_unit, reference.cut_unit);
+        CHECK_EQUAL(info[0].cut_size, reference.cut_size);
+        CHECK_EQUAL(info[0].selected, reference.selected);
+        CHECK_EQUAL(info[0].positive, reference.positive);
       }
     }
 }
