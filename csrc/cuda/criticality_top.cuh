@@ -13,8 +13,8 @@
 namespace delfast::cuda {
 
 // Packs in flight in a thread, and resident blocks of a multiprocessor, which limit the registers of a thread. On an
-// H100, 8 and 5 were about as fast for large networks and slower for small ones (benchmarks/gpu_bandwidth.py times them;
-// these times are not kept).
+// H100, 8 and 5 were about as fast for large networks and slower for small ones (benchmarks/gpu_bandwidth.py times
+// them; these times are not kept).
 constexpr int kTopLoads = 4, kTopResident = 8;
 
 constexpr uint32_t kWarpRow = 4 * kBlock;
