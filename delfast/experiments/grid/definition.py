@@ -62,9 +62,9 @@ class NetworkSpec:
 
     @property
     def key(self) -> str:
-        """The name of the network's directory, which differs for every configuration."""
+        """The name of the network's directory. It differs for every configuration, except in the paths of the data."""
         shadow = f"-shadow{self.shadow}" if self.shadow else ""
-        return f"{self.setting}-{self.config.seed}-{self.which}{shadow}-{_digest(asdict(self.config))}"
+        return f"{self.setting}-{self.config.seed}-{self.which}{shadow}-{_digest(asdict(self.config.without_paths()))}"
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The name of the cell's file, which differs for every configuration."""
+        """The name of the cell's file. It differs for every configuration, except in the paths of the data."""
         determined = {
-            "config": asdict(self.config),
+            "config": asdict(self.config.without_paths()),
             "method": {"name": self.method.name, **asdict(self.method)},
             "localize": None if self.localize is None else {**self.localize, **KEY_ARGUMENTS.get(self.strategy, {})},
             "budget": self.budget,
