@@ -30,12 +30,19 @@ from delfast.processes import Processes
 from delfast.reset import Init
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
-from delfast.unlearning.checks import check_needs, check_sharded, check_shareable, check_types, choose
+from delfast.unlearning.checks import (
+    check_localization,
+    check_needs,
+    check_sharded,
+    check_shareable,
+    check_types,
+    choose,
+)
 from delfast.unlearning.data_parallel import together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, refuse_checkpoint, train
-from delfast.unlearning.method import Method, UnlearningTask, required
+from delfast.unlearning.method import Method, UnlearningTask
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Step, Steps
@@ -90,6 +97,8 @@ def unlearn(
     retain: Iterable[Any] | None,
     forget: Iterable[Any] | None = None,
     mask: Mask | None = None,
+    budget: float | None = None,
+    strategy: str | None = None,
     init: Init | None = None,
     method: str | Method = "del",
     head: str | None = None,
@@ -135,9 +144,14 @@ def unlearn(
         The examples to forget, in the same form. "del" needs them to localize if ``mask`` is None; "gradient-ascent",
         "neggrad+", "relabel", "influence", "ssd" and "scrub" always need them.
     mask : Mask, optional
-        The entries that may change. Default: "del" uses ``localize(model, forget)``; with any other method everything
-        may change. The head is not trained where the mask was localized with ``include`` or ``exclude`` that leave it
-        out.
+        The entries that may change. Default: "del" localizes; with any other method everything may change. The head is
+        not trained where the mask was localized with ``include`` or ``exclude`` that leave it out.
+    budget : float, default 0.3
+        The fraction of all parameters that "del" selects by ``delfast.localize``, in (0, 1]; the default is the DEL
+        paper's. Refused beside ``mask``, and for other methods: pass them a mask of that budget.
+    strategy : str, default "del"
+        The strategy of ``delfast.localize``, a key of ``STRATEGIES``; refused where ``budget`` is. Its other arguments,
+        and "weighted-grad-all", which reads the whole training set, need a call of ``localize``.
     init : callable, dict of str to tensor, torch.nn.Module or "reset_parameters", optional
         Source of newly initialized values, as for ``delfast.reset_``; needed by "del" and "retrain".
     method : str or Method, default "del"
@@ -150,8 +164,9 @@ def unlearn(
         ``loss_fn(model, batch)``, which returns losses (N,), for batches of another form. Not for methods that need
         logits ("relabel" and "scrub").
     seed : int, default 0
-        Seed of the newly initialized values and of the labels that "relabel" draws. Pass another seed than the one that
-        the training of ``model`` began from, or "del" restores the values that the training began with.
+        Seed of the newly initialized values, of the strategies that select at random, and of the labels that "relabel"
+        draws. Pass another seed than the one that the training of ``model`` began from, or "del" restores the values
+        that the training began with.
     training : TrainingOptions, optional
         Options of the training loop: precision, BatchNorm, early stopping, progress.
     checkpoint : str or pathlib.Path, optional
@@ -194,7 +209,7 @@ def unlearn(
     >>> model = make_model()
     >>> retain = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(2)]
     >>> forget = [(torch.randn(4, 4), torch.arange(4) % 3)]
-    >>> result = delfast.unlearn(model, retain=retain, forget=forget, init=make_model, seed=1, epochs=2)
+    >>> result = delfast.unlearn(model, retain=retain, forget=forget, budget=0.3, init=make_model, seed=1, epochs=2)
     >>> result.head, len(result.losses)
     ('2', 2)
     >>> result = delfast.unlearn(model, retain=retain, forget=forget, method="scrub", epochs=1, alpha=0.01)
@@ -207,8 +222,8 @@ def unlearn(
         processes = training_processes(model, group)
         with together(processes):
             job = _prepared(
-                model, retain, forget, mask, init, method, head, loss_fn, seed, training, checkpoint, resume,
-                hyperparameters, processes, shares=group is not None,
+                model, retain, forget, mask, budget, strategy, init, method, head, loss_fn, seed, training, checkpoint,
+                resume, hyperparameters, processes, shares=group is not None,
             )  # fmt: skip
         if processes is not None:
             job.check_same(processes)
@@ -259,6 +274,8 @@ def _prepared(
     retain: Iterable[Any] | None,
     forget: Iterable[Any] | None,
     mask: Mask | None,
+    budget: float | None,
+    strategy: str | None,
     init: Init | None,
     method: str | Method,
     head: str | None,
@@ -278,6 +295,7 @@ def _prepared(
     seed = check_seed(seed)
     chosen = choose(method, hyperparameters)
     check_needs(chosen, retain, forget, mask, init, loss_fn)
+    localization = check_localization(chosen, mask, budget, strategy, forget, loss_fn, seed)
     check_options(training, chosen)
     group = processes if shares else None
     network = unwrap(model)
@@ -288,7 +306,7 @@ def _prepared(
         refuse_checkpoint(network, checkpoint)
     check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
 
-    everything_may_change = mask is None and not chosen.localizes
+    everything_may_change = mask is None and localization is None
     sets = {"retain": () if retain is None else retain, "forget": () if forget is None else forget}
     steps: Steps | None = None
     if group is not None:
@@ -325,14 +343,13 @@ def _prepared(
     head = (first.head if head is None else head) if chosen.trains_head else None
     heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
     selected = widest
-    if mask is None and chosen.localizes:
-        layout, graphs = training.channels_last, training.cuda_graphs
+    if localization is not None:
         selected = localize(
             network,
-            required(forget),
-            loss_fn=loss_fn,
-            channels_last=layout,
-            cuda_graphs=graphs,
+            forget,
+            **localization,
+            channels_last=training.channels_last,
+            cuda_graphs=training.cuda_graphs,
             group=None if group is None else group.data,
         )
     heads = left_in(network, heads, patterns_of(selected))
