@@ -213,8 +213,8 @@ def unlearn(
     mask: Annotated[
         Path | None,
         typer.Option(
-            help="mask.safetensors of `delfast localize`, or a dense .pt mask; default: the method del localizes, "
-            "with any other everything may change"
+            help="directory of `delfast localize`, its mask.safetensors, or a dense .pt mask; default: the method del "
+            "localizes, with any other everything may change"
         ),
     ] = None,
     budget: Annotated[
@@ -260,7 +260,7 @@ def unlearn(
     from delfast.experiments.verification import load_mask
     from delfast.unlearning import make_method
 
-    check_own_directory(output_dir, run_dir, *([] if mask is None else [mask.parent]))
+    check_own_directory(output_dir, run_dir, *([] if mask is None else [mask if mask.is_dir() else mask.parent]))
     loaded = None if mask is None else load_mask(mask)
     with executing(job) as own:
         opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs), own)

@@ -75,7 +75,8 @@ def test_del_localizes_as_localize_does(trained: Path, tmp_path: Path, capsys: p
     chosen = ["--budget", 0.2, "--strategy", "salloc"]
     command = ["unlearn", trained / "run", "--epochs", 1, "--lr", 0.02, "--output-dir"]
     run("localize", trained / "run", *chosen, "--output-dir", tmp_path / "mask")
-    run(*command, tmp_path / "two", "--mask", tmp_path / "mask" / "mask.safetensors")
+    run(*command, tmp_path / "two", "--mask", tmp_path / "mask")
+    run("verify", trained / "run", tmp_path / "two", tmp_path / "two")  # the mask of the run directory
     run(*command, tmp_path / "one", *chosen)
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert one["digests"] == two["digests"] and one["metrics"] == two["metrics"]
