@@ -221,17 +221,17 @@ def unlearn(
         training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
         processes = training_processes(model, group)
         with together(processes):
-            job = _prepared(
+            prepared = _prepared(
                 model, retain, forget, mask, budget, strategy, init, method, head, loss_fn, seed, training, checkpoint,
                 resume, hyperparameters, processes, shares=group is not None,
             )  # fmt: skip
         if processes is not None:
-            job.check_same(processes)
-        return job.run(training, checkpoint, resume)
+            prepared.check_same(processes)
+        return prepared.run(training, checkpoint, resume)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Prepared:
     """The arguments of ``unlearn``, checked and prepared; nothing is changed yet."""
 
     method: Method
@@ -260,9 +260,7 @@ class _Job:
         if self.steps is None:
             seconds = {"prepare": _prepare(self.method, self.task, self.processes), "finetune": 0.0}
             return UnlearnResult(self.method, self.mask, self.head, seconds, [], 0)
-        result, prepare_seconds = _finetune(
-            self, self.steps, training=training, checkpoint=checkpoint, resume=resume
-        )  # fmt: skip
+        result, prepare_seconds = _finetune(self, self.steps, training=training, checkpoint=checkpoint, resume=resume)
         seconds = {"prepare": prepare_seconds, "finetune": result.seconds}
         return UnlearnResult(
             self.method, self.mask, self.head, seconds, result.losses, result.resumed_from, result.validation
@@ -288,8 +286,8 @@ def _prepared(
     processes: Processes | None,
     *,
     shares: bool,
-) -> _Job:
-    """Check the arguments of ``unlearn``, localize, and return the job."""
+) -> _Prepared:
+    """Check the arguments of ``unlearn``, localize, and return what is ready to run."""
     check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
     refuse_writing_layers(model)
     seed = check_seed(seed)
@@ -356,16 +354,16 @@ def _prepared(
     widened = _widened(selected, heads) if chosen.trains_head else selected
     task = replace(task, model=model, mask=selected, classes=first.classes)
     if steps is None:
-        list(
-            selected.match(trainable_parameters(network, sharded=True))
-        )  # raises if the mask is of another architecture
+        selected.match(trainable_parameters(network, sharded=True))  # raises for a mask of another architecture
     else:
         first.refuse_sparse(network, widened)
     settings = {**_settings(chosen, selected, head, seed, training), **(training.config or {})}
     if group is not None:
         settings["processes"] = group.size
     computed_in = Execution(training.precision).computed_in(device_of(network))
-    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes, computed_in)
+    return _Prepared(
+        chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes, computed_in
+    )
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:
@@ -398,23 +396,23 @@ def _prepare(method: Method, task: UnlearningTask, processes: Processes | None) 
 
 
 def _finetune(
-    job: _Job, steps: Steps, *, training: TrainingOptions, checkpoint: str | Path | None, resume: bool
+    prepared: _Prepared, steps: Steps, *, training: TrainingOptions, checkpoint: str | Path | None, resume: bool
 ) -> tuple[TrainResult, float]:
     """Train compact within the mask, after the method's ``prepare`` on the plain network; also return its seconds."""
-    method, task, mask = job.method, job.task, job.mask
+    method, task, mask = prepared.method, prepared.task, prepared.mask
     model, network = task.model, task.network
     prepare_seconds = 0.0
     dense = is_parallel(model) or is_laid_out(network)
     with nullcontext() if dense else compact(network, mask, dense=training.dense) as handle:
         trained = mask if handle is None else handle.mask
         trained_task = task if handle is None else replace(task, mask=trained)
-        outside = {} if job.everything_may_change else _outside(network, trained)
+        outside = {} if prepared.everything_may_change else _outside(network, trained)
         versions: list[Versions] = []  # from the first step on, after the checkpoint or the reset
 
         def prepare() -> None:
             nonlocal prepare_seconds
             with nullcontext() if handle is None else handle.undone():
-                prepare_seconds = _prepare(method, task, job.processes)
+                prepare_seconds = _prepare(method, task, prepared.processes)
 
         def loss(_: nn.Module, step: Step) -> Tensor:
             if not versions:
@@ -443,10 +441,10 @@ def _finetune(
             channels_last=training.channels_last,
             cuda_graphs=training.cuda_graphs,
             batchnorm=training.batchnorm,
-            early_stop=job.early_stop,
+            early_stop=prepared.early_stop,
             checkpoint=checkpoint,
             resume=resume,
-            config=job.settings,
+            config=prepared.settings,
             progress=training.progress,
             before=prepare,
         )
