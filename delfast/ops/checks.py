@@ -67,7 +67,7 @@ def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[
         elements += count * length
         if elements >= 2**63:
             raise ValueError(
-                f"expected fewer than 2^63 elements in all, got {count} units of {length} for parameter "
+                f"expected fewer than 2^63 scalars in all, got {count} units of {length} for parameter "
                 f"#{index}; {sizes}"
             )
         if count > left:
@@ -151,7 +151,7 @@ def check_per_example(
     _check_dtype(deltas, "deltas", allowed)
     if sums.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected sums to be float32 or float64, got {sums.dtype}; pass zeros of the weight's shape")
-    layer = "pass the layer's input, its output gradient and sums like its weight"
+    layer = "pass the layer's input, its output's gradient and sums like its weight"
     dims = inputs.ndim - 2
     if dims not in (1, 2, 3) or not deltas.ndim == sums.ndim == inputs.ndim:
         raise ValueError(
@@ -200,7 +200,7 @@ def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
     """Raise ValueError for arguments that ``channel_dot`` refuses."""
     if deltas.ndim < 2:
         raise ValueError(
-            f"expected deltas (N, C, *positions), got {_shape(deltas)}; pass a layer's output gradient"
+            f"expected deltas (N, C, *positions), got {_shape(deltas)}; pass the gradient of a layer's output"
         )
     _check_dtype(deltas, "deltas", FLOATING)
     if values is None:
