@@ -69,7 +69,7 @@ DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`,
 CAUSAL_LM = ROOT / "benchmarks/results/causal_lm.json"  # of `python examples/causal_lm.py --json`
 LEDGER = ROOT / "benchmarks/results/ledger.json"  # of `python -m benchmarks.ledger`
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
-SEQUENTIAL = {  # of `python -m delfast.experiments.sequential`, packed
+SEQUENTIAL = {  # of `delfast sequence`, packed
     name: ROOT / "experiments/results" / name for name in ("sequential-digits", "sequential-cifar10-small")
 }
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
