@@ -4,7 +4,7 @@ The three steps::
 
     mask = delfast.localize(model, forget_loader, budget=0.3)   # the channels that hold the forget set
     delfast.reset_(model, mask, init=factory, seed=1)           # a seed other than that of training
-    with delfast.compact(model, mask) as handle:                # only selected rows are trained
+    with delfast.compact(model, mask) as handle:                # only selected channels are trained
         optimizer = torch.optim.SGD(handle.parameters(), lr=0.015, momentum=0.9)
 
 The method is DEL: Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",

@@ -144,7 +144,7 @@ def oracle(
     with executing(job) as own:
         opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs), own)
         result = pipeline.oracle(opened, output_dir, seed)
-    print_methods("retrained", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
+    print_methods("oracle", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
 def localize(

@@ -1,4 +1,4 @@
-"""The demo: unlearn two forget sets of scikit-learn's digits and compare with networks retrained without them."""
+"""The demo: unlearn two forget sets of scikit-learn's digits, and compare with networks retrained without them."""
 
 from __future__ import annotations
 

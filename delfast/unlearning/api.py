@@ -51,7 +51,7 @@ class UnlearnResult:
     method : Method
         The method with the hyperparameters that were used.
     mask : Mask
-        The entries that were allowed to change, with the head if the method trains the head.
+        The elements that were allowed to change, with the head if the method trains the head.
     head : str or None
         Name of the classifier head; None if the method does not treat the head differently.
     seconds : dict of str to float
@@ -103,8 +103,8 @@ def unlearn(
 ) -> UnlearnResult:
     """Make ``model`` unlearn the forget set, in place.
 
-    Outside the mask and the head, every parameter entry stays bit-identical. BatchNorm's running statistics are
-    buffers: they change as in any training, unless ``TrainingOptions(batchnorm="frozen")`` is passed.
+    Outside the mask and the head, every element of the parameters stays bit-identical. BatchNorm's running statistics
+    are buffers: they change as in any training, unless ``TrainingOptions(batchnorm="frozen")`` is passed.
 
     The network is trained compact (``delfast.compact``). Within DistributedDataParallel or DataParallel, which hold its
     parameters, gradients are dense.
@@ -122,7 +122,7 @@ def unlearn(
     Before anything is changed, the loss of the first batch of each set that is used is computed once, in eval mode, and
     random generators are restored. Errors that occur only in a later batch or only in training mode, and errors that
     ``loss_fn`` itself raises, come when they occur: the network is then changed in part. One of them is an InputError
-    for a forward pass that writes a parameter outside the mask.
+    for a forward pass that writes an element outside the mask.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def unlearn(
         The examples to forget, in the same form. "del" needs them to localize if ``mask`` is None; "gradient-ascent",
         "neggrad+", "relabel", "influence", "ssd" and "scrub" always need them.
     mask : Mask, optional
-        The entries that may change. Default: "del" uses ``localize(model, forget)``; with any other method everything
+        The elements that may change. Default: "del" uses ``localize(model, forget)``; with any other method everything
         may change. The head is not trained where the mask was localized with ``include`` or ``exclude`` that leave it
         out.
     init : callable, dict of str to tensor, torch.nn.Module or "reset_parameters", optional
@@ -352,7 +352,7 @@ def _prepared(
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:
-    """Return the early stop that the options ask for."""
+    """Return the early stop that the options set."""
     if training.validation is None or training.patience is None:
         return None
     return EarlyStop(training.validation, training.patience, loss_fn)

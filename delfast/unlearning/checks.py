@@ -33,7 +33,7 @@ def check_shareable(method: Method, training: TrainingOptions) -> None:
 
 
 def check_sharded(method: Method) -> None:
-    """Raise InputError for what is not done with FSDP2, whose gathered parameters only its own passes see."""
+    """Raise InputError for a method that cannot run with FSDP2: only FSDP2's own passes gather the parameters."""
     if method.name not in SHARDED or type(method).__module__ != Del.__module__:
         raise InputError(
             f"expected one of {', '.join(SHARDED)} for FSDP2, got '{method.name}', which reads or copies whole "

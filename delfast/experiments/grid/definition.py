@@ -69,9 +69,11 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class Cell:
-    """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything".
+    """One unlearning run.
 
-    ``label``: the method's name in the report. ``shadows``: the number of repetitions with other seeds, for U-LiRA.
+    label: the method's name in the report.
+    budget, localize: the mask's budget, and the arguments of its localization; None for the strategy "everything".
+    shadows: the number of repetitions with other seeds, for U-LiRA.
     """
 
     setting: str
@@ -113,7 +115,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """``cells`` in the order of the file, each once. ``budget``: the budget of tables that show only one."""
+    """A grid to run.
+
+    cells: in the order of the file, each once.
+    budget: the budget of tables that show only one.
+    """
 
     title: str
     cells: list[Cell]
