@@ -105,7 +105,13 @@ def init_job(
 def verify(
     before: Annotated[Path, typer.Argument(metavar="BEFORE", help="state file or run directory before unlearning")],
     after: Annotated[Path, typer.Argument(metavar="AFTER", help="state file or run directory after unlearning")],
-    mask: Annotated[Path, typer.Argument(metavar="MASK", help="the mask outside which nothing may change")],
+    mask: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MASK",
+            help="the mask outside which nothing may change, a file or a directory that holds mask.safetensors",
+        ),
+    ],
     head: Annotated[list[str] | None, typer.Option(help="module or parameter that may change too; repeatable")] = None,
     buffer: Annotated[list[str] | None, typer.Option(help="tensor that is a buffer, no parameter; repeatable")] = None,
     output_dir: OptionalOutputDir = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from delfast.bits import bits
 from delfast.errors import InputError
-from delfast.experiments.run import MODEL
+from delfast.experiments.run import MASK, MODEL
 from delfast.files import load_state
 from delfast.mask import Mask
 from delfast.naming import plain_name
@@ -68,7 +68,12 @@ def load_network(path: Path) -> dict[str, Tensor]:
 
 
 def load_mask(path: Path) -> Mask:
-    """Load a .safetensors mask, or a dense mask (name -> 0/1 tensor), as SalUn writes it, from any other file."""
+    """Load the mask of a directory that `delfast localize` or `delfast unlearn` wrote, or of a file.
+
+    A file is a .safetensors mask, or by any other name a dense mask (name -> 0/1 tensor), as SalUn writes it.
+    """
+    if path.is_dir():
+        path = path / MASK
     if path.suffix == ".safetensors":
         return Mask.load(path)
     return Mask.from_dense(load_state(path))

@@ -306,7 +306,7 @@ def test_bad_sets() -> None:
         delfast.localize(model, [])
     with pytest.raises(InputError, match=r"labels in \[0, 10\), got 3 to 12"):
         delfast.localize(model, [(torch.randn(2, 3, 8, 8), torch.tensor([3, 12]))])
-    with pytest.raises(InputError, match="expected a loader for criterion 'grad'"):
+    with pytest.raises(InputError, match="expected a forget set for criterion 'grad'"):
         delfast.score(model, criterion="grad")
     with pytest.raises(InputError, match="expected batches"):
         delfast.localize(model, [{"input": torch.randn(2, 3, 8, 8)}])

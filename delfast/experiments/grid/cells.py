@@ -27,7 +27,7 @@ from delfast.evaluation import (
     u_lira_leave_one_out,
 )
 from delfast.execution import CudaGraphs
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments.config import JOB, Config
 from delfast.experiments.data import JobData, RunData
 from delfast.experiments.grid.definition import ORIGINAL, STOP, Cell, Grid, NetworkSpec
@@ -338,7 +338,7 @@ def _unlearn(
 
 
 def _find_mask(run: Run, cell: Cell, arguments: Mapping[str, Any], model: nn.Module, shadow: int) -> tuple[Mask, float]:
-    return pipeline.find_mask(
+    return localizing.find_mask(
         run,
         model,
         budget=cast(float, cell.budget),

@@ -17,7 +17,7 @@ from torch import nn
 
 from delfast.errors import InputError, one_line
 from delfast.evaluation import Audit, audit
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments.config import Config
 from delfast.experiments.data import EVALUATION_BATCH
 from delfast.experiments.run import SUMMARY, Run, choose_device, commit, load_model
@@ -167,7 +167,7 @@ class _Seed:
         if sequence.strategy is not None and sequence.budget is not None:
             requested = self.stream.sets[number - 1]
             named = requested if sequence.localize_on == "new" else requested.accumulated
-            mask, seconds["localize"] = pipeline.find_mask(
+            mask, seconds["localize"] = localizing.find_mask(
                 Run(run.config, run.data, named, run.device),
                 model,
                 budget=sequence.budget,
