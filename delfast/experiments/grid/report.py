@@ -33,7 +33,7 @@ other work on the machine."""
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one setting: three sentences, a plot, and a table of the methods."""
+    """The answer for one setting: three paragraphs, a plot, and a table of the methods."""
 
     setting: str
     forget: str
@@ -42,8 +42,13 @@ class Answer:
 
     @property
     def sentences(self) -> list[str]:
-        """The sentences, or one that there is no result."""
+        """The paragraphs, or one that there is no result."""
         return answer.sentences(self.ranked) or ["No method has a result at the grid's budget yet."]
+
+    @property
+    def name(self) -> str:
+        """The method that came nearest, with which the first paragraph begins; "" if there is no result."""
+        return answer.name(self.ranked)
 
     @property
     def short(self) -> str:
