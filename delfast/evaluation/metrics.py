@@ -173,7 +173,7 @@ def evaluate(
         Batches of examples that no network was trained on. Sets that have examples in common are refused, where their
         loaders show it.
     oracle : Metrics, optional
-        Metrics of a network that was retrained without the forget set; with them, the deltas are computed.
+        Metrics of a network that was retrained without the forget set; with them, the gaps are computed.
     seed : int, default 0
         Chooses the examples on which membership inference is fitted.
     mia : bool, default True
@@ -192,7 +192,7 @@ def evaluate(
     Returns
     -------
     Metrics
-        Accuracies, losses, ``mia`` and the deltas; for a language model also perplexities.
+        Accuracies, losses, ``mia`` and the gaps; for a language model also perplexities.
 
     Raises
     ------
@@ -266,7 +266,7 @@ def gaps(metrics: Metrics, oracle: Metrics) -> dict[str, float]:
     Returns
     -------
     dict of str to float
-        Percentage points by the names of the deltas in ``Metrics``; without "delta_mia" if either ``mia`` is None.
+        Percentage points by the names of the gaps in ``Metrics``; without "delta_mia" if either ``mia`` is None.
 
     Raises
     ------
