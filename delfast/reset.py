@@ -61,7 +61,8 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = RESET_SEED) -> 
         makes the whole network. "reset_parameters" is for models of plain tensors.
     seed : int, default 241202432
         Seed in [0, 2^64). The default is the number of DEL's paper, which no usual training begins from. With the seed
-        that training began from, a factory returns that beginning again. The values are those that follow ``torch.manual_seed(seed)``; torch's own generators are neither read nor changed.
+        that training began from, a factory returns that beginning again. The values are those that follow
+        ``torch.manual_seed(seed)``; torch's own generators are neither read nor changed.
         A seed that the factory sets itself has no effect.
 
     Raises
