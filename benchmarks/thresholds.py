@@ -81,7 +81,7 @@ def rows(job: Job, seeds: int) -> Iterator[dict[str, Any]]:
                 }
 
 
-def attacks(job: Job, networks: int = 5) -> dict[str, list[list[dict[str, float]]]]:
+def attacks(job: Job, networks: int = 10) -> dict[str, list[list[dict[str, float]]]]:
     """Return the attack's advantages on sets that a network never saw, by the number of examples, a list a network."""
     found: dict[str, list[list[dict[str, float]]]] = {str(size): [] for size in NEVER_SEEN}
     for seed in range(networks):
