@@ -17,7 +17,7 @@ from delfast.errors import InputError
 from delfast.evaluation.intervals import Figure
 from delfast.evaluation.measuring import Measured, measure
 from delfast.evaluation.relearn_ratio import MIN_EXAMPLES, compare
-from delfast.evaluation.samples import Examples, joined
+from delfast.evaluation.samples import Examples, UncutBatches, joined
 from delfast.language import causal_lm_loss, is_token_batch
 from delfast.naming import unwrap
 
@@ -172,7 +172,7 @@ def run_relearning(
     }
     try:
         data = Data(sets, settings, max(trained.values()))
-    except InputError as error:
+    except UncutBatches as error:  # other errors are of the data, and no figure is without them
         return dict.fromkeys(trained, str(error))
     courses: dict[str, list[Course | str]] = {name: [] for name in trained if name not in few}
     for number, each in enumerate([NeverSeen(model), *never_seen]):

@@ -6,6 +6,7 @@ the next ``run`` from its last entry, to the same model: a step's result depends
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 LOCALIZED, UNLEARNED, VERIFIED, AUDITED = "localized", "unlearned", "verified", "audited"
 FAILED = "failed"
+QUOTED = re.compile("['\"].*['\"]")  # up to the last quote, since a value may contain quotes
 Watch = Callable[[str], None]
 
 
@@ -271,9 +273,10 @@ def _discard_unrecorded(ledger: Records, run: int) -> None:
 
 
 def recorded_error(error: Exception, job: Path) -> str:
-    """Return an error as the ledger keeps it: one of the job's code by its type, file and line alone.
+    """Return an error as the ledger keeps it: without anything that may be a value of the job's data.
 
-    Its text may name a person, and an entry cannot be removed.
+    The text of other code is left out, of an error in the job file beside its type, file and line. So is everything
+    between quotes: a value may name a person, and an entry cannot be removed.
     """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -282,6 +285,9 @@ def recorded_error(error: Exception, job: Path) -> str:
         lines = [line for frame, line in walk_tb(each.__traceback__) if frame.f_code.co_filename == str(job)]
         if lines:
             return f"{type(each).__name__} in '{job}', line {lines[-1]}; its text is not recorded"
+    for each in reversed(chain):
+        if not isinstance(each, (InputError, Diverged)):
+            return f"{type(each).__name__}; its text is not recorded"
     if str(job) in str(error):  # a result of the job's that did not fit, quoted
         return f"{type(error).__name__} of a value of '{job}'; its text is not recorded"
-    return one_line(error)
+    return QUOTED.sub("'...'", one_line(error))

@@ -11,6 +11,7 @@ import pytest
 
 from delfast.errors import InputError
 from delfast.ledger import Ledger
+from delfast.ledger.running import recorded_error
 from delfast.ledger.starting import Choice, _attempts
 from tests.ledger.jobs import persons, write_job
 
@@ -243,6 +244,76 @@ def test_text_of_the_jobs_errors_is_not_recorded(ledger: Ledger, monkeypatch: py
     assert any("no image of person-0005" in line for line in lines), "it is printed"
     assert "no image" not in entries and "person-0005" not in entries
     assert recorded.startswith(f"KeyError in '{opened.job.path}', line ")
+
+
+NAMING = """
+def loss_fn(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def preprocess(batch):
+    return {"x": batch[0], "y": batch[1], "first": "patient-0007 Ana Perez"}
+"""
+READING = """
+import inspect
+
+
+def preprocess(batch):
+    if any(frame.function == "run_relearning" for frame in inspect.stack()[:20]):
+        raise OSError("cannot read images/person-0003.png")
+    return batch
+"""
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_text_of_the_data_is_not_recorded_by_an_audit(ledger: Ledger, wait: bool) -> None:
+    """Relearning reads the data once more; what goes wrong there is no reason that a figure is not measured."""
+    ledger.add(persons(0, 40))
+    with with_job(
+        ledger, READING.replace("if any", "if late and any").replace("import", f"late = {not wait}\nimport")
+    ) as opened:
+        module = opened.job.source.module
+
+        def watch(line: str) -> None:
+            if "baseline" in line:
+                module.late = True  # type: ignore[attr-defined]
+
+        if not wait:
+            with pytest.raises(InputError, match=r"OSError: cannot read images/person-0003\.png"):
+                opened.run(device="cpu", watch=watch)
+            assert not list(opened.store.entries("started"))
+            return
+        assert not opened.run(device="cpu", watch=watch).accepted
+        assert payload(opened, "failed")["error"].startswith(f"OSError in '{opened.job.path}', line ")
+        assert not [entry for entry in opened.store.entries(run=1) if "person-0003" in entry.text]
+
+
+def test_part_of_a_batch_is_recorded_by_its_type(ledger: Ledger) -> None:
+    with with_job(ledger, NAMING, accept={"attack_advantage": 1.0}) as opened:
+        opened.add(persons(0, 40))
+        assert opened.run(device="cpu").accepted
+        texts = [entry.text for entry in opened.store.entries(run=1)]
+        texts += [path.read_text() for path in opened.path.glob("runs/**/*.json")]
+        opened.report(opened.path / "report")
+        texts.append((opened.path / "report/report.html").read_text())
+    assert any("with a row for each example, got str; make it a tensor" in text for text in texts)
+    assert not [text for text in texts if "Ana Perez" in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "recorded"),
+    [
+        ("the loss is not finite", "the loss is not finite"),
+        ("expected a tensor, got 'Ana Perez'; make it one", "expected a tensor, got '...'; make it one"),
+        ("expected \"O'Brien\" and 'Ana' once", "expected '...' once"),
+    ],
+)
+def test_recorded_error_has_no_value(text: str, recorded: str) -> None:
+    assert recorded_error(InputError(text), Path("/job.py")) == recorded
+    try:
+        raise InputError(text) from KeyError("Ana Perez")
+    except InputError as error:
+        assert recorded_error(error, Path("/job.py")) == "KeyError; its text is not recorded"
 
 
 def test_path_of_the_model_in_use(ledger: Ledger) -> None:
