@@ -125,20 +125,26 @@ def read_settings(source: Source) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(given, (list, tuple)) or not given or not all(isinstance(each, Mapping) for each in given):
             raise InputError(f"expected settings to be a list of dicts, at least one, got {describe(given)}; {ADVICE}")
         for setting in given:
-            _check_setting(setting)
+            check_setting(setting, has_loss_fn=source.function("loss_fn") is not None)
     return tuple(dict(setting) for setting in given)
 
 
-def _check_setting(setting: Mapping[str, Any]) -> None:
-    method = setting.get("method")
-    if not isinstance(method, str) or method not in METHODS:
-        raise InputError(f"expected a setting to have 'method', one of {', '.join(METHODS)}; got {describe(method)}")
-    make_method(method, hyperparameters(setting))
+def check_setting(setting: Mapping[str, Any], *, has_loss_fn: bool) -> None:
+    """Raise InputError for a setting that no run could follow, of a job with or without a ``loss_fn``."""
+    name = setting.get("method")
+    if not isinstance(name, str) or name not in METHODS:
+        raise InputError(f"expected a setting to have 'method', one of {', '.join(METHODS)}; got {describe(name)}")
+    method = make_method(name, hyperparameters(setting))
     check_selection(setting.get("budget", BUDGET))
     check_count("batch_size of a setting", setting.get("batch_size", BATCH_SIZE))
     strategy = setting.get("strategy", "del")
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise InputError(f"expected strategy of a setting among {', '.join(STRATEGIES)}; got {describe(strategy)}")
+    for key in ("budget", "strategy"):
+        if "everything" in method.needs and key in setting:
+            raise InputError(f"expected no {key} for '{name}', which changes everything, got one; leave it out")
+    if "logits" in method.needs and has_loss_fn:
+        raise InputError(f"expected a job without a loss_fn for '{name}', which needs classes; use another method")
 
 
 def hyperparameters(setting: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from delfast.errors import InputError, one_line
 from delfast.experiments.run import choose_device
 from delfast.experiments.verification import compare
 from delfast.jobs.values import hyperparameters
-from delfast.ledger.artefacts import Recorded, artefact
+from delfast.ledger.artefacts import artefact
 from delfast.ledger.auditing import audit_recorded
 from delfast.ledger.checks import advice, check_all
 from delfast.ledger.examples import Examples
@@ -29,7 +29,7 @@ from delfast.ledger.history import History
 from delfast.ledger.networks import AlteredFile, drawing, load_recorded, recorded_file
 from delfast.ledger.requests import ACCEPTED, REJECTED
 from delfast.ledger.results import Check, RunResult
-from delfast.ledger.starting import BASELINE, RUNS, Choice, resume, start
+from delfast.ledger.starting import BASELINE, RUNS, Choice, discard_run, resume, start
 from delfast.ledger.store import Entry
 from delfast.localization import BUDGET, WHOLE_TRAINING_SET, localize
 from delfast.mask import Mask
@@ -64,7 +64,7 @@ def abandon(ledger: Records) -> int:
         if unfinished is None:
             raise InputError("expected an unfinished run to abandon, there is none")
         assert unfinished.run is not None
-        _discard_unrecorded(ledger, unfinished.run)
+        discard_run(ledger, unfinished.run)
         ledger.store.append(REJECTED, {"attempts": [], "checks": [], "advice": ["it was abandoned"]}, unfinished.run)
         return unfinished.run
 
@@ -113,7 +113,7 @@ class _Run:
         model: Mapping[str, str],
     ) -> RunResult:
         """Record the result and return it; ``model`` is the newest accepted one."""
-        _discard_unrecorded(self.ledger, self.number)
+        discard_run(self.ledger, self.number)
         self.ledger.store.append(event, payload, self.number)
         self.watch(f"run {self.number}: {event}")
         found = tuple(payload.get("advice", ()))
@@ -263,13 +263,6 @@ class _Attempt:
 
 
 # ---- the end
-
-
-def _discard_unrecorded(ledger: Records, run: int) -> None:
-    """Delete a run's files that no entry records, such as a checkpoint: nobody needs them after its end."""
-    recorded = Recorded.of(ledger.store.entries(run=run))
-    for name in recorded.others(ledger.path, f"{RUNS}/{run:04d}"):
-        (ledger.path / name).unlink()
 
 
 def recorded_error(error: Exception, job: Path) -> str:
