@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from delfast.ledger.requests import ACCEPTED, CREATED, REJECTED, STARTED, requests
+from delfast.ledger.events import ACCEPTED, CREATED, REJECTED, STARTED
+from delfast.ledger.requests import requests
 from delfast.ledger.store import Entry, Store
 
 

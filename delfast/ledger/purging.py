@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
-from delfast.ledger.artefacts import PURGED, Recorded, digest_file
+from delfast.ledger.artefacts import MODELS, REFERENCE_MODELS, RUNS, Recorded, digest_file
+from delfast.ledger.events import CREATED, LOCALIZED, PURGED, UNLEARNED
 from delfast.ledger.history import History
-from delfast.ledger.records import MODELS
-from delfast.ledger.references import REFERENCES, Trained, UnknownExamples, UnknownMembers, references_of
-from delfast.ledger.requests import CREATED, requests
+from delfast.ledger.references import Trained, UnknownExamples, UnknownMembers, references_of
+from delfast.ledger.requests import requests
 from delfast.ledger.results import HeldFile
-from delfast.ledger.running import LOCALIZED, UNLEARNED
-from delfast.ledger.starting import RUNS
 from delfast.localization import WHOLE_TRAINING_SET
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ def _directory_of(history: History) -> str | None:
 
 def _unrecorded(ledger: Records, recorded: Recorded, everything: Sequence[int]) -> Iterator[HeldFile]:
     """Yield the files that no entry records."""
-    for name in recorded.others(ledger.path, MODELS, RUNS, REFERENCES):
+    for name in recorded.others(ledger.path, MODELS, RUNS, REFERENCE_MODELS):
         why = "was purged and is there again" if name in recorded.purged else "recorded by no entry: may hold all"
         try:
             digest = digest_file(ledger.path / name)

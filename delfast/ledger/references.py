@@ -22,9 +22,9 @@ from delfast.arguments import check_count
 from delfast.errors import InputError
 from delfast.evaluation import Reference
 from delfast.experiments.run import choose_device
-from delfast.ledger.artefacts import PURGED, Recorded, artefact
+from delfast.ledger.artefacts import REFERENCE_MODELS, Recorded, artefact
+from delfast.ledger.events import PURGED, RECEIVED, REFERENCES
 from delfast.ledger.networks import drawing, load_recorded
-from delfast.ledger.requests import RECEIVED
 from delfast.ledger.store import Store
 from delfast.provenance import digest_tensor
 from delfast.seeding import seeded
@@ -33,7 +33,6 @@ from delfast.unlearning import train
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
-REFERENCES = "references"
 MOMENTUM = 0.9  # of SGD, as in every training of the DEL paper
 SEED = 500_000_000  # added to a reference's number: far from the seeds of runs
 
@@ -176,7 +175,7 @@ def _train(ledger: Records, number: int, device: torch.device) -> None:
             loss_fn=job.loss_fn,
         )
     first: dict[str, Any] = ledger.created["model"]
-    path = ledger.path / REFERENCES / f"{number:04d}{Path(first['file']).suffix}"
+    path = ledger.path / REFERENCE_MODELS / f"{number:04d}{Path(first['file']).suffix}"
     path.parent.mkdir(exist_ok=True)
     job.save(network, path)
     ledger.store.append(
