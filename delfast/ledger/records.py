@@ -472,7 +472,7 @@ def _same_job(path: str | os.PathLike[str], created: Mapping[str, Any]) -> Job:
 
 
 def _read_all(requests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], str | None, str | None]]:
-    """Yield the fields of each request, checked; InputError says which request it is, counted from 1."""
+    """Yield the fields of each request, checked; the text of an InputError has the number of the request, from 1."""
     for position, fields in enumerate(requests, start=1):
         try:
             yield read_request(fields)

@@ -98,6 +98,9 @@ def test_many_requests_are_added_from_lines_of_json(
     add = ["ledger", "add", ledger, "--job", files[0], "--requests"]
     assert main([*add, "-"]) == 0
     assert capsys.readouterr().out.startswith("added requests 3 to 4\nhead: ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"ids": ["person-30"]}')))
+    assert main([*add, "-"]) == 0
+    assert capsys.readouterr().out.startswith("added request 5\nhead: ")
     requests = tmp_path / "requests.jsonl"
     for line, message in (
         ('{"ids": ["person-8"]}\n{"ids"', f"line 2 of '{requests}' is no JSON"),

@@ -94,7 +94,7 @@ class Writer:
         drop: float = 0.4,
         ratios: Sequence[float] = (1.1,),
     ) -> None:
-        """Append a whole run: an attempt for each ratio, of which the last alone may be accepted.
+        """Append a whole run: an attempt for each ratio; only the last may be accepted.
 
         ``earlier``: the accepted runs before. Attempts after the first retrain.
         """
