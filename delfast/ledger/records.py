@@ -219,20 +219,6 @@ class Records:
         """Whether ``positions`` can be found: the ledger was opened with the job and, where it needs one, the key."""
         return self._job is not None and self._identifiers is not None
 
-    def require_positions(self) -> None:
-        """Check that ``positions`` can be found.
-
-        Raises
-        ------
-        InputError
-            If the ledger was opened without the job or the key.
-
-        Examples
-        --------
-        >>> ledger.require_positions()  # doctest: +SKIP
-        """
-        _ = self.job, self.identifiers
-
     # ---- requests
 
     def add(self, ids: Iterable[str | int], *, reason: str | None = None, due: str | None = None) -> int:
