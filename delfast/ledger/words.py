@@ -65,10 +65,10 @@ THRESHOLDS = {
         "",
         2,
         "Odds that the model answers a forgotten example correctly while it is finetuned for a short time, over the "
-        "odds of networks that never saw the example. About 1: gone, as far as this test shows. Far above 1: hidden, "
-        "not gone.",
-        "Finetuned for a short time, the model's odds of answering a forgotten example correctly were {value} times "
-        "the odds of networks that never saw it (about 1: like never seen; far above 1: hidden, not gone).",
+        "odds of networks that never saw the example. For a job with a loss_fn: mean loss of those networks over the "
+        "model's. About 1: gone, as far as this test shows. Far above 1: hidden, not gone.",
+        "While all are finetuned for a short time, the model is {value} times as good at the forgotten examples as "
+        "networks that never saw them (about 1: like never seen; far above 1: hidden, not gone).",
         best=1.0,
     ),
 }

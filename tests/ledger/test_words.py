@@ -26,6 +26,7 @@ FAILED = Check("method", None, None, False, "the loss is not finite")
         (EARLIER, "separated the forget set of run 3 best from never-seen examples, with an advantage of 0.400"),
         (EARLIER, "Limit 0.250 for the lower end of the interval: did not hold. 95 % interval 0.300 to 0.500."),
         (ALIKE, "Limit 1.50: held. No interval: all examples had the same figure."),
+        (ALIKE, "the model is 1.00 times as good at the forgotten examples as networks that never saw them (about 1"),
         (UNMEASURED, "Relearning ratio: not measured. Limit 1.50: did not hold."),
         (TOLD, "Relearning ratio: not measured: too few. Accepted by --accept-unmeasured."),
         (FAILED, "The method failed: the loss is not finite."),
