@@ -114,7 +114,7 @@ def test_many_requests_are_added_from_lines_of_json(
     requests.write_text("\n", encoding="utf-8")
     assert main([*add, str(requests)]) == 0 and "the file holds no request" in capsys.readouterr().out
     with Ledger.open(ledger) as opened:
-        assert [request.count for request in opened.requests()] == [3, 1, 2, 1]
+        assert [request.count for request in opened.requests()] == [3, 1, 2, 1, 1]
 
 
 def test_verify_prints_the_head_and_its_exit_code_tells_a_change(
