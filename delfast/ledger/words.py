@@ -29,8 +29,8 @@ THRESHOLDS = {
         "Changes outside the mask",
         "",
         0,
-        "Number of the model's parameters outside the mask that differ, bit by bit, from those before the run.",
-        "{value} parameters outside the mask changed.",
+        "Number of the model's elements outside the mask that differ, bit by bit, from those before the run.",
+        "{value} elements outside the mask changed.",
     ),
     "test_drop": Threshold(
         "Fall of test accuracy",
