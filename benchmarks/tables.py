@@ -346,7 +346,7 @@ def sectors(report: str) -> str:
         if not all(found):
             raise InputError(f"'{SECTORS.name}' has no figure for {kind}; make it again by the command at its top")
         rows.append([kind, *(f"{max(some):.2f}" for some in found)])
-    return markdown_table(("sectors asked for / least", *ALIGNMENTS), rows)
+    return markdown_table(("sectors requested / least", *ALIGNMENTS), rows)
 
 
 def cifar10(text: str) -> str:

@@ -27,7 +27,7 @@ row to row. Δ = oracle - method: the nearer to 0, the better. MIA: percent of t
 calls non-member. KL: divergence of the method's predictions from the oracle's, in nats. Changed: percent of the
 parameters that differ from the original's. RTE: run time relative to retraining, localization included. RTE is empty
 where, for one of the seeds, the oracle was trained with another device, platform, torch, number of threads or kernels
-(the CPU's instruction set, or the build for CUDA and its card). Seconds are wall-clock times and include the effect of
+(the CPU's instruction set, or the build for CUDA and its GPU). Seconds are wall-clock times and include the effect of
 other work on the machine."""
 
 
