@@ -110,7 +110,7 @@ def _rows(dataset: TensorDataset) -> tuple[Hashable, int] | None:
     for t in dataset.tensors:
         if type(t) is not Tensor or t.layout is not torch.strided or not t.numel() or not t.stride(0):
             return None
-        first, rest = divmod(t.storage_offset(), t.stride(0))
+        first, rest = divmod(int(t.storage_offset()), t.stride(0))
         parts.append((t.untyped_storage().data_ptr(), t.dtype, t.stride(), tuple(t.shape[1:]), rest))
         firsts.append(first)
     return (tuple(parts), *(first - firsts[0] for first in firsts)), firsts[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from delfast.evaluation.intervals import Figure
 from delfast.evaluation.relearning import RelearningCurve
+from delfast.text_tables import text_table
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class SetFigures:
 
 @dataclass(frozen=True)
 class Audit:
-    """The result of ``audit``.
+    """The result of ``audit``. ``print`` shows it as a table, with the 95 % intervals.
 
     Parameters
     ----------
@@ -115,6 +116,16 @@ class Audit:
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        rows = [["set", "examples", "accuracy (%)", "loss (nats)", "attack", "LiRA area", "KL (nats)"]]
+        rows += [[name, *_cells(figures)] for name, figures in self.sets.items()]
+        rows += [[f"oracle: {name}", *_cells(figures)] for name, figures in (self.oracle or {}).items()]
+        lines = [text_table(rows)]
+        lines += [f"relearning, {name}: {_course(curve)}" for name, curve in self.relearning.items()]
+        if self.relearn_ratio is not None:
+            lines.append(f"relearning ratio: {_text(self.relearn_ratio, 2)}")
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, Any]:
         """Return all figures as plain values, ready for JSON: a Figure is {"value", "low", "high"}.
 
@@ -137,3 +148,27 @@ class Audit:
             "seconds": dict(self.seconds),
             "settings": dict(self.settings),
         }
+
+
+def _cells(figures: SetFigures) -> list[str]:
+    area = None if figures.lira is None else figures.lira.auc
+    shown = [(figures.accuracy, 1), (figures.loss, 3), (figures.attack_advantage, 2), (area, 2), (figures.kl, 3)]
+    return [str(figures.count), *(_text(figure, digits) for figure, digits in shown)]
+
+
+def _text(figure: Figure | None, digits: int) -> str:
+    """Return a figure with its interval, "-" for none."""
+    if figure is None:
+        return "-"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.{digits}f}"
+    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+
+
+def _course(curve: RelearningCurve | str) -> str:
+    """Return the first and the last measurement of a curve and its ratio, or the reason why it was left out."""
+    if isinstance(curve, str):
+        return f"left out: {curve}"
+    values, unit = (curve.loss, "nats") if curve.accuracy is None else (curve.accuracy, "%")
+    ratio = f"no ratio: {curve.ratio_left_out}" if curve.ratio is None else f"ratio {_text(curve.ratio, 2)}"
+    return f"{values[0]:.4g} to {values[-1]:.4g} {unit} in {curve.steps[-1]} steps; {ratio}"
