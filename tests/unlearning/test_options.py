@@ -70,8 +70,8 @@ def test_the_settings_of_a_checkpoint_keep_their_names(tmp_path: Path) -> None:
     config = load_archive(tmp_path / "c.pt")["config"]
     assert config == {
         "epochs": 1, "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "schedule": "cosine", "method": "finetune",
-        "mask": config["mask"], "head": None, "seed": RESET_SEED, "precision": "fp32", "batchnorm": "train", "patience": None,
-        "batch_size": 8,
+        "mask": config["mask"], "head": None, "seed": RESET_SEED, "precision": "fp32", "batchnorm": "train",
+        "patience": None, "batch_size": 8,
     }  # fmt: skip
     run(checkpoint=tmp_path / "d.pt", training=TrainingOptions(dense=("head.weight", "head.bias")))
     assert load_archive(tmp_path / "d.pt")["config"]["dense"] == ["head.bias", "head.weight"]
