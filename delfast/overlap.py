@@ -104,7 +104,7 @@ def _rows(dataset: TensorDataset) -> tuple[Hashable, int] | None:
     """Return what identifies rows of the memory that the tensors share, and the number of the first row.
 
     All tensors count: with the same images and other labels the examples are others. None for tensors whose rows
-    cannot be told apart by their addresses.
+    cannot be distinguished by their addresses.
     """
     parts, firsts = [], []
     for t in dataset.tensors:

@@ -256,7 +256,7 @@ def _loaders(
     for name, loader in loaders.items():
         check_loader(loader, f"{name} set")
     forgotten = {name: loader for name, loader in loaders.items() if name == "forget" or name not in FIXED}
-    never_seen = {name: loader for name, loader in loaders.items() if name in ("test", "control")}
+    never_seen: dict[str, Loader] = {name: loaders[name] for name in ("test", "control") if name in loaders}
     check_disjoint(forgotten, {"retain": retain, **never_seen})
     check_disjoint({"retain": retain}, never_seen)
     return loaders
