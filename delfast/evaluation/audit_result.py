@@ -118,12 +118,17 @@ class Audit:
 
     def __str__(self) -> str:
         rows = [["set", "examples", "accuracy (%)", "loss (nats)", "attack", "LiRA area", "KL (nats)"]]
-        rows += [[name, *_cells(figures)] for name, figures in self.sets.items()]
-        rows += [[f"oracle: {name}", *_cells(figures)] for name, figures in (self.oracle or {}).items()]
+        for prefix, sets in (("", self.sets), ("oracle: ", self.oracle or {})):
+            again = sets.get("test")  # the control is the test set unless another was given
+            rows += [
+                [f"{prefix}{name}", *_cells(figures)]
+                for name, figures in sets.items()
+                if name != "control" or figures != again
+            ]
         lines = [text_table(rows)]
         lines += [f"relearning, {name}: {_course(curve)}" for name, curve in self.relearning.items()]
         if self.relearn_ratio is not None:
-            lines.append(f"relearning ratio: {_text(self.relearn_ratio, 2)}")
+            lines.append(f"relearning ratio: {self.relearn_ratio}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,16 +158,7 @@ class Audit:
 def _cells(figures: SetFigures) -> list[str]:
     area = None if figures.lira is None else figures.lira.auc
     shown = [(figures.accuracy, 1), (figures.loss, 3), (figures.attack_advantage, 2), (area, 2), (figures.kl, 3)]
-    return [str(figures.count), *(_text(figure, digits) for figure, digits in shown)]
-
-
-def _text(figure: Figure | None, digits: int) -> str:
-    """Return a figure with its interval, "-" for none."""
-    if figure is None:
-        return "-"
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.{digits}f}"
-    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+    return [str(figures.count), *("-" if figure is None else figure.text(digits) for figure, digits in shown)]
 
 
 def _course(curve: RelearningCurve | str) -> str:
@@ -170,5 +166,5 @@ def _course(curve: RelearningCurve | str) -> str:
     if isinstance(curve, str):
         return f"left out: {curve}"
     values, unit = (curve.loss, "nats") if curve.accuracy is None else (curve.accuracy, "%")
-    ratio = f"no ratio: {curve.ratio_left_out}" if curve.ratio is None else f"ratio {_text(curve.ratio, 2)}"
+    ratio = f"no ratio: {curve.ratio_left_out}" if curve.ratio is None else f"ratio {curve.ratio}"
     return f"{values[0]:.4g} to {values[-1]:.4g} {unit} in {curve.steps[-1]} steps; {ratio}"
