@@ -59,12 +59,12 @@ class Method:
 
     A subclass sets the class attributes:
 
-    name: its name in ``METHODS``.
-    step_plan: the batches of each step.
-    needs: a subset of {"forget", "init", "teacher", "logits", "everything"}; "teacher" is a copy of the network before
-        unlearning, "logits" excludes a ``loss_fn``, "everything" excludes a mask.
-    trains_head: whether the head is trained in full, whatever the mask.
-    localizes: whether ``localize`` makes a mask where none is passed; otherwise everything may change without a mask.
+    - name: its name in ``METHODS``.
+    - step_plan: the batches of each step.
+    - needs: a subset of {"forget", "init", "teacher", "logits", "everything"}; "teacher" is a copy of the network
+      before unlearning, "logits" excludes a ``loss_fn``, "everything" excludes a mask.
+    - trains_head: whether the head is trained in full, whatever the mask.
+    - localizes: whether ``localize`` makes a mask where none is passed; otherwise everything may change without a mask.
 
     Parameters
     ----------

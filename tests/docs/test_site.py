@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -113,3 +114,43 @@ def test_search_finds_words_of_every_kind_of_page(site: Path) -> None:
     index = (site / "searchindex.js").read_text(encoding="utf-8")
     for word in ("batchnorm", "oracl", "torchrun"):  # stems
         assert f'"{word}"' in index or f"{word}:" in index, word
+
+
+WIDE = ("index.html", "benchmarks.html", "command_line.html", "api/index.html", "api/generated/delfast.html")
+MEASURE = """<html><body><pre id="found"></pre><script>
+async function measure() {
+  const found = [];
+  for (const width of [1280, 390]) for (const page of PAGES) {
+    const frame = document.createElement("iframe");
+    frame.style.cssText = `width: ${width}px; height: 900px; border: 0`;
+    frame.src = page;
+    document.body.appendChild(frame);
+    await new Promise(resolve => { frame.onload = resolve; });
+    const shown = frame.contentDocument, root = shown.documentElement;
+    found.push(`${page} at ${width}: ${root.scrollWidth - root.clientWidth} px too wide`);
+    for (const name of shown.querySelectorAll("table.autosummary td:first-child code"))
+      if (name.getClientRects().length !== 1) found.push(`${page} at ${width}: '${name.textContent}' breaks`);
+    frame.remove();
+  }
+  document.getElementById("found").textContent = found.join("\\n");
+}
+measure();
+</script></body></html>
+"""
+
+
+def test_no_page_scrolls_sideways_and_no_name_of_the_api_breaks(site: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("expected chromium or google-chrome to measure pages with; install one")
+    (site / "measure.html").write_text(MEASURE.replace("PAGES", str(list(WIDE))), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=30000", "--window-size=1400,1000"]
+    local = ["--allow-file-access-from-files", "--disable-web-security", f"--user-data-dir={tmp_path}"]  # reads iframes
+    done = subprocess.run(
+        [browser, *options, *local, "--dump-dom", (site / "measure.html").as_uri()],
+        **{"capture_output": True, "text": True, "timeout": cases.PATIENCE},
+    )
+    (site / "measure.html").unlink()
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
+    assert found is not None, done.stderr
+    assert found[1].splitlines() == [f"{page} at {width}: 0 px too wide" for width in (1280, 390) for page in WIDE]
