@@ -21,6 +21,7 @@ from delfast.naming import plain_name
 from delfast.ops.layout import pack, unit_count
 from delfast.parameter_mask import ParameterMask, from_flags
 from delfast.sharding import is_dtensor
+from delfast.text_tables import text_table
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,31 @@ class LayerRow:
             stacklevel=2,
         )
         return self.channel_count
+
+
+class MaskTable(list[LayerRow]):
+    """The list of rows that ``Mask.table()`` returns; ``print`` shows it as a table, with a total.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import delfast
+    >>> print(delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0]]), "bias": torch.tensor([1, 0])}).table())
+    parameter   shape  elements  channels
+    weight     (2, 2)    2 of 4    1 of 2
+    bias         (2,)    1 of 2         -
+    total                3 of 6    1 of 2
+    """
+
+    def __str__(self) -> str:
+        rows = [["parameter", "shape", "elements", "channels"]]
+        for row in self:
+            channels = f"{row.channels} of {row.channel_count}" if row.channel_count else "-"
+            rows.append([row.name, str(row.shape), f"{row.selected} of {row.total}", channels])
+        selected, total, channels, count = (
+            sum(getattr(row, name) for row in self) for name in ("selected", "total", "channels", "channel_count")
+        )
+        return text_table([*rows, ["total", "", f"{selected} of {total}", f"{channels} of {count}"]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,13 +428,13 @@ class Mask:
             parts[name] = ParameterMask(shape, "row", pack(flags), dim)
         return Mask(parts, {**self.metadata, "widened_by": list(names)})
 
-    def table(self) -> list[LayerRow]:
-        """Return how much of each parameter is selected.
+    def table(self) -> MaskTable:
+        """Return how much of each parameter is selected; ``print`` shows it as a table.
 
         Returns
         -------
-        list of LayerRow
-            One row per parameter, in the model's order.
+        MaskTable
+            A list with one ``LayerRow`` per parameter, in the model's order.
 
         Examples
         --------
@@ -418,17 +444,10 @@ class Mask:
         >>> row.selected, row.total
         (2, 3)
         """
-        return [
-            LayerRow(
-                name,
-                part.shape,
-                part.selected,
-                part.numel,
-                part.channels,
-                part.channel_count,
-            )
+        return MaskTable(
+            LayerRow(name, part.shape, part.selected, part.numel, part.channels, part.channel_count)
             for name, part in self.parameters.items()
-        ]
+        )
 
     # Other forms
 

@@ -180,6 +180,14 @@ def test_from_dense_takes_arrays_and_sparse_tensors() -> None:
 def test_table_lists_every_parameter() -> None:
     dense = dense_mask(by_rows=True)
     table = Mask.from_dense(dense).table()
+    printed = str(table).splitlines()
+    assert len(printed) == len(table) + 2 and printed[-1].split()[:4] == [
+        "total",
+        str(sum(row.selected for row in table)),
+        "of",
+        str(sum(row.total for row in table)),
+    ]
+    assert all(line.startswith(row.name) for line, row in zip(printed[1:], table, strict=False))
     assert [row.name for row in table] == list(dense)
     assert sum(row.selected for row in table) == Mask.from_dense(dense).selected
     row = next(row for row in table if row.shape == (33, 1000))

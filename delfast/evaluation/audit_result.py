@@ -8,6 +8,7 @@ from typing import Any
 
 from delfast.evaluation.intervals import Figure
 from delfast.evaluation.relearning import RelearningCurve
+from delfast.text_tables import text_table
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class SetFigures:
 
 @dataclass(frozen=True)
 class Audit:
-    """The result of ``audit``.
+    """The result of ``audit``. ``print`` shows it as a table, with the 95 % intervals.
 
     Parameters
     ----------
@@ -116,6 +117,21 @@ class Audit:
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        rows = [["set", "examples", "accuracy (%)", "loss (nats)", "attack", "LiRA area", "KL (nats)"]]
+        for prefix, sets in (("", self.sets), ("oracle: ", self.oracle or {})):
+            again = sets.get("test")  # the control is the test set unless another was given
+            rows += [
+                [f"{prefix}{name}", *_cells(figures)]
+                for name, figures in sets.items()
+                if name != "control" or figures != again
+            ]
+        lines = [text_table(rows)]
+        lines += [f"relearning, {name}: {_course(curve)}" for name, curve in self.relearning.items()]
+        if self.relearn_ratio is not None:
+            lines.append(f"relearning ratio: {self.relearn_ratio}")
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, Any]:
         """Return all figures as plain values, ready for JSON: a Figure is {"value", "low", "high"}.
 
@@ -138,3 +154,18 @@ class Audit:
             "seconds": dict(self.seconds),
             "settings": dict(self.settings),
         }
+
+
+def _cells(figures: SetFigures) -> list[str]:
+    area = None if figures.lira is None else figures.lira.auc
+    shown = [(figures.accuracy, 1), (figures.loss, 3), (figures.attack_advantage, 2), (area, 2), (figures.kl, 3)]
+    return [str(figures.count), *("-" if figure is None else figure.text(digits) for figure, digits in shown)]
+
+
+def _course(curve: RelearningCurve | str) -> str:
+    """Return the first and the last measurement of a curve and its ratio, or the reason why it was left out."""
+    if isinstance(curve, str):
+        return f"left out: {curve}"
+    values, unit = (curve.loss, "nats") if curve.accuracy is None else (curve.accuracy, "%")
+    ratio = f"no ratio: {curve.ratio_left_out}" if curve.ratio is None else f"ratio {curve.ratio}"
+    return f"{values[0]:.4g} to {values[-1]:.4g} {unit} in {curve.steps[-1]} steps; {ratio}"

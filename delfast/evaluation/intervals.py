@@ -35,11 +35,39 @@ class Figure:
     >>> from delfast.evaluation import Figure
     >>> Figure(50.0, 23.7, 76.3).as_dict()
     {'value': 50.0, 'low': 23.7, 'high': 76.3}
+    >>> print(Figure(50.0, 23.7, 76.3))
+    50.00 (23.70 to 76.30)
     """
 
     value: float
     low: float | None
     high: float | None
+
+    def __str__(self) -> str:
+        return self.text(2)
+
+    def text(self, digits: int) -> str:
+        """Return the value and its interval as text.
+
+        Parameters
+        ----------
+        digits : int
+            Number of digits after the point.
+
+        Returns
+        -------
+        str
+            Such as "50.0 (23.7 to 76.3)"; the value alone if there is no interval.
+
+        Examples
+        --------
+        >>> from delfast.evaluation import Figure
+        >>> Figure(50.0, 23.7, 76.3).text(0)
+        '50 (24 to 76)'
+        """
+        if self.low is None or self.high is None:
+            return f"{self.value:.{digits}f}"
+        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the three values by name.

@@ -51,7 +51,7 @@ from delfast.unlearning.steps import Step, Steps
 from delfast.unlearning.stopping import EarlyStop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnlearnResult:
     """Result of ``unlearn``.
 
@@ -90,6 +90,14 @@ class UnlearnResult:
     losses: list[float]
     resumed_from: int
     validation: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        losses = f", loss {self.losses[0]:.4g} to {self.losses[-1]:.4g}" if self.losses else ""
+        seconds = sum(self.seconds.values())
+        return (
+            f"UnlearnResult({self.method.name!r}, {self.mask!r}, head={self.head!r}, {len(self.losses)} epochs"
+            f"{losses}, {seconds:.3g} s)"
+        )
 
 
 @used_alone

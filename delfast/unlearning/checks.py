@@ -18,6 +18,10 @@ from delfast.unlearning.options import TrainingOptions
 from delfast.unlearning.registry import find_method, hyperparameter_names, make_method
 
 SHARDED = ("del", "finetune", "gradient-ascent", "neggrad+", "relabel")  # methods for FSDP2
+MEANING = {
+    "forget": "the batches of the examples to forget",
+    "init": "a function that returns a newly initialized network",
+}
 OF_TRAINING = {each.name for each in fields(Method)} - {"epochs"}  # without effect on a method that trains nothing
 
 
@@ -71,9 +75,15 @@ def choose(method: str | Method, hyperparameters: dict[str, Any]) -> Method:
     known = hyperparameter_names(method)
     for name in hyperparameters:
         if name not in known:
+            if name == "optimizer":
+                raise InputError(
+                    "expected no optimizer, since unlearn trains with delfast's MaskedSGD, got one; leave it out, or "
+                    "train with an optimizer of your own inside delfast.compact(model, mask)"
+                )
             raise InputError(
                 f"unlearn has no parameter '{name}', and '{method.name}' no such hyperparameter: it has "
-                f"{', '.join(known)}; options of the training loop are fields of TrainingOptions"
+                f"{', '.join(known)}; options of the training loop are fields of TrainingOptions, and those of the "
+                "localization belong to delfast.localize, whose mask you pass as mask="
             )
     given = {name: value for name, value in hyperparameters.items() if value is not None}
     chosen = make_method(method, given)
@@ -99,7 +109,7 @@ def check_needs(
     needed = {"forget": forget, "init": init}
     for name in sorted(method.needs & needed.keys()):
         if needed[name] is None:
-            raise InputError(f"expected {name}= for '{method.name}', got none; pass it")
+            raise InputError(f"expected {name}= for '{method.name}', got none; pass {MEANING[name]}")
     if "everything" in method.needs and mask is not None:
         raise InputError(f"expected no mask for '{method.name}', which changes everything, got one; leave mask out")
     if "logits" in method.needs and loss_fn is not None:

@@ -122,13 +122,13 @@ def broken_unlearn(folder, rank):
 
 BROKEN_UNLEARN = {
     "loader": "OSError: broken disk (on rank 1)",
-    "init": "expected init= for 'del', got none; pass it (on rank 1)",
+    "init": "expected init= for 'del', got none; pass a function that returns a newly initialized network (on rank 1)",
     "batch of no use here": "OSError: broken disk (on rank 0)",
     "after the last step": "ValueError: progress bar (on rank 1)",
     "folder": "expected the directory of checkpoint",
     "folder, own sets": "expected the directory of checkpoint",
     "sharded loader": "OSError: broken disk (on rank 1)",
-    "sharded init": "expected init= for 'del', got none; pass it (on rank 1)",
+    "sharded init": "got none; pass a function that returns a newly initialized network (on rank 1)",
     "sharded loss": "KeyError: 'labels' (on rank 1)",
     "keyword": "unlearn has no parameter 'speed'",
 }

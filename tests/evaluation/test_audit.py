@@ -158,6 +158,20 @@ def test_every_network_is_left_as_it_was_and_figures_repeat(sets: dict[str, Any]
     assert other["relearning"] != results[0]["relearning"]
 
 
+def test_the_result_prints_as_a_table_with_a_reason_for_what_is_left_out(sets: dict[str, Any]) -> None:
+    found = audit(make_model(0), **sets, oracle=make_model(1), references=references(3, 30), relearn=QUICK)
+    lines = str(found).splitlines()
+    assert lines[0].split("  ")[0] == "set" and "attack" in lines[0] and "KL (nats)" in lines[0]
+    accuracy = found.sets["forget"].accuracy
+    assert accuracy is not None and accuracy.low is not None
+    assert lines[1].startswith("forget ") and f"{accuracy.value:.1f} ({accuracy.low:.1f} to " in lines[1]
+    assert len({len(line) for line in lines[: 1 + 2 * 3]}) == 1  # the columns are aligned
+    assert "relearning, forget 1 %: left out: 1 % of 30 forget examples are less than one example" in lines
+    assert lines[-1].startswith("relearning ratio: ") and "e-" not in str(found)
+    alone = str(audit(make_model(0), **sets, relearn=QUICK))
+    assert "no ratio: there is no never-seen network to compare with" in alone and "oracle" not in alone
+
+
 def test_the_result_is_plain_json_of_the_documented_form(sets: dict[str, Any]) -> None:
     known = references(3, 30)
     found = audit(make_model(0), **sets, oracle=make_model(1), references=known, relearn=QUICK).as_dict()

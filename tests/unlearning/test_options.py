@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import delfast
 from delfast import InputError, TrainingOptions
 from delfast.files import load_archive
+from delfast.seeding import RESET_SEED
 from delfast.unlearning import METHODS, EarlyStop, make_method
 from delfast.unlearning.method import Method
 from tests import cases
@@ -69,8 +70,8 @@ def test_the_settings_of_a_checkpoint_keep_their_names(tmp_path: Path) -> None:
     config = load_archive(tmp_path / "c.pt")["config"]
     assert config == {
         "epochs": 1, "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "schedule": "cosine", "method": "finetune",
-        "mask": config["mask"], "head": None, "seed": 0, "precision": "fp32", "batchnorm": "train", "patience": None,
-        "batch_size": 8,
+        "mask": config["mask"], "head": None, "seed": RESET_SEED, "precision": "fp32", "batchnorm": "train",
+        "patience": None, "batch_size": 8,
     }  # fmt: skip
     run(checkpoint=tmp_path / "d.pt", training=TrainingOptions(dense=("head.weight", "head.bias")))
     assert load_archive(tmp_path / "d.pt")["config"]["dense"] == ["head.bias", "head.weight"]
@@ -113,13 +114,37 @@ def test_none_keeps_the_methods_own_value() -> None:
 def test_an_unknown_keyword_is_refused_with_what_there_is(value: Any) -> None:
     message = (
         "unlearn has no parameter 'epoch', and 'neggrad+' no such hyperparameter: it has alpha, epochs, lr, momentum, "
-        "schedule, weight_decay; options of the training loop are fields of TrainingOptions"
+        "schedule, weight_decay; options of the training loop are fields of TrainingOptions, and those of the "
+        "localization belong to delfast.localize, whose mask you pass as mask="
     )
     with pytest.raises(InputError) as caught:
         run(method="neggrad+", epoch=value)
     assert str(caught.value) == message
     with pytest.raises(InputError, match="no parameter 'alpha', and 'finetune' no such hyperparameter"):
         run(alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": torch.optim.AdamW}, r"expected no optimizer, since unlearn trains .* inside delfast\.compact"),
+        ({"method": "del"}, "expected init= for 'del', got none; pass a function that returns a newly initialized"),
+        (
+            {"method": "scrub", "forget": None},
+            "expected forget= for 'scrub', got none; pass the batches of the examples",
+        ),
+    ],
+)
+def test_a_missing_or_unknown_argument_is_refused_with_the_way_out(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(**options)
+
+
+def test_the_result_is_short_in_print() -> None:
+    result, _ = run(epochs=3)
+    first, last = result.losses[0], result.losses[-1]
+    shown = f"UnlearnResult('finetune', {result.mask!r}, head=None, 3 epochs, loss {first:.4g} to {last:.4g}, "
+    assert repr(result).startswith(shown) and repr(result).endswith(" s)") and len(repr(result)) < 200
 
 
 def test_subclasses_with_names_of_before_are_refused() -> None:
