@@ -23,7 +23,8 @@ import delfast
 from delfast.batches import sampler_of, tensors_of
 from delfast.contents import signature_of
 from delfast.errors import InputError
-from delfast.processes import Processes, encoded
+from delfast.joint_errors import encoded
+from delfast.processes import Processes
 from delfast.shares import share
 from delfast.unlearning import shared_steps
 from tests.distributed.spawning import error_of, run_in_processes
