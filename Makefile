@@ -22,7 +22,7 @@ $(VENV)/.requirements: requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# developers want the native kernels, or to hear why not
+# DELFAST_NATIVE=1: in development, native kernels that cannot be built are an error, which gives the reason
 $(VENV)/.built: $(VENV)/.requirements pyproject.toml $(SOURCES)
 	DELFAST_NATIVE=1 $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@

@@ -142,7 +142,7 @@ def encoded(error: Exception, rank: int) -> bytes:
     name = type(error).__name__
     try:
         words = str(error) if isinstance(error, InputError) else f"{name}: {one_line(error)}"
-    except Exception:  # of its own __str__: the name is all that can be said of it
+    except Exception:  # of its own __str__: only the name can be reported
         words = name
     place = f" (on rank {rank})".encode()
     return printable(words).encode()[: TEXT_BYTES - len(place)].decode(errors="ignore").encode() + place

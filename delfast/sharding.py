@@ -1,7 +1,7 @@
 """Parameters that several processes hold together: DTensors of FSDP2, HSDP and tensor parallelism.
 
-DTensor itself slices and exchanges; the functions here say which part of a parameter, or of a tensor of the same shape,
-this process holds.
+DTensor itself slices and exchanges; the functions here return the part of a parameter, or of a tensor of the same
+shape, that this process holds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ SUMMING: dict[str, Any] = {
     "reduce_grads": True,
     "all_reduce_grads": True,
 }
+# the attributes of an FSDP2 parameter that hold its copies: gathered, and sharded within a node after a forward pass
+COPIES = ("_unsharded_param", "_sharded_post_forward_param")
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -161,14 +163,34 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 def fsdp_groups(model: nn.Module) -> list[Any]:
     """Return FSDP2's parameter groups: the parameters that it gathers, and whose gradients it adds, together."""
-    found: dict[int, Any] = {}
-    for module in fsdp_modules(model):
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.10 has one for each module
-        for group in [state._fsdp_param_group] if groups is None else groups:
-            if group is not None:
-                found[id(group)] = group
-    return list(found.values())
+    return list({id(group): group for module in fsdp_modules(model) for group in _groups_of(module)}.values())
+
+
+def _groups_of(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.10 has one for each module
+    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+
+
+def resharded(tensors: Iterable[Any]) -> dict[int, Any]:
+    """Shard the modules again whose gathered copies are among the tensors; return parameters by the id of their copy.
+
+    FSDP2 leaves the copies of a module in place after a forward pass without a backward one. torch's table of modules
+    shows whose they are: nothing in a copy refers to its parameter.
+    """
+    fsdp, states = map(sys.modules.get, ("torch.distributed.fsdp", "torch.distributed._composable_state"))
+    if fsdp is None or states is None:  # a sharded model has imported both
+        return {}
+    wanted, found = set(map(id, tensors)), {}
+    for module in list(states._module_state_mapping):
+        if not isinstance(module, fsdp.FSDPModule):
+            continue
+        held = [each for group in _groups_of(module) for each in group.fsdp_params]
+        copies = {id(getattr(each, kind, None)): each.sharded_param for each in held for kind in COPIES}
+        if own := copies.keys() & wanted:
+            found.update({key: copies[key] for key in own})
+            module.reshard()
+    return found
 
 
 def forget_forward(model: nn.Module) -> None:
@@ -245,12 +267,12 @@ def refuse_gathered(name: str, parameter: Any) -> None:
     if held.numel() and not held.untyped_storage().size():
         raise InputError(
             f"expected '{name}' as the DTensor that FSDP2 shards, got the copy that it gathers for a forward pass; "
-            "make the optimizer before the first pass, or call model.reshard() before"
+            "make the optimizer before the first pass, or call reshard() of every FSDPModule among model.modules() first"
         )
 
 
 def refuse_unseen_gradients(named: Iterable[tuple[str, Any]]) -> None:
-    """Raise InputError for gradients whose infinities ``torch.amp.GradScaler`` would see in some processes only.
+    """Raise InputError for gradients whose infinities ``torch.amp.GradScaler`` would find in some processes only.
 
     torch combines what the processes find along those mesh dimensions alone along which the first gradient is split
     (``found_inf_reduce_handler``, torch 2.10 to 2.14). Then some processes would skip a step that others take.
@@ -262,7 +284,7 @@ def refuse_unseen_gradients(named: Iterable[tuple[str, Any]]) -> None:
         first, leading = firsts.setdefault(gradient.dtype, (name, gradient))
         if not _split_over(gradient) <= _split_over(leading):
             raise InputError(
-                f"expected a GradScaler to see the infinities of all processes, got '{name}' split along a mesh "
+                f"expected a GradScaler to find the infinities of all processes, got '{name}' split along a mesh "
                 f"dimension along which the first gradient, of '{first}', is not; give the optimizer a parameter "
                 "that is split along all dimensions first, or train in bfloat16 without a scaler"
             )
