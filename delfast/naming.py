@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from delfast.errors import InputError
 from delfast.sharding import is_dtensor, refuse_flattened, refuse_partial, reshard
 
-
 # the names under which torch's wrappers of a network or of its blocks hold what they wrap: torch.compile, and
 # checkpoint_wrapper and offload_wrapper of torch.distributed.algorithms
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")

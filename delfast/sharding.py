@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -208,7 +209,7 @@ def _waits(fsdp_param: Any) -> bool:
 
 @contextmanager
 def adding_gradients(model: nn.Module) -> Iterator[None]:
-    """Let FSDP2 add the gradients of its processes inside the context, instead of averaging them.
+    """Let FSDP2 add the gradients of its processes inside the context, in at least float32, instead of averaging them.
 
     torch has setters for this without getters, so the settings are read from the groups. Raises InputError for
     gradients that wait for their reduction, to which those computed inside would be added, and for an all-reduce hook.
@@ -226,19 +227,44 @@ def adding_gradients(model: nn.Module) -> Iterator[None]:
                 "remove it while the model is scored"
             )
     contexts = [module._get_fsdp_state()._state_ctx for module in fsdp_modules(model)]
-    saved = [(group, {name: getattr(group, name) for name in SUMMING}) for group in groups]
+    saved = [(group, {name: getattr(group, name) for name in (*SUMMING, "mp_policy")}) for group in groups]
     last = [context.is_last_backward for context in contexts]
     try:
         for group in groups:
             vars(group).update(SUMMING)
+            _set_policy(group, _reducing_in_float32(group))
         for context in contexts:
             context.is_last_backward = True
         yield
     finally:
         for group, settings in saved:
             vars(group).update(settings)
+            _set_policy(group, settings["mp_policy"])
         for context, is_last in zip(contexts, last, strict=True):
             context.is_last_backward = is_last
+
+
+def _reducing_in_float32(group: Any) -> Any:
+    """Return a group's MixedPrecisionPolicy with a dtype of at least float32 for the sums over processes.
+
+    Without a ``reduce_dtype`` FSDP2 adds gradients in the dtype in which they were computed.
+    """
+    policy = group.mp_policy
+    computed_in = [policy.param_dtype or each.sharded_param.dtype for each in group.fsdp_params]
+    if all((policy.reduce_dtype or dtype).itemsize >= 4 for dtype in computed_in):
+        return policy
+    return replace(policy, reduce_dtype=torch.float32)
+
+
+def _set_policy(group: Any, policy: Any) -> None:
+    group.mp_policy = policy
+    if hasattr(group, "_reduce_dtype"):  # else the first forward pass reads the policy
+        group._init_mp_dtypes()
+
+
+def policy_dtypes(model: nn.Module) -> list[torch.dtype | None]:
+    """Return the dtypes, each once, in which FSDP2 computes by its MixedPrecisionPolicy; None: in the parameters'."""
+    return list({group.mp_policy.param_dtype: None for group in fsdp_groups(model)})
 
 
 def refuse_flattened(name: str, parameter: Any) -> None:
@@ -267,7 +293,7 @@ def refuse_gathered(name: str, parameter: Any) -> None:
     if held.numel() and not held.untyped_storage().size():
         raise InputError(
             f"expected '{name}' as the DTensor that FSDP2 shards, got the copy that it gathers for a forward pass; "
-            "make the optimizer before the first pass, or call reshard() of every FSDPModule among model.modules() first"
+            "make the optimizer before the first pass, or call reshard() of each FSDPModule in model.modules()"
         )
 
 
