@@ -100,8 +100,8 @@ def score(
         The maximum number of channels per example for the criterion "critmem".
     precision : {"fp32", "bf16"}, default "fp32"
         "bf16" runs the forward passes under ``torch.autocast``. Gradients are added over batches and processes in
-        float32, also where ``MixedPrecisionPolicy`` of FSDP2 has a shorter ``reduce_dtype``. The mask's metadata has the
-        precision of the passes, the policy's too.
+        float32, also where ``MixedPrecisionPolicy`` of FSDP2 has a shorter ``reduce_dtype``. The mask's metadata has
+        the precision of the passes, the policy's too.
     channels_last : {"auto", True, False}, default "auto"
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
@@ -109,8 +109,8 @@ def score(
         a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. Networks of DTensors run without.
     include : str or sequence of str, optional
         Glob patterns of parameter names: only parameters with a name that matches one of them compete, such as
-        ``"*.mlp.*"`` (``*`` stands for any characters, dots included; capitals count). A tied parameter is found under each
-        of its names. By default every trainable parameter competes.
+        ``"*.mlp.*"`` (``*`` stands for any characters, dots included; capitals count). A tied parameter is found under
+        each of its names. By default every trainable parameter competes.
     exclude : str or sequence of str, optional
         Patterns of parameters that do not compete, also if ``include`` matches them, such as
         ``["*embed*", "lm_head.*"]``.
