@@ -49,7 +49,7 @@ def public_objects() -> Iterator[tuple[str, Any]]:
 
 OBJECTS = dict(sorted(public_objects()))
 # literals, lines of code, the names of *arguments and **keywords, and strong text
-MARKED = r"``.*?``|^ *(>>>|\.\.\.) .*$|^ *\*{1,2}\w+( : .*)?$|\*\*[\w :.]+\*\*|\\\*"
+MARKED = r"``.*?``|^ *(>>>|\.\.\.) .*$|^ *\*{1,2}\w+( : .*)?$|\*\*[\w :.]+\*\*|\\\*|\d\*\*\d|\(\*, "
 
 
 def problems(path: str, value: Any) -> list[str]:
