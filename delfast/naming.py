@@ -108,6 +108,6 @@ def refuse_dtensor(name: str, parameter: Tensor, what: str) -> None:
     """Raise InputError for a sharded parameter, since the ops would silently use one shard only."""
     if is_dtensor(parameter):
         raise InputError(
-            f"expected whole parameters for {what}, got '{name}' as a DTensor (FSDP2 or tensor parallelism); gather "
-            "the model first (full_tensor())"
+            f"expected whole parameters for {what}, got '{name}' as a DTensor (FSDP2 or tensor parallelism); call it "
+            "before the model is sharded, or train with delfast.optim.MaskedAdamW in place of compact()"
         )

@@ -230,6 +230,21 @@ class Processes:
         if not self.is_same(value):
             refuse(error, is_input=True)
 
+    def check_same_arguments(self, arguments: Mapping[str, object]) -> None:
+        """Raise InputError on every process, with the argument's name and values, unless all have the same ones."""
+        if self.is_same(repr(arguments)):
+            return
+        for name, value in arguments.items():
+            if not self.is_same(repr(value)):
+                first = self.first_of_all(value)
+                own = -1 if repr(value) == repr(first) else dist.get_rank()
+                rank = int(self._over_all(torch.tensor([own], dtype=torch.int64)))
+                refuse(
+                    f"expected the same {name} on every process, got {first!r} on the first and another one on rank "
+                    f"{rank}; pass the same",
+                    is_input=True,
+                )
+
     def check_same_mask(self, digest: str) -> None:
         """Raise InputError on every process unless all have masks of one digest."""
         self.check_same(

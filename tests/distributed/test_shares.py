@@ -69,7 +69,7 @@ REFUSED = {
     "uneven indices": (lambda rank: own_indices(rank, SIZE), "expected the same data set on every process"),
     "replacement": (
         lambda rank: DataLoader(whole_set(), sampler=torch.utils.data.RandomSampler(range(SIZE), replacement=True)),
-        "the sampler repeats or omits some",
+        "the loader has drop_last=True, or the sampler repeats or omits some",
     ),
     "own list": (
         lambda rank: DataLoader([(torch.tensor(rank), 0), (torch.tensor(5), 1)]), "expected the same data set"
