@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -191,13 +192,41 @@ def policies(rank):
     return found
 
 
+# Models as training recipes leave them
+
+
+def prepared(rank):
+    """Return digests of a model with checkpointed and with compiled blocks, and of one that accumulates gradients."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for kind in ("checkpointed", "compiled", "accumulating"):
+        model = network()
+        if kind == "checkpointed":
+            model.up = checkpoint_wrapper(model.up)
+        if kind == "compiled":
+            model.up.compile(backend="eager")
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.set_requires_gradient_sync(kind != "accumulating")
+        found[kind] = salun(model, batches(5), group=mesh).digest
+        assert model._get_fsdp_state()._fsdp_param_group.reduce_grads == (kind != "accumulating")
+    return found
+
+
 # What is run and checked
 
 
 def scenarios(count):
     found = {"real": real_gradients_of_group, "buffers": own_buffers, "dtypes": other_dtypes}
     return found | (
-        {"untouched": untouched, "weighted": weighted, "peers": of_peers, "gathered": gathered, "policies": policies}
+        {
+            "untouched": untouched,
+            "weighted": weighted,
+            "peers": of_peers,
+            "gathered": gathered,
+            "policies": policies,
+            "prepared": prepared,
+        }
         if count == 2
         else {}
     )
@@ -216,6 +245,8 @@ def check(count, all_ranks):
     alone = of_one_process()
     expected = [alone[f"{criterion} channel topk_mean whole 0.5"] for criterion in READ]
     assert all_ranks("gathered") == [expected] * count
+    for found in all_ranks("prepared"):
+        assert set(found.values()) == {few_alone(2)["param"]}, found
     for found in all_ranks("policies"):
         wide = found[torch.float32, 0][0]
         assert all(precision == "bf16" for _, precision in found.values())
