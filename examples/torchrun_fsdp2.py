@@ -45,7 +45,7 @@ def main() -> None:
     train(model, torch.optim.AdamW(model.parameters(), lr=5e-3), everything, epochs=40)
     before = gathered(model)
     mask = delfast.localize(model, DataLoader(forget, batch_size=25), budget=0.3, group=mesh)  # the whole model's
-    delfast.reset_(model, mask, init=network, seed=1)
+    delfast.reset_(model, mask, init=network)
     mask = mask.widen(["3.weight", "3.bias"], {"3.weight": (10, 256), "3.bias": (10,)})  # the head is trained in full
     train(model, delfast.optim.MaskedAdamW(model.named_parameters(), mask, lr=2e-3), retain, epochs=8)
 

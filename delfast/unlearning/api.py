@@ -26,8 +26,10 @@ from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
 from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
+from delfast.overlap import check_disjoint
 from delfast.processes import Processes
 from delfast.reset import Init
+from delfast.seeding import RESET_SEED
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.checks import (
@@ -103,7 +105,7 @@ def unlearn(
     method: str | Method = "del",
     head: str | None = None,
     loss_fn: LossFn | None = None,
-    seed: int = 0,
+    seed: int = RESET_SEED,
     training: TrainingOptions = DEFAULT_OPTIONS,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -139,7 +141,8 @@ def unlearn(
         The network, plain or within DistributedDataParallel, DataParallel or ``torch.compile``.
     retain : iterable of batches or None
         The examples to keep: batches ``(input, target)`` or ``(index, input, target)`` with inputs (N, ...) and integer
-        targets (N,), re-iterable and with a length. None only for "gradient-ascent", which does not use the retain set.
+        targets (N,), re-iterable and with a length. Without the examples to forget: an overlap is refused where the
+        loaders show it (DataLoaders of one data set). None only for "gradient-ascent", which does not use this set.
     forget : iterable of batches, optional
         The examples to forget, in the same form. "del" needs them to localize if ``mask`` is None; "gradient-ascent",
         "neggrad+", "relabel", "influence", "ssd" and "scrub" always need them.
@@ -163,10 +166,10 @@ def unlearn(
     loss_fn : callable, optional
         ``loss_fn(model, batch)``, which returns losses (N,), for batches of another form. Not for methods that need
         logits ("relabel" and "scrub").
-    seed : int, default 0
+    seed : int, default 241202432
         Seed of the newly initialized values, of the strategies that select at random, and of the labels that "relabel"
-        draws. Pass another seed than the one that the training of ``model`` began from, or "del" restores the values
-        that the training began with.
+        draws. The default is the number of DEL's paper, which no usual training begins from. With the seed that the
+        training of ``model`` began from, "del" restores the values that the training began with.
     training : TrainingOptions, optional
         Options of the training loop: precision, BatchNorm, early stopping, progress.
     checkpoint : str or pathlib.Path, optional
@@ -295,6 +298,7 @@ def _prepared(
     check_needs(chosen, retain, forget, mask, init, loss_fn)
     localization = check_localization(chosen, mask, budget, strategy, forget, loss_fn, seed)
     check_options(training, chosen)
+    check_disjoint({"forget": forget}, {"retain": retain, "validation": training.validation})
     group = processes if shares else None
     network = unwrap(model)
     if group is not None:
