@@ -159,5 +159,7 @@ def test_a_parametrized_weight_keeps_its_own_names() -> None:
     torch.nn.utils.parametrizations.weight_norm(model.head)
     mask = delfast.localize(model, cases.image_batches(), budget=0.9)
     assert "head.parametrizations.weight.original1" in mask
-    with pytest.raises(InputError, match=r"for 'head.parametrizations.weight.original\d', init has none; .* parametr"):
+    with pytest.raises(
+        InputError, match=r"for 'head.parametrizations.weight.original\d', init has none; .* parametrized"
+    ):
         delfast.reset_(model, mask, init=cases.SmallNet)
