@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +18,17 @@ from delfast.ledger.report import HTML, MARKDOWN, make_report
 from delfast.ledger.report.history import KEPT_IDS, read_history
 from delfast.ledger.report.wording import interval, listed
 from tests.ledger.histories import Writer, example, held, hexadecimal, model_of, names
+from tests.ledger.pages import Page, changed, words
 
 NASTY = "<script>alert(1)</script> {{ 7 * 7 }} `*_|\x1b[31m\n\u202e& https://elsewhere.example"
 ROOT = Path(__file__).parents[2]
 SORT = ROOT / "delfast" / "experiments" / "reports" / "templates" / "sort.js"
 
 
-class Page(HTMLParser):
-    """The text, links, scripts and ids of a page, whose tags must be closed in order."""
-
-    VOID = ("meta", "link", "br", "img")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.shown, self.links, self.scripts, self.ids, self.tables = "", [], [], [], 0
-        self.open_tags: list[str] = []
-        self.feed(text)
-        assert self.open_tags == []
-
-    def handle_starttag(self, tag: str, attributes: Any) -> None:
-        assert tag not in ("iframe", "object", "embed", "form")
-        for name, value in attributes:
-            assert not name.startswith("on")  # scripts in attributes
-            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
-                self.links.append(value)
-            if name == "id":
-                self.ids.append(value)
-        self.tables += tag == "table"
-        if tag not in self.VOID:
-            self.open_tags.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: Any) -> None:
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.open_tags.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open_tags.pop() == tag
-        self.shown += " " if tag in ("dt", "dd", "th", "td", "li", "p", "code") else ""
-
-    def handle_data(self, data: str) -> None:
-        if self.open_tags[-1:] == ["script"]:
-            self.scripts.append(data.strip())
-        elif self.open_tags[-1:] != ["style"]:
-            self.shown += data
-
-
 @pytest.fixture(scope="module")
 def reported() -> tuple[str, str, Page]:
     markdown, page = make_report(example(), held())
     return markdown, page, Page(page)
-
-
-def words(text: str) -> str:
-    """Return text with single spaces."""
-    return re.sub(r"\s+", " ", text)
 
 
 def undrawn(**options: Any) -> list[Entry]:
@@ -185,7 +139,7 @@ def test_figure_of_an_attack_on_a_part_of_the_set_is_not_drawn() -> None:
             sets = payload["figures"]["sets"]
             sets["forget"].update(attack_advantage={"value": 0.9, "low": 0.8, "high": 1.0}, attack_left_out=20)
 
-    run = read_history(without(example(), change)).runs[2]
+    run = read_history(changed(example(), change)).runs[2]
     assert run.largest_attack is not None and run.largest_attack["value"] == 0.03, "that of the earlier set"
 
 
@@ -233,16 +187,6 @@ def test_a_run_without_a_verdict_is_running() -> None:
     assert "The run has no result yet" in text
 
 
-def without(entries: Sequence[Entry], change: Any) -> list[Entry]:
-    """Return entries with changed payloads; the chain of hashes does not hold then, and is not read."""
-    writer = Writer()
-    for entry in entries:
-        payload = entry.payload
-        change(entry.event, payload)
-        writer(entry.event, payload, entry.run)
-    return writer.entries
-
-
 def test_figures_that_the_model_before_a_run_held_too_are_said_to_show_nothing() -> None:
     def change(event: str, payload: dict[str, Any]) -> None:
         if event == "accepted":
@@ -250,7 +194,7 @@ def test_figures_that_the_model_before_a_run_held_too_are_said_to_show_nothing()
 
     said = "this figure does not show that anything was forgotten"
     assert said not in words(Page(make_report(undrawn(), held())[1]).shown)
-    _, text = make_report(without(undrawn(), change), held())
+    _, text = make_report(changed(undrawn(), change), held())
     shown = words(Page(text).shown)
     assert f"Before the run: 1.00. The model before the run held it too: {said}." in shown
     assert "For 3 of the 12 figures, the model before the run was within the limit too" in shown
@@ -261,7 +205,7 @@ def test_figures_that_a_run_accepted_unmeasured_are_not_called_held() -> None:
         if event == "accepted":
             payload["checks"][3].update(value=None, held=True, low=None, high=None)
 
-    _, text = make_report(without(undrawn(), change), held())
+    _, text = make_report(changed(undrawn(), change), held())
     shown = words(Page(text).shown)
     assert "In the 3 accepted runs, all thresholds held that were measured; 3 of 12 figures were not." in shown
     assert "Relearning ratio: not measured. The run was told to accept this." in shown
@@ -281,7 +225,7 @@ def test_figures_that_were_not_measured_are_named() -> None:
                 if check["name"] in ("attack_advantage", "relearn_ratio"):
                     check.update(value=None, held=False, low=None, high=None)
 
-    _, text = make_report(without(example(), change), held())
+    _, text = make_report(changed(example(), change), held())
     shown = words(Page(text).shown)
     for sentence in (
         "Relearning ratio: not measured. Limit 1.50: did not hold.",

@@ -130,7 +130,7 @@ SET_COLUMNS = [
     "set",
     "examples",
     "accuracy, %",
-    "loss, nats",
+    "loss",
     "attack advantage",
     "LiRA AUC",
     "TPR at 1 %, %",
