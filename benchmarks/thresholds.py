@@ -5,7 +5,8 @@ python -m benchmarks.thresholds    rewrites benchmarks/results/thresholds.json; 
 The job is the one that `delfast init-job` writes. Of each seed and size there is a forget set of random examples, and a
 network retrained without it. Each is audited as `delfast ledger run` does it, beside references that know a random
 half of the examples. The original network, which saw every example, is audited beside them for a few seeds. The attack
-alone is also made on many more sets: parts of the examples that a network was trained without.
+alone is also made on many more sets: parts of the examples that a network was trained without. Ten of these sets of one
+network are the earlier sets of one ledger.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from delfast.unlearning import train
 
 RESULTS = Path(__file__).parent / "results/thresholds.json"
 SIZES = (20, 50)
+NEVER_SEEN = (5, 10, 20, 50)  # sizes of the sets for the attack alone
+EARLIER = 10  # sets of a ledger
 REFERENCES = 4
 LEFT_OUT = 400  # examples of the training set that the networks for the attack alone never see
 ORIGINALS = 3  # seeds of each size for which the original network is audited too
@@ -78,18 +81,28 @@ def rows(job: Job, seeds: int) -> Iterator[dict[str, Any]]:
                 }
 
 
-def attacks(job: Job, networks: int = 5) -> dict[str, list[float]]:
-    """Return the attack's advantages on sets that a network never saw, by the number of examples."""
-    found: dict[str, list[float]] = {str(size): [] for size in SIZES}
+def attacks(job: Job, networks: int = 5) -> dict[str, list[list[dict[str, float]]]]:
+    """Return the attack's advantages on sets that a network never saw, by the number of examples, a list a network."""
+    found: dict[str, list[list[dict[str, float]]]] = {str(size): [] for size in NEVER_SEEN}
     for seed in range(networks):
         order = torch.randperm(job.count, generator=torch.Generator().manual_seed(seed))
         unseen, seen = order[:LEFT_OUT], order[LEFT_OUT:].sort().values
         network = trained(job, seen, 200 + seed)
-        for size in SIZES:
-            for part in unseen.split(size):
-                figures = _audited(job, network, part.sort().values, seen[:100], [], seed, None)
-                found[str(size)].append(figures["attack_advantage"]["value"])
+        for size in NEVER_SEEN:
+            audited = (
+                _audited(job, network, part.sort().values, seen[:100], [], seed, None) for part in unseen.split(size)
+            )
+            found[str(size)].append([each["attack_advantage"] for each in audited])
     return found
+
+
+def earlier_sets(networks: list[list[dict[str, float]]]) -> list[float]:
+    """Return for each ledger of ten such sets the largest lower end of an interval, by which a set rejects a run."""
+    return [
+        max(each["low"] for each in found[first : first + EARLIER])
+        for found in networks
+        for first in range(0, len(found) - EARLIER + 1, EARLIER)
+    ]
 
 
 def _audited(
@@ -136,8 +149,18 @@ def table(result: dict[str, Any]) -> str:
         for size in SIZES:
             for name, limit in accept.items():
                 add(network, size, name, limit, values(result["networks"], network, size, name))
-    for size, advantages in result["attacks"].items():
-        add("never saw them", int(size), "attack_advantage", accept["attack_advantage"], advantages)
+    limit = accept["attack_advantage"]
+    for size, networks in result["attacks"].items():
+        add(
+            "never saw them",
+            int(size),
+            "attack_advantage",
+            limit,
+            [each["value"] for part in networks for each in part],
+        )
+    for size, networks in result["attacks"].items():
+        if ledgers := earlier_sets(networks):
+            add(f"never saw {EARLIER} sets", int(size), "earlier_attack_advantage", limit, ledgers)
     return "\n".join(rows)
 
 

@@ -98,7 +98,7 @@ class _Run:
             if model is not None and all(check.held for check in checks):
                 payload = {"model": model, "attempts": tried, "checks": tried[-1]["checks"]}
                 return self._end(ACCEPTED, payload, settings, checks, model)
-        found = advice(checks, settings, escalated=len(attempts) > 1)
+        found = advice(checks, attempts)
         payload = {"attempts": tried, "checks": tried[-1]["checks"], "advice": found}
         return self._end(REJECTED, payload, settings, checks, self.inputs["model"])
 

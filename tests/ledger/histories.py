@@ -166,12 +166,15 @@ class Writer:
         found = figures(number, count, earlier, ratio)
         step("audited", {"audit": artefact(f"{folder}/audit.json"), "figures": found}, 31.0)
         advantage = found["sets"]["forget"]["attack_advantage"]
+        ends = {"low": 0.0, "high": 0.03 + 0.6 / math.sqrt(40), "before": 0.02}
+        earlier_check = check("earlier_attack_advantage", 0.03, 0.1, where=f"run {earlier[0]}") if earlier else None
         return [
             check("outside_mask", 0, 0, True, "model"),
             check("test_drop", drop, ACCEPT["test_drop"], where="test")
             | {"low": drop - 1, "high": drop + 1, "before": 0.0},
             check("attack_advantage", advantage["value"], 0.1)
             | {"low": advantage["low"], "high": advantage["high"], "before": 0.4},
+            *([earlier_check | ends] if earlier_check else []),
             check("relearn_ratio", ratio, ACCEPT["relearn_ratio"])
             | {"low": ratio - 0.3, "high": ratio + 0.3, "before": 4.0},
         ]
