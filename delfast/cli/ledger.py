@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -175,8 +175,8 @@ def run(
     A run that was stopped is continued by the same command without settings.
     """
     from delfast.ledger import Ledger
+    from delfast.ledger.evidence import counted_results, result_of, table_lines
     from delfast.ledger.starting import LocalizeOn
-    from delfast.ledger.words import check_sentence, verdict
 
     if pending and request:
         raise InputError("expected --request or --pending, got both; pass the numbers, or take up all open requests")
@@ -195,12 +195,13 @@ def run(
             device=device,
             watch=log.info,
         )
-        for check in result.checks:
-            _print(f"{check.name}: {check_sentence(check)}")
-        for line in result.advice:
-            _print(f"- {line}")
-        accepted = f"accepted, {verdict(result.checks)}" if result.accepted else "REJECTED, the model stays as it was"
-        _print(f"run {result.number}: {accepted}")
+        has_mask = _has_mask(opened.store.entries(run=result.number))
+        for line in [*table_lines(result.checks, has_mask=has_mask), *(f"- {each}" for each in result.advice)]:
+            _print(line)
+        counts = "; ".join(counted_results(result_of(check, has_mask=has_mask) for check in result.checks))
+        _print(
+            f"run {result.number}: {'accepted' if result.accepted else 'REJECTED, the model stays as it was'}: {counts}"
+        )
         _print(f"the model in use: {ledger / result.model}")
         _print(f"head: {opened.head}")
     if not result.accepted:
@@ -332,6 +333,16 @@ def _pipe() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
+def _has_mask(events: Iterable[Entry]) -> bool:
+    """Return whether the last attempt of a run that ended was kept to a mask, by the entries of the run."""
+    localized, tried = set(), 0
+    for entry in events:
+        if entry.event == "localized":
+            localized.add(entry.payload["attempt"])
+        tried = max(tried, entry.payload.get("attempt", 0))
+    return tried in localized
 
 
 def _row(request: Request) -> str:

@@ -53,7 +53,7 @@ def _erosion(runs: list[Run], measure: str) -> Drawing:
     return Drawing(
         plots.draw_erosion(runs, measure),
         f"Erosion: what the model still can. {fall}, and the cost adds up.",
-        "Hollow points are runs that were not accepted. Bars are 95 % intervals.",
+        "Hollow points are runs that did not pass. Bars are 95 % intervals.",
         ["run", "status", *(f"{name} set{unit}" for name in ("retain", "test"))],
         [[*_run_cells(run), *(_set(run, name, measure, digits) for name in ("retain", "test"))] for run in runs],
     )
@@ -91,7 +91,7 @@ def _attack(runs: list[Run]) -> Drawing | None:
     return Drawing(
         plots.draw_attack(runs),
         "Attack: how well an attacker separates a forget set from never-seen examples. 0 is guessing, 1 is always "
-        "right. The limit is for the largest of all forget sets so far.",
+        "right. The limit is for a run's own forget set; an earlier one rejects a run if its whole interval is above.",
         "",
         ["run", "status", "its forget set", "largest of all", "limit"],
         [
@@ -132,7 +132,7 @@ def _returns(runs: list[Run], measure: str) -> dict[str, list[tuple[int, float]]
 
 
 def _run_cells(run: Run) -> list[str]:
-    return [str(run.number), run.status]
+    return [str(run.number), wording.RUN_STATUS[run.status]]
 
 
 def _set(run: Run, name: str, field: str, digits: int) -> str:

@@ -127,7 +127,7 @@ def _points(axes: Any, found: Sequence[tuple[Run, Interval | None]], colour: str
             linewidth=1.3,
             elinewidth=1,
             capsize=2,
-            label=label if accepted else f"{label}, not accepted",
+            label=label if accepted else f"{label}, did not pass",
         )
 
 
