@@ -81,28 +81,28 @@ def rows(job: Job, seeds: int) -> Iterator[dict[str, Any]]:
                 }
 
 
-def attacks(job: Job, networks: int = 5) -> dict[str, list[list[dict[str, float]]]]:
-    """Return the attack's advantages on sets that a network never saw, by the number of examples, a list a network."""
-    found: dict[str, list[list[dict[str, float]]]] = {str(size): [] for size in NEVER_SEEN}
+def attacks(job: Job, networks: int = 10) -> dict[str, dict[str, list[float]]]:
+    """Return the attack on sets that a network never saw, by the number of examples.
+
+    "values": the advantage of each set. "earlier": for each ledger of ten sets of one network, the largest lower end of
+    their intervals, by which a set of an earlier run rejects.
+    """
+    found: dict[str, dict[str, list[float]]] = {str(size): {"values": [], "earlier": []} for size in NEVER_SEEN}
     for seed in range(networks):
         order = torch.randperm(job.count, generator=torch.Generator().manual_seed(seed))
         unseen, seen = order[:LEFT_OUT], order[LEFT_OUT:].sort().values
         network = trained(job, seen, 200 + seed)
         for size in NEVER_SEEN:
-            audited = (
+            audited = [
                 _audited(job, network, part.sort().values, seen[:100], [], seed, None) for part in unseen.split(size)
-            )
-            found[str(size)].append([each["attack_advantage"] for each in audited])
+            ]
+            figures = [each["attack_advantage"] for each in audited]
+            kept = found[str(size)]
+            kept["values"] += [round(each["value"], 4) for each in figures]
+            for first in range(0, len(figures) - EARLIER + 1, EARLIER):
+                lowest = max(each["low"] for each in figures[first : first + EARLIER])
+                kept["earlier"].append(round(lowest, 4))
     return found
-
-
-def earlier_sets(networks: list[list[dict[str, float]]]) -> list[float]:
-    """Return for each ledger of ten such sets the largest lower end of an interval, by which a set rejects a run."""
-    return [
-        max(each["low"] for each in found[first : first + EARLIER])
-        for found in networks
-        for first in range(0, len(found) - EARLIER + 1, EARLIER)
-    ]
 
 
 def _audited(
@@ -150,17 +150,11 @@ def table(result: dict[str, Any]) -> str:
             for name, limit in accept.items():
                 add(network, size, name, limit, values(result["networks"], network, size, name))
     limit = accept["attack_advantage"]
-    for size, networks in result["attacks"].items():
-        add(
-            "never saw them",
-            int(size),
-            "attack_advantage",
-            limit,
-            [each["value"] for part in networks for each in part],
-        )
-    for size, networks in result["attacks"].items():
-        if ledgers := earlier_sets(networks):
-            add(f"never saw {EARLIER} sets", int(size), "earlier_attack_advantage", limit, ledgers)
+    for size, each in result["attacks"].items():
+        add("never saw them", int(size), "attack_advantage", limit, each["values"])
+    for size, each in result["attacks"].items():
+        if each["earlier"]:
+            add(f"never saw {EARLIER} sets", int(size), "earlier_attack_advantage", limit, each["earlier"])
     return "\n".join(rows)
 
 

@@ -92,6 +92,12 @@ class Recorded:
                 yield f"the recorded file '{name}' is not as it was written: its digest is {found}, not {digest}"
 
 
+def discard_unrecorded(ledger: Path, entries: Iterable[Entry], folder: str) -> None:
+    """Delete the files in a folder of the ledger that none of these entries records."""
+    for name in list(Recorded.of(entries).others(ledger, folder)):
+        (ledger / name).unlink()
+
+
 def _artefacts(value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         if isinstance(value.get("file"), str) and isinstance(value.get("digest"), str):
