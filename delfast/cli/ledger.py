@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -31,8 +32,16 @@ KeyFile = Annotated[
     Path | None, typer.Option("--hash-ids", help="key file of a ledger that stores identifiers as HMACs")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
-COLUMNS = "{:>8}  {:<8}  {:>5}  {:>8}  {:<20}  {:<10}  {}"  # of fixed width, so that a list is printed while it is read
+COLUMNS = "{:>8}  {:<8}  {:>5}  {:>8}  {:<20}  {:<19}  {}"  # of fixed width, so that a list is printed while it is read
 SHOWN_IDS = 20
+LISTS = {  # lists of a payload that `show` counts
+    "ids": "example",
+    "requests": "request",
+    "excluded": "open request",
+    "references": "reference",
+    "attempts": "attempt",
+    "files": "file",
+}
 
 
 @app.command()
@@ -85,18 +94,31 @@ def add(
         raise InputError("expected --ids, with --reason and --due if wanted, or --requests alone; pass one of them")
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         if ids is not None:
-            lines = (line.strip() for line in _text(ids).splitlines())
-            number = opened.add([line for line in lines if line], reason=reason, due=due)
+            found, lines = _read_ids(ids)
+            with _naming_lines(ids, lines):
+                number = opened.add(found, reason=reason, due=due)
             _print(f"added request {number}")
+            dates = [due]
         elif requests is not None:
-            numbers = opened.add_requests(_json_objects(requests))
-            _print(f"added requests {numbers[0]} to {numbers[-1]}" if numbers else "the file holds no request")
+            given, lines = _read_requests(requests)
+            with _naming_lines(requests, lines):
+                numbers = opened.add_requests(given)
+            named = f"{_noun(len(numbers), 'request')} {_range(numbers)}"
+            _print(f"added {named}" if numbers else "the file holds no request")
+            dates = [each["due"] for each in given]
+        late = sorted(each for each in dates if each is not None and _is_past(each))
+        if late:
+            _print(f"{len(late)} overdue: the due date {late[0]} has passed")
         _print(f"head: {opened.head}")
 
 
 @app.command("list")
 def list_requests(ledger: LedgerDir, as_json: AsJson = False) -> None:
-    """List the requests and their states; with --json one JSON object a line."""
+    """List the requests and their states; with --json one JSON object a line.
+
+    Accepted: carried out. Rejected: not carried out yet, since the last run did not pass. Running, stopped: a run has
+    no result yet. Pending: no run yet. The entries are read as they are, which is fast: `verify` checks them.
+    """
     from delfast.ledger import Ledger
 
     with Ledger.open(ledger) as opened, _pipe():
@@ -106,8 +128,13 @@ def list_requests(ledger: LedgerDir, as_json: AsJson = False) -> None:
                 sys.stdout.write(line.encode(vars(request)) + "\n")
             return
         sys.stdout.write(COLUMNS.format("request", "status", "run", "examples", "received (UTC)", "due", "reason\n"))
+        stopped = None
         for request in opened.requests():
-            sys.stdout.write(_row(request) + "\n")
+            if request.status == "running" and stopped is None:
+                stopped = not opened.is_working
+            sys.stdout.write(_row(request, stopped=bool(stopped)) + "\n")
+        if stopped:
+            sys.stdout.write("stopped: continue with delfast ledger run\n")
 
 
 @app.command()
@@ -221,7 +248,8 @@ def references(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         made = opened.train_references(count, device=device, watch=log.info)
-        _print(f"trained {len(made)} references" + (f": {made[0]} to {made[-1]}" if made else "; there are enough"))
+        numbers = f": {_range(made)}" if made else "; there are enough"
+        _print(f"trained {len(made)} {_noun(len(made), 'reference')}{numbers}")
         _print(f"head: {opened.head}")
 
 
@@ -237,15 +265,17 @@ def purge(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         plan = opened.purge_plan()
-        for each in plan:
-            numbers = ", ".join(map(str, each.requests))
-            _print(f"{each.file} ({each.bytes:,} bytes): {each.why}; requests {numbers}")
         if yes:
-            opened.purge(plan)
-            _print(f"deleted {len(plan)} files; copies elsewhere are yours to delete")
+            opened.purge(plan)  # refused while another process works, before anything is printed as if it was done
+        for each in plan:
+            numbers = f"{_noun(len(each.requests), 'request')} {', '.join(map(str, each.requests))}"
+            _print(f"{'deleted ' if yes else ''}{each.file} ({each.bytes:,} bytes): {each.why}; {numbers}")
+        files = f"{len(plan)} {_noun(len(plan), 'file')}"
+        if yes:
+            _print(f"deleted {files}; copies elsewhere are yours to delete")
             _print(f"head: {opened.head}")
         else:
-            _print(f"{len(plan)} files; --yes deletes them" if plan else "no file of an accepted request is left")
+            _print(f"{files}; --yes deletes them" if plan else "no file of an accepted request is left")
 
 
 @app.command()
@@ -263,7 +293,8 @@ def verify(
     for problem in result.problems:
         _print(problem)
     _print(f"entries that hold: {result.count}")
-    _print(f"head: {result.head}")
+    # the hash before a damaged entry is no head to keep
+    _print(f"{'head' if result.holds else 'hash of the last one that holds'}: {result.head}")
     if not result.holds:
         _print("the ledger does NOT hold")
         raise typer.Exit(1)
@@ -305,7 +336,19 @@ def _text(path: Path) -> str:
         raise InputError(f"cannot read '{path}' ({reason(error)}); pass a text file or -") from None
 
 
-def _json_objects(path: Path) -> Iterator[Mapping[str, Any]]:
+def _read_ids(path: Path) -> tuple[list[str], dict[str, int]]:
+    """Return the identifiers of a file, one a line, and the line of each."""
+    stripped = ((number, line.strip()) for number, line in enumerate(_text(path).splitlines(), start=1))
+    named = [(number, line) for number, line in stripped if line]
+    return [line for _, line in named], {line: number for number, line in named}
+
+
+def _read_requests(path: Path) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+    """Return the requests of a file, one JSON object a line, and the line of each identifier."""
+    from delfast.ledger.requests import read_request
+
+    found: list[Mapping[str, Any]] = []
+    lines: dict[str, int] = {}
     for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -315,7 +358,24 @@ def _json_objects(path: Path) -> Iterator[Mapping[str, Any]]:
             raise InputError(f"line {number} of '{path}' is no JSON ({one_line(error)}); correct it") from None
         if not isinstance(fields, dict):
             raise InputError(f"expected a JSON object on line {number} of '{path}', got {type(fields).__name__}")
-        yield fields
+        try:
+            ids, reason, due = read_request(fields)
+        except InputError as error:
+            raise InputError(f"line {number} of '{path}': {error}") from None
+        lines.update(dict.fromkeys(ids, number))
+        found.append({"ids": ids, "reason": reason, "due": due})
+    return found, lines
+
+
+@contextmanager
+def _naming_lines(path: Path, lines: Mapping[str, int]) -> Iterator[None]:
+    """Add the line of the file to the error of an identifier that cannot be added."""
+    from delfast.ledger.identifiers import RefusedIdentifier
+
+    try:
+        yield
+    except RefusedIdentifier as error:
+        raise InputError(f"line {lines[error.identifier]} of '{path}': {error}") from None
 
 
 # ---- output
@@ -323,6 +383,20 @@ def _json_objects(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _print(line: str) -> None:
     sys.stdout.write(printable(line) + "\n")
+
+
+def _noun(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """Return the first and the last of consecutive numbers as text; one alone; nothing for none."""
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else "".join(map(str, numbers))
+
+
+def _is_past(due: str) -> bool:
+    """Return whether a due date (YYYY-MM-DD) has passed, by the clock of UTC."""
+    return date.fromisoformat(due) < datetime.now(timezone.utc).date()
 
 
 @contextmanager
@@ -345,12 +419,19 @@ def _has_mask(events: Iterable[Entry]) -> bool:
     return tried in localized
 
 
-def _row(request: Request) -> str:
+def _row(request: Request, *, stopped: bool) -> str:
+    """Return a line of ``list``; ``stopped``: no process is at work, so a run without a result was stopped."""
     run = "-" if request.run is None else request.run
     received = f"{request.time[:19].replace('T', ' ')}"
     reason = printable(request.reason or "")
     return COLUMNS.format(
-        request.number, request.status, run, request.count, received, request.due or "-", reason
+        request.number,
+        "stopped" if stopped and request.status == "running" else request.status,
+        run,
+        request.count,
+        received,
+        (request.due or "-") + (", overdue" if request.is_open and request.due and _is_past(request.due) else ""),
+        reason,
     ).rstrip()
 
 
@@ -367,15 +448,32 @@ def _lines(details: RequestDetails) -> Iterator[str]:
     yield f"{kind} ({request.count}): {', '.join(ids[:SHOWN_IDS])}{more}"
     for entry in details.events:
         run = "" if entry.run is None else f" run {entry.run}"
-        yield f"{entry.time}{run} {entry.event}: {_figures(entry)}"
+        yield f"{entry.time}{run} {entry.event}: {_figures(entry)}".removesuffix(": ")
+        if "checks" in entry.payload:
+            yield from _checks(entry, [each for each in details.events if each.run == entry.run])
 
 
 def _figures(entry: Entry) -> str:
-    """Return the fields of a payload that are single values, and how many values the lists have."""
-    fields = {name: value for name, value in entry.payload.items() if value is not None and not isinstance(value, dict)}
-    return ", ".join(
-        f"{len(value)} {name}" if isinstance(value, list) else f"{name} {value}" for name, value in fields.items()
-    )
+    """Return the fields of a payload that are single values, and how many values some lists have."""
+    parts = []
+    for name, value in entry.payload.items():
+        if isinstance(value, list):
+            noun = LISTS.get(name)
+            parts += [f"{len(value)} {_noun(len(value), noun)}"] if noun and value else []
+        elif value is not None and not isinstance(value, dict):
+            parts.append(f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)
+
+
+def _checks(ended: Entry, events: Sequence[Entry]) -> Iterator[str]:
+    """Yield the checks of a run that ended, as ``run`` prints them, and its advice."""
+    from delfast.ledger import Check
+    from delfast.ledger.evidence import table_lines
+
+    checks = [Check(**each) for each in ended.payload["checks"]]
+    lines = table_lines(checks, has_mask=_has_mask(events)) if checks else []
+    for line in [*lines, *(f"- {each}" for each in ended.payload.get("advice", ()))]:
+        yield f"    {line}"
 
 
 def _plain(details: RequestDetails) -> dict[str, Any]:
