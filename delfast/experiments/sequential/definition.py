@@ -32,6 +32,7 @@ RELEARNING = {
     "fractions": [float],
 }
 MIN_REQUESTS = 2
+FOLDER = "folder:"
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,25 @@ class Definition:
 
         ``sequence``: None for the original.
         """
-        determined: list[Any] = [asdict(config), [asdict(request) for request in self.requests]]
+        determined: list[Any] = [settings_of(config), [asdict(request) for request in self.requests]]
         determined += [] if sequence is None else [sequence.described()]
         determined += [asdict(self.relearning), self.controls] if relearning else []
         return hashlib.sha256(json.dumps(determined, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return a configuration without the path of its data, which differs from machine to machine."""
+    return _without_path(asdict(config))
+
+
+def _without_path(values: Mapping[str, Any]) -> dict[str, Any]:
+    data = str(values["data"])
+    return {**values, "data_dir": None, "data": FOLDER if data.startswith(FOLDER) else data}
+
+
+def is_of(config: Config, recorded: Mapping[str, Any]) -> bool:
+    """Return whether a network's recorded configuration is this one, wherever the data were."""
+    return "data" in recorded and _without_path(recorded) == settings_of(config)
 
 
 def read_definition(path: Path, data: str | None = None, *, data_is_read: bool = True) -> Definition:
