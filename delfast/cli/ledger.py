@@ -411,9 +411,11 @@ def _pipe() -> Iterator[None]:
 
 def _has_mask(events: Iterable[Entry]) -> bool:
     """Return whether the last attempt of a run that ended was kept to a mask, by the entries of the run."""
+    from delfast.ledger.events import LOCALIZED
+
     localized, tried = set(), 0
     for entry in events:
-        if entry.event == "localized":
+        if entry.event == LOCALIZED:
             localized.add(entry.payload["attempt"])
         tried = max(tried, entry.payload.get("attempt", 0))
     return tried in localized

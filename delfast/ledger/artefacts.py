@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from delfast.ledger.events import PURGED
 from delfast.ledger.store import Entry
 
-PURGED = "purged"
+MODELS, RUNS, REFERENCE_MODELS = "models", "runs", "references"  # folders of the ledger
 CHUNK = 1 << 20  # bytes read at once
 
 

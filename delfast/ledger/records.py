@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from delfast.errors import InputError
 from delfast.ledger import requests as queries
-from delfast.ledger.artefacts import artefact
+from delfast.ledger.artefacts import MODELS, artefact
+from delfast.ledger.events import CREATED, RECEIVED
 from delfast.ledger.identifiers import Identifiers, RefusedIdentifier, checked, read_key
-from delfast.ledger.requests import CREATED, RECEIVED, Request, RequestDetails, read_request
+from delfast.ledger.requests import Request, RequestDetails, read_request
 from delfast.ledger.store import Store
 from delfast.ledger.verification import creation
+from delfast.ledger.versions import versions
 
 if TYPE_CHECKING:  # imports torch
     from torch import Tensor
 
     from delfast.jobs import Job
 
-MODELS = "models"
-VERSIONS = ("delfast", "torch", "numpy", "python", "platform")
 R = TypeVar("R", bound="Records")
 
 
@@ -225,6 +225,20 @@ class Records:
     def has_positions(self) -> bool:
         """Whether ``positions`` can be found: the ledger was opened with the job and, where it needs one, the key."""
         return self._job is not None and self._identifiers is not None
+
+    def require_positions(self) -> None:
+        """Check that ``positions`` can be found.
+
+        Raises
+        ------
+        InputError
+            If the ledger was opened without the job or the key.
+
+        Examples
+        --------
+        >>> ledger.require_positions()  # doctest: +SKIP
+        """
+        _ = self.job, self.identifiers
 
     # ---- requests
 
@@ -428,18 +442,15 @@ def _copy(model: Path, path: Path) -> None:
 
 def _facts(job: Job, model: Path) -> dict[str, Any]:
     """Return what the first entry records of the job and the model, after reading both."""
-    from delfast.provenance import provenance
-
     if not model.is_file():
         raise InputError(f"expected a checkpoint at '{model}', there is no such file; check --model")
     job.load(model)
-    versions = provenance()
     return {
         "job": {"name": job.name, "path": str(job.path), "digest": job.digest},
         "data": job.data_digest(),
         "examples": len(job.ids),
         "accept": asdict(job.accept),
-        "versions": {name: versions[name] for name in VERSIONS},
+        "versions": versions(),
     }
 
 

@@ -21,15 +21,15 @@ from delfast.errors import InputError, one_line
 from delfast.experiments.run import choose_device
 from delfast.experiments.verification import compare
 from delfast.jobs.values import hyperparameters
-from delfast.ledger.artefacts import artefact
+from delfast.ledger.artefacts import RUNS, artefact
 from delfast.ledger.auditing import audit_recorded
 from delfast.ledger.checks import advice, check_all
+from delfast.ledger.events import ACCEPTED, AUDITED, BASELINE, FAILED, LOCALIZED, REJECTED, UNLEARNED, VERIFIED
 from delfast.ledger.examples import Examples
 from delfast.ledger.history import History
 from delfast.ledger.networks import AlteredFile, drawing, load_recorded, recorded_file
-from delfast.ledger.requests import ACCEPTED, REJECTED
 from delfast.ledger.results import Check, RunResult
-from delfast.ledger.starting import BASELINE, RUNS, Choice, discard_run, resume, start
+from delfast.ledger.starting import Choice, discard_run, resume, start
 from delfast.ledger.store import Entry
 from delfast.localization import BUDGET, WHOLE_TRAINING_SET, localize
 from delfast.mask import Mask
@@ -38,8 +38,6 @@ from delfast.unlearning import Diverged, TrainingOptions, make_method, unlearn
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
-LOCALIZED, UNLEARNED, VERIFIED, AUDITED = "localized", "unlearned", "verified", "audited"
-FAILED = "failed"
 QUOTED = re.compile("['\"].*['\"]")  # up to the last quote, since a value may contain quotes
 Watch = Callable[[str], None]
 

@@ -17,23 +17,20 @@ import torch
 from delfast.arguments import check_choice, check_seed, describe
 from delfast.errors import InputError
 from delfast.jobs.values import check_setting
-from delfast.ledger.artefacts import discard_unrecorded
+from delfast.ledger.artefacts import RUNS, discard_unrecorded
 from delfast.ledger.auditing import audit_recorded
 from delfast.ledger.checks import refuse_unmeasurable, refuse_unmeasured
+from delfast.ledger.events import BASELINE, RESUMED, STARTED
 from delfast.ledger.examples import Examples
 from delfast.ledger.history import History
 from delfast.ledger.networks import drawing
 from delfast.ledger.references import references_of
-from delfast.ledger.requests import STARTED
 from delfast.ledger.store import Entry, canonical
-from delfast.provenance import provenance
+from delfast.ledger.versions import versions
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
-BASELINE, RESUMED = "baseline", "resumed"
-RUNS = "runs"
-VERSIONS = ("delfast", "torch", "numpy", "python", "platform", "device")
 SEEDS_PER_RUN = 1000  # more than a run has attempts, so that no two attempts draw alike
 LocalizeOn = Literal["new", "all"]
 
@@ -98,7 +95,7 @@ def start(
                 "before": {name: _value(sets[name]["accuracy"]) for name in ("forget", "retain", "test")},
                 "accept": asdict(accept),
                 "accept_unmeasured": bool(choice.accept_unmeasured),
-                "versions": _versions(device),
+                "versions": versions(device=str(device)),
             }
             entry: Entry = append(STARTED, started, number)
             append(BASELINE, baseline, number)
@@ -139,13 +136,8 @@ def resume(ledger: Records, started: Entry, choice: Choice, device: torch.device
             f"the job file '{ledger.job.path}' has changed since run {started.run} began; restore it, or end the run "
             "by --abandon"
         )
-    ledger.store.append(RESUMED, {"versions": _versions(device)}, started.run)
+    ledger.store.append(RESUMED, {"versions": versions(device=str(device))}, started.run)
     return started
-
-
-def _versions(device: torch.device) -> dict[str, Any]:
-    versions = provenance(device=str(device))
-    return {name: versions[name] for name in VERSIONS}
 
 
 def _value(figure: dict[str, float] | None) -> float | None:

@@ -60,11 +60,20 @@ class Writer:
             },
         )
 
-    def reference(self, number: int, requests: Sequence[int] = ()) -> None:
-        """Append a reference model, trained without the examples of the requests that came before."""
+    def reference(self, number: int, newest: int = 0) -> None:
+        """Append a reference model, trained without the examples of the requests up to the newest one."""
         model = artefact(f"references/{number:04d}.safetensors")
-        trained = {"action": "trained", "reference": number, "model": model, "seed": 500_000_000 + number}
-        self("references", {**trained, "requests": list(requests), "examples": 2250, "seconds": 55.5})
+        trained = {"reference": number, "model": model, "seed": 500_000_000 + number}
+        self(
+            "references",
+            {
+                **trained,
+                "newest_request": newest,
+                "known": hexadecimal(f"half {number}"),
+                "examples": 2250,
+                "seconds": 55.5,
+            },
+        )
 
     def purge(self, file: str, requests: Sequence[int]) -> None:
         """Append the deletion of a file."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import date
 
+from delfast.ledger.events import ACCEPTED, REJECTED
 from delfast.ledger.evidence import NO_MASK, RESULTS, counted_results, interval_of, result_of
 from delfast.ledger.report import wording
 from delfast.ledger.report.history import History, Run, TakenRequest
-from delfast.ledger.requests import ACCEPTED, REJECTED
 from delfast.ledger.results import Check, HeldFile
 from delfast.ledger.words import THRESHOLDS, amount
 

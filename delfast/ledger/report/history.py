@@ -6,10 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from delfast.ledger.artefacts import PURGED
 from delfast.ledger.checks import advantage
+from delfast.ledger.events import (
+    ACCEPTED,
+    AUDITED,
+    BASELINE,
+    CREATED,
+    LOCALIZED,
+    PURGED,
+    RECEIVED,
+    REFERENCES,
+    REJECTED,
+    RESUMED,
+    STARTED,
+)
 from delfast.ledger.evidence import result_of
-from delfast.ledger.requests import ACCEPTED, CREATED, PENDING, RECEIVED, REJECTED, RUNNING, STARTED
+from delfast.ledger.requests import PENDING, RUNNING
 from delfast.ledger.results import Check
 from delfast.ledger.store import FIRST, Entry
 from delfast.ledger.words import failure
@@ -55,7 +67,7 @@ class Run:
     @property
     def has_mask(self) -> bool:
         """Whether the newest attempt was kept to a mask."""
-        return "localized" in self.last
+        return LOCALIZED in self.last
 
     @property
     def is_retrained(self) -> bool:
@@ -81,7 +93,7 @@ class Run:
     @property
     def figures(self) -> Payload | None:
         """Figures of the newest attempt's audit, in the form of ``Audit.as_dict``; None before the audit."""
-        audited = self.last.get("audited")
+        audited = self.last.get(AUDITED)
         return None if audited is None else audited["figures"]
 
     @property
@@ -197,7 +209,7 @@ def read_history(entries: Iterable[Entry]) -> History:
             history.created = entry
         elif entry.event == RECEIVED:
             _read_request(history, entry)
-        elif entry.event == "references":
+        elif entry.event == REFERENCES:
             history.references.add(entry.payload["model"]["file"])
         elif entry.event == PURGED:
             history.purged.update((artefact["file"], entry.time) for artefact in entry.payload["files"])
@@ -225,9 +237,9 @@ def _read_step(history: History, entry: Entry, number: int) -> None:
     run = history.runs[number]
     if entry.event in (ACCEPTED, REJECTED):
         run.status, run.result, run.decided = entry.event, payload, entry.time
-    elif entry.event == "resumed":
+    elif entry.event == RESUMED:
         run.resumed += 1
-    elif entry.event == "baseline":
+    elif entry.event == BASELINE:
         run.baseline = payload
     else:
         if len(run.attempts) < payload["attempt"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from delfast.ledger.events import LOCALIZED, UNLEARNED, VERIFIED
 from delfast.ledger.evidence import row_of, sentence_of
 from delfast.ledger.report import plots, wording
 from delfast.ledger.report.history import History, Run, TakenRequest
@@ -88,7 +89,7 @@ def _comparisons(request: TakenRequest, history: History) -> tuple[list[str], li
     """Return commands that compare the models before and after each run, and sentences where there is none."""
     commands, sentences = [], []
     for run in request.runs:
-        parts = [run.started["model"], run.artefact("unlearned", "model"), run.artefact("unlearned", "allowed")]
+        parts = [run.started["model"], run.artefact(UNLEARNED, "model"), run.artefact(UNLEARNED, "allowed")]
         files = [part["file"] for part in parts if part is not None]
         if len(files) < len(parts):  # the run has no model of its own
             continue
@@ -144,8 +145,8 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
         if figures and (text := accuracies(figures)):
             facts.append((name, text))
     facts.append(("Model before", _artefact(started["model"])))
-    facts.append(("Model after", _artefact(run.artefact("unlearned", "model"))))
-    mask, verified = run.last.get("localized"), run.last.get("verified")
+    facts.append(("Model after", _artefact(run.artefact(UNLEARNED, "model"))))
+    mask, verified = run.last.get(LOCALIZED), run.last.get(VERIFIED)
     if mask is not None:
         share = 100 * mask["selected"] / mask["total"]
         size = f"{mask['selected']:,} of {mask['total']:,} parameters ({share:.1f} %)"

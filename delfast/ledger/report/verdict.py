@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from delfast.ledger.events import ACCEPTED, LOCALIZED, REJECTED
 from delfast.ledger.evidence import BLIND, FAILED, HELD, RESULTS, UNMEASURED, UNSURE, title_of
 from delfast.ledger.report import wording
 from delfast.ledger.report.history import History, Run, TakenRequest
-from delfast.ledger.requests import ACCEPTED, REJECTED
 
 HEADS = {
     HELD: "Held",
@@ -44,7 +44,7 @@ def deed(run: Run) -> str:
         retained = wording.counted(run.started["retain"], "example")
         return f"a new network was trained from nothing on the {retained} left, without the {count} to forget"
     text = f"the method {run.settings['method']} changed the model to forget {count}"
-    mask = run.last.get("localized")
+    mask = run.last.get(LOCALIZED)
     return text if mask is None else f"{text}, in {100 * mask['selected'] / mask['total']:.1f} % of its parameters"
 
 

@@ -6,9 +6,10 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from delfast.ledger.events import ACCEPTED, REJECTED
 from delfast.ledger.evidence import RESULTS
 from delfast.ledger.report.history import TakenRequest
-from delfast.ledger.requests import ACCEPTED, PENDING, REJECTED, RUNNING
+from delfast.ledger.requests import PENDING, RUNNING
 from delfast.ledger.words import THRESHOLDS
 
 SMALL = 30  # examples below which most intervals are too wide to separate forgotten from remembered
