@@ -10,7 +10,7 @@ import pytest
 
 from delfast.ledger.report import make_report
 from delfast.ledger.report.history import KEPT_IDS, read_history
-from delfast.ledger.report.verdict import verdict_of
+from delfast.ledger.report.verdict import forgetting_of, verdict_of
 from tests.ledger.histories import RETRAIN, SETTINGS, Writer, example, held, model_of, names
 from tests.ledger.pages import changed
 
@@ -47,7 +47,7 @@ def test_a_request_that_a_method_carried_out(write: Writer) -> None:
     write.run(1, [1], count=40)
     assert verdict(write, 1) == (
         "Carried out on 2026-03-01 by run 1: the method del changed the model to forget 40 examples, in 29.9 % of its "
-        f"parameters. The model in use changed from models/0000.safetensors to {model_of(1)}. Held: change of test "
+        f"parameters. The model in use changed from models/0000.safetensors to {model_of(1)}. Forgetting: seen in relearning ratio. Held: change of test "
         "accuracy, relearning ratio. Held, but the interval passes the limit (the measurement cannot tell whether the "
         "limit was passed): attack advantage."
     )
@@ -114,6 +114,49 @@ def test_retraining_is_said_of_every_request_that_it_left_out(write: Writer) -> 
     assert "Changes outside the mask: does not apply, since the run had no mask" in markdown
 
 
+@pytest.mark.parametrize(
+    ("attack", "ratio", "words"),
+    [
+        ({}, {}, "seen in relearning ratio"),  # the attack's interval passes the limit
+        ({"high": 0.05}, {}, "seen in attack advantage and relearning ratio"),
+        ({}, {"before": 1.2}, "cannot tell"),
+        ({"before": 0.05}, {"before": 1.2}, "not seen"),
+        ({"value": None}, {"before": None}, "not seen"),
+    ],
+)
+def test_forgetting_is_seen_only_by_a_figure_that_was_above_its_limit(
+    write: Writer, attack: dict[str, Any], ratio: dict[str, Any], words: str
+) -> None:
+    def change(event: str, payload: dict[str, Any]) -> None:
+        if event == "accepted":
+            payload["checks"][2].update(attack)
+            payload["checks"][3].update(ratio)
+
+    write.receive(1, names(0, 40))
+    write.run(1, [1], count=40)
+    write.receive(2, names(40, 40))
+    history = read_history(changed(write.entries, change))
+    assert forgetting_of(history.requests[1], history) == words
+    assert forgetting_of(history.requests[2], history) == "", "open"
+    retrained(write, 2, [2], excluded=[])
+    history = read_history(write.entries)
+    assert {forgetting_of(each, history) for each in history.requests.values()} == {"trained without them"}
+
+
+def test_the_worst_of_equal_figures_is_the_one_of_the_widest_interval(write: Writer) -> None:
+    highs = iter((2.5, 1.2))
+
+    def change(event: str, payload: dict[str, Any]) -> None:
+        if event == "accepted":
+            payload["checks"][3].update(high=next(highs))
+
+    for number in (1, 2):
+        write.receive(number, names(40 * number, 40))
+        write.run(number, [number], count=40)
+    markdown, _ = make_report(changed(write.entries, change), [], today=TODAY)
+    assert "| Relearning ratio | 1.50 | 1.10 (run 1) | 0.80 to 2.50 |" in markdown
+
+
 def test_a_due_date_that_passed_is_marked_until_the_request_is_carried_out() -> None:
     def report(today: date) -> str:
         entries = [entry for entry in example() if entry.event != "audited"]
@@ -168,6 +211,6 @@ def test_the_markdown_has_the_words_the_evidence_and_the_identifiers() -> None:
     assert "Open, last run did not pass: rejected." in markdown
     assert "| this run's forget set | 40 | 69.0" in markdown
     assert "- Identifiers: IMG_00500.jpg, IMG_00501.jpg, IMG_00502.jpg\n" in markdown
-    assert "| request | received, UTC | status | decided, UTC | due | reason | examples | run |" in markdown
-    assert "| --- | --- | --- | --- | --- | --- | ---: | ---: |" in markdown
+    assert "| request | received, UTC | status | forgetting | decided, UTC | due | reason | examples | run |" in markdown
+    assert "| --- | --- | --- | --- | --- | --- | --- | ---: | ---: |" in markdown
     assert "at most 64 evenly spaced examples" in markdown

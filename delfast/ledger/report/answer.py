@@ -13,7 +13,7 @@ from delfast.ledger.results import Check, HeldFile
 from delfast.ledger.words import THRESHOLDS, amount
 
 SHOWN = 3  # runs that did not pass, and requests that were tried again: the newest
-COLUMNS = ["check", "limit", "worst figure of a run that passed", "95 % interval", "that figure", "in all runs"]
+COLUMNS = ["check", "limit", "worst figure of a run that passed", "95 % interval", "its result", "results of all runs"]
 Rows = list[list[str]]
 
 
@@ -130,6 +130,7 @@ def _worst(measured: Sequence[tuple[Run, Check]]) -> tuple[str, str, str]:
     """Return the largest figure with its run, its interval, and what it shows; empty without one."""
     if not measured:
         return "", "", ""
-    run, check = max(measured, key=lambda each: (each[1].value, each[0].number))
+    # of equal figures the one with the interval that reaches highest
+    run, check = max(measured, key=lambda each: (each[1].value, each[1].high or 0.0, each[0].number))
     figure = f"{amount(check.value, THRESHOLDS[check.name])} (run {run.number})"
     return figure, interval_of(check), result_of(check, has_mask=run.has_mask)

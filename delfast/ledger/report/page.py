@@ -16,13 +16,14 @@ from delfast.ledger.report.figures import figures_of
 from delfast.ledger.report.history import KEPT_IDS, History, TakenRequest, read_history
 from delfast.ledger.report.sections import sections_of
 from delfast.ledger.report.sets import SET_COLUMNS
+from delfast.ledger.report.verdict import forgetting_of
 from delfast.ledger.results import HeldFile
 from delfast.ledger.store import Entry
 
 HTML, MARKDOWN = "report.html", "report.md"
 SHOWN_REQUESTS = KEPT_IDS  # requests with a section; the page names the command for older ones
 SHOWN_ROWS = 1000  # requests in the timeline
-TIMELINE = ["request", "received, UTC", "status", "decided, UTC", "due", "reason", "examples", "run"]
+TIMELINE = ["request", "received, UTC", "status", "forgetting", "decided, UTC", "due", "reason", "examples", "run"]
 SHOWN_CURVES = 10  # runs with drawn relearning curves, the newest: a drawing takes about a tenth of a second
 
 
@@ -59,7 +60,7 @@ def _values(history: History, holding: Sequence[HeldFile], today: date) -> dict[
         "thresholds": answer.threshold_rows(runs),
         "threshold_columns": answer.COLUMNS,
         "about": _about(history),
-        "timeline": [_timeline_row(request, today) for request in requests[-SHOWN_ROWS:]],
+        "timeline": [_timeline_row(request, history, today) for request in requests[-SHOWN_ROWS:]],
         "timeline_columns": TIMELINE,
         "figures": figures_of(runs),
         "sections": sections_of(requests[-SHOWN_REQUESTS:], history, holding, drawn, today),
@@ -107,12 +108,13 @@ def _references(history: History) -> str:
     return f"{len(history.references) - gone}" + (f", and {gone} that were deleted" if gone else "")
 
 
-def _timeline_row(request: TakenRequest, today: date) -> list[str]:
+def _timeline_row(request: TakenRequest, history: History, today: date) -> list[str]:
     run = request.runs[-1] if request.runs else None
     return [
         str(request.number),
         wording.date(request.time),
         wording.REQUEST_STATUS[request.status],
+        forgetting_of(request, history),
         "" if run is None or not run.decided else wording.date(run.decided),
         wording.due(request, today),
         request.reason or "",

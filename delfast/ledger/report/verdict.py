@@ -7,6 +7,7 @@ from delfast.ledger.evidence import BLIND, FAILED, HELD, RESULTS, UNMEASURED, UN
 from delfast.ledger.report import wording
 from delfast.ledger.report.history import History, Run, TakenRequest
 
+FORGETTING = ("attack_advantage", "relearn_ratio")
 HEADS = {
     HELD: "Held",
     UNSURE: f"Held, but the interval passes the limit ({RESULTS[UNSURE]})",
@@ -25,6 +26,7 @@ def verdict_of(request: TakenRequest, history: History, *, is_held: bool) -> lis
         sentences = [
             f"Carried out on {run.decided[:10]} by run {run.number}: {deed(run)}. The model in use changed from "
             f"{run.started['model']['file']} to {run.result['model']['file']}.",
+            f"Forgetting: {forgetting_of(request, history)}.",
             *_shown(run),
         ]
     elif run.status == REJECTED:
@@ -35,6 +37,28 @@ def verdict_of(request: TakenRequest, history: History, *, is_held: bool) -> lis
     else:
         sentences = [f"Not carried out yet: run {run.number} has no result. It is at work, or it was stopped."]
     return [*sentences, *_tried(request), *_retrained(request, history, is_held=is_held)]
+
+
+def forgetting_of(request: TakenRequest, history: History) -> str:
+    """In a few words, whether forgetting is seen; empty for a request that is open and that no retraining left out.
+
+    A figure shows it that was above its limit before the run, and is below it with its whole interval after the run.
+    """
+    retraining = history.retraining
+    if retraining is not None and request.number in history.left_out_by(retraining):
+        return "trained without them"
+    if request.status != ACCEPTED:
+        return ""
+    measured = [(check, result) for check, result in request.runs[-1].results if check.name in FORGETTING]
+    changed = [
+        (check, result)
+        for check, result in measured
+        if check.before is not None and check.limit is not None and check.before > check.limit
+    ]
+    seen = [title_of(check).lower() for check, result in changed if result == HELD]
+    if seen:
+        return f"seen in {' and '.join(seen)}"
+    return "cannot tell" if any(result == UNSURE for _, result in changed) else "not seen"
 
 
 def deed(run: Run) -> str:

@@ -50,6 +50,12 @@ DEFINITIONS = (
         "that the job file sets (accept). Its model is then in use. Otherwise the model before it stays in use.",
     ),
     ("Held", "The figure is within its limit. Only a figure that was outside before the run shows forgetting."),
+    (
+        "Forgetting",
+        "Seen: a figure was above its limit before the run, and is below it with its whole interval after the run. "
+        "Cannot tell: the interval passes the limit. Not seen: no figure was above its limit before, or none was "
+        "measured. Trained without them: a new network was trained from nothing without the examples.",
+    ),
     *(
         (result[0].upper() + result[1:], meaning[0].upper() + meaning[1:] + ".")
         for result, meaning in RESULTS.items()
