@@ -103,8 +103,7 @@ def add(
             given, lines = _read_requests(requests)
             with _naming_lines(requests, lines):
                 numbers = opened.add_requests(given)
-            named = f"{_noun(len(numbers), 'request')} {_range(numbers)}"
-            _print(f"added {named}" if numbers else "the file holds no request")
+            _print(f"added {_numbered('request', numbers)}" if numbers else "the file holds no request")
             dates = [each["due"] for each in given]
         late = sorted(each for each in dates if each is not None and _is_past(each))
         if late:
@@ -181,7 +180,11 @@ def run(
         str | None, typer.Option(help="new: localize the requests taken up (default); all: with all accepted ones")
     ] = None,
     escalate: Annotated[
-        bool, typer.Option("--escalate", help="where the thresholds do not hold, try the job's other settings in order")
+        bool,
+        typer.Option(
+            "--escalate",
+            help="where the thresholds do not hold, try the job's other settings in order, and retraining last",
+        ),
     ] = False,
     seed: Annotated[
         int | None,
@@ -248,8 +251,7 @@ def references(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         made = opened.train_references(count, device=device, watch=log.info)
-        numbers = f": {_range(made)}" if made else "; there are enough"
-        _print(f"trained {len(made)} {_noun(len(made), 'reference')}{numbers}")
+        _print(f"trained {_numbered('reference', made)}" if made else "trained no reference; there are enough")
         _print(f"head: {opened.head}")
 
 
@@ -389,9 +391,10 @@ def _noun(count: int, noun: str) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
-def _range(numbers: Sequence[int]) -> str:
-    """Return the first and the last of consecutive numbers as text; one alone; nothing for none."""
-    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else "".join(map(str, numbers))
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Return a noun with its numbers, which follow each other."""
+    first, last = numbers[0], numbers[-1]
+    return f"{noun} {first}" if len(numbers) == 1 else f"{noun}s {first} to {last}"
 
 
 def _is_past(due: str) -> bool:

@@ -24,7 +24,7 @@ def purge_plan(ledger: Records) -> list[HeldFile]:
     The newest accepted model stays, and so does everything that an unfinished run needs. InputError without the job,
     since a reference is deleted only if it saw an example.
     """
-    ledger.require_positions()
+    _require_positions(ledger)
     history = History(ledger.store)
     accepted = set(history.accepted_requests)
     keep = {history.model["file"]}
@@ -70,6 +70,11 @@ def purge(ledger: Records, plan: Sequence[HeldFile]) -> None:
                 for each in plan
             ]
             ledger.store.append(PURGED, {"files": files})
+
+
+def _require_positions(ledger: Records) -> None:
+    """Raise InputError for a ledger that was opened without the job, or without the key that it needs."""
+    _ = ledger.job, ledger.identifiers
 
 
 def _directory_of(history: History) -> str | None:

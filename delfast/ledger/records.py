@@ -226,20 +226,6 @@ class Records:
         """Whether ``positions`` can be found: the ledger was opened with the job and, where it needs one, the key."""
         return self._job is not None and self._identifiers is not None
 
-    def require_positions(self) -> None:
-        """Check that ``positions`` can be found.
-
-        Raises
-        ------
-        InputError
-            If the ledger was opened without the job or the key.
-
-        Examples
-        --------
-        >>> ledger.require_positions()  # doctest: +SKIP
-        """
-        _ = self.job, self.identifiers
-
     # ---- requests
 
     def add(self, ids: Iterable[str | int], *, reason: str | None = None, due: str | None = None) -> int:
@@ -481,7 +467,7 @@ def _same_job(path: str | os.PathLike[str], created: Mapping[str, Any]) -> Job:
 
 
 def _read_all(requests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], str | None, str | None]]:
-    """Yield the fields of each request, checked; InputError says which request it is, counted from 1."""
+    """Yield the fields of each request, checked; the text of an InputError has the number of the request, from 1."""
     for position, fields in enumerate(requests, start=1):
         try:
             yield read_request(fields)

@@ -83,7 +83,6 @@ def start(
             started = {
                 "requests": numbers,
                 "excluded": _excluded(now, numbers),
-                "settings": attempts[0],
                 "attempts": attempts,
                 "localize_on": localize_on,
                 "seed": seed,

@@ -94,7 +94,7 @@ class Writer:
         drop: float = 0.4,
         ratios: Sequence[float] = (1.1,),
     ) -> None:
-        """Append a whole run: an attempt for each ratio, of which the last alone may be accepted.
+        """Append a whole run: an attempt for each ratio; only the last may be accepted.
 
         ``earlier``: the accepted runs before. Attempts after the first retrain.
         """
@@ -120,7 +120,7 @@ class Writer:
         attempts: Sequence[dict[str, Any]] = (SETTINGS,),
     ) -> None:
         """Append the beginning of a run."""
-        settings = {"settings": attempts[0], "attempts": list(attempts), "localize_on": "new", "seed": 1000 * number}
+        settings = {"attempts": list(attempts), "localize_on": "new", "seed": 1000 * number}
         sizes = {"forget": count, "retain": 4500 - 40 * number}
         inputs = {"job": hexadecimal("job"), "model": artefact(before), "accept": ACCEPT, "accept_unmeasured": False}
         accuracies = {"before": {"forget": 100.0, "retain": 98.2, "test": 84.3}}

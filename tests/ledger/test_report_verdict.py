@@ -47,9 +47,9 @@ def test_a_request_that_a_method_carried_out(write: Writer) -> None:
     write.run(1, [1], count=40)
     assert verdict(write, 1) == (
         "Carried out on 2026-03-01 by run 1: the method del changed the model to forget 40 examples, in 29.9 % of its "
-        f"parameters. The model in use changed from models/0000.safetensors to {model_of(1)}. Forgetting: seen in relearning ratio. Held: change of test "
-        "accuracy, relearning ratio. Held, but the interval passes the limit (the measurement cannot tell whether the "
-        "limit was passed): attack advantage."
+        f"parameters. The model in use changed from models/0000.safetensors to {model_of(1)}. "
+        "Forgetting: seen in relearning ratio. Held: change of test accuracy, relearning ratio. Held, but the interval "
+        "passes the limit (the measurement cannot tell whether the limit was passed): attack advantage."
     )
 
 
@@ -211,6 +211,8 @@ def test_the_markdown_has_the_words_the_evidence_and_the_identifiers() -> None:
     assert "Open, last run did not pass: rejected." in markdown
     assert "| this run's forget set | 40 | 69.0" in markdown
     assert "- Identifiers: IMG_00500.jpg, IMG_00501.jpg, IMG_00502.jpg\n" in markdown
-    assert "| request | received, UTC | status | forgetting | decided, UTC | due | reason | examples | run |" in markdown
+    assert (
+        "| request | received, UTC | status | forgetting | decided, UTC | due | reason | examples | run |" in markdown
+    )
     assert "| --- | --- | --- | --- | --- | --- | --- | ---: | ---: |" in markdown
     assert "at most 64 evenly spaced examples" in markdown

@@ -1,4 +1,4 @@
-"""What a run begins with, what it keeps when it stops, and what it leaves behind."""
+"""The inputs of a run, the files of a stopped one, and the files that a run leaves."""
 
 from __future__ import annotations
 
