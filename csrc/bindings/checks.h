@@ -1,16 +1,18 @@
-// Everything that is checked or converted between torch tensors and the kernels' plain structs, once, in one place.
+// All checks and conversions between torch tensors and the kernels' plain structs.
 #pragma once
 
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "bindings/torch.h"
 #include "delfast/layouts.h"
+#include "delfast/selection.h"
 
 namespace delfast::bindings {
 
-// All tensors of an op lie on one device: that of its first, which picked the kernel. `role`, in parts, names the
-// tensor.
+// All tensors of an op must be on one device: the device of its first tensor, which selected the kernel. `role`, in
+// parts, names the tensor in the error.
 template <class... Role>
 void check_device(Device device, const Tensor& t, const Role&... role) {
   DELFAST_CHECK_VALUE(device_of(t) == device, "expected ", role..., " on ", device, ", got it on ", device_of(t),
@@ -34,12 +36,12 @@ inline Strided strided(const Tensor& t) { return {t.dim(), t.sizes().data(), t.s
 inline bool is_in_layout(const Tensor& t, const Layout& layout, int64_t piece = 0) {
   if (t.numel() == 0) return true;
   if (piece) return piece_of(strided(t)) == piece;
-  if (layout.spatial == 1 && t.is_contiguous()) return true;  // a flag, and the usual case
+  if (layout.spatial == 1 && t.is_contiguous()) return true;  // read from a flag, and the usual case
   const std::optional<Layout> own = layout_of(strided(t));
   return own && own->length == layout.length && own->spatial == layout.spatial;
 }
 
-// Whether some dimension repeats the same elements.
+// Returns true if some dimension repeats the same elements.
 inline bool is_expanded(const Tensor& t) {
   for (int64_t d = 0; d < t.dim(); d++)
     if (t.size(d) > 1 && t.stride(d) == 0) return true;
@@ -53,15 +55,16 @@ inline Tensor copy_in_layout(const Tensor& t, const Layout& layout, int64_t piec
   return copy;
 }
 
-// Tensors that odd strides made necessary to copy, kept for as long as the kernels read them.
+// Copies of tensors whose strides the kernels do not support, kept for as long as the kernels read them.
 class Copies {
  public:
-  // The data of `t` in the given layout: its own where it is so already.
+  // Returns the data of `t` in the given layout, without a copy if `t` has that layout.
   const void* read(const Tensor& t, const Layout& layout, int64_t piece = 0) {
     if (is_in_layout(t, layout, piece)) return t.const_data_ptr();
     return kept_.emplace_back(copy_in_layout(t, layout, piece)).const_data_ptr();
   }
-  // The same to write to; write_back() puts copies in place, past autograd. Versions are the caller's to increment.
+  // Returns memory to write to, in the given layout; write_back() copies it to the tensor, without autograd. The caller
+  // increments versions.
   void* write(const Tensor& t, const Layout& layout) {
     if (is_in_layout(t, layout)) return t.mutable_data_ptr();
     DELFAST_CHECK_VALUE(!is_expanded(t), "expected elements to write in memory of their own, got shape ", t.sizes(),
@@ -77,23 +80,23 @@ class Copies {
   std::vector<std::pair<Tensor, Tensor>> written_;
 };
 
-// The layout the kernels will see a parameter in: its own, or contiguous where that needs a copy.
+// The layout in which the kernels read a parameter: its own, or contiguous if the parameter must be copied.
 inline Layout usable_layout(const Tensor& t) {
   if (const std::optional<Layout> layout = layout_of(strided(t))) return *layout;
   return t.dim() > 1 ? Layout{t.size(0), t.numel() / t.size(0), 1} : Layout{t.numel(), 1, 1};
 }
 
-// Whether a kernel reads rows in pieces where they lie; else these are copied.
+// Rows in pieces are read in place, or copied first.
 enum class InPieces : bool { copied, read };
 
-// The piece of rows that are best read where they lie, or 0. A block holds few long rows, so it would use under
-// a quarter of each sector it reads. A copy moves fewer bytes.
+// The piece length of rows that are read in place, or 0. A block holds few long rows, so it would use less than a
+// quarter of each sector that it reads: a copy moves fewer bytes.
 inline int64_t usable_piece(const Tensor& t, const Layout& layout) {
   if (layout.length > 2048 * int64_t(t.element_size()) || layout_of(strided(t))) return 0;
   return piece_of(strided(t));
 }
 
-// A list of parameters as the kernels see them.
+// A list of parameters in the form that the kernels read.
 class ScoredList {
  public:
   ScoredList(const TensorList& theta, const TensorList& grad, Criterion criterion,
@@ -157,6 +160,15 @@ inline int64_t check_top_h(const std::vector<Scored>& params, const IntList& top
                         p, " in [1, ", layout.length, "], got ", top_h[p], "; clip it to the row");
   }
   return units;
+}
+
+// An op returns a struct of int64 fields as a tensor of int64 elements.
+template <class Info>
+inline constexpr int64_t kFields = sizeof(Info) / sizeof(int64_t);
+template <class Info>
+Info* fields_of(Tensor& tensor) {
+  static_assert(std::is_standard_layout_v<Info> && sizeof(Info) % sizeof(int64_t) == 0);
+  return reinterpret_cast<Info*>(tensor.mutable_data_ptr<int64_t>());
 }
 
 inline void check_budget(int64_t k) {

@@ -27,7 +27,7 @@ Tensor criticality(const TensorList& theta, const TensorList& grad, const std::s
 
   std::vector<RowTask> tasks;
   std::vector<int64_t> first_unit;
-  int64_t units = 0;  // before this parameter
+  int64_t units = 0;  // units before this parameter
   for (size_t p = 0; p < list.params.size(); p++) {
     const Layout& layout = list.params[p].layout;
     first_unit.push_back(units);

@@ -1,7 +1,7 @@
-// Error messages of one line, put together without iostreams.
+// Error messages of one line, composed without iostreams.
 //
 // A number that goes through a std::ostream is formatted by a facet of the locale. A process that holds two copies of
-// libstdc++ (an extension linked with -static-libstdc++ and loaded before torch is enough) may look that facet up in
+// libstdc++ (an extension linked with -static-libstdc++ and loaded before torch is enough) may find that facet in
 // the wrong copy: the message ends before the number, or the process ends with a segmentation fault
 // (https://github.com/pytorch/pytorch/issues/109923).
 #pragma once

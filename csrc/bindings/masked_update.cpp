@@ -1,4 +1,4 @@
-// delfast::masked_plan and masked_{reset,sgd,adamw}_ on the CPU, whose kernels read the bits alone.
+// delfast::masked_plan and masked_{reset,sgd,adamw}_ on the CPU, whose kernels read only the bits of a plan.
 
 #include <algorithm>
 #include <cmath>
@@ -32,7 +32,7 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes) {
   return count;
 }
 
-// The list, cut into tasks at multiples of whole bytes of bits, without what has none set.
+// The list, cut into tasks at whole bytes of bits, without tasks whose bits are all zero.
 class UpdateTasks {
  public:
   UpdateTasks(const TensorList& params, const TensorList& sources, const Tensor& bits, const BoolList& by_row)
@@ -48,8 +48,8 @@ class UpdateTasks {
 
   const UpdateList& list() const { return list_; }
 
-  // state: flat, `count` values per masked entry, parameter after parameter, each at a multiple of 4. The state of
-  // another mask with the same rounded sizes is not noticed.
+  // state: flat, `count` values for each masked entry, parameter after parameter, each at a multiple of 4. The state of
+  // another mask with the same rounded sizes is not detected.
   void set_state(const Tensor& state, int count) {
     int64_t all = 0;
     for (int64_t entries : entries_) all += padded_state(count * entries);
@@ -63,7 +63,7 @@ class UpdateTasks {
     list_.also_changes(state);
   }
 
-  // Steps taken before this one, of each parameter; counts this one.
+  // Returns the number of steps of each parameter before this one, and increments it.
   std::vector<double> advance(const Tensor& steps) {
     float* const counts = steps.mutable_data_ptr<float>();
     const std::vector<double> taken(counts, counts + list_.params.size());
@@ -99,7 +99,7 @@ class UpdateTasks {
 
   UpdateList list_;
   std::vector<UpdateTask> tasks_;
-  std::vector<int64_t> entries_;  // masked ones of each parameter
+  std::vector<int64_t> entries_;  // number of masked entries of each parameter
 };
 
 bool skipped(const OptionalTensor& found_inf) { return found_inf && number_in(*found_inf) != 0; }

@@ -1,5 +1,5 @@
-// The Python module: says what the library of the ops runs on, forces it to run on another, and keeps what Python
-// raised under a native kernel. It knows no torch.
+// The Python module: returns and forces the instruction set and variant of the ops' library, and keeps the errors that
+// Python raised under a native kernel. It does not depend on torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,13 +32,13 @@ void force_isa(const std::string& name) {
                                 "'; see delfast.status()['isas']");
 }
 
-// ---- errors of Python's under a native kernel, to which torch's stable interface reports only that a call failed
+// ---- Python errors under a native kernel: torch's stable interface returns only that a call failed
 //
-// This is C++ because a signal's handler runs between any two instructions of Python's, and what it raises must be kept
-// too.
+// In C++, because a signal's handler runs between any two instructions of Python's, and the error that it raises must
+// be kept too.
 
 thread_local PyObject* raised = nullptr;  // by this thread's last noted call
-PyObject* interruption = nullptr;         // what the main thread raises when it runs Python again
+PyObject* interruption = nullptr;         // raised in the main thread when it runs Python again
 unsigned long main_thread = 0;
 
 int raise_interruption(void*) {
@@ -49,7 +49,7 @@ int raise_interruption(void*) {
   return -1;
 }
 
-// A function that calls `reference` and keeps what it raises.
+// Returns a function that calls `reference` and keeps the error that it raises.
 py::cpp_function noted(const py::function& reference) {
   return [reference](const py::args& args, const py::kwargs& kwargs) -> py::object {
     Py_CLEAR(raised);
@@ -62,8 +62,8 @@ py::cpp_function noted(const py::function& reference) {
   };
 }
 
-// The kind and text of what the last noted call of this thread raised. What is no Exception comes from a signal's
-// handler, which runs in the main thread alone: it is raised there again, before anything can catch it for good.
+// Returns type and text of the error of this thread's last noted call. An error that is no Exception comes from a
+// signal's handler, which runs only in the main thread. It is raised there again, so that no code catches it for good.
 std::string last_error() {
   if (!raised) return "RuntimeError: torch could not call Python";
   const py::object error = py::reinterpret_steal<py::object>(std::exchange(raised, nullptr));

@@ -1,5 +1,5 @@
-// The CPU entry points of every op, as registered in register.cpp. Their meaning is their references' in
-// delfast/ops/reference; their schemas are in delfast/ops/schemas.py.
+// The CPU entry points of every op, registered in register.cpp. The references in delfast/ops/reference define them;
+// their schemas are in delfast/ops/schemas.py.
 #pragma once
 
 #include <string>

@@ -11,13 +11,15 @@ namespace delfast::bindings {
 
 namespace {
 
-// Calls f(begin, end) for parts of [0, count), on all threads if there is enough to do. No result depends on the parts.
+// Calls f(begin, end) for parts of [0, count), on all threads if the work is large enough. No result depends on the
+// parts.
 template <class F>
 void run_range(int64_t count, int64_t work_each, F f) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work_each)), f);
 }
 
-// A product with its sum takes a vector unit a thirtieth of the time that an element in memory takes.
+// Work of a product and its sum relative to a copied element: a vector unit takes about a thirtieth of the time that
+// memory takes for an element. An estimate; it decides only whether other threads help.
 constexpr int64_t kProductsPerElement = 32;
 
 }  // namespace
@@ -32,11 +34,12 @@ void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Ten
   const cpu::PerExamplePlan plan(checked.operands, isa);
   const Tensor workspace = empty({plan.workspace}, ScalarType::Float);
   const ConvShape& s = checked.operands.shape;
-  const int64_t products = s.out_channels * s.row() * s.positions();  // of an example
+  const int64_t products = s.out_channels * s.row() * s.positions();  // products of an example
   for (int64_t first = 0; first < s.examples; first += plan.block_examples) {
     const cpu::PerExampleBlock block = plan.block(first, workspace.mutable_data_ptr<float>());
     const cpu::Packing &of_inputs = block.pack_inputs, &of_deltas = block.pack_deltas;
-    const int64_t rows = of_inputs.rows + of_deltas.rows;  // of both at once: threads wait for each other less often
+    const int64_t rows =
+        of_inputs.rows + of_deltas.rows;  // rows of both operands: threads wait for each other less often
     run_range(rows, std::max(of_inputs.length, of_deltas.length), [&](int64_t begin, int64_t end) {
       kernels.pack(block, of_inputs, std::min(begin, of_inputs.rows), std::min(end, of_inputs.rows));
       kernels.pack(block, of_deltas, std::max(begin, of_inputs.rows) - of_inputs.rows,

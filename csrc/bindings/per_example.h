@@ -1,4 +1,4 @@
-// What the per-example ops check on every device, and the structs that come out of it.
+// The checks of the per-example ops on every device, and the structs that the kernels read.
 #pragma once
 
 #include <limits>
@@ -15,13 +15,13 @@ inline Epilogue parse_epilogue(std::string_view name) {
   DELFAST_CHECK_VALUE(false, "expected epilogue 'abs' or 'square', got '", name, "'; pass one of these");
 }
 
-// Dim 0 outermost, dim 1 innermost. (Where there is one channel or one position, contiguous is the same.)
+// Dim 0 outermost, dim 1 innermost. (With one channel or one position, contiguous is the same.)
 inline Layout channels_last_layout(const Tensor& t) {
   const int64_t rows = t.size(0), channels = t.size(1), length = rows && t.numel() ? t.numel() / rows : 1;
   return {rows, length, channels == 1 || !t.numel() ? 1 : length / channels};
 }
 
-// The operands of per_example_accumulate_, channels-last: copied where they are not.
+// The operands of per_example_accumulate_, channels-last; copied if they are not.
 class PerExampleOperands {
  public:
   PerExampleOperands(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
@@ -36,7 +36,7 @@ class PerExampleOperands {
                         "; pass float32 zeros of the weight's shape");
     operands.shape = checked_shape(sums, inputs, deltas, stride, padding, dilation, groups);
     if (sums.numel() == 0 || inputs.numel() == 0 || deltas.numel() == 0) {
-      operands.shape = {};  // nothing to add, of any size
+      operands.shape = {};  // nothing to add
       return;
     }
     operands.inputs = copies_.read(inputs, channels_last_layout(inputs));
@@ -44,7 +44,7 @@ class PerExampleOperands {
     operands.sums = static_cast<float*>(copies_.write(sums, channels_last_layout(sums)));
   }
 
-  // To be called after the sums are taken.
+  // Call after the sums are computed.
   void finish() {
     copies_.write_back();
     increment_versions(changed_);
@@ -89,7 +89,7 @@ class PerExampleOperands {
       DELFAST_CHECK_VALUE(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
                           "expected stride and dilation >= 1 and padding >= 0 in dimension ", i, ", got ", stride[i],
                           ", ", dilation[i], " and ", padding[i], "; pass the layer's");
-      constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that no product of them overflows
+      constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // so that no product of two of them overflows
       DELFAST_CHECK_VALUE(stride[i] <= kMost && padding[i] <= kMost && dilation[i] <= kMost && s.kernel[to] <= kMost,
                           "expected stride, dilation, padding and kernel below 2^31 in dimension ", i, ", got ",
                           stride[i], ", ", dilation[i], ", ", padding[i], " and ", s.kernel[to], "; pass the layer's");
@@ -106,7 +106,7 @@ class PerExampleOperands {
   TensorList changed_;
 };
 
-// The operands of channel_dot in the layout of deltas, values copied to it where theirs differs.
+// The operands of channel_dot in the layout of the output gradients; values are copied if their layout differs.
 class ChannelDotOperands {
  public:
   ChannelDotOperands(const Tensor& deltas, const OptionalTensor& values) {
@@ -135,7 +135,7 @@ class ChannelDotOperands {
   Copies copies_;
 };
 
-// The operands of channel_accumulate_ in the layout of deltas, values copied to it where theirs differs.
+// The operands of channel_accumulate_ in the layout of the output gradients; values are copied if their layout differs.
 class ChannelSumsOperands {
  public:
   ChannelSumsOperands(const TensorList& written, const Tensor& deltas, const OptionalTensor& values,
@@ -187,7 +187,7 @@ class ChannelSumsOperands {
     if (values) operands.values = copies_.read(*values, layout);
   }
 
-  // To be called after the sums are taken.
+  // Call after the sums are computed.
   void finish() {
     copies_.write_back();
     increment_versions(changed_);

@@ -15,6 +15,6 @@ STABLE_TORCH_LIBRARY_IMPL(delfast, CPU, m) {
   serve<"per_example_accumulate_", &bindings::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::channel_dot>(m);
   serve<"channel_accumulate_", &bindings::channel_accumulate_>(m);
-  m.impl("gather_columns", TORCH_BOX(&bindings::gather_columns));  // of any dtype
-  m.impl("write_rows_", TORCH_BOX(&bindings::write_rows_));        // of any dtype
+  m.impl("gather_columns", TORCH_BOX(&bindings::gather_columns));  // for any dtype
+  m.impl("write_rows_", TORCH_BOX(&bindings::write_rows_));        // for any dtype
 }

@@ -1,5 +1,5 @@
-// Which schemas this library's kernels take their arguments by: delfast/ops/native.py looks for the digest in the file.
-// A note, which linkers put at the beginning, so that it is found at once.
+// The digest of the schemas by which this library's kernels take their arguments. delfast/ops/native.py searches the
+// file for it. It is an ELF note because linkers place notes at the beginning of the file.
 #include <cstdint>
 
 namespace {

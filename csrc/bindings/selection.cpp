@@ -14,7 +14,7 @@ struct ElementTask {
   size_t param;
   int64_t begin, end;  // elements
   int64_t work;
-  int64_t ties = 0;  // scores equal to the threshold, once marked
+  int64_t ties = 0;  // number of scores equal to the threshold, after mark
 };
 
 struct ElementTasks {
@@ -32,7 +32,7 @@ struct ElementTasks {
   int64_t elements = 0;
 };
 
-// Integers, so the sum over threads does not depend on which thread counted what.
+// Integers: the sum over threads does not depend on the distribution of the work.
 std::vector<int64_t> count_digits(const std::vector<Scored>& params, const ElementTasks& tasks, Criterion criterion,
                                   cpu::RadixPass pass) {
   const auto& kernels = cpu::selection(cpu::isa());
@@ -48,7 +48,7 @@ std::vector<int64_t> count_digits(const std::vector<Scored>& params, const Eleme
   return counts;
 }
 
-// Infinity and NaN have all exponent bits set: in the first pass (bits 20 to 30) they are the last bins.
+// Infinity and NaN have all exponent bits set: in the first pass (bits 20 to 30) they are counted in the last bins.
 bool any_nonfinite(const std::vector<int64_t>& first_pass) {
   constexpr int kInfinity = 0x7f800000 >> 20;
   return std::any_of(first_pass.begin() + kInfinity, first_pass.end(), [](int64_t count) { return count != 0; });
@@ -60,6 +60,13 @@ int64_t first_nonfinite(const std::vector<Scored>& params, Criterion criterion) 
     if (any_nonfinite(count_digits(one, ElementTasks(one), criterion, cpu::RadixSearch(0).pass()))) return int64_t(p);
   }
   return -1;
+}
+
+template <class Info>
+Tensor tensor_of(const Info& info) {
+  Tensor tensor = empty({kFields<Info>}, ScalarType::Long);
+  *fields_of<Info>(tensor) = info;
+  return tensor;
 }
 
 }  // namespace
@@ -80,13 +87,7 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
   }
   Tensor bits = empty({bytes}, ScalarType::Byte);
   uint8_t* bits_data = bits.mutable_data_ptr<uint8_t>();
-  Tensor info = empty({2}, ScalarType::Long);
-  int64_t* const out = info.mutable_data_ptr<int64_t>();
-  const auto report = [&](int64_t nonfinite, int64_t positive) {
-    out[0] = nonfinite;
-    out[1] = positive;
-    return std::tuple(std::move(bits), std::move(info));
-  };
+  const auto report = [&](const ElementsInfo& info) { return std::tuple(std::move(bits), tensor_of(info)); };
 
   cpu::RadixSearch search(k);
   bool everything = false;
@@ -94,12 +95,12 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
     const std::vector<int64_t> counts = count_digits(list.params, tasks, criterion, search.pass());
     if (pass == 0 && any_nonfinite(counts)) {
       torch::stable::zero_(bits);
-      return report(first_nonfinite(list.params, criterion), 0);
+      return report({first_nonfinite(list.params, criterion), 0});
     }
     everything = !search.descend(counts.data());
   }
 
-  // Mark everything at or above the threshold, then take back the ties that the budget does not cover, last first.
+  // Mark all scores at or above the threshold, then clear the ties beyond the budget, the last first.
   const auto& kernels = cpu::selection(cpu::isa());
   const uint32_t threshold = everything ? 0 : search.threshold();
   run_tasks(tasks.list, [&](ElementTask& task) {
@@ -115,8 +116,8 @@ std::tuple<Tensor, Tensor> select_elements(const TensorList& theta, const Tensor
                          bits_data + first_byte[task.param]);
     left -= keep;
   }
-  // a threshold above 0 selects k elements above 0; else all above 0 are selected
-  return report(-1, threshold ? k : everything ? tasks.elements - ties : k - search.left());
+  // with a threshold above 0, k elements above 0 are selected; otherwise all elements above 0
+  return report({-1, threshold ? k : everything ? tasks.elements - ties : k - search.left()});
 }
 
 std::tuple<Tensor, Tensor> select_units(const Tensor& scores, const IntList& counts, const IntList& lengths, int64_t k,
@@ -126,16 +127,10 @@ std::tuple<Tensor, Tensor> select_units(const Tensor& scores, const IntList& cou
   groups.reserve(counts.size());
   for (size_t p = 0; p < counts.size(); p++) groups.push_back({counts[p], lengths[p]});
   Tensor bits = empty({bytes}, ScalarType::Byte);
-  Tensor info = empty({5}, ScalarType::Long);
   const Tensor scores_row = torch::stable::contiguous(scores);
-  const cpu::UnitSelection selection =
-      cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(), int64_t(groups.size()), k, cut_last,
-                        bits.mutable_data_ptr<uint8_t>());
-  int64_t* out = info.mutable_data_ptr<int64_t>();
-  for (int64_t value :
-       {selection.cut_unit, selection.cut_size, selection.nonfinite, selection.selected, selection.positive})
-    *out++ = value;
-  return {std::move(bits), std::move(info)};
+  const UnitsInfo info = cpu::select_units(scores_row.const_data_ptr<float>(), groups.data(), int64_t(groups.size()), k,
+                                           cut_last, bits.mutable_data_ptr<uint8_t>());
+  return {std::move(bits), tensor_of(info)};
 }
 
 }  // namespace delfast::bindings

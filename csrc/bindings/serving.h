@@ -1,5 +1,5 @@
-// Registers a kernel for every dtype but float64, which the op's reference serves. delfast/ops/table.py defines the ops
-// of the namespace delfast_python, which native kernels call.
+// Registers a kernel for every dtype except float64, for which the op's reference is called. delfast/ops/table.py
+// defines the ops of the namespace delfast_python, which native kernels call.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace delfast::bindings {
 
-// Calls an op of Python's with the arguments on the stack, which become its results. Throws what it raised; what is no
-// Exception, such as KeyboardInterrupt, Python raises again as soon as it runs (module.cpp).
+// Calls a Python op with the arguments on the stack, which its results replace. Throws the error that the op raised.
+// Python itself raises an error that is no Exception, such as KeyboardInterrupt, as soon as it runs again (module.cpp).
 inline void call_python(const char* name, StableIValue* stack) {
   if (!torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION)) return;
   StableIValue raised;
@@ -22,14 +22,14 @@ inline void call_python(const char* name, StableIValue* stack) {
   throw std::runtime_error(kind == "RuntimeError" ? message : error);
 }
 
-// An op's name as a template's argument.
+// The name of an op as a template argument.
 template <size_t length>
 struct Name {
   char text[length];
   constexpr Name(const char (&name)[length]) { std::copy_n(name, length, text); }
 };
 
-// Looks at an argument that lies on the stack, and leaves it there.
+// Reads an argument on the stack and leaves it there.
 template <class Argument>
 struct Peeked;
 

@@ -9,19 +9,20 @@
 
 namespace delfast::bindings {
 
-// Below this much work, waking the other threads costs more than they save (a few microseconds).
+// Minimum work for several threads, in elements: below it, waking the other threads costs more than they save (a few
+// microseconds). No measurement is kept.
 inline constexpr int64_t kWorthThreads = 1 << 15;
 
-// The number of the calling thread, below torch::stable::get_num_threads().
+// Returns the number of the calling thread, less than torch::stable::get_num_threads().
 inline int thread_number() {
   uint32_t number;
   check_torch(torch_get_thread_idx(&number), "number its threads");
   return int(number);
 }
 
-// Calls f(task) for every task, on all threads if there is enough to do. `task.work` is how many elements it touches:
-// every thread gets neighbouring tasks of about the same work. Tasks are cut by the data's shape alone, and no result
-// depends on which thread runs which.
+// Calls f(task) for every task, on all threads if the work is large enough. `task.work` is the number of elements that
+// it processes. Every thread gets neighbouring tasks of about the same work. Tasks depend only on the data's shape, and
+// no result depends on which thread runs a task.
 template <class Tasks, class F>
 void run_tasks(Tasks& tasks, F f) {
   std::vector<int64_t> starts;

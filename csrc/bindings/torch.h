@@ -1,7 +1,7 @@
 // torch's stable interface, the only part of torch that the bindings use: a library built with one torch works with
-// every later one. The build defines TORCH_TARGET_VERSION, the first torch that it works with.
+// every later one. The build defines TORCH_TARGET_VERSION, the oldest torch that the library works with.
 //
-// Numbers go into messages through text() alone: torch's own checks put them through a stream (errors.h).
+// Numbers in messages are formatted only by text(): torch's own checks use a stream (errors.h).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,13 +22,13 @@ namespace delfast::bindings {
 
 using torch::stable::Tensor;
 
-// How an op's arguments arrive.
+// Types of an op's arguments.
 using TensorList = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 using IntList = std::vector<int64_t>;
 using BoolList = std::vector<bool>;
 
-// Throws where one of torch's own functions failed; why, torch says from 2.13 on, and `likely` before.
+// Throws if one of torch's functions failed. The reason is torch's from 2.13 on, and `likely` before.
 inline void check_torch(AOTITorchError error, const char* what, const char* likely = nullptr) {
   if (!error) return;
   const char* const why =
@@ -36,7 +36,7 @@ inline void check_torch(AOTITorchError error, const char* what, const char* like
   throw std::runtime_error(text("torch could not ", what, why ? ": " : "", why ? why : ""));
 }
 
-// A dtype of torch's, also one that the stable interface does not name.
+// A dtype of torch's, including dtypes that the stable interface does not name.
 struct TorchDtype {
   int32_t code;
 
@@ -83,9 +83,9 @@ inline std::string text_of(const Device& device) {
   return device.index < 0 || name() == "cpu" ? name() : text(name(), ":", device.index);
 }
 
-// ---- tensors made here
+// ---- new tensors
 
-// Training loops that retry with smaller batches look for the words of torch's own error, "CUDA out of memory.".
+// Training loops that retry with smaller batches search for the text of torch's own error, "CUDA out of memory.".
 inline Tensor empty_strided(Sizes sizes, Sizes strides, TorchDtype dtype, Device device) {
   AtenTensorHandle made = nullptr;
   const bool on_cuda = device.type == aoti_torch_device_type_cuda();
@@ -107,7 +107,7 @@ inline Tensor empty(const IntList& sizes, ScalarType dtype, Device device = kCpu
   return empty(sizes, TorchDtype{torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype))}, device);
 }
 
-// The same memory as a tensor that autograd does not know, under a version counter of its own.
+// Returns the same memory as a tensor that autograd does not track, with a version counter of its own.
 inline Tensor untracked(const Tensor& t) {
   AtenTensorHandle made = nullptr;
   const Sizes sizes = t.sizes(), strides = t.strides();

@@ -1,4 +1,4 @@
-// What the masked updates check on every device, and the list of parameters that comes out of it.
+// The checks of the masked updates on every device, and the list of parameters that the kernels read.
 #pragma once
 
 #include "bindings/checks.h"
@@ -7,7 +7,7 @@
 
 namespace delfast::bindings {
 
-// The lists' lengths, and what bits must be on every device.
+// Checks the lengths of the lists, and the bits.
 inline void check_bits(Device device, const Tensor& bits, size_t params, size_t sources, size_t by_row) {
   check_device(device, bits, "bits");
   DELFAST_CHECK_VALUE(sources == params && by_row == params, "expected lists of equal length, got ", params,
@@ -18,7 +18,8 @@ inline void check_bits(Device device, const Tensor& bits, size_t params, size_t 
                       "; concatenate the masks' packed bits");
 }
 
-// Sets each parameter's bits; returns how many bytes follow the last's. Their values are not looked at.
+// Sets each parameter's bits; returns the number of bytes after the last parameter's. The values of the bits are not
+// read.
 inline int64_t place_bits(const Tensor& bits, std::vector<Updated>& params) {
   const uint8_t* next = bits.const_data_ptr<uint8_t>();
   int64_t left = bits.numel();
@@ -38,7 +39,7 @@ inline void check_no_more_bits(int64_t left, size_t params) {
                       " bytes more; the mask is of other parameters");
 }
 
-// The parameters of a mask, whose plan looks at their shapes alone.
+// The parameters of a mask; a plan reads only their shapes.
 inline std::vector<Updated> planned_list(const TensorList& param_tensors, const Tensor& bits, const BoolList& by_row) {
   const Device device = device_of(param_tensors.empty() ? bits : param_tensors.front());
   const size_t count = param_tensors.size();
@@ -79,9 +80,9 @@ class UpdateList {
     }
   }
 
-  // Another tensor that the update changes.
+  // Adds another tensor that the update changes.
   void also_changes(const Tensor& t) { changed_.push_back(t); }
-  // To be called after the update.
+  // Call after the update.
   void finish() {
     copies_.write_back();
     increment_versions(changed_);
@@ -109,7 +110,7 @@ class UpdateList {
   TensorList changed_;
 };
 
-// One number that a step reads: grad_scale, found_inf or lr_tensor.
+// Checks a one-element tensor that a step reads: grad_scale, found_inf or lr_tensor.
 inline void check_number(Device device, const OptionalTensor& t, const char* role) {
   if (!t) return;
   check_device(device, *t, role);
@@ -117,8 +118,8 @@ inline void check_number(Device device, const OptionalTensor& t, const char* rol
                       "; pass a tensor of one element");
 }
 
-// The state's place and dtype, and what a step reads beside the parameters. How many entries the state must have, the
-// host knows on the CPU only.
+// Checks place and dtype of the state, and the tensors that a step reads besides the parameters. The host can count
+// the entries that the state must have only on the CPU.
 inline void check_step(const UpdateList& list, const Tensor& state, const Tensor& steps,
                        const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                        const OptionalTensor& lr_tensor) {

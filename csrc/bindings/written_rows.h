@@ -1,4 +1,4 @@
-// What write_rows_ checks on every device, and the list of weights that comes out of it.
+// The checks of write_rows_ on every device, and the list of weights that the kernels read.
 #pragma once
 
 #include <vector>
@@ -8,8 +8,8 @@
 
 namespace delfast::bindings {
 
-// Each device checks the indices itself. Versions of the weights do not move, since callers write the same rows again
-// between a forward pass and its backward pass.
+// Each device checks the indices itself. Versions of the weights are not incremented, because callers write the same
+// rows again between a forward pass and its backward pass.
 class WrittenRowsList {
  public:
   WrittenRowsList(const TensorList& weights, const TensorList& rows, const TensorList& indices, const IntList& dims)
@@ -25,7 +25,7 @@ class WrittenRowsList {
     for (size_t i = 0; i < count; i++) written.push_back(checked(weights[i], rows[i], indices[i], dims[i], i));
   }
 
-  // To be called after the copies.
+  // Call after the copies.
   void finish() { copies_.write_back(); }
 
   Device device;
@@ -49,7 +49,7 @@ class WrittenRowsList {
     w.count = index.numel();
     w.channels = weight.size(dim);
     if (rows.numel() == 0) return {};
-    // rows along dim 0 may be channels-last; along others, everything is contiguous
+    // rows along dim 0 may be channels-last; along other dims, the weight and its rows are contiguous
     const Layout layout = dim == 0 ? usable_layout(weight) : Layout{weight.size(0), weight.numel() / weight.size(0), 1};
     w.weight = copies_.write(weight, layout);
     w.rows = copies_.read(rows, layout);

@@ -1,10 +1,10 @@
 // The gradients of a normalization's weight and bias, summed over the examples. Included by per_example.inl.
 //
-// A unit is a slab of examples by 16 channels: deltas and values are read once, and both sums are taken of them.
+// A unit is a slab of examples by 16 channels. Output gradients and values are read once for both sums.
 //
-// Numerics. Of an example, as channel_dot: partial sums in float32, added up in double. Its epsilon and the sum over
-// the examples are in double. The mean is subtracted from every value, since sum(delta value) - mean sum(delta) would
-// cancel where the mean is large against the deviation.
+// Numerics. Sums of an example as in channel_dot: partial sums in float32, added in double. Its transform and the sum
+// over the examples are in double. The mean is subtracted from every value, because sum(delta value) - mean sum(delta)
+// would cancel where the mean is large relative to the deviation.
 
 namespace {
 
@@ -15,10 +15,10 @@ struct LanePair {
 template <class Delta, class Value>
 struct Pairs {
   const Delta* deltas;
-  const Value* values;  // null: only the plain sums are wanted
+  const Value* values;  // null: only the plain sums are needed
   const float* mean;    // null: 0
 
-  // Of `channels` neighbours, `pitch` elements between positions.
+  // Adds `channels` neighbours; positions are `pitch` elements apart.
   void add_columns(int64_t positions, int64_t pitch, int channels, int64_t at, int64_t channel, LanePair& sums) const {
     float first[16] = {};
     if (mean)
@@ -46,7 +46,7 @@ struct Pairs {
     }
   }
 
-  // Of a row of positions one after another.
+  // Adds a row of contiguous positions.
   void add_row(int64_t positions, int64_t at, int64_t channel, double& weighted, double& plain) const {
     const Vec center = Vec::broadcast(mean ? mean[channel] : 0.0f);
     Sum products, alone;

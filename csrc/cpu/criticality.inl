@@ -1,15 +1,15 @@
-// Channel scores: one pass over theta and the gradient, no |theta g| in memory.
-// Written once against Vec; included by criticality_{scalar,avx2,avx512}.cpp inside the namespace of each.
+// Channel scores: one pass over theta and the gradient, without |theta g| in memory. Written once against Vec; included
+// by criticality_{scalar,avx2,avx512}.cpp inside the namespace of each.
 //
-// Numerics. Scores are float32; for how they are summed see sum.inl.
+// Numerics. Scores are float32; sum.inl defines the order of their sums.
 
 #include "cpu/score.inl"
 #include "cpu/sum.inl"
 
 namespace {
 
-// A row up to this length is scored once into a buffer on the stack, which the top-h search then reads; a longer one
-// is scored again in every round of the search.
+// A row up to this length is scored once into a buffer on the stack, which the top-h search reads. A longer row is
+// scored again in every round of the search.
 constexpr int64_t kBuffered = 1 << 14;
 
 template <class Score>
@@ -21,7 +21,7 @@ int32_t largest(const Score& score, int64_t length) {
 
 template <class Score>
 int64_t count_at_least(const Score& score, int64_t length, int32_t threshold) {
-  Counter counter[4];  // four chains, so that the loads and not the adds' latency set the pace
+  Counter counter[4];  // four chains, so that the loads limit the speed and not the latency of the additions
   int64_t i = 0;
   for (; i + 64 <= length; i += 64)
     for (int j = 0; j < 4; j++) counter[j].add(score.at(i + 16 * j), threshold);
@@ -31,15 +31,16 @@ int64_t count_at_least(const Score& score, int64_t length, int32_t threshold) {
 }
 
 // The sum of the `top` largest scores, exactly as defined: with T the top-th largest, the sum of all scores >= T if
-// there are `top` of them, else the sum of those > T plus T for each one missing. How T is searched for does not show
-// in the result, so the search may start from a hint, the T of the row before: from there in widening steps until T
-// lies between two counts, then by interpolation, and by bisection where that shrinks the interval too little.
+// there are `top` of them, otherwise the sum of those > T plus T for each missing one. The result does not depend on
+// the course of the search, so the search may start from a hint, the T of the previous row. It takes widening steps
+// until T lies between two counts, then interpolates, and bisects where interpolation shrinks the interval too little.
 template <class Score>
 double sum_of_largest(const Score& score, int64_t length, int64_t top, int32_t largest, int32_t& hint) {
-  if (largest >= 0x7f800000) return bits_float(uint32_t(largest));  // infinite or NaN: so is the answer
+  if (largest >= 0x7f800000) return bits_float(uint32_t(largest));  // infinite or NaN: so is the result
   const int32_t limit = largest + 1;
   int32_t low = 0, high = limit;
-  int64_t at_low = length, at_high = 0;  // scores >= low: at least `top`; scores >= high: fewer
+  // at_low: number of scores >= low, at least `top`; at_high: number >= high, fewer
+  int64_t at_low = length, at_high = 0;
   int32_t middle = hint;
   int64_t step = 0;
   for (bool bisect = false; at_low != top && high - low > 1;) {
@@ -48,7 +49,7 @@ double sum_of_largest(const Score& score, int64_t length, int64_t top, int32_t l
     (count >= top ? low : high) = middle;
     (count >= top ? at_low : at_high) = count;
     if (low == 0 || high == limit) {
-      // a factor of two in the scores changes the count by about as much: aim a little past T
+      // a factor of two in the scores changes the count by about as much, so aim slightly beyond T
       step = step ? 4 * step : (count > top ? count - top : top - count) * (int64_t(3) << 22) / top + (1 << 14);
       step = step < limit ? step : limit;
       middle = int32_t(low == 0 ? (high > step ? high - step : 0) : (limit - low > step ? low + step : limit));
@@ -100,7 +101,7 @@ void score_rows(const Scored& p, Criterion criterion, Aggregate aggregate, int64
                 int64_t end) {
   const int64_t length = p.layout.length;
   with_score(p, criterion, [&](auto score) {
-    if (length == 1) {  // every aggregate of one element is that element
+    if (length == 1) {  // every aggregate of one element is the element
       for_groups(score, begin, end, [&](Vec v, int64_t i, int n) { v.store_masked(out + i, (1u << n) - 1); });
       return;
     }

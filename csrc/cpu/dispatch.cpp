@@ -1,4 +1,4 @@
-// Which instruction set runs: asked once of the CPU and the operating system, or forced.
+// The instruction set in use: detected once from the CPU and the operating system, or forced.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -18,10 +18,10 @@ namespace delfast::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Tiles are 8 KiB of state that Linux gives only to processes that ask for them.
+// Requests permission for tiles: Linux gives their 8 KiB of state only to processes that request it.
 bool allow_tiles() {
 #if defined(__linux__)
-  constexpr unsigned kTile = 1 << 24, kTileBfloat16 = 1 << 22;  // of edx: Intel SDM volume 2A, CPUID, leaf 7
+  constexpr unsigned kTile = 1 << 24, kTileBfloat16 = 1 << 22;  // bits of edx: Intel SDM volume 2A, CPUID, leaf 7
   constexpr int kRequest = 0x1023, kTileData = 18;              // ARCH_REQ_XCOMP_PERM: linux, arch/x86/xstate.rst
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;

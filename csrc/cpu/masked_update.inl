@@ -1,9 +1,11 @@
-// In-place updates of the masked entries of a parameter: reset, SGD, AdamW. Entries outside the mask are neither
-// written nor (by rows) read. Included per instruction set like criticality.inl.
+// In-place updates of the masked entries of a parameter: reset, SGD, AdamW. Entries outside the mask are not written
+// and, in masks of rows, not read. Included per instruction set like criticality.inl.
 //
-// A rule turns (entries, gradients, optimizer state) into new entries and new state, 16 at a time; two loops apply a
-// rule, one over whole rows and one over elements. Arithmetic is float32, every product and sum rounded (no FMA),
-// so that all instruction sets agree; the result is rounded once to the parameter's dtype.
+// A rule turns (entries, gradients, optimizer state) into new entries and new state, 16 at a time. Two loops apply a
+// rule, one over whole rows and one over elements.
+//
+// Numerics. float32, every product and sum rounded (no FMA), so that all instruction sets agree. The result is rounded
+// once to the parameter's dtype.
 
 #include "cpu/score.inl"
 
@@ -27,7 +29,7 @@ struct SgdRule {
   }
 };
 
-struct PlainSgdRule {  // without momentum there is no state
+struct PlainSgdRule {  // without momentum: no state
   static constexpr int kStates = 0;
   SgdStep step;
   Vec operator()(Vec entries, Vec gradient, Vec*) const {
@@ -87,7 +89,7 @@ void update_elements(const Rule& rule, const Updated& u, int64_t begin, int64_t 
       const Vec old = n == 16 ? Vec::load(param + i) : Vec::load_first(param + i, n);
       const Vec new_source = n == 16 ? Vec::load(source + i) : Vec::load_first(source + i, n);
       rule(old, new_source, state).store_masked(param + i, mask);
-    } else {  // channels-last: the sixteen logical neighbours are apart in memory
+    } else {  // channels-last: sixteen logical neighbours are apart in memory
       Param old[16] = {};
       Source new_source[16] = {};
       for (int j = 0; j < n; j++) {

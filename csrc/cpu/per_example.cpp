@@ -1,5 +1,5 @@
-// How the operands of the per-example sums are brought into the form that the kernels read: float32, no padding; or,
-// for AMX, bfloat16 as AmxLayout has it.
+// Conversion of the per-example sums' operands into the form that the kernels read: float32 without padding, or
+// bfloat16 in AmxLayout for AMX.
 #include <algorithm>
 #include <numeric>
 
@@ -9,33 +9,34 @@ namespace delfast::cpu {
 
 namespace {
 
-// Packed operands of a block, 16 MiB: they stay in an outer cache, and threads seldom wait for each other.
+// Packed operands of a block, 16 MiB: they fit in an outer cache, and threads rarely wait for each other.
 constexpr int64_t kPackedFloats = 1 << 22;
-// For AMX 2 MiB, a second-level cache: every tile reads them all.
+// For AMX 2 MiB, the size of a second-level cache: every tile reads all of them.
 constexpr int64_t kAmxElements = 1 << 20;
 
 int64_t vectors(int64_t elements) { return (elements + 15) / 16; }
 int64_t pixels(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2]; }
 
-// Taps side by side in the kernel read neighbours in memory. Seen as one tap, they fill vectors that few channels alone
-// would leave mostly empty (3 of an image); the price is a copy of the input, with its padding along the width. More
-// padding than a kernel takes would be copied for outputs that read nothing else.
+// Taps that are neighbours in the kernel read neighbours in memory. Treated as a single tap they fill vectors that few
+// channels (3 of an image) would leave mostly empty. The cost is a copy of the input with its padding along the width.
+// Padding beyond the kernel's size would be copied for outputs that read nothing else.
 bool joins_taps(const ConvShape& s) {
   const int64_t row = s.kernel[2] * s.in_channels;
   return s.groups == 1 && s.dilation[2] == 1 && s.padding[2] < s.kernel[2] &&
          vectors(row) < s.kernel[2] * vectors(s.in_channels);
 }
 
-// With a single position, |sum over t of d a| is |d| |a|, and the square of the product the product of the squares: the
-// sum over examples is the plain product of matrices of absolute values, examples taking the place of positions.
+// With a single position, |sum over t of d a| is |d| |a|, and the square of the product is the product of the squares.
+// The sum over examples is then a plain product of matrices of transformed values, with examples in place of positions.
 bool joins_examples(const ConvShape& s) {
   const bool padded = s.padding[0] || s.padding[1] || s.padding[2];
   return s.taps() == 1 && s.positions() == 1 && pixels(s) == 1 && !padded;
 }
 
-// Whether the planes of AmxLayout stay within a few times what they hold: a far dilated kernel's are mostly padding.
+// Returns true if the planes of AmxLayout are at most a few times as large as their content: those of a strongly
+// dilated kernel are mostly padding.
 bool fits_planes(const ConvShape& s) {
-  double plane = 1;  // positions: they may be more than an integer counts
+  double plane = 1;  // positions, as double: they may exceed the range of an integer
   for (int i = 0; i < 3; i++) plane *= double(s.out[i]) + double((s.kernel[i] - 1) * s.dilation[i]);
   return plane <= 4096 + 16 * double(pixels(s) + s.positions());
 }
@@ -49,7 +50,7 @@ const void* advanced(const void* data, Dtype dtype, int64_t elements) {
 }  // namespace
 
 AmxLayout::AmxLayout(const ConvShape& s) : used(true) {
-  int64_t past = 0;  // the last position that has an output, and one
+  int64_t past = 0;  // one past the last position that has an output
   for (int i = 0; i < 3; i++) {
     phases[i] = std::min(s.kernel[i], s.stride[i] / std::gcd(s.stride[i], s.dilation[i]));
     plane[i] = s.out[i] + (s.kernel[i] - 1) * s.dilation[i] / s.stride[i];
@@ -58,11 +59,11 @@ AmxLayout::AmxLayout(const ConvShape& s) : used(true) {
   past++;
   const int64_t last = source(s, s.taps() - 1).offset;
   zeros = last ? kStep : 0;
-  steps = (past + (last > 0) + kStep - 1) / kStep;  // one more position: odd offsets shift deltas by one
+  steps = (past + (last > 0) + kStep - 1) / kStep;  // an odd offset moves the output gradients by one position
   pairs = last / 2 + steps * kStep / 2;
   row_blocks = s.groups * vectors(s.out_channels / s.groups);
   column_blocks = s.groups * vectors(s.in_channels / s.groups);
-  // an odd number of cache lines, or rows would share few sets of the first-level cache
+  // an odd number of cache lines; otherwise rows would share few sets of the first-level cache
   delta_pitch = zeros + steps * kStep;
   if (delta_pitch / kStep % 2 == 0) delta_pitch += kStep;
 }
@@ -92,7 +93,7 @@ PerExamplePlan::PerExamplePlan(const PerExample& p, Isa isa)
   const bool both = p.inputs_dtype == Dtype::bfloat16 && p.deltas_dtype == Dtype::bfloat16;
   if (isa == Isa::amx && both && s.examples && !joins_examples(s) && !is_depthwise(s) && fits_planes(s))
     amx_ = AmxLayout(s);
-  int64_t floats = 0;  // of an example
+  int64_t floats = 0;  // packed floats of an example
   if (amx_.used) {
     const int64_t elements = amx_.inputs() + amx_.deltas();
     block_examples = std::clamp<int64_t>(kAmxElements / elements, 1, block_examples);
@@ -164,9 +165,9 @@ PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_fl
     b.pack_deltas = pack;
   }
   if (joins_examples(s)) {
-    b.epilogue = Epilogue::abs;  // of sums of what is not negative: they stay as they are
+    b.epilogue = Epilogue::abs;  // the sums are not negative, so abs does not change them
     s.in[2] = s.out[2] = s.examples;
-    s.stride[2] = 1;  // from one example to the next, whatever the layer's was
+    s.stride[2] = 1;  // from one example to the next, independent of the layer's stride
     s.examples = 1;
   }
   return b;

@@ -1,24 +1,24 @@
-// Sums over examples of |g| or g^2, g the weight gradient of one example alone, which never leaves the registers.
+// Sums over examples of |g| or g^2, where g is the weight gradient of a single example, which stays in registers.
 // Included per instruction set like criticality.inl, after kTileRows and kTileVecs.
 //
 // A tile is kTileRows output channels by kTileVecs vectors of columns (input channels of one tap). For each example,
-// its part of the gradient is summed up in registers over the positions, a product of one vector and one scalar at a
-// time; then its absolute value or square is added to the tile's part of the sums. That takes no more arithmetic than
-// the gradient of the whole batch does. Positions whose source lies in the padding are left out. Examples come in
-// blocks that stay in the cache while all tiles pass over them.
+// the tile's part of the gradient is summed in registers over the positions, one product of a vector and a scalar at a
+// time; its absolute value or square is then added to the tile's part of the sums. This takes no more arithmetic than
+// the gradient of the whole batch. Positions whose source lies in the padding are skipped. Examples are processed in
+// blocks that stay in the cache while all tiles read them.
 //
-// Numerics. Float32; positions are added in row-major order and examples one after another, so a result depends on the
-// shape alone, not on threads. multiply_add rounds once or twice: instruction sets may differ in the last bits.
+// Numerics. Float32. Positions are added in row-major order and examples one after another, so a result depends only on
+// the shape, not on threads. multiply_add rounds once or twice: instruction sets may differ in the last bits.
 
 #include "cpu/score.inl"
 #include "cpu/sum.inl"
 
-#define DELFAST_INLINED __attribute__((always_inline))  // for lambdas; a loop nest of calls would keep no registers
+#define DELFAST_INLINED __attribute__((always_inline))  // for lambdas; calls in a loop nest would spill registers
 
 namespace {
 
-// Of the operands of as many examples as a pass of all tiles is over: half of a second-level cache of 1 MiB. Of the
-// deltas only one block of rows counts, since the tiles of the next come last.
+// Maximum number of floats of the operands that one pass over all tiles reads: half of a 1 MiB second-level cache. Only
+// one block of rows of the output gradients counts, because the tiles of the next block come after all others.
 constexpr int64_t kCachedFloats = 1 << 17;
 
 constexpr int kTileColumns = 16 * kTileVecs;
@@ -28,7 +28,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t pixels(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2]; }
 bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == s.groups; }
 
-// f(0), ..., f(count - 1), each argument a constant, so that arrays of vectors are registers.
+// Calls f(0), ..., f(count - 1) with constant arguments, so that arrays of vectors become registers.
 template <int count, class F>
 constexpr DELFAST_INLINED void unrolled(F f) {
   [&]<int... i>(std::integer_sequence<int, i...>)
@@ -45,12 +45,12 @@ struct Walk {
     int64_t at[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
     int64_t input_pitch = s.in_channels, delta_pitch = s.out_channels;
     for (int i = 2; i >= 0; i--) {
-      const int64_t source = at[i] * s.dilation[i] - s.padding[i];  // of the position 0
+      const int64_t source = at[i] * s.dilation[i] - s.padding[i];  // source of position 0
       const int64_t first = source < 0 ? ceil_div(-source, s.stride[i]) : 0;
       const int64_t past = source < s.in[i] ? (s.in[i] - 1 - source) / s.stride[i] + 1 : 0;
       count[i] = (past < s.out[i] ? past : s.out[i]) - first;
       if (count[i] <= 0) {
-        count[i] = 0;  // the start would lie outside
+        count[i] = 0;  // the start would be outside
       } else {
         input_start += (source + first * s.stride[i]) * input_pitch;
         delta_start += first * delta_pitch;
@@ -60,7 +60,7 @@ struct Walk {
       input_pitch *= s.in[i];
       delta_pitch *= s.out[i];
     }
-    for (int i = 1; i >= 0; i--) {  // one long loop where steps allow
+    for (int i = 1; i >= 0; i--) {  // merged into one long loop where the steps allow it
       if (input_step[i] != count[2] * input_step[2] || delta_step[i] != count[2] * delta_step[2]) break;
       count[2] *= count[i];
       count[i] = 1;
@@ -79,22 +79,22 @@ struct Walk {
   }
 };
 
-// Which examples of a block a pass of all tiles is over.
+// The examples of a block that one pass over all tiles adds.
 struct Pass {
   int64_t first, examples;
 };
 
-// What one tile of one tap adds to in a pass.
+// The sums that one tile of one tap adds to in a pass, and its operands.
 struct Tile {
   Walk walk;
   int64_t examples, input_pitch, delta_pitch;  // between examples
-  const float *inputs, *deltas;                // of the first example, at the tile's first column and row
+  const float *inputs, *deltas;                // first example, at the tile's first column and row
   float* sums;
   int64_t sums_pitch;  // between rows
   int tail;            // lanes of the last vector, if not 16
   bool square;
 
-  // At the first column and row of the tap; move() goes to the tile's own.
+  // Starts at the tap's first column and row; move() goes to the tile's own.
   Tile(const PerExampleBlock& b, Pass pass, int64_t tap)
       : walk(b.shape, tap),
         examples(pass.examples),
@@ -129,8 +129,8 @@ void add_dense_tile(const Tile& t) {
   const auto each = [](auto f) DELFAST_INLINED {
     unrolled<rows>([&](auto r) DELFAST_INLINED { unrolled<vecs>([&](auto v) DELFAST_INLINED { f(r, v); }); });
   };
-  // A copy, since rows of sums a power of two apart would share few sets of the first-level cache, with inputs and
-  // deltas too, and be driven out by each example.
+  // A copy: rows of sums a power of two apart would share few sets of the first-level cache, also with the operands,
+  // and each example would evict them.
   alignas(64) float sums[rows][vecs][16];
   each([&](auto r, auto v) DELFAST_INLINED { lanes.load(t.sums + r * t.sums_pitch, v).store(sums[r][v]); });
   const float *inputs = t.inputs, *deltas = t.deltas;
@@ -174,7 +174,7 @@ struct TileTable {
 };
 constexpr TileTable kTiles;
 
-// The block's tiles, numbered: columns change fastest, so that neighbours share deltas.
+// The block's tiles, numbered. Columns change fastest, so that neighbouring tiles share output gradients.
 struct Grid {
   int64_t row_blocks, taps, column_blocks, count;
   explicit Grid(const PerExampleBlock& b) : taps(b.shape.taps()) {
@@ -190,7 +190,7 @@ void add_dense(const PerExampleBlock& b, const Grid& grid, Pass pass, int64_t ti
   const int64_t tap = tile / grid.column_blocks % grid.taps;
   const int64_t block = tile / (grid.column_blocks * grid.taps) % grid.row_blocks;
   const int64_t group = tile / (grid.column_blocks * grid.taps * grid.row_blocks);
-  // rows in blocks of about one size: in a much smaller one the multipliers would wait for each other
+  // blocks of rows of about equal size: in a much smaller one the multipliers would wait for each other
   const int64_t group_rows = s.out_channels / s.groups;
   const int64_t begin = group_rows * block / grid.row_blocks, end = group_rows * (block + 1) / grid.row_blocks;
   const int64_t row = group * group_rows + begin;
@@ -204,7 +204,8 @@ void add_dense(const PerExampleBlock& b, const Grid& grid, Pass pass, int64_t ti
   kTiles.add[end - begin - 1][ceil_div(columns, 16) - 1][t.tail != 0](t);
 }
 
-// Depthwise layers: one input channel a group, so vectors go across groups and a tile is some channels of one tap.
+// Depthwise layers have one input channel for each group, so vectors extend across groups, and a tile is some channels
+// of one tap.
 
 constexpr int kDepthwiseVecs = 4;
 
@@ -261,7 +262,7 @@ int64_t tiles(const PerExampleBlock& b) {
 void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
   const ConvShape& s = b.shape;
   const Grid grid(b);
-  const int64_t rows = s.out_channels < 32 ? s.out_channels : 32;  // of deltas, to whole cache lines
+  const int64_t rows = s.out_channels < 32 ? s.out_channels : 32;  // rows of output gradients, in whole cache lines
   const int64_t example = pixels(s) * s.in_channels + s.positions() * rows;
   const int64_t cached = example < kCachedFloats && example ? kCachedFloats / example : 1;
   for (int64_t x = 0; x < s.examples; x += cached) {
@@ -308,10 +309,10 @@ void pack(const PerExampleBlock&, const Packing& p, int64_t begin, int64_t end) 
   });
 }
 
-// channel_dot. Of a row, sum.inl says how it is summed; channels-last, each channel has one partial sum in float32, for
-// kRun positions one after another, then added to one in double.
+// channel_dot. sum.inl defines the order of a row's sum. Channels-last, each channel has one partial sum in float32 for
+// kRun consecutive positions, which is then added to a sum in double.
 
-constexpr int64_t kRun = kBlock / 16;  // as many as a partial sum of a row adds up
+constexpr int64_t kRun = kBlock / 16;  // as many as a partial sum of a row adds
 
 template <class Delta, class Value>
 struct Products {
@@ -330,7 +331,7 @@ struct Plain {
   Plain from(int64_t i) const { return {deltas + i}; }
 };
 
-// Up to 16 channels, `pitch` elements between positions.
+// Up to 16 channels; positions are `pitch` elements apart.
 template <class Terms>
 void dot_columns(const Terms& terms, int64_t positions, int64_t pitch, int channels, float* out) {
   double lanes[16] = {};

@@ -1,14 +1,15 @@
 // Sums over examples of |g| or g^2 of bfloat16 operands, by AMX. Compiled with -mavx512... -mamx-tile -mamx-bf16.
 //
-// A tile instruction multiplies 16 rows of deltas by 16 columns of inputs over 32 positions. The deltas of a row lie
-// one after another; inputs lie in pairs of positions, the pairs of 16 channels side by side. So that one stretch of
-// positions serves all rows of an image, deltas are spread over a plane as wide as the padded input, zero where there
-// is no output; a tap is an offset into the plane. With a stride, each phase of the positions is a plane. Offsets are
-// even, for the pairs: at an odd one, deltas are read from one position earlier, where there is a zero.
+// A tile instruction multiplies 16 rows of output gradients by 16 columns of inputs over 32 positions. The output
+// gradients of a row are contiguous. Inputs are stored in pairs of positions, the pairs of 16 channels side by side.
+// The output gradients are spread over a plane as wide as the padded input, with zeros where there is no output, so
+// that one stretch of positions serves all rows of an image and a tap is an offset into the plane. With a stride, each
+// phase of the positions is a plane. Offsets are even because of the pairs: at an odd offset, output gradients are read
+// from one position earlier, where there is a zero.
 //
-// Numerics. Products are exact, and are added in float32 in an order that depends on the shape alone. Denormals count
-// as 0. Positions whose source lies in the padding are multiplied with 0, as are pixels without an output: those must
-// be finite, which the kernels for float32 do not ask.
+// Numerics. Products are exact and added in float32, in an order that depends only on the shape. Denormals count as 0.
+// Positions whose source lies in the padding are multiplied with 0, as are pixels without an output. These pixels must
+// be finite, which the float32 kernels do not require.
 #include <immintrin.h>
 
 #include "cpu/vec_avx512.h"
@@ -29,13 +30,13 @@ namespace {
 using avx512::Vec;
 
 constexpr int kSide = 16;                 // rows and columns of a tile of sums
-constexpr int kStep = AmxLayout::kStep;   // positions that an instruction multiplies
+constexpr int kStep = AmxLayout::kStep;   // positions that one instruction multiplies
 constexpr int64_t kTile = kStep * kSide;  // elements
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __mmask16 first(int64_t n) { return n >= kSide ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
 
-// Goes through a plane position by position: next() says whether there is one at all in `inside`, and where.
+// Iterates over the positions of a plane in order: next(at) returns at(position), or null past the plane's end.
 class Positions {
  public:
   explicit Positions(const int64_t (&plane)[3]) : plane_(plane) {}
@@ -54,7 +55,7 @@ class Positions {
   int64_t position_[3] = {0, 0, 0};
 };
 
-// Of 16 channels from `channel` on, or the first of them, those of two positions side by side; null is zeros.
+// Interleaves 16 channels of two positions, from `channel` on; lanes outside `channels` and null operands are zeros.
 __m512i paired(const bfloat16* even, const bfloat16* odd, int64_t channel, __mmask16 channels) {
   const auto widened = [&](const bfloat16* p) {
     return p ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(channels, p + channel)) : _mm512_setzero_si512();
@@ -62,7 +63,7 @@ __m512i paired(const bfloat16* even, const bfloat16* odd, int64_t channel, __mma
   return _mm512_or_si512(widened(even), _mm512_slli_epi32(widened(odd), 16));
 }
 
-// Rows of 32-bit elements become columns.
+// Transposes a matrix of 16 x 16 elements of 32 bits.
 void transpose(__m512i (&v)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -88,13 +89,13 @@ void transpose(__m512i (&v)[16]) {
   }
 }
 
-// ---- packing; a row is one plane of one example's inputs, or one example's deltas
+// ---- packing; a row is one plane of one example's inputs, or one example's output gradients
 
 void pack_inputs(const PerExampleBlock& b, int64_t row) {
   const ConvShape& s = b.shape;
   const AmxLayout& layout = b.amx;
   const int64_t example = row / layout.planes(), group_columns = s.in_channels / s.groups;
-  int64_t phase = row % layout.planes(), start[3];  // of the input, in the plane's first position
+  int64_t phase = row % layout.planes(), start[3];  // start: input position of the plane's first
   for (int i = 2; i >= 0; i--) {
     start[i] = phase % layout.phases[i] * s.dilation[i] % s.stride[i] - s.padding[i];
     phase /= layout.phases[i];
@@ -163,16 +164,16 @@ void pack(const PerExampleBlock& b, const Packing& p, int64_t begin, int64_t end
 // ---- accumulation
 
 struct Operands {
-  const bfloat16 *inputs, *deltas;  // of the first example
-  int64_t column_block, row_block;  // elements from one to the next
+  const bfloat16 *inputs, *deltas;  // first example
+  int64_t column_block, row_block;  // elements from one block to the next
   int64_t examples;
   const AmxLayout& layout;
 };
 
 using Sums = float[2 * kSide][2 * kSide];
 
-// The gradient of one example, in up to two by two tiles, 0 to 3; 4 and 5 hold deltas, 6 and 7 inputs. (For GCC their
-// numbers must be literals.)
+// The gradient of one example, in up to two by two tiles, 0 to 3. Tiles 4 and 5 hold output gradients, 6 and 7 inputs.
+// (GCC requires literal tile numbers.)
 template <int rows, int columns>
 void multiply(const Operands& o, int64_t example, Sums& gradient) {
   constexpr int64_t kPitch = sizeof gradient[0];
@@ -203,7 +204,7 @@ void multiply(const Operands& o, int64_t example, Sums& gradient) {
   if constexpr (rows == 2 && columns == 2) _tile_stored(3, gradient[kSide] + kSide, kPitch);
 }
 
-constexpr int kTogether = 4;  // examples whose gradients are added to the sums at once, which are read and written less
+constexpr int kTogether = 4;  // examples added to the sums together, so that the sums are read and written less often
 
 template <int rows, int columns, bool square>
 void add_examples(const Operands& o, Sums& sums) {
@@ -222,13 +223,14 @@ void add_examples(const Operands& o, Sums& sums) {
           sum.store(sums[r] + c);
         }
     };
-    count == kTogether ? add(kTogether) : add(count);  // the first is unrolled
+    count == kTogether ? add(kTogether) : add(count);  // the first call is unrolled
   }
 }
 
-// The block's tiles of up to 32 by 32 sums, numbered: columns change fastest, so that neighbours share deltas.
+// The block's tiles of up to 32 by 32 sums, numbered. Columns change fastest, so that neighbouring tiles share output
+// gradients.
 struct Grid {
-  int64_t rows, columns, taps, row_tiles, column_tiles;  // of a group
+  int64_t rows, columns, taps, row_tiles, column_tiles;  // counts for a group
   explicit Grid(const ConvShape& s)
       : rows(s.out_channels / s.groups),
         columns(s.in_channels / s.groups),
@@ -247,7 +249,7 @@ void add_tile(const PerExampleBlock& b, const Grid& grid, int64_t tile) {
   const int64_t tap = tile / grid.column_tiles % grid.taps;
   const int64_t row = tile / (grid.column_tiles * grid.taps) % grid.row_tiles * 2 * kSide;
   const int64_t group = tile / (grid.column_tiles * grid.taps * grid.row_tiles);
-  const int64_t rows = grid.rows - row, columns = grid.columns - column;  // from here on
+  const int64_t rows = grid.rows - row, columns = grid.columns - column;  // remaining
   const int64_t row_block = group * ceil_div(grid.rows, kSide) + row / kSide;
   const int64_t column_block = group * ceil_div(grid.columns, kSide) + column / kSide;
   const AmxLayout::Source source = layout.source(b.shape, tap);
@@ -287,7 +289,7 @@ void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
   const Grid grid(b.shape);
   _tile_loadconfig(&kConfig);
   for (int64_t tile = begin; tile < end; tile++) add_tile(b, grid, tile);
-  _tile_release();  // tiles in use would make every switch to another thread dearer
+  _tile_release();  // tiles in use would slow down every switch to another thread
 }
 
 void channel_dot(const ChannelDot& p, int64_t begin, int64_t end) { avx512::kPerExample.channel_dot(p, begin, end); }

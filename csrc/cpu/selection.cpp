@@ -20,9 +20,9 @@ void for_units(const float* scores, const UnitGroup* groups, int64_t group_count
 
 }  // namespace
 
-UnitSelection select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget,
-                           bool cut_last, uint8_t* bits) {
-  UnitSelection result;
+UnitsInfo select_units(const float* scores, const UnitGroup* groups, int64_t group_count, int64_t budget, bool cut_last,
+                       uint8_t* bits) {
+  UnitsInfo result;
   const auto each = [&](auto f) { for_units(scores, groups, group_count, bits, f); };
   each([&](int64_t unit, uint32_t score, int64_t, uint8_t* byte, uint8_t) {
     *byte = 0;

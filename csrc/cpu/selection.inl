@@ -25,24 +25,24 @@ void for_digits(const Scored& p, Criterion criterion, RadixPass pass, int64_t be
 }
 
 void histogram(const Scored& p, Criterion criterion, RadixPass pass, int64_t begin, int64_t end, int64_t* histogram) {
-  if (end - begin < kRadixBins) {  // clearing and adding up the four below would cost more than they save
+  if (end - begin < kRadixBins) {  // clearing and adding the four histograms below would take longer than they save
     for_digits(p, criterion, pass, begin, end, [&](uint32_t digit, int) { histogram[digit]++; });
     return;
   }
-  // Four interleaved histograms: neighbours often share a digit, and would wait for each other's store.
+  // Four interleaved histograms: neighbours often share a digit, and each would wait for the other's store.
   uint32_t counts[4][kRadixBins] = {};
   for_digits(p, criterion, pass, begin, end, [&](uint32_t digit, int lane) { counts[lane % 4][digit]++; });
   for (int bin = 0; bin < kRadixBins; bin++)
     histogram[bin] += int64_t(counts[0][bin]) + counts[1][bin] + counts[2][bin] + counts[3][bin];
 }
 
-// Elements in memory order are not in logical order where rows are permuted (channels-last): gather them first.
+// Elements in memory order are not in logical order if rows are permuted (channels-last): collect them first.
 template <class T>
 void gather(const void* values, const Layout& layout, int64_t begin, int n, T* out) {
   for (int i = 0; i < n; i++) out[i] = static_cast<const T*>(values)[layout.offset(begin + i)];
 }
 
-// Calls f(v, i, n) for the groups of logical elements [begin, end), whatever the layout.
+// Calls f(v, i, n) for the groups of logical elements [begin, end) in any layout.
 template <class F>
 void for_logical_groups(const Scored& p, Criterion criterion, int64_t begin, int64_t end, F f) {
   if (p.layout.spatial == 1) {
@@ -51,7 +51,7 @@ void for_logical_groups(const Scored& p, Criterion criterion, int64_t begin, int
   }
   for (int64_t i = begin; i < end; i += 16) {
     const int n = int(end - i < 16 ? end - i : 16);
-    float theta[16] = {}, grad[16] = {};  // any dtype fits: the widest is float
+    float theta[16] = {}, grad[16] = {};  // large enough for any dtype: the widest is float
     Scored group = p;
     group.layout = {n, 1, 1};
     const auto fill = [&](const void*& values, Dtype dtype, float* room) {

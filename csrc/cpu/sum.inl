@@ -1,7 +1,7 @@
 // A long sum, shared by criticality and channel_dot. Included like score.inl.
 //
-// 16 interleaved partial sums are kept in float32 for kBlock elements, then added to 16 partial sums in double, which
-// are added pairwise at the end: the order depends on the length alone.
+// Numerics. 16 interleaved partial sums are kept in float32 for kBlock elements, then added to 16 partial sums in
+// double, which are added pairwise at the end: the order depends only on the length.
 
 constexpr int64_t kBlock = 512;
 

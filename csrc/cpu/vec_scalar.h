@@ -1,6 +1,6 @@
-// Vec: 16 floats, one lane at a time. This file is the definition; vec_avx2.h and vec_avx512.h do the same, bit for
-// bit (multiply_add aside), with wider registers. All kernels are written against Vec, so they sum in the same order
-// everywhere.
+// Vec: 16 floats, one lane at a time. This file is the definition. vec_avx2.h and vec_avx512.h give the same results
+// bit for bit (except multiply_add) with wider registers. All kernels are written against Vec, so that they add in the
+// same order on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ struct Vec {
     for (float& lane : v.lane) lane = x;
     return v;
   }
-  // Of a value in memory. Volatile, since GCC 12 at -O3 would else load neighbours of the next iteration too, past the
-  // end of the array, to broadcast two at a time.
+  // Broadcasts a value from memory. Volatile, because GCC 12 at -O3 would otherwise load neighbours of the next
+  // iteration as well, past the end of the array, to broadcast two at a time.
   static Vec broadcast_at(const float* p) { return broadcast(*static_cast<const volatile float*>(p)); }
   template <class T>
   static Vec load(const T* p) {
@@ -26,7 +26,7 @@ struct Vec {
     for (int i = 0; i < 16; i++) v.lane[i] = to_float(p[i]);
     return v;
   }
-  // The first n < 16 elements; the other lanes are zero, and memory past the n-th is not touched.
+  // The first n < 16 elements. The other lanes are zero, and memory past the n-th is not accessed.
   template <class T>
   static Vec load_first(const T* p, int n) {
     Vec v = broadcast(0);
@@ -45,7 +45,7 @@ struct Vec {
   void store(T* p) const {
     for (int i = 0; i < 16; i++) assign(p[i], lane[i]);
   }
-  // Writes the lanes whose bit is set; the others' memory is not touched.
+  // Writes the lanes whose bit is set. Memory of the other lanes is not accessed.
   template <class T>
   void store_masked(T* p, uint32_t mask) const {
     for (int i = 0; i < 16; i++)
@@ -65,7 +65,7 @@ struct Vec {
   Vec sqrt() const {
     return map([](float x) { return __builtin_sqrtf(x); });
   }
-  // The lanes whose bits are >= threshold as integers (lanes are non-negative floats), the others zero.
+  // Keeps the lanes whose bits are >= threshold as integers (lanes are non-negative floats); the others become zero.
   Vec at_least(int32_t threshold) const {
     return map([=](float x) { return int32_t(float_bits(x)) >= threshold ? x : 0.0f; });
   }
@@ -97,9 +97,9 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) {
     return zip(a, b, [](float x, float y) { return x / y; });
   }
-  // a b + c, rounded once where the instruction set can, else twice: the one operation whose bits differ.
+  // a b + c, rounded once where the instruction set supports it, otherwise twice: the only operation whose bits differ.
   static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
-  // Larger by bits as integers: the larger of non-negative floats, and a NaN beats every number.
+  // Larger by bits as integers: the larger of non-negative floats; a NaN is larger than every number.
   static Vec max_bits(Vec a, Vec b) {
     return zip(a, b, [](float x, float y) { return int32_t(float_bits(x)) > int32_t(float_bits(y)) ? x : y; });
   }

@@ -1,5 +1,5 @@
-// What all kernels share: the few words that nvcc and the tests' CUDA-on-CPU header spell differently, access to global
-// memory, tables of parameters in a kernel's arguments, block-wide scans, and a parameter's scores.
+// Shared by all kernels: the constructs that nvcc and the tests' CUDA-on-CPU header spell differently, access to global
+// memory, tables of parameters in a kernel's arguments, block-wide scans, and packs.
 #pragma once
 
 #include <cstdint>
@@ -7,24 +7,24 @@
 
 #include "delfast/params.h"
 
-#ifndef DELFAST_CUDA_ON_CPU  // under it g++ compiles this text, and csrc/tests/cuda_on_cpu defines these words
+#ifndef DELFAST_CUDA_ON_CPU  // compiled by g++: csrc/tests/cuda_on_cpu defines these names
 #include <cuda_runtime.h>
 #define DELFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-#define DELFAST_BODY __device__ __forceinline__  // of kernels that differ by their table's size alone
+#define DELFAST_BODY __device__ __forceinline__  // body of kernels that differ only by their table's size
 #define DELFAST_GRID_CONSTANT(...) const __grid_constant__ __VA_ARGS__
 #define DELFAST_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 #define DELFAST_DYNAMIC_SHARED(T, name)                            \
   extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared_)
 
-// Global memory is read and written through these alone, so that the tests can count what a warp asks for.
+// All access to global memory goes through these functions, so that the tests can count the sectors a warp requests.
 template <class T>
 __device__ __forceinline__ T global_load(const T* address) {
   return *address;
 }
 template <class T>
-__device__ __forceinline__ T global_load_const(const T* address) {  // of what is not written while the kernel runs
+__device__ __forceinline__ T global_load_const(const T* address) {  // for memory that no kernel writes meanwhile
   return __ldg(address);
 }
 template <class T>
@@ -43,12 +43,12 @@ using Error = const char*;
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
-constexpr int kThreads = 256;  // a block's, unless it says otherwise
+constexpr int kThreads = 256;  // threads of a block, unless a kernel defines its own number
 
 __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
-// ---- tables: what a launch works on, in the kernel's arguments
+// ---- tables: the entries that a launch works on, in the kernel's arguments
 
 // Bytes of a kernel's arguments: at most 4 KiB, and since CUDA 12.1 at most 32,764 bytes on sm_70 and later (CUDA C++
 // Programming Guide, "__global__ function parameters").
@@ -61,13 +61,13 @@ struct Table {
   // leaves room for a kernel's other arguments
   static constexpr int kEntries = int((kBytes - 128) / (sizeof(Entry) + sizeof(uint32_t)) - 1);
   int count = 0;
-  uint32_t first_block[kEntries + 1] = {};  // of each entry; then how many blocks there are in all
+  uint32_t first_block[kEntries + 1] = {};  // first block of each entry; [count]: number of all blocks
   Entry entries[kEntries] = {};
 
   uint32_t blocks() const { return first_block[count]; }
 };
 
-// The entry that a block works on, this one if no other is named.
+// Returns the entry that a block works on; by default the calling block.
 template <class Entry, int kBytes>
 __device__ __forceinline__ int find_entry(const Table<Entry, kBytes>& table, uint32_t block = blockIdx.x) {
   int low = 0, high = table.count;  // first_block[low] <= block < first_block[high]
@@ -106,8 +106,8 @@ inline bool driver_takes_large_tables() {
 }
 
 // Calls for_entries(add), which calls add(entry, blocks) for each of at most `count` entries in order, and
-// launch(table) for every full table and the last one. One table holds the entries of most networks: they are small
-// if these fit, else large, where toolkit and driver have large ones.
+// launch(table) for every full table and the last one. One small table holds the entries of most networks. A list that
+// does not fit into one goes into large tables, where toolkit and driver support them.
 template <class Entry, class ForEntries, class Launch>
 void launch_tables(int64_t count, ForEntries for_entries, Launch launch) {
   const auto fill = [&]<int kBytes>(std::integral_constant<int, kBytes>) {
@@ -139,13 +139,13 @@ __device__ __forceinline__ T warp_inclusive_scan(T value) {
   return value;
 }
 
-// The sum of `value` over the threads before this one, and over all of them. For whole blocks of whole warps;
-// `totals` is shared memory, not to be used for anything else before the next __syncthreads.
+// Returns the sum of `value` over the threads before this one, and in `total` the sum over all threads. For whole
+// blocks of whole warps. `totals` is shared memory that must not be reused before the next __syncthreads.
 template <class T>
 __device__ __forceinline__ T block_exclusive_scan(T value, T* totals /* [32] */, T& total) {
   const T inclusive = warp_inclusive_scan(value);
   const int warps = int(blockDim.x) / kWarp;
-  __syncthreads();  // whoever still reads the totals of an earlier call
+  __syncthreads();  // the totals of an earlier call may still be in use
   if (lane() == kWarp - 1) totals[warp()] = inclusive;
   __syncthreads();
   T before = 0;
@@ -158,8 +158,8 @@ __device__ __forceinline__ T block_exclusive_scan(T value, T* totals /* [32] */,
   return before + inclusive - value;
 }
 
-// Whether this block is the last of `blocks` to come here; then it sees what the others have written before. `done` has
-// to be 0 at first.
+// Returns true in the last of `blocks` blocks that calls it. This block then reads what the others wrote before their
+// call. `done` must start at 0.
 __device__ __forceinline__ bool is_last_block(uint32_t* done, uint32_t blocks) {
   DELFAST_SHARED(bool, last);
   __threadfence();
@@ -170,7 +170,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t* done, uint32_t blocks) {
   return last;
 }
 
-// ---- packs: as many neighbours as make 16 bytes of the wider dtype, read by one instruction
+// ---- packs: neighbouring elements that fill 16 bytes in the wider dtype, read by one instruction
 
 template <int kBytes>
 struct WordOf;
@@ -191,7 +191,7 @@ struct WordOf<16> {
   using type = uint4;
 };
 
-// kWritten: the kernel writes to this memory too.
+// kWritten: the kernel also writes to this memory.
 template <bool kWritten = false, int kCount, class T>
 __device__ __forceinline__ void load_pack(const T* address, float (&out)[kCount]) {
   using Word = typename WordOf<kCount* int(sizeof(T))>::type;
@@ -218,7 +218,7 @@ __device__ __forceinline__ void store_pack(T* address, const float (&values)[kCo
   global_store(reinterpret_cast<Word*>(address), word);
 }
 
-// How many elements past the start of a pack `address` lies.
+// Number of elements between the start of a pack and `address`.
 template <int kCount, class T>
 __device__ __forceinline__ int pack_offset(const T* address) {
   return int(reinterpret_cast<uintptr_t>(address) / sizeof(T) % kCount);

@@ -1,4 +1,4 @@
-// Launchers of the second and third kernels over long rows. A file of its own, compiled beside the other.
+// Launchers of the second and third kernels over long rows, in a file of their own so that they compile in parallel.
 #include "cuda/criticality_long_sum.cuh"
 #include "cuda/criticality_long_top.cuh"
 #include "cuda/criticality_plan.cuh"

@@ -1,16 +1,21 @@
-// Rows of more than kBlockRow elements: several blocks each, two readings for the top h, one for all else.
+// Rows of more than kBlockRow elements: several blocks for each row, two readings for the top h, one reading otherwise.
 //
-// Mapping. A block takes a segment of a row. The last block of a row to be done ends the row's part of the launch.
-// - criticality_top takes a sample of each row, which gives the bracket of its h-th largest (criticality_top.cuh).
-// - criticality_long_count counts the scores above the bracket and lists those inside; the last block searches these.
-// - criticality_long_sum makes the 16 float32 sums of every kBlock elements; the last block adds them up.
-// - criticality_mean makes the same sums, of all scores (criticality_mean.cuh), and criticality_long_add adds them up.
-//
-// Scores equal to an end of the bracket are counted apart: of many equal scores none
-// is listed. Where the sample misleads, the last block searches the whole row by itself: slow and right. At five
-// standard deviations of a sample of independent scores that does not happen.
-// Memory. What the blocks of a row share lies in the workspace. Candidates are first gathered in shared memory.
-// Numerics: criticality_rows.cuh. Which block is the last, and the order of the list, do not show in the result.
+// Mapping. A block takes a segment of a row. The last block of a row to finish completes the row's part of the launch.
+// Kernels in the order of their launches:
+// - criticality_top samples each row, which gives the bracket of its h-th largest score (criticality_top.cuh).
+// - criticality_long_count counts the scores above the bracket and lists those inside. The last block searches the list
+//   (criticality_long_top.cuh).
+// - criticality_long_sum computes the 16 float32 sums of every kBlock elements. The last block adds them
+//   (criticality_long_sum.cuh).
+// For means and sums of whole rows instead:
+// - criticality_mean computes the same sums of all scores (criticality_mean.cuh).
+// - criticality_long_add adds them (criticality_long_sum.cuh).
+// Scores equal to an end of the bracket are counted separately and not listed, so that many equal scores do not fill
+// the list. If the bracket misses the h-th largest, the last block searches the whole row: slower, with the same
+// result. With independent scores this does not happen at five standard deviations (kSpread).
+// Memory. State, sums and list of a row are in the workspace. Candidates are collected in shared memory before they are
+// written to the list.
+// Numerics: criticality_rows.cuh. The result depends neither on which block is the last nor on the order of the list.
 #pragma once
 
 #include <cmath>
@@ -19,20 +24,20 @@
 
 namespace delfast::cuda {
 
-// ---- what the blocks of a row share, in the workspace
+// ---- memory in the workspace that the blocks of a row share
 
 struct LongState {
-  uint32_t hi, lo;                       // the bracket, and how many scores are ...
+  uint32_t hi, lo;                       // the bracket; the counts below are of the scores ...
   uint32_t above, at_hi, inside, at_lo;  // ... above hi, equal to it, between hi and lo, equal to lo
   uint32_t largest;
-  uint32_t counted, summed;  // how many blocks are done
+  uint32_t counted, summed;  // number of blocks that are done
   Threshold threshold;
   uint32_t unused[4];
 };
 static_assert(sizeof(LongState) == 64);
 
-// The room of a long row in the workspace, in units of a LongState: the state, 16 float32 sums for every kBlock
-// elements (a unit), and the list.
+// Size of a long row's part of the workspace, in units of a LongState: the state, 16 float32 sums for every kBlock
+// elements (one unit), and the list.
 __host__ __device__ constexpr int64_t long_row_units(uint32_t length, uint32_t capacity) {
   return 1 + blocks_of_row(int64_t(length)) + (int64_t(capacity) + 15) / 16;
 }
@@ -55,8 +60,8 @@ struct LongRow {
 };
 
 struct Segment {
-  int64_t row;    // its number
-  int64_t begin;  // in the row
+  int64_t row;    // number of the row in the parameter
+  int64_t begin;  // element of the row
   int64_t first;  // element of the parameter
   int length;
 
@@ -74,13 +79,13 @@ struct Segment {
 constexpr int kMaxRuns = 2048;
 constexpr float kSpread = 5;  // standard deviations between the h-th largest and either end of its bracket
 
-// How many runs of four scores are sampled: one in 64, or kMaxRuns.
+// Number of sampled runs of four scores: one run in 64, at most kMaxRuns.
 __host__ __device__ constexpr int sample_runs(uint32_t length) {
   return length / 64 < kMaxRuns ? int(length / 64) : kMaxRuns;
 }
 
-// Which of the sample's largest are the ends of the bracket. Below 1: there is nothing above the bracket; beyond the
-// sample's size: there is nothing below it.
+// Ranks, in the sorted sample, of the two ends of the bracket. hi below 1: no score is above the bracket.
+// lo at or beyond the sample's size: no score is below it.
 struct SampleRanks {
   int hi, lo;
 };
@@ -90,8 +95,8 @@ __host__ __device__ inline SampleRanks sample_ranks(uint32_t length, uint32_t to
   return {int(expected - spread), int(expected + spread) + 1};
 }
 
-// The first of run u's scores, over 4. Each run lies at random in its own part of the row, so that nothing periodic is
-// met or missed.
+// First score of run u, divided by 4. Each run lies at random in its own part of the row, so that a periodic row is
+// sampled without bias.
 __host__ __device__ constexpr uint32_t sampled_pack(uint32_t length, int runs, int u) {
   const uint64_t packs = length / 4;
   const uint32_t begin = uint32_t(packs * uint32_t(u) / uint32_t(runs));

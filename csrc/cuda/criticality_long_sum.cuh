@@ -1,7 +1,9 @@
-// The sums of long rows, from a reading by segments, and their scores.
+// The sums of long rows, by segments, and the rows' scores.
 //
-// Mapping. A block takes a segment, as criticality_mean does, and leaves its sums in the workspace. The last block of a
-// row adds these up; after criticality_mean, where nobody has prepared a count of blocks, a launch of its own does.
+// Mapping. A block takes a segment, like criticality_mean, and writes its sums to the workspace. The last block of a
+// row adds them. After criticality_mean, which counts no finished blocks, a separate launch (criticality_long_add) adds
+// them.
+// Memory. Operands are read once; 16 sums of every kBlock elements are written to the workspace and read again.
 // Numerics: criticality_rows.cuh.
 #pragma once
 
@@ -9,10 +11,11 @@
 
 namespace delfast::cuda {
 
-// Of what power of two a finite score is a multiple, at the most: its lowest set bit.
+// Exponent of the score's lowest set bit: a finite score is a multiple of 2 to this power, and of no higher power of
+// two.
 __device__ __forceinline__ int unit_of(float score) {
   const uint32_t bits = float_bits(score), exponent = bits >> 23;
-  if (bits == 0) return 500;  // of all of them
+  if (bits == 0) return 500;  // 0 is a multiple of every power of two
   return int(exponent ? exponent : 1) - 150 + __ffs(int((bits & 0x7fffff) | (exponent ? 0x800000 : 0))) - 1;
 }
 __device__ __forceinline__ double power_of_two(int exponent) {
@@ -22,9 +25,10 @@ __device__ __forceinline__ double power_of_two(int exponent) {
   return value;
 }
 
-// For a block of kRowThreads: the score of a row from its float32 sums. These are to be added in their order, 16 chains
-// of additions in double that would take longer than the reading. But where the sums are all multiples of some 2^u and
-// their total is at most 2^(52 + u), every partial sum is exact in any order: then all threads add. Else 16 lanes do.
+// For a block of kRowThreads: the score of a row from its float32 sums. The definition adds them in order, by 16 chains
+// of additions in double, which would take longer than the reading. If all sums are multiples of some 2^u and their
+// total is at most 2^(52 + u), every partial sum is exact in any order, and all threads add. Otherwise 16 threads add
+// in order.
 __device__ __forceinline__ void add_sums(const Rows& p, const LongRow& row, int64_t number) {
   DELFAST_SHARED(double, totals, [kRowThreads]);
   DELFAST_SHARED(int, units, [kRowThreads]);
@@ -73,11 +77,12 @@ __device__ __forceinline__ void add_sums(const Rows& p, const LongRow& row, int6
   if (threadIdx.x == 0) global_store(&p.out[number], reduced(p, sum, threshold));
 }
 
-// Rows of Reduce::top and, among such rows, Reduce::mean.
+// Rows of Reduce::top, and rows of Reduce::mean in the same launch.
 DELFAST_BODY void sum_segment(const Rows& p, Criterion criterion, int64_t block, unsigned char* workspace) {
   const Segment segment(p, block);
   const LongRow row(p, workspace, segment.row);
-  if (p.reduce == Reduce::top && global_load(&row.state->largest) >= kInfinity) return;  // its score is known
+  // the largest score is not finite: already stored
+  if (p.reduce == Reduce::top && global_load(&row.state->largest) >= kInfinity) return;
   DELFAST_SHARED(uint4, sums, [kGroups * 4]);
   sum_rows<true>(p, criterion, segment.first, segment.length, 1, global_load(&row.state->threshold.bits), sums);
   store_sums(segment, sums, row);
@@ -92,7 +97,7 @@ __global__ void __launch_bounds__(kRowThreads, kMeanResident)
   sum_segment(table.entries[entry], criterion, blockIdx.x - table.first_block[entry], workspace);
 }
 
-// A block per row.
+// One block for each row.
 template <int kBytes>
 __global__ void __launch_bounds__(kRowThreads)
     criticality_long_add(DELFAST_GRID_CONSTANT(Table<Rows, kBytes>) table, unsigned char* workspace) {

@@ -1,9 +1,11 @@
-// The threshold of the h largest of a long row: one reading counts the scores above its bracket and lists those inside.
+// The threshold of the h largest scores of a long row: one reading counts the scores above its bracket and lists those
+// inside. criticality_long.cuh describes all steps.
 //
-// Mapping. A block takes a segment, a warp a part of it, a chunk at a time. The last block of a row searches the list.
-// Memory. kCountLoads packs of four are under way in a thread. A warp gathers its candidates in shared memory and
-// writes them to the row's list, where an atomic addition gives them their place.
-// The order of the list does not show in the result. For the whole of it see criticality_long.cuh.
+// Mapping. A block takes a segment, a warp a part of it, one chunk at a time. The last block of a row searches the
+// list.
+// Memory. Each thread has kCountLoads packs of four in flight. A warp collects its candidates in shared memory and
+// writes them to the row's list; an atomic addition assigns their places.
+// Numerics. Integers only: the result does not depend on the order of the list.
 #pragma once
 
 #include "cuda/criticality_long.cuh"
@@ -12,13 +14,13 @@
 namespace delfast::cuda {
 
 constexpr int kCountWarps = kThreads / kWarp;
-constexpr int kCountLoads = 4, kCountResident = 3;  // as kTopLoads, kTopResident
+constexpr int kCountLoads = 4, kCountResident = 3;  // see kTopLoads; no measurement is kept
 constexpr int kChunk = 4 * kCountLoads * kWarp;     // elements that a warp takes at a time
-constexpr int kStaged = 2 * kChunk;                 // candidates in shared memory, of a warp
+constexpr int kStaged = 2 * kChunk;                 // candidates of a warp in shared memory
 static_assert(kSegment % (kCountWarps * kChunk) == 0 && kCountWarps * kStaged >= kRadixBins);
 
-// A chunk of up to kChunk scores from `first` on, as bits; those beyond `length` are negative. Where packs are not
-// aligned the scores come by way of `room`, so that the compiler keeps fewer of them in registers.
+// Bits of up to kChunk scores from `first` on; those beyond `length` are negative. Where packs are not aligned, the
+// scores go through `room`, so that the compiler keeps fewer of them in registers.
 template <class Score>
 __device__ __forceinline__ void load_chunk(const Score& score, int64_t first, int length, uint32_t* room /* [kChunk] */,
                                            int (&bits)[4 * kCountLoads]) {
@@ -40,17 +42,17 @@ __device__ __forceinline__ void load_chunk(const Score& score, int64_t first, in
     for (int e = 0; e < kChunk; e += kWarp) mine[e] = e + lane() < length ? float_bits(here.one(e)) : 0xffffffff;
 #pragma unroll
     for (int i = 0; i < 4 * kCountLoads; i++) bits[i] = int(mine[i * kWarp]);
-    __syncwarp();  // before others write there
+    __syncwarp();  // before other lanes write there
   }
 }
 
-// A warp's candidates, on their way through shared memory into the row's list.
+// A warp's candidates: collected in shared memory, then written to the row's list.
 struct Staged {
   uint32_t* scores;  // [kStaged]
   int count = 0;
 
-  __device__ __forceinline__ uint32_t* room() const { return scores + count; }  // for a chunk
-  // Takes the scores between lo and hi.
+  __device__ __forceinline__ uint32_t* room() const { return scores + count; }  // memory for a chunk
+  // Adds the scores between lo and hi.
   __device__ __forceinline__ void add(const int (&bits)[4 * kCountLoads], int lo, int hi, const Rows& p,
                                       const LongRow& row) {
     int mine = 0;
@@ -64,7 +66,7 @@ struct Staged {
     count += __shfl_sync(kAllLanes, inclusive, kWarp - 1);
     if (count > kStaged - kChunk) flush(p, row);
   }
-  // Those beyond the capacity are counted and not written.
+  // Candidates beyond the capacity are counted and not written.
   __device__ __forceinline__ void flush(const Rows& p, const LongRow& row) {
     uint32_t at = 0;
     if (lane() == 0 && count) at = atomicAdd(&row.state->inside, uint32_t(count));
@@ -80,8 +82,8 @@ struct Staged {
 
 // ---- the end of the search
 
-// For a block of kThreads: the threshold of the largest keys, `left` of them and one more; for_each(f) calls f(key) for
-// every key, of `width` bits, shared out among the threads. Digits of up to 11 bits, the highest first.
+// For a block of kThreads: the threshold of the `left` + 1 largest keys. for_each(f) calls f(key) for every key of
+// `width` bits, distributed over the threads. Digits of up to 11 bits, the highest first.
 template <class ForEach>
 __device__ __forceinline__ Threshold search_keys(ForEach for_each, int width, uint32_t left, uint32_t* bins) {
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
@@ -90,7 +92,7 @@ __device__ __forceinline__ Threshold search_keys(ForEach for_each, int width, ui
   static_assert(kRadixBins == 1 << kDigit);
   uint32_t key = 0, equal = 0;
 #pragma unroll 1
-  for (int above = width; above > 0;) {  // the bits from there on are known
+  for (int above = width; above > 0;) {  // the bits from `above` on are found
     const int shift = above > kDigit ? above - kDigit : 0;
     clear_bins(bins);
     for_each([&](uint32_t k) { count_digit(k, {shift, above - shift}, key, bins); });
@@ -105,12 +107,12 @@ __device__ __forceinline__ Threshold search_keys(ForEach for_each, int width, ui
     equal = found[2];
     above = shift;
   }
-  // left + 1 of the equal ones belong to the top
+  // left + 1 of the keys equal to `key` belong to the top
   if (left + 1 == equal) return {key, 0, 0};
   return {key + 1, key, left + 1};
 }
 
-// For a block of kThreads, once all scores of the row are counted.
+// For a block of kThreads, after all scores of the row are counted.
 __device__ __forceinline__ Threshold long_threshold(const Rows& p, Criterion criterion, const LongRow& row,
                                                     int64_t number, uint32_t* bins) {
   const LongState& state = *row.state;
@@ -126,7 +128,7 @@ __device__ __forceinline__ Threshold long_threshold(const Rows& p, Criterion cri
   if (above_lo < top && top <= from_lo) return tied(lo, above_lo, from_lo);
   const bool listed = from_hi < top && top <= above_lo && inside <= p.capacity;
   const uint32_t base = listed ? lo + 1 : 0;
-  int width = listed ? 1 : 31;  // one pass at least, which counts the ties
+  int width = listed ? 1 : 31;  // at least one pass, which counts the ties
   while (listed && (hi - base - 1) >> width) width++;
   const auto for_each = [&](auto f) {
     if (listed) {
@@ -146,7 +148,7 @@ __device__ __forceinline__ Threshold long_threshold(const Rows& p, Criterion cri
   return t;
 }
 
-// Rows of Reduce::max and Reduce::top: the score of the former, the threshold of the latter.
+// Rows of Reduce::max, whose score it stores, and of Reduce::top, whose threshold it stores.
 DELFAST_BODY void count_segment(const Rows& p, Criterion criterion, int64_t block, unsigned char* workspace) {
   const Segment segment(p, block);
   const LongRow row(p, workspace, segment.row);
@@ -157,8 +159,8 @@ DELFAST_BODY void count_segment(const Rows& p, Criterion criterion, int64_t bloc
 
   const int hi = int(global_load(&row.state->hi)), lo = int(global_load(&row.state->lo));
   Staged candidates = {staged + warp() * kStaged};
-  constexpr int kPart = kSegment / kCountWarps;  // of a warp
-  static_assert(kPart < 1 << 16);                // two counts in a word
+  constexpr int kPart = kSegment / kCountWarps;  // elements of a warp
+  static_assert(kPart < 1 << 16);                // so that two counts fit in a word
   uint32_t above = 0, ends = 0;
   int largest = 0;
   with_scores(p.operands(), criterion, [&](auto score) {

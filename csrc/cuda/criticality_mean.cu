@@ -1,10 +1,10 @@
-// Launcher of the means and sums of whole rows. A file of its own, compiled beside the others.
+// Launcher of the means and sums of whole rows, in a file of its own so that it compiles in parallel.
 #include "cuda/criticality_mean.cuh"
 #include "cuda/criticality_plan.cuh"
 
 namespace delfast::cuda {
 
-// Means and sums: all rows, and the sums of long rows; then these are added up.
+// Means and sums: one launch for all rows and for the segments of long rows, then one that adds the sums of long rows.
 void launch_means(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream) {
   const auto blocks = [](const Rows& p) {
     return p.length == 1 ? ceil_div(p.rows, kElementTile)

@@ -1,9 +1,11 @@
 // Means and sums of whole rows, in one reading.
 //
-// Mapping. Four lanes share kBlock elements: each adds up 4 of the 16 sums. A block takes as many whole rows of up to
-// kBlockRow elements as that makes, or one segment of a long row, whose partial sums it leaves in global memory.
-// Memory. Scores stay in registers; kMeanLoads packs of four are under way in a thread before the first is added. Rows
-// that do not begin at a pack are read element by element, by 16 neighbouring lanes. Numerics: criticality_rows.cuh.
+// Mapping. Four lanes share kBlock elements; each adds 4 of the 16 sums. A block takes as many whole rows of up to
+// kBlockRow elements as give each four lanes one kBlock, or one segment of a long row, whose sums it writes to the
+// workspace.
+// Memory. Scores stay in registers. Each thread has kMeanLoads packs of four in flight before the first is added. Rows
+// that do not begin at a pack are read element by element, by 16 neighbouring lanes.
+// Numerics: criticality_rows.cuh.
 #pragma once
 
 #include "cuda/criticality_sum.cuh"

@@ -1,4 +1,4 @@
-// Launcher of the kernel for rows in pieces. A file of its own, compiled beside the others.
+// Launcher of the kernel for rows in pieces, in a file of its own so that it compiles in parallel.
 #include "cuda/criticality_pieces.cuh"
 #include "cuda/criticality_plan.cuh"
 
@@ -10,7 +10,7 @@ int words_of_pieces(const Rows& p) {
   if (in_chunks(p)) return kPieceRows * kChunkPitch;
   return rows_of_pieces_block(p) * pitch_of_pieces(row_words(int(p.length)));
 }
-// A block's rows have at most kBlockRow elements together. Lists and padding add most where there are 16 rows.
+// The rows of a block have at most kBlockRow elements together. Lists and padding take most memory with 16 rows.
 constexpr int kMaxPieceWords = kPieceRows * pitch_of_pieces(row_words(kBlockRow / kPieceRows));
 
 }  // namespace
@@ -22,7 +22,7 @@ void launch_pieces(const Plan& plan, Criterion criterion, Stream stream) {
   launch_rows(plan.in_pieces, int64_t(plan.in_pieces.size()), blocks,
               [&]<int kBytes>(const Table<Rows, kBytes>& table) {
                 const auto kernel = criticality_pieces<kBytes>;
-                // as for criticality_top
+                // see launch_tops
                 if (words * 4 > 40 << 10)
                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxPieceWords * 4);
                 cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);

@@ -1,14 +1,16 @@
-// Scores of rows in pieces, which lie interleaved in memory: for each input the pieces of all rows, side by side.
+// Scores of rows in pieces. The rows are interleaved in memory: for each input, the pieces of all rows lie side by
+// side.
 //
-// Mapping. A block takes neighbouring rows, so that what it reads for an input is one stretch of memory: lanes take
-// packs of four along it, then the next input's.
-// - Means and sums: kPieceRows rows, kBlock elements of each at a time. A thread adds up one of a row's 16 sums, of
-//   two rows. An input that lies in two such chunks is read twice.
-// - The top h, the largest, and means and sums of long pieces: a few whole rows, which warps take in turns, or the
-//   block one after the other if they are longer than kWarpRow. A stretch makes a sector unless rows are so long that
-//   too few fit; then the neighbouring blocks find the rest of a sector in the L2 cache.
-// Memory. Scores are computed once and go to shared memory, each row's in its own order; kPieceLoads packs are under
-// way in a thread. Where a parameter's stretches are not made of aligned packs, its elements are read one by one.
+// Mapping. A block takes neighbouring rows, so that the elements it reads for one input are one contiguous stretch.
+// Lanes take packs of four along the stretch, then along the next input's.
+// - Means and sums: kPieceRows rows, kBlock elements of each at a time. A thread adds one of a row's 16 sums, of two
+//   rows. An input whose elements lie in two such chunks is read twice.
+// - The top h, the maximum, and means and sums of long pieces: a few whole rows. Warps take the rows in turn; rows
+//   longer than kWarpRow are taken by the block, one after another. A stretch fills a sector, unless the rows are so
+//   long that too few of them fit into shared memory. The neighbouring blocks then read the rest of the sector from the
+//   L2 cache.
+// Memory. Scores are computed once and stored in shared memory, row by row. Each thread has kPieceLoads packs in
+// flight. If a parameter's stretches do not consist of aligned packs, its elements are read one by one.
 // Numerics: criticality_rows.cuh.
 #pragma once
 
@@ -16,12 +18,13 @@
 
 namespace delfast::cuda {
 
-constexpr int kPieceLoads = 4, kPieceResident = 6;  // as kTopLoads, kTopResident
-constexpr int kPieceRows = 16;                      // of a block, at the most
-constexpr int kMaxPieceInChunks = kBlock / 8;       // at most an eighth is read twice
+constexpr int kPieceLoads = 4, kPieceResident = 6;  // see kTopLoads; no measurement is kept
+constexpr int kPieceRows = 16;                      // maximum number of rows of a block
+constexpr int kMaxPieceInChunks = kBlock / 8;       // an input in two chunks: at most one in eight
 static_assert(kMaxRowInPieces == kBlockRow);
 
-// Words between the rows in shared memory. They are 4 past a multiple of 8: scores of 8 rows lie in different banks.
+// Words from one row to the next in shared memory: 4 more than a multiple of 8, so that scores of 8 rows are in
+// different banks.
 __host__ __device__ constexpr int pitch_of_pieces(int words) { return words | 4; }
 constexpr int kChunkPitch = pitch_of_pieces(shared_slot(kBlock));
 
@@ -29,7 +32,7 @@ __host__ __device__ constexpr bool in_chunks(const Rows& p) {
   return (p.reduce == Reduce::sum || p.reduce == Reduce::mean) && p.piece <= kMaxPieceInChunks;
 }
 
-// How many whole rows a block takes: as many as make a sector, one for each warp at least, if so many fit.
+// Number of whole rows of a block: enough to fill a sector and at least one for each warp, if that many fit.
 __host__ __device__ constexpr int whole_rows_in_pieces(int length, int piece, int bytes) {
   int rows = kRowWarps;
   while (rows < kPieceRows && rows * piece * bytes < kSector) rows *= 2;
@@ -41,7 +44,7 @@ __host__ __device__ constexpr int rows_of_pieces_block(const Rows& p) {
   return in_chunks(p) ? kPieceRows : whole_rows_in_pieces(int(p.length), int(p.piece), narrow ? 2 : 4);
 }
 
-// Whether all stretches are made of aligned packs; those of the last block, which may be shorter, too.
+// Returns true if all stretches consist of aligned packs, including the last block's, which may be shorter.
 __device__ __forceinline__ bool in_packs(const Rows& p, int rows_of_block) {
   const auto aligned = [](const void* address, Dtype dtype) {
     return reinterpret_cast<uintptr_t>(address) % (dtype == Dtype::float32 ? 16 : 8) == 0;
@@ -50,14 +53,14 @@ __device__ __forceinline__ bool in_packs(const Rows& p, int rows_of_block) {
          aligned(p.grad, p.grad_dtype);
 }
 
-// What a thread stages of a stretch, or of several inputs' stretches at the same time if these are short.
+// A thread's part of a stretch, or of the stretches of several inputs at once if these are short.
 struct Share {
   int pack;    // in the stretch
-  int first;   // input
-  int inputs;  // how many of them, one in at_once
+  int first;   // first input
+  int inputs;  // number of inputs, every at_once-th
   int at_once;
 
-  // Of elements [begin, end) of the rows; packs from `from` on.
+  // For elements [begin, end) of the rows; packs from `from` on.
   __device__ __forceinline__ Share(int packs, int from, int piece, int begin, int end) {
     at_once = packs < kRowThreads ? kRowThreads / packs : 1;
     const int mine = packs < kRowThreads ? int(threadIdx.x) / packs : 0;
@@ -67,8 +70,8 @@ struct Share {
   }
 };
 
-// The scores of elements [begin, end) of some rows, which lie side by side from element `at` on and from one input to
-// the next `apart`, into shared memory. kWidth of them make a pack.
+// Stages the scores of elements [begin, end) of some rows in shared memory. The rows lie side by side from element `at`
+// on; the next input's are `apart` elements later. A pack is kWidth elements.
 template <int kWidth, class Score>
 __device__ __forceinline__ void stage_share(const Score& score, const Share& share, int piece, int64_t at,
                                             int64_t apart, int begin, int end, uint32_t* scores, int pitch) {
@@ -107,7 +110,7 @@ __device__ __forceinline__ void stage_share(const Score& score, const Share& sha
   }
 }
 
-// The scores of several rows of `length` elements, staged and padded: a warp takes every fourth of them, a block all.
+// Scores of several rows of `length` elements, staged and padded. A warp takes every fourth row, a block every row.
 template <class Team>
 __device__ __forceinline__ void score_whole_rows(const Rows& p, int64_t first_row, int rows, uint32_t* scores,
                                                  int pitch, uint32_t* room) {
@@ -130,7 +133,7 @@ __device__ __forceinline__ void score_whole_rows(const Rows& p, int64_t first_ro
 DELFAST_BODY void score_pieces(const Rows& p, Criterion criterion, int64_t block) {
   DELFAST_DYNAMIC_SHARED(uint32_t, scores);
   DELFAST_SHARED(uint32_t, room, [2 * kRowWarps]);
-  constexpr int kSums = kPieceRows * 16 / kRowThreads;  // of a thread
+  constexpr int kSums = kPieceRows * 16 / kRowThreads;  // sums of a thread
   const bool chunks = in_chunks(p);
   const int length = int(p.length), most = rows_of_pieces_block(p);
   const int pitch = chunks ? kChunkPitch : pitch_of_pieces(row_words(length));

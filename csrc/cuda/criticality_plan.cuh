@@ -1,4 +1,4 @@
-// Which rows the launches of the channel scores work on, and where long rows have their room.
+// The rows that each launch of the channel scores works on, and the place of long rows in the workspace.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace delfast::cuda {
 
-// How many candidates of a row are listed at the most: half as many again as the sample lets expect, and a few more,
-// since few are expected less surely.
+// Maximum number of listed candidates of a row: 1.5 times the number that the sample predicts. The prediction counts 10
+// sampled scores more than are in the bracket, since few scores predict less accurately.
 inline uint32_t long_capacity(uint32_t length, uint32_t top) {
   const int size = 4 * sample_runs(length);
   const SampleRanks ranks = sample_ranks(length, top, size);
@@ -45,9 +45,9 @@ void launch_rows(const std::vector<Rows>& list, int64_t count, BlocksOf blocks_o
 
 struct Plan {
   std::vector<Rows> list;       // contiguous rows, the longest first, so that the last blocks are small ones
-  std::vector<Rows> in_pieces;  // the longest first, too
-  int64_t units = 0;            // of the workspace
-  int64_t long_count = 0;       // entries of long rows; they come first
+  std::vector<Rows> in_pieces;  // the longest first
+  int64_t units = 0;            // size of the workspace in units of a LongState
+  int64_t long_count = 0;       // number of entries with long rows, which come first
 
   Plan(const Scored* params, const int64_t* top, int64_t count, Aggregate aggregate, float* out) {
     for (int64_t i = 0; i < count; i++) {
@@ -74,12 +74,12 @@ struct Plan {
 
 inline int64_t segment_blocks(const Rows& p) { return p.rows * p.segments(); }
 
-// In criticality_pieces.cu: the rows in pieces, if there are any.
+// In criticality_pieces.cu: the rows in pieces, if any.
 void launch_pieces(const Plan& plan, Criterion criterion, Stream stream);
 // In criticality_mean.cu.
 void launch_means(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream);
 
-// In criticality_long.cu: what follows the first launch where there are long rows.
+// In criticality_long.cu: the launches after the first, for long rows.
 void launch_long_sums(const Plan& plan, unsigned char* workspace, Stream stream);
 void launch_long_tops(const Plan& plan, Criterion criterion, unsigned char* workspace, Stream stream);
 

@@ -1,8 +1,8 @@
-// Channel scores: what the kernels for short and long rows share.
+// Channel scores: definitions shared by the kernels for short and long rows.
 //
-// Numerics, the CPU kernels' bit for bit. A sum keeps 16 interleaved partial sums in float32 for kBlock elements, then
-// adds them to 16 partial sums in double, which are added pairwise at the end. Who loads an element depends on its
-// alignment, who adds it does not.
+// Numerics. Equal to the CPU kernels' results bit for bit. A sum keeps 16 interleaved partial sums in float32 for
+// kBlock elements, then adds them to 16 partial sums in double, which are added pairwise at the end. An element's
+// alignment decides which thread loads it, but not which partial sum it is added to.
 #pragma once
 
 #include "cuda/scores.cuh"
@@ -11,12 +11,12 @@ namespace delfast::cuda {
 
 constexpr int kBlock = 512;          // elements that 16 float32 sums cover
 constexpr int kBlockRow = 1 << 14;   // elements of the longest row that one block scores; a longer row is "long"
-constexpr int kSegment = kBlockRow;  // of a long row: what one block reads
-constexpr int kElementTile = 2048;   // elements for a block, of rows of one element
+constexpr int kSegment = kBlockRow;  // elements of a long row that one block reads
+constexpr int kElementTile = 2048;   // elements of a block, for rows of one element
 
 constexpr int kRowThreads = 128;
 constexpr int kRowWarps = kRowThreads / kWarp;
-constexpr int kGroups = kRowThreads / 4;  // of four lanes, one for each kBlock elements
+constexpr int kGroups = kRowThreads / 4;  // groups of four lanes, one for each kBlock elements
 static_assert(kGroups * kBlock == kBlockRow);
 
 template <class Int>
@@ -30,11 +30,11 @@ enum class Reduce : int8_t { sum, mean, max, top };
 struct Rows {
   const void* theta;
   const void* grad;
-  float* out;  // of the first row
+  float* out;  // score of the first row
   int64_t rows;
   uint32_t length, top;     // top in (1, length) for Reduce::top
-  uint32_t room, capacity;  // of long rows: see criticality_long.cuh
-  uint32_t piece;           // of rows in pieces, else 0: see Scored
+  uint32_t room, capacity;  // for long rows: see criticality_long.cuh
+  uint32_t piece;           // for rows in pieces, else 0: see Scored
   Dtype theta_dtype, grad_dtype;
   Reduce reduce;
 
@@ -44,12 +44,12 @@ struct Rows {
   __host__ __device__ __forceinline__ int64_t blocks() const { return blocks_of_row(int64_t(length)); }
 };
 
-// Which scores count: those from `bits` on, and `ties` more of the score `tie`.
+// The scores that are counted: those with bits of at least `bits`, and `ties` more scores equal to `tie`.
 struct Threshold {
   uint32_t bits, tie, ties;
 };
 
-// What 16 lanes' double sums make, in the first of each 16.
+// Returns the sum of 16 lanes' double sums, in the first lane of each 16.
 __device__ __forceinline__ double add_pairwise(double sum) {
   for (int width = 8; width; width /= 2) sum += __shfl_down_sync(kAllLanes, sum, width, 16);
   return sum;
@@ -66,7 +66,7 @@ __device__ __forceinline__ float reduced(const Rows& p, double sum, const Thresh
   }
 }
 
-// Rows of one element: every aggregate of it is that element.
+// Rows of one element: every aggregate of a row is that element.
 __device__ __forceinline__ void score_elements(const Rows& p, Criterion criterion, int64_t block) {
   const int64_t begin = block * kElementTile, end = begin + kElementTile < p.rows ? begin + kElementTile : p.rows;
   with_scores(p.operands(), criterion, [&](auto score) {

@@ -1,9 +1,10 @@
-// The threshold of the h largest of a row's scores in shared memory, by a bracket [lo, hi) of the h-th largest.
+// The threshold of the h largest of a row's scores in shared memory, found by a bracket [lo, hi) around the h-th
+// largest.
 //
-// A guess from a sample of the scores, then passes that count the scores at or above a pivot, narrow the bracket until
-// few candidates are inside. These are listed, each thread's at places that its own counts give, and one warp narrows
-// the bracket to the end on the list alone. Pivots come from interpolation, and from bisection where that shrinks the
-// bracket too little. Three or four passes are usual; how the search goes does not show in its result.
+// The first guess comes from a sample of the scores. Passes count the scores at or above a pivot and narrow the bracket
+// until few candidates are inside. The candidates are then listed, each thread's at positions given by its own counts,
+// and one warp narrows the bracket on the list alone. Pivots are interpolated, or bisected where interpolation shrinks
+// the bracket too little. Three or four passes are usual. The result does not depend on the course of the search.
 #pragma once
 
 #include <cmath>
@@ -12,12 +13,12 @@
 
 namespace delfast::cuda {
 
-constexpr uint32_t kPad = 0x80000000;  // a score that is none: as an int and as a float below every pivot
+constexpr uint32_t kPad = 0x80000000;  // padding: below every pivot, as an int and as a float
 
-// Words for the candidates of a row, a multiple of 4.
+// Number of words for the candidates of a row, a multiple of 4.
 __host__ __device__ constexpr int list_capacity(int length) { return length / 8 < 32 ? 32 : (length / 8 + 3) / 4 * 4; }
 
-// How many of the thread's scores are at or above a pivot > 0.
+// Number of the thread's scores that are at or above a pivot > 0.
 template <class Team>
 __device__ __forceinline__ uint32_t count_at_least(const uint32_t* scores, int packs, int pivot, const Team& team) {
   const float least = bits_float(uint32_t(pivot));
@@ -31,14 +32,15 @@ __device__ __forceinline__ uint32_t count_at_least(const uint32_t* scores, int p
   return uint32_t((count[0] + count[1]) + (count[2] + count[3]));
 }
 
-// A guess at the h-th largest, as bits: each lane takes the largest of g scores from all over the row, g such that
-// the guess is near the median of these, and the warp sorts them.
+// A guess at the h-th largest, as bits. Each lane takes the maximum of g scores from all parts of the row, with g such
+// that the guess is near the median of these maxima, and the warp sorts them.
 template <class Team>
 __device__ __forceinline__ int guess(const uint32_t* scores, int length, int top, Team& team) {
   const float share = float(top) / float(length);
   int g = int(0.7f / share);
   g = g < 1 ? 1 : g > 16 ? 16 : g;
-  const float below = exp2f(float(g) * log2f(1 - share));  // the chance that all g lie below
+  // the probability that all g scores are below the h-th largest
+  const float below = exp2f(float(g) * log2f(1 - share));
   const float pitch = float(length) / float(g * Team::kThreads);
   uint32_t value = 0;
 #pragma unroll 4
@@ -62,7 +64,7 @@ __device__ __forceinline__ int guess(const uint32_t* scores, int length, int top
   return int(team.average(__shfl_sync(kAllLanes, value, index)));
 }
 
-// Of the h-th largest: scores >= lo are at_lo >= h, scores >= hi are at_hi < h.
+// Bracket of the h-th largest: at_lo >= h scores are >= lo, and at_hi < h scores are >= hi.
 struct Bracket {
   int lo, hi;
   int at_lo, at_hi;
@@ -71,7 +73,7 @@ struct Bracket {
     if (at_lo == top) return {uint32_t(lo), 0, 0};
     return {uint32_t(hi), uint32_t(lo), uint32_t(top - at_hi)};
   }
-  // Where to look next, between the ends.
+  // Returns the next pivot, between the ends.
   __device__ __forceinline__ int inside(int top, bool bisect) const {
     const float fraction = bisect ? 0.5f : float(at_lo - top) / float(at_lo - at_hi);
     const int offset = int(float(hi - lo) * fraction);
@@ -79,7 +81,7 @@ struct Bracket {
   }
 };
 
-// For a warp: the bracket narrowed until it is found, by counting the candidates inside it.
+// For a warp: narrows the bracket to the end by counting the candidates inside it.
 __device__ __forceinline__ void finish(const uint32_t* list, int size, int top, Bracket& b) {
   const int above = b.at_hi;
   bool bisect = false;
@@ -101,8 +103,8 @@ __device__ __forceinline__ void finish(const uint32_t* list, int size, int top, 
   }
 }
 
-// The threshold of the `top` largest of the scores, all finite; `largest` is their largest; 0 < top < length. The
-// scores are padded with kPad to whole packs.
+// The threshold of the `top` largest of the scores, which are all finite; `largest` is their maximum; 0 < top < length.
+// The scores are padded with kPad to whole packs.
 template <class Team>
 __device__ __forceinline__ Threshold top_threshold(const uint32_t* scores, uint32_t* list, int length, int top,
                                                    uint32_t largest, Team& team) {
@@ -133,7 +135,7 @@ __device__ __forceinline__ Threshold top_threshold(const uint32_t* scores, uint3
         mine_hi = int(mine);
       }
       if (b.lo == 0 || b.hi == limit) {
-        // a factor of two in the scores changes the count by about as much, or more: aim a little past
+        // a factor of two in the scores changes the count by at least about as much, so aim slightly beyond the target
         const float off = float(count > top ? count - top : top - count) / float(top);
         step = step > 0 ? 4 * step : off * float(1 << 23) + float(1 << 14);
         step = step < float(1 << 30) ? step : float(1 << 30);
@@ -147,7 +149,7 @@ __device__ __forceinline__ Threshold top_threshold(const uint32_t* scores, uint3
       first = false;
     }
   }
-  if (!b.found(top)) {  // gather the candidates; every thread knows how many it has
+  if (!b.found(top)) {  // list the candidates; every thread has counted its own
     uint32_t* next = list + team.exclusive_scan(uint32_t(mine_lo - mine_hi));
     const uint32_t width = uint32_t(b.hi - b.lo), lo = uint32_t(b.lo);
     for_packs(scores, packs, team, [&](const uint4& bits) {

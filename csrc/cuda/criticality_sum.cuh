@@ -1,12 +1,12 @@
-// The 16 float32 sums of every kBlock elements, from registers. Shared by means of rows and sums of long rows.
+// The 16 float32 sums of every kBlock elements, from registers. Used for means of rows and for sums of long rows.
 #pragma once
 
 #include "cuda/criticality_long.cuh"
 
 namespace delfast::cuda {
 
-// Packs under way in a thread, and blocks to be resident on a multiprocessor, to which the compiler fits registers.
-// Compared on an H100 with 4 and 10, which were slower for large rows.
+// Packs in flight in a thread, and resident blocks of a multiprocessor, which limit the registers of a thread. On an
+// H100, 4 and 10 were slower for large rows (benchmarks/gpu_bandwidth.py times them; these times are not kept).
 constexpr int kMeanLoads = 8, kMeanResident = 6;
 
 template <bool kAboveOnly>
@@ -14,13 +14,13 @@ __device__ __forceinline__ float counted(float score, uint32_t threshold) {
   return !kAboveOnly || float_bits(score) >= threshold ? score : 0.0f;
 }
 
-// Four of the 16 sums of up to kBlock elements from `first`, aligned to a pack, in their order: those of elements
-// 4 * quarter + j.
+// Four of the 16 sums of up to kBlock elements from `first`, which is aligned to a pack: sum j adds the elements 16 i +
+// 4 * quarter + j in the order of i.
 template <bool kAboveOnly, class Score>
 __device__ __forceinline__ void add_quarter(const Score& score, int64_t first, int length, int quarter,
                                             uint32_t threshold, float (&sum)[4]) {
   Score here = score.from(first + 4 * quarter);
-  int steps = length / 16;  // in which all 16 are there
+  int steps = length / 16;  // steps in which all 16 elements exist
 #pragma unroll 1
   for (; steps >= kMeanLoads; steps -= kMeanLoads, here = here.from(16 * kMeanLoads)) {
     typename Score::Raw raw[kMeanLoads];
@@ -50,8 +50,8 @@ __device__ __forceinline__ void add_quarter(const Score& score, int64_t first, i
     if (length / 16 * 16 + 4 * quarter + j < length) sum[j] += counted<kAboveOnly>(here.one(j), threshold);
 }
 
-// For a block: the sums of `rows` neighbouring rows from element `first` on, each padded to whole kBlocks, kGroups of
-// these in all, in shared memory. With kAboveOnly, of the scores whose bits are at least the threshold.
+// For a block: the sums of `rows` neighbouring rows from element `first` on, in shared memory. Each row is padded to
+// whole kBlocks, kGroups in all. With kAboveOnly only scores whose bits are at least the threshold are added.
 template <bool kAboveOnly>
 __device__ __forceinline__ void sum_rows(const Rows& p, Criterion criterion, int64_t first, int length, int rows,
                                          uint32_t threshold, uint4* partial /* [kGroups * 4] */) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ void sum_rows(const Rows& p, Criterion criterion, int
   __syncthreads();
 }
 
-// The sums of a segment, from shared memory into the row's.
+// Copies the sums of a segment from shared memory to the row's sums.
 __device__ __forceinline__ void store_sums(const Segment& segment, const uint4* sums, const LongRow& row) {
   uint4* const partial = reinterpret_cast<uint4*>(row.partial()) + segment.begin / kBlock * 4;
   if (int(threadIdx.x) < blocks_of_row(segment.length) * 4) global_store(&partial[threadIdx.x], sums[threadIdx.x]);

@@ -1,17 +1,17 @@
-// The threads that share a row in shared memory, and how they go through its scores.
+// The threads that share a row in shared memory, and the order in which they read its scores.
 #pragma once
 
 #include "cuda/criticality_rows.cuh"
 
 namespace delfast::cuda {
 
-// Shared memory holds 16 words after every kBlock scores, so that the 32 sums of two blocks, which a warp adds up side
-// by side, lie in 32 banks.
+// Shared memory has 16 words of padding after every kBlock scores, so that the 32 sums of two blocks, which a warp adds
+// side by side, are in 32 banks.
 __host__ __device__ constexpr int shared_slot(int element) {
   return element + int(uint32_t(element) / uint32_t(kBlock)) * 16;
 }
 
-// The threads that share a row: sums over them, with one barrier each.
+// A warp that shares a row: sums over its threads, with one barrier each.
 struct WarpTeam {
   static constexpr int kThreads = kWarp;
   static constexpr int kStep = 4 * kWarp, kFourSteps = kBlock + 16;  // words between a thread's packs
@@ -33,7 +33,7 @@ struct BlockTeam {
   __device__ __forceinline__ explicit BlockTeam(uint32_t* room) : room(room) {}
   __device__ __forceinline__ int thread() const { return int(threadIdx.x); }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
-  // Shows every thread one word of each warp.
+  // Gives every thread one word of each warp.
   __device__ __forceinline__ const uint32_t* share(uint32_t x, int from_lane) {
     uint32_t* const words = room + turn * kRowWarps;
     turn ^= 1;
@@ -68,14 +68,14 @@ struct BlockTeam {
   }
 };
 
-static_assert(4 * kWarp * 4 == kBlock && 4 * kRowThreads == kBlock);  // the steps are made of these
+static_assert(4 * kWarp * 4 == kBlock && 4 * kRowThreads == kBlock);  // the steps consist of these
 
 template <class Team>
 __host__ __device__ constexpr int step_words(int step) {
   return step / 4 * Team::kFourSteps + step % 4 * Team::kStep;
 }
 
-// Calls f(four scores) for each of the thread's packs; there are `packs` in all.
+// Calls f(four scores) for each of the thread's packs. The row has `packs` packs.
 template <class Team, class F>
 __device__ __forceinline__ void for_packs(const uint32_t* scores, int packs, const Team& team, F f) {
   const uint32_t* at = scores + 4 * team.thread();

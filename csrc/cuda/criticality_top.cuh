@@ -1,9 +1,9 @@
-// The top h of rows, and their largest.
+// The top h of rows, and their maximum.
 //
-// Mapping. A warp takes a row of up to kWarpRow elements, a block a row of up to kBlockRow. Of a long row a block takes
-// a sample that gives the bracket of its h-th largest: criticality_long.cuh.
-// Memory. A row's scores are computed once, by coalesced loads of four, kTopLoads under way in a thread, into shared
-// memory, where the search for the threshold (criticality_select.cuh) and the sums read them.
+// Mapping. A warp takes a row of up to kWarpRow elements, a block a row of up to kBlockRow. For a long row a block
+// takes a sample, which gives the bracket of its h-th largest (criticality_long.cuh).
+// Memory. A row's scores are computed once and stored in shared memory, by coalesced loads of four, with kTopLoads in
+// flight in each thread. The search for the threshold (criticality_select.cuh) and the sums read shared memory.
 // Numerics: criticality_rows.cuh.
 #pragma once
 
@@ -12,20 +12,21 @@
 
 namespace delfast::cuda {
 
-// Packs under way in a thread, and blocks to be resident on a multiprocessor, to which the compiler fits registers.
-// Compared on an H100 with 8 and 5, which were about as fast for large networks and slower for small ones.
+// Packs in flight in a thread, and resident blocks of a multiprocessor, which limit the registers of a thread. On an
+// H100, 8 and 5 were about as fast for large networks and slower for small ones (benchmarks/gpu_bandwidth.py times
+// them; these times are not kept).
 constexpr int kTopLoads = 4, kTopResident = 8;
 
 constexpr uint32_t kWarpRow = 4 * kBlock;
 
 __host__ __device__ constexpr int score_words(int length) { return shared_slot((length + 3) / 4 * 4); }
 
-// Shared memory of a row, in words: its scores, and room for a list or for partial sums.
+// Shared memory of a row, in words: its scores, and space for a list or for partial sums.
 __host__ __device__ constexpr int row_words(int length) { return score_words(length) + list_capacity(length); }
 
 __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// Scores of a row into shared memory, padded to whole packs; returns the thread's largest.
+// Stores the scores of a row in shared memory, padded to whole packs; returns the thread's maximum.
 template <class Team, class Score>
 __device__ __forceinline__ uint32_t stage(const Score& score, int64_t first, int length, uint32_t* scores,
                                           const Team& team) {
@@ -61,7 +62,7 @@ __device__ __forceinline__ uint32_t stage(const Score& score, int64_t first, int
       if (e < length) largest = larger(largest, bits);
     }
   } else {
-    // a warp's lanes begin where a line of 32 elements does
+    // a warp's lanes begin where a line of 32 elements begins
 #pragma unroll 4
     for (int e = team.thread() - pack_offset<kWarp>(score.first() + first); e < end; e += T) {
       if (e < 0) continue;
@@ -73,7 +74,7 @@ __device__ __forceinline__ uint32_t stage(const Score& score, int64_t first, int
   return largest;
 }
 
-// Runs of four scores from all over a long row, `runs` of them, into shared memory; returns the thread's largest.
+// Stores `runs` runs of four scores from all parts of a long row in shared memory; returns the thread's maximum.
 template <class Score>
 __device__ __forceinline__ uint32_t stage_sample(const Score& score, int64_t first, uint32_t length, int runs,
                                                  uint32_t* scores) {
@@ -95,7 +96,7 @@ __device__ __forceinline__ uint32_t stage_sample(const Score& score, int64_t fir
   return largest;
 }
 
-// The float32 sum number `sum` (of the 16 of each block) of the scores at or above the threshold.
+// Float32 sum number `sum` (of the 16 of each block) of the scores at or above the threshold.
 __device__ __forceinline__ float partial_sum(const uint32_t* scores, int length, int sum, uint32_t threshold) {
   const int block = sum / 16, begin = block * kBlock + sum % 16;
   const uint32_t* const at = scores + block * (kBlock + 16) + sum % 16;
@@ -112,7 +113,7 @@ __device__ __forceinline__ float partial_sum(const uint32_t* scores, int length,
   return total;
 }
 
-// The score of a row that the team has staged; `largest` is the thread's.
+// The score of a row that the team has staged; `largest` is the thread's maximum.
 template <class Team>
 __device__ __forceinline__ void score_staged(const Rows& p, int64_t row, uint32_t* scores, uint32_t largest,
                                              Team& team) {
@@ -159,11 +160,11 @@ __device__ __forceinline__ void score_row(const Rows& p, Criterion criterion, in
   score_staged(p, row, scores, largest, team);
 }
 
-// Of a long row: the bracket of its h-th largest, the order statistics of a sample on either side of it, and the counts
-// to which criticality_long_count adds.
+// For a long row: stores the bracket of its h-th largest, two order statistics of a sample, and clears the counts to
+// which criticality_long_count adds.
 __device__ __forceinline__ void begin_long_row(const Rows& p, Criterion criterion, const LongRow& row, int64_t number,
                                                uint32_t* scores, uint32_t* room) {
-  uint32_t hi = 0, lo = 0;  // with these nothing is listed
+  uint32_t hi = 0, lo = 0;  // with these ends nothing is listed
   if (p.reduce == Reduce::top) {
     BlockTeam team(room);
     const int runs = sample_runs(p.length), size = 4 * runs;
@@ -192,7 +193,7 @@ DELFAST_BODY void top_rows(const Rows& p, Criterion criterion, int64_t block, un
   if (p.is_long()) return begin_long_row(p, criterion, LongRow(p, workspace, block), block, shared, room);
   if (p.length > kWarpRow) return score_row<BlockTeam>(p, criterion, block, shared, room);
   const int64_t row = block * kRowWarps + warp();
-  if (row >= p.rows) return;  // the whole warp: warps do not wait for one another
+  if (row >= p.rows) return;  // the whole warp returns: warps do not wait for one another
   score_row<WarpTeam>(p, criterion, row, shared + warp() * row_words(int(p.length)), room);
 }
 

@@ -5,8 +5,8 @@
 
 namespace delfast::cuda {
 
-// 32 bits, from number 32 * word on, of the bits of `units`: they may begin at any byte, and the last may be followed
-// by padding. 0 past the end. Where they begin at a word, as most networks' do, one load has them.
+// Returns 32 of the `units` bits, from bit 32 * word on, and zeros past the end. The bits may begin at any byte, and
+// padding may follow the last. One load suffices where they begin at a word, as most networks' bits do.
 __device__ __forceinline__ uint32_t load_word(const uint8_t* bits, int64_t units, int64_t word) {
   const int64_t left = units - word * 32;
   const uint8_t* const first = bits + word * 4;

@@ -5,7 +5,7 @@ namespace delfast::cuda {
 
 namespace {
 
-// A parameter without units has a block too: it writes that there are none.
+// A parameter without units has a block too, which stores a count of zero.
 int64_t blocks_of(const Updated& u) {
   const int64_t blocks = ceil_div(units_of(u), kCountedBits);
   return blocks ? blocks : 1;

@@ -1,8 +1,9 @@
 // The plan of a mask: lists its masked entries as pieces for the updates (delfast/mask_plan.h).
 //
-// Mapping. A block takes kCountedBits bits of one parameter, a thread 32 of them. One launch counts the entries and
-// pieces of each block's bits, one block adds these counts up, and a third launch writes the pieces to their places.
-// Memory. The bits are read twice, a word at a time where they are aligned, else a byte; they may begin at any byte.
+// Mapping. A block takes kCountedBits bits of one parameter, a thread 32 of them. The first launch counts the entries
+// and pieces of each block's bits, one block then adds these counts, and a third launch writes the pieces to their
+// places.
+// Memory. The bits are read twice, by words where they are aligned, otherwise by bytes. They may begin at any byte.
 // Numerics. Integers only.
 #pragma once
 
@@ -18,13 +19,14 @@ constexpr int kSumThreads = 1024;
 struct PlannedBits {
   const uint8_t* bits;
   int64_t units, unit_length;
-  int64_t first_block;  // the number of its first block, over all parameters
+  int64_t first_block;  // number of its first block, over all parameters
 };
 
-// A thread's word of bits, and what its block lists: of long units the masked ones, of others the stretches.
+// A thread's word of bits and the pieces that its block lists: the masked ones of long units, or the stretches of other
+// units.
 struct CountedBits {
   uint32_t word;
-  bool leads;  // the first of the words of a stretch that has a masked unit
+  bool leads;  // first word of a stretch that has a masked unit
 
   __device__ __forceinline__ CountedBits(const PlannedBits& p, int64_t block)
       : word(load_word(p.bits, p.units, block * kThreads + int64_t(threadIdx.x))) {
@@ -33,7 +35,7 @@ struct CountedBits {
     const uint32_t own = words == 32 ? kAllLanes : (1u << words) - 1;
     leads = lane() % words == 0 && (filled >> lane() & own);
   }
-  // The masked units, and above these the stretches, of the threads before this one and of all.
+  // Masked units, and in the upper half stretches, of the threads before this one; `total`: of all threads.
   __device__ __forceinline__ unsigned long long scan(unsigned long long* totals, unsigned long long& total) const {
     return block_exclusive_scan(static_cast<unsigned long long>(leads) << 32 | unsigned(__popc(word)), totals, total);
   }
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
                                              : stretches);
 }
 
-// Turns the blocks' counts into sums of those before them, [blocks] included, and writes the head.
+// Replaces each block's counts by the sums of the counts before it, [blocks] included, and writes the head.
 __global__ void __launch_bounds__(kSumThreads)
     mask_plan_sum(int64_t blocks, int64_t params, long long* counts, long long* pieces, MaskPlanHead* head) {
   DELFAST_SHARED(long long, totals, [kWarp]);

@@ -12,7 +12,7 @@ unsigned multiprocessors() {
   return unsigned(count);
 }
 
-// What the options say of a step, in float32; the rates, 0 here, are set on the device.
+// The constants of a step from its options, in float32. The rates are 0 here and computed on the device.
 SgdStep constants(const SgdOptions& o) {
   return {0, float(o.momentum), float(1 - o.dampening), float(o.weight_decay), 0, o.nesterov, false};
 }

@@ -1,19 +1,20 @@
 // In-place updates of the masked entries of parameters: reset, SGD, AdamW. Entries outside the mask are not written.
 //
-// Mapping. One small launch makes each parameter's rates and counts its step. Then as many blocks as run at once take
-// the pieces that the mask's plan lists (delfast/mask_plan.h), a warp one after another. No barriers. In a part of a
-// long row a lane takes packs of four neighbours, kPackRounds of them in flight, where parameter, gradient and state
-// are aligned to packs; else elements, kOneRounds in flight. Of a stretch of elements or short rows a lane takes masked
-// elements alone: each lane first writes the numbers of its word's masked units to the warp's list in shared memory,
-// then the warp goes through the list. So a stretch of 1024 elements with n masked costs as many writes to the list as
-// its fullest word has bits, and n / 32 rounds, not 32; a round is a read of the list, a request of the gradient, of
-// the parameter and of each state, the rule, and a store of all but the gradient. Shuffles: a few for a whole piece.
+// Mapping. One small launch computes each parameter's rates and counts its step. The second launch, the update, has as
+// many blocks as can be resident and no barriers; a warp takes one piece of the mask's plan (delfast/mask_plan.h) after
+// another.
+// - Part of a long row: a lane takes packs of four neighbours, kPackRounds in flight, where parameter, gradient and
+//   state are aligned to packs. Otherwise it takes single elements, kOneRounds in flight.
+// - Stretch of elements or short rows: lanes take masked elements only. Each lane first writes the numbers of its
+//   word's masked units to the warp's list in shared memory; the warp then reads the list. A stretch of 1024 elements
+//   with n masked ones takes as many writes to the list as its fullest word has bits, and n / 32 rounds instead of 32.
+//   A round reads the list, loads gradient, parameter and each state, applies the rule, and stores all but the
+//   gradient. A piece takes a few shuffles.
 // Memory. Neighbouring lanes take neighbouring packs, or elements that are neighbours in the state. Requests begin at
 // sectors of 32 bytes: of the first state in a stretch, of the parameter in a part of a row that is taken element by
-// element. Unmasked units cost nothing but
-// their bits, and those only in stretches.
-// Numerics. float32, every product and sum rounded (the files are compiled without fused multiply-add), in the CPU
-// kernels' order; the result is rounded once to the parameter's dtype.
+// element. An unmasked unit costs no memory access except its bits, which are read only in stretches.
+// Numerics. float32. Every product and sum is rounded (the files are compiled without fused multiply-add), in the CPU
+// kernels' order. The result is rounded once to the parameter's dtype.
 #pragma once
 
 #include "cuda/mask_bits.cuh"
@@ -26,15 +27,15 @@ constexpr int kPrepareThreads = 1024;
 
 struct Masked {
   void* param;
-  const void* source;  // the gradient; for reset, the fresh values
+  const void* source;  // the gradient; for reset, the new values
   const uint8_t* bits;
   Layout layout;
   Dtype param_dtype, source_dtype;
   bool by_row;
 };
 
-// ---- rates: what only the device knows of a step, for each parameter. The rest is an argument of the update:
-// constants take no registers
+// ---- rates: values of a step that are available only on the device, for each parameter. All others are arguments of
+// the update, because constants take no registers.
 
 struct NoRates {
   template <class Rule>
@@ -63,8 +64,8 @@ struct AdamWRates {
   }
 };
 
-// ---- rules: (entry, gradient, state) -> new entry and state. kResident: blocks that a multiprocessor runs at once,
-// with as many registers as kPackRounds packs and kOneRounds elements in flight need
+// ---- rules: (entry, gradient, state) -> new entry and state. kResident: resident blocks of a multiprocessor, given
+// the registers that kPackRounds packs and kOneRounds elements in flight need.
 
 struct ResetRule {
   using Rates = NoRates;
@@ -72,7 +73,7 @@ struct ResetRule {
   __device__ __forceinline__ float operator()(float, float fresh, float*) const { return fresh; }
 };
 
-struct PlainSgdRule {  // without momentum there is no state
+struct PlainSgdRule {  // without momentum: no state
   using Rates = SgdRates;
   static constexpr int kStates = 0, kResident = 3, kPackRounds = 4, kOneRounds = 4;
   SgdStep step;
@@ -118,7 +119,7 @@ __device__ __forceinline__ float unscale_factor(const StepInputs& in, bool maxim
   return maximize ? -factor : factor;
 }
 
-// Read on the device, so that a captured graph sees a schedule.
+// Read on the device, so that a captured graph follows a schedule.
 template <class Options>
 __device__ __forceinline__ double rate(const Options& o, const StepInputs& in) {
   return in.lr ? double(global_load_const(in.lr)) : o.lr;
@@ -137,16 +138,16 @@ __device__ __forceinline__ bool is_skipped(const float* found_inf) {
   return found_inf && global_load_const(found_inf) != 0;
 }
 
-// All that the update reads of a parameter.
+// The values that the update reads for a parameter.
 template <class Rule>
 struct alignas(16) Prepared {
   Masked masked;
   float* state;
-  int64_t entries;  // from one kind of state to the next
+  int64_t entries;  // masked entries: the distance between kinds of state
   typename Rule::Rates rates;
 };
 
-// Makes each parameter's rates and counts its step; `first` is the number of the table's first parameter. A plan of
+// Computes each parameter's rates and counts its step. `first` is the number of the table's first parameter. A plan for
 // other shapes traps, and so does the optimizer state of another mask.
 template <class Options, class Rule, int kBytes>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     if (before != in.state_numel) __trap();
   }
   if constexpr (!std::is_same_v<Rule, ResetRule>) {
-    __syncthreads();  // nobody has trapped
+    __syncthreads();  // no thread has trapped
     if (!has_param) return;
     const float taken = global_load(&in.steps[first + thread]);
     own.rates = make_rates(options, in, double(taken));
@@ -235,14 +236,14 @@ __device__ __forceinline__ void update_packs(Param* param, const Source* source,
   }
 }
 
-// The numbers of the set bits of 1024, in order, in a warp's part of shared memory. Two places of each 34 stay empty,
-// so that lanes that write 32 places apart each write to a bank of their own.
+// The numbers of the set bits among 1024, in order, in a warp's part of shared memory. Two words of each 34 stay empty,
+// so that lanes that write 32 entries apart write to different banks.
 struct BitList {
   static constexpr int kPlaces = kWarp * kWarp / 32 * 34;
   uint16_t* places;
 
   __device__ __forceinline__ uint16_t& operator[](uint32_t i) const { return places[i + i / 32 * 2]; }
-  // Lane i has bits [32 i, 32 i + 32) in `word`. Returns how many are set.
+  // Lane i passes bits [32 i, 32 i + 32) as `word`. Returns the number of set bits.
   __device__ __forceinline__ int fill(uint32_t word) const {
     const uint32_t set = uint32_t(__popc(word)), through = warp_inclusive_scan(set);
     uint32_t next = through - set;
@@ -255,14 +256,14 @@ struct BitList {
 // The masked elements of a piece, in the order of their state.
 struct Ones {
   const Layout& layout;
-  int64_t first;  // element of the piece, in logical order if scattered, else in memory
+  int64_t first;  // element of the piece: logical number if scattered, else offset in memory
   int count;
-  bool all;        // elements of the piece are masked
-  bool scattered;  // in memory: an element mask of a channels-last parameter
-  BitList units;   // that are masked, if not all
+  bool all;        // all elements of the piece are masked
+  bool scattered;  // logical and memory order differ: an element mask of a channels-last parameter
+  BitList units;   // masked units, if not all are masked
   uint32_t unit_length;
 
-  // Where number i is in memory.
+  // Offset in memory of masked element i.
   __device__ __forceinline__ int64_t operator()(int i) const {
     uint32_t element = uint32_t(i);
     if (!all) {
@@ -273,7 +274,8 @@ struct Ones {
   }
 };
 
-// From number `begin` on, which may be negative: a warp's requests begin there. `states` are those of number 0.
+// From masked element `begin` on, which may be negative so that a warp's requests are aligned. `states` points to the
+// state of element 0.
 template <class Param, class Source, class Rule>
 __device__ __forceinline__ void update_ones(Param* param, const Source* source, float* const* states, const Ones& ones,
                                             int begin, const Rule& rule) {
@@ -282,7 +284,7 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
   for (; begin < ones.count; begin += kWarp * kOneRounds) {
     int64_t places[kOneRounds] = {};
     float entries[kOneRounds][1] = {}, gradients[kOneRounds][1] = {}, state[kOneRounds][kStates + 1] = {};
-    // a round past the end is skipped by one branch, the same in all lanes
+    // one branch, the same in all lanes, skips a round past the end
     const auto takes = [&](int u) {
       return begin + kWarp * u < ones.count && uint32_t(begin + kWarp * u + lane()) < uint32_t(ones.count);
     };
@@ -306,7 +308,7 @@ __device__ __forceinline__ void update_ones(Param* param, const Source* source, 
   }
 }
 
-// A piece under way: each of three lanes holds 8 bytes of it, which takes two registers and not six.
+// The next piece, in flight: each of three lanes holds 8 bytes of it, which takes two registers instead of six.
 class NextPiece {
  public:
   __device__ __forceinline__ explicit NextPiece(const MaskPiece* at) {
@@ -367,10 +369,10 @@ __global__ void __launch_bounds__(kThreads, Rule::kResident)
   NextPiece next(plan.pieces + i);
 #pragma unroll 1
   for (; i < pieces; i += stride) {
-    __syncwarp();  // nobody reads the list of the piece before
+    __syncwarp();  // the list of the previous piece is no longer in use
     const MaskPiece piece = next.get();
     if (i + stride < pieces) next = NextPiece(plan.pieces + i + stride);
-    const Prepared<Rule>& p = prepared[piece.param];  // of many pieces: not streamed
+    const Prepared<Rule>& p = prepared[piece.param];  // shared by many pieces: not a streaming load
     const Masked& m = p.masked;
     Rule rule = common;
     p.rates.set(rule);

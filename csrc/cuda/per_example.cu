@@ -1,4 +1,26 @@
-// Launchers of the per-example sums: which kernel suits a layer, and how many slabs.
+// Per-example sums: the choice of the kernels for a layer, the number of slabs, and the launches.
+//
+// The kernels in reading order; each is launched once. For per_example_accumulate:
+//
+//   kernel                    file                       layers
+//   per_example_tiles         per_example.cuh            every layer that the next two do not take
+//   per_example_depthwise     per_example.cuh            one input channel for each group
+//   per_example_segments      per_example_segments.cuh   with tensor cores: one group, at most two dimensions, channels
+//                                                        in whole 16-byte packs, where measured to be the fastest
+//   per_example_add_slabs     per_example.cuh            after the first two, if there are several slabs
+//   per_example_add_segments  per_example_segments.cuh   after per_example_segments, if tiles are split
+//
+// For channel_dot and channel_sums:
+//
+//   channel_dot_rows          per_example_dot.cuh        contiguous operands, or a single position
+//   channel_dot_columns       per_example_dot.cuh        channels-last operands
+//   channel_sums_rows         per_example_sums.cuh       contiguous operands, or a single position
+//   channel_sums_columns      per_example_sums.cuh       channels-last operands
+//   channel_sums_add          per_example_sums.cuh       after the two before, if there are several slabs
+//
+// Shared code, also in reading order: per_example_multiply.cuh (products of a tile), per_example_stages.cuh and
+// per_example_fragments.cuh (parts 1 and 2 of per_example_segments), per_example_variants.h (the choice of a tile),
+// per_example_segments.cu (its launchers).
 #include <atomic>
 #include <cstring>
 
@@ -13,15 +35,19 @@ namespace delfast::cuda {
 
 namespace {
 
-constexpr int64_t kWantedBlocks = 1024;  // two to three times as many as an H100 runs at once
-constexpr int64_t kSlabPositions = 256;  // the least that is worth the writing and reading of a slab's sums
+// Blocks of a launch, if there are examples enough: two to three times the number that an H100 runs at once. Not
+// compared with other numbers.
+constexpr int64_t kWantedBlocks = 1024;
+// Minimum number of positions of a slab: as many multiply-adds for each element of the slab's sums, which is written
+// and read once. Not compared with other numbers.
+constexpr int64_t kSlabPositions = 256;
 constexpr int64_t kMostPositions = 1 << 30;
-constexpr int64_t kMostPadded = INT32_MAX;  // positions of a dimension with its padding, which kernels count in int
+constexpr int64_t kMostPadded = INT32_MAX;  // positions of a padded dimension: kernels use int
 constexpr Error kTooManyBlocks = "expected sums of at most 2^31 tiles, got more; leave that layer out";
 
 bool is_depthwise(const ConvShape& s) { return s.in_channels == s.groups; }
 
-// Groups, columns, output channels: how many tiles there are of each.
+// Numbers of tiles and slabs.
 struct Plan {
   int64_t m_tiles, column_tiles, tiles, slab_examples, slabs;
 
@@ -48,7 +74,8 @@ bool is_empty(const ConvShape& s) {
   return !s.examples || !s.out_channels || !s.in_channels || !s.positions() || !s.row();
 }
 
-// One position for each example: the examples become positions of one, along a dimension that has nothing else in it.
+// Returns true if each example has a single position and the examples can become positions of one example, along a
+// dimension of size 1.
 bool folds(const ConvShape& s) {
   return s.positions() == 1 && s.in[0] == 1 && s.kernel[0] == 1 && s.padding[0] == 0 && s.examples <= kMostPositions &&
          s.examples * s.in[1] * s.in[2] <= kMostPositions && !is_depthwise(s);
@@ -93,7 +120,7 @@ Layer layer_of(const PerExample& p, const ConvShape& s, const Plan& plan, void* 
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// Whether a pack of this many elements is aligned wherever the operands' channels are taken by packs.
+// Returns true if every pack of `count` elements of the operands' channels is aligned.
 bool aligned_packs(const PerExample& p, int64_t count) {
   return aligned(p.inputs, count * bytes_of(p.inputs_dtype)) && aligned(p.deltas, count * bytes_of(p.deltas_dtype));
 }
@@ -124,9 +151,9 @@ void launch_depthwise(const PerExample& p, const Layer& layer, const Plan& plan,
 
 // ---- the choice between these kernels and per_example_segments
 
-std::atomic<int> forced_variant = -1;  // -1: what was measured to be the fastest
+std::atomic<int> forced_variant = -1;  // -1: the fastest in measurements
 
-// The current device's name if the table of variants has it, else the first name there.
+// The current device's name if the table of variants contains it, otherwise the table's first name.
 const char* card() {
   static ByDevice<const char*> known;
   return known.get(kMeasuredLayers[0].card, [](int device, const char*& name) {
@@ -139,7 +166,7 @@ const char* card() {
   });
 }
 
-// Calls f.template operator()<Operand>() for operands that tensor cores multiply as they are, or as tf32.
+// Calls f.template operator()<Operand>() with the type that tensor cores multiply: the operands' own, or tf32.
 template <class F>
 auto with_operand(Dtype dtype, F f) {
   if constexpr (!kFewInstances)
@@ -148,7 +175,7 @@ auto with_operand(Dtype dtype, F f) {
                                  : f.template operator()<__nv_bfloat16>();
 }
 
-// Whether per_example_segments is to sum this up, and how.
+// Returns true if per_example_segments computes these sums, and writes its plan.
 bool plan_of_segments(const PerExample& p, bool tensor_cores, SegmentsPlan& plan) {
   if (!tensor_cores || p.inputs_dtype != p.deltas_dtype || is_empty(p.shape) || folds(p.shape)) return false;
   const int forced = forced_variant;
@@ -206,7 +233,7 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
   Layer layer = layer_of(p, s, plan, workspace);
   if (fold) {
     layer.transform = p.epilogue == Epilogue::abs ? Transform::abs : Transform::square;
-    layer.epilogue = Epilogue::abs;  // of what is not negative: itself
+    layer.epilogue = Epilogue::abs;  // the terms are not negative, so abs does not change them
   }
   if (is_depthwise(s)) {
     launch_depthwise(p, layer, plan, stream);
@@ -251,13 +278,13 @@ Error channel_dot(const ChannelDot& p, Stream stream) {
 
 namespace {
 
-// Threads that fill a card, and slabs at most: their sums are read one after another.
+// Number of threads that fills a card, and maximum number of slabs: a thread reads their sums one after another.
 constexpr int64_t kWantedThreads = kWantedBlocks * kThreads, kMostSlabs = 256;
 
 struct SumsPlan {
   bool columns;     // channels-last
-  bool by_example;  // strands share out the examples, not the positions
-  int lanes = 1;    // of a team for a row
+  bool by_example;  // strands divide the examples instead of the positions
+  int lanes = 1;    // lanes of a team for a row
   int64_t tiles, slab_examples, slabs;
 
   explicit SumsPlan(const ChannelSums& p) {
@@ -265,7 +292,7 @@ struct SumsPlan {
     by_example = p.positions < kWarp;
     while (lanes < kWarp && lanes * 4 < p.positions) lanes *= 2;
     tiles = ceil_div(p.channels, kDotLanes);
-    const int64_t threads = columns ? tiles * kThreads : p.channels * lanes;  // of a slab
+    const int64_t threads = columns ? tiles * kThreads : p.channels * lanes;  // threads of a slab
     int64_t wanted = threads ? ceil_div(kWantedThreads, threads) : 1;
     if (columns && by_example) wanted = wanted < ceil_div(p.examples, kWarp) ? wanted : ceil_div(p.examples, kWarp);
     wanted = wanted < kMostSlabs ? wanted : kMostSlabs;

@@ -1,44 +1,46 @@
-// Sums over the examples of |g| or g^2, with g the weight gradient of one example alone; no g in global memory.
+// Sums over the examples of |g| or g^2, where g is the weight gradient of a single example. g is never stored in global
+// memory.
 //
 // Mapping. A block takes a tile of kTile output channels by kTile columns (a tap and an input channel) and a slab of
-// the examples, one after the other: g's tile is an implicit GEMM over the positions of the example, kDepth at a time.
-// Slabs are as many as fill a GPU where the tiles alone do not; a second kernel adds theirs up, in their order. Where a
-// layer has one position for each example, g is an outer product, |g| = |delta| |a|, and the launcher makes the
-// examples positions of one (Transform).
-// Memory. Of each example the block reads kTile channels of deltas and of inputs, by coalesced 16-byte loads (8 bytes
-// where 16-bit values are widened), once for each tap; a source in the padding is not read, but 0. Values go through
-// registers to one half of shared memory while the other half is multiplied. Sums stay in registers
-// (per_example_multiply.cuh), and are read and written once a call.
-// Depthwise layers have one input channel for each output channel, nothing to share: a block takes kLanes channels and
-// kTaps taps, its strands share out the positions, and their parts are added up at the end of each example.
-// Numerics. The positions of an example are added in float32 in their order (depthwise: by strands, which are added in
-// theirs); then examples in theirs, then slabs. No atomics: the same bits in every run.
+// examples, one example after another. The tile of g is an implicit GEMM over the example's positions, kDepth at a
+// time. Examples are split into slabs where the tiles alone do not fill a GPU; a second kernel adds the slabs' sums in
+// order. In a layer with one position for each example, g is an outer product and |g| = |output gradient| |input|; the
+// launcher then turns the examples into positions of one example (Transform).
+// Depthwise layers have a single input channel for each output channel, so that outputs share no inputs. A block takes
+// kLanes channels and kTaps taps; its strands divide the positions, and their sums are added at the end of each
+// example.
+// Memory. For each example a block reads kTile channels of output gradients and of inputs, by coalesced 16-byte loads
+// (8 bytes where 16-bit values are widened), once for each tap. A source in the padding is not read and counts as 0.
+// Values go through registers to one half of shared memory while the other half is multiplied. Sums stay in registers
+// (per_example_multiply.cuh) and are read and written once for each call.
+// Numerics. The positions of an example are added in float32 in order (depthwise: within strands, which are then added
+// in order), then the examples in order, then the slabs. No atomics: every run gives the same bits.
 #pragma once
 
 #include "cuda/per_example_multiply.cuh"
 
 namespace delfast::cuda {
 
-// What becomes of every value on its way to shared memory.
+// Transform of every operand on its way to shared memory.
 enum class Transform : int8_t { none, abs, square };
 
 struct Position {
   int z, y, x;
 };
 
-// A PerExample as its kernels need it: sizes in an example fit in 31 bits, the launcher has seen to that.
+// A PerExample as its kernels read it. The launcher has checked that sizes within an example fit in 31 bits.
 struct Layer {
   const void* inputs;
   const void* deltas;
-  float* out;          // the sums; or those of slab 0, apart from slab 1's by
-  int64_t slab_pitch;  // elements; 0 if there is one slab, whose sums are added to what is there
+  float* out;          // the sums; with slabs, those of slab 0
+  int64_t slab_pitch;  // elements from one slab's sums to the next; 0: one slab, whose sums are added to `out`
   int64_t examples, slab_examples;
-  int64_t in_channels, out_channels;    // of all groups
-  int64_t group_inputs, group_outputs;  // channels of each
+  int64_t in_channels, out_channels;    // channels of all groups
+  int64_t group_inputs, group_outputs;  // channels of each group
   int64_t row;                          // columns of an output channel
   int in[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
   Position step;                          // from one position that a thread loads to its next
-  uint32_t tiles, m_tiles, column_tiles;  // of a slab; of it, of a group's output channels and of a row
+  uint32_t tiles, m_tiles, column_tiles;  // tiles of a slab, of a group's output channels, of a row
   Dtype inputs_dtype, deltas_dtype;
   Epilogue epilogue;
   Transform transform;
@@ -54,12 +56,12 @@ struct Layer {
   __device__ __forceinline__ int out_index(const Position& p) const {
     return (p.z * out_size[1] + p.y) * out_size[2] + p.x;
   }
-  // Of the source of position 0 and this tap.
+  // Source of position 0 at this tap.
   __device__ __forceinline__ Position tap_offset(int tap) const {
     const int z = tap / kernel[2] / kernel[1], y = tap / kernel[2] % kernel[1], x = tap % kernel[2];
     return {z * dilation[0] - padding[0], y * dilation[1] - padding[1], x * dilation[2] - padding[2]};
   }
-  // Which input position p and the tap read, or -1: one in the padding.
+  // Input position that position p reads at this tap, or -1 in the padding.
   __device__ __forceinline__ int source(const Position& p, const Position& tap) const {
     const int z = p.z * stride[0] + tap.z, y = p.y * stride[1] + tap.y, x = p.x * stride[2] + tap.x;
     const bool inside = unsigned(z) < unsigned(in[0]) && unsigned(y) < unsigned(in[1]) && unsigned(x) < unsigned(in[2]);
@@ -74,7 +76,7 @@ struct Layer {
     const int64_t end = first_example() + slab_examples;
     return end < examples ? end : examples;
   }
-  // Adds to the sums from element i on, or writes them to the slab's.
+  // Adds to the sums from element i on, or writes them to the slab's sums.
   template <int kCount>
   __device__ __forceinline__ void write_sums(int64_t i, const float (&values)[kCount]) const {
     float sums[kCount] = {};
@@ -84,10 +86,10 @@ struct Layer {
   }
 };
 
-// ---- values on their way: as read, and as float32
+// ---- operands between global and shared memory: as read, and as float32
 
-// Calls f(dtype of the deltas, dtype of the inputs, transform): with constants, so that f's loops do not branch, where
-// both are float32 and not transformed.
+// Calls f(dtype of the output gradients, dtype of the inputs, transform). The arguments are constants where both dtypes
+// are float32 and not transformed, so that the loops of f do not branch.
 template <class F>
 __device__ __forceinline__ void with_kinds(const Layer& layer, F f) {
   if (layer.deltas_dtype == Dtype::float32 && layer.inputs_dtype == Dtype::float32 &&
@@ -122,16 +124,16 @@ __device__ __forceinline__ void widen(const Word& word, Dtype dtype, float (&out
 template <class Staged>
 union TileMemory {
   Stage<Staged> stages[2];
-  float tile[kTile][kPitch];  // when all is multiplied
+  float tile[kTile][kPitch];  // after the last product
 };
 
-// A thread's part in copying: kLoads packs of deltas and of inputs for each stage, of kPack elements, kRows positions
-// apart; its channels and its column are the same for all of them.
+// A thread's part of the copies: for each stage kLoads packs of output gradients and of inputs, of kPack elements,
+// kRows positions apart. Its channels and its column are the same for all of them.
 template <class Multiply, int kPack>
 class Loader {
   using Staged = typename Multiply::Staged;
   static constexpr int kPacks = kTile / kPack;
-  // what is staged in 16 bits is copied as it is, anything else becomes float32
+  // 16-bit stages are copied unchanged; all others are converted to float32
   static constexpr bool kCopied = sizeof(Staged) == 2;
   using Word = typename WordOf<(kCopied ? 2 : 4) * kPack>::type;
 
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
     per_example_tiles(DELFAST_GRID_CONSTANT(Layer) layer) {
   using Memory = TileMemory<typename Multiply::Staged>;
   DELFAST_SHARED(Memory, memory);
-  // neighbouring blocks read the same inputs: those of one tile of columns
+  // neighbouring blocks take the same tile of columns and thus read the same inputs
   const uint32_t tile = blockIdx.x % layer.tiles;
   const int64_t group = tile / layer.m_tiles / layer.column_tiles;
   const int64_t m = int64_t(tile % layer.m_tiles) * kTile,
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
   const int positions = layer.positions();
   const int64_t end = layer.end_example();
   int64_t example = layer.first_example();
-  int left = positions, stage = 0;  // left: of the example's positions
+  int left = positions, stage = 0;  // left: positions of the example that are not yet multiplied
   loader.load();
   loader.store(memory.stages[0]);
   __syncthreads();
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
 constexpr int kLanes = 32;  // channels of a block
 constexpr int kTaps = 9;
 
-// kPack channels are a thread's; kThreads / kLanes * kPack strands share out the positions.
+// A thread takes kPack channels; kThreads / kLanes * kPack strands divide the positions.
 template <int kPack>
 __global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(DELFAST_GRID_CONSTANT(Layer) layer) {
   constexpr int kPacks = kLanes / kPack, kWarps = kThreads / kWarp, kSums = (kTaps * kLanes + kThreads - 1) / kThreads;
@@ -278,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(DELFAST_GRI
   __syncthreads();
 
   const int64_t m = first_m + int(threadIdx.x) % kPacks * kPack;
-  const int64_t channel = m / layer.group_outputs;  // of the inputs: groups have one each
+  const int64_t channel = m / layer.group_outputs;  // input channel: each group has one
   float sums[kSums] = {};
   for (int64_t example = layer.first_example(); example < layer.end_example(); example++) {
     const int64_t deltas = example * layer.positions() * layer.out_channels + m,

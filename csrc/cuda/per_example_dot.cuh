@@ -1,9 +1,10 @@
-// Each example's and channel's sum, over the positions, of deltas times values.
+// The sum of output gradients times values over the positions, for each example and channel.
 //
-// Mapping. Contiguous: a row of positions for each team of lanes of a warp, as many as the row has packs.
-// Channels-last: a block for kDotLanes channels of an example; its strands share out the positions, and their parts are
-// added up. Memory. Everything is read once, by 16-byte loads wherever alignment allows; nothing but the sums is
-// written. Numerics. Products and sums in float32; who adds what depends on the shape and on alignment alone.
+// Mapping. Contiguous: a team of lanes of a warp takes a row of positions; the team has a lane for each pack of the
+// row, up to a warp. Channels-last: a block takes kDotLanes channels of an example; its strands divide the positions,
+// and their sums are added.
+// Memory. Every operand is read once, by 16-byte loads wherever alignment allows. Only the sums are written.
+// Numerics. Products and sums in float32. The order of additions depends only on the shape and on alignment.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -13,7 +14,7 @@ namespace delfast::cuda {
 
 constexpr int kDotLanes = 32;
 
-// ---- the products, or the deltas alone
+// ---- the products, or the output gradients alone
 
 template <class Delta, class Value>
 struct Products {
@@ -58,7 +59,7 @@ __device__ __forceinline__ void with_products(const ChannelDot& p, F f) {
 
 // ---- contiguous
 
-// What one member of a team of `lanes` adds up of the elements [begin, end).
+// Returns the sum over the elements of [begin, end) that belong to one member of a team of `lanes`.
 template <int kPack, class Source>
 __device__ __forceinline__ float row_part(const Source& source, int64_t begin, int64_t end, int member, int lanes) {
   float sum = 0;
@@ -71,7 +72,7 @@ __device__ __forceinline__ float row_part(const Source& source, int64_t begin, i
   return sum;
 }
 
-// `lanes`: of a team, a power of two.
+// `lanes`: number of lanes of a team, a power of two.
 __global__ void __launch_bounds__(kThreads, 4) channel_dot_rows(const ChannelDot p, int lanes) {
   const int64_t row = (int64_t(blockIdx.x) * kThreads + int(threadIdx.x)) / lanes;
   const int member = int(threadIdx.x) % lanes;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 4) channel_dot_rows(const ChannelDot
 
 // ---- channels-last
 
-// This thread's part of the sums of the block's channels from `channel` on, at parts[warp][channel].
+// Writes this thread's part of the sums of the block's channels from `channel` on to parts[warp][channel].
 template <int kPack, class Source>
 __device__ __forceinline__ void add_columns(const ChannelDot& p, const Source& source, int64_t example, int64_t channel,
                                             float (&parts)[kThreads / kWarp][kDotLanes]) {
@@ -111,7 +112,7 @@ __device__ __forceinline__ void add_columns(const ChannelDot& p, const Source& s
   }
 }
 
-// `tiles` of kDotLanes channels make an example.
+// An example has `tiles` tiles of kDotLanes channels.
 __global__ void __launch_bounds__(kThreads) channel_dot_columns(const ChannelDot p, int64_t tiles) {
   DELFAST_SHARED(float, parts, [kThreads / kWarp][kDotLanes]);
   const int64_t example = blockIdx.x / tiles, channel = blockIdx.x % tiles * kDotLanes;

@@ -1,11 +1,12 @@
-// Per-example sums by mma.sync, part 2: from shared memory to a warp's fragments, their products, and the sums.
+// Per-example sums by mma.sync, part 2 (after per_example_stages.cuh): a warp's fragments from shared memory, their
+// products, and the sums.
 #pragma once
 
 #include "cuda/per_example_stages.cuh"
 
 namespace delfast::cuda {
 
-// Adds to the sums if the segment is all of the tile's examples, or writes to the segment's own tile.
+// Adds to the sums if the segment has all of the tile's examples; otherwise writes to the segment's own tile.
 template <class T, int kCount>
 __device__ __forceinline__ void put_sums(const SegmentsLayer& p, const Segment& s, int m, int n,
                                          const float (&values)[kCount]) {
@@ -47,8 +48,8 @@ class Consumer {
         delta_at_[i] = row * T::kDeltaPitch + T::swizzled(row, delta_chunk + 8 * i + group);
       input_at_[0] = T::kDeltaBytes + row * T::kInputPitch + T::swizzled(row, input_chunk + group);
     } else {
-      // Matrices 0 to 3, of 8 lanes each: of the deltas (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8); of the inputs
-      // (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
+      // Matrices 0 to 3, of 8 lanes each. Output gradients: (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8).
+      // Inputs: (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
       const int delta_row = (lane() & 7) + (lane() >> 4) * 8, input_row = (lane() & 7) + (lane() >> 3 & 1) * 8;
       for (int i = 0; i < kDeltaLoads; i++)
         delta_at_[i] = delta_row * T::kDeltaPitch + T::swizzled(delta_row, delta_chunk + 2 * i + (lane() >> 3 & 1));
@@ -62,8 +63,8 @@ class Consumer {
     const ptx::Shared deltas = stage + step * (T::kStep * T::kDeltaPitch),
                       inputs = stage + step * (T::kStep * T::kInputPitch);
     if constexpr (T::kTf32) {
-      // 4 neighbouring channels of a row: of the deltas they are rows `group` and 8 more of fragments 2 i and 2 i + 1,
-      // of the inputs column `group` of fragments 0 to 3. put() knows which channels a fragment has.
+      // 4 neighbouring channels of a row. Output gradients: rows `group` and `group` + 8 of fragments 2 i and 2 i + 1.
+      // Inputs: column `group` of fragments 0 to 3. put() uses the same order of channels.
       uint32_t low[4], high[4];
 #pragma unroll
       for (int i = 0; i < kDeltaLoads; i++) {
@@ -111,7 +112,7 @@ class Consumer {
         for (int e = 0; e < 2; e++) f.inputs[j][e] = round_to_tf32(f.inputs[j][e]);
     }
   }
-  // gradient = the products, added to the gradient unless it is fresh: an example's first.
+  // gradient = the products, added to the gradient unless it is fresh (the first product of an example).
   static __device__ __forceinline__ void multiply(Sums& gradient, const Fragments<T>& f, bool fresh) {
     const float zeros[4] = {};
     if (fresh) {
@@ -143,7 +144,7 @@ class Consumer {
       add([](float sum, float g) { return fmaf(g, g, sum); });
   }
 
-  // Puts a segment's sums where they belong; then they are 0 again.
+  // Adds a segment's sums to the result, or writes them to its tile of the workspace, and sets them to 0.
   __device__ __forceinline__ void put(const SegmentsLayer& p, const Segment& s, Sums& sums) const {
     const int group = lane() / 4, in_group = lane() % 4;
 #pragma unroll
@@ -180,7 +181,8 @@ class Consumer {
                        kInputLoads = T::kTf32 ? 1 : T::kFragmentsN / 2;
   static_assert(T::kFragmentsN == 4 && (!T::kTf32 || T::kFragmentsM % 2 == 0));
 
-  int delta_at_[kDeltaLoads], input_at_[kInputLoads];  // what this lane reads, in bytes from the start of a stage
+  // addresses that this lane reads, in bytes from the start of a stage
+  int delta_at_[kDeltaLoads], input_at_[kInputLoads];
   int first_m_, first_n_;
 };
 

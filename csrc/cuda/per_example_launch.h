@@ -1,4 +1,4 @@
-// What the launchers of the per-example sums share.
+// Functions shared by the launchers of the per-example sums.
 #pragma once
 
 #include <atomic>
@@ -12,20 +12,20 @@ inline bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % size_t(bytes) == 0;
 }
 
-// What is known of each device. Asked once, or again if asking failed.
+// A property of each device. It is queried once, and queried again if the query failed.
 template <class T>
 class ByDevice {
  public:
-  // ask(device, value) finds the current device's value, or returns an error, which is cleared so that no later launch
-  // is blamed for it; then `otherwise`.
-  template <class Ask>
-  T get(T otherwise, Ask ask) {
+  // query(device, value) stores the current device's value, or returns an error. The error is cleared, so that no later
+  // launch reports it, and `otherwise` is returned.
+  template <class Query>
+  T get(T otherwise, Query query) {
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     const bool kept = error == cudaSuccess && device < kDevices;
     if (kept && known_[device]) return values_[device];
     T value = otherwise;
-    if (error == cudaSuccess) error = ask(device, value);
+    if (error == cudaSuccess) error = query(device, value);
     if (error != cudaSuccess) {
       cudaGetLastError();
       return otherwise;

@@ -1,9 +1,11 @@
-// How a tile of one example's gradient is multiplied, accumulated and added to the running sums: in float32 by every
-// thread for itself, or by a warp's tensor cores.
+// The product of one tile of an example's gradient, its accumulation, and its addition to the running sums: in float32
+// by every thread separately, or by a warp's tensor cores.
 //
-// Both take kStep positions at a time from the same stage in shared memory: position-major, as in global memory, so
-// that what is contiguous there is contiguous here. The gradient of the example at hand and the sums over the examples
-// stay in registers side by side: 32 + 32 of each thread.
+// Mapping. Both multiply kStep positions at a time.
+// Memory. Both read the same stage in shared memory. It is position-major like global memory, so that contiguous
+// elements stay contiguous. The gradient of the current example and the sums over the examples are in registers: 32 +
+// 32 of each thread.
+// Numerics. Described at each of the two classes.
 #pragma once
 
 #include <type_traits>
@@ -17,10 +19,11 @@
 
 namespace delfast::cuda {
 
-constexpr int kTile = 64;  // output channels, and columns (a tap and an input channel), of a block
+constexpr int kTile = 64;  // output channels of a block, and columns (a tap and an input channel)
 constexpr int kTileThreads = 128;
 constexpr int kDepth = 16;  // positions of a stage
-// Words of a row of 64 and the next are 8 banks apart: the tensor cores' operands, of 8 x 4 elements, lie in 32 banks.
+// The pitch moves each row of 64 words by 8 banks, so that an operand of the tensor cores, 8 x 4 elements, is in 32
+// banks.
 constexpr int kPitch = kTile + 8;
 
 template <class Staged>
@@ -35,12 +38,13 @@ __device__ __forceinline__ float add_example(Epilogue epilogue, float sum, float
 
 __device__ __forceinline__ float4 load_shared(const float* four) { return *reinterpret_cast<const float4*>(four); }
 
-// Every thread: 4 + 4 rows, 32 apart, by 4 columns. A warp: 32 rows by 32 columns; it reads 16 + 16 + 32 floats for
-// 1024 products. Products are not rounded: each is added by a fused multiply-add, which -fmad=false does not split.
+// Mapping. A thread takes 4 + 4 rows, 32 apart, by 4 columns; a warp 32 rows by 32 columns. The warp reads 16 + 16 + 32
+// floats for 1024 products.
+// Numerics. A fused multiply-add adds each product without rounding it; -fmad=false does not split it.
 class FusedMultiplyAdd {
  public:
   using Staged = float;
-  static constexpr int kStep = 8, kResident = 3;  // blocks at once: more would make registers spill
+  static constexpr int kStep = 8, kResident = 3;  // resident blocks: with more, registers would spill
 
   static __device__ __forceinline__ float staged(float value) { return value; }
 
@@ -82,9 +86,10 @@ class FusedMultiplyAdd {
   float gradient_[8][4] = {}, sums_[8][4] = {};
 };
 
-// Operands: tf32 (float32 rounded to 11 significant bits, to nearest), __half or __nv_bfloat16; products are exact and
-// summed in float32. A warp: 32 x 32, as 2 x 2 fragments. It knows only that two fragments of one type hold the same
-// elements at the same places.
+// Mapping. A warp takes 32 x 32 elements, as 2 x 2 fragments. The code relies only on two fragments of one type holding
+// the same elements at the same places.
+// Numerics. Operands are tf32 (float32 rounded to 11 significant bits, to nearest), __half or __nv_bfloat16. Products
+// are exact and added in float32.
 template <class Operand>
 class TensorCores {
   static constexpr bool kTf32 = std::is_same_v<Operand, nvcuda::wmma::precision::tf32>;

@@ -1,4 +1,4 @@
-// Launchers of per_example_segments: which layers it takes, and how its tiles are shared out over the card's blocks.
+// Launchers of per_example_segments: the choice of layers, and the distribution of tiles over the card's blocks.
 #include "cuda/per_example_launch.h"
 #include "cuda/per_example_segments.cuh"
 #include "cuda/per_example_segments.h"
@@ -7,8 +7,8 @@ namespace delfast::cuda {
 
 namespace {
 
-// Calls f with a null pointer of the variant's tile. Builds with few instances have what differs in control flow: two
-// shapes of tiles, one of them for direct layers too.
+// Calls f with a null pointer of the variant's tile type. Builds with few instances have one tile for each control
+// flow: two shapes of tiles, one of them also for direct layers.
 template <class Operand, class F>
 auto with_tile(Variant variant, bool direct, F f) {
   const auto with_direct = [&]<int kM, int kN, int kWarpM, bool kEither = true>() {
@@ -24,7 +24,7 @@ auto with_tile(Variant variant, bool direct, F f) {
   return with_direct.template operator()<64, 64, 64>();
 }
 
-// How many blocks of the kernel the current device runs at once; 0 if it cannot run it.
+// Returns the number of blocks of the kernel that the current device runs at once; 0 if it cannot run the kernel.
 template <class T>
 int resident_blocks() {
   static ByDevice<int> known;
@@ -40,10 +40,11 @@ int resident_blocks() {
   });
 }
 
-// The layer, with one dimension as columns of height; false if it is none of at most two, or counts do not fit.
+// Describes the layer, with a single dimension as columns of height. Returns false if the layer has more than two
+// dimensions, or if counts do not fit.
 template <bool kDirect, int kStep>
 bool describe_layer(const PerExample& x, SegmentsLayer& p) {
-  constexpr int64_t kMost = INT32_MAX - 4096;  // the last stage may reach beyond the last example
+  constexpr int64_t kMost = INT32_MAX - 4096;  // the last stage may extend beyond the last example
   const ConvShape& s = x.shape;
   const auto is_missing = [&](int d) { return s.in[d] == 1 && s.out[d] == 1 && s.kernel[d] == 1 && s.padding[d] == 0; };
   if (!kDirect && !is_missing(0)) return false;
@@ -52,8 +53,8 @@ bool describe_layer(const PerExample& x, SegmentsLayer& p) {
   const int64_t in_size = s.in[0] * s.in[1] * s.in[2], out_width = along_x(s.out, 1);
   if ((s.examples + 1) * s.positions() >= kMost || (s.examples + 1) * in_size >= kMost) return false;
   if (!kDirect) {
-    // the division by out_width is exact for positions below 2^31 / out_width; rows after an example's last are
-    // positions too
+    // the division by out_width is exact for positions below 2^31 / out_width; rows after an example's last position
+    // count as positions here
     if ((s.positions() + kStep) * out_width >= kMost) return false;
     if ((s.out[y] + kStep) * s.stride[y] + s.kernel[y] * s.dilation[y] + s.padding[y] >= kMost) return false;
   }
@@ -81,7 +82,7 @@ bool plan_tiles(const PerExample& x, SegmentsPlan& plan) {
   if (!aligned(x.deltas, 16) || !aligned(x.inputs, 16) || !aligned(x.sums, 16)) return false;
   SegmentsLayer& p = plan.layer;
   const int64_t m_tiles = ceil_div(s.out_channels, T::kM), tiles = m_tiles * ceil_div(s.row(), T::kN);
-  constexpr int64_t kMostRow = INT32_MAX / T::kBytes;  // a position's channels, whose bytes are counted in int
+  constexpr int64_t kMostRow = INT32_MAX / T::kBytes;  // channels of a position, whose bytes are counted in an int
   if (s.row() > kMostRow || s.out_channels > kMostRow || tiles > INT32_MAX / 2) return false;  // in_channels <= row
   if (!describe_layer<T::kDirect, T::kStep>(x, p)) return false;
   const int64_t resident = resident_blocks<T>();

@@ -1,17 +1,20 @@
-// Per-example sums on tensor cores by mma.sync, of layers of at most two dimensions and one group whose channels are
-// whole 16-byte packs; per_example.cuh has all others.
+// Per-example sums on tensor cores by mma.sync, for layers of at most two dimensions and one group whose channels are
+// whole 16-byte packs. per_example.cuh has the kernels for all other layers. Parts of this kernel, in reading order:
+// per_example_stages.cuh (a block's work and copies), per_example_fragments.cuh (products and sums), and the kernel
+// itself below.
 //
-// Mapping. A block works on segments: a tile of output channels by columns (a tap and an input channel), of some
-// examples, one after the other. There are as many blocks as the card runs at once; each has an equal share of the
-// first tiles' examples, and one after another of the tiles that are left, which are a multiple of the blocks. The
-// positions of a segment's examples, each padded to the depth of a product, are one long axis of rows; a stage is
-// kDepth rows of it, whatever example they belong to. Memory. Stages go to shared memory by 16-byte asynchronous
-// copies, three ahead of the one that is multiplied, over the ends of examples and of segments. Fragments are read from
-// there without bank conflicts (Tile::swizzled). Sums stay in registers until a segment's end; those of a split tile's
-// segments go to the workspace, and a second kernel adds them. Numerics. Products are exact and added in float32
-// (float32 operands rounded to tf32 first), the positions of an example in an order that depends on the shape alone;
-// then examples in their order, then segments in theirs. No atomics: the same bits in every run on one kind of card,
-// whose number of blocks decides where segments end.
+// Mapping. A block works on segments one after another. A segment is a tile of output channels by columns (a tap and an
+// input channel), of some examples. As many blocks are launched as the card runs at once. Each block takes an equal
+// share of the examples of the first tiles, and then whole tiles; the number of whole tiles is a multiple of the number
+// of blocks. The positions of a segment's examples, each padded to the depth of a product, form one long axis of rows.
+// A stage is kDepth rows of this axis and may cross examples.
+// Memory. Stages are copied to shared memory by 16-byte asynchronous copies, three stages ahead of the multiplication,
+// across the ends of examples and segments. Fragments are read from there without bank conflicts (Tile::swizzled). Sums
+// stay in registers until the end of a segment. A split tile's segments write their sums to the workspace, and a second
+// kernel adds them.
+// Numerics. Products are exact and added in float32 (float32 operands are rounded to tf32 before that): the positions
+// of an example in an order that depends only on the shape, then the examples in order, then the segments in order. No
+// atomics: every run gives the same bits on one kind of card, whose number of blocks determines where segments end.
 #pragma once
 
 #include "cuda/per_example_fragments.cuh"
@@ -31,7 +34,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   typename Consumer<T>::Sums gradient, sums = {};
   constexpr int kBuffers = T::kAhead ? 2 : 1;
   Fragments<T> fragments[kBuffers];
-  const int steps = layer.padded / T::kStep;  // of an example
+  const int steps = layer.padded / T::kStep;  // steps of an example
   int steps_left = steps, examples_left = segment.end - segment.begin;
   bool fresh = true;
 
@@ -49,7 +52,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
 #pragma unroll
     for (int k = 0; k < T::kSteps; k++) {
       if (!T::kAhead) consumer.load(fragments[0], shared + read, k);
-      if (k == T::kSteps - 1) {  // the next stage is there for all, and all have read the one before this
+      if (k == T::kSteps - 1) {  // the next stage has arrived for all threads, and all have read the one before this
         ptx::wait_for_copies<T::kStages - 2>();
         __syncthreads();
         read = read == kLast ? 0 : read + T::kStageBytes;
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   }
 }
 
-// Adds the segments of every split tile to the sums, in the order of their examples: 4 columns a thread.
+// Adds the segments of every split tile to the sums, in the order of their examples; each thread adds 4 columns.
 template <int kM, int kN>
 __global__ void __launch_bounds__(kThreads) per_example_add_segments(DELFAST_GRID_CONSTANT(SegmentsLayer) layer) {
   constexpr int kBlocksPerTile = kM * kN / 4 / kThreads;
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) per_example_add_segments(DELFAST_GRI
   const int64_t units = int64_t(layer.split_tiles) * layer.examples, tile_begin = int64_t(tile) * layer.examples;
   const int first = int(((tile_begin + 1) * layer.split_blocks - 1) / units),
             last = int(((tile_begin + layer.examples) * layer.split_blocks - 1) / units);
-  if (first == last) return;  // that block has added all to the sums
+  if (first == last) return;  // the same block has added all examples to the sums
   const int column_tile = tile / layer.m_tiles;
   const int channel = (tile - column_tile * layer.m_tiles) * kM + at / kN, column = column_tile * kN + at % kN;
   if (channel >= layer.out_channels || column >= layer.row) return;

@@ -1,4 +1,4 @@
-// Per-example sums by mma.sync, part 1: what a block works on, and the copies that bring it to shared memory.
+// Per-example sums by mma.sync, part 1: a block's work, and the copies of its operands to shared memory.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -6,13 +6,13 @@
 
 namespace delfast::cuda {
 
-// A layer of at most two dimensions and one group: PerExample as these kernels need it. All counts fit in an int
-// (per_example_segments.cu sees to that).
+// A layer of at most two dimensions and one group: PerExample as these kernels read it. per_example_segments.cu checks
+// that all counts fit in an int.
 struct SegmentsLayer {
   const char* deltas;
   const char* inputs;
   float* sums;
-  float* partial;  // tiles of segments that are not all of their tile's examples
+  float* partial;  // tiles of the segments that do not have all of their tile's examples
   int out_channels, in_channels, row;
   int examples, positions, padded;  // padded: positions, rounded up to a product's depth
   int in_height, in_width, in_size;
@@ -20,20 +20,20 @@ struct SegmentsLayer {
   int out_width;
   uint32_t out_width_magic;  // ceil(2^31 / out_width)
   int m_tiles, tiles;        // tiles: m_tiles of output channels, then the next columns
-  int split_tiles;           // the first tiles, whose examples are shared out evenly ...
-  int split_blocks;          // ... over this many blocks; each gets at least one example
+  int split_tiles;           // number of leading tiles whose examples are divided evenly ...
+  int split_blocks;          // ... among this number of blocks; each gets at least one example
 };
 
 struct Segment {
   int tile, begin, end;  // examples
 };
 
-// The first of the split tiles' examples, counted one tile after the other, that is this block's.
+// Index of the block's first example among the split tiles' examples, counted tile by tile.
 __device__ __forceinline__ int first_unit(const SegmentsLayer& p, int block) {
   return int(int64_t(p.split_tiles) * p.examples * block / p.split_blocks);
 }
 
-// The segments of a block: first its share of the split tiles, then whole tiles.
+// The segments of a block: its share of the split tiles, then whole tiles.
 class Schedule {
  public:
   __device__ __forceinline__ explicit Schedule(const SegmentsLayer& p) : unit_(0), unit_end_(0) {
@@ -62,43 +62,45 @@ class Schedule {
   int unit_, unit_end_, tile_;
 };
 
-// The shape of a block's work. Operand: __nv_bfloat16, __half, or tf32 for float32. A tile is of kM output channels by
-// kN columns (a tap and an input channel); a warp multiplies kWarpM of them by 32. kDirect: a position's source is the
-// position itself.
+// The shape of a block's work. Operand: __nv_bfloat16, __half, or tf32 for float32. A tile has kM output channels and
+// kN columns (a tap and an input channel). A warp multiplies kWarpM output channels by 32 columns. kDirect: the source
+// of a position is the position itself.
 template <class Operand_, int kM_, int kN_, int kWarpM_, bool kDirect_>
 struct Tile {
   using Operand = Operand_;
   static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = 32;
   static constexpr bool kDirect = kDirect_, kTf32 = std::is_same_v<Operand, nvcuda::wmma::precision::tf32>;
-  static constexpr int kBytes = kTf32 ? 4 : 2, kPack = 16 / kBytes;                  // of a channel; channels of a copy
-  static constexpr int kStep = kTf32 ? 8 : 16, kSteps = 2, kDepth = kSteps * kStep;  // positions of a product, a stage
+  static constexpr int kBytes = kTf32 ? 4 : 2, kPack = 16 / kBytes;  // bytes of a channel, channels of a copy
+  // positions of a product, of a stage
+  static constexpr int kStep = kTf32 ? 8 : 16, kSteps = 2, kDepth = kSteps * kStep;
   static constexpr int kStages = 4;
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
   static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN, kThreads = kWarp * kWarpsM * kWarpsN;
-  static constexpr int kResident = kThreads <= 64 ? 4 : kThreads <= 128 ? 2 : 1;  // blocks at once, by their registers
-  // Fragments are read one step ahead of their use; else there are other warps to fill the wait.
+  // resident blocks, limited by registers
+  static constexpr int kResident = kThreads <= 64 ? 4 : kThreads <= 128 ? 2 : 1;
+  // True: a warp reads fragments one step before their use. False: other warps hide the latency.
   static constexpr bool kAhead = kWarpM == 64;
 
-  // Of a stage: kDepth rows of the deltas' chunks of 16 bytes, then as many of the inputs'. A pass copies one chunk a
-  // thread.
+  // A stage is kDepth rows of 16-byte chunks of output gradients, then kDepth rows of chunks of inputs. In one pass
+  // each thread copies one chunk.
   static constexpr int kDeltaChunks = kM / kPack, kInputChunks = kN / kPack;
   static constexpr int kDeltaPitch = (kDeltaChunks + 7) / 8 * 128, kInputPitch = (kInputChunks + 7) / 8 * 128;
-  static constexpr int kDeltaRows = kThreads / kDeltaChunks, kInputRows = kThreads / kInputChunks;  // of a pass
+  static constexpr int kDeltaRows = kThreads / kDeltaChunks, kInputRows = kThreads / kInputChunks;  // rows of a pass
   static constexpr int kDeltaPasses = (kDepth + kDeltaRows - 1) / kDeltaRows,
                        kInputPasses = (kDepth + kInputRows - 1) / kInputRows;
   static constexpr int kDeltaBytes = kDepth * kDeltaPitch, kStageBytes = kDeltaBytes + kDepth * kInputPitch;
   static constexpr int kShared = kStages * kStageBytes;
   static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kThreads % kDeltaChunks == 0 && kThreads % kInputChunks == 0);
 
-  // Where in its row a chunk lies, in bytes: the eight lanes that read at one time find theirs in different banks.
-  // (ldmatrix: eight rows of a chunk; tf32: two neighbouring chunks of four rows.)
+  // Offset of a chunk in its row, in bytes, such that the eight lanes that read at the same time use different banks.
+  // ldmatrix reads eight rows of a chunk; tf32 reads two neighbouring chunks of four rows.
   static constexpr int kPeriod = kTf32 ? 4 : 8;
   static __device__ __forceinline__ int swizzled(int row, int chunk) {
     return (chunk ^ (kTf32 ? (row & 3) << 1 : row & 7)) * 16;
   }
 };
 
-// Copies a block's stages, in their order, over the ends of examples and of segments.
+// Copies a block's stages in order, across the ends of examples and segments.
 template <class T>
 class StageLoader {
  public:
@@ -120,10 +122,10 @@ class StageLoader {
     begin_segment();
   }
 
-  // Issues the copies of the next stage; none if there is none.
+  // Issues the copies of the next stage, if there is one.
   __device__ __forceinline__ void load(ptx::Shared stage) {
     if (index_ >= end_) return;
-    // All addresses first: to the compiler a copy may change anything in memory.
+    // All addresses are computed first: for the compiler, a copy may change any memory.
     const int padding = p.padded - p.positions;
     const int delta_pitch = p.out_channels * T::kBytes, input_pitch = p.in_channels * T::kBytes;
     const char *delta_from[T::kDeltaPasses], *input_from[T::kInputPasses];
@@ -144,7 +146,7 @@ class StageLoader {
         const int x = row.position - y * p.out_width;
         const int in_y = y * p.stride_y + tap_y_, in_x = x * p.stride_x + tap_x_;
         input_exists[i] &= unsigned(in_y) < unsigned(p.in_height) && unsigned(in_x) < unsigned(p.in_width);
-        // unsigned: that of a source that does not exist may overflow
+        // unsigned: the address of a source that does not exist may overflow
         source = int(unsigned(in_y) * unsigned(p.in_width) + unsigned(in_x) +
                      unsigned(row.next ? image_ + p.in_size : image_));
       }
@@ -185,11 +187,11 @@ class StageLoader {
   static __device__ __forceinline__ int input_row() { return int(threadIdx.x) / T::kInputChunks; }
 
   struct Row {
-    int position, index;  // in its example, over all examples
-    bool next;            // it is of the next example
+    int position, index;  // in its example; over all examples
+    bool next;            // true if it belongs to the next example
   };
-  // Row `row` of the next stage. An example has at least a stage's rows less one product's depth, so that no row is of
-  // the example after the next, other than rows beyond the segment's last example.
+  // Row `row` of the next stage. An example has at least kDepth - kStep rows. Therefore no row belongs to the example
+  // after the next, except rows beyond the segment's last example.
   __device__ __forceinline__ Row row_of(int row, int padding) const {
     Row r = {start_ + row, index_ + row, false};
     r.next = r.position >= p.padded;
@@ -199,7 +201,7 @@ class StageLoader {
 
   __device__ __forceinline__ void begin_segment() {
     Segment segment;
-    if (!schedule_.next(p, segment)) return;  // index_ >= end_ stays
+    if (!schedule_.next(p, segment)) return;  // keeps index_ >= end_
     start_ = 0;
     index_ = segment.begin * p.positions;
     end_ = segment.end * p.positions;
@@ -221,13 +223,13 @@ class StageLoader {
 
   const SegmentsLayer& p;
   Schedule schedule_;
-  int start_, index_,
-      image_;  // of the next stage's first row: its position, that over all examples, its example's input
-  int end_;    // of the segment, as index_ is counted
+  // first row of the next stage: its position in the example, its position over all examples, its example's input
+  int start_, index_, image_;
+  int end_;                       // end of the segment, counted like index_
   const char *deltas_, *inputs_;  // this thread's channels of row 0 and of input 0
-  int delta_end_, input_end_;     // end_, or 0: no such channels
-  int tap_y_, tap_x_;             // the source of position 0
-  int delta_to_, input_to_;       // where this thread's first row goes in a stage
+  int delta_end_, input_end_;     // end_, or 0 if the channels do not exist
+  int tap_y_, tap_x_;             // source of position 0
+  int delta_to_, input_to_;       // destination in a stage of this thread's first row
 };
 
 }  // namespace delfast::cuda

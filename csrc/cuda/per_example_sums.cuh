@@ -1,10 +1,11 @@
 // The gradients of a normalization's weight and bias, or of a bias, summed over the examples: ChannelSums.
 //
-// Mapping. Contiguous: a team of lanes of a warp for each channel of a slab of examples. Channels-last: a block for
-// kDotLanes channels of a slab; its strands share out the positions of an example, or, where an example has few, the
-// examples. Slabs are added up in their order by a second kernel. Memory. Everything is read once, by 16-byte loads
-// wherever alignment allows; nothing but the slabs' sums is written. Numerics. As channel_dot; who adds what depends on
-// the shape and on alignment alone. The mean is subtracted from every value, so that nothing cancels.
+// Mapping. Contiguous: a team of lanes of a warp takes a channel of a slab of examples. Channels-last: a block takes
+// kDotLanes channels of a slab; its strands divide the positions of an example, or the examples if an example has few
+// positions. A second kernel adds the slabs in order.
+// Memory. Every operand is read once, by 16-byte loads wherever alignment allows. Only the slabs' sums are written.
+// Numerics. Sums of an example as in channel_dot. The order of additions depends only on the shape and on alignment.
+// The mean is subtracted from every value, which avoids cancellation.
 #pragma once
 
 #include "cuda/per_example_dot.cuh"
@@ -15,12 +16,12 @@ __device__ __forceinline__ float with_epilogue(float x, Epilogue epilogue) {
   return epilogue == Epilogue::abs ? fabsf(x) : x * x;
 }
 
-// Of deltas and centered products, one or several channels'.
+// The two sums of one or several channels: of output gradients, and of output gradients times centered values.
 template <int kCount>
 struct SumPair {
   float weighted[kCount] = {}, plain[kCount] = {};
 
-  // Adds epsilon of an example's sums.
+  // Adds the transform of an example's sums.
   __device__ __forceinline__ void add(const SumPair& example, Epilogue epilogue) {
     for (int j = 0; j < kCount; j++) {
       weighted[j] += with_epilogue(example.weighted[j], epilogue);
@@ -79,8 +80,9 @@ __device__ __forceinline__ void load_means(const ChannelSums& p, int64_t channel
   for (int j = 0; j < kCount; j++) mean[j] = p.mean ? global_load_const(p.mean + channel + j) : 0.0f;
 }
 
-// Where the sums of a slab go: onto the result if there is one slab, else to parts[slab][weighted, plain][channel]. The
-// factor 1 / sqrt(variance + eps) is the same for all examples, so that its epsilon is taken out of their sum.
+// Stores the sums of a slab: adds them to the result if there is one slab, otherwise writes parts[slab][weighted,
+// plain][channel]. The factor 1 / sqrt(variance + eps) is the same for all examples, so its transform is applied once
+// to the sum over the examples.
 __device__ __forceinline__ void store_sums(const ChannelSums& p, float* parts, int64_t slab, int64_t channel,
                                            float weighted, float plain) {
   if (p.variance) {
@@ -99,7 +101,7 @@ __device__ __forceinline__ void store_sums(const ChannelSums& p, float* parts, i
 
 // ---- contiguous
 
-// `lanes`: of a team, a power of two.
+// `lanes`: number of lanes of a team, a power of two.
 __global__ void __launch_bounds__(kThreads)
     channel_sums_rows(const ChannelSums p, float* parts, int64_t slabs, int64_t slab_examples, int lanes) {
   const int64_t team = (int64_t(blockIdx.x) * kThreads + int(threadIdx.x)) / lanes;
@@ -116,7 +118,8 @@ __global__ void __launch_bounds__(kThreads)
     const bool by_packs = source.aligned() && p.positions % kPack == 0;
     float means[kPack];
     for (int j = 0; j < kPack; j++) means[j] = mean[0];
-    for (int64_t step = 0; step < slab_examples; step++) {  // as often for every team: all lanes of a warp shuffle
+    // the same number of steps for every team: all lanes of a warp shuffle
+    for (int64_t step = 0; step < slab_examples; step++) {
       const int64_t x = first + step;
       const bool adds = exists && x < end;
       const int64_t begin = adds ? (x * p.channels + channel) * p.positions : 0;
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kSumWarps = kThreads / kWarp;
 
-// Adds up the strands' sums of a block: afterwards total[which][channel] holds them, for all threads to read.
+// Adds the strands' sums of a block. Afterwards all threads can read the sums in total[which][channel].
 template <int kPack>
 __device__ __forceinline__ void reduce_strands(SumPair<kPack>& sums, float (&parts)[2][kSumWarps][kDotLanes],
                                                float (&total)[2][kDotLanes]) {
@@ -173,7 +176,7 @@ __device__ __forceinline__ void reduce_strands(SumPair<kPack>& sums, float (&par
   __syncthreads();
 }
 
-// The sums of the examples [first, end) of the block's channels from `channel` on, in total[which][channel].
+// Computes the sums of the examples [first, end) of the block's channels from `channel` on, in total[which][channel].
 template <bool kByExample, int kPack, class Source>
 __device__ __forceinline__ void add_slab(const ChannelSums& p, const Source& source, int64_t first, int64_t end,
                                          int64_t channel, float (&parts)[2][kSumWarps][kDotLanes],
@@ -194,7 +197,7 @@ __device__ __forceinline__ void add_slab(const ChannelSums& p, const Source& sou
     }
     reduce_strands(totals, parts, total);
   } else {
-    float all = 0;  // of one sum of one channel, for the first threads
+    float all = 0;  // one sum of one channel, in the first threads
     const int which = int(threadIdx.x) / kDotLanes, own = int(threadIdx.x) % kDotLanes;
     for (int64_t x = first; x < end; x++) {
       SumPair<kPack> sums;
@@ -204,13 +207,13 @@ __device__ __forceinline__ void add_slab(const ChannelSums& p, const Source& sou
       reduce_strands(sums, parts, total);
       if (which < 2) all += with_epilogue(total[which][own], p.epilogue);
     }
-    __syncthreads();  // until all have read the last example's
+    __syncthreads();  // until all have read the sums of the previous example
     if (which < 2) total[which][own] = all;
     __syncthreads();
   }
 }
 
-// `tiles` of kDotLanes channels make a slab. kByExample: strands share out the examples, not the positions.
+// A slab has `tiles` tiles of kDotLanes channels. kByExample: strands divide the examples instead of the positions.
 template <bool kByExample>
 __global__ void __launch_bounds__(kThreads, 4)
     channel_sums_columns(const ChannelSums p, float* parts, int64_t tiles, int64_t slab_examples) {

@@ -1,4 +1,4 @@
-// The ways to compute per-example sums on tensor cores, and which of them suits a layer.
+// The variants of the per-example sums on tensor cores, and the choice among them for a layer.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,14 @@
 
 namespace delfast::cuda {
 
-// wmma: per_example_tiles, which takes every layer. The others are the tiles of per_example_segments; a warp's part of
-// 64x192 is 32 x 32, of the others 64 x 32.
+// wmma: per_example_tiles, which supports every layer. The other variants are the tiles of per_example_segments; a
+// warp's part is 32 x 32 in 64x192, 64 x 32 in the others.
 enum class Variant : int8_t { wmma, tile_64x64, tile_64x128, tile_128x128, tile_64x192 };
 inline constexpr const char* kVariantNames[] = {"wmma", "64x64", "64x128", "128x128", "64x192"};
 inline constexpr int kVariants = 5;
 
-// Whether every position's source is that position: a linear layer, or a kernel of 1 without stride and padding.
+// Returns true if the source of every position is that position: a linear layer, or a kernel of 1 without stride and
+// padding.
 inline bool is_direct(const ConvShape& s) {
   bool direct = true;
   for (int d = 0; d < 3; d++)
@@ -22,7 +23,7 @@ inline bool is_direct(const ConvShape& s) {
   return direct;
 }
 
-// The fastest variant of a layer, as measured. halves: operands of 16 bits, else float32 as tf32.
+// The fastest variant of a measured layer. halves: operands of 16 bits; otherwise float32 as tf32.
 struct MeasuredLayer {
   const char* card;
   bool halves, direct;
@@ -33,9 +34,9 @@ inline constexpr MeasuredLayer kMeasuredLayers[] = {
 #include "cuda/per_example_variants.inc"
 };
 
-// Returns the fastest variant of the nearest measured layer: on this card (else the table's first card), with operands
-// of this kind, and direct if this one is. Nearest: the product of the factors by which output channels, columns and
-// positions differ is least.
+// Returns the fastest variant of the nearest measured layer: on this card (or the table's first card if it was not
+// measured), with operands of this kind, and direct if this layer is. Nearest: the product of the ratios of output
+// channels, columns and positions (each ratio at least 1) is least.
 inline Variant nearest_variant(const char* card, bool halves, const ConvShape& s) {
   const auto factor = [](int64_t a, int64_t b) { return a < b ? double(b) / double(a) : double(a) / double(b); };
   const bool direct = is_direct(s);

@@ -18,8 +18,8 @@ __device__ __forceinline__ Shared shared_address(const void* address) {
   return uint32_t(__cvta_generic_to_shared(address));
 }
 
-// Copies 16 bytes, or writes 16 zero bytes and reads nothing if !exists. Nobody may look at them before this thread has
-// waited for its group of copies, and other threads not before a barrier after that.
+// Copies 16 bytes, or writes 16 zero bytes and reads nothing if !exists. This thread may read them after it has waited
+// for its group of copies, other threads after a barrier after that.
 __device__ __forceinline__ void copy_async(Shared to, const void* from, bool exists) {
   const int bytes = exists ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -73,11 +73,11 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 namespace delfast::cuda {
 
 // Rounds a float32 to tf32 in its first 19 bits; the other 13 are arbitrary. To nearest, ties away from zero, as
-// cvt.rna.tf32.f32 does, which is slower. The addition carries the largest floats to infinity and would carry NaNs of
-// only ones to zero. The signed maximum keeps positive NaNs, the unsigned one negative NaNs. The addition must be
-// unsigned: a signed one may not overflow, so that the compiler would drop the maximum, as below sm_90 it does that of
-// __viaddmax_s32. (Of all NaNs the signaling ones with a payload below 2^12, which no arithmetic yields, become
-// infinities.)
+// cvt.rna.tf32.f32 does, which is slower. The addition carries the largest floats to infinity and would carry NaNs
+// whose mantissa is all ones to zero. The signed maximum preserves positive NaNs, the unsigned maximum negative NaNs.
+// The addition must be unsigned: a signed addition may not overflow, so the compiler would drop the maximum, as it
+// drops that of __viaddmax_s32 below sm_90. Signaling NaNs with a payload below 2^12, which no arithmetic yields,
+// become infinities.
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   const uint32_t rounded = uint32_t(max(int(bits + 0x1000u), int(bits)));
   return rounded > bits ? rounded : bits;

@@ -1,7 +1,7 @@
-// The radix search for the score T such that everything above T weighs at most a budget and everything at or above T
-// weighs more, on the 31 bits of a non-negative float, in three passes of 11, 10 and 10 bits as on the CPU. One pass:
-// blocks count digits in shared memory and add their counts to a histogram in global memory (integers: any order gives
-// the same sum); one block then descends into a digit.
+// The radix search for the score T such that all scores above T weigh at most a budget, and all scores at or above T
+// weigh more. It searches the 31 bits of a non-negative float in three passes of 11, 10 and 10 bits, as on the CPU. In
+// each pass, blocks count digits in shared memory and add their counts to a histogram in global memory (integers, so
+// that the order of additions does not matter); one block then descends into a digit.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -18,8 +18,8 @@ __host__ __device__ constexpr RadixPass radix_pass(int pass) {
   return pass == 0 ? RadixPass{20, 11} : pass == 1 ? RadixPass{10, 10} : RadixPass{0, 10};
 }
 
-// The pass when the scores are known to lie in [lo, lo + width) and are counted as differences to lo: 11 bits each, the
-// last one fewer. Without bits left to find its width is 0.
+// The pass if all scores lie in [lo, lo + width) and are counted as differences from lo: 11 bits each, the last pass
+// fewer. Its width is 0 if no bits are left to find.
 __device__ __forceinline__ RadixPass radix_pass(int pass, uint32_t width) {
   int bits = 0;
   while (bits < 31 && (width - 1) >> bits) bits++;
@@ -28,13 +28,13 @@ __device__ __forceinline__ RadixPass radix_pass(int pass, uint32_t width) {
   return {shift > 0 ? shift : 0, shift > 0 ? 11 : above};
 }
 
-// Clears a block's bins; count_digit may follow at once.
+// Clears a block's bins; no barrier is needed before count_digit.
 __device__ __forceinline__ void clear_bins(uint32_t* bins) {
   for (int bin = int(threadIdx.x); bin < kRadixBins; bin += int(blockDim.x)) bins[bin] = 0;
   __syncthreads();
 }
 
-// threshold: the digits found in earlier passes, in place; a score that does not share them is not counted.
+// threshold: the digits found in earlier passes, in place. Scores with other digits are not counted.
 __device__ __forceinline__ void count_digit(uint32_t bits, RadixPass pass, uint32_t threshold, uint32_t* bins) {
   const int above = pass.shift + pass.width;
   if (bits >> above == threshold >> above) atomicAdd(&bins[bits >> pass.shift & ((1u << pass.width) - 1)], 1u);
@@ -48,8 +48,8 @@ __device__ __forceinline__ void add_bins(const uint32_t* bins, Count weight, Cou
 }
 
 // Finds the highest digit at which the sum of the block's bins from the top exceeds `left`, and calls found(digit, the
-// sum above it, its own count) in one thread, in none if all of it is within `left`. Blocks of up to kRadixBins
-// threads, a power of two; `totals` is shared memory for 32.
+// sum above it, its own count) in one thread. No thread calls it if the sum of all bins is within `left`. For blocks of
+// up to kRadixBins threads, a power of two; `totals` is shared memory for 32 elements.
 template <int kBlock, class Count, class F>
 __device__ __forceinline__ void find_digit(const Count* bins, Count left, Count* totals, F found) {
   __syncthreads();
@@ -66,8 +66,8 @@ __device__ __forceinline__ void find_digit(const Count* bins, Count left, Count*
   }
 }
 
-// The same for a histogram in global memory, which is cleared for the next pass, by a block of kThreads. Shared memory:
-// `bins` of kRadixBins, `totals` of 32.
+// find_digit for a histogram in global memory, which is cleared for the next pass, by a block of kThreads. Shared
+// memory: `bins` of kRadixBins, `totals` of 32.
 template <class Count, class F>
 __device__ __forceinline__ void descend(Count* histogram, Count left, Count* bins, Count* totals, F found) {
   for (int bin = int(threadIdx.x); bin < kRadixBins; bin += kThreads) {

@@ -1,5 +1,5 @@
-// The scores c_j of a parameter, four neighbours at a time: loaded as raw words, so that many loads can be under way
-// before the first is needed, and turned into non-negative floats, whose bits sort as they do.
+// The scores c_j of a parameter, four neighbours at a time. They are loaded as raw words, so that many loads can be in
+// flight before the first is used, and then converted to non-negative floats, whose bits have the same order.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -8,7 +8,7 @@ namespace delfast::cuda {
 
 constexpr uint32_t kInfinity = 0x7f800000;  // the scores from these bits on are infinite or NaN
 
-// |x|, of a NaN too: scores are ranked by their bits.
+// Also clears the sign of a NaN: scores are ranked by their bits.
 __device__ __forceinline__ float without_sign(float x) { return bits_float(float_bits(x) & 0x7fffffff); }
 
 template <class T>
@@ -42,7 +42,7 @@ struct WeightedGrads {  // |theta g|, the product rounded once, to float32
 
   __device__ __forceinline__ WeightedGrads from(int64_t i) const { return {theta + i, grad + i}; }
   __device__ __forceinline__ const Theta* first() const { return theta; }
-  // Whether four scores from element i on can be loaded at once.
+  // Returns true if four scores from element i on can be loaded at once.
   __device__ __forceinline__ bool aligned(int64_t i) const {
     return aligned_to_four(theta + i) && aligned_to_four(grad + i);
   }
@@ -76,30 +76,39 @@ struct Magnitudes {  // |g| or |theta|
   __device__ __forceinline__ float one(int64_t i) const { return without_sign(load_one(values + i)); }
 };
 
-// What a score needs of a parameter.
+// The operands of a parameter's scores.
 struct Operands {
   const void* theta;
   const void* grad;
   Dtype theta_dtype, grad_dtype;
 };
 
-// Calls f with the reader of this parameter's scores under this criterion, typed.
+// Calls f with a typed reader of this parameter's scores under this criterion.
 template <class F>
 __device__ __forceinline__ void with_scores(const Operands& p, Criterion criterion, F f) {
-  if (criterion == Criterion::weighted_grad) {
-    with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
-      with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
-        f(WeightedGrads<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+  const void* values = nullptr;
+  Dtype dtype = Dtype::float32;
+  switch (criterion) {  // no default: -Wswitch reports a criterion that is missing here
+    case Criterion::weighted_grad:
+      return with_dtype(p.theta_dtype, [&]<class Theta>(const Theta*) {
+        with_dtype(p.grad_dtype, [&]<class Grad>(const Grad*) {
+          f(WeightedGrads<Theta, Grad>{static_cast<const Theta*>(p.theta), static_cast<const Grad*>(p.grad)});
+        });
       });
-    });
-    return;
+    case Criterion::grad:
+      values = p.grad;
+      dtype = p.grad_dtype;
+      break;
+    case Criterion::weight:
+      values = p.theta;
+      dtype = p.theta_dtype;
+      break;
   }
-  const bool by_grad = criterion == Criterion::grad;
-  with_dtype(by_grad ? p.grad_dtype : p.theta_dtype,
-             [&]<class T>(const T*) { f(Magnitudes<T>{static_cast<const T*>(by_grad ? p.grad : p.theta)}); });
+  // after the switch, so that both criteria share the instances of f
+  with_dtype(dtype, [&]<class T>(const T*) { f(Magnitudes<T>{static_cast<const T*>(values)}); });
 }
 
-// Calls f(i, bits) for each of the first `length` scores, shared out among the threads of a block of kThreads.
+// Calls f(i, bits) for each of the first `length` scores, distributed over the threads of a block of kThreads.
 template <class Scores, class F>
 __device__ __forceinline__ void for_each_score(const Scores& score, int length, F f) {
   const int packs = score.aligned(0) ? length / 4 : 0;

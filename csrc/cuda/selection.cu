@@ -9,9 +9,10 @@ namespace delfast::cuda {
 
 namespace {
 
-constexpr int64_t kResidentBlocks = 1056;  // eight on each of 132 multiprocessors
+constexpr int64_t kResidentBlocks = 1056;  // eight on each of an H100's 132 multiprocessors
 
-// Lays out the workspace of `tiles` tiles of `sources` sources, and a list of `capacity` candidates; its bytes.
+// Lays out the workspace of `tiles` tiles of `sources` sources and a list of `capacity` candidates; returns its size in
+// bytes.
 int64_t lay_out(void* workspace, int64_t sources, int64_t tiles, int64_t capacity, Selection& s) {
   int64_t bytes = 0;
   const auto take = [&]<class T>(T*& array, int64_t count) {
@@ -33,13 +34,14 @@ int64_t lay_out(void* workspace, int64_t sources, int64_t tiles, int64_t capacit
 
 unsigned at_most(int64_t blocks, int64_t limit) { return unsigned(blocks < 1 ? 1 : blocks < limit ? blocks : limit); }
 
-// for_sources(add) calls add(Source, tiles) for each parameter that has any, in order; `runs` of the sample, or 0.
+// for_sources(add) calls add(Source, tiles) for each parameter with elements, in order. `runs`: runs of the sample in
+// each tile; 0: no sample.
 template <class ForSources>
 Error select(int64_t count, ForSources for_sources, Criterion criterion, int runs, double share, const Selection& s,
              Stream stream) {
   uint32_t first_source = 0;
   const auto begin = [&]<int kBytes>(const Table<Source, kBytes>& table) {
-    const int64_t wanted = ceil_div(table.blocks(), kThreads), least = runs ? 64 : 4;  // for what is to be cleared
+    const int64_t wanted = ceil_div(table.blocks(), kThreads), least = runs ? 64 : 4;  // blocks that clear
     DELFAST_LAUNCH(selection_begin<kBytes>, at_most(wanted > least ? wanted : least, 1024), kThreads, 0, stream, table,
                    s, first_source, runs != 0);
     first_source += uint32_t(table.count);
@@ -72,7 +74,7 @@ struct Elements {
     }
   }
   bool sampled(int64_t min_sampled) const { return numel && numel >= min_sampled; }
-  // The bracket holds one element in two hundred of many, one in fifty of few.
+  // The bracket holds one element in two hundred of large networks, one in fifty of small ones.
   int64_t capacity(int64_t min_sampled) const {
     const int64_t wanted = numel / 32 + 65536;
     return !sampled(min_sampled) ? 0 : wanted < INT32_MAX ? wanted : INT32_MAX;
@@ -97,7 +99,7 @@ struct Units {
       scalars += counts[i] * lengths[i];
     }
   }
-  // Whether one block selects them.
+  // Returns true if one block selects the units.
   bool few() const {
     const bool large = kLargeTables && driver_takes_large_tables();
     return words <= kUnitWords && scalars <= UINT32_MAX &&
@@ -123,14 +125,15 @@ int64_t select_elements_workspace(const Scored* params, int64_t count, int64_t m
   return Elements(params, count).lay_out(nullptr, min_sampled, s);
 }
 
-Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits, int64_t* info,
-                      void* workspace, Stream stream, int64_t min_sampled) {
+Error select_elements(const Scored* params, int64_t count, Criterion criterion, int64_t k, uint8_t* bits,
+                      ElementsInfo* info, void* workspace, Stream stream, int64_t min_sampled) {
   const Elements elements(params, count);
   Selection s;
   elements.lay_out(workspace, min_sampled, s);
   s.budget = static_cast<unsigned long long>(k);
-  s.info = info;
-  s.units = s.cut_last = false;
+  s.elements = info;
+  s.units = nullptr;
+  s.cut_last = false;
   const auto for_sources = [&](auto add) {
     uint8_t* next = bits;
     int64_t tiles = 0;
@@ -155,7 +158,7 @@ int64_t select_units_workspace(const int64_t* counts, const int64_t* lengths, in
 }
 
 Error select_units(const float* scores, const int64_t* counts, const int64_t* lengths, int64_t count, int64_t k,
-                   bool cut_last, uint8_t* bits, int64_t* info, void* workspace, Stream stream) {
+                   bool cut_last, uint8_t* bits, UnitsInfo* info, void* workspace, Stream stream) {
   const Units units(counts, lengths, count);
   if (units.few()) {
     const uint32_t budget = uint32_t(k < int64_t(UINT32_MAX) ? k : UINT32_MAX);
@@ -177,8 +180,8 @@ Error select_units(const float* scores, const int64_t* counts, const int64_t* le
   Selection s;
   lay_out(workspace, units.sources, units.tiles, 0, s);
   s.budget = static_cast<unsigned long long>(k);
-  s.info = info;
-  s.units = true;
+  s.elements = nullptr;
+  s.units = info;
   s.cut_last = cut_last;
   const auto for_sources = [&](auto add) {
     int64_t tiles = 0;

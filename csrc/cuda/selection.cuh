@@ -1,61 +1,64 @@
-// The k-th largest score over all parameters, and the packed bits of the scores at or above it: what the kernels of all
-// stages share. Elements and units (channels) are selected by the same kernels: a unit is an element of its parameter's
-// list of scores that weighs as much as it has scalars, an element weighs 1. (Few units: selection_units.cuh.)
+// The k-th largest score over all parameters, and the packed bits of the scores at or above it: definitions shared by
+// the kernels of all stages. The same kernels select elements and units (channels). A unit is an element of its
+// parameter's list of scores and weighs as much as it has scalars; an element weighs 1. selection_units.cuh selects few
+// units.
 //
-// Stages; the host asks nothing in between:
-//   begin     the sources (parameters) and the owner of every tile are written to the workspace; counters are cleared.
-//   sample    of many elements: a bracket that holds the k-th score except by a rare accident (selection_sample.cuh).
-//   read      the one reading: the bits of all scores above the bracket, and a list of those inside, the candidates
-//             (selection_read.cuh).
-//   count x 3, mark, settle   three radix passes, the ties in order, the last bits (selection_passes.cuh): among the
-//             candidates if they hold the k-th score. If not (few elements and no sample, units, a bracket that missed,
-//             a list that ran over, a score that is not finite), over all scores, read again by each of the stages.
-// What one block has to do between two stages, the last block to finish the stage before does (is_last_block).
+// Mapping. Stages in the order of their launches; the host does not wait in between:
+// - begin: writes the sources (parameters) and the owner of every tile to the workspace and clears the counters.
+// - sample, for many elements: a bracket that almost always contains the k-th score (selection_sample.cuh).
+// - read, for many elements: the only full reading, which writes the bits of all scores above the bracket and lists
+//   those inside, the candidates (selection_read.cuh).
+// - count x 3, mark, settle: three radix passes, the ties in order, the last bits (selection_passes.cuh). They read the
+//   candidates if these contain the k-th score. Otherwise (few elements and no sample, units, a bracket that missed, a
+//   full list, a score that is not finite) each of them reads all scores again.
+// Work for a single block between two stages is done by the last block that finishes the first of the two
+// (is_last_block).
 // Memory. The workspace: the state, then arrays by source, tile and candidate (Selection).
-// Numerics. Integers only: the result does not depend on the order of blocks, nor on the sample.
+// Numerics. Integers only: the result depends neither on the order of blocks nor on the sample.
 #pragma once
 
 #include "cuda/radix.cuh"
 #include "cuda/scores.cuh"
+#include "delfast/selection.h"
 
 namespace delfast::cuda {
 
-constexpr int64_t kTile = 8192;  // elements; a multiple of 32: tiles do not share bytes of bits, nor warps words
+constexpr int64_t kTile = 8192;  // elements; a multiple of 32, so that tiles share no bytes of bits and warps no words
 constexpr int kTileWords = int(kTile / 32);
 constexpr int kWarps = kThreads / kWarp;
-// Blocks of a multiprocessor that the kernels leave room for: half of its warps. Without being told, the compiler aims
-// at more and spills.
+// Resident blocks of a multiprocessor: half of its warps. Without this limit the compiler targets more blocks and
+// spills registers.
 constexpr int kResident = 4;
 constexpr int kTieTiles = kThreads;  // tiles whose ties are summed as one
 
 struct Source {
   Operands operands;
   Layout layout;
-  int64_t weight;  // of each
+  int64_t weight;  // weight of an element
   uint8_t* bits;
-  int64_t id, id_per_element;  // what a bad score is reported as: the parameter, or the unit
-  uint32_t first_tile;         // of all sources' tiles
+  int64_t id, id_per_element;  // reported for a score that is not finite: the parameter, or the unit
+  uint32_t first_tile;         // over all sources
 };
 
 constexpr unsigned long long kNone = ~0ull;
 constexpr int kSampleShift = 15;  // a bin of the sample: scores with the same upper 16 bits; 256 bins are a group
 constexpr int kSampleBins = 1 << (31 - kSampleShift), kSampleGroups = kSampleBins / kThreads;
-constexpr int kStages = 5;  // that end with a last block: the sample, three passes, mark
+constexpr int kStages = 5;  // stages that end with a last block: the sample, three passes, mark
 
 struct SelectionState {
   // written by `begin`
   unsigned long long nonfinite;  // the least id with a NaN or infinite score, or kNone
-  unsigned long long left;       // of the budget, once what lies above the digits found so far is taken
-  unsigned long long above;      // candidates: scores at or above `hi`
-  unsigned long long higher;     // mark over all scores: those above the threshold
-  unsigned long long rest;       // of the budget, for a part of the unit after the last one
-  uint32_t cut_tile;             // where the ties end; past the last tile: all of them are kept
-  uint32_t keep;                 // of that tile's ties
+  unsigned long long left;       // rest of the budget after all scores above the digits found so far
+  unsigned long long above;      // candidates: number of scores at or above `hi`
+  unsigned long long higher;     // mark over all scores: number above the threshold
+  unsigned long long rest;       // rest of the budget, for a part of the unit after the last one
+  uint32_t cut_tile;             // tile where the ties end; past the last tile: all are kept
+  uint32_t keep;                 // number of that tile's ties to keep
   uint32_t lo, hi;               // the bracket: lo <= score < hi
-  uint32_t listed;               // candidates
-  uint32_t failed;               // there is no bracket, a list ran over, or a score is not finite
-  uint32_t digits;               // of the threshold, less `lo`
-  uint32_t everything;           // fits in the budget
+  uint32_t listed;               // number of candidates
+  uint32_t failed;               // no bracket, a full list, or a score that is not finite
+  uint32_t digits;               // digits of the threshold found so far, less `lo`
+  uint32_t everything;           // all scores fit in the budget
   // cleared
   alignas(16) uint32_t tickets[kStages + 3];  // rounded up to 16 bytes
   unsigned long long histogram[kRadixBins];
@@ -70,30 +73,31 @@ struct TileRecord {
 struct Selection {
   SelectionState* state;
   Source* sources;
-  uint32_t* owners;                    // a tile's source
-  uint32_t* ties;                      // of a tile with the threshold
-  unsigned long long* segment_weight;  // what they weigh, of kTieTiles tiles
-  TileRecord* records;                 // of tiles
-  uint32_t* scores;                    // of candidates
-  uint16_t* places;                    // of candidates, in their tiles
+  uint32_t* owners;                    // source of a tile
+  uint32_t* ties;                      // number of ties of a tile with the threshold
+  unsigned long long* segment_weight;  // weight of the ties of kTieTiles tiles
+  TileRecord* records;                 // one for each tile
+  uint32_t* scores;                    // scores of the candidates
+  uint16_t* places;                    // places of the candidates in their tiles
   unsigned long long budget;
-  int64_t* info;  // {nonfinite, positive}; of units {cut_unit, cut_size, nonfinite, selected, positive}
+  ElementsInfo* elements;  // null for units
+  UnitsInfo* units;        // null for elements
   uint32_t tiles;
   uint32_t capacity;  // candidates
-  bool units, cut_last;
+  bool cut_last;
 };
 
 // A tile, for the threads that work on it.
 struct Tile {
   const Source* source;
   Operands operands;  // from its first element on
-  uint8_t* bits;      // of its elements
+  uint8_t* bits;      // bits of its elements
   int64_t begin;      // in its source
   int length;
-  bool in_order;  // in memory as logically
+  bool in_order;  // memory order is logical order
 
   __device__ __forceinline__ int64_t id_of(int i) const { return source->id + (begin + i) * source->id_per_element; }
-  // Where its logical element i is in memory, from its first element on.
+  // Offset in memory of the tile's logical element i, from the tile's first element.
   __device__ __forceinline__ int64_t offset(const Layout& layout, int i) const {
     return layout.offset(begin + i) - begin;
   }
@@ -114,7 +118,7 @@ __device__ __forceinline__ Tile tile_of(const Selection& s, uint32_t number) {
           p->layout.spatial == 1};
 }
 
-// Every table of sources is one launch; the first one clears what is to begin with zeros.
+// One launch for each table of sources; the first launch clears the counters.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads) selection_begin(DELFAST_GRID_CONSTANT(Table<Source, kBytes>) table,
                                                             Selection s, uint32_t first_source, bool sampled) {
@@ -146,11 +150,11 @@ __global__ void __launch_bounds__(kThreads) selection_begin(DELFAST_GRID_CONSTAN
   global_store(&state->everything, 0u);
 }
 
-// Where the threshold is searched: among the candidates, or among all scores.
+// The scores among which the threshold is searched: the candidates, or all scores.
 struct Search {
   bool listed;
-  uint32_t lo, width;        // the scores' range
-  unsigned long long above;  // it
+  uint32_t lo, width;        // range of the scores
+  unsigned long long above;  // number of scores above the range
 };
 __device__ __forceinline__ Search search_of(const Selection& s) {
   const SelectionState* const state = s.state;

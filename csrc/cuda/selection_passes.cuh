@@ -1,23 +1,23 @@
-// The threshold by three radix passes, the ties with it, and the bits that these leave open: among the candidates that
-// the reading listed, or over all scores.
+// The threshold by three radix passes, the ties with it, and the bits that depend on both: among the candidates that
+// selection_read listed, or over all scores.
 //
-// Mapping. As many blocks as can be resident loop over tiles; of the candidates, over the list or, a warp each, over
-// tiles. (Units: a block for each tile, whose elements all weigh the same.)
-// count: blocks count digits in shared memory and add them up; the last block descends into a digit.
-// mark: the ties are counted per tile; over all scores, the bits of those at or above the threshold are written. The
-// last block finds the tile where the ties end, by sums over segments of tiles, and reports. settle: the candidates'
-// bits are set; over all scores, ties past the end are taken back.
-// Memory. A pass over all scores reads their operands
-// again, by 16-byte loads. A tile's bits are gathered in shared memory: a lane ors in those of the four
-// neighbours that it reads; where lanes read one element each (memory not aligned, or not in logical order:
-// channels-last), a ballot makes a word.
+// Mapping. As many blocks as can be resident loop over tiles; for the candidates, over the list, or over tiles with one
+// warp each. For units: a block for each tile, because all elements of a tile weigh the same.
+// - count: blocks count digits in shared memory and add them; the last block descends into a digit.
+// - mark: counts the ties of each tile; over all scores, also writes the bits of the scores at or above the threshold.
+//   The last block finds the tile where the ties end, by sums over segments of tiles, and writes the report.
+// - settle: sets the candidates' bits; over all scores, clears the bits of the ties past the end.
+// Memory. A pass over all scores reads their operands again, by 16-byte loads. A tile's bits are collected in shared
+// memory: a lane ors in the bits of the four neighbours that it reads. Where lanes read single elements (memory that is
+// not aligned, or not in logical order: channels-last), a ballot gives a word.
+// Numerics. Integers only.
 #pragma once
 
 #include "cuda/selection.cuh"
 
 namespace delfast::cuda {
 
-// What an element of a tile weighs.
+// Weight of an element of a tile.
 __device__ __forceinline__ unsigned long long weight_of(const Selection& s, uint32_t tile) {
   return s.units ? static_cast<unsigned long long>(s.sources[global_load_const(&s.owners[tile])].weight) : 1;
 }
@@ -26,7 +26,7 @@ __device__ __forceinline__ unsigned long long weight_of(const Selection& s, uint
 
 __device__ __forceinline__ void count_candidates(const Selection& s, const Search& search, RadixPass digit,
                                                  uint32_t digits, uint32_t* bins) {
-  constexpr uint32_t kOfBlock = 4096;  // so that a block's bins count more than one
+  constexpr uint32_t kOfBlock = 4096;  // scores of a block, enough that a bin counts several
   const uint32_t listed = global_load(&s.state->listed), wanted = listed / kOfBlock + 1,
                  blocks = wanted < gridDim.x ? wanted : gridDim.x, step = blocks * kThreads;
   if (blockIdx.x >= blocks) return;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void count_all(const Selection& s, Criterion criterio
                                           uint32_t* bins) {
   for (uint32_t number = blockIdx.x; number < s.tiles; number += gridDim.x) {
     const Tile tile = tile_of(s, number);
-    int bad = tile.length;  // the first element whose score is not finite
+    int bad = tile.length;  // first element whose score is not finite
     with_scores(tile.operands, criterion, [&](auto score) {
       for_each_score(score, tile.length, [&](int i, uint32_t bits) {
         count_digit(bits, digit, digits, bins);
@@ -50,7 +50,7 @@ __device__ __forceinline__ void count_all(const Selection& s, Criterion criterio
   }
 }
 
-// The last block's part.
+// For the last block.
 __device__ __forceinline__ void descend_pass(const Selection& s, int pass) {
   DELFAST_SHARED(unsigned long long, bins, [kRadixBins]);
   DELFAST_SHARED(unsigned long long, totals, [kWarp]);
@@ -83,15 +83,17 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_count(Selection
     count_candidates(s, search, digit, digits, bins);
   else
     count_all(s, criterion, digit, digits, bins);
-  add_bins(bins, weight_of(s, blockIdx.x), state->histogram);  // a block of many tiles is one of elements, that weigh 1
+  // the weight of all tiles of the block: for units it has one tile, and elements weigh 1
+  add_bins(bins, weight_of(s, blockIdx.x), state->histogram);
   if (!is_last_block(&state->tickets[1 + pass], gridDim.x)) return;
   descend_pass(s, pass);
 }
 
 // ---- bits in logical order
 
-// Calls selected(scores, valid, element) with packs of neighbours; the bits of `valid` say which of them belong to the
-// tile. Keeps the mask that it returns. All threads of the block call it equally often, for ascending elements.
+// Calls selected(scores, valid, element) with packs of neighbours and stores the mask that it returns. The bits of
+// `valid` mark the elements that belong to the tile. All threads of the block call it equally often, for ascending
+// elements.
 template <class Scores, class F>
 __device__ __forceinline__ void select_packs(const Scores& score, int length, uint32_t* words, F selected) {
   for (int window = 0; window < length; window += kThreads * 4) {
@@ -126,11 +128,11 @@ __device__ __forceinline__ void select_ones(const Scores& score, const Tile& til
   }
 }
 
-// Writes the bits of the tile's elements that `selected` says.
+// Writes the bits of the tile's elements that `selected` returns.
 template <class F>
 __device__ __forceinline__ void write_bits(const Tile& tile, Criterion criterion, F selected) {
   DELFAST_SHARED(uint32_t, words, [kTileWords]);
-  __syncthreads();  // whoever still reads those of an earlier tile
+  __syncthreads();  // the bits of an earlier tile may still be in use
   for (int word = int(threadIdx.x); word < kTileWords; word += kThreads) words[word] = 0;
   __syncthreads();
   with_scores(tile.operands, criterion, [&](auto score) {
@@ -190,8 +192,8 @@ __device__ __forceinline__ void mark_all(const Selection& s, Criterion criterion
   }
 }
 
-// The last block's part: finds the tile where the ties end and how many of it are within the budget, and calls
-// found(tile, ties, rest) in one thread; in none if all are.
+// For the last block: finds the tile where the ties end and the number of its ties within the budget, and calls
+// found(tile, ties, rest) in one thread. No thread calls it if all ties fit.
 template <class F>
 __device__ __forceinline__ void find_last_ties(const Selection& s, unsigned long long left, F found) {
   DELFAST_SHARED(unsigned long long, totals, [kWarp]);
@@ -218,47 +220,60 @@ __device__ __forceinline__ void find_last_ties(const Selection& s, unsigned long
   if (before <= left && left < before + mine) found(tile, (left - before) / weight, (left - before) % weight);
 }
 
-// The last block's part.
-__device__ __forceinline__ void place_ties(const Selection& s, const Search& search, uint32_t threshold) {
-  SelectionState* const state = s.state;
-  const bool everything = global_load(&state->everything);
-  const unsigned long long left = global_load(&state->left), higher = global_load(&state->higher),
-                           bad = search.listed ? kNone : global_load(&state->nonfinite);
-  DELFAST_SHARED(unsigned long long, totals, [kWarp]);
-  DELFAST_SHARED(uint32_t, last);
-  DELFAST_SHARED(uint32_t, keep);
-  DELFAST_SHARED(uint32_t, cuts);
-  if (threadIdx.x == 0) {
-    last = s.tiles;
-    keep = cuts = 0;
-  }
-  if (!everything && bad == kNone)
-    find_last_ties(s, left, [&](uint32_t tile, unsigned long long ties, unsigned long long rest) {
-      last = tile;
-      keep = uint32_t(ties);
-      cuts = s.cut_last && rest;
-      global_store(&state->cut_tile, tile);
-      global_store(&state->keep, uint32_t(ties));
-      global_store(&state->rest, rest);
-    });
+// The end of the ties: the tile that contains it, the number of its ties to keep, and whether the next unit is cut.
+struct LastTies {
+  uint32_t tile, keep, cuts;
+};
+
+// For the last block: writes the end of the ties to the state and returns it in `last`, which is shared memory.
+__device__ __forceinline__ void place_ties(const Selection& s, bool all_kept, LastTies& last) {
+  if (threadIdx.x == 0) last = {s.tiles, 0, 0};
+  if (!all_kept)
+    find_last_ties(s, global_load(&s.state->left),
+                   [&](uint32_t tile, unsigned long long ties, unsigned long long rest) {
+                     last = {tile, uint32_t(ties), s.cut_last && rest};
+                     global_store(&s.state->cut_tile, tile);
+                     global_store(&s.state->keep, uint32_t(ties));
+                     global_store(&s.state->rest, rest);
+                   });
   __syncthreads();
-  unsigned long long ties = 0, total = 0;
-  if (s.units) {
-    for (uint32_t tile = threadIdx.x; tile < last; tile += kThreads) ties += global_load(&s.ties[tile]);
-    block_exclusive_scan(ties, totals, total);
-  }
+}
+
+// For one thread. `nothing`: some score is not finite.
+__device__ __forceinline__ void report_elements(const Selection& s, bool everything, bool nothing, uint32_t threshold) {
+  const SelectionState& state = *s.state;
+  // the elements above the threshold have used the budget down to `left`, unless everything fits
+  const uint64_t above = everything ? global_load(&state.higher) : s.budget - global_load(&state.left);
+  global_store(&s.elements->nonfinite, nothing ? int64_t(global_load(&state.nonfinite)) : int64_t(-1));
+  global_store(&s.elements->positive, nothing ? 0 : threshold ? int64_t(s.budget) : int64_t(above));
+}
+
+// For the last block. selection_settle writes the unit that is cut.
+__device__ __forceinline__ void report_units(const Selection& s, bool nothing, uint32_t threshold,
+                                             const LastTies& last) {
+  DELFAST_SHARED(unsigned long long, totals, [kWarp]);
+  unsigned long long ties = 0, total;
+  for (uint32_t tile = threadIdx.x; tile < last.tile; tile += kThreads) ties += global_load(&s.ties[tile]);
+  block_exclusive_scan(ties, totals, total);
   if (threadIdx.x) return;
-  int64_t* const info = s.units ? s.info + 2 : s.info;
-  global_store(&info[0], bad == kNone ? int64_t(-1) : int64_t(bad));
-  // of elements, what is above the threshold is what it took of the budget, unless everything fits
-  const bool counted = s.units || everything;
-  const int64_t above = bad != kNone ? 0 : counted ? int64_t(higher) : int64_t(s.budget - left);
-  const int64_t selected = bad != kNone ? 0 : s.units ? int64_t(higher + total) + keep : int64_t(s.budget);
-  if (s.units) global_store(&info[1], selected);
-  global_store(&info[1 + s.units], threshold && bad == kNone ? selected + cuts : above);
-  if (!s.units) return;
-  global_store(&s.info[0], int64_t(-1));  // `settle` knows which unit is cut
-  global_store(&s.info[1], int64_t(0));
+  const int64_t above = int64_t(global_load(&s.state->higher)), selected = above + int64_t(total) + last.keep;
+  global_store(&s.units->cut_unit, int64_t(-1));
+  global_store(&s.units->cut_size, int64_t(0));
+  global_store(&s.units->nonfinite, nothing ? int64_t(global_load(&s.state->nonfinite)) : int64_t(-1));
+  global_store(&s.units->selected, nothing ? 0 : selected);
+  global_store(&s.units->positive, nothing ? 0 : threshold ? selected + last.cuts : above);
+}
+
+// For the last block.
+__device__ __forceinline__ void finish_mark(const Selection& s, const Search& search, uint32_t threshold) {
+  DELFAST_SHARED(LastTies, last);
+  const bool everything = global_load(&s.state->everything),
+             nothing = !search.listed && global_load(&s.state->nonfinite) != kNone;
+  place_ties(s, everything || nothing, last);
+  if (s.units)
+    report_units(s, nothing, threshold, last);
+  else if (threadIdx.x == 0)
+    report_elements(s, everything, nothing, threshold);
 }
 
 __device__ __forceinline__ uint32_t threshold_of(const Selection& s, const Search& search) {
@@ -274,12 +289,12 @@ __global__ void __launch_bounds__(kThreads, kResident) selection_mark(Selection 
     mark_candidates(s, threshold);
   else
     mark_all(s, criterion, threshold);
-  if (is_last_block(&s.state->tickets[kStages - 1], gridDim.x)) place_ties(s, search, threshold);
+  if (is_last_block(&s.state->tickets[kStages - 1], gridDim.x)) finish_mark(s, search, threshold);
 }
 
 // ---- settle
 
-// Of the bits of a tile, keeps the first `keep`. For a warp.
+// For a warp: keeps the first `keep` of the bits of a tile.
 __device__ __forceinline__ void keep_first(uint32_t* words, uint32_t keep) {
   constexpr int kMine = kTileWords / kWarp;
   uint32_t count = 0;
@@ -328,8 +343,8 @@ __device__ __forceinline__ void settle_candidates(const Selection& s, uint32_t t
   }
 }
 
-// Takes back the ties past the last one. There the next unit may be cut: info = {unit, how much of it is left of the
-// budget}.
+// Clears the bits of the ties past the last one. The next unit there may be cut: writes the unit and the number of its
+// scalars within the budget to UnitsInfo.
 __device__ __forceinline__ void settle_all(const Selection& s, Criterion criterion, uint32_t threshold,
                                            uint32_t cut_tile) {
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
@@ -338,7 +353,7 @@ __device__ __forceinline__ void settle_all(const Selection& s, Criterion criteri
     const uint32_t keep = number == cut_tile ? global_load(&s.state->keep) : 0;
     const unsigned long long rest = number == cut_tile && s.cut_last ? global_load(&s.state->rest) : 0;
     const Tile tile = tile_of(s, number);
-    uint32_t rank = 0;  // of a window's first tie
+    uint32_t rank = 0;  // rank of a window's first tie
     write_bits(tile, criterion, [&](const auto& bits, uint32_t valid, int i) {
       uint32_t mask = 0, mine = 0, total;
       for (int j = 0; j < int(sizeof(bits) / 4); j++) mine += (valid >> j & 1) && bits[j] == threshold;
@@ -348,8 +363,8 @@ __device__ __forceinline__ void settle_all(const Selection& s, Criterion criteri
         const bool tied = bits[j] == threshold;
         mask |= uint32_t(bits[j] > threshold || (tied && tie < keep)) << j;
         if (rest && tied && tie == keep) {
-          global_store(&s.info[0], tile.id_of(i + j));
-          global_store(&s.info[1], int64_t(rest));
+          global_store(&s.units->cut_unit, tile.id_of(i + j));
+          global_store(&s.units->cut_size, int64_t(rest));
         }
         tie += tied;
       }

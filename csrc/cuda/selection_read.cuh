@@ -1,11 +1,13 @@
 // The reading of all scores that writes the bits of those above the bracket and lists those inside, the candidates.
 //
-// Mapping. A block takes a tile. A thread has the raw words of kRound packs of four elements under way; eight lanes put
-// their packs' bits together to a word. Where theta or its gradient is not aligned to four elements, or not in logical
-// order (channels-last), lanes take one element each and a ballot makes a word, or the end of one and the start of the
-// next. Memory. Every score's operands are read once. The tile's bits and candidates are gathered in shared memory; of
-// the candidates, which the bracket keeps to one in fifty or fewer, there is room for one in eight. All tiles'
-// candidates share one list, the tiles in any order; a tile's place there is kept in its record.
+// Mapping. A block takes a tile. A thread has the raw words of kRound packs of four elements in flight; eight lanes
+// combine their packs' bits into a word. Where theta or its gradient is not aligned to four elements, or not in logical
+// order (channels-last), lanes take one element each, and a ballot gives a word, or the end of one word and the start
+// of the next.
+// Memory. Every score's operands are read once. The tile's bits and candidates are collected in shared memory, which
+// has room for one candidate in eight elements; the bracket holds at most one in fifty. All tiles' candidates share one
+// list, in any order of tiles; a tile's record holds its place in the list.
+// Numerics. Integers only.
 #pragma once
 
 #include "cuda/selection.cuh"
@@ -14,7 +16,7 @@ namespace delfast::cuda {
 
 constexpr int kTileList = int(kTile / 8);
 
-struct Candidates {  // of a tile, in shared memory
+struct Candidates {  // for a tile, in shared memory
   uint32_t* scores;
   uint16_t* places;
   uint32_t* count;
@@ -28,8 +30,8 @@ struct Candidates {  // of a tile, in shared memory
 };
 
 struct Reading {
-  uint32_t above = 0;    // scores at or above the bracket
-  uint32_t largest = 0;  // score
+  uint32_t above = 0;    // number of scores at or above the bracket
+  uint32_t largest = 0;  // largest score
 };
 
 template <class Scores>
@@ -74,7 +76,7 @@ __device__ __forceinline__ void read_packs(const Scores& score, int length, uint
       }
     }
   }
-  __syncthreads();  // the last word may get more
+  __syncthreads();  // the last word may be extended by another warp
   if (int(threadIdx.x) >= length - 4 * packs) return;
   const int place = 4 * packs + int(threadIdx.x);
   const uint32_t bits = float_bits(score.one(place));
@@ -86,7 +88,7 @@ __device__ __forceinline__ void read_packs(const Scores& score, int length, uint
   if (bits - lo < width) candidates.add(bits, place);
 }
 
-// A warp's requests begin at sectors where the tile is in order; then its ballot holds the end of one word and the
+// A warp's requests begin at sectors where the tile is in order. Its ballot then contains the end of one word and the
 // start of the next.
 template <class Scores>
 __device__ __forceinline__ void read_ones(const Scores& score, const Tile& tile, uint32_t lo, uint32_t hi,
@@ -110,7 +112,7 @@ __device__ __forceinline__ void read_ones(const Scores& score, const Tile& tile,
   }
 }
 
-// The tile's bits from shared memory to where they belong.
+// Copies the tile's bits from shared memory to the result.
 __device__ __forceinline__ void store_words(const uint32_t* words, const Tile& tile) {
   if (tile.length % 32 == 0 && reinterpret_cast<uintptr_t>(tile.bits) % sizeof(uint32_t) == 0) {
     for (int word = int(threadIdx.x); word < tile.length / 32; word += kThreads)

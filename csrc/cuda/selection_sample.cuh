@@ -1,13 +1,12 @@
-// A bracket of scores that holds the k-th one of many elements, from a sample.
+// A bracket of scores around the k-th one of many elements, from a sample.
 //
-// Mapping. A warp takes `runs` runs of 32 elements of a tile, one at a random place in each of as many parts, and
-// counts the scores' upper bits; neighbours often share them, so that the warp's most common ones are added at once.
-// The last block finds the bins of the bracket's ends: their groups of 256 bins first, then the bins.
-// Memory. Less than
-// one thirtieth of the elements is read. Counts are in global memory, of groups in shared memory first.
-// Numerics. The
-// bracket reaches 8 standard deviations of an independent sample to both sides: runs of 32 neighbours are worth fewer
-// than 32 independent elements. Where it misses all the same, the passes read all scores again.
+// Mapping. A warp takes `runs` runs of 32 elements of a tile, one at a random place in each of `runs` parts, and counts
+// the scores' upper bits. Neighbours often share them, so all lanes with the first lane's bits are counted by one
+// addition. The last block finds the bins of the bracket's ends: first the groups of 256 bins, then the bins.
+// Memory. Less than one thirtieth of the elements is read. Counts are in global memory; those of groups are first added
+// in shared memory.
+// Numerics. The bracket extends 8 standard deviations of an independent sample to both sides, because runs of 32
+// neighbours are worth fewer than 32 independent elements. If it misses, the passes read all scores again.
 #pragma once
 
 #include <cmath>
@@ -24,7 +23,8 @@ __device__ __forceinline__ uint32_t scramble(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// The last block's part. An end lies in the bin with before <= target < before + count, from the highest score down.
+// For the last block. An end lies in the bin with before <= target < before + count, counted from the highest score
+// down.
 __device__ __forceinline__ void find_bracket(const Selection& s, double share) {
   static_assert(kSampleGroups == kThreads && kSampleBins == kSampleGroups * kThreads);
   DELFAST_SHARED(uint32_t, totals, [kWarp]);

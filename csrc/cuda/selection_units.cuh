@@ -1,10 +1,10 @@
 // Few units selected by one block in one launch: the threshold, the ties in order, the bits, the unit to cut.
 //
-// Mapping. Words of 32 units of one parameter; a warp takes neighbouring words, a lane one unit of each. A unit's score
-// stays in its lane's registers. Three radix passes weigh digits in shared memory; ties take the budget in the order of
-// warps, words and lanes.
+// Mapping. A word is 32 units of one parameter. A warp takes neighbouring words, a lane one unit of each. A unit's
+// score stays in its lane's registers. Three radix passes add the weights of digits in shared memory. Ties use the
+// budget in the order of warps, words and lanes.
 // Memory. Every score is read once, every byte of bits written once.
-// Numerics. Integers only. Sums of weights are of 32 bits: all units together have fewer than 2^32 scalars.
+// Numerics. Integers only. Sums of weights have 32 bits: all units together have fewer than 2^32 scalars.
 #pragma once
 
 #include "cuda/radix.cuh"
@@ -12,7 +12,7 @@
 namespace delfast::cuda {
 
 constexpr int kUnitThreads = 1024, kUnitWarps = kUnitThreads / kWarp;
-constexpr int kUnitRounds = 28;  // words of a warp: as many as leave registers for the rest
+constexpr int kUnitRounds = 28;  // words of a warp, limited by registers
 constexpr int kUnitWords = kUnitRounds * kUnitWarps;
 
 struct UnitsOfParam {
@@ -26,7 +26,7 @@ struct UnitWord {
 template <int kBytes>
 __global__ void __launch_bounds__(kUnitThreads)
     selection_few_units(DELFAST_GRID_CONSTANT(Table<UnitsOfParam, kBytes>) table, const float* scores, uint32_t budget,
-                        bool cut_last, uint8_t* bits, int64_t* info) {
+                        bool cut_last, uint8_t* bits, UnitsInfo* info) {
   DELFAST_SHARED(UnitWord, words, [kUnitWords]);
   DELFAST_SHARED(uint32_t, bins, [kRadixBins]);
   DELFAST_SHARED(uint32_t, totals, [kWarp]);
@@ -93,16 +93,16 @@ __global__ void __launch_bounds__(kUnitThreads)
   const uint32_t ties_left = left;
   const bool nothing = bad != kNoUnit;
 
-  uint32_t tied = 0;  // what the warp's ties weigh
+  uint32_t tied = 0;  // weight of the warp's ties
 #pragma unroll
   for (int r = 0; r < kUnitRounds; r++)
     if (r < mine) tied += uint32_t(__popc(__ballot_sync(kAllLanes, keys[r] == least))) * own[r].length;
   if (lane() == 0) totals[warp()] = tied;
   __syncthreads();
-  uint32_t before = 0;  // what the earlier ties weigh
+  uint32_t before = 0;  // weight of the earlier ties
   for (int w = 0; w < warp(); w++) before += totals[w];
 
-  uint32_t chosen = 0, above_zero = 0;  // of the lane's units
+  uint32_t chosen = 0, above_zero = 0;  // numbers of the lane's units
 #pragma unroll
   for (int r = 0; r < kUnitRounds; r++) {
     if (r >= mine) continue;
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(kUnitThreads)
   if (lane() == 0 && above_zero) atomicAdd(&positive, above_zero);
   __syncthreads();
   if (threadIdx.x) return;
-  global_store(&info[0], cut[0] == kNoUnit ? int64_t(-1) : int64_t(cut[0]));
-  global_store(&info[1], int64_t(cut[1]));
-  global_store(&info[2], nothing ? int64_t(bad) : int64_t(-1));
-  global_store(&info[3], int64_t(selected));
-  global_store(&info[4], int64_t(positive));
+  global_store(&info->cut_unit, cut[0] == kNoUnit ? int64_t(-1) : int64_t(cut[0]));
+  global_store(&info->cut_size, int64_t(cut[1]));
+  global_store(&info->nonfinite, nothing ? int64_t(bad) : int64_t(-1));
+  global_store(&info->selected, int64_t(selected));
+  global_store(&info->positive, int64_t(positive));
 }
 
 }  // namespace delfast::cuda

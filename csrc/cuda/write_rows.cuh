@@ -4,6 +4,7 @@
 // words.
 // Memory. A word is as wide as the alignment of rows, weight and pieces allows, up to 16 bytes. Every word is read once
 // and written once; the index of its row comes from the cache.
+// Numerics. Bytes are copied.
 #pragma once
 
 #include "cuda/common.cuh"

@@ -1,4 +1,4 @@
-// The instruction sets, the one in use, and the tables of kernels that each provides.
+// The instruction sets, the selected one, and the table of kernels of each.
 //
 // Every kernel takes a range and runs it on the calling thread: threads belong to the caller. The result for a row
 // or an element never depends on the range it came in, so it never depends on the number of threads.
@@ -11,18 +11,18 @@
 
 namespace delfast::cpu {
 
-// amx is avx512, and for per-example sums of bfloat16 the tile multiplication.
+// amx is avx512 with tile multiplication for per-example sums of bfloat16.
 enum class Isa : int8_t { scalar, avx2, avx512, amx };
 inline constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx};
 inline constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "amx"};
 
-// By this build and by this CPU (cpuid and XCR0).
+// Returns true if this build and this CPU (cpuid and XCR0) support it.
 DELFAST_EXPORT bool isa_supported(Isa isa);
-// The one in use: DELFAST_FORCE_ISA, or else the best supported.
+// The selected instruction set: DELFAST_FORCE_ISA if it is set, otherwise the best supported.
 DELFAST_EXPORT Isa isa();
-// False, and nothing changes, if unknown or not supported.
+// Returns false, and changes nothing, if the name is unknown or not supported.
 DELFAST_EXPORT bool force_isa(const char* name);
-// Why DELFAST_FORCE_ISA could not be honoured, or null.
+// The reason why DELFAST_FORCE_ISA was not applied, or null.
 DELFAST_EXPORT const char* isa_request_problem();
 
 // Elements of a parameter that one task covers: selection and element-wise updates cut parameters at its multiples.
@@ -46,7 +46,7 @@ struct SelectionKernels {
   // histogram[digit] += 1 for each element of [begin, end) of the parameter, in any order.
   void (*histogram)(const Scored&, Criterion, RadixPass, int64_t begin, int64_t end, int64_t* histogram);
   // Sets the bits of scores >= threshold (a float's bits) among logical elements [begin, end), begin a multiple of
-  // kChunk; returns how many equal it.
+  // kChunk; returns the number of scores equal to it.
   int64_t (*mark)(const Scored&, Criterion, uint32_t threshold, int64_t begin, int64_t end, uint8_t* bits);
   // Clears the bits of scores == threshold among logical elements [begin, end), except the first `keep`.
   void (*clear_ties)(const Scored&, Criterion, uint32_t threshold, int64_t keep, int64_t begin, int64_t end,
@@ -61,20 +61,20 @@ struct MaskedUpdateKernels {
   void (*adamw)(const Updated&, const AdamWStep&, int64_t begin, int64_t end, int64_t rank);
 };
 
-// Rows of elements to copy as float32, each between zeros; for AMX see AmxLayout.
+// Rows of elements to copy as float32, with zeros before and after each row; for AMX see AmxLayout.
 struct Packing {
   enum class Map : int8_t { none, abs, square };
   const void* from = nullptr;
   float* to = nullptr;
   Dtype dtype = Dtype::float32;
   Map map = Map::none;
-  int64_t rows = 0, length = 0;  // no rows: the operand is read where it is
+  int64_t rows = 0, length = 0;  // no rows: the operand is not copied
   int64_t before = 0, after = 0;
   int64_t groups = 1;  // element g * (length / groups) + j of a row goes to j * groups + g
 };
 
-// bfloat16 operands as per_example_amx.cpp packs and reads them: inputs [plane][column block][example][pair][16][2],
-// deltas [row block][example][16][delta_pitch]. Counts are of one example.
+// bfloat16 operands in the layout that per_example_amx.cpp writes and reads: inputs [plane][column
+// block][example][pair][16][2], output gradients [row block][example][16][delta_pitch]. Counts are for one example.
 struct AmxLayout {
   static constexpr int64_t kSide = 16, kStep = 32;  // rows, or columns, and positions of a tile
 
@@ -82,13 +82,13 @@ struct AmxLayout {
   explicit AmxLayout(const ConvShape&);
 
   bool used = false;
-  int64_t phases[3] = {1, 1, 1};  // of the input's positions, by stride: those that some tap reads. A plane for each
-  int64_t plane[3] = {1, 1, 1};   // positions
-  int64_t steps = 0;              // of kStep positions of a plane
-  int64_t pairs = 0;              // of positions of a plane, with those that are read after its end
-  int64_t row_blocks = 0, column_blocks = 0;  // of kSide
-  int64_t zeros = 0;                          // elements before the deltas of a row
-  int64_t delta_pitch = 0;                    // elements from one row of the deltas to the next
+  int64_t phases[3] = {1, 1, 1};              // planes by dimension: one for each phase of the stride that a tap reads
+  int64_t plane[3] = {1, 1, 1};               // positions of a plane
+  int64_t steps = 0;                          // steps of kStep positions of a plane
+  int64_t pairs = 0;                          // pairs of positions of a plane, including those read past its end
+  int64_t row_blocks = 0, column_blocks = 0;  // blocks of kSide
+  int64_t zeros = 0;                          // zeros before the output gradients of a row
+  int64_t delta_pitch = 0;                    // elements from one row of output gradients to the next
 
   int64_t planes() const { return phases[0] * phases[1] * phases[2]; }
   int64_t column() const { return pairs * 2 * kSide; }  // elements of a block
@@ -99,10 +99,10 @@ struct AmxLayout {
   struct Source {
     int64_t plane, offset;
   };
-  Source source(const ConvShape&, int64_t tap) const;  // where a tap reads for the position 0
+  Source source(const ConvShape&, int64_t tap) const;  // source of position 0 at a tap
 };
 
-// Some of the examples, as the kernels read them once packed.
+// A block of examples in the form that the kernels read.
 struct PerExampleBlock {
   Packing pack_inputs, pack_deltas;
   const float* inputs = nullptr;
@@ -110,11 +110,12 @@ struct PerExampleBlock {
   float* sums = nullptr;
   Epilogue epilogue = Epilogue::abs;
   ConvShape shape;
-  AmxLayout amx;        // if used, inputs and deltas are bfloat16
-  int64_t columns = 0;  // neighbouring elements that a tap reads: its group's channels, or a row of taps with theirs
+  AmxLayout amx;  // if used, inputs and deltas are bfloat16
+  // neighbouring elements that a tap reads: its group's channels, or a row of taps with their channels
+  int64_t columns = 0;
 };
 
-// How the sums are taken: in blocks of examples, each packed first where it cannot be read as it is.
+// The division of the sums into blocks of examples. An operand that the kernels cannot read in place is packed first.
 struct PerExamplePlan {
   PerExamplePlan(const PerExample&, Isa);
   PerExampleBlock block(int64_t first_example, float* workspace) const;
@@ -129,26 +130,26 @@ struct PerExamplePlan {
   bool packs_deltas() const;
 };
 
-// How the examples of ChannelSums are shared out: slabs of examples by blocks of kLanes channels, so that there is work
-// for several threads. The numbers depend on the shape alone.
+// The division of ChannelSums' examples among threads: slabs of examples by blocks of kLanes channels. The numbers
+// depend only on the shape.
 struct ChannelSumsPlan {
   static constexpr int64_t kLanes = 16;
 
   explicit ChannelSumsPlan(const ChannelSums&);
   int64_t units() const { return slabs * blocks; }
-  int64_t workspace() const { return units() * 2 * kLanes; }  // doubles: of each unit, the weighted and the plain sums
+  int64_t workspace() const { return units() * 2 * kLanes; }  // doubles: for each unit the weighted and the plain sums
 
   int64_t blocks = 0, slabs = 0, slab_examples = 0;
 };
 
 struct PerExampleKernels {
-  void (*pack)(const PerExampleBlock&, const Packing&, int64_t begin, int64_t end);  // rows of one of the block's two
-  // The sums are taken tile by tile; each sees all examples in order, so the order of tiles does not matter.
+  void (*pack)(const PerExampleBlock&, const Packing&, int64_t begin, int64_t end);  // rows of one operand
+  // The sums are computed tile by tile. Each tile adds all examples in order, so the order of tiles does not matter.
   int64_t (*tiles)(const PerExampleBlock&);
   void (*accumulate)(const PerExampleBlock&, int64_t begin, int64_t end);
-  // out[begin, end), of examples * channels.
+  // Writes out[begin, end), from examples * channels elements.
   void (*channel_dot)(const ChannelDot&, int64_t begin, int64_t end);
-  // The sums of the units [begin, end), into the workspace; add_channel_sums then adds them up.
+  // Writes the sums of the units [begin, end) to the workspace; add_channel_sums then adds them.
   void (*channel_sums)(const ChannelSums&, const ChannelSumsPlan&, double* workspace, int64_t begin, int64_t end);
 };
 

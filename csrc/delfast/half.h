@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-// Code shared by files that are compiled for different instruction sets must never be emitted as a function of its
-// own: the linker would keep one copy, perhaps one that this CPU cannot run.
+// Code shared by files that are compiled for different instruction sets must always be inlined. The linker would keep
+// one copy of a function, possibly one that this CPU cannot run.
 #ifdef __CUDACC__
 #define DELFAST_INLINE __host__ __device__ __forceinline__
 #else
@@ -35,7 +35,7 @@ DELFAST_INLINE float bits_float(uint32_t bits) {
 DELFAST_INLINE float to_float(float x) { return x; }
 DELFAST_INLINE float to_float(bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 DELFAST_INLINE float to_float(float16 x) {
-#ifdef __CUDA_ARCH__  // one instruction, and the same value
+#ifdef __CUDA_ARCH__  // one instruction, with the same result
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
   return value;

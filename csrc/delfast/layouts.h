@@ -1,4 +1,4 @@
-// Which layouts the kernels read: from a tensor's sizes and strides, and back.
+// The layouts that the kernels read, computed from a tensor's sizes and strides, and strides computed from a layout.
 #pragma once
 
 #include <optional>
@@ -20,7 +20,7 @@ struct Strided {
   }
 };
 
-// Row-major over dims [from, dims), dimensions of size 1 aside.
+// Row-major over dimensions [from, dims), ignoring dimensions of size 1.
 inline bool packed_from(const Strided& t, int64_t from, int64_t innermost_stride) {
   int64_t expected = innermost_stride;
   for (int64_t d = t.dims - 1; d >= from; d--) {
@@ -30,7 +30,8 @@ inline bool packed_from(const Strided& t, int64_t from, int64_t innermost_stride
   return true;
 }
 
-// Rows that are contiguous in memory and follow each other, row-major or channels-last, or nothing.
+// Returns the layout of rows that are contiguous in memory and follow each other, row-major or channels-last; otherwise
+// nothing.
 inline std::optional<Layout> layout_of(const Strided& t) {
   const int64_t numel = t.numel();
   if (numel == 0) return Layout{0, 1, 1};
@@ -47,7 +48,8 @@ inline std::optional<Layout> layout_of(const Strided& t) {
   return layout;
 }
 
-// The pieces of rows that lie in pieces, as in the view weight.movedim(dim, 0): see Scored. 0: they do not.
+// Returns the piece length of rows in pieces, as in the view weight.movedim(dim, 0): see Scored. 0: rows are not in
+// pieces.
 inline int64_t piece_of(const Strided& t) {
   if (t.dims <= 1 || t.numel() == 0) return 0;
   int64_t piece = 0, expected = 1;  // stride
@@ -63,7 +65,7 @@ inline int64_t piece_of(const Strided& t) {
   return t.strides[0] == piece ? piece : 0;
 }
 
-// The strides of a tensor of these sizes whose rows are laid out as `layout` and `piece` say.
+// Returns the strides of a tensor of these sizes whose rows are laid out by `layout` and `piece`.
 inline std::vector<int64_t> strides_for(int64_t dims, const int64_t* sizes, const Layout& layout, int64_t piece = 0) {
   std::vector<int64_t> strides(static_cast<size_t>(dims));
   const bool channels_last = layout.spatial != 1;

@@ -1,14 +1,14 @@
-// The plan of a mask: its masked entries listed as pieces, once per mask. In memory the packed bits of all parameters,
-// padded to 16 bytes, then MaskPlanHead, a MaskedParam for each parameter and the MaskPieces. It holds no pointers and
-// depends on the bits and the parameters' shapes alone; its size on the shapes alone. The CUDA kernels make and read
-// the list; a plan made on the CPU holds the shapes and no list.
+// The plan of a mask: its masked entries listed as pieces, computed once for each mask. In memory: the packed bits of
+// all parameters, padded to 16 bytes, then MaskPlanHead, a MaskedParam for each parameter, and the MaskPieces. A plan
+// has no pointers. Its content depends only on the bits and the parameters' shapes, its size only on the shapes. The
+// CUDA kernels write and read the list; a plan made on the CPU has the shapes and no list.
 #pragma once
 
 #include "delfast/params.h"
 
 namespace delfast {
 
-// What one bit stands for is a unit: a row, or an element.
+// A unit is the part of a parameter for one bit: a row, or an element.
 DELFAST_INLINE int64_t units_of(const Updated& u) { return u.by_row ? u.layout.rows : u.layout.numel(); }
 DELFAST_INLINE int64_t unit_length_of(const Updated& u) { return u.by_row ? u.layout.length : 1; }
 
@@ -18,20 +18,22 @@ struct MaskPlanHead {
 };
 struct MaskedParam {
   int64_t units, unit_length;
-  int64_t entries;  // masked, if these are listed
+  int64_t entries;  // number of masked ones, if listed
 };
-// Of a parameter with long units, a part of one masked unit; of others, a stretch of units with a masked one.
+// For a parameter with long units: a part of one masked unit. For others: a stretch of units with at least one masked
+// unit.
 struct MaskPiece {
   int64_t first;  // element in memory, or unit
   int64_t rank;   // masked entries of the parameter before the piece
   int32_t param;
-  int32_t count;  // of elements, or of units
+  int32_t count;  // number of elements, or of units
 };
 
 constexpr int64_t kLongUnit = 64;  // elements
 DELFAST_INLINE bool has_long_units(int64_t unit_length) { return unit_length >= kLongUnit; }
 
-// Units of a stretch: a power of two of 32 to 1024, so that a warp holds their bits, with some 1024 to 2048 elements.
+// Units of a stretch: a power of two from 32 to 1024, so that a warp holds their bits, with about 1024 to 2048
+// elements.
 DELFAST_INLINE int stretch_units(int64_t unit_length) {
   int units = 1024;
   while (units > 32 && units * unit_length > 1024) units /= 2;
@@ -40,12 +42,12 @@ DELFAST_INLINE int stretch_units(int64_t unit_length) {
 
 struct MaskPlanShape {
   int64_t params = 0, bit_bytes = 0, max_pieces = 0;
-  int64_t piece_length = 0;  // elements of a long unit in one piece, at most
+  int64_t piece_length = 0;  // maximum number of elements of a long unit in one piece
 
   MaskPlanShape(const Updated* list, int64_t count) : params(count) {
     int64_t numel = 0;
     for (int64_t i = 0; i < count; i++) numel += list[i].layout.numel();
-    // the rows of a small network are shared out among more warps
+    // shorter pieces, so that more warps share the rows of a small network
     piece_length = numel < (int64_t(1) << 25) ? 512 : 2048;
     for (int64_t i = 0; i < count; i++) {
       const int64_t units = units_of(list[i]), length = unit_length_of(list[i]);
@@ -85,7 +87,8 @@ inline bool is_of_shapes(const MaskPlan& plan, const Updated* list, int64_t coun
   return same;
 }
 
-// Floats that the optimizer state of a parameter occupies: each parameter's begins at a multiple of 16 bytes.
+// Number of floats that a parameter's optimizer state occupies: each parameter's state begins at a multiple of 16
+// bytes.
 DELFAST_INLINE int64_t padded_state(int64_t values) { return (values + 3) / 4 * 4; }
 
 }  // namespace delfast

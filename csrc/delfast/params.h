@@ -6,13 +6,13 @@
 
 #include "delfast/half.h"
 
-// What the Python module uses of the library of the ops.
+// Marks the functions of the ops' library that the Python module calls.
 #define DELFAST_EXPORT __attribute__((visibility("default")))
 
 namespace delfast {
 
-// Sanitized builds of the tests are quick: DELFAST_FEW_INSTANCES leaves out the dtypes and tile sizes whose code has
-// the same control flow as others. float16 is then refused; it differs from bfloat16 by its conversions alone.
+// DELFAST_FEW_INSTANCES leaves out the dtypes and tile sizes whose code has the same control flow as others, so that
+// sanitized tests build quickly. float16 is then refused; it differs from bfloat16 only by its conversions.
 #ifdef DELFAST_FEW_INSTANCES
 inline constexpr bool kFewInstances = true;
 #else
@@ -24,10 +24,10 @@ enum class Dtype : int8_t { float32, bfloat16, float16 };
 // c_j of a scalar parameter: |theta g|, |g| or |theta|.
 enum class Criterion : int8_t { weighted_grad, grad, weight };
 
-// How the scores of a row become one: the mean of the `top` largest, or as named.
+// Reduction of a row's scores to one: the mean of the `top` largest, or as named.
 enum class Aggregate : int8_t { topk_mean, mean, sum, max };
 
-// One parameter seen as `rows` rows of `length` elements (a row is a slice along dim 0, or one element of a
+// One parameter, viewed as `rows` rows of `length` elements (a row is a slice along dim 0, or one element of a
 // parameter with ndim <= 1). A row is contiguous in memory; inside it, the element with row-major (logical) number
 // e = c * spatial + s lies at offset s * (length / spatial) + c. Contiguous rows have spatial = 1, channels-last
 // rows have spatial = the product of the dimensions after the second.
@@ -44,11 +44,11 @@ struct Layout {
   }
 };
 
-// theta and its gradient, same layout; a pointer that the criterion does not need may be null.
+// theta and its gradient, in the same layout. A pointer that the criterion does not need may be null.
 //
-// Where `piece` is not 0, rows are in pieces, as those of a weight whose outputs lie along another dimension: element
-// e = i * piece + s of row r lies at offset (i * rows + r) * piece + s; 0 < piece < length and spatial = 1. Only
-// criticality on CUDA devices takes such rows, up to kMaxRowInPieces elements, which a block keeps in shared memory.
+// If `piece` is not 0, rows are in pieces, like those of a weight whose outputs lie along another dimension: element e
+// = i * piece + s of row r is at offset (i * rows + r) * piece + s; 0 < piece < length and spatial = 1. Only
+// criticality on CUDA devices reads such rows, up to kMaxRowInPieces elements, which a block keeps in shared memory.
 struct Scored {
   const void* theta = nullptr;
   const void* grad = nullptr;
@@ -59,12 +59,12 @@ struct Scored {
 };
 inline constexpr int64_t kMaxRowInPieces = 1 << 14;
 
-// A parameter to change in place, where its packed bits (least significant first) say so: one bit a row, or one a
-// logical element. `state` arrays hold float32 for masked entries only, in the order of the set bits; the entries of a
-// row in the row's own memory order.
+// A parameter to change in place where its packed bits (least significant first) are set: one bit for each row, or for
+// each logical element. `state` arrays hold float32 for masked entries only, in the order of the set bits; the entries
+// of a row in the row's own memory order.
 struct Updated {
   void* param = nullptr;
-  const void* source = nullptr;  // the gradient; for reset, the fresh values
+  const void* source = nullptr;  // the gradient; for reset, the new values
   Dtype param_dtype = Dtype::float32;
   Dtype source_dtype = Dtype::float32;
   float* state[2] = {nullptr, nullptr};

@@ -1,4 +1,4 @@
-// Plain structs that describe what is summed per example: pointers, 64-bit sizes, no framework.
+// Plain structs that describe the per-example sums: pointers, 64-bit sizes, no framework.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace delfast {
 
-// What is added up over the examples: |g| or g^2 of the gradient g of one example alone.
+// The transform of each example's gradient g before it is added to the sums: |g| or g^2.
 enum class Epilogue : int8_t { abs, square };
 
-// A convolution of one, two or three dimensions, a missing one being 1 everywhere (and 0 of padding): depth, height,
-// width. Of each example, `inputs` is in[0] x in[1] x in[2] x in_channels, `deltas` is out[0] x out[1] x out[2] x
-// out_channels: channels-last and contiguous. A linear layer on (N, T, features) is a convolution with in = out =
-// {1, 1, T} and kernel 1.
+// A convolution of one, two or three dimensions: depth, height, width. A missing dimension has size 1 (and padding 0).
+// For each example, `inputs` is in[0] x in[1] x in[2] x in_channels and `deltas` is out[0] x out[1] x out[2] x
+// out_channels, channels-last and contiguous. A linear layer on (N, T, features) is a convolution with in = out = {1,
+// 1, T} and kernel 1.
 struct ConvShape {
   int64_t examples = 0;
   int64_t in_channels = 0, out_channels = 0, groups = 1;  // channels of all groups
@@ -36,7 +36,7 @@ struct PerExample {
   ConvShape shape;
 };
 
-// out[x][c] = sum over positions of deltas * values, or of deltas alone if `values` is null, in float32. Both lie in
+// out[x][c] = sum over positions of deltas * values, or of deltas alone if `values` is null, in float32. Both are in
 // memory as [examples][channels][positions], or channels-last as [examples][positions][channels].
 struct ChannelDot {
   const void* deltas = nullptr;
@@ -50,8 +50,8 @@ struct ChannelDot {
 // The gradients of a normalization's weight and bias, or of a bias, summed over the examples:
 // plain[c] += sum over x of epilogue(sum over positions of deltas), and
 // weighted[c] += sum over x of epilogue(sum over positions of deltas * (values - mean[c]) / sqrt(variance[c] + eps)).
-// `values` is null if only `plain` is wanted, `plain` if only `weighted`; without statistics, both of them null, values
-// are multiplied as they are. Memory as of a ChannelDot.
+// `values` is null if only `plain` is needed, `plain` if only `weighted`. Without statistics, both of them null, values
+// are not centered or scaled. Memory as in ChannelDot.
 struct ChannelSums {
   const void* deltas = nullptr;
   const void* values = nullptr;

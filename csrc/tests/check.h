@@ -1,6 +1,5 @@
-// Checks that print where, what and which values, and are counted.
-// Fifty lines instead of a test framework: there is none that a machine with only Python and a compiler can be relied
-// on to have, and these tests must run on such a machine.
+// Checks that print their place and the values, and are counted. Fifty lines instead of a test framework: these tests
+// must run on a machine that has only Python and a compiler.
 #pragma once
 
 #include <cmath>
@@ -17,7 +16,7 @@
 namespace delfast::test {
 
 inline int64_t checks = 0, failures = 0;
-inline std::string current_case;  // what a failure's message begins with
+inline std::string current_case;  // first part of a failure's message
 
 template <class... Parts>
 void describe(const Parts&... parts) {
@@ -48,11 +47,11 @@ inline void fail(const char* file, int line, const std::string& message) {
   if (failures == kShown) std::cout << "further failures are only counted\n";
 }
 
-// The same number to the bit (0 and -0 differ); all NaNs are one, since which NaN an operation on two of them yields
-// is up to the compiler.
+// Returns true if both are the same bits (0 and -0 differ). All NaNs are equal, because the compiler decides which NaN
+// an operation on two of them yields.
 inline bool same(float a, float b) { return float_bits(a) == float_bits(b) || (std::isnan(a) && std::isnan(b)); }
 
-// The last line of every main: a test that checked nothing has failed too.
+// The last line of every main. A test that checked nothing has failed too.
 inline int report() {
   std::cout << checks << " checks, " << failures << " failures\n";
   return checks && !failures ? 0 : 1;

@@ -1,4 +1,4 @@
-// What the tests share: memory that notices stray accesses, arrays of any dtype, seeded values, and main()'s argument.
+// Shared by the tests: memory that detects stray accesses, arrays of any dtype, seeded values, and main()'s argument.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,8 +16,8 @@
 namespace delfast::test {
 
 // `count` elements that end where an inaccessible page begins: reading or writing past them faults, in any build and by
-// any instruction (AddressSanitizer does not see the masked loads and stores of AVX-512). `shift` moves them that many
-// elements down, to another alignment. All other bytes of the mapping are canaries, checked at the end.
+// any instruction (AddressSanitizer does not detect the masked loads and stores of AVX-512). `shift` moves them down by
+// that number of elements, to another alignment. All other bytes of the mapping are canaries, checked at the end.
 template <class T>
 class Guarded {
  public:
@@ -78,7 +78,7 @@ inline const char* name(Criterion criterion) {
 
 inline const char* name(Epilogue epilogue) { return epilogue == Epilogue::abs ? "abs" : "square"; }
 
-// An array whose dtype is known at run time only.
+// An array whose dtype is selected at run time.
 class Array {
  public:
   Array(Dtype dtype, int64_t count, int64_t shift = 0)
@@ -103,7 +103,7 @@ class Array {
   void set_bits(int64_t i, uint32_t bits) {
     std::memcpy(bytes_.data() + i * size_of(dtype_), &bits, size_t(size_of(dtype_)));
   }
-  // The value as this dtype would hold it.
+  // The value rounded to this dtype.
   uint32_t rounded_bits(float value) const {
     bfloat16 b;
     float16 h;
@@ -124,14 +124,14 @@ class Random {
   Dtype dtype() { return kDtypes[below(int64_t(std::size(kDtypes)))]; }
   int64_t below(int64_t limit) { return int64_t((uint64_t(bits()) << 32 | bits()) % uint64_t(limit)); }
   float unit() { return float(bits() >> 8) * 0x1p-24f; }  // [0, 1)
-  // Of either sign, over several powers of two, like a trained network's weights and gradients.
+  // Random values of either sign over several powers of two, like a trained network's weights and gradients.
   float value() { return (2 * unit() - 1) * bits_float(uint32_t(127 - below(10)) << 23); }
 
  private:
-  std::mt19937 engine_;  // its sequence is the same everywhere, the distributions' is not
+  std::mt19937 engine_;  // the same sequence on every platform, unlike the standard distributions
 };
 
-// Kinds of rows that an implementation may get wrong.
+// Kinds of rows that an implementation may compute wrongly.
 enum class Kind { ordinary, few_values, ties, zeros, denormal, outlier };
 inline constexpr Kind kKinds[] = {Kind::ordinary, Kind::few_values, Kind::ties,
                                   Kind::zeros,    Kind::denormal,   Kind::outlier};
@@ -148,7 +148,7 @@ inline void fill(Array& array, Kind kind, Random& random) {
   for (int64_t i = 0; i < array.size(); i++) {
     float x = random.value();
     if (kind == Kind::few_values) x = float(random.below(3)) - 1.25f;
-    // of the numbers to add up again and again in float32 a bad one: 512 additions err by 100 * 2^-24
+    // a bad number to add repeatedly in float32: the error of 512 additions is 100 * 2^-24
     if (kind == Kind::ties) x = random.below(2) ? 0.89f : -0.89f;
     if (kind == Kind::zeros) x = random.below(2) ? 0.0f : -0.0f;
     if (kind == Kind::denormal) x = least * float(random.below(100)) * (random.below(2) ? 1.0f : -1.0f);
@@ -157,7 +157,7 @@ inline void fill(Array& array, Kind kind, Random& random) {
   }
 }
 
-// theta, its gradient, and the struct that shows them to a kernel.
+// theta, its gradient, and the struct with which a kernel reads them.
 struct Scores {
   Array theta, grad;
   Layout layout;
@@ -178,7 +178,7 @@ struct Scores {
     // denormal products come from denormals times ordinary numbers
     test::fill(grad, kind == Kind::denormal && criterion == Criterion::weighted_grad ? Kind::ordinary : kind, random);
   }
-  // What the criterion does not need is null, as the kernels allow.
+  // Pointers that the criterion does not read are null, as the kernels allow.
   Scored scored() const {
     return {criterion == Criterion::grad ? nullptr : theta.data(),
             criterion == Criterion::weight ? nullptr : grad.data(),
@@ -187,17 +187,17 @@ struct Scores {
             layout,
             piece};
   }
-  // c_j of the element at this place in memory, without rounding: a double holds the product of two floats.
+  // c_j of the element at this offset, without rounding: a double represents the product of two floats exactly.
   double exact(int64_t i) const {
     if (criterion == Criterion::weight) return std::fabs(double(theta.get(i)));
     if (criterion == Criterion::grad) return std::fabs(double(grad.get(i)));
     return std::fabs(double(theta.get(i)) * double(grad.get(i)));
   }
-  // c_j as defined: rounded once, to float32.
+  // c_j by definition: rounded once, to float32.
   float score(int64_t i) const { return float(exact(i)); }
 };
 
-// The instruction set that ctest names. Exits, for ctest to report as skipped, if this CPU does not have it.
+// The instruction set that ctest names. Exits if this CPU does not support it; ctest reports the test as skipped.
 inline cpu::Isa isa_argument(int argc, char** argv) {
   const std::string name = argc == 2 ? argv[1] : "";
   for (int i = 0; i < int(std::size(cpu::kIsaNames)); i++) {

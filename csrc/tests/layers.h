@@ -1,4 +1,4 @@
-// Layers drawn at random for the tests of the per-example sums, on the CPU and on CUDA.
+// Random layers for the tests of the per-example sums, on the CPU and on CUDA.
 #pragma once
 
 #include <sstream>
@@ -19,8 +19,8 @@ inline std::string text(const ConvShape& s) {
 }
 
 // A layer of 1 to 3 dimensions, 0 to 9 examples, sizes of 1 to 9, kernels of 1 to 5, strides and dilations of 1 to 3,
-// padding of 0 to 3, and groups. Every third layer reads maps of one pixel, where kernels join the examples. `most`
-// bounds the products of a test's loop over the definition.
+// padding of 0 to 3, and groups. Every third layer reads maps of one pixel, for which kernels join the examples. `most`
+// limits the number of products of a test's loop.
 inline ConvShape random_layer(Random& random, int64_t most) {
   while (true) {
     ConvShape s;

@@ -55,7 +55,7 @@ inline std::vector<std::unique_ptr<Bits>> select(cpu::Isa isa, const Params& par
   return bits;
 }
 
-// All elements in falling score, ties by (parameter, logical index).
+// All elements in falling order of scores, ties by (parameter, logical index).
 inline std::vector<std::pair<size_t, int64_t>> ranking(const Params& params) {
   std::vector<std::pair<size_t, int64_t>> order;
   for (size_t p = 0; p < params.size(); p++)

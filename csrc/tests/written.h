@@ -1,4 +1,4 @@
-// Weights, rows and indices of awkward sizes and alignments for the tests of write_rows, and the weights to expect.
+// Weights, rows and indices of awkward sizes and alignments for the tests of write_rows, and the expected weights.
 #pragma once
 
 #include <numeric>

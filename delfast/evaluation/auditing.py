@@ -20,6 +20,7 @@ from delfast.evaluation.measuring import Measured, measure, same_examples
 from delfast.evaluation.outputs import Loader
 from delfast.evaluation.relearn_ratio import worst
 from delfast.evaluation.relearning import Network, NeverSeen, Relearning, RelearningCurve, Sets, loaded, run_relearning
+from delfast.overlap import check_disjoint
 
 DEFAULT_RELEARNING = Relearning()
 FIXED = ("forget", "retain", "test", "control")  # names that no earlier set may have
@@ -28,7 +29,7 @@ LIRA_FPR = 1.0  # percent
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A network of the same kind that was trained on a part of the training set, for the offline LiRA.
+    """A reference model, trained as the audited model on a part of the training set: for the offline LiRA.
 
     Parameters
     ----------
@@ -77,25 +78,26 @@ def audit(
     model : torch.nn.Module
         The unlearned classifier or causal language model, as for ``delfast.evaluate``; with ``loss_fn`` any network.
     forget : iterable
-        Batches of the forget set, as for ``delfast.evaluate``, the same in every pass: no shuffle, no random transform.
+        Batches of the forget set, as for ``delfast.evaluate``. With ``references`` the same in every pass, since
+        ``members`` follow its order: no shuffle, no random transform.
     retain : iterable
         Batches of the rest of the training set.
     test : iterable
         Batches of examples that no network was trained on.
     control : iterable, optional
-        Batches of never-seen examples that the forget sets are compared with, the same in every pass. Default:
-        ``test``, which then must not shuffle.
+        Batches of never-seen examples that the forget sets are compared with; with ``references`` the same in every
+        pass. Default: ``test``.
     earlier : mapping of str to iterable, optional
         Batches of every earlier forget set, by name.
     oracle : torch.nn.Module, optional
         A network that was retrained without the forget set: adds KL, and its own figures beside.
     references : sequence of Reference, optional
-        Networks for the offline LiRA. At least two must not have seen an example; else the example is left out and
-        counted.
+        Reference models for the offline LiRA. At least two must not have seen an example; else the example is left out
+        and counted.
     never_seen : sequence of torch.nn.Module or callable, optional
         Networks that never saw any example of the forget set, which relearning is compared with; or functions that
-        return one. Default: the oracle; without it every reference, each on the forget examples that it did not know,
-        at least two.
+        return one. Default: the oracle; without it every reference model, each on the forget examples that it was
+        not trained on, at least two.
     relearn : Relearning or None
         Settings of relearning; None leaves it out. Default: those of ``Relearning()``.
     loss_fn : callable, optional
@@ -112,8 +114,9 @@ def audit(
     Raises
     ------
     InputError
-        For arguments of another type, an empty set, a set that changes from pass to pass, labels that the model has no
-        output for, outputs that are not finite, and members of a reference that do not fit a set.
+        For arguments of another type, an empty set, and sets that have examples in common where their loaders show it.
+        With ``references`` also for a set that changes from pass to pass, and members that do not fit a set. Also for
+        labels that the model has no output for, and outputs that are not finite.
 
     Notes
     -----
@@ -125,13 +128,13 @@ def audit(
     so that their labels are as frequent as in the forget set; otherwise the attack would find an easy class, and no
     memory.
 
-    **LiRA.** ``offline_lira`` with one variance per set; the control examples, which no reference saw, are its
-    negatives. Area: Newcombe's interval (2006). Rate at 1 %: Wilson's, for the threshold as it is.
+    **LiRA.** ``offline_lira`` with one variance per set; the control examples, which no reference model saw, are
+    its negatives. Area: Newcombe's interval (2006). Rate at 1 %: Wilson's, for the threshold as it is.
 
     **Relearning.** A copy is finetuned on retained examples alone, where Siddiqui et al. saw "forgotten" examples
     come back from about 50 % to nearly 100 %, and on the retained examples with 1 % and 10 % of the forget set in every
     batch, at most half of it: the attack of Hu et al. with a part of the forget set. The parts are mixed because a
-    handful of examples alone makes any network answer with their labels. The rest of the forget set is measured. Each
+    handful of examples alone makes any network predict their labels. The rest of the forget set is measured. Each
     never-seen network has the same finetuning on the same batches.
 
     The ratio is that of the odds of a correct answer, averaged over the steps after 0: with A the mean accuracy on the
@@ -140,8 +143,8 @@ def audit(
     which both come near the original's accuracy; odds stay defined where a never-seen network is near from the
     beginning (iid examples) or never comes near (wrong labels). 1: the model regains as much as a network that never
     saw the examples. Far above 1: they are hidden, not gone. If the model also has better odds than the never-seen
-    networks on control examples, before the finetuning, since references may be trained on less, this advantage is
-    divided out, as far as the ratio goes towards 1. A network whose odds of the forget set begin below those of the
+    networks on control examples, before the finetuning, since reference models may be trained on less, this advantage
+    is divided out, as far as the ratio goes towards 1. A network whose odds of the forget set begin below those of the
     never-seen networks times the advantage is measured from where it begins: the ratio at the beginning is divided out
     instead, in which the advantage is contained, since the examples that come back were in the network all the time.
     With ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a
@@ -239,7 +242,10 @@ def audit(
 def _loaders(
     forget: Loader, retain: Loader, test: Loader, control: Loader | None, earlier: Mapping[str, Loader] | None
 ) -> dict[str, Loader]:
-    """Return the loaders by their sets' names; InputError for other types, and for names that are taken."""
+    """Return the loaders by their sets' names.
+
+    InputError for other types, for names that are taken, and for sets that share examples.
+    """
     check_type("earlier", earlier, (Mapping, type(None)), "a mapping of names to loaders, or None")
     loaders: dict[str, Loader] = {"forget": forget}
     for name, loader in (earlier or {}).items():
@@ -251,6 +257,10 @@ def _loaders(
         loaders["control"] = control
     for name, loader in loaders.items():
         check_loader(loader, f"{name} set")
+    forgotten = {name: loader for name, loader in loaders.items() if name == "forget" or name not in FIXED}
+    never_seen: dict[str, Loader] = {name: loaders[name] for name in ("test", "control") if name in loaders}
+    check_disjoint(forgotten, {"retain": retain, **never_seen})
+    check_disjoint({"retain": retain}, never_seen)
     return loaders
 
 
@@ -272,7 +282,7 @@ def _check_never_seen(never_seen: Sequence[Network] | None) -> None:
 def _never_seen(
     never_seen: Sequence[Network] | None, oracle: nn.Module | None, references: Sequence[Reference]
 ) -> list[NeverSeen]:
-    """Return the networks that relearning is compared with: the caller's, else the oracle, else the references."""
+    """Return the networks to compare relearning with: the caller's, else the oracle, else the reference models."""
     if never_seen is not None:
         return [NeverSeen(network) for network in never_seen]
     if oracle is not None:
@@ -333,7 +343,7 @@ def _members(references: Sequence[Reference], name: str, count: int) -> Tensor:
             got = f"{known.dtype} {tuple(known.shape)}" if isinstance(known, Tensor) else describe(known)
             raise InputError(
                 f"expected references[{number}].members['{name}'] to be bool ({count},), got {got}; pass whether the "
-                "reference was trained on each example of the set"
+                "reference model was trained on each example of the set"
             )
         rows.append(known.cpu())
     return torch.stack(rows)
@@ -379,7 +389,7 @@ def _attack(own: Measured, control: Measured, seed: int) -> tuple[Figure | None,
 
 
 def _lira(scores: Tensor, control: Tensor) -> LiraFigures:
-    """Return the figures of LiRA's scores; without areas if no example has enough references."""
+    """Return the figures of LiRA's scores; without areas if no example has enough reference models."""
     positives, negatives = scores[~scores.isnan()], control[~control.isnan()]
     left_out = len(scores) - len(positives)
     if not len(positives) or not len(negatives):

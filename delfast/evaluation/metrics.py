@@ -22,6 +22,7 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.groups import Group
 from delfast.joint_calls import one_error
 from delfast.language import is_token_batch
+from delfast.overlap import check_disjoint
 from delfast.processes import Processes
 
 MAX_EXPONENT = 709.0  # about the largest x with a finite exp(x) in float64
@@ -169,9 +170,10 @@ def evaluate(
     retain : iterable
         Batches of the rest of the training set.
     test : iterable
-        Batches of examples that no network was trained on.
+        Batches of examples that no network was trained on. Sets that have examples in common are refused, where their
+        loaders show it.
     oracle : Metrics, optional
-        Metrics of a network that was retrained without the forget set; with them, the deltas are computed.
+        Metrics of a network that was retrained without the forget set; with them, the gaps are computed.
     seed : int, default 0
         Chooses the examples on which membership inference is fitted.
     mia : bool, default True
@@ -190,7 +192,7 @@ def evaluate(
     Returns
     -------
     Metrics
-        Accuracies, losses, ``mia`` and the deltas; for a language model also perplexities.
+        Accuracies, losses, ``mia`` and the gaps; for a language model also perplexities.
 
     Raises
     ------
@@ -221,6 +223,8 @@ def evaluate(
         sets = {"forget": forget, "retain": retain, "test": test}
         for name, loader in sets.items():
             check_loader(loader, f"{name} set")
+        check_disjoint({"forget": forget}, {"retain": retain, "test": test})
+        check_disjoint({"retain": retain}, {"test": test})
         check_type("oracle", oracle, (Metrics, type(None)), "the Metrics of evaluate(oracle, ...), or None")
         seed = check_seed(seed)
         execution = Execution(precision, channels_last, cuda_graphs)
@@ -262,7 +266,7 @@ def gaps(metrics: Metrics, oracle: Metrics) -> dict[str, float]:
     Returns
     -------
     dict of str to float
-        Percentage points by the names of the deltas in ``Metrics``; without "delta_mia" if either ``mia`` is None.
+        Percentage points by the names of the gaps in ``Metrics``; without "delta_mia" if either ``mia`` is None.
 
     Raises
     ------

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from delfast.evaluation.intervals import Figure, student
 
-MIN_EXAMPLES = 2  # that a never-seen network did not know, since a variance needs two
+MIN_EXAMPLES = 2  # that a never-seen network was not trained on, since a variance needs two
 MAX_EXPONENT = 700.0  # exp is finite below 709
 
 
@@ -65,7 +65,7 @@ class Comparison:
 def compare(
     own: Tensor, others: Sequence[Tensor], unknown: Sequence[Tensor], is_loss: bool, general: Comparison | None = None
 ) -> Comparison | None:
-    """Compare a network's measurements (times, N) with those of others, each on the examples that it did not know.
+    """Compare a network's measurements (times, N) with those of others, each on examples that it was not trained on.
 
     unknown: bool (N,) for each of ``others``. Others with fewer than ``MIN_EXAMPLES`` are left out. general: the same
     comparison on examples that no network has seen, whose advantage does not count. None if no other network is left,

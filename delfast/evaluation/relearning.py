@@ -111,8 +111,8 @@ class RelearningCurve:
         The same on control examples, which no network has seen, before the finetuning: above 1 if the network has
         learned more in general.
     compared_on : list of int
-        For each never-seen network the number of measured forget examples that it did not know; 0 if these are fewer
-        than two, and the network is left out.
+        For each never-seen network the number of measured forget examples that it was not trained on; 0 if these
+        are fewer than two, and the network is left out.
     ratio_left_out : str, optional
         The reason why there is no ratio.
 
@@ -346,7 +346,6 @@ def _reason(networks: int, usable: bool, measured: int) -> str:
     if measured < MIN_EXAMPLES:
         return f"{measured} measured forget example{'' if measured == 1 else 's'}: a variance needs {MIN_EXAMPLES}"
     if not usable:
-        return (
-            f"none of {networks} never-seen networks has {MIN_EXAMPLES} measured forget examples that it did not know"
-        )
+        least = f"{MIN_EXAMPLES} measured forget examples that it was not trained on"
+        return f"none of {networks} never-seen networks has {least}"
     return "a mean loss is not above 0"

@@ -11,9 +11,9 @@ HELD, UNSURE, BLIND = "held", "held, interval passes the limit", "held, shows no
 UNMEASURED, FAILED, NO_MASK = "not measured", "did not hold", "does not apply"
 RESULTS = {
     HELD: "",
-    UNSURE: "the measurement cannot tell whether the limit was passed",
+    UNSURE: "the measurement cannot decide whether the limit was passed",
     BLIND: "the model before the run was within the limit too, so nothing is seen of forgetting",
-    NO_MASK: "the run had no mask, so every parameter could change",
+    NO_MASK: "the run had no mask, so every element could change",
     UNMEASURED: "",
     FAILED: "",
 }

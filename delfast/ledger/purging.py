@@ -165,7 +165,7 @@ def _unknown(ledger: Records, reference: Trained, received: Sequence[int]) -> He
 
 
 def _reference(ledger: Records, reference: Trained, seen: Sequence[int], why: str) -> HeldFile:
-    return _file(ledger, dict(reference.model), seen, f"reference {reference.number}, {why}")
+    return _file(ledger, dict(reference.model), seen, f"reference model {reference.number}, {why}")
 
 
 def _file(ledger: Records, recorded: dict[str, str], numbers: Sequence[int], why: str) -> HeldFile:

@@ -97,7 +97,7 @@ class Records:
             secrecy = {"hash_ids": key is not None, "key_check": identifiers.key_check}
             store.append(CREATED, {**facts, **secrecy, "model": artefact(making, kept)})
             store.close()
-            os.replace(making, path)  # a reader sees no ledger or a whole one
+            os.replace(making, path)  # a reader gets no ledger or a whole one
         sync_directory(path.absolute().parent)
         return cls(Store(path), read, identifiers)
 

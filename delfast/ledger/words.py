@@ -31,8 +31,8 @@ THRESHOLDS = {
         "Changes outside the mask",
         "",
         0,
-        "Number of the model's parameters outside the mask that differ, bit by bit, from those before the run.",
-        "{value} parameters outside the mask changed. This shows what the run left alone. It shows nothing about "
+        "Number of the model's elements outside the mask that differ, bit by bit, from those before the run.",
+        "{value} elements outside the mask changed. This shows what the run left alone. It shows nothing about "
         "forgetting.",
     ),
     "test_drop": Threshold(

@@ -1,8 +1,9 @@
-"""Load the compiled extension, or give in one line the reason why the PyTorch references run instead."""
+"""Load the compiled extension, or give in one line the reason why the PyTorch reference implementations run instead."""
 
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import mmap
@@ -40,7 +41,7 @@ def load_backend() -> Backend:
 
     DELFAST_BACKEND=native raises ImportError if the extension cannot be used, and so does a DELFAST_FORCE_ISA that
     this machine lacks. DELFAST_BACKEND=torch does not load the extension. Unset: the extension if it can be used, else
-    the PyTorch references, with one warning that gives the reason.
+    the PyTorch reference implementations, with one warning that gives the reason.
     """
     wanted = os.environ.get("DELFAST_BACKEND", "")
     if wanted not in ("", "native", "torch"):
@@ -56,7 +57,9 @@ def load_backend() -> Backend:
         if wanted == "native" or os.environ.get("DELFAST_FORCE_ISA"):
             raise ImportError(f"native kernels are required, but {reason}") from error
         warnings.warn(
-            f"delfast runs on its PyTorch references (correct, but slow): {reason}", RuntimeWarning, stacklevel=2
+            f"delfast runs on its PyTorch reference implementations (correct, but slow): {reason}",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return Backend("torch", reason)
     devices = ("CPU", "CUDA") if build_info["cuda"] else ("CPU",)
@@ -67,7 +70,7 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
     """Load the library of the ops and ``_C`` beside it, if they are this package's and this torch is new enough."""
     build_info = read_build_info()
     if not build_info:
-        raise ImportError(f"the extension was not built (no C++20 compiler at install?); {REBUILD}")
+        raise ImportError(_why_unbuilt())
     if "torch" not in build_info:
         raise ImportError(f"the extension was not built: {build_info['failure']}; {REBUILD}")
     if _release(torch.__version__) < OLDEST_TORCH:
@@ -82,6 +85,32 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
         if "DELFAST_FORCE_ISA" in str(error):
             raise
         raise ImportError(f"the extension does not load: {str(error).splitlines()[0]}; {REBUILD}") from error
+
+
+def _why_unbuilt() -> str:
+    """Return the reason for a package without a build record; a source folder is named, and where delfast is installed.
+
+    Python searches the working folder before the installed packages, so that in the root of a clone it imports the
+    sources, also after a successful `pip install .`, which builds elsewhere.
+    """
+    package = BUILD_INFO.parent
+    if not (package.parent / "pyproject.toml").is_file():
+        return f"the extension was not built (no C++20 compiler at install?); {REBUILD}"
+    source = f"this is the source folder '{package.parent}', in which the extension was never built"
+    advice = "leave the folder, or build in place with `make`"
+    installed = _installed_elsewhere(package)
+    if installed is None:
+        return f"{source}; install it (`pip install .`) and {advice}"
+    return f"{source}, and not the delfast that is installed in '{installed}'; {advice}"
+
+
+def _installed_elsewhere(package: Path) -> Path | None:
+    """Return the folder of another installed delfast than ``package``; None if there is none."""
+    for distribution in importlib.metadata.distributions(name="delfast"):
+        other = Path(str(distribution.locate_file("delfast")))
+        if (other / "__init__.py").is_file() and not other.samefile(package):
+            return other.parent
+    return None
 
 
 def _is_of_these_schemas() -> bool:

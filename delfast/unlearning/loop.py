@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from delfast.arguments import check_choice, check_int, check_number
+from delfast.arguments import check_choice, check_int, check_loader, check_number
 from delfast.batches import LossFn, device_of
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
@@ -57,9 +57,24 @@ class Diverged(RuntimeError):
 class TrainResult:
     """Result of ``train``.
 
-    ``losses``: mean training loss of each epoch. ``seconds``: wall-clock time of this call. ``epochs``: the number
-    asked for. ``resumed_from``: number of epochs that the checkpoint had. ``validation``: with early stopping, the mean
-    validation loss of each epoch; the network has the weights of the lowest.
+    Parameters
+    ----------
+    losses : list of float
+        Mean training loss of each epoch.
+    seconds : float
+        Wall-clock time of this call.
+    epochs : int
+        Number of epochs that the call was to train.
+    resumed_from : int
+        Number of epochs that the checkpoint had; 0 without a checkpoint.
+    validation : list of float
+        With early stopping, the mean validation loss of each epoch; the network has the weights of the lowest.
+
+    Examples
+    --------
+    >>> from delfast.unlearning.loop import TrainResult
+    >>> TrainResult(losses=[2.3, 0.4], seconds=1.5, epochs=2, resumed_from=0, validation=[]).losses[-1]
+    0.4
     """
 
     losses: list[float]
@@ -191,6 +206,7 @@ def train(
         execution.check()
         check_cuda_graphs(cuda_graphs, device_of(model))
         check_choice("batchnorm", batchnorm, BatchNormMode)
+        check_loader(loader, "training set")
         step_count = batch_count(loader, "training")
         refuse_checkpoint(model, checkpoint)
         for group in optimizer.param_groups:  # numpy's numbers: a checkpoint cannot be read, and float32 rounds
@@ -269,7 +285,7 @@ def train(
 
 
 def refuse_checkpoint(model: nn.Module, checkpoint: object) -> None:
-    """Raise InputError for a checkpoint of DTensors: nothing in a file would tell whose part of them it holds."""
+    """Raise InputError for a checkpoint of DTensors: a file does not record whose part of them it holds."""
     if checkpoint is not None and is_laid_out(model):
         raise InputError(
             "expected no checkpoint= for a network of DTensors (FSDP2 or tensor parallelism), got one; train with "

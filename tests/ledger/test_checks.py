@@ -168,7 +168,7 @@ def test_advice_separates_hidden_from_too_few() -> None:
     hidden = failing(relearn_ratio=figure(9.0, 3.0, 20.0))
     unclear = failing(relearn_ratio=figure(1.8, 0.34, 9.5))
     assert "hidden, not gone" in advice(hidden, [DEL, DEL])[0]
-    assert "train more references" in advice(unclear, [DEL, DEL])[0]
+    assert "train more reference models" in advice(unclear, [DEL, DEL])[0]
 
 
 def test_advice_names_escalate_where_it_has_settings_left() -> None:

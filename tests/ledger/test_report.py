@@ -45,7 +45,7 @@ def test_it_begins_with_the_answer_and_the_head(reported: Any) -> None:
     for sentence in (
         "6 forget requests: 4 carried out; 1 open, last run did not pass; 1 open, no run yet.",
         "Of the 13 figures of the 3 runs that passed: 5 held; 8 held, interval passes the limit.",
-        "“held, interval passes the limit”: the measurement cannot tell whether the limit was passed.",
+        "“held, interval passes the limit”: the measurement cannot decide whether the limit was passed.",
         "Run 3 (request 4) did not pass: relearning ratio 2.70, limit 1.50. The model stayed as it was.",
         "Run 4 trained a new network from nothing, without the examples of requests 1 to 3, 5.",
         "Not carried out yet: request 6. The model in use was trained on these examples.",
@@ -88,9 +88,9 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
         "forget set 65.0 % of it",
         "Accuracy after forget set 67.0 %, retain set 96.8 %, test set 83.3 %, reference models that never saw",
         "this run's forget set, before the run 40 71.0",
-        "210,000 of 701,466 parameters (29.9 %), chosen by the examples of this run's requests",
+        "210,000 of 701,466 elements (29.9 %), chosen by the examples of this run's requests",
         hexadecimal("runs/0002/1/mask.safetensors"),
-        "209,871 parameters changed, 0 outside the mask and the last layer",
+        "209,871 elements changed, 0 outside the mask and the last layer",
         "Trained further on retained examples alone: ratio 1.10 [0.80, 1.40].",
         "Trained further on retained examples and 10 % of the forget set (4 examples): ratio 1.10",
         "107.4 (audit before 12.0, localized 2.4, unlearned 61.7, verified 0.3, audited 31.0)",
@@ -110,7 +110,7 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
     )
     assert "Settings method retrain, epochs 30, learning rate 0.1, weight decay 0.0" in fifth and "Mask" not in fifth
     assert "200.4 (audit before 12.0, attempts before 95.4, unlearned 61.7, verified 0.3, audited 31.0)" in fifth
-    assert "209,871 parameters changed; no mask" in fifth and "Changes outside the mask does not apply" in fifth
+    assert "209,871 elements changed; no mask" in fifth and "Changes outside the mask does not apply" in fifth
     assert "Not carried out yet: no run has taken up this request." in sixth
     # the model before run 1 was purged, so it can no longer be compared
     assert "delfast verify models/0000" not in page.shown
@@ -125,9 +125,9 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
 def test_files_that_still_hold_a_request_and_those_deleted(reported: Any) -> None:
     markdown, _, page = reported
     part = words(page.shown.split("What still holds requested examples")[1])
-    assert "references/0001.safetensors 1 to 6 reference 1, trained on some of them" in part
+    assert "references/0001.safetensors 1 to 6 reference model 1, trained on some of them" in part
     assert "Files that were deleted (1)" in part and "models/0000.safetensors" in part
-    assert "| references/0001.safetensors | 1 to 6 | reference 1, trained on some of them |" in markdown
+    assert "| references/0001.safetensors | 1 to 6 | reference model 1, trained on some of them |" in markdown
 
 
 def test_a_run_that_failed_and_one_that_was_abandoned() -> None:

@@ -104,7 +104,7 @@ def test_every_form_of_an_audit_gives_a_report(form: tuple[Callable[[Figures], N
     attacks = not {no_attack, one_example, partial_attack} & {*form}
     assert drawn == 2 + attacks + (no_references not in form) + curves
     if no_accuracy in form:
-        assert "mean loss" in text and "accuracy (percent)" not in text and "Reversal: loss on every" in page.shown
+        assert ">mean loss<" in text and "accuracy (percent)" not in text and "Reversal: loss on every" in page.shown
         assert "Accuracy before" not in page.shown and "of accuracy" not in markdown
 
 
@@ -143,5 +143,5 @@ def test_real_ledgers_of_a_loss_and_of_a_reference_that_knew_all_have_a_report(t
             assert ([] in curves["control"]) == (name == "known")
             ledger.report(tmp_path / f"{name}-report")
         text = (tmp_path / f"{name}-report" / "report.html").read_text(encoding="utf-8")
-        assert ("mean loss" in text) == (name == "loss") and "Finetuned on retained examples alone" in text
+        assert (">mean loss<" in text) == (name == "loss") and "Trained further on retained examples alone" in text
         assert model_of(1) in text

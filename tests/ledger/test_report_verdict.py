@@ -47,9 +47,9 @@ def test_a_request_that_a_method_carried_out(write: Writer) -> None:
     write.run(1, [1], count=40)
     assert verdict(write, 1) == (
         "Carried out on 2026-03-01 by run 1: the method del changed the model to forget 40 examples, in 29.9 % of its "
-        f"parameters. The model in use changed from models/0000.safetensors to {model_of(1)}. "
+        f"elements. The model in use changed from models/0000.safetensors to {model_of(1)}. "
         "Forgetting: seen in relearning ratio. Held: change of test accuracy, relearning ratio. Held, but the interval "
-        "passes the limit (the measurement cannot tell whether the limit was passed): attack advantage."
+        "passes the limit (the measurement cannot decide whether the limit was passed): attack advantage."
     )
 
 
@@ -64,7 +64,7 @@ def test_a_set_of_few_examples_and_figures_that_were_not_measured_are_named(writ
     write.entries = changed(write.entries, change)
     text = verdict(write, 1)
     assert "Not measured: attack advantage." in text and "Held: change of test accuracy, relearning ratio." in text
-    assert "The run had 1 example to forget: too few for most figures to tell forgotten from remembered." in text
+    assert "The run had 1 example to forget: most figures need more to separate forgotten from remembered." in text
     markdown, _ = make_report(write.entries, [], today=TODAY)
     assert "Attack advantage: not measured: 1 example is too few for the attack. Accepted by" in markdown
 
@@ -119,7 +119,7 @@ def test_retraining_is_said_of_every_request_that_it_left_out(write: Writer) -> 
     [
         ({}, {}, "seen in relearning ratio"),  # the attack's interval passes the limit
         ({"high": 0.05}, {}, "seen in attack advantage and relearning ratio"),
-        ({}, {"before": 1.2}, "cannot tell"),
+        ({}, {"before": 1.2}, "undecided"),
         ({"before": 0.05}, {"before": 1.2}, "not seen"),
         ({"value": None}, {"before": None}, "not seen"),
     ],

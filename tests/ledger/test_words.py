@@ -65,7 +65,7 @@ def test_a_run_without_a_mask_has_nothing_outside_it() -> None:
 @pytest.mark.parametrize(
     ("check", "words"),
     [
-        (OUTSIDE, "0 parameters outside the mask changed. This shows what the run left alone."),
+        (OUTSIDE, "0 elements outside the mask changed. This shows what the run left alone."),
         (LOST, "Accuracy on the test set is 0.50 points below that of the ledger's first model."),
         (GAINED, "Accuracy on the test set is 7.80 points above that of the ledger's first model."),
         (EARLIER, "separated the forget set of run 3 best from never-seen examples, with an advantage of 0.300"),

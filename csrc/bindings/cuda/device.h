@@ -1,5 +1,5 @@
-// What every CUDA binding does around a launcher: the tensors' device, its current stream, memory, the outcome. That
-// all tensors are on that device is checked before (bindings/checks.h): what is refused needs no card.
+// Code shared by all CUDA bindings around a launcher: the tensors' device, its current stream, memory, the result.
+// bindings/checks.h checks before that all tensors are on that device, so that refusals need no card.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -13,7 +13,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace delfast::bindings {
 
-// A device, made current for as long as this lives.
+// A device that is current for the lifetime of the object.
 class OnDevice {
  public:
   explicit OnDevice(Device device) : device_(device), guard_(device.index) {}

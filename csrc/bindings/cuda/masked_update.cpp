@@ -1,8 +1,8 @@
-// delfast::masked_plan and masked_{reset,sgd,adamw}_ on CUDA devices. Where the bits are not those of a plan, one is
-// made for the call. The host never waits for the device, so it does not learn how many entries a mask has: that the
-// state and the plan fit the mask is checked there, and what does not stops the device, as a failed assertion in a
-// kernel does. Bits past a parameter's last are ignored. Nor does the host know of found_inf: versions are bumped even
-// where the device then changes nothing.
+// delfast::masked_plan and masked_{reset,sgd,adamw}_ on CUDA devices. If the bits are not part of a plan, a plan is
+// made for the call. The host never waits for the device and therefore has neither the number of masked entries nor the
+// value of found_inf. The device checks that state and plan fit the mask, and stops on a mismatch like a failed
+// assertion in a kernel. Versions are incremented even where found_inf then prevents a change. Bits past a parameter's
+// last are ignored.
 #include "bindings/cuda/device.h"
 #include "bindings/cuda/ops.h"
 #include "bindings/updates.h"
@@ -70,7 +70,7 @@ Tensor masked_plan(const TensorList& params, const Tensor& bits, const BoolList&
   const int64_t count = int64_t(list.size());
   const OnDevice device(device_of(bits));
   const MaskPlanShape shape(list.data(), count);
-  // room for as many pieces as any mask has; zeroed, so that equal masks have equal plans
+  // memory for the maximum number of pieces of any mask; zeroed, so that equal masks have equal plans
   Tensor plan = device.empty({shape.bytes()}, ScalarType::Byte);
   torch::stable::zero_(plan);
   Tensor plan_bits = torch::stable::narrow(plan, 0, 0, bits.numel());

@@ -8,7 +8,7 @@ namespace delfast::bindings::on_cuda {
 
 namespace {
 
-// 16 bits of one kind as they are, all else where it may be rounded to tf32.
+// Operands of 16 bits and one dtype are multiplied unchanged; others only if they may be rounded to tf32.
 bool use_tensor_cores(const PerExample& p, bool allow_tf32) {
   return allow_tf32 || (p.inputs_dtype == p.deltas_dtype && p.inputs_dtype != Dtype::float32);
 }

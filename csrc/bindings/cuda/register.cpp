@@ -15,5 +15,5 @@ STABLE_TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
   serve<"per_example_accumulate_", &bindings::on_cuda::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::on_cuda::channel_dot>(m);
   serve<"channel_accumulate_", &bindings::on_cuda::channel_accumulate_>(m);
-  m.impl("write_rows_", TORCH_BOX(&bindings::on_cuda::write_rows_));  // of any dtype
+  m.impl("write_rows_", TORCH_BOX(&bindings::on_cuda::write_rows_));  // for any dtype
 }

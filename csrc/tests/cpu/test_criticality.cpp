@@ -2,10 +2,11 @@
 //
 // The bound. With u = 2^-24, a float32 operation errs by at most u relative to its result, plus, for a product that
 // underflows, 2^-150 (half a denormal's spacing); sums of denormals are exact.
-// - A score is one product: u, and 2^-150. Disturbing every score by a factor within 1 +- u and a term within 2^-150
-//   disturbs the sum of the h largest as much as it would the same h scores, whichever then are the largest.
+// - A score is one product: u, and 2^-150. Changing every score by a factor within 1 +- u and a term within 2^-150
+//   changes the sum of the h largest as much as it would change the sum of the same h scores, whichever are then the
+//   largest.
 // - One of 16 lanes adds kBlock / 16 = 32 non-negative scores, the first to zero: 31 roundings, 31 u.
-// - What follows is in double, to 2^-53 an addition and no more than 2^-30 u in all for the lengths here.
+// - The remaining additions are in double: 2^-53 for each, and at most 2^-30 u in total for the lengths here.
 // - The result is rounded to float32: u, and 2^-150 if it is denormal.
 // Together 33 u, up to products of these terms, and 2^-150 for the score (a mean) or each score (a sum) and the result.
 // A maximum is rounded once, and rounding is monotone: it is exact.
@@ -35,7 +36,7 @@ std::vector<Question> questions(int64_t length) {
   return list;
 }
 
-// `falling`: the exact scores of one row, sorted.
+// `falling`: the exact scores of one row, in falling order.
 void check_score(float actual, const std::vector<double>& falling, const Question& question) {
   if (std::isnan(falling[0])) {
     CHECK(std::isnan(actual));
@@ -53,7 +54,7 @@ void check_score(float actual, const std::vector<double>& falling, const Questio
     CHECK_NEAR(actual, sum / double(counted), kRelative * sum / double(counted) + 2 * 0x1p-150);
 }
 
-// A NaN comes before every number, as it must win every aggregate.
+// A NaN is sorted before every number, because every aggregate of it is NaN.
 std::vector<double> falling_scores(const Scores& scores, int64_t row) {
   std::vector<double> falling;
   for (int64_t i = 0; i < scores.layout.length; i++) falling.push_back(scores.exact(row * scores.layout.length + i));
@@ -93,7 +94,7 @@ constexpr int64_t kLengths[] = {1,   2,   15,  16,   17,   31,    32,    33,    
 
 int64_t rows_of(int64_t length) { return length == 1 ? 37 : length < 1000 ? 5 : length < 10000 ? 3 : 2; }
 
-// A criterion that does not read one of the two gets a single dtype for it.
+// A criterion that does not read one of the two is tested with a single dtype for it.
 bool distinct(Criterion criterion, Dtype theta, Dtype grad) {
   return (criterion != Criterion::grad || theta == Dtype::float32) &&
          (criterion != Criterion::weight || grad == Dtype::float32);
@@ -105,7 +106,7 @@ void ordinary_rows(cpu::Isa isa, Random& random) {
       for (Dtype grad : kDtypes)
         for (Criterion criterion : kCriteria) {
           if (!distinct(criterion, theta, grad)) continue;
-          // the longest rows once, in the dtypes that a mixed-precision model has
+          // the longest rows once, in the dtypes of a mixed-precision model
           if (length > 16385 && (theta != Dtype::bfloat16 || criterion != Criterion::weighted_grad)) continue;
           for (int64_t shift : {0, 1}) {  // another alignment
             if (shift && length > 1000) continue;
@@ -138,7 +139,7 @@ void nonfinite_rows(cpu::Isa isa, Random& random) {
       const auto check = [&](const char* what, const std::function<void(Scores&, int64_t)>& spoil) {
         Scores scores({rows_of(length), length, 1}, Criterion::weighted_grad, dtype, dtype);
         scores.fill(Kind::ordinary, random);
-        spoil(scores, random.below(scores.layout.numel()));  // one element: the other rows stay as they are
+        spoil(scores, random.below(scores.layout.numel()));  // one element: the other rows do not change
         check_all(isa, scores, what, random);
       };
       check("NaN in theta", [&](Scores& s, int64_t i) { s.theta.set(i, nan); });

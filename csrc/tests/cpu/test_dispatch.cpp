@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   CHECK_EQUAL(std::string(cpu::kIsaNames[int(cpu::Isa::amx)]), std::string("amx"));
 
   CHECK(cpu::isa_supported(cpu::Isa::scalar));
-  for (int i = 1; i < 4; i++)  // no CPU has only the wider
+  for (int i = 1; i < 4; i++)  // no CPU has only the wider instruction set
     CHECK(cpu::isa_supported(cpu::Isa(i - 1)) || !cpu::isa_supported(cpu::Isa(i)));
   cpu::Isa best = cpu::Isa::scalar;
   bool honoured = false;
@@ -46,7 +46,7 @@ int main(int argc, char** argv) {
     CHECK(cpu::masked_update(isa).reset && cpu::masked_update(isa).sgd && cpu::masked_update(isa).adamw);
     CHECK(cpu::per_example(isa).pack && cpu::per_example(isa).tiles && cpu::per_example(isa).accumulate);
     CHECK(cpu::per_example(isa).channel_dot && cpu::per_example(isa).channel_sums);
-    for (int other = 0; other < i; other++) {  // each has kernels of its own, amx for the per-example sums alone
+    for (int other = 0; other < i; other++) {  // each has kernels of its own; amx only for the per-example sums
       const bool same = isa == cpu::Isa::amx && cpu::Isa(other) == cpu::Isa::avx512;
       CHECK_EQUAL(cpu::criticality(isa).score_rows == cpu::criticality(cpu::Isa(other)).score_rows, same);
       CHECK(cpu::per_example(isa).accumulate != cpu::per_example(cpu::Isa(other)).accumulate);

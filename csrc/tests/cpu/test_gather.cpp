@@ -1,4 +1,4 @@
-// Gathered columns, of each element size and of ranges of rows: what lies beside the range stays as it was.
+// Gathered columns, for each element size and for ranges of rows: memory beside the range does not change.
 #include <vector>
 
 #include "delfast/gather.h"

@@ -1,5 +1,5 @@
 // float16 and bfloat16: every bit pattern and every rounding boundary, against definitions by ldexp and by a search for
-// the nearest value in double precision; then the kernels' vector conversions against half.h's.
+// the nearest value in double precision; then the kernels' vector conversions against half.h.
 #include <limits>
 
 #include "inputs.h"
@@ -15,8 +15,8 @@ struct Format {
 constexpr Format kFloat16 = {Dtype::float16, 10, 15, 0x7c00};
 constexpr Format kBfloat16 = {Dtype::bfloat16, 7, 127, 0x7f80};
 
-// The finite value of a non-negative bit pattern. Of infinity's: the power of two that would come next, from half way
-// to which on numbers round to infinity.
+// The finite value of a non-negative bit pattern. For infinity's pattern: the next power of two. Numbers from half way
+// to it on round to infinity.
 double definition(const Format& format, int magnitude) {
   const int exponent = magnitude >> format.mantissa_bits, mantissa = magnitude & ((1 << format.mantissa_bits) - 1);
   const int leading = exponent ? 1 << format.mantissa_bits : 0;
@@ -43,7 +43,7 @@ void every_pattern(const Format& format) {
   }
 }
 
-// Floats around every place where rounding changes its mind, and at random.
+// Floats around every rounding boundary, and random floats.
 std::vector<float> rounding_inputs(const Format& format, Random& random) {
   const float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> inputs = {0.0f, std::numeric_limits<float>::max(), infinity};
@@ -53,7 +53,7 @@ std::vector<float> rounding_inputs(const Format& format, Random& random) {
     for (float x : {float(below), middle, std::nextafterf(middle, 0), std::nextafterf(middle, infinity)})
       inputs.push_back(x);
   }
-  for (int i = 0; i < 100000; i++) inputs.push_back(bits_float(random.bits() & 0x7fffffff));  // NaNs among them
+  for (int i = 0; i < 100000; i++) inputs.push_back(bits_float(random.bits() & 0x7fffffff));  // includes NaNs
   const size_t count = inputs.size();
   for (size_t i = 0; i < count; i++) inputs.push_back(-inputs[i]);
   return inputs;
@@ -74,7 +74,7 @@ void rounding(const Format& format, const std::vector<float>& inputs) {
     }
     const double wanted = std::fabs(double(x));
     const int above = int(std::lower_bound(values.begin(), values.end(), wanted) - values.begin());
-    int nearest = above;  // the first value that is not less
+    int nearest = above;  // the first value that is at least `wanted`
     if (above > format.infinity) {
       nearest = format.infinity;
     } else if (above > 0) {
@@ -86,7 +86,8 @@ void rounding(const Format& format, const std::vector<float>& inputs) {
   }
 }
 
-// A kernel that only loads: |theta| of rows of one element. Started at 1 too, so that every group of 16 is another.
+// A kernel that only loads: |theta| of rows of one element. It also starts at element 1, so that every group of 16
+// changes.
 void kernel_loads(cpu::Isa isa, Dtype dtype) {
   constexpr int64_t kPatterns = 1 << 16;
   Array theta(dtype, kPatterns);

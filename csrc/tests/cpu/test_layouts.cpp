@@ -1,4 +1,4 @@
-// Layouts from sizes and strides, and back: every element lies where the layout says.
+// Layouts from sizes and strides, and back: every element is at the offset that the layout gives.
 #include <algorithm>
 #include <numeric>
 #include <set>
@@ -10,7 +10,7 @@
 namespace delfast::test {
 namespace {
 
-// Where each element of the tensor lies, in row-major order.
+// Offset of each element of the tensor, in row-major order.
 std::vector<int64_t> places(const Strided& t) {
   std::vector<int64_t> found, index(size_t(t.dims), 0);
   for (int64_t i = 0; i < t.numel(); i++) {
@@ -21,7 +21,7 @@ std::vector<int64_t> places(const Strided& t) {
   return found;
 }
 
-// Where the kernels look for them.
+// The offsets at which the kernels read them.
 std::vector<int64_t> looked_for(const Layout& layout, int64_t piece) {
   std::vector<int64_t> found;
   for (int64_t i = 0; i < layout.numel(); i++) {
@@ -31,7 +31,7 @@ std::vector<int64_t> looked_for(const Layout& layout, int64_t piece) {
   return found;
 }
 
-// Sizes of a few dimensions, some of them 1, in memory in any order of these, sometimes with gaps.
+// Sizes of a few dimensions, some of them 1, in memory in any order of dimensions, sometimes with gaps.
 void any_order(Random& random) {
   int64_t in_rows = 0, in_pieces = 0;
   for (int round = 0; round < 20000; round++) {
@@ -58,7 +58,7 @@ void any_order(Random& random) {
       const std::vector<int64_t> again = strides_for(dims, sizes.data(), rows, piece);
       const Strided copy{dims, sizes.data(), again.data()};
       CHECK(piece_of(copy) == piece && places(copy) == expected);
-    } else {  // no order of elements without gaps is overlooked that one of the two describes
+    } else {  // every order without gaps that one of the two describes is found
       const std::set<int64_t> distinct(expected.begin(), expected.end());
       CHECK(int64_t(distinct.size()) == t.numel());
       if (dims > 1) {

@@ -1,6 +1,6 @@
 // Reset, SGD and AdamW on rows and on elements, against a plain loop in the documented order of operations: equal to
-// the bit, on every instruction set, for any split of the work. Entries outside the mask keep their bits, NaNs
-// included.
+// the bit, on every instruction set, for any division of the work. Entries outside the mask keep their bits, including
+// NaNs.
 #include <memory>
 
 #include "inputs.h"
@@ -54,12 +54,12 @@ const std::vector<Rule>& rules() {
   return list;
 }
 
-// Arrays for one update: masked entries are ordinary numbers (and, now and then, anything), the others any bits.
+// Arrays for one update: masked entries are ordinary numbers, some of them random bits; the others are random bits.
 struct Problem {
   Layout layout;
   Array param, source;
   std::vector<std::unique_ptr<Guarded<float>>> state;
-  std::vector<int64_t> entries;  // where the masked ones lie in memory, in the order of the state
+  std::vector<int64_t> entries;  // offsets of the masked entries, in the order of the state
 
   Problem(const Rule& rule, Layout layout, Dtype param_dtype, Dtype source_dtype, std::vector<int64_t> masked,
           int64_t shift, Random& random)
@@ -92,7 +92,7 @@ struct Problem {
     return u;
   }
 
-  // Runs the kernel on copies, `run(updated)` choosing mask and ranges, and checks every entry.
+  // Runs the kernel on copies and checks every entry. `run(updated)` selects mask and ranges.
   template <class Run>
   void check(const Rule& rule, Run run) const {
     Array changed = param;
@@ -120,13 +120,13 @@ bool in_mask(Masked masked, int64_t i, int64_t count, Random& random) {
   if (masked == Masked::some) return random.below(3) == 0;
   return masked == Masked::everything || (masked == Masked::ends && (i == 0 || i == count - 1));
 }
-using test::name;  // which the next line would hide
+using test::name;  // the next line would hide it
 const char* name(Masked masked) {
   constexpr const char* names[] = {"nothing", "everything", "some", "both ends"};
   return names[int(masked)];
 }
 
-// One mask, over rows or over logical elements: the whole range at once, then in parts, the last first.
+// One mask, of rows or of logical elements: the whole range at once, then in parts, the last first.
 void check_mask(cpu::Isa isa, const Rule& rule, bool by_row, Layout layout, Dtype param, Dtype source, Masked masked,
                 int64_t shift, Random& random) {
   const int64_t count = by_row ? layout.rows : layout.numel();

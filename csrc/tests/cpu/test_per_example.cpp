@@ -1,14 +1,14 @@
-// Per-example sums and channel dots against float64 loops, and bit for bit against themselves in other parts.
+// Per-example sums and channel dots against float64 loops, and bit for bit against the same sums in other parts.
 //
 // The bound. With u = 2^-24, a float32 operation errs by at most u relative to its result. For one example and one
 // element of the weight, let g = sum over T positions of a d, and m the same sum of |a d|.
 // - The float32 sum: a product and T additions, each rounded (fused: fewer), so off by e <= (T + 1) u m, up to products
 //   of roundings, for which all bounds get a hundredth more. |g| is then exact; g^2 is off by 2 |g| e + e^2 + u g^2.
-//   (Where examples are joined, T = 1: of |a| |d| the product is rounded; of a^2 d^2 two squares and the product, each
-//   to u g^2, less than is allowed.)
-// - N examples are added to what was there: N u of the result, in which no term is negative.
-// A channel dot adds 32 products to a partial sum in float32, and those in double: 33 u of the sum of |d v|, and u for
-// the result.
+//   (Where examples are joined, T = 1: in |a| |d| the product is rounded; in a^2 d^2 two squares and the product, each
+//   by u g^2, less than the bound allows.)
+// - N examples are added to the earlier sum: N u of the result, in which no term is negative.
+// A channel dot adds 32 products to a partial sum in float32, and the partial sums in double: 33 u of the sum of |d v|,
+// and u for the result.
 
 #include "layers.h"
 
@@ -17,10 +17,10 @@ namespace {
 
 constexpr double kUnit = 1.01 * 0x1p-24;
 
-int64_t inputs_of(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2] * s.in_channels; }  // of an example
+int64_t inputs_of(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2] * s.in_channels; }  // elements of an example
 int64_t deltas_of(const ConvShape& s) { return s.positions() * s.out_channels; }
 
-// The definition for each epilogue, and how far from it a result may be.
+// The exact result for each epilogue, and the maximum error of a result.
 struct Exact {
   struct Result {
     std::vector<double> sums, bounds;
@@ -61,7 +61,7 @@ struct Exact {
   }
 
  private:
-  // The pixel that tap reads at position t, or -1 if it lies in the padding.
+  // The pixel that the tap reads at position t, or -1 in the padding.
   static int64_t source(const ConvShape& s, int64_t t, int64_t tap) {
     const int64_t position[3] = {t / (s.out[1] * s.out[2]), t / s.out[2] % s.out[1], t % s.out[2]};
     const int64_t at[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
@@ -75,9 +75,9 @@ struct Exact {
   }
 };
 
-int64_t blocks = 0;  // run so far
+int64_t blocks = 0;  // number of blocks run until now
 
-// Runs the kernels in the parts that `cut` makes of each range, last part first.
+// Runs the kernels in the parts into which `cut` divides each range, the last part first.
 template <class Cut>
 void run(cpu::Isa isa, const PerExample& p, Cut cut) {
   const cpu::PerExampleKernels& kernels = cpu::per_example(isa);
@@ -143,7 +143,7 @@ ConvShape conv(int64_t examples, int64_t in_channels, int64_t out_channels, int6
   return s;
 }
 
-// Around every size of a tile, and around what decides how operands are read.
+// Sizes around every size of a tile, and around every limit between ways to read operands.
 void linear_layers(cpu::Isa isa, Random& random) {
   for (int64_t in : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 48, 65})
     for (int64_t out : {1, 2, 3, 4, 5, 6, 7, 11, 13, 14, 15, 27, 29, 43}) {
@@ -190,7 +190,7 @@ void all_layers(cpu::Isa isa, Random& random) {
         for (int64_t shift : {0, 1}) check_sums(isa, shape, inputs, deltas, random, shift);
 }
 
-// Whatever a layer's geometry; memory that is joined, padded or skipped must not show.
+// Random geometries: joining, padding and skipping memory do not change the result.
 void random_layers(cpu::Isa isa, Random& random) {
   for (int i = 0; i < (kFewInstances ? 150 : 600); i++)
     check_sums(isa, random_layer(random, 100000), random.dtype(), random.dtype(), random, random.below(2));
@@ -207,7 +207,8 @@ void many_examples(cpu::Isa isa, Random& random) {
   check(conv(5, 16, 2, 1, {{410, 1}, {256, 1}}), Dtype::bfloat16, Dtype::float32, 3);
   check(conv(3, 16, 32, 16, {{200, 1}, {256, 1}}), kSecondHalf, Dtype::bfloat16, 3);
   check(conv(1100, 4000, 2, 1, {{1, 1}}), Dtype::float32, Dtype::bfloat16, 2);
-  // AMX: 2 blocks of columns and 2 of rows, 33,280 elements each, an example; 2^20 in a block of examples
+  // AMX: 2 blocks of columns and 2 of rows take 33,280 elements of each operand for an example; a block of examples has
+  // 2^20
   check(conv(9, 20, 20, 1, {{65, 1}, {32, 1}}), Dtype::bfloat16, Dtype::bfloat16, isa == cpu::Isa::amx ? 2 : 1);
   check(conv(140, 4000, 32000, 4000, {{1, 1}}), Dtype::float32, Dtype::float32, 2);
 }
@@ -263,8 +264,8 @@ void channel_dots(cpu::Isa isa, Random& random) {
             }
 }
 
-// Each example errs as a channel dot, with a subtraction more and the factor's roundings; the examples are added up in
-// double, and the result is added to what was there.
+// Each example has the error of a channel dot, with one more subtraction and the factor's roundings. The examples are
+// added in double, and the result is added to the earlier sum.
 void check_channel_sums(cpu::Isa isa, ChannelSums p, int kind, Random& random, int64_t shift) {
   const int64_t count = p.examples * p.channels * p.positions;
   const bool with_values = kind > 0, with_statistics = kind > 1;

@@ -1,5 +1,5 @@
-// The k largest scores: kernels alone against counting, the radix search that drives them against a stable sort, and
-// the selection of units against the definition of the longest prefix.
+// The k largest scores: single kernels against counting, the radix search against a stable sort, and the selection of
+// units against the definition of the longest prefix.
 #include <numeric>
 
 #include "select.h"
@@ -82,7 +82,7 @@ void channels_last(cpu::Isa isa, Random& random) {
         }
 }
 
-// Each kernel by its own contract: odd ranges, digits and thresholds that the search would not choose.
+// Each kernel alone: odd ranges, digits and thresholds that the search would not select.
 void kernels_alone(cpu::Isa isa, Random& random) {
   const cpu::SelectionKernels& kernels = cpu::selection(isa);
   const int64_t size = cpu::kChunk + 531;
@@ -96,7 +96,7 @@ void kernels_alone(cpu::Isa isa, Random& random) {
       for (cpu::RadixPass pass : {cpu::RadixPass{20, 11, 0}, {10, 10, seen >> 20}, {0, 10, seen >> 10}, {0, 10, 1}}) {
         describe("histogram, ", name(kind), ", from ", begin, ", shift ", pass.shift);
         Guarded<int64_t> counts(cpu::kRadixBins);
-        std::vector<int64_t> expected(cpu::kRadixBins, 1000);  // counts are added to what is there
+        std::vector<int64_t> expected(cpu::kRadixBins, 1000);  // counts are added to the values before
         std::fill(counts.begin(), counts.end(), 1000);
         for (int64_t i = begin; i < size; i++)
           if (score_bits(i) >> (pass.shift + pass.width) == pass.prefix)
@@ -138,7 +138,7 @@ void check_units(const std::vector<float>& scores, const std::vector<cpu::UnitGr
   Guarded<cpu::UnitGroup> given_groups(int64_t(groups.size()));
   std::copy(scores.begin(), scores.end(), given_scores.begin());
   std::copy(groups.begin(), groups.end(), given_groups.begin());
-  std::vector<int64_t> sizes, places;  // of each unit: its size, and the number of its bit
+  std::vector<int64_t> sizes, places;  // size of each unit, and number of its bit
   int64_t bytes = 0;
   for (const cpu::UnitGroup& group : groups) {
     for (int64_t i = 0; i < group.count; i++) {
@@ -152,7 +152,7 @@ void check_units(const std::vector<float>& scores, const std::vector<cpu::UnitGr
     return cpu::select_units(given_scores.data(), given_groups.data(), int64_t(groups.size()), budget, cut_last,
                              into.data());
   };
-  const cpu::UnitSelection selection = select(true, bits), uncut = select(false, uncut_bits);
+  const UnitsInfo selection = select(true, bits), uncut = select(false, uncut_bits);
 
   const auto bad = std::find_if(scores.begin(), scores.end(), [](float x) { return !std::isfinite(x); });
   CHECK_EQUAL(selection.nonfinite, bad == scores.end() ? int64_t(-1) : int64_t(bad - scores.begin()));
@@ -194,7 +194,7 @@ void units(Random& random) {
     for (int64_t i = 0; i < count; i++) {
       const float score = float(random.below(distinct)) * (round % 3 ? 0.37f : 0x1p-149f);
       scores.push_back(score == 0 && random.below(2) ? -0.0f : score);
-      if (groups.empty() || random.below(10) == 0)  // some of nothing
+      if (groups.empty() || random.below(10) == 0)  // some without units
         groups.push_back({0, round % 5 ? 1 + random.below(20) : random.below(3)});
       groups.back().count++;
       total += groups.back().length;

@@ -1,4 +1,4 @@
-// Written rows, of pieces of every size and of ranges of pieces: what lies beside the range stays as it was.
+// Written rows, for pieces of every size and for ranges of pieces: memory beside the range does not change.
 #include "written.h"
 
 int main() {

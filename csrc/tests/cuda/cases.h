@@ -1,4 +1,4 @@
-// What the tests of the emulated CUDA kernels share: parameters of awkward sizes, several of which go into one launch,
+// Shared by the tests of the emulated CUDA kernels: parameters of awkward sizes, several of which are in one launch,
 // workspaces, and the schedules to try.
 #pragma once
 
@@ -10,16 +10,16 @@
 
 namespace delfast::test {
 
-// Sanitizers are slow. Builds with few instances run every kernel on rows of every length, but not every budget, kind
-// of values and criterion; ThreadSanitizer, which finds a missing barrier whatever the schedule and the values, always
-// so.
+// Sanitizers are slow. Builds with few instances run every kernel on rows of every length, but not with every budget,
+// kind of values and criterion. The same holds for ThreadSanitizer in all builds; it finds a missing barrier with any
+// schedule and values.
 #if defined(__SANITIZE_THREAD__)
 inline constexpr bool kFewCases = true;
 #else
 inline constexpr bool kFewCases = kFewInstances;
 #endif
 
-// Every schedule that main()'s arguments name: 0 runs threads and blocks in order, others shuffle them.
+// The schedules that main()'s arguments name: 0 runs threads and blocks in order, others shuffle them.
 inline std::vector<uint64_t> seeds(int argc, char** argv) {
   std::vector<uint64_t> list;
   bool numbers = argc > 1;
@@ -35,10 +35,10 @@ inline std::vector<uint64_t> seeds(int argc, char** argv) {
   return list;
 }
 
-// The last driver whose kernels take small tables only, and one of those that take large tables.
+// The last driver that supports only small tables, and one that supports large tables.
 inline constexpr int kDrivers[] = {12000, 13000};
 
-// Uninitialized memory, as a kernel gets it, with 16-byte alignment.
+// Uninitialized memory with 16-byte alignment, as the launchers give it to a kernel.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : memory_((bytes + 15) / 16 * 16) {
@@ -56,8 +56,8 @@ inline std::vector<Scored> scored(const Params& params) {
   return list;
 }
 
-// Rows of 1, 31, 32, 33, 1000, 4608, 70000 and 10^6 + 3 elements and what lies at the limits between kernels, of all
-// dtypes and kinds of values, from all alignments; theta and its gradient not always aligned alike.
+// Rows of 1, 31, 32, 33, 1000, 4608, 70000 and 10^6 + 3 elements and of the lengths at the limits between kernels, with
+// all dtypes, kinds of values and alignments; theta and its gradient are not always aligned alike.
 inline Params awkward_params(Criterion criterion, Random& random) {
   Params params;
   const auto add = [&](Layout layout, Dtype theta, Dtype grad) {
@@ -77,7 +77,7 @@ inline Params awkward_params(Criterion criterion, Random& random) {
   return params;
 }
 
-// Three hundred small parameters, some of them empty: more than a kernel's arguments hold.
+// Three hundred small parameters, some of them empty: more than fit into a kernel's arguments.
 inline Params many_params(Criterion criterion, Random& random) {
   Params params;
   for (int i = 0; i < 300; i++) {

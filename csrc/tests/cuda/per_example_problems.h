@@ -1,10 +1,10 @@
 // A layer's operands, and the sums of its examples by a loop in double precision with the bounds of a kernel's error.
 //
-// The bounds. u = 2^-24 is float32's unit roundoff. A sum of T terms in any order takes at most T roundings of each:
-// relative to the sum A of the terms' magnitudes the error of one example's gradient g is at most gamma(T) = T u /
-// (1 - T u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.1 and 4.2; products are not rounded). Tensor
-// cores may cut off instead of rounding, so theirs counts 2 u; and a float32 operand becomes tf32, an error of 2^-11.
-// g^2 errs by at most e (2 |g| + e), and the sum over n examples takes n + 2 additions more.
+// The bounds. u = 2^-24 is float32's unit roundoff. A sum of T terms in any order rounds each term at most T times:
+// relative to the sum A of the terms' magnitudes the error of one example's gradient g is at most gamma(T) = T u / (1 -
+// T u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.1 and 4.2; products are not rounded). Tensor cores
+// may truncate instead of rounding, so their bound uses 2 u. A float32 operand is rounded to tf32, an error of 2^-11.
+// g^2 is off by at most e (2 |g| + e), and the sum over n examples takes n + 2 more additions.
 #pragma once
 
 #include "cases.h"
@@ -17,7 +17,7 @@ struct Geometry {
   ConvShape shape;
 };
 
-// in, kernel, stride, padding and dilation are of the last dimensions.
+// in, kernel, stride, padding and dilation are those of the last dimensions.
 inline ConvShape conv(int64_t examples, int64_t in_channels, int64_t out_channels, std::vector<int64_t> in,
                       std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                       std::vector<int64_t> dilation = {}, int64_t groups = 1) {
@@ -41,11 +41,11 @@ inline ConvShape linear(int64_t examples, int64_t positions, int64_t in_channels
   return conv(examples, in_channels, out_channels, {positions}, {1}, {1}, {0});
 }
 
-// A layer's operands, and the sums and their bounds for both epilogues, by the definition.
+// A layer's operands, and by definition the sums and their bounds for both epilogues.
 struct Problem {
   ConvShape shape;
   Array inputs, deltas;
-  std::vector<float> before;  // what the sums were
+  std::vector<float> before;  // the sums before the call
   std::vector<double> sums[2], gradient_errors[2];
   bool tensor_cores;
 
@@ -64,7 +64,7 @@ struct Problem {
 
   double unit() const { return tensor_cores ? 0x1p-23 : 0x1p-24; }
 
-  // Checks what a kernel has made of `before`: within the bounds the first time, then the same bits as `first`.
+  // Checks a kernel's sums: the first time against the bounds, later for the same bits as `first`.
   void check(Epilogue epilogue, const float* computed, std::vector<float>& first) const {
     if (!first.empty()) {
       CHECK(std::equal(first.begin(), first.end(), computed, same));
@@ -78,14 +78,14 @@ struct Problem {
     }
   }
 
-  // Element i of the sums.
+  // Computes element i of the sums.
   void define(int64_t i) {
     const ConvShape& s = shape;
     const int64_t m = i / s.row(), tap = i % s.row() / (s.in_channels / s.groups);
     const int64_t channel =
         m / (s.out_channels / s.groups) * (s.in_channels / s.groups) + i % (s.in_channels / s.groups);
     const int64_t taps[3] = {tap / s.kernel[2] / s.kernel[1], tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
-    const bool folded = s.positions() == 1;  // then squares are what is rounded
+    const bool folded = s.positions() == 1;  // then the squares are rounded
     double operand_error = 0;
     for (Dtype dtype : {inputs.dtype(), deltas.dtype()})
       if (tensor_cores && (dtype == Dtype::float32 || folded)) operand_error += 0x1p-11 * (1 + 0x1p-11);

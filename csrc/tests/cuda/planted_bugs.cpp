@@ -1,6 +1,6 @@
-// Small kernels with a bug planted in each, to show that running CUDA on the CPU catches it: `planted_bugs BUG SEED`.
-// Exits with 0 if nothing was noticed, which is right for the bug `none` alone. tests/packaging/test_cpp.py says which
-// bug is to be noticed by which build.
+// Small kernels with a bug planted in each, to show that running CUDA on the CPU detects it: `planted_bugs BUG SEED`.
+// Exits with 0 if nothing was detected, which is right only for the bug `none`. tests/packaging/test_cpp.py lists the
+// builds that must detect each bug.
 #include <cstdlib>
 #include <iostream>
 #include <string>
@@ -36,7 +36,7 @@ constexpr const char* kNames[] = {"none",
                                   "stale-accumulator"};
 constexpr int kThreads = 128, kRounds = 4;
 
-// Every thread passes its number to the thread opposite, kRounds times through the same shared memory.
+// Every thread passes its number to the opposite thread, kRounds times through the same shared memory.
 template <Bug bug>
 __global__ void exchange_in_block(float* out) {
   DELFAST_SHARED(float, mail, [kThreads]);
@@ -55,7 +55,7 @@ __global__ void exchange_in_block(float* out) {
   global_store(&out[me], sum);
 }
 
-// The same between the lanes of a warp, through dynamic shared memory.
+// The same exchange between the lanes of a warp, through dynamic shared memory.
 template <Bug bug>
 __global__ void exchange_in_warp(float* out) {
   DELFAST_DYNAMIC_SHARED(float, mail);
@@ -70,9 +70,9 @@ __global__ void exchange_in_warp(float* out) {
   global_store(&out[me], sum);
 }
 
-// Of each example x, kDeep rows of kChannels, the products of all rows with one another: out[m][n] = the sum over the
-// examples of |sum over its rows of x[row][m] x[row][n]|, for 32 channels m and the first 8 channels n. 16 rows at a
-// time are copied ahead while those before are multiplied.
+// The products of all rows with one another, for each example x of kDeep rows of kChannels: out[m][n] = the sum over
+// the examples of |sum over its rows of x[row][m] x[row][n]|, for 32 channels m and the first 8 channels n. The next 16
+// rows are copied while the previous ones are multiplied.
 constexpr int kExamples = 3, kDeep = 32, kStageRows = 16, kStages = kExamples * kDeep / kStageRows, kChannels = 64;
 
 template <Bug bug>
@@ -80,7 +80,7 @@ __global__ void multiply_rows(const delfast::bfloat16* x, float* out) {
   DELFAST_DYNAMIC_SHARED(unsigned char, memory);
   const ptx::Shared shared = ptx::shared_address(memory);
   const int me = int(threadIdx.x), lane = me % 32, first_m = me / 32 * 16;
-  // where 8 channels of a row lie: 8 rows of the same channels in different banks
+  // place of 8 channels of a row: the same channels of 8 rows are in different banks
   const auto place = [](int row, int chunk) {
     return row * kChannels * 2 + (bug == Bug::wrong_swizzle ? chunk : chunk ^ (row & 7)) * 16;
   };

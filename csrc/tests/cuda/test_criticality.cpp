@@ -1,5 +1,5 @@
 // Channel scores by the CUDA kernels, run on the CPU, against the scalar CPU kernels: equal to the bit, for every
-// schedule of threads and order of blocks. What the CPU kernels compute is checked in test_criticality.cpp.
+// schedule of threads and order of blocks. cpu/test_criticality.cpp checks the CPU kernels.
 #include <limits>
 
 #include "cases.h"
@@ -25,7 +25,7 @@ std::vector<int64_t> some_tops(const Params& params) {
   return tops;
 }
 
-// The CPU kernels take no rows in pieces.
+// The CPU kernels do not support rows in pieces.
 std::unique_ptr<Scores> contiguous_rows(const Scores& p) {
   auto copy = std::make_unique<Scores>(p);
   if (!p.piece) return copy;
@@ -78,7 +78,7 @@ void check(const Params& params, const Question& question, const std::vector<uin
   check(params, question, seeds, what, some_tops(params));
 }
 
-// Every kind of values in rows for each kernel that selects a top h, by every criterion.
+// Every kind of values, in rows for each kernel that selects a top h, with every criterion.
 void every_kind(const std::vector<uint64_t>& seeds, Random& random) {
   for (Criterion criterion : kCriteria)
     for (Dtype dtype : kDtypes) {
@@ -150,7 +150,7 @@ void launch_counts(Random& random) {
                 uint64_t(whole || question.aggregate == Aggregate::max ? 2 : 3));
     params.resize(303);
   }
-  for (int64_t pieces : {1, 200}) {  // all of rows in pieces, and together with contiguous rows
+  for (int64_t pieces : {1, 200}) {  // only rows in pieces, and together with contiguous rows
     Params some;
     for (int64_t i = 0; i < pieces; i++) {
       some.push_back(std::make_unique<Scores>(Layout{4, 6, 1}, Criterion::weight, Dtype::float32, Dtype::float32));
@@ -175,8 +175,8 @@ void refusal() {
   CHECK(error && std::string(error).rfind("expected rows in pieces of at most 16384 elements", 0) == 0);
 }
 
-// Rows in pieces: of every piece a few lengths, those of a warp, of a block and the longest, some aligned to packs and
-// some not; a few contiguous and empty ones among them.
+// Rows in pieces. For every piece a few lengths: those of a warp, of a block and the longest, some aligned to packs and
+// some not. A few contiguous and empty rows are among them.
 void in_pieces(const std::vector<uint64_t>& seeds, Random& random) {
   struct Shape {
     int64_t rows, piece, inputs;
@@ -215,10 +215,10 @@ void in_pieces(const std::vector<uint64_t>& seeds, Random& random) {
   }
 }
 
-// How the search for a row's top h ended.
+// The ways in which the search for a row's top h can end.
 enum class End { tie, list, whole_row };
 
-// Scores one long row, which check() has compared with the CPU's, and reads from the workspace what was counted.
+// Scores one long row, which check() has compared with the CPU's result, and reads the counts from the workspace.
 End end_of_search(const Params& params, int64_t top, uint64_t seed) {
   const std::vector<Scored> list = scored(params);
   cuda_on_cpu::set_seed(seed);
@@ -235,8 +235,8 @@ End end_of_search(const Params& params, int64_t top, uint64_t seed) {
   return state.inside <= cuda::long_capacity(uint32_t(length), uint32_t(top)) ? End::list : End::whole_row;
 }
 
-// The ways a bracket can go: independent scores and ties end without a second look at the row, and a sample that
-// misleads ends right.
+// The possible results of a bracket: with independent scores and with ties the search ends without a second reading of
+// the row; with a biased sample it ends with the right result.
 void brackets(const std::vector<uint64_t>& seeds, Random& random) {
   const auto row = [](int64_t length, auto value) {
     Params params;
@@ -258,7 +258,7 @@ void brackets(const std::vector<uint64_t>& seeds, Random& random) {
     expect("independent", ordinary, top, End::list);
   const auto equal = row(length, [](int64_t) { return 0.5f; });
   for (int64_t top : {int64_t(2), length / 10, length - 1}) expect("equal", equal, top, End::tie);
-  // nine in ten are zero: the top tenth ends about where they begin
+  // nine in ten are zero: the top tenth ends near the first zero
   const auto zeros = row(length, [&](int64_t) { return random.below(10) ? 0.0f : 1 + random.unit(); });
   expect("mostly zero", zeros, length * 3 / 40, End::list);
   for (int64_t top : {length / 9, length / 8, length - 1}) expect("mostly zero", zeros, top, End::tie);
@@ -273,7 +273,7 @@ void brackets(const std::vector<uint64_t>& seeds, Random& random) {
       row(131072, [&](int64_t i) { return bits_float(i < 1024 ? least + 1 + uint32_t(random.below(2)) : least); });
   for (int64_t top : {1023, 1024}) expect("three neighbours", neighbours, top, End::list);
 
-  // where the sample looks, and nowhere else, the scores are larger, smaller, or rarely of the middle
+  // only where the sample reads, the scores are larger, smaller, or rarely in the middle
   std::vector<int> sampled(static_cast<size_t>(length));
   const int runs = cuda::sample_runs(uint32_t(length));
   for (int u = 0; u < runs; u++)
@@ -289,7 +289,7 @@ void brackets(const std::vector<uint64_t>& seeds, Random& random) {
   expect("a sample without the middle", gap, length / 10, End::whole_row);
 }
 
-// Sums of long rows whose order shows, and whose order does not, in double.
+// Sums of long rows in double: some depend on the order, some do not.
 void long_sums(const std::vector<uint64_t>& seeds, Random& random) {
   for (int64_t length : {16385, 50003}) {
     if (kFewCases && length > 20000) continue;
@@ -319,7 +319,7 @@ int main(int argc, char** argv) {
   for (Criterion criterion : kCriteria) {
     const Params many = many_params(criterion, random);
     for (int driver : kDrivers) {
-      if (kFewCases && driver == kDrivers[0]) continue;  // launch_counts() has both
+      if (kFewCases && driver == kDrivers[0]) continue;  // launch_counts() tests both drivers
       cuda_on_cpu::device.driver_version = driver;
       for (const Question& question : kQuestions) check(many, question, list, "300 parameters");
     }

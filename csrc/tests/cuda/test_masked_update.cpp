@@ -1,6 +1,6 @@
 // Masked updates by the CUDA kernels, run on the CPU, against the scalar CPU kernels: equal to the bit, for every
-// schedule of threads and order of blocks. What the CPU kernels compute is checked in cpu/test_masked_update.cpp. Plans
-// against a plain list of pieces.
+// schedule of threads and order of blocks. cpu/test_masked_update.cpp checks the CPU kernels. Plans are compared with a
+// plain list of pieces.
 #include <cmath>
 
 #include "cases.h"
@@ -16,7 +16,7 @@ struct Param {
   Array values, source;
   Guarded<uint8_t> bits;
   bool by_row;
-  int64_t entries = 0;  // masked
+  int64_t entries = 0;  // number of masked ones
 
   Param(Layout layout, bool by_row, Dtype dtype, Dtype source_dtype, Masked masked, int64_t shift, int64_t source_shift,
         Random& random)
@@ -69,7 +69,7 @@ List awkward_list(Random& random) {
   for (Dtype dtype : kDtypes)
     for (bool by_row : {true, false})
       add({3, 70000, 1}, by_row, dtype, Dtype::float32, by_row ? Masked::ends : Masked::some);
-  // rows of every size of stretch, in several blocks, and about the shortest that go alone
+  // rows of every size of stretch, in several blocks, and around the shortest length that is not part of a stretch
   for (int64_t length : {2, 3, 7, 15, 17})
     add({20000 / length, length, 1}, true, Dtype::float32, kSecondHalf, Masked::some);
   for (int64_t length : {63, 64, 65, 68, 511, 512, 513, 1028})
@@ -99,7 +99,7 @@ struct Update {
   cuda::AdamWOptions adamw{};
 };
 const Update kUpdates[] = {
-    // AdamW's rates are floats, so that one from the device is the same
+    // AdamW's rates are floats, so that a rate from the device is the same
     {"reset", 0},
     {"SGD", 0, {0.1, 0, 0, 5e-4, false, true}},
     {"SGD with momentum", 1, {0.015, 0.9, 0.3, 5e-4, false, false}},
@@ -208,7 +208,7 @@ int64_t state_values(const List& list, int states) {
   return values;
 }
 
-// A list, and its plan by each schedule, checked.
+// A list, and its plan in each schedule, checked.
 struct Planned {
   const List& list;
   std::string what;
@@ -216,7 +216,7 @@ struct Planned {
   uint64_t step_launches;
   std::vector<Plan> plans = {};
 
-  // `launches`: of a plan, and of a step.
+  // `launches`: number for a plan, and for a step.
   Planned(const List& list, std::string what, const std::vector<uint64_t>& seeds, uint64_t plan_launches = 3,
           uint64_t step_launches = 2)
       : list(list), what(std::move(what)), seeds(seeds), step_launches(step_launches) {
@@ -268,7 +268,7 @@ void check(Planned& planned, const Update& update, Random& random) {
       cuda::SgdOptions sgd = update.sgd;
       cuda::AdamWOptions adamw = update.adamw;
       Guarded<float> lr(1);
-      if (skip == Skip::zero) {  // the rate from the device, and none among the options
+      if (skip == Skip::zero) {  // the rate from the device; the options have none
         lr[0] = float(update.states == 2 ? adamw.lr : sgd.lr);
         inputs.lr = lr.data();
         sgd.lr = adamw.lr = std::nan("");
@@ -296,7 +296,7 @@ void check(Planned& planned, const Update& update, Random& random) {
   }
 }
 
-// Rows of a large network are cut into longer parts. Tensors are not looked at.
+// Rows of a large network are cut into longer parts. The pointers are not read.
 void plan_of_a_large_network(uint64_t seed) {
   cuda_on_cpu::set_seed(seed);
   Updated u;
@@ -310,8 +310,8 @@ void plan_of_a_large_network(uint64_t seed) {
   Plan({u}).check({u});
 }
 
-// The number of masked entries is known on the device alone: a state or a plan that does not fit must stop there,
-// before anything changes.
+// The number of masked entries is available only on the device. A state or a plan that does not fit must stop there,
+// before any change.
 void what_is_of_another_mask(Random& random) {
   const auto make = [&](Layout layout, bool by_row) {
     List list;

@@ -1,5 +1,5 @@
-// The CUDA-on-CPU headers of asynchronous copies and of matrix operands in shared memory: when a copy completes, how
-// fragments are laid out, tf32's rounding, bank conflicts, and the misuse that they must notice.
+// The CUDA-on-CPU headers of asynchronous copies and of matrix operands in shared memory: the time at which a copy
+// completes, the layout of fragments, tf32's rounding, bank conflicts, and the misuse that they must detect.
 #include "check.h"
 #include "cuda/ptx.cuh"
 
@@ -10,8 +10,8 @@ using nvcuda::wmma::precision::tf32;
 
 // ---- copies
 
-// out: what a thread's 16 bytes hold (as float 0 of 4) before it waits, after it waits for all but the last group, and
-// after it waits for all. Odd threads copy zeros in the first group.
+// out: the content of a thread's 16 bytes (as float 0 of 4) before it waits, after it waits for all but the last group,
+// and after it waits for all. Odd threads copy zeros in the first group.
 __global__ void copy_twice(const float* in, float* out) {
   DELFAST_DYNAMIC_SHARED(float, memory);
   const int me = int(threadIdx.x);
@@ -123,7 +123,7 @@ __global__ void multiply_halves(const T* a, const T* b, float* out) {
   for (int round = 0; round < 2; round++) ptx::multiply<T>(sums, left, right, sums);
   for (int i = 0; i < 4; i++) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
-// The same of float32, fragments by hand: PTX ISA, "Matrix Fragments for mma.m16n8k8".
+// The same product in float32, with fragments by hand: PTX ISA, "Matrix Fragments for mma.m16n8k8".
 __global__ void multiply_floats(const float* a, const float* b, float* out) {
   const int lane = int(threadIdx.x), group = lane / 4, in_group = lane % 4;
   uint32_t left[4], right[2];
@@ -158,7 +158,7 @@ void check_products(const char* what, Kernel kernel, int depth) {
   }
 }
 
-// As cvt.rna.tf32.f32, and what is not finite stays so, with its kind and, of infinities, its sign.
+// The same result as cvt.rna.tf32.f32. Infinities and NaNs stay infinities and NaNs, infinities with their sign.
 void check_rounding() {
   const auto rounded = [](uint32_t bits) { return bits_float(cuda::round_to_tf32(bits) & ~0x1fffu); };
   for (uint32_t sign : {0u, 0x80000000u})

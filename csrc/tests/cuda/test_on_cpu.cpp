@@ -1,5 +1,5 @@
-// The CUDA-on-CPU headers themselves: what each operation means, poisoned shared memory, the order of blocks, failures
-// that name their place, and the sector counter against numbers counted by hand.
+// The CUDA-on-CPU headers themselves: the meaning of each operation, poisoned shared memory, the order of blocks,
+// failures that name their place, and the sector counter against numbers counted by hand.
 #include "check.h"
 #include "cuda/common.cuh"
 
@@ -113,7 +113,7 @@ __global__ void atomics(uint64_t* out) {
   out[threadIdx.x] = uint64_t(sum) << 32 | most << 16 | least;
 }
 
-// Reads what the block has not written, then writes, so that the next block could read it.
+// Reads memory that the block has not written, then writes it, so that the next block could read it.
 __global__ void leftover(float* out) {
   DELFAST_SHARED(float, fixed, [kBlock]);
   DELFAST_DYNAMIC_SHARED(float, dynamic);
@@ -124,7 +124,7 @@ __global__ void leftover(float* out) {
 
 __global__ void order_of_blocks(int* order, int* next) { order[(*next)++] = int(blockIdx.x); }
 
-// The last block to be done sees what all have written.
+// The last block to finish reads the results of all others.
 __global__ void last_block_adds(int* written, unsigned* done, int* sum) {
   written[blockIdx.x] = int(blockIdx.x) + 1;
   __threadfence();
@@ -214,7 +214,7 @@ void check_failures() {
                 [] { DELFAST_LAUNCH(shuffle_from_outside, 1, 32, 0, nullptr); });
     check_fails("too many threads", {"1025 threads"}, [] { DELFAST_LAUNCH(nothing, 1, 1025, 0, nullptr); });
     check_fails("no blocks", {"a grid of impossible size"}, [] { DELFAST_LAUNCH(nothing, 0, 32, 0, nullptr); });
-    cudaFuncSetAttribute(nothing, cudaFuncAttributePreferredSharedMemoryCarveout, 100);  // allows no more
+    cudaFuncSetAttribute(nothing, cudaFuncAttributePreferredSharedMemoryCarveout, 100);  // does not raise the limit
     check_fails("too much shared memory", {"48129 bytes", "48128 allowed"},
                 [] { DELFAST_LAUNCH(nothing, 1, 32, 48129, nullptr); });
     describe("after all these a launch works");

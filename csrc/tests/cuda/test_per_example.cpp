@@ -1,5 +1,5 @@
-// Per-example sums by the CUDA kernels, run on the CPU, against a loop in double precision: within the error that their
-// arithmetic allows, and the same bits for every schedule of threads and order of blocks.
+// Per-example sums by the CUDA kernels, run on the CPU, against a loop in double precision: within the error bound of
+// their arithmetic, and with the same bits for every schedule of threads and order of blocks.
 #include <limits>
 
 #include "per_example_problems.h"
@@ -82,7 +82,7 @@ void every_geometry(const std::vector<uint64_t>& seeds, Random& random) {
     }
 }
 
-// Whatever a layer's geometry, in memory of any alignment; each layer in one schedule.
+// Random geometries, in memory of any alignment; each layer in one schedule.
 void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
   for (int i = 0; i < (kFewCases ? 20 : 300); i++) {
     const Operands& o = kOperands[random.below(int64_t(std::size(kOperands)))];
@@ -93,7 +93,7 @@ void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
   }
 }
 
-// Memory that does not begin where 16 bytes do.
+// Memory that is not aligned to 16 bytes.
 void unaligned(const std::vector<uint64_t>& seeds, Random& random) {
   for (size_t g : {0, 9, 17, 19})
     for (const Operands& o : kOperands) {
@@ -102,7 +102,7 @@ void unaligned(const std::vector<uint64_t>& seeds, Random& random) {
     }
 }
 
-// Nothing changes, and no pointer is followed.
+// No sum changes, and no pointer is read.
 void nothing_to_add() {
   const ConvShape shapes[] = {conv(0, 4, 4, {3, 3}, {3, 3}, {1, 1}, {1, 1}), linear(3, 0, 4, 4), linear(3, 2, 4, 0),
                               linear(3, 2, 0, 4)};
@@ -124,7 +124,7 @@ void nothing_to_add() {
   CHECK(cuda::channel_dot(dot, kStream) != nullptr);
 }
 
-// A NaN or an infinity reaches the sums of its channel, and no other.
+// A NaN or an infinity changes the sums of its channel, and no others.
 void nonfinite(Random& random) {
   for (float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
     for (size_t g : {0, 9, 19})
@@ -200,7 +200,7 @@ void channel_dots(const std::vector<uint64_t>& seeds, Random& random) {
   }
 }
 
-// ---- channel_sums: the bounds of a channel dot, with a subtraction more and the factor's roundings
+// ---- channel_sums: the bounds of a channel dot, with one more subtraction and the factor's roundings
 
 void check_channel_sums(ChannelSums p, int kind, int64_t shift, const std::vector<uint64_t>& seeds, Random& random) {
   const int64_t count = p.examples * p.channels * p.positions;
@@ -281,7 +281,7 @@ void channel_sums(const std::vector<uint64_t>& seeds, Random& random) {
       for (Dtype deltas : kDtypes)
         for (Dtype values : kDtypes)
           for (int kind : {1, 2}) check(3, 40, 49, deltas, values, kind, 0);
-      // one slab and several, positions and examples shared out, teams of 1 to 32 lanes, unaligned
+      // one slab and several, positions and examples divided, teams of 1 to 32 lanes, unaligned memory
       const int64_t shapes[][3] = {{1, 1, 1}, {300, 7, 1}, {70, 33, 3}, {5, 10, 4},  {2, 64, 16},
                                    {0, 4, 4}, {3, 8, 64},  {2, 3, 900}, {600, 2, 5}, {300, 4, 40}};
       for (const auto& shape : shapes)
@@ -290,10 +290,10 @@ void channel_sums(const std::vector<uint64_t>& seeds, Random& random) {
     }
 }
 
-// ---- what is not seen in sums
+// ---- properties that the sums do not show
 
-// Inputs of 2^32 elements in memory that is not there until it is touched: of each example the first and the last
-// position are used.
+// Inputs of 2^32 elements in memory that is allocated on access: the first and the last position of each example are
+// used.
 void far_apart(Random& random) {
   const int64_t channels = 64, positions = int64_t(1) << 25, examples = 2;
   const size_t bytes = size_t(examples * positions * channels) * sizeof(bfloat16);
@@ -333,7 +333,7 @@ void far_apart(Random& random) {
   munmap(memory, bytes);
 }
 
-// Slabs are written and read, but how many there are does not depend on how many examples.
+// Slabs are written and read, but their number does not depend on the number of examples.
 void bounded_workspace() {
   describe("workspace");
   const auto bytes = [](const ConvShape& shape, bool tensor_cores) {
@@ -350,17 +350,17 @@ void bounded_workspace() {
     }
 }
 
-// Where one tile is all there is and one tap, no sector is asked for twice.
+// With a single tile and a single tap, no sector is requested twice.
 void coalesced(Random& random) {
   cuda_on_cpu::set_seed(0);
-  // twice: how many sectors are read and written by halves
+  // twice: number of sectors whose halves are read or written separately
   const auto check_sectors = [&](const char* kernel, uint64_t twice, auto run) {
     cuda_on_cpu::sectors.start();
     run();
     const auto result = cuda_on_cpu::sectors.stop().at(kernel);
     CHECK(result.loads.asked > 0);
     CHECK_EQUAL(result.loads.asked, result.loads.least + twice);
-    if (std::string(kernel) != "channel_dot_rows")  // whose sums are written by a lane of each team
+    if (std::string(kernel) != "channel_dot_rows")  // a lane of each team writes its sums
       CHECK_EQUAL(result.stores.asked, result.stores.least + twice);
   };
   cuda_on_cpu::device.number = 1;  // so that one block has all examples
@@ -392,7 +392,7 @@ void coalesced(Random& random) {
     }
 }
 
-// That tensor cores were used shows: operands rounded to tf32 change the result.
+// Rounding operands to tf32 changes the result, which shows that tensor cores were used.
 void paths_differ(Random& random) {
   const ConvShape& shape = geometries()[0].shape;
   const Problem problem(shape, Dtype::float32, Dtype::float32, false, 0, random);

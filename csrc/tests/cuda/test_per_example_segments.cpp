@@ -1,6 +1,6 @@
-// Per-example sums by mma.sync, run on the CPU: every tile on layers that its kernel takes, on cards of few and many
-// blocks, against a loop in double precision; the same bits for every schedule and every time at which asynchronous
-// copies may complete, no bank conflict, and at most two launches. What the kernel does not take goes to
+// Per-example sums by mma.sync, run on the CPU: every tile on layers that its kernel supports, on cards of few and many
+// blocks, against a loop in double precision. The bits must be the same for every schedule and for every time at which
+// asynchronous copies may complete, with no bank conflict and at most two launches. All other layers go to
 // per_example_tiles.
 #include "cuda/per_example_variants.h"
 #include "per_example_problems.h"
@@ -70,8 +70,8 @@ void check(const Geometry& geometry, const Problem& problem, const std::string& 
   }
 }
 
-// One block has all tiles whole; with more of them tiles are split, between whole ones or alone, or into so many parts
-// that some blocks have one example and others none.
+// With one block all tiles are whole. With more blocks tiles are split, between whole tiles or alone, or into so many
+// parts that some blocks have one example and others none.
 void every_layer(const std::vector<uint64_t>& seeds, Random& random) {
   const int multiprocessors[] = {1, 4, 2, 7, 3, 13, 5};
   size_t turn = 0;
@@ -86,7 +86,7 @@ void every_layer(const std::vector<uint64_t>& seeds, Random& random) {
     }
 }
 
-// Whatever a layer's geometry; each layer in one schedule.
+// Random geometries; each layer in one schedule.
 void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
   for (int i = 0; i < (kFewCases ? 10 : 100); i++) {
     const Dtype dtype = operands()[size_t(random.below(int64_t(operands().size())))];
@@ -108,7 +108,7 @@ void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
   }
 }
 
-// Every count of blocks gives the sums, whether examples are fewer or more.
+// Every number of blocks gives the sums, with fewer or more examples.
 void every_count(const std::vector<uint64_t>& seeds, Random& random) {
   const Geometry geometry = {"split", conv(4, 24, 72, {5, 5}, {3, 3}, {1, 1}, {1, 1})};
   const Problem problem(geometry.shape, Dtype::bfloat16, Dtype::bfloat16, true, 0, random);
@@ -117,7 +117,7 @@ void every_count(const std::vector<uint64_t>& seeds, Random& random) {
       check(geometry, problem, "64x64", epilogue, multiprocessors, {seeds[size_t(multiprocessors) % seeds.size()]});
 }
 
-// What is not for these kernels, forced or not, is computed by others.
+// Other kernels compute the layers that these do not support, forced or not.
 void what_is_left(Random& random) {
   cuda_on_cpu::device.number = 3;
   CHECK(!cuda::force_per_example_variant("256x256"));
@@ -156,7 +156,7 @@ void what_is_left(Random& random) {
   CHECK(variant_of(usual, bf16, bf16) == "wmma");
   CHECK(cuda::force_per_example_variant("measured"));
 
-  // rows after an example's last count for nothing, whatever lies there
+  // rows after an example's last do not change the result, with any content
   const Problem problem(usual, bf16, bf16, true, 0, random);
   std::vector<float> sums[2];
   for (bool forced : {false, true}) {
@@ -172,7 +172,7 @@ void what_is_left(Random& random) {
   for (size_t i = 0; i < sums[0].size(); i++) CHECK_NEAR(double(sums[0][i]), double(sums[1][i]), 1e-4);
 }
 
-// A layer that was measured has what was fastest there, on its card and on one that is not in the table.
+// A measured layer gets its fastest variant, on its card and on a card that is not in the table.
 void nearest() {
   using cuda::nearest_variant;
   for (const cuda::MeasuredLayer& m : cuda::kMeasuredLayers) {

@@ -1,6 +1,6 @@
-// How many 32-byte sectors the kernels' warps ask for, on ResNet-18's parameters (CIFAR stem), against the least
-// possible: every sector that a launch touches moved once in each direction. What is known of bandwidth without a GPU.
-// Prints the table that is kept in benchmarks/results/sectors.md.
+// Number of 32-byte sectors that the kernels' warps request on ResNet-18's parameters (CIFAR stem), against the
+// minimum: every sector that a launch accesses, moved once in each direction. It bounds the used bandwidth without a
+// GPU. Prints the table that is kept in benchmarks/results/sectors.md.
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -79,7 +79,7 @@ void print(const char* what, const char* kernel, const cuda_on_cpu::SectorCounte
               static_cast<unsigned long long>(r.loads.least + r.stores.least), r.ratio());
 }
 
-// Prints every kernel of a family, and the family if it has several; checks the family's ratio.
+// Prints every kernel of a family, and the family if it has several kernels; checks the family's ratio.
 double report_family(const char* what, const std::string& family, const Results& results) {
   cuda_on_cpu::SectorCounter::Result sum;
   int kernels = 0;
@@ -110,12 +110,12 @@ Results score(Model& model, Aggregate aggregate = Aggregate::topk_mean) {
 Results select(Model& model) {
   std::vector<uint8_t> bits(size_t(model.numel / 8 + model.count()));
   std::vector<uint4> workspace(size_t(cuda::select_elements_workspace(model.scored.data(), model.count())) / 16 + 1);
-  int64_t info[2] = {};
+  ElementsInfo info;
   cuda_on_cpu::sectors.start();
   CHECK(!cuda::select_elements(model.scored.data(), model.count(), Criterion::weighted_grad, model.numel * 3 / 10,
-                               bits.data(), info, workspace.data(), nullptr));
-  CHECK_EQUAL(info[0], int64_t(-1));
-  CHECK_EQUAL(info[1], model.numel * 3 / 10);
+                               bits.data(), &info, workspace.data(), nullptr));
+  CHECK_EQUAL(info.nonfinite, int64_t(-1));
+  CHECK_EQUAL(info.positive, model.numel * 3 / 10);
   return cuda_on_cpu::sectors.stop();
 }
 
@@ -126,7 +126,7 @@ Results update(Model& model, Update kind, bool by_row) {
   std::vector<std::vector<uint8_t>> bits;
   std::vector<Updated> params;
   const int states = kind == Update::adamw ? 2 : 1;
-  int64_t entries = 0;  // of the state
+  int64_t entries = 0;  // values of the state
   for (size_t p = 0; p < model.layouts.size(); p++) {
     const Layout& layout = model.layouts[p];
     const int64_t units = by_row ? layout.rows : layout.numel();
@@ -199,11 +199,11 @@ void report_pieces() {
       {"3072 to 768, outputs innermost", {768, 3072, 1}, 1, 2.02, 1.02},
       {"8192 to 256, outputs innermost", {256, 8192, 1}, 1, 4.02, 1.02},
       {"256 to 128, transposed 4 x 4", {128, 4096, 1}, 16, 1.02, 1.02},
-      // stretches of 4.5 sectors, and of 18; an input may lie in two of a mean's chunks
+      // stretches of 4.5 sectors, and of 18; an input may be in two of a mean's chunks
       {"256 to 128, transposed 3 x 3", {128, 2304, 1}, 9, 1.2, 1.1},
       {"8 experts, 512 to 256", {256, 4096, 1}, 512, 1.02, 1.02},
-      // element by element, from any place in a sector: a warp asks for five sectors, not four, or where a stretch ends
-      // six
+      // element by element, from any place in a sector: a warp requests five sectors instead of four, or six where a
+      // stretch ends
       {"64 to 33, transposed 3 x 3", {33, 576, 1}, 9, 1.5, 1.4},
   };
   for (const Case& c : cases)

@@ -1,5 +1,5 @@
 // Selection by the CUDA kernels, run on the CPU, against the CPU kernels: the same bits, for every schedule of threads
-// and order of blocks. What the CPU kernels compute is checked in test_selection.cpp.
+// and order of blocks. cpu/test_selection.cpp checks the CPU kernels.
 #include <limits>
 
 #include "cases.h"
@@ -9,14 +9,14 @@
 namespace delfast::test {
 namespace {
 
-// From how many elements on a sample is taken: from the first one, or never.
+// Minimum number of elements for which a sample is taken: zero, or never.
 constexpr int64_t kSampled = 0, kUnsampled = INT64_MAX;
 
 struct Selected {
   std::vector<uint8_t> bits;
   int64_t nonfinite, positive;
   bool narrow;     // the bits came from the candidates
-  int64_t listed;  // these
+  int64_t listed;  // number of candidates
   uint64_t launches;
 };
 
@@ -26,7 +26,7 @@ Selected select_by_cuda(const Params& params, Criterion criterion, int64_t k, in
   int64_t bytes = 0;
   for (const Scored& p : list) bytes += (p.layout.numel() + 7) / 8;
   Bits bits(bytes);
-  Guarded<int64_t> info(2);
+  Guarded<ElementsInfo> info(1);
   Workspace workspace(cuda::select_elements_workspace(list.data(), count, min_sampled));
   const uint64_t launches = cuda_on_cpu::device.launches;
   const char* error = cuda::select_elements(list.data(), count, criterion, k, bits.data(), info.data(), workspace.get(),
@@ -35,8 +35,8 @@ Selected select_by_cuda(const Params& params, Criterion criterion, int64_t k, in
   const auto& state = *static_cast<const cuda::SelectionState*>(workspace.get());
   const bool narrow = !state.failed && state.above <= uint64_t(k) && uint64_t(k) < state.above + state.listed;
   return {{bits.begin(), bits.end()},
-          info[0],
-          info[1],
+          info[0].nonfinite,
+          info[0].positive,
           narrow,
           state.failed ? 0 : int64_t(state.listed),
           cuda_on_cpu::device.launches - launches};
@@ -55,7 +55,7 @@ int64_t positives(const Params& params) {
   return n;
 }
 
-int64_t narrow_ones = 0, wide_ones = 0;  // of those that were sampled
+int64_t narrow_ones = 0, wide_ones = 0;  // numbers of sampled selections by result
 
 enum class Try { all, sampled, unsampled };
 
@@ -106,7 +106,7 @@ Params several(int round, Random& random) {
   return params;
 }
 
-// The last element of some parameters is not finite; there may be a sample, and it may miss that.
+// The last element of some parameters is not finite. If there is a sample, it may miss that element.
 void nonfinite(const std::vector<uint64_t>& seeds, Random& random) {
   for (float bad : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::quiet_NaN()}) {
     if (kFewCases && !std::isinf(bad)) continue;
@@ -131,7 +131,7 @@ void nonfinite(const std::vector<uint64_t>& seeds, Random& random) {
   }
 }
 
-// A tile whose scores are all in the bracket, and a list that runs over: what is listed is given up.
+// A tile whose scores are all in the bracket, and a list that overflows: the list is discarded.
 void lists_that_run_over(const std::vector<uint64_t>& seeds, Random& random) {
   Params params = one({1, 20 * 8192, 1}, Kind::ordinary, random);
   for (int64_t i = 0; i < 8192; i++) {
@@ -147,7 +147,7 @@ void lists_that_run_over(const std::vector<uint64_t>& seeds, Random& random) {
   check(ties, {1000, 40000}, seeds, "ties in all tiles", Try::sampled);
 }
 
-// The tables of parameters, then seven kernels, or five without a sample.
+// One launch for each table of parameters, then seven kernels, or five without a sample.
 void launches(Random& random) {
   cuda_on_cpu::set_seed(0);
   for (int driver : kDrivers)
@@ -177,7 +177,7 @@ struct Units {
   }
 };
 
-// few: whether one block selects them, in one launch.
+// few: true if one block selects the units, in one launch.
 void check_units(const Units& units, const std::vector<int64_t>& budgets, const std::vector<uint64_t>& seeds,
                  const std::string& what, int64_t shift, bool few) {
   const int64_t groups = int64_t(units.counts.size());
@@ -192,26 +192,26 @@ void check_units(const Units& units, const std::vector<int64_t>& budgets, const 
   for (int64_t budget : budgets)
     for (bool cut_last : {false, true}) {
       Bits expected(bytes);
-      const cpu::UnitSelection reference =
+      const UnitsInfo reference =
           cpu::select_units(scores.data(), given.data(), groups, budget, cut_last, expected.data());
       for (uint64_t seed : seeds) {
         describe(what, ", ", scores.size(), " units in ", groups, " groups, budget ", budget, ", seed ", seed,
                  cut_last ? ", cut" : "");
         cuda_on_cpu::set_seed(seed);
         Bits bits(bytes);
-        Guarded<int64_t> info(5);
+        Guarded<UnitsInfo> info(1);
         Workspace workspace(cuda::select_units_workspace(units.counts.data(), units.lengths.data(), groups));
         const uint64_t launches = cuda_on_cpu::device.launches;
         const char* error = cuda::select_units(scores.data(), units.counts.data(), units.lengths.data(), groups, budget,
                                                cut_last, bits.data(), info.data(), workspace.get(), kStream);
         CHECK(error == nullptr);
         CHECK_EQUAL(cuda_on_cpu::device.launches - launches == 1, few);
-        CHECK_EQUAL(info[2], reference.nonfinite);
+        CHECK_EQUAL(info[0].nonfinite, reference.nonfinite);
         CHECK(equal(bits, expected));
-        CHECK_EQUAL(info[0], reference.cut_unit);
-        CHECK_EQUAL(info[1], reference.cut_size);
-        CHECK_EQUAL(info[3], reference.selected);
-        CHECK_EQUAL(info[4], reference.positive);
+        CHECK_EQUAL(info[0].cut_unit, reference.cut_unit);
+        CHECK_EQUAL(info[0].cut_size, reference.cut_size);
+        CHECK_EQUAL(info[0].selected, reference.selected);
+        CHECK_EQUAL(info[0].positive, reference.positive);
       }
     }
 }
@@ -246,7 +246,7 @@ void units(const std::vector<uint64_t>& seeds, Random& random) {
                   round % 3, fits && !long_group && !(long_rows && groups));
     }
   }
-  // as in ResNet-18, and as many as one block takes; ties at the limits of words and warps
+  // as in ResNet-18, and as many as one block can select; ties at the limits of words and warps
   for (int64_t each : {512, 1024, 1025}) {
     if (kFewCases && each != 512) continue;
     Units units;

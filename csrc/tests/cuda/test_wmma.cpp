@@ -1,5 +1,5 @@
 // The CUDA-on-CPU header of the warp's matrix operations: products in every layout against a loop, tf32's rounding, and
-// the misuse that it must notice.
+// the misuse that it must detect.
 #include "check.h"
 #include "cuda/common.cuh"
 
@@ -31,7 +31,7 @@ struct Operand<__half> : HalfOperand<__half> {};
 template <>
 struct Operand<__nv_bfloat16> : HalfOperand<__nv_bfloat16> {};
 
-constexpr int kPitch = 24;  // more than either side of a matrix
+constexpr int kPitch = 24;  // larger than either side of a matrix
 
 template <class T, class LayoutA, class LayoutB>
 __global__ void multiply(const typename Operand<T>::Stored* a, const typename Operand<T>::Stored* b, float* out,
@@ -87,7 +87,7 @@ void check_layouts(const char* name) {
   check_products<T, col_major, col_major>(name);
 }
 
-// One element of a x b, of operands that tf32 does not hold.
+// One element of a x b, with operands that tf32 cannot represent.
 __global__ void multiply_one(float a, float b, bool round, float* out) {
   fragment<matrix_a, 16, 16, 8, precision::tf32, row_major> left;
   fragment<matrix_b, 16, 16, 8, precision::tf32, row_major> right;
@@ -101,7 +101,7 @@ __global__ void multiply_one(float a, float b, bool round, float* out) {
 
 void check_tf32() {
   describe("tf32");
-  const float least = 0x1p-10f;                           // of 1 in tf32
+  const float least = 0x1p-10f;                           // smallest step above 1 in tf32
   CHECK_SAME(__float_to_tf32(1 + least / 2), 1 + least);  // a tie goes away from zero
   CHECK_SAME(__float_to_tf32(-1 - least / 2), -1 - least);
   CHECK_SAME(__float_to_tf32(1 + least / 2 - 0x1p-23f), 1.0f);
@@ -114,7 +114,7 @@ void check_tf32() {
   for (bool round : {false, true}) {
     float out;
     DELFAST_LAUNCH(multiply_one, 1, 32, 0, nullptr, 1 + 0.75f * least, 3.0f, round, &out);
-    CHECK_SAME(out, round ? 3 * (1 + least) : 3.0f);  // bits that do not count are cut off
+    CHECK_SAME(out, round ? 3 * (1 + least) : 3.0f);  // bits beyond tf32 are truncated
   }
 }
 

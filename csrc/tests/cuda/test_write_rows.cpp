@@ -1,5 +1,5 @@
-// Written rows by the CUDA kernel, run on the CPU, against a loop over bytes: one weight a launch, all weights in as
-// many launches as tables hold them, for every schedule of threads and order of blocks.
+// Written rows by the CUDA kernel, run on the CPU, against a loop over bytes: one weight in a launch, and all weights
+// in as many launches as tables hold them, for every schedule of threads and order of blocks.
 #include "cases.h"
 #include "written.h"
 

@@ -1,11 +1,12 @@
 // Asynchronous copies to shared memory, by the names of csrc/cuda/ptx.cuh: PTX ISA, "Data Movement and Conversion
 // Instructions: cp.async". Memory is dynamic shared memory alone.
 //
-// A copy may complete at any time until its thread waits for it. The schedule's seed decides: seeds 0, 3, 6, ... let it
-// complete as late as that, 1, 4, ... at once, 2, 5, ... now and then. Until it completes its destination holds NaN.
-// What fails, by name: copies that are misaligned, or to what is not shared memory, or over a copy that nobody has
-// waited for; and matrix.h's loads of memory whose copy was not waited for, even where it was completed at once. To
-// ThreadSanitizer a copy is a write of its thread, when it is issued and when it completes.
+// A copy may complete at any time until its thread waits for it. The schedule's seed selects the time: with seeds 0, 3,
+// 6, ... as late as possible, with 1, 4, ... at once, with 2, 5, ... sometimes early. Until a copy completes its
+// destination holds NaN. Errors, each with the operation's name: copies that are misaligned, to memory that is not
+// shared, or over a copy that no thread has waited for; and loads (matrix.h) of memory whose copy was not waited for,
+// even if it completed at once. For ThreadSanitizer a copy is a write of its thread, when it is issued and when it
+// completes.
 #pragma once
 
 #include <deque>
@@ -43,7 +44,8 @@ class AsyncCopies {
     if (block_ != device.blocks_run) begin_block();
     mine().groups++;
   }
-  // The next copy that has to be complete where at most `incomplete` groups may not be; false if there is none.
+  // Takes the next copy that must be complete if at most `incomplete` groups may not be; returns false if there is
+  // none.
   bool take(uint64_t incomplete, Copy& copy) {
     const IgnoreAccesses ignore;
     if (block_ != device.blocks_run) begin_block();
@@ -63,7 +65,7 @@ class AsyncCopies {
     if (block_ != device.blocks_run) return;
     const int owner = pending_[size_t(from - device.dynamic_shared) / kBytes];
 #if defined(__SANITIZE_THREAD__)
-    const bool found = owner == device.current;  // of another thread's copy it is a race, which is reported as such
+    const bool found = owner == device.current;  // another thread's copy is a race, which is reported as a race
 #else
     const bool found = owner >= 0;
 #endif
@@ -75,7 +77,7 @@ class AsyncCopies {
  private:
   struct Queue {
     std::deque<Copy> copies;
-    uint64_t groups = 0;  // committed
+    uint64_t groups = 0;  // number of committed groups
   };
   Queue& mine() { return queues_[size_t(device.current)]; }
   void begin_block() {
@@ -85,7 +87,7 @@ class AsyncCopies {
   }
 
   uint64_t block_ = 0;
-  std::vector<Queue> queues_;  // of each thread
+  std::vector<Queue> queues_;  // one for each thread
   std::vector<int> pending_;   // for each 16 bytes the thread that has not waited for its copy, or -1
 };
 inline AsyncCopies async_copies;

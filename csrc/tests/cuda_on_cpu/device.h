@@ -28,24 +28,24 @@ struct KernelError : std::runtime_error {
 };
 
 inline constexpr int kWarp = 32;
-// CUDA C++ Programming Guide, "Compute Capabilities"; shared memory of a block: the least of 8.0 to 12.0, which
-// is 12.0's
+// CUDA C++ Programming Guide, "Compute Capabilities". Shared memory of a block: the minimum from 8.0 to 12.0, which is
+// that of 12.0.
 inline constexpr size_t kMaxThreads = 1024, kMaxShared = 99 << 10;
-// 48 KiB, less what a kernel with dynamic shared memory may have of static
+// 48 KiB, less the static shared memory that a kernel with dynamic shared memory may have
 inline constexpr size_t kSharedUnasked = 47 << 10;
 
 enum class Wait : uint8_t { none, block, warp, done };
 
 struct Thread {
   Wait wait = Wait::none;
-  const char* operation = "";  // of a warp
+  const char* operation = "";  // operation of a warp
   unsigned mask = 0;
-  uint64_t value = 0, result = 0;  // what it brings to the operation, and gets
-  int source = 0;                  // the lane a shuffle reads
-  unsigned barriers = 0;           // passed, of the block
-  unsigned collectives = 0;        // passed, of block or warp
+  uint64_t value = 0, result = 0;  // its argument and result of the operation
+  int source = 0;                  // the lane that a shuffle reads
+  unsigned barriers = 0;           // number passed, of the block
+  unsigned collectives = 0;        // number passed, of block or warp
   unsigned meeting = 0;            // the number of the last warp operation
-  char event = 0;                  // its address stands for the thread's arrival at a __syncwarp
+  char event = 0;                  // its address identifies the thread's arrival at a __syncwarp
   Fiber* fiber = nullptr;
   Place place;
   unsigned line = 0;  // place.line()
@@ -58,25 +58,25 @@ struct Device {
   const char* kernel = "";
   dim3 grid, block;
   uint3 thread_index{}, block_index{};
-  Thread threads[kMaxThreads];  // of the block: block_threads
+  Thread threads[kMaxThreads];  // block_threads of them
   int runnable[kMaxThreads];    // runnable_count of them
   int block_threads = 0, runnable_count = 0, current = 0, alive = 0, arrived = 0;
   const std::function<void()>* body = nullptr;
   bool failed = false;
-  std::string error;  // if so
+  std::string error;  // if an error occurred
 
   Fiber scheduler;
   std::vector<Fiber*> all_fibers;
   Fiber* idle_fibers[kMaxThreads] = {};  // idle_count of them
   int idle_count = 0;
   uint64_t launches = 0;
-  int driver_version = 13000;  // what cudaDriverGetVersion says
-  int number = 3;              // what cudaGetDevice says; it has as many multiprocessors, of one resident block each
+  int driver_version = 13000;  // result of cudaDriverGetVersion
+  int number = 3;              // result of cudaGetDevice; also its multiprocessors, with one resident block each
   uint64_t blocks_run = 0;     // in all launches: static shared memory is poisoned when it changes
   unsigned meetings = 0;
   char barrier_events[2] = {};
-  char block_events[2] = {};       // what the threads of a block did; those of the next one come after it
-  char meeting_events[4096] = {};  // more than there can be at one time
+  char block_events[2] = {};       // order the threads of a block before those of the next
+  char meeting_events[4096] = {};  // more than can exist at one time
 
   char* dynamic_shared = nullptr;
   size_t dynamic_bytes = 0;
@@ -112,7 +112,7 @@ inline void report_failure(const std::string& message) {
   device.failed = true;
 }
 
-// Ends the kernel from inside a thread, which is left where it is.
+// Ends the kernel from inside a thread, which stays suspended.
 [[noreturn]] inline void fail_here(const std::string& message, const Place& place) {
   const IgnoreAccesses ignore;
   device.threads[device.current].place = place;
@@ -131,7 +131,7 @@ CUDA_ON_CPU_NO_TSAN inline void make_runnable(int i) {
 
 CUDA_ON_CPU_NO_TSAN inline void thread_main() {
   fiber_has_begun(device.scheduler);
-  for (;;) {  // a fiber serves many threads, one after the other
+  for (;;) {  // a fiber runs many threads, one after another
     happens_after(&device.block_events[(device.blocks_run + 1) % 2]);
     (*device.body)();
     happens_before(&device.block_events[device.blocks_run % 2]);
@@ -154,7 +154,7 @@ CUDA_ON_CPU_NO_TSAN inline void resume(int i) {
   device.current = i;
   device.thread_index = thread.index;
   switch_fiber(device.scheduler, *thread.fiber);
-#if !defined(__SANITIZE_THREAD__)  // to ThreadSanitizer a fiber is one thread of the block, until the block is done
+#if !defined(__SANITIZE_THREAD__)  // for ThreadSanitizer, a fiber is one thread of the block until the block ends
   if (thread.wait == Wait::done) device.idle_fibers[device.idle_count++] = thread.fiber;
 #endif
 }
@@ -174,7 +174,8 @@ CUDA_ON_CPU_NO_TSAN inline void block_barrier(const Place& place) {
   happens_after(event);
 }
 
-// With nobody runnable: lets the block go on if all of it waits at the same __syncthreads. False if not.
+// Called when no thread can run: continues the block if all its threads wait at the same __syncthreads. Returns false
+// if not.
 CUDA_ON_CPU_NO_TSAN inline bool release_block_barrier() {
   if (!device.arrived || device.arrived != device.alive) return false;
   const int count = device.block_threads;
@@ -203,8 +204,8 @@ inline void report_deadlock() {
 
 // ---- operations of the warp
 
-// A lane's part in an operation of the lanes in `mask`, before its result. Returns whether it is the last one to
-// arrive, which has to compute every lane's result and to call leave(); if not, the result is there.
+// A lane's part in an operation of the lanes in `mask`, before its result. Returns true for the last lane to arrive,
+// which must compute every lane's result and call leave(). For the other lanes the result is then stored.
 CUDA_ON_CPU_NO_TSAN inline bool arrive(const char* name, unsigned& mask, uint64_t value, int source, const Place& place,
                                        bool orders_memory) {
   const int me = device.current, first = me / kWarp * kWarp, lane = me - first;
@@ -238,7 +239,7 @@ CUDA_ON_CPU_NO_TSAN inline bool arrive(const char* name, unsigned& mask, uint64_
   return false;
 }
 
-// What the last lane does when all results are there.
+// Called by the last lane after it has stored all results.
 CUDA_ON_CPU_NO_TSAN inline void leave(unsigned mask, bool orders_memory) {
   const int me = device.current, first = me / kWarp * kWarp;
   Thread* const warp = &device.threads[first];
@@ -253,12 +254,12 @@ CUDA_ON_CPU_NO_TSAN inline void leave(unsigned mask, bool orders_memory) {
   device.threads[me].wait = Wait::none;
 }
 
-// An operation of the lanes in `mask`: the last one to arrive computes every lane's result by combine(the warp's
+// An operation of the lanes in `mask`: the last lane to arrive computes every lane's result by combine(the warp's
 // threads, mask). Only __syncwarp orders memory.
 template <class Combine>
 CUDA_ON_CPU_NO_TSAN uint64_t warp_operation(const char* name, unsigned mask, uint64_t value, int source,
                                             const Place& place, bool orders_memory, Combine combine) {
-  const IgnoreAccesses ignore;  // of combine's
+  const IgnoreAccesses ignore;  // during combine
   if (arrive(name, mask, value, source, place, orders_memory)) {
     combine(&device.threads[device.current / kWarp * kWarp], mask);
     leave(mask, orders_memory);
@@ -317,7 +318,7 @@ CUDA_ON_CPU_NO_TSAN inline void run_block() {
   if (device.block_done) device.block_done();
 }
 
-// After a failure threads are left where they are; the host goes on, and may look at what they wrote.
+// After a failure threads stay suspended. The host continues and may read the memory that they wrote.
 inline void order_abandoned_threads() {
 #if defined(__SANITIZE_THREAD__)
   for (Fiber* fiber : device.all_fibers) {
@@ -358,7 +359,7 @@ inline void launch(const void* kernel, const char* name, dim3 grid, dim3 block, 
 #endif
   const IgnoreAccesses ignore;
   device.running = true;
-  happens_before(&device.block_events[device.blocks_run % 2]);  // the host's part comes before the first block
+  happens_before(&device.block_events[device.blocks_run % 2]);  // the host's accesses precede the first block's
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; i++) order[i] = i;

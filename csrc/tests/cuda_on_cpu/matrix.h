@@ -1,9 +1,9 @@
-// Matrix operands from shared memory and their products, by the names of csrc/cuda/ptx.cuh. Fragments are as the PTX
-// ISA lays them out: "Warp Level Matrix Instructions: ldmatrix", "Matrix fragments for mma.m16n8k8 / mma.m16n8k16".
+// Matrix operands from shared memory and their products, with the names of csrc/cuda/ptx.cuh. Fragments have the layout
+// of the PTX ISA: "Warp Level Matrix Instructions: ldmatrix", "Matrix fragments for mma.m16n8k8 / mma.m16n8k16".
 //
-// 8 lanes at a time read 16 bytes each: a conflict, which is counted, if two of them read different places in the same
-// 4 of the 32 banks. To ThreadSanitizer each lane reads the 16 bytes that it names. Products are exact and are added to
-// the accumulator one by one, as in wmma.h.
+// 8 lanes at a time read 16 bytes each. It is counted as a conflict if two of them read different places in the same 4
+// of the 32 banks. For ThreadSanitizer each lane reads the 16 bytes whose address it gives. Products are exact and
+// added to the accumulator one by one, as in wmma.h.
 #pragma once
 
 #include "cuda_on_cpu/async_copies.h"
@@ -13,11 +13,11 @@ namespace cuda_on_cpu {
 
 struct BankConflicts {
   uint64_t count = 0;  // groups of 8 lanes that read some banks more than once
-  std::string first;   // where
+  std::string first;   // place of the first
 };
 inline BankConflicts bank_conflicts;
 
-// address(l): what lane l reads.
+// address(l): the address that lane l reads.
 template <class Address>
 void count_conflicts(Address address) {
   for (int first = 0; first < kWarp; first += 8) {

@@ -35,18 +35,20 @@ def method_table(methods: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     """Return the columns, and a row for each method: its measures, and the sum of its seconds.
 
     Percentages to two decimals (Δ = oracle - method). Networks that have no accuracy, since a job has a loss of its
-    own, have a table of the mean losses, to four digits.
+    own, have a table of the mean losses, to four digits. A measure that no method has is left out.
     """
     are_losses = not any("forget_acc" in values for values in methods.values())
     fields = _LOSSES if are_losses else {name: FIELDS[name] for name in _ACCURACIES}
+    fields = {name: field for name, field in fields.items() if any(name in values for values in methods.values())}
+    times = any("seconds" in values for values in methods.values())
     digits = ".4g" if are_losses else ".2f"
     rows = [
         [name]
         + [f"{values[each]:{digits}}" if each in values else "" for each in fields]
-        + [f"{sum(values['seconds'].values()):.1f}" if "seconds" in values else ""]
+        + ([f"{sum(values['seconds'].values()):.1f}" if "seconds" in values else ""] if times else [])
         for name, values in methods.items()
     ]
-    return ["method", *fields.values(), FIELDS["seconds"]], rows
+    return ["method", *fields.values(), *([FIELDS["seconds"]] if times else [])], rows
 
 
 def selection_words(rows: Sequence[LayerRow]) -> str:
@@ -54,8 +56,8 @@ def selection_words(rows: Sequence[LayerRow]) -> str:
 
     rows: as ``Mask.table`` returns them; parameters without channels are left out.
     """
-    layers = [row for row in rows if row.of_channels]
-    whole = [row.name for row in layers if row.channels == row.of_channels]
+    layers = [row for row in rows if row.channel_count]
+    whole = [row.name for row in layers if row.channels == row.channel_count]
     first, second = layers[: len(layers) // 2], layers[len(layers) // 2 :]
     early, late = (_share_of_channels(half) for half in (first, second))
     names = f": {', '.join(whole)}" if whole else ""
@@ -72,7 +74,7 @@ def selection_words(rows: Sequence[LayerRow]) -> str:
 
 
 def _share_of_channels(layers: Sequence[LayerRow]) -> float:
-    return 100 * sum(row.channels for row in layers) / max(1, sum(row.of_channels for row in layers))
+    return 100 * sum(row.channels for row in layers) / max(1, sum(row.channel_count for row in layers))
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:

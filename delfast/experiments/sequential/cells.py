@@ -17,11 +17,11 @@ from torch import nn
 
 from delfast.errors import InputError, one_line
 from delfast.evaluation import Audit, audit
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments.config import Config
 from delfast.experiments.data import EVALUATION_BATCH
 from delfast.experiments.run import SUMMARY, Run, choose_device, commit, load_model, read_summary
-from delfast.experiments.sequential.definition import ORIGINAL, Definition, Sequence, is_of
+from delfast.experiments.sequential.definition import ORIGINAL, Definition, Sequence
 from delfast.experiments.sequential.stream import Stream
 from delfast.files import load_state, make_output_dir, read_json, save_state, write_json
 from delfast.provenance import digest_state, provenance
@@ -76,7 +76,7 @@ class _Seed:
         self.last = len(definition.requests)
 
     def run(self) -> None:
-        """Train the original and the controls, then let every sequence serve the requests."""
+        """Train the original and the controls, then serve the requests by every sequence."""
         path = cell_path(self.directory, self.config, ORIGINAL, 0)
         if not path.is_file():
             model = self._trained(ORIGINAL)
@@ -143,7 +143,7 @@ class _Seed:
             if name == ORIGINAL:
                 return pipeline.train(run, path, **options).model
             return pipeline.oracle(run, path, shadow=control, **options).model
-        if not is_of(self.config, read_summary(path)["config"]):
+        if Config(**read_summary(path)["config"]).without_paths() != self.config.without_paths():
             raise InputError(f"'{path}' is of other settings than the definition; choose another --output-dir")
         return load_model(run, path)
 
@@ -169,7 +169,7 @@ class _Seed:
         if sequence.strategy is not None and sequence.budget is not None:
             requested = self.stream.sets[number - 1]
             named = requested if sequence.localize_on == "new" else requested.accumulated
-            mask, seconds["localize"] = pipeline.find_mask(
+            mask, seconds["localize"] = localizing.find_mask(
                 Run(run.config, run.data, named, run.device),
                 model,
                 budget=sequence.budget,

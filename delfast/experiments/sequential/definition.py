@@ -32,7 +32,6 @@ RELEARNING = {
     "fractions": [float],
 }
 MIN_REQUESTS = 2
-FOLDER = "folder:"
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One method that serves all requests. ``strategy``, ``budget``: None without a mask.
+    """One method that serves all requests.
 
-    ``localize_on``: the examples that a mask is localized on: the new request's, or those of all requests so far.
+    strategy, budget: None without a mask.
+    localize_on: the examples that a mask is localized on: the new request's, or those of all requests so far.
     """
 
     name: str
@@ -69,8 +69,9 @@ class Sequence:
 class Definition:
     """A measurement: every sequence serves the requests of every seed.
 
-    ``configs``: of each seed. ``controls``: number of networks, for each seed, that never saw an example of any
-    request; relearning is compared with them.
+    configs: the configuration of each seed.
+    controls: number of networks, for each seed, that never saw an example of any request; relearning is compared with
+        them.
     """
 
     title: str
@@ -85,25 +86,10 @@ class Definition:
 
         ``sequence``: None for the original.
         """
-        determined: list[Any] = [settings_of(config), [asdict(request) for request in self.requests]]
+        determined: list[Any] = [asdict(config.without_paths()), [asdict(request) for request in self.requests]]
         determined += [] if sequence is None else [sequence.described()]
         determined += [asdict(self.relearning), self.controls] if relearning else []
         return hashlib.sha256(json.dumps(determined, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """Return a configuration without the path of its data, which differs from machine to machine."""
-    return _without_path(asdict(config))
-
-
-def _without_path(values: Mapping[str, Any]) -> dict[str, Any]:
-    data = str(values["data"])
-    return {**values, "data_dir": None, "data": FOLDER if data.startswith(FOLDER) else data}
-
-
-def is_of(config: Config, recorded: Mapping[str, Any]) -> bool:
-    """Return whether a network's recorded configuration is this one, wherever the data were."""
-    return "data" in recorded and _without_path(recorded) == settings_of(config)
 
 
 def read_definition(path: Path, data: str | None = None, *, data_is_read: bool = True) -> Definition:

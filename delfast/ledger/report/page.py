@@ -93,7 +93,7 @@ def _about(history: History) -> list[tuple[str, str]]:
             "Identifiers",
             "stored as keyed hashes (HMAC-SHA-256)" if payload["hash_ids"] else "stored as they were given",
         ),
-        ("References", _references(history)),
+        ("Reference models", _references(history)),
         ("Created", wording.date(history.created.time)),
         ("Newest entry", f"number {history.entry_count:,}, {wording.date(history.last_time)}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in payload["versions"].items())),

@@ -111,7 +111,7 @@ def _comparisons(request: TakenRequest, history: History) -> tuple[list[str], li
 
 
 def _run(run: Run, request: TakenRequest, is_drawn: bool) -> dict[str, Any]:
-    """Return what the page says on one run of a request."""
+    """Return the page's content on one run of a request."""
     figures = run.figures
     return {
         "number": run.number,
@@ -149,10 +149,10 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
     mask, verified = run.last.get(LOCALIZED), run.last.get(VERIFIED)
     if mask is not None:
         share = 100 * mask["selected"] / mask["total"]
-        size = f"{mask['selected']:,} of {mask['total']:,} parameters ({share:.1f} %)"
+        size = f"{mask['selected']:,} of {mask['total']:,} elements ({share:.1f} %)"
         facts.append(("Mask", f"{size}, chosen {_chosen_on(run)}; {_artefact(mask['mask'])}"))
     if verified is not None:
-        changed = wording.counted(verified["changed"], "parameter") + " changed"
+        changed = wording.counted(verified["changed"], "element") + " changed"
         outside = f", {verified['outside']:,} outside the mask and the last layer" if run.has_mask else "; no mask"
         facts.append(("Compared bit by bit", changed + outside))
     seconds = {name: round(value, 1) for name, value in run.seconds.items()}

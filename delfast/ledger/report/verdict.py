@@ -58,7 +58,7 @@ def forgetting_of(request: TakenRequest, history: History) -> str:
     seen = [title_of(check).lower() for check, result in changed if result == HELD]
     if seen:
         return f"seen in {' and '.join(seen)}"
-    return "cannot tell" if any(result == UNSURE for _, result in changed) else "not seen"
+    return "undecided" if any(result == UNSURE for _, result in changed) else "not seen"
 
 
 def deed(run: Run) -> str:
@@ -69,7 +69,7 @@ def deed(run: Run) -> str:
         return f"a new network was trained from nothing on the {retained} left, without the {count} to forget"
     text = f"the method {run.settings['method']} changed the model to forget {count}"
     mask = run.last.get(LOCALIZED)
-    return text if mask is None else f"{text}, in {100 * mask['selected'] / mask['total']:.1f} % of its parameters"
+    return text if mask is None else f"{text}, in {100 * mask['selected'] / mask['total']:.1f} % of its elements"
 
 
 def _shown(run: Run) -> list[str]:
@@ -82,7 +82,9 @@ def _shown(run: Run) -> list[str]:
     sentences = [f"{head}: {', '.join(titles).lower()}." for head, titles in found.items() if titles]
     if run.started["forget"] < wording.SMALL:
         count = wording.counted(run.started["forget"], "example")
-        sentences.append(f"The run had {count} to forget: too few for most figures to tell forgotten from remembered.")
+        sentences.append(
+            f"The run had {count} to forget: most figures need more to separate forgotten from remembered."
+        )
     return sentences
 
 

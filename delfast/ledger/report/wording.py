@@ -53,7 +53,7 @@ DEFINITIONS = (
     (
         "Forgetting",
         "Seen: a figure was above its limit before the run, and is below it with its whole interval after the run. "
-        "Cannot tell: the interval passes the limit. Not seen: no figure was above its limit before, or none was "
+        "Undecided: the interval passes the limit. Not seen: no figure was above its limit before, or none was "
         "measured. Trained without them: a new network was trained from nothing without the examples.",
     ),
     *(
@@ -69,13 +69,14 @@ DEFINITIONS = (
     ("Never-seen examples", "Examples that were not trained on, as a control: the test set."),
     (
         "Method",
-        "How a run makes the model forget. del: the parameters that matter most for the forget set are reset and "
+        "How a run makes the model forget. del: the elements that matter most for the forget set are reset and "
         "trained again on the retain set. retrain: a new network is trained from nothing on the retain set. The guide "
         "of delfast has the others.",
     ),
+    ("Element", "One number of the model. Training and unlearning change these numbers."),
     (
         "Mask",
-        "The parameters that a run may change, chosen by the examples to forget; the budget is their share of all. The "
+        "The elements that a run may change, chosen by the examples to forget; the budget is their share of all. The "
         "model's last layer may change too.",
     ),
     (

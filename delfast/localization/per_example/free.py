@@ -1,9 +1,9 @@
 """Free parameters, which no layer function uses: class tokens, position embeddings, temperatures, layer scales.
 
 Where an operation broadcasts such a parameter over the examples (dim 0), each example gets its own copy: the same
-values and, in the backward pass, its own gradient. The copies share their memory. What is computed from parameters
+values and, in the backward pass, its own gradient. The copies share their memory. A computation on parameters
 alone before that (``temperature.exp()``, ``position[:, :n]``) is stored as a function, which ``vmap`` repeats per copy
-where the result meets the data.
+where its result and the data are combined.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ SAME_SHAPE = {"to", "contiguous", "clone", "float", "double", "half", "bfloat16"
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor computed from parameters alone. ``compute`` returns it from the parameters' values, by name.
+    """A tensor computed from parameters alone.
 
-    ``row``: the slice (1, ...) that the tensor repeats along dim 0, if its slices are known to be equal.
+    compute: returns the tensor from the parameters' values, by name.
+    row: the slice (1, ...) that the tensor repeats along dim 0, if its slices are known to be equal.
     """
 
     tensor: Tensor
