@@ -3,7 +3,7 @@
 The three steps::
 
     mask = delfast.localize(model, forget_loader, budget=0.3)   # the channels that hold the forget set
-    delfast.reset_(model, mask, init=factory, seed=1)           # a seed other than that of training
+    delfast.reset_(model, mask, init=factory)                   # newly initialized values
     with delfast.compact(model, mask) as handle:                # only selected channels are trained
         optimizer = torch.optim.SGD(handle.parameters(), lr=0.015, momentum=0.9)
 

@@ -104,13 +104,13 @@ def _rows(dataset: TensorDataset) -> tuple[Hashable, int] | None:
     """Return what identifies rows of the memory that the tensors share, and the number of the first row.
 
     All tensors count: with the same images and other labels the examples are others. None for tensors whose rows
-    cannot be told apart by their addresses.
+    cannot be distinguished by their addresses.
     """
     parts, firsts = [], []
     for t in dataset.tensors:
         if type(t) is not Tensor or t.layout is not torch.strided or not t.numel() or not t.stride(0):
             return None
-        first, rest = divmod(t.storage_offset(), t.stride(0))
+        first, rest = divmod(int(t.storage_offset()), t.stride(0))
         parts.append((t.untyped_storage().data_ptr(), t.dtype, t.stride(), tuple(t.shape[1:]), rest))
         firsts.append(first)
     return (tuple(parts), *(first - firsts[0] for first in firsts)), firsts[0]

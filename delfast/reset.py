@@ -21,7 +21,7 @@ from delfast.errors import InputError
 from delfast.joint_calls import averaging_processes
 from delfast.mask import Mask
 from delfast.naming import model_parameters, plain_name, refuse_merged, unwrap
-from delfast.seeding import seeded
+from delfast.seeding import RESET_SEED, seeded
 from delfast.sharding import held_part, is_dtensor, local_part, reshard
 from delfast.slices import read_parts
 from delfast.sole_use import used_alone
@@ -34,7 +34,7 @@ BLOCKS, BLOCK_BYTES = 256, 4096  # of a file, by which processes compare theirs 
 
 @used_alone
 @torch.no_grad()
-def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
+def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = RESET_SEED) -> None:
     """Set the masked elements of a model to newly initialized values, in place: θ_j ← θ⁰_j for every masked j.
 
     Other elements and all buffers stay as they are.
@@ -59,9 +59,10 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
         second model or a state dict supplies its own values, plain tensors or DTensors. The path of a safetensors file
         supplies the file's. Of a file, each process reads only what it holds of a sharded model; with a factory, each
         makes the whole network. "reset_parameters" is for models of plain tensors.
-    seed : int, default 0
-        Seed in [0, 2^64). Choose one that training did not begin from, or a factory returns that beginning again. The
-        values are those that follow ``torch.manual_seed(seed)``; torch's own generators are neither read nor changed.
+    seed : int, default 241202432
+        Seed in [0, 2^64). The default is the number of DEL's paper, which no usual training begins from. With the seed
+        that training began from, a factory returns that beginning again. The values are those that follow
+        ``torch.manual_seed(seed)``; torch's own generators are neither read nor changed.
         A seed that the factory sets itself has no effect.
 
     Raises

@@ -13,6 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from delfast.errors import InputError
 
+RESET_SEED = 241202432
+"""Default seed of newly initialized values: the arXiv number of DEL's paper. A training that began from the same seed
+would get its starting values back, so that it is none of the usual seeds, such as 0, 1 and 42."""
+
 PROBABILITY_ARGUMENTS = ("p", "dropout", "dropout_p")  # with all of these at zero an operation draws nothing
 
 

@@ -122,7 +122,7 @@ def unlearn(
     options = {"loss_fn": causal_lm_loss, "exclude": ["*.wte.*", "*.wpe.*"]}  # without the embeddings, hence the head
     loader = DataLoader(forget, batch_size=4)  # the whole set's, on every process
     mask = delfast.localize(model, loader, BUDGET, strategy=strategy, group=mesh, **options)
-    delfast.reset_(model, mask, init=network, seed=1)
+    delfast.reset_(model, mask, init=network)
     optimizer = delfast.optim.MaskedAdamW(model.named_parameters(), mask, weight_decay=0.01)
     train(model, retain, optimizer, 1, mesh)
     return mask

@@ -43,7 +43,7 @@ def main() -> None:
 
     forget = DataLoader(Subset(data, range(WRONG)), batch_size=64)
     mask = delfast.localize(model, forget, budget=0.3, loss_fn=losses)
-    delfast.reset_(model, mask, init=network, seed=1)
+    delfast.reset_(model, mask, init=network)
     with delfast.compact(model, mask):
         fit(model, Subset(data, range(WRONG, len(data))), epochs=10)
 

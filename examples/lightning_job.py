@@ -48,7 +48,7 @@ def main() -> None:
     before = copy.deepcopy(model)
 
     mask = delfast.localize(model, DataLoader(forget, batch_size=64), budget=0.3)
-    delfast.reset_(model, mask, init=network, seed=1)
+    delfast.reset_(model, mask, init=network)
     with delfast.compact(model, mask):
         fit(model, DataLoader(retain, batch_size=64, shuffle=True), epochs=10)
 

@@ -40,7 +40,7 @@ def main() -> None:
     before = copy.deepcopy(model)
 
     mask = delfast.localize(model, forget, budget=0.3)
-    delfast.reset_(model, mask, init=network, seed=1)
+    delfast.reset_(model, mask, init=network)
     with delfast.compact(model, mask):
         train(model, retain, epochs=10, lr=1e-3)
 

@@ -46,7 +46,7 @@ def main() -> None:
     before = gathered(model)
 
     mask = delfast.localize(model, DataLoader(forget, batch_size=25), budget=0.3, group=mesh)  # the whole model's
-    delfast.reset_(model, mask, init=network, seed=1)
+    delfast.reset_(model, mask, init=network)
     train(model, delfast.optim.MaskedAdamW(model.named_parameters(), mask, lr=2e-3), retain, epochs=8)
 
     after = gathered(model)

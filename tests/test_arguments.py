@@ -116,8 +116,8 @@ def masked(kind: Any) -> Callable[..., Any]:
 
 
 CASES: dict[str, Case] = {
-    "score": (given_model(delfast.score), {"model": ..., "loader": FORGET, "max_channels": 3, **SCORE}),
-    "critmem by score": (given_model(delfast.score), {"loader": FORGET, "max_channels": 3, "criterion": "critmem"}),
+    "score": (given_model(delfast.score), {"model": ..., "forget": FORGET, "max_channels": 3, **SCORE}),
+    "critmem by score": (given_model(delfast.score), {"forget": FORGET, "max_channels": 3, "criterion": "critmem"}),
     "select": (function(SCORES.select), {"budget": 0.3, **SELECT}),
     "channel_scores": (function(SCORES.channel_scores), {"aggregate": "mean", "top_h": 0.1}),
     "localize": (
@@ -270,7 +270,7 @@ def attempt(case: str, argument: str, wrong: str) -> None:
         ("unlearn", "seed", "-1", r"expected seed to be an int in \[0, 2\*\*64\), got -1"),
         ("evaluate", "seed", "0.5", "expected seed to be an int .* got 0.5"),
         ("score", "seed", "'0.3'", "expected seed to be an int .* got '0.3'"),
-        ("score", "loader", "5", "expected the loader to be a DataLoader or another iterable .* got 5"),
+        ("score", "forget", "5", "expected the forget set to be a DataLoader or another iterable .* got 5"),
         ("critmem", "loader", "class", "the loader .* got the class"),
         ("evaluate", "test", "5", "expected the test set to be a DataLoader .* got 5"),
         ("unlearn", "retain", "0-d tensor", "expected the retain set to be a DataLoader .* got Tensor"),

@@ -51,6 +51,29 @@ def test_masked_entries_are_fresh_and_the_rest_is_bit_identical(granularity: Any
         assert torch.equal(value[~chosen], before[name][~chosen]), name
 
 
+@pytest.mark.parametrize("seed", [0, 1, 7, 42, 123, 1000, 1234, 1337, 2024, 3407])
+def test_by_default_no_usual_start_of_a_training_comes_back(seed: int) -> None:
+    """With the seed that a training began from, a reset would restore what it began with."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    torch.manual_seed(seed)
+    model = make()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    everything = delfast.Mask.from_dense({name: torch.ones_like(p) for name, p in model.named_parameters()})
+    delfast.reset_(model, everything, init=make)
+    assert not any((old == new).any() for old, new in zip(start, model.parameters(), strict=True))
+    batches = [(torch.randn(4, 4), torch.arange(4) % 3)]
+    unlearned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, old in zip(unlearned.parameters(), start, strict=True):
+            parameter.copy_(old)
+    delfast.unlearn(unlearned, retain=batches, mask=everything, init=make, epochs=1, lr=1e-12)
+    for new, value in zip(model.parameters(), unlearned.parameters(), strict=True):
+        torch.testing.assert_close(value, new)
+
+
 def test_the_seed_decides() -> None:
     results = []
     for seed in (0, 0, 1):

@@ -29,6 +29,7 @@ from delfast.optim import MaskedSGD
 from delfast.overlap import check_disjoint
 from delfast.processes import Processes
 from delfast.reset import Init
+from delfast.seeding import RESET_SEED
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.checks import (
@@ -104,7 +105,7 @@ def unlearn(
     method: str | Method = "del",
     head: str | None = None,
     loss_fn: LossFn | None = None,
-    seed: int = 0,
+    seed: int = RESET_SEED,
     training: TrainingOptions = DEFAULT_OPTIONS,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -165,10 +166,10 @@ def unlearn(
     loss_fn : callable, optional
         ``loss_fn(model, batch)``, which returns losses (N,), for batches of another form. Not for methods that need
         logits ("relabel" and "scrub").
-    seed : int, default 0
+    seed : int, default 241202432
         Seed of the newly initialized values, of the strategies that select at random, and of the labels that "relabel"
-        draws. Pass another seed than the one that the training of ``model`` began from, or "del" restores the values
-        that the training began with.
+        draws. The default is the number of DEL's paper, which no usual training begins from. With the seed that the
+        training of ``model`` began from, "del" restores the values that the training began with.
     training : TrainingOptions, optional
         Options of the training loop: precision, BatchNorm, early stopping, progress.
     checkpoint : str or pathlib.Path, optional

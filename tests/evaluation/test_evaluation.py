@@ -57,7 +57,7 @@ def test_the_share_of_one_of_several_processes_is_refused(model, examples):
     share = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
     for call in (
         lambda: accuracy_and_loss(model, share),
-        lambda: evaluate(model, share, share, share, mia=False),
+        lambda: evaluate(model, share, [tuple(examples)], [tuple(examples)], mia=False),
         lambda: predictions(model, share),
         lambda: kl_to_oracle(model, model, share),
     ):
