@@ -123,6 +123,20 @@ def exclusive(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of the file ``path``; also where that cannot be found out."""
+    if not path.exists():  # nobody ever locked it
+        return False
+    with open(path, "rb") as stream:
+        if sys.platform == "win32":
+            return True
+        try:
+            fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file ends it
+        except OSError:
+            return True
+        return False
+
+
 def _locked_directory(path: Path) -> tuple[Path, int]:
     while True:
         directory = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")

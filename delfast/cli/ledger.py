@@ -6,22 +6,31 @@ Only commands that take a job import torch: the others answer at once, also for 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from delfast.cli.console import log
+from delfast.cli.ledger_input import naming_lines, read_ids, read_requests
+from delfast.cli.ledger_output import (
+    COLUMNS,
+    counted,
+    is_past,
+    kept_to_a_mask,
+    lines_of,
+    numbered,
+    piped,
+    plain,
+    print_line,
+    row,
+)
 from delfast.cli.options import Device
-from delfast.errors import InputError, one_line, printable
+from delfast.errors import InputError
 
 if TYPE_CHECKING:  # imports sqlite3
-    from delfast.ledger import Entry, Request, RequestDetails
+    pass
 
 app = typer.Typer(no_args_is_help=True, help="Keep forget requests for one model, and the evidence of what was done.")
 
@@ -31,8 +40,6 @@ KeyFile = Annotated[
     Path | None, typer.Option("--hash-ids", help="key file of a ledger that stores identifiers as HMACs")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
-COLUMNS = "{:>8}  {:<8}  {:>5}  {:>8}  {:<20}  {:<10}  {}"  # of fixed width, so that a list is printed while it is read
-SHOWN_IDS = 20
 
 
 @app.command()
@@ -52,10 +59,10 @@ def init(
     from delfast.ledger import Ledger
 
     with Ledger.create(ledger, job=job, model=model, hash_ids=hash_ids) as made:
-        _print(f"made the ledger '{ledger}' for {made.created['examples']} training examples")
+        print_line(f"made the ledger '{ledger}' for {made.created['examples']} training examples")
         if made.job.loss_fn is not None and made.job.accept.test_drop is not None:
-            _print("a job with a loss_fn has no accuracies: before `run`, define accept in it without test_drop")
-        _print(f"head: {made.head}")
+            print_line("a job with a loss_fn has no accuracies: before `run`, define accept in it without test_drop")
+        print_line(f"head: {made.head}")
 
 
 @app.command()
@@ -85,29 +92,46 @@ def add(
         raise InputError("expected --ids, with --reason and --due if wanted, or --requests alone; pass one of them")
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         if ids is not None:
-            lines = (line.strip() for line in _text(ids).splitlines())
-            number = opened.add([line for line in lines if line], reason=reason, due=due)
-            _print(f"added request {number}")
+            found, lines = read_ids(ids)
+            with naming_lines(ids, lines):
+                number = opened.add(found, reason=reason, due=due)
+            print_line(f"added request {number}")
+            dates = [due]
         elif requests is not None:
-            numbers = opened.add_requests(_json_objects(requests))
-            _print(f"added {_numbered('request', numbers)}" if numbers else "the file holds no request")
-        _print(f"head: {opened.head}")
+            given, lines = read_requests(requests)
+            with naming_lines(requests, lines):
+                numbers = opened.add_requests(given)
+            print_line(f"added {numbered('request', numbers)}" if numbers else "the file holds no request")
+            dates = [each["due"] for each in given]
+        late = sorted(each for each in dates if each is not None and is_past(each))
+        if late:
+            print_line(f"{len(late)} overdue: the due date {late[0]} has passed")
+        print_line(f"head: {opened.head}")
 
 
 @app.command("list")
 def list_requests(ledger: LedgerDir, as_json: AsJson = False) -> None:
-    """List the requests and their states; with --json one JSON object a line."""
+    """List the requests and their states; with --json one JSON object a line.
+
+    Accepted: carried out. Rejected: not carried out yet, since the last run did not pass. Running, stopped: a run has
+    no result yet. Pending: no run yet. The entries are read as they are, which is fast: `verify` checks them.
+    """
     from delfast.ledger import Ledger
 
-    with Ledger.open(ledger) as opened, _pipe():
+    with Ledger.open(ledger) as opened, piped():
         if as_json:
             line = json.JSONEncoder(ensure_ascii=False)  # made once: json.dumps makes one at each call
             for request in opened.requests():
                 sys.stdout.write(line.encode(vars(request)) + "\n")
             return
         sys.stdout.write(COLUMNS.format("request", "status", "run", "examples", "received (UTC)", "due", "reason\n"))
+        stopped = None
         for request in opened.requests():
-            sys.stdout.write(_row(request) + "\n")
+            if request.status == "running" and stopped is None:
+                stopped = not opened.is_working
+            sys.stdout.write(row(request, stopped=bool(stopped)) + "\n")
+        if stopped:
+            sys.stdout.write("stopped: continue with delfast ledger run\n")
 
 
 @app.command()
@@ -131,13 +155,13 @@ def show(
         if found is None:
             raise InputError(f"expected an example that a request names, got '{identifier}'; no request names it")
         details, model = opened.show(found), ledger / opened.model.relative_to(opened.path)
-    with _pipe():
+    with piped():
         if as_json:
-            sys.stdout.write(json.dumps(_plain(details), ensure_ascii=False, indent=2) + "\n")
+            sys.stdout.write(json.dumps(plain(details), ensure_ascii=False, indent=2) + "\n")
             return
-        for line in _lines(details):
-            _print(line)
-        _print(f"the model in use: {model}")
+        for line in lines_of(details):
+            print_line(line)
+        print_line(f"the model in use: {model}")
 
 
 @app.command()
@@ -179,14 +203,14 @@ def run(
     A run that was stopped is continued by the same command without settings.
     """
     from delfast.ledger import Ledger
+    from delfast.ledger.evidence import counted_results, result_of, table_lines
     from delfast.ledger.starting import LocalizeOn
-    from delfast.ledger.words import check_sentence, verdict
 
     if pending and request:
         raise InputError("expected --request or --pending, got both; pass the numbers, or take up all open requests")
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         if abandon:
-            _print(f"run {opened.abandon()} is ended, as rejected; its requests are open")
+            print_line(f"run {opened.abandon()} is ended, as rejected; its requests are open")
             return
         result = opened.run(
             requests=request,
@@ -199,14 +223,15 @@ def run(
             device=device,
             watch=log.info,
         )
-        for check in result.checks:
-            _print(f"{check.name}: {check_sentence(check)}")
-        for line in result.advice:
-            _print(f"- {line}")
-        accepted = f"accepted, {verdict(result.checks)}" if result.accepted else "REJECTED, the model stays as it was"
-        _print(f"run {result.number}: {accepted}")
-        _print(f"the model in use: {ledger / result.model}")
-        _print(f"head: {opened.head}")
+        has_mask = kept_to_a_mask(opened.store.entries(run=result.number))
+        for line in [*table_lines(result.checks, has_mask=has_mask), *(f"- {each}" for each in result.advice)]:
+            print_line(line)
+        counts = "; ".join(counted_results(result_of(check, has_mask=has_mask) for check in result.checks))
+        print_line(
+            f"run {result.number}: {'accepted' if result.accepted else 'REJECTED, the model stays as it was'}: {counts}"
+        )
+        print_line(f"the model in use: {ledger / result.model}")
+        print_line(f"head: {opened.head}")
     if not result.accepted:
         raise typer.Exit(1)
 
@@ -224,10 +249,10 @@ def references(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         made = opened.train_references(count, device=device, watch=log.info)
-        _print(
-            f"trained {_numbered('reference model', made)}" if made else "trained no reference model; there are enough"
+        print_line(
+            f"trained {numbered('reference model', made)}" if made else "trained no reference model; there are enough"
         )
-        _print(f"head: {opened.head}")
+        print_line(f"head: {opened.head}")
 
 
 @app.command()
@@ -242,15 +267,17 @@ def purge(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         plan = opened.purge_plan()
-        for each in plan:
-            numbers = ", ".join(map(str, each.requests))
-            _print(f"{each.file} ({each.bytes:,} bytes): {each.why}; requests {numbers}")
         if yes:
-            opened.purge(plan)
-            _print(f"deleted {len(plan)} files; copies elsewhere are yours to delete")
-            _print(f"head: {opened.head}")
+            opened.purge(plan)  # refused while another process works, before anything is printed as if it was done
+        for each in plan:
+            numbers = f"request{'' if len(each.requests) == 1 else 's'} {', '.join(map(str, each.requests))}"
+            print_line(f"{'deleted ' if yes else ''}{each.file} ({each.bytes:,} bytes): {each.why}; {numbers}")
+        files = counted(len(plan), "file")
+        if yes:
+            print_line(f"deleted {files}; copies elsewhere are yours to delete")
+            print_line(f"head: {opened.head}")
         else:
-            _print(f"{len(plan)} files; --yes deletes them" if plan else "no file of an accepted request is left")
+            print_line(f"{files}; --yes deletes them" if plan else "no file of an accepted request is left")
 
 
 @app.command()
@@ -266,16 +293,17 @@ def verify(
 
     result = verify_directory(ledger, head, files=files)
     for problem in result.problems:
-        _print(problem)
-    _print(f"entries that hold: {result.count}")
-    _print(f"head: {result.head}")
+        print_line(problem)
+    print_line(f"entries that hold: {result.count}")
+    # the hash before a damaged entry is no head to keep
+    print_line(f"{'head' if result.holds else 'hash of the last one that holds'}: {result.head}")
     if not result.holds:
-        _print("the ledger does NOT hold")
+        print_line("the ledger does NOT hold")
         raise typer.Exit(1)
     if head is None:
-        _print("the ledger holds; only --head finds one that was rewritten as a whole or cut at its end")
+        print_line("the ledger holds; only --head finds one that was rewritten as a whole or cut at its end")
     else:
-        _print("the ledger holds, and continues the one of that head")
+        print_line("the ledger holds, and continues the one of that head")
 
 
 @app.command()
@@ -294,100 +322,5 @@ def report(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         opened.report(output_dir)
-        _print(f"see {output_dir / HTML}")
-        _print(f"head: {opened.head}")
-
-
-# ---- input
-
-
-def _text(path: Path) -> str:
-    """Return the text of a file, or of standard input for "-"; UTF-8, with or without a byte order mark."""
-    from delfast.files import read_text, reason
-
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig") if str(path) == "-" else read_text(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read '{path}' ({reason(error)}); pass a text file or -") from None
-
-
-def _json_objects(path: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"line {number} of '{path}' is no JSON ({one_line(error)}); correct it") from None
-        if not isinstance(fields, dict):
-            raise InputError(f"expected a JSON object on line {number} of '{path}', got {type(fields).__name__}")
-        yield fields
-
-
-# ---- output
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(printable(line) + "\n")
-
-
-@contextmanager
-def _pipe() -> Iterator[None]:
-    """End quietly when the reader of standard output has enough, such as ``head``."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-
-
-def _numbered(noun: str, numbers: Sequence[int]) -> str:
-    """Return a noun with its numbers, which follow each other."""
-    first, last = numbers[0], numbers[-1]
-    return f"{noun} {first}" if len(numbers) == 1 else f"{noun}s {first} to {last}"
-
-
-def _row(request: Request) -> str:
-    run = "-" if request.run is None else request.run
-    received = f"{request.time[:19].replace('T', ' ')}"
-    reason = printable(request.reason or "")
-    return COLUMNS.format(
-        request.number, request.status, run, request.count, received, request.due or "-", reason
-    ).rstrip()
-
-
-def _lines(details: RequestDetails) -> Iterator[str]:
-    """Yield what ``show`` prints of a request."""
-    request = details.request
-    ids = details.ids if details.originals is None else details.originals
-    more = f" and {len(ids) - SHOWN_IDS} more (--json prints all)" if len(ids) > SHOWN_IDS else ""
-    kind = "HMACs" if details.originals is None else "examples"
-    yield f"request {request.number}: {request.status}" + ("" if request.run is None else f" in run {request.run}")
-    yield f"received: {request.time}"
-    yield f"due: {request.due or '-'}"
-    yield f"reason: {request.reason or '-'}"
-    yield f"{kind} ({request.count}): {', '.join(ids[:SHOWN_IDS])}{more}"
-    for entry in details.events:
-        run = "" if entry.run is None else f" run {entry.run}"
-        yield f"{entry.time}{run} {entry.event}: {_figures(entry)}"
-
-
-def _figures(entry: Entry) -> str:
-    """Return the fields of a payload that are single values, and how many values the lists have."""
-    fields = {name: value for name, value in entry.payload.items() if value is not None and not isinstance(value, dict)}
-    return ", ".join(
-        f"{len(value)} {name}" if isinstance(value, list) else f"{name} {value}" for name, value in fields.items()
-    )
-
-
-def _plain(details: RequestDetails) -> dict[str, Any]:
-    events = [
-        {"number": each.number, "time": each.time, "event": each.event, "run": each.run, "payload": each.payload}
-        for each in details.events
-    ]
-    return {
-        "request": asdict(details.request),
-        "ids": list(details.ids),
-        "originals": None if details.originals is None else list(details.originals),
-        "events": events,
-    }
+        print_line(f"see {output_dir / HTML}")
+        print_line(f"head: {opened.head}")

@@ -16,6 +16,14 @@ MIN_KEY_BYTES = 16
 KEY_CHECK = "delfast ledger\n"
 
 
+class RefusedIdentifier(InputError):
+    """An identifier that a request cannot name; the attribute ``identifier`` holds it, as text."""
+
+    def __init__(self, message: str, identifier: str) -> None:
+        super().__init__(message)
+        self.identifier = identifier
+
+
 class Identifiers:
     """Conversion of identifiers to what the ledger stores: unchanged without a key, else HMAC-SHA-256 (RFC 2104)."""
 
@@ -77,7 +85,8 @@ def checked(identifiers: Iterable[str | int]) -> list[str]:
     found: dict[str, None] = {}
     for text in _texts(identifiers):
         if text in found:
-            raise InputError(f"expected every identifier once in a request, got '{text}' twice; remove one")
+            message = f"expected every identifier once in a request, got '{text}' twice; remove one"
+            raise RefusedIdentifier(message, text)
         found[text] = None
     if not found:
         raise InputError("expected at least one identifier in a request, got none; name the examples to forget")
@@ -90,5 +99,6 @@ def _texts(identifiers: Iterable[str | int]) -> Iterator[str]:
             raise InputError(f"expected identifiers of type str or int, got {identifier!r}; convert them")
         text = str(identifier)
         if not is_line(text):
-            raise InputError(f"expected identifiers of printable characters without spaces around them, got {text!r}")
+            message = f"expected identifiers of printable characters without spaces around them, got {text!r}"
+            raise RefusedIdentifier(message, text)
         yield text

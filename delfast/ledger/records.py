@@ -15,7 +15,7 @@ from delfast.errors import InputError
 from delfast.ledger import requests as queries
 from delfast.ledger.artefacts import MODELS, artefact
 from delfast.ledger.events import CREATED, RECEIVED
-from delfast.ledger.identifiers import Identifiers, checked, read_key
+from delfast.ledger.identifiers import Identifiers, RefusedIdentifier, checked, read_key
 from delfast.ledger.requests import Request, RequestDetails, read_request
 from delfast.ledger.store import Store
 from delfast.ledger.verification import creation
@@ -193,6 +193,13 @@ class Records:
         with exclusive(self.path / LOCK, busy):
             yield
 
+    @property
+    def is_working(self) -> bool:
+        """Whether a process holds the ledger's lock; also where that cannot be found out."""
+        from delfast.files import LOCK, is_locked
+
+        return is_locked(self.path / LOCK)
+
     # ---- what was given
 
     @property
@@ -248,6 +255,7 @@ class Records:
         >>> ledger.add(["3", "14"], due="2026-12-31")  # doctest: +SKIP
         1
         """
+        ids, reason, due = read_request({"ids": ids, "reason": reason, "due": due})
         return self.add_requests([{"ids": ids, "reason": reason, "due": due}])[0]
 
     def add_requests(self, requests: Iterable[Mapping[str, Any]]) -> list[int]:
@@ -276,14 +284,15 @@ class Records:
         read = list(_read_all(requests))
         stored = [[self.identifiers.stored(each) for each in ids] for ids, _, _ in read]
         originals = _without_repeats(read, stored)
-        self.job.positions(originals.values())  # names the first unknown one
+        _check_known(self.job, originals.values())
         with self.store.writing() as append:
             for number, earlier in queries.stored_ids(self.store):
                 for each in earlier:
                     if each in originals:
-                        raise InputError(
+                        raise RefusedIdentifier(
                             f"expected examples that no request names yet, got '{originals[each]}', "
-                            f"which request {number} names; leave it out"
+                            f"which request {number} names; leave it out",
+                            originals[each],
                         )
             last = self.store.last(RECEIVED)
             first = 1 if last is None else last.payload["request"] + 1
@@ -466,12 +475,27 @@ def _read_all(requests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str]
             raise InputError(f"request {position} of those to add: {error}") from None
 
 
+def _check_known(job: Job, ids: Iterable[str]) -> None:
+    """Raise RefusedIdentifier for the first identifier that no training example has."""
+    names = list(ids)
+    try:
+        job.positions(names)
+    except InputError:
+        for each in names:
+            try:
+                job.positions([each])
+            except InputError as error:
+                raise RefusedIdentifier(str(error), each) from None
+        raise
+
+
 def _without_repeats(read: list[tuple[list[str], str | None, str | None]], stored: list[list[str]]) -> dict[str, str]:
     """Return the identifier of each stored form; InputError for one that several of the requests name."""
     originals: dict[str, str] = {}
     for (ids, _, _), forms in zip(read, stored, strict=True):
         for original, form in zip(ids, forms, strict=True):
             if form in originals:
-                raise InputError(f"expected every example in one request, got '{original}' in two; leave one out")
+                message = f"expected every example in one request, got '{original}' in two; leave one out"
+                raise RefusedIdentifier(message, original)
             originals[form] = original
     return originals

@@ -1,8 +1,7 @@
-"""The checks of a run in plain words, as ``ledger run`` prints them and the report shows them."""
+"""The thresholds in plain words, and a check that did not hold in a few words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delfast.ledger.results import Check
@@ -10,7 +9,7 @@ from delfast.ledger.results import Check
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold of the job: its title, the unit, decimals and best value of its figure, and what the figure means."""
+    """A threshold of the job: its title, the unit and decimals of its figure, what it means, and a sentence for it."""
 
     title: str
     unit: str
@@ -19,7 +18,10 @@ class Threshold:
     sentence: str
     if_below_0: str = ""
     """The sentence for a figure below 0, with its size, where figures can be below 0."""
-    best: float = 0.0
+    of_losses: str = ""
+    """The sentence for a job with its own loss, where it differs."""
+    sign: int = 1
+    """-1 for a loss, which is shown as a change: a loss of 2 points as -2."""
     compared: str = ""
     """The words that name what is compared with the limit, where that is not the figure itself."""
 
@@ -30,16 +32,18 @@ THRESHOLDS = {
         "",
         0,
         "Number of the model's elements outside the mask that differ, bit by bit, from those before the run.",
-        "{value} elements outside the mask changed.",
+        "{value} elements outside the mask changed. This shows what the run left alone. It shows nothing about "
+        "forgetting.",
     ),
     "test_drop": Threshold(
-        "Fall of test accuracy",
+        "Change of test accuracy",
         "points",
         2,
-        "Percentage points by which accuracy on the test set is lower than that of the ledger's first model: the cost "
-        "of unlearning, over all runs so far.",
+        "Percentage points between the accuracy on the test set and that of the ledger's first model: the cost of "
+        "unlearning, over all runs so far. In the job file the limit is test_drop, a fall.",
         "Accuracy on the test set is {value} below that of the ledger's first model.",
         if_below_0="Accuracy on the test set is {value} above that of the ledger's first model.",
+        sign=-1,
     ),
     "attack_advantage": Threshold(
         "Attack advantage",
@@ -47,8 +51,8 @@ THRESHOLDS = {
         3,
         "2 · (balanced accuracy - 0.5) of an attacker that sees the model's confidence and separates a forget set from "
         "never-seen examples: 0 is guessing, 1 is always right.",
-        "An attacker that sees the model's confidence separated {set} from never-seen examples with an advantage of "
-        "{value} (0: guessing, 1: always right).",
+        "An attacker who sees how sure the model is of each example separated {set} from never-seen examples with an "
+        "advantage of {value}, where 0 is guessing and 1 is always right.",
     ),
     "earlier_attack_advantage": Threshold(
         "Attack advantage, earlier sets",
@@ -57,79 +61,43 @@ THRESHOLDS = {
         "The attack's largest advantage of the forget sets of all accepted runs before. A run is rejected if the lower "
         "end of the 95 % interval is above the limit: the largest of many figures is above any limit by chance.",
         "Of the forget sets of earlier runs, the attacker separated {set} best from never-seen examples, with an "
-        "advantage of {value} (0: guessing, 1: always right).",
+        "advantage of {value}, where 0 is guessing and 1 is always right.",
         compared=" for the lower end of the interval",
     ),
     "relearn_ratio": Threshold(
         "Relearning ratio",
         "",
         2,
-        "Odds that the model answers a forgotten example correctly while it is finetuned for a short time, over the "
-        "odds of networks that never saw the example. For a job with a loss_fn: mean loss of those networks over the "
-        "model's. About 1: gone, as far as this test shows. Far above 1: hidden, not gone.",
-        "While all are finetuned for a short time, the model is {value} times as good at the forgotten examples as "
-        "networks that never saw them (about 1: like never seen; far above 1: hidden, not gone).",
-        best=1.0,
+        "A copy of the model is trained a little further, and so are networks that never saw the forget set. The ratio "
+        "is that of their odds of a right answer on the forget set; for a job with its own loss, that of the mean "
+        "losses, the other way round. About 1: gone, as far as this test shows. Far above 1: hidden, not gone.",
+        "A copy of the model was trained a little further, to see whether what it learned from {set} comes back. Its "
+        "odds of a right answer there were {value} times those of networks that never saw these examples. About 1: "
+        "like never seen. Far above 1: hidden, not gone.",
+        of_losses="A copy of the model was trained a little further, to see whether what it learned from {set} comes "
+        "back. Networks that never saw these examples had {value} times its mean loss there. About 1: like never seen. "
+        "Far above 1: hidden, not gone.",
     ),
 }
 
 
-def number(value: float | None, digits: int) -> str:
-    """A number with a fixed count of decimals; "not measured" for None."""
-    return "not measured" if value is None else f"{value:.{digits}f}"
-
-
 def amount(value: float | None, threshold: Threshold) -> str:
-    """A threshold's figure with its unit."""
-    return number(value, threshold.digits) + (f" {threshold.unit}" if threshold.unit and value is not None else "")
+    """A threshold's figure with its unit; a loss as a change."""
+    if value is None:
+        return "not measured"
+    text = signed(value, threshold)
+    return f"{text} {threshold.unit}" if threshold.unit else text
+
+
+def signed(value: float, threshold: Threshold) -> str:
+    """A threshold's figure without its unit; a loss as a change with its sign."""
+    shown = 0.0 + threshold.sign * value  # no -0.00
+    return f"{shown:{'+' if threshold.sign < 0 and shown else ''}.{threshold.digits}f}"
 
 
 def set_name(name: str) -> str:
     """A set in words: the forget set of the run itself, or of an earlier run."""
     return "the forget set" if name == "forget" else f"the forget set of {name}"
-
-
-def check_sentence(check: Check) -> str:
-    """The result of a check, in words, with the interval of its figure if there is one."""
-    if check.name == "method":
-        return f"The method failed: {check.set}."
-    threshold = THRESHOLDS[check.name]
-    verdict = "held" if check.held else "did not hold"
-    limit = f"Limit {amount(check.limit, threshold)}{threshold.compared}: {verdict}."
-    if check.value is None:
-        why = f": {check.reason}" if check.reason else ""
-        return f"{threshold.title}: not measured{why}. {NOT_MEASURED.get(check.name, TOLD) if check.held else limit}"
-    sentence, value = threshold.sentence, check.value
-    if value < 0 and threshold.if_below_0:
-        sentence, value = threshold.if_below_0, -value
-    text = f"{sentence.format(value=amount(value, threshold), set=set_name(check.set))} {limit}"
-    if check.low is not None and check.high is not None:
-        text += _interval(check, threshold)
-    if check.before is not None:
-        text += f" Before the run: {amount(check.before, threshold)}."
-    if check.reason:
-        text += f" {check.reason}."
-    return f"{text} {NOTHING_SHOWN}" if check.held_before else text
-
-
-TOLD = "Accepted by --accept-unmeasured."
-NOT_MEASURED = {"earlier_attack_advantage": "Accepted: each run before was accepted without it."}
-NOTHING_SHOWN = "The model before the run held it too: this figure does not show that anything was forgotten."
-
-
-def _interval(check: Check, threshold: Threshold) -> str:
-    if check.low == check.high:
-        return " No interval: all examples had the same figure."
-    ends = f"{check.low:.{threshold.digits}f} to {check.high:.{threshold.digits}f}"
-    return f" 95 % interval {ends}" + (", which reaches above the limit." if is_unsure(check) else ".")
-
-
-def verdict(checks: Sequence[Check]) -> str:
-    """In a few words, that the checks of accepted runs held, and how many figures were not measured."""
-    unmeasured = sum(check.value is None for check in checks)
-    if not unmeasured:
-        return "all thresholds held"
-    return f"all thresholds held that were measured; {unmeasured} of {len(checks)} figures were not"
 
 
 def is_unsure(check: Check) -> bool:

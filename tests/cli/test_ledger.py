@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_list_prints_a_table_or_lines_of_json(ledger: str, capsys: pytest.Captur
     assert main(["ledger", "list", ledger]) == 0
     head, first, second = capsys.readouterr().out.splitlines()
     assert head.split() == ["request", "status", "run", "examples", "received", "(UTC)", "due", "reason"]
-    assert first.split()[:4] == ["1", "pending", "-", "3"] and first.endswith("2026-12-31  case [bold]7")
+    assert first.split()[:4] == ["1", "pending", "-", "3"] and re.search(r"2026-12-31 +case \[bold\]7$", first)
     assert second.split()[:4] == ["2", "pending", "-", "1"] and second.endswith("-")
     assert first.index("case") == head.index("reason") and first.index("2026-12-31") == head.index("due")
     assert main(["ledger", "list", ledger, "--json"]) == 0
@@ -66,7 +67,7 @@ def test_show_prints_a_request_by_number_or_by_example(ledger: str, capsys: pyte
         "examples (3): person-3, person-7, person-1",
     ]
     assert [line.partition(" ")[2] for line in lines[5:]] == [
-        "received: count 3, due 2026-12-31, 3 ids, reason case [bold]7, request 1",
+        "received: count 3, due 2026-12-31, 3 examples, reason case [bold]7, request 1",
         "run 1 started: forget 4, 2 requests",
         f"model in use: {Path(ledger).resolve() / 'models/0000.safetensors'}",
     ]
@@ -105,8 +106,13 @@ def test_many_requests_are_added_from_lines_of_json(
     for line, message in (
         ('{"ids": ["person-8"]}\n{"ids"', f"line 2 of '{requests}' is no JSON"),
         ('{"ids": ["person-8"]}\n["person-9"]', f"expected a JSON object on line 2 of '{requests}', got list"),
-        ('{"ids": ["person-8"]}\n{"ids": ["person-4"]}', "got 'person-4', which request 3 names"),
-        ('{"ids": ["person-8"]}\n{"ids": ["person-9"], "due": "soon"}', "request 2 of those to add: expected the due"),
+        (
+            '{"ids": ["person-8"]}\n\n{"ids": ["person-4"]}',
+            f"line 3 of '{requests}': expected examples that no request names yet, got 'person-4'",
+        ),
+        ('{"ids": ["person-8"]}\n{"ids": ["person-8"]}', f"line 2 of '{requests}': expected every example in one"),
+        ('{"ids": ["person-8"]}\n{"ids": ["nobody"]}', f"line 2 of '{requests}': expected identifiers of training"),
+        ('{"ids": ["person-8"]}\n{"ids": ["person-9"], "due": "soon"}', f"line 2 of '{requests}': expected the due"),
     ):
         requests.write_text(line, encoding="utf-8")
         assert main([*add, str(requests)]) == 2
@@ -115,6 +121,87 @@ def test_many_requests_are_added_from_lines_of_json(
     assert main([*add, str(requests)]) == 0 and "the file holds no request" in capsys.readouterr().out
     with Ledger.open(ledger) as opened:
         assert [request.count for request in opened.requests()] == [3, 1, 2, 1, 1]
+
+
+def test_an_identifier_that_cannot_be_added_is_named_with_its_line(
+    files: tuple[str, str], ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tmp_path / "more.txt"
+    for text, message in (
+        ("person-8\n\nnobody\n", f"line 3 of '{ids}': expected identifiers of training examples"),
+        ("person-8\nperson-9\nperson-8\n", f"line 3 of '{ids}': expected every identifier once in a request"),
+        ("person-8\nperson-3\n", f"line 2 of '{ids}': expected examples that no request names yet, got 'person-3'"),
+    ):
+        ids.write_text(text, encoding="utf-8")
+        assert main(["ledger", "add", ledger, "--job", files[0], "--ids", str(ids)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "of those to add" not in error
+
+
+def test_a_due_date_that_has_passed_is_marked(
+    files: tuple[str, str], ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tmp_path / "late.txt"
+    ids.write_text("person-8\n", encoding="utf-8")
+    assert main(["ledger", "add", ledger, "--job", files[0], "--ids", str(ids), "--due", "2020-01-01"]) == 0
+    assert "added request 3\n1 overdue: the due date 2020-01-01 has passed\n" in capsys.readouterr().out
+    assert main(["ledger", "list", ledger]) == 0
+    assert [("overdue" in line) for line in capsys.readouterr().out.splitlines()] == [False, False, False, True]
+    with Ledger.open(ledger) as opened:
+        opened.store.append("started", {"requests": [3]}, 1)
+        opened.store.append("accepted", {}, 1)
+    assert main(["ledger", "list", ledger]) == 0
+    assert "overdue" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_is_listed_so(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Ledger.open(ledger) as opened:
+        opened.store.append("started", {"requests": [1]}, 1)
+        assert main(["ledger", "list", ledger]) == 0
+        _, first, second, last = capsys.readouterr().out.splitlines()
+        assert first.split()[1] == "stopped" and second.split()[1] == "pending"
+        assert last == "stopped: continue with delfast ledger run"
+        with opened.lock():
+            assert main(["ledger", "list", ledger]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            assert len(lines) == 3 and lines[1].split()[1] == "running"
+            assert opened.is_working
+        assert not opened.is_working
+
+
+def test_show_prints_why_a_run_was_rejected(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [
+        {"name": "outside_mask", "value": 0, "limit": 0, "held": True, "set": "model"},
+        {"name": "relearn_ratio", "value": 2.7, "limit": 1.5, "held": False, "set": "forget", "low": 2.0, "high": 3.0},
+    ]
+    with Ledger.open(ledger) as opened:
+        opened.store.append("started", {"requests": [1], "excluded": [], "attempts": [{}]}, 1)
+        opened.store.append("baseline", {"seconds": 0.8270571779867169}, 1)
+        opened.store.append("localized", {"attempt": 1}, 1)
+        opened.store.append("rejected", {"attempts": [{}], "checks": checks, "advice": ["a larger budget"]}, 1)
+    assert main(["ledger", "show", ledger, "1"]) == 0
+    out = capsys.readouterr().out
+    assert "run 1 started: 1 attempt, 1 request\n" in out and "run 1 baseline: seconds 0.8\n" in out
+    assert re.search(r"run 1 rejected: 1 attempt\n +check +figure .*\n +Changes outside the mask +0 .* held\n", out)
+    assert re.search(r"\n +Relearning ratio +2.70 +2.00 to 3.00 +1.50 +did not hold\n +- a larger budget\n", out)
+
+
+def test_purge_prints_nothing_as_done_while_another_process_works(
+    files: tuple[str, str], ledger: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    purge = ["ledger", "purge", ledger, "--job", files[0], "--yes"]
+    model = {"model": {"file": "models/0001.safetensors", "digest": "0" * 64}}
+    inputs = {"requests": [1], "excluded": [], "localize_on": "new", "attempts": [{}]}
+    with Ledger.open(ledger) as opened:
+        opened.store.append("started", inputs, 1)
+        opened.store.append("accepted", model, 1)
+        with opened.lock():
+            assert main(purge) == 2
+            printed = capsys.readouterr()
+            assert printed.out == "" and "another process is working" in printed.err
+    assert main(purge) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("deleted models/0000.safetensors (") and "requests 1, 2\ndeleted 1 file; " in out
 
 
 def test_verify_prints_the_head_and_its_exit_code_tells_a_change(
@@ -144,7 +231,7 @@ def test_verify_prints_the_head_and_its_exit_code_tells_a_change(
     assert capsys.readouterr().out.splitlines() == [
         "entry 2 is not as it was written: its hash is another",
         "entries that hold: 1",
-        f"head: {_first_hash(ledger)}",
+        f"hash of the last one that holds: {_first_hash(ledger)}",
         "the ledger does NOT hold",
     ]
 

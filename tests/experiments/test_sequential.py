@@ -233,7 +233,7 @@ def test_the_report_has_erosion_what_comes_back_and_relearning() -> None:
     text = report.make_report([*recorded(0, 0.0), *recorded(1, 2.0)], "known")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| del")]
     erosion, reversal, attacks = rows
-    assert erosion[:3] == ["del", "2", "90.0 ± 0.0"] and erosion[-1] == "6"
+    assert erosion[:3] == ["del", "2", "90.0"] and erosion[-1] == "6", "two seeds give no interval"
     assert [erosion[k].split()[0] for k in (3, 4, 5, 6, 7)] == ["88.0", "84.0", "81.0", "-9.0", "-39.0"]
     # without the last request: the first one's wrong labels came back by 40 points, the second one's examples by 10
     assert [cell.split()[0] for cell in reversal[1:]] == ["60.0", "70.0", "none", "none", "10.0", "50.0"]
@@ -242,6 +242,54 @@ def test_the_report_has_erosion_what_comes_back_and_relearning() -> None:
     assert "| 2.00 (1.00 to 5e+03) |" in report.make_report(recorded(0, 0.0), "one seed")
     assert "After 3 requests the change of test accuracy is -9.0 points with all methods." in text
     assert "its change since each was unlearned is 40.0 points with all methods." in text
+
+
+def test_three_seeds_give_an_interval() -> None:
+    text = report.make_report([each for seed in range(3) for each in recorded(seed, float(seed))], "known")
+    assert "| del | 3 | 90.0 ± 0.0 | 88.0 ± 0.0 | 84.0 ± 0.0 | 81.0 ± 2.5 |" in text
+
+
+def test_a_digest_does_not_depend_on_the_path_of_the_images(tmp_path: Path) -> None:
+    path = DEFINITIONS[0]
+    assert path.stem == "cifar10-small"
+    found = [read_definition(path, f"folder:{name}", data_is_read=False) for name in ("/a", "/b/c")]
+    first, second = (each.digest(each.configs[0], each.sequences[0]) for each in found)
+    assert first == second
+    other = read_definition(write(tmp_path))
+    more_epochs = read_definition(write(tmp_path, TINY.replace("epochs = 1\nlr", "epochs = 2\nlr")))
+    assert other.digest(other.configs[0], None) != more_epochs.digest(more_epochs.configs[0], None)
+
+
+@pytest.mark.parametrize("path", DEFINITIONS, ids=lambda path: path.stem)
+def test_the_kept_records_are_those_of_the_definitions_that_ship(path: Path) -> None:
+    definition = read_definition(path, data_is_read=False)
+    kept = report.read_records(path.parents[1] / "results" / f"sequential-{path.stem}")
+    sequences = {report.ORIGINAL: None} | {sequence.name: sequence for sequence in definition.sequences}
+    configs = {config.seed: config for config in definition.configs}
+    for each in kept:
+        wanted = definition.digest(
+            configs[each["seed"]], sequences[each["sequence"]], relearning=report.RELEARNING in each
+        )
+        assert each["definition"] == wanted
+    assert len(kept) == len(configs) * (1 + len(definition.sequences) * (len(definition.requests) + 1))
+
+
+@pytest.mark.long
+def test_a_network_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        raise Stop
+
+    directory = tmp_path / "out"
+    with pytest.raises(Stop):
+        run_definition(read_definition(write(tmp_path)), directory, "cpu", stop)
+    for record in (directory / "cells").iterdir():
+        record.unlink()
+    other = read_definition(write(tmp_path, TINY.replace("epochs = 1\nlr", "epochs = 2\nlr")))
+    with pytest.raises(InputError, match=r"0-original' is of other settings than the definition; choose another"):
+        run_definition(other, directory, "cpu", print)
 
 
 def test_the_report_names_what_failed_and_what_is_unfinished() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from html.parser import HTMLParser
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +19,18 @@ from delfast.ledger.report import HTML, MARKDOWN, make_report
 from delfast.ledger.report.history import KEPT_IDS, read_history
 from delfast.ledger.report.wording import interval, listed
 from tests.ledger.histories import Writer, example, held, hexadecimal, model_of, names
+from tests.ledger.pages import Page, changed, words
 
+TODAY = date(2026, 3, 25)
 NASTY = "<script>alert(1)</script> {{ 7 * 7 }} `*_|\x1b[31m\n\u202e& https://elsewhere.example"
 ROOT = Path(__file__).parents[2]
 SORT = ROOT / "delfast" / "experiments" / "reports" / "templates" / "sort.js"
 
 
-class Page(HTMLParser):
-    """The text, links, scripts and ids of a page, whose tags must be closed in order."""
-
-    VOID = ("meta", "link", "br", "img")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.shown, self.links, self.scripts, self.ids, self.tables = "", [], [], [], 0
-        self.open_tags: list[str] = []
-        self.feed(text)
-        assert self.open_tags == []
-
-    def handle_starttag(self, tag: str, attributes: Any) -> None:
-        assert tag not in ("iframe", "object", "embed", "form")
-        for name, value in attributes:
-            assert not name.startswith("on")  # scripts in attributes
-            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
-                self.links.append(value)
-            if name == "id":
-                self.ids.append(value)
-        self.tables += tag == "table"
-        if tag not in self.VOID:
-            self.open_tags.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: Any) -> None:
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.open_tags.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open_tags.pop() == tag
-        self.shown += " " if tag in ("dt", "dd", "th", "td", "li", "p", "code") else ""
-
-    def handle_data(self, data: str) -> None:
-        if self.open_tags[-1:] == ["script"]:
-            self.scripts.append(data.strip())
-        elif self.open_tags[-1:] != ["style"]:
-            self.shown += data
-
-
 @pytest.fixture(scope="module")
 def reported() -> tuple[str, str, Page]:
-    markdown, page = make_report(example(), held())
+    markdown, page = make_report(example(), held(), today=TODAY)
     return markdown, page, Page(page)
-
-
-def words(text: str) -> str:
-    """Return text with single spaces."""
-    return re.sub(r"\s+", " ", text)
 
 
 def undrawn(**options: Any) -> list[Entry]:
@@ -87,28 +43,31 @@ def test_it_begins_with_the_answer_and_the_head(reported: Any) -> None:
     head = example()[-1].hash
     first = words(page.shown.split("Requests in time")[0])
     for sentence in (
-        "6 forget requests: 4 accepted, 1 rejected, 1 pending.",
-        "In the 3 accepted runs, all thresholds held.",
-        "Run 3 (request 4) was rejected: relearning ratio 2.70, limit 1.50. The model from before it was kept.",
-        "Not carried out: request 6. The model in use was trained on these examples.",
-        "Not carried out: request 4. The model in use was retrained without these examples.",
-        "Worst figure of an accepted run: fall of test accuracy 1.70 points, limit 2.00 points, in run 4.",
+        "6 forget requests: 4 carried out; 1 open, last run did not pass; 1 open, no run yet.",
+        "Of the 13 figures of the 3 runs that passed: 5 held; 8 held, interval passes the limit.",
+        "“held, interval passes the limit”: the measurement cannot decide whether the limit was passed.",
+        "Run 3 (request 4) did not pass: relearning ratio 2.70, limit 1.50. The model stayed as it was.",
+        "Run 4 trained a new network from nothing, without the examples of requests 1 to 3, 5.",
+        "Not carried out yet: request 6. The model in use was trained on these examples.",
+        "Not carried out yet: request 4. The model in use was retrained without these examples.",
+        "Overdue on 2026-03-25: request 4 (due 2026-03-20).",
         "This report is evidence, not a certificate.",
-        "Relearning ratio 1.50 3 of 4 runs 1.38 (run 4)",
+        "Change of test accuracy -2.00 points -1.70 points (run 4) -2.70 to -0.70 held, interval passes the limit",
+        "Relearning ratio 1.50 1.38 (run 4) 1.08 to 1.68 held, interval passes the limit 2 held; 1 held, interval "
+        "passes the limit; 1 did not hold",
         f"Head of the ledger, entry {len(example())}: {head}",
     ):
         assert sentence in first
-    for sentence in ("6 forget requests: 4 accepted, 1 rejected, 1 pending.", "evidence, not a certificate", head):
+    for sentence in ("6 forget requests: 4 carried out; 1 open", "evidence, not a certificate", head):
         assert sentence in markdown.split("## Requests in time")[0]
 
 
 def test_a_figure_whose_interval_passes_its_limit_is_not_called_safe(reported: Any) -> None:
     _, _, page = reported
     shown = words(page.shown)
-    # of three accepted runs, those of three attacks, two attacks on earlier sets, one ratio and two drops of accuracy
-    assert "For 8 of the 14 figures of these runs, the 95 % interval reaches above the limit" in shown
-    assert "Limit 0.100: held. 95 % interval 0.000 to 0.125, which reaches above the limit." in shown
-    assert "Limit 1.50: held. 95 % interval 0.80 to 1.40." in shown
+    assert "Attack advantage 0.030 0.000 to 0.125 0.100 0.400 held, interval passes the limit" in shown
+    assert "Relearning ratio 1.10 0.80 to 1.40 1.50 4.00 held" in shown
+    assert "thresholds held" not in shown, "no headline that the table contradicts"
 
 
 def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any) -> None:
@@ -118,39 +77,48 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
     assert len(parts) == 6 and {f"request-{number}" for number in range(1, 7)} <= set(page.ids)
     second, fourth, fifth, sixth = (parts[number - 1] for number in (2, 4, 5, 6))
     for text in (
-        "Run 2: accepted on 2026-03-01 19:43 UTC",
+        "Run 2: passed on 2026-03-01 19:43 UTC",
+        "Carried out on 2026-03-01 by run 2: the method del changed the model to forget 40 examples, in 29.9 % of its",
         "Together with request 3",
         "Examples to forget 40, and 4,420 to keep",
-        "method del, budget 0.3, epochs 10, lr 0.015",
+        "method del, budget 0.3, epochs 10, learning rate 0.015",
         f"{model_of(1)}, SHA-256 {hexadecimal(model_of(1))}",
         f"{model_of(2)}, SHA-256 {hexadecimal(model_of(2))}",
-        "Accuracy before forget set 100.0 %, retain set 98.2 %, test set 84.3 %",
-        "210,000 of 701,466 elements (29.9 %), localized on the examples of this run's requests",
+        "Accuracy before forget set 71.0 %, retain set 97.4 %, test set 84.1 %, reference models that never saw the "
+        "forget set 65.0 % of it",
+        "Accuracy after forget set 67.0 %, retain set 96.8 %, test set 83.3 %, reference models that never saw",
+        "this run's forget set, before the run 40 71.0",
+        "210,000 of 701,466 elements (29.9 %), chosen by the examples of this run's requests",
         hexadecimal("runs/0002/1/mask.safetensors"),
-        "209,871 elements changed, 0 outside the mask and the head",
-        "Finetuned on retained examples alone: ratio 1.10 [0.80, 1.40].",
-        "Finetuned on retained examples and 10 % of the forget set (4 examples): ratio 1.10",
-        "107.4 (baseline 12.0, localized 2.4, unlearned 61.7, verified 0.3, audited 31.0)",
-        "Accuracy on the test set is 1.10 points below that of the ledger's first model. Limit 2.00 points: held.",
-        "earlier: run 1",
-        "There is no oracle, a network retrained without the forget set, to compare with (KL).",
+        "209,871 elements changed, 0 outside the mask and the last layer",
+        "Trained further on retained examples alone: ratio 1.10 [0.80, 1.40].",
+        "Trained further on retained examples and 10 % of the forget set (4 examples): ratio 1.10",
+        "107.4 (audit before 12.0, localized 2.4, unlearned 61.7, verified 0.3, audited 31.0)",
+        "Accuracy on the test set is 1.10 points below that of the ledger's first model.",
+        "forget set of run 1",
         "Relearning on forget 1 % was not measured",
         f"delfast ledger verify . --head {head}",
         f"delfast verify {model_of(1)} {model_of(2)} runs/0002/1/allowed.safetensors",
     ):
         assert text in second, text
-    assert "rejected" in fourth and "did not hold" in fourth and "a larger budget" in fourth
+    assert "open, last run did not pass" in fourth and "did not hold" in fourth and "a larger budget" in fourth
     assert model_of(3) in fourth
     # an escalated run: both attempts are told apart
-    assert "Tried before method del, budget 0.3, epochs 10, lr 0.015: relearning ratio 2.20, limit 1.50" in fifth
-    assert "Settings method retrain, epochs 30, lr 0.1, weight_decay 0.0" in fifth and "Mask" not in fifth
-    assert "184.0 (baseline 12.0, unlearned 61.7, verified 0.3, audited 31.0)" not in fifth
-    assert "200.4 (baseline 12.0, unlearned 61.7, verified 0.3, audited 31.0)" in fifth
-    assert "No run has taken this request" in sixth
+    assert (
+        "Tried before method del, budget 0.3, epochs 10, learning rate 0.015: relearning ratio 2.20, limit 1.50"
+        in fifth
+    )
+    assert "Settings method retrain, epochs 30, learning rate 0.1, weight decay 0.0" in fifth and "Mask" not in fifth
+    assert "200.4 (audit before 12.0, attempts before 95.4, unlearned 61.7, verified 0.3, audited 31.0)" in fifth
+    assert "209,871 elements changed; no mask" in fifth and "Changes outside the mask does not apply" in fifth
+    assert "Not carried out yet: no run has taken up this request." in sixth
     # the model before run 1 was purged, so it can no longer be compared
     assert "delfast verify models/0000" not in page.shown
     assert "What still holds this request (3)" in fifth and "What still holds this request (1)" in second
-    assert "### Request 4: rejected" in markdown and "What failed, and what may help: a larger budget" in markdown
+    assert (
+        "### Request 4: open, last run did not pass" in markdown
+        and "What failed, and what may help: a larger budget" in markdown
+    )
     assert f"```sh\ndelfast ledger verify . --head {head}\ndelfast verify {model_of(1)}" in markdown
 
 
@@ -172,10 +140,10 @@ def test_a_run_that_failed_and_one_that_was_abandoned() -> None:
     write.receive(2, ["2"])
     write.start(2, [1, 2], count=2)
     write("rejected", {"attempts": [], "checks": [], "advice": ["it was abandoned"]}, 2)
-    _, text = make_report(write.entries, [])
+    _, text = make_report(write.entries, [], today=TODAY)
     shown = words(Page(text).shown)
     assert "The method failed: the loss is not finite." in shown and "stopped and continued" in shown
-    assert "Run 2 (requests 1, 2) was rejected: it was stopped and then abandoned." in shown
+    assert "Run 2 (requests 1, 2) did not pass: it was stopped and then abandoned." in shown
     assert "it runs, or it was stopped" not in shown
 
 
@@ -185,7 +153,7 @@ def test_figure_of_an_attack_on_a_part_of_the_set_is_not_drawn() -> None:
             sets = payload["figures"]["sets"]
             sets["forget"].update(attack_advantage={"value": 0.9, "low": 0.8, "high": 1.0}, attack_left_out=20)
 
-    run = read_history(without(example(), change)).runs[2]
+    run = read_history(changed(example(), change)).runs[2]
     assert run.largest_attack is not None and run.largest_attack["value"] == 0.03, "that of the earlier set"
 
 
@@ -200,7 +168,7 @@ def test_the_page_needs_nothing_else(reported: Any) -> None:
 
 
 def test_free_text_is_shown_as_it_is() -> None:
-    markdown, text = make_report(undrawn(reason=NASTY), held())
+    markdown, text = make_report(undrawn(reason=NASTY), held(), today=TODAY)
     page = Page(text)
     assert page.scripts == [SORT.read_text(encoding="utf-8").strip()]
     plain = r"<script>alert(1)</script> {{ 7 * 7 }} `*_|\x1b[31m\n\u202e& https://elsewhere.example"
@@ -210,37 +178,27 @@ def test_free_text_is_shown_as_it_is() -> None:
 
 
 def test_hashed_identifiers_are_not_shown() -> None:
-    markdown, text = make_report(undrawn(hash_ids=True), held())
+    markdown, text = make_report(undrawn(hash_ids=True), held(), today=TODAY)
     for name in names(0, 40):
         assert hexadecimal("key" + name) not in text + markdown
     assert "hmac-sha256:" not in text + markdown and "The identifiers are stored as keyed hashes" in text
-    _, plain = make_report(undrawn(), held())
+    _, plain = make_report(undrawn(), held(), today=TODAY)
     assert "IMG_00019.jpg and 20 more" in words(Page(plain).shown) and "IMG_00020" not in plain
 
 
 def test_an_empty_ledger() -> None:
     write = Writer()
     write.create()
-    markdown, text = make_report(write.entries, [])
+    markdown, text = make_report(write.entries, [], today=TODAY)
     assert "No request has been received." in Page(text).shown and "No request has been received." in markdown
     assert write.entries[-1].hash in text and "<svg" not in text
 
 
 def test_a_run_without_a_verdict_is_running() -> None:
     entries = [entry for entry in undrawn() if not (entry.run == 4 and entry.event == "accepted")]
-    markdown, text = make_report(entries, held())
-    assert "6 forget requests: 3 accepted, 1 rejected, 1 running, 1 pending." in markdown
+    markdown, text = make_report(entries, held(), today=TODAY)
+    assert "3 carried out; 1 open, last run did not pass; 1 open, run without a result; 1 open, no run yet." in markdown
     assert "The run has no result yet" in text
-
-
-def without(entries: Sequence[Entry], change: Any) -> list[Entry]:
-    """Return entries with changed payloads; the chain of hashes does not hold then, and is not read."""
-    writer = Writer()
-    for entry in entries:
-        payload = entry.payload
-        change(entry.event, payload)
-        writer(entry.event, payload, entry.run)
-    return writer.entries
 
 
 def test_figures_that_the_model_before_a_run_held_too_are_said_to_show_nothing() -> None:
@@ -248,12 +206,12 @@ def test_figures_that_the_model_before_a_run_held_too_are_said_to_show_nothing()
         if event == "accepted":
             payload["checks"][-1].update(before=1.0)
 
-    said = "this figure does not show that anything was forgotten"
-    assert said not in words(Page(make_report(undrawn(), held())[1]).shown)
-    _, text = make_report(without(undrawn(), change), held())
+    said = "Held, but shows nothing (the model before the run was within the limit too, so nothing is seen of"
+    assert said not in words(Page(make_report(undrawn(), held(), today=TODAY)[1]).shown)
+    _, text = make_report(changed(undrawn(), change), held(), today=TODAY)
     shown = words(Page(text).shown)
-    assert f"Before the run: 1.00. The model before the run held it too: {said}." in shown
-    assert "For 3 of the 14 figures, the model before the run was within the limit too" in shown
+    assert f"{said} forgetting): relearning ratio." in shown
+    assert "1.50 1.00 held, shows nothing" in shown and "; 3 held, shows nothing" in shown
 
 
 def test_figures_that_a_run_accepted_unmeasured_are_not_called_held() -> None:
@@ -261,11 +219,11 @@ def test_figures_that_a_run_accepted_unmeasured_are_not_called_held() -> None:
         if event == "accepted":
             payload["checks"][-1].update(value=None, held=True, low=None, high=None)
 
-    _, text = make_report(without(undrawn(), change), held())
+    _, text = make_report(changed(undrawn(), change), held(), today=TODAY)
     shown = words(Page(text).shown)
-    assert "In the 3 accepted runs, all thresholds held that were measured; 3 of 14 figures were not." in shown
+    assert "Of the 13 figures of the 3 runs that passed:" in shown and "; 3 not measured" in shown
     assert "Relearning ratio: not measured. Accepted by --accept-unmeasured." in shown
-    assert "Relearning ratio 1.50 0 of 4 runs" in shown
+    assert "Relearning ratio 1.50 3 not measured; 1 did not hold" in shown
 
 
 def test_figures_that_were_not_measured_are_named() -> None:
@@ -281,12 +239,12 @@ def test_figures_that_were_not_measured_are_named() -> None:
                 if check["name"] in ("attack_advantage", "relearn_ratio"):
                     check.update(value=None, held=False, low=None, high=None)
 
-    _, text = make_report(without(example(), change), held())
+    _, text = make_report(changed(example(), change), held(), today=TODAY)
     shown = words(Page(text).shown)
     for sentence in (
-        "Relearning ratio: not measured. Limit 1.50: did not hold.",
+        "Relearning ratio 1.50 4.00 not measured",
         "The attack was not measured",
-        "No reference models: the per-example attack (LiRA) was not made.",
+        "No reference models: the attack on each example (LiRA) was not made.",
         "Relearning was not compared with networks that never saw the examples.",
         "[no interval]",
     ):
@@ -296,7 +254,7 @@ def test_figures_that_were_not_measured_are_named() -> None:
 
 def test_a_method_without_a_mask_has_no_comparison_by_mask() -> None:
     entries = [entry for entry in undrawn() if entry.event not in ("localized", "unlearned", "verified")]
-    _, text = make_report(entries, held())
+    _, text = make_report(entries, held(), today=TODAY)
     assert "delfast verify" not in text and "Compared bit by bit" not in text
 
 
@@ -307,7 +265,7 @@ def test_many_requests_keep_a_bounded_page() -> None:
         write.receive(number, [f"id-{number}"])
     history = read_history(write.entries)
     assert history.requests[30].ids == () and history.requests[31].ids == ["id-31"]
-    _, text = make_report(write.entries, [])
+    _, text = make_report(write.entries, [], today=TODAY)
     assert f"The newest {KEPT_IDS} requests. For the 30 before them" in text
     assert 'id="request-30"' not in text and 'id="request-31"' in text and 'href="#request-30"' not in text
 
@@ -343,7 +301,7 @@ def test_the_command_writes_the_report_of_a_ledger_that_holds(tmp_path: Path, ca
     assert main(["ledger", "report", str(tmp_path / "ledger"), "--output-dir", str(out)]) == 0
     assert capsys.readouterr().out == f"see {out / HTML}\nhead: {head}\n"
     assert head in (out / HTML).read_text(encoding="utf-8") and head in (out / MARKDOWN).read_text(encoding="utf-8")
-    assert "1 forget request: 0 accepted, 0 rejected, 1 pending." in (out / MARKDOWN).read_text(encoding="utf-8")
+    assert "1 forget request: 0 carried out; 1 open, no run yet." in (out / MARKDOWN).read_text(encoding="utf-8")
     with Ledger.open(tmp_path / "ledger") as ledger:
         ledger.store._connection.execute("DROP TRIGGER entries_stay")
         ledger.store._connection.execute("UPDATE entries SET time = '2020' WHERE number = 2")

@@ -59,9 +59,9 @@ def _literally(escape: Callable[[str], str]) -> Callable[[Any], Any]:
     return finalize
 
 
-def _table_in_markdown(rows: list[list[str]], columns: list[str]) -> Markup:
-    """Return rows of plain text as a Markdown table."""
-    return Markup(markdown_table(columns, [[markdown_text(str(cell)) for cell in row] for row in rows]))
+def _table_in_markdown(rows: list[list[str]], columns: list[str], text_columns: int = 1) -> Markup:
+    """Return rows of plain text as a Markdown table; its first ``text_columns`` are aligned to the left."""
+    return Markup(markdown_table(columns, [[markdown_text(str(cell)) for cell in row] for row in rows], text_columns))
 
 
 def _code_in_markdown(text: str) -> Markup:

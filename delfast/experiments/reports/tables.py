@@ -77,9 +77,9 @@ def _share_of_channels(layers: Sequence[LayerRow]) -> float:
     return 100 * sum(row.channels for row in layers) / max(1, sum(row.channel_count for row in layers))
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of Markdown cells: the first column aligned to the left, the others to the right."""
-    rule = ["---"] + ["---:"] * (len(columns) - 1)
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table of Markdown cells: the first ``text_columns`` aligned to the left, the others to the right."""
+    rule = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
     lines = ([cell.replace("|", "\\|") for cell in cells] for cells in (columns, rule, *rows))
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 

@@ -20,7 +20,7 @@ from delfast.evaluation import Audit, audit
 from delfast.experiments import localizing, pipeline
 from delfast.experiments.config import Config
 from delfast.experiments.data import EVALUATION_BATCH
-from delfast.experiments.run import SUMMARY, Run, choose_device, commit, load_model
+from delfast.experiments.run import SUMMARY, Run, choose_device, commit, load_model, read_summary
 from delfast.experiments.sequential.definition import ORIGINAL, Definition, Sequence
 from delfast.experiments.sequential.stream import Stream
 from delfast.files import load_state, make_output_dir, read_json, save_state, write_json
@@ -114,7 +114,7 @@ class _Seed:
             self.watch(f"seed {self.seed}: {sequence.name}, relearning")
 
     def _origin(self, sequence: Sequence | None, number: int, *, relearning: bool = False) -> dict[str, Any]:
-        """Return the part of a record that identifies it."""
+        """Return the fields of a record that name what it was measured on, and with what."""
         content: dict[str, Any] = {
             "definition": self.definition.digest(self.config, sequence, relearning=relearning),
             "sequence": ORIGINAL if sequence is None else sequence.name,
@@ -143,6 +143,8 @@ class _Seed:
             if name == ORIGINAL:
                 return pipeline.train(run, path, **options).model
             return pipeline.oracle(run, path, shadow=control, **options).model
+        if Config(**read_summary(path)["config"]).without_paths() != self.config.without_paths():
+            raise InputError(f"'{path}' is of other settings than the definition; choose another --output-dir")
         return load_model(run, path)
 
     def _model_after(self, sequence: Sequence, number: int) -> nn.Module:

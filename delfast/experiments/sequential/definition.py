@@ -86,7 +86,7 @@ class Definition:
 
         ``sequence``: None for the original.
         """
-        determined: list[Any] = [asdict(config), [asdict(request) for request in self.requests]]
+        determined: list[Any] = [asdict(config.without_paths()), [asdict(request) for request in self.requests]]
         determined += [] if sequence is None else [sequence.described()]
         determined += [asdict(self.relearning), self.controls] if relearning else []
         return hashlib.sha256(json.dumps(determined, sort_keys=True).encode()).hexdigest()[:16]

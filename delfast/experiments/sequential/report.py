@@ -21,6 +21,7 @@ from delfast.files import make_output_dir, read_json, read_json_lines, write_tex
 
 PACKED, REPORT = f"{CELLS}.jsonl", "report.md"
 RETRAIN, RELEARNING = "retrain", "relearning"
+MIN_SEEDS = 3  # of an interval
 KINDS = {"iid": "random examples", "non-iid": "one class", "mislabelled": "wrong labels"}
 RECORD: dict[str, Any] = {
     "sequence": str, "seed": int, "request": int, "provenance": {**ORIGIN, "threads": int}
@@ -282,12 +283,15 @@ def _short(value: float) -> str:
 
 
 def _mean(courses: Sequence[Course], measure: Measure, digits: int = 1) -> str:
-    """Return the mean over seeds ± half of its 95 % interval."""
+    """Return the mean over seeds ± half of its 95 % interval, from three seeds on.
+
+    Student's quantile of two seeds is 12.7: such an interval is often wider than the range of the measure.
+    """
     values = [measure(course) for course in courses]
     if any(math.isnan(value) for value in values):
         return "none"
     found = mean(values)
-    return f"{found.value:.{digits}f}" + ("" if math.isnan(found.half) else f" ± {found.half:.{digits}f}")
+    return f"{found.value:.{digits}f}" + (f" ± {found.half:.{digits}f}" if len(values) >= MIN_SEEDS else "")
 
 
 def _remarks(records: Sequence[Record], courses: Mapping[str, Sequence[Course]]) -> str:

@@ -7,13 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delfast.ledger.checks import advantage
-from delfast.ledger.events import ACCEPTED, BASELINE, CREATED, PURGED, RECEIVED, REFERENCES, REJECTED, RESUMED, STARTED
+from delfast.ledger.events import (
+    ACCEPTED,
+    AUDITED,
+    BASELINE,
+    CREATED,
+    LOCALIZED,
+    PURGED,
+    RECEIVED,
+    REFERENCES,
+    REJECTED,
+    RESUMED,
+    STARTED,
+)
+from delfast.ledger.evidence import result_of
 from delfast.ledger.requests import PENDING, RUNNING
 from delfast.ledger.results import Check
 from delfast.ledger.store import FIRST, Entry
+from delfast.ledger.words import failure
 
 Payload = Mapping[str, Any]
-STATUSES = (ACCEPTED, REJECTED, RUNNING, PENDING)
 KEPT_IDS = 100  # requests, the newest, whose identifiers are kept: bounds the memory
 
 
@@ -52,9 +65,35 @@ class Run:
         return attempts[max(0, len(self.attempts) - 1)]
 
     @property
+    def has_mask(self) -> bool:
+        """Whether the newest attempt was kept to a mask."""
+        return LOCALIZED in self.last
+
+    @property
+    def is_retrained(self) -> bool:
+        """Whether the newest attempt trained a new network from nothing, on the retained examples alone."""
+        return self.settings["method"] == "retrain" and not self.has_mask
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether the job has no loss of its own, so that there are accuracies."""
+        return self.started["before"]["test"] is not None
+
+    @property
+    def results(self) -> list[tuple[Check, str]]:
+        """The checks of the newest attempt, each with what its figure shows."""
+        return [(check, result_of(check, has_mask=self.has_mask)) for check in self.checks]
+
+    @property
+    def failures(self) -> str:
+        """In a few words, why the run was rejected."""
+        failed = [failure(check) for check in self.checks if not check.held]
+        return "; ".join(failed) or "it was stopped and then abandoned"
+
+    @property
     def figures(self) -> Payload | None:
         """Figures of the newest attempt's audit, in the form of ``Audit.as_dict``; None before the audit."""
-        audited = self.last.get("audited")
+        audited = self.last.get(AUDITED)
         return None if audited is None else audited["figures"]
 
     @property
@@ -86,10 +125,16 @@ class Run:
         return found
 
     @property
-    def seconds(self) -> float:
-        """Seconds of the steps of all attempts, and of the audit before them."""
-        steps = (payload for attempt in self.attempts for payload in attempt.values())
-        return float(self.baseline["seconds"]) + sum(float(payload.get("seconds", 0.0)) for payload in steps)
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the audit before the run, of the attempts before the newest, and of each of its steps."""
+        found = {"audit before": float(self.baseline["seconds"])}
+        if len(self.attempts) > 1:
+            found["attempts before"] = sum(sum(_seconds(attempt).values()) for attempt in self.attempts[:-1])
+        return found | _seconds(self.last)
+
+
+def _seconds(attempt: Mapping[str, Payload]) -> dict[str, float]:
+    return {event: float(payload["seconds"]) for event, payload in attempt.items() if "seconds" in payload}
 
 
 @dataclass
@@ -128,10 +173,24 @@ class History:
     @property
     def model(self) -> str:
         """File of the newest accepted model; at first that of the model that the ledger was made for."""
-        accepted = [run.result["model"]["file"] for run in self.runs.values() if run.status == ACCEPTED]
         assert self.created is not None
-        file: str = [self.created.payload["model"]["file"], *accepted][-1]
+        file: str = [self.created.payload["model"]["file"], *(run.result["model"]["file"] for run in self.accepted)][-1]
         return file
+
+    @property
+    def accepted(self) -> list[Run]:
+        """The accepted runs, in order."""
+        return [run for run in self.runs.values() if run.status == ACCEPTED]
+
+    @property
+    def retraining(self) -> Run | None:
+        """The newest accepted run that trained a new network from nothing: the model in use is of that network."""
+        return next((run for run in reversed(self.accepted) if run.is_retrained), None)
+
+    def left_out_by(self, run: Run) -> set[int]:
+        """Return the requests whose examples an accepted run did not retain: its own, open and earlier ones."""
+        before = [number for each in self.accepted if each.number < run.number for number in each.requests]
+        return {*run.requests, *run.started["excluded"], *before}
 
     def having(self, status: str) -> list[TakenRequest]:
         """Return the requests of a status, in order."""

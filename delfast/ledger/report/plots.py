@@ -17,23 +17,24 @@ from delfast.ledger.report.history import Run
 
 SIZE = (4.6, 3.0)  # inches: two panels side by side at 1280 pixels, one at 390; text of 9 points is legible in both
 NAMED = 4  # lines of single forget sets that get a colour and a name; more cannot be distinguished
+AXES = {"accuracy": "accuracy (percent)", "loss": "mean loss"}  # a job's own loss has no known unit
 Interval = Mapping[str, float | None]
 
 
-def draw_erosion(runs: Sequence[Run]) -> Markup:
-    """Draw the accuracy on the retain set and the test set after each run."""
-    figure, axes = _panel("run", "accuracy (percent)")
+def draw_erosion(runs: Sequence[Run], measure: str) -> Markup:
+    """Draw the accuracy, or the loss, on the retain set and the test set after each run."""
+    figure, axes = _panel("run", AXES[measure])
     for position, (name, label) in enumerate((("retain", "retain set"), ("test", "test set"))):
-        found = [(run, _measure(run, name, "accuracy")) for run in runs]
+        found = [(run, _measure(run, name, measure)) for run in runs]
         _points(axes, found, COLOURS[position], "os"[position], label)
-    return _finish(figure, axes, "erosion", "Accuracy on the retain set and the test set after each run")
+    return _finish(figure, axes, "erosion", f"{measure.capitalize()} on the retain set and the test set after each run")
 
 
 def draw_reversal(
-    runs: Sequence[Run], worst: Sequence[str], returns: Mapping[str, Sequence[tuple[int, float]]]
+    runs: Sequence[Run], worst: Sequence[str], returns: Mapping[str, Sequence[tuple[int, float]]], measure: str
 ) -> Markup:
-    """Draw the accuracy on every forget set from its own run on; the sets of ``worst`` have a colour and a name."""
-    figure, axes = _panel("run", "accuracy (percent)")
+    """Draw a measure on every forget set from its own run on; the sets of ``worst`` have a colour and a name."""
+    figure, axes = _panel("run", AXES[measure])
     others = [name for name in returns if name not in worst]
     for name in others:
         label = "other forget sets" if name == others[0] else None
@@ -41,11 +42,11 @@ def draw_reversal(
     for position, name in enumerate(worst):
         style = {"color": COLOURS[position], "marker": "os^D"[position], "markersize": 4.5, "linewidth": 1.3}
         axes.plot(*zip(*returns[name], strict=True), label=name, **style)
-    control = [(run.number, _measure(run, "control", "accuracy")) for run in runs if run.status == ACCEPTED]
+    control = [(run.number, _measure(run, "control", measure)) for run in runs if run.status == ACCEPTED]
     known = [(number, interval["value"]) for number, interval in control if interval is not None]
     if known:
         axes.plot(*zip(*known, strict=True), color=INK, linestyle=":", label="never-seen examples")
-    return _finish(figure, axes, "reversal", "Accuracy on each forget set, from its own run on")
+    return _finish(figure, axes, "reversal", f"{measure.capitalize()} on each forget set, from its own run on")
 
 
 def draw_attack(runs: Sequence[Run]) -> Markup:
@@ -68,15 +69,22 @@ def draw_ratios(runs: Sequence[Run]) -> Markup:
 
 
 def draw_relearning(run: Run, name: str, curves: Mapping[str, Any]) -> Markup:
-    """Draw the accuracy regained in finetuning on one set: the model beside networks that never saw the examples."""
-    figure, axes = _panel("step of finetuning", "accuracy (percent)")
-    for position, control in enumerate(curves["control"]):
+    """Draw what comes back in finetuning on one set: the model beside networks that never saw the examples.
+
+    Accuracies, or the losses of a job with its own loss.
+    """
+    is_loss = curves["accuracy"] is None
+    measure = "loss" if is_loss else "accuracy"
+    figure, axes = _panel("step of finetuning", AXES[measure])
+    known = [control for control in curves["control"] if control]  # a network that knew every example has none
+    for position, control in enumerate(known):
         label = "never saw the examples" if position == 0 else None
         axes.plot(curves["steps"], control, color=COLOURS[0], linestyle="--", linewidth=1.1, label=label)
-    axes.plot(curves["steps"], curves["accuracy"], color=COLOURS[1], linewidth=1.8, marker="o", label="the model")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -2), min(high, 102))  # an axis of equal values would go beyond 100 percent
-    label = f"Relearning on {name}: accuracy on the forget set by step"
+    axes.plot(curves["steps"], curves[measure], color=COLOURS[1], linewidth=1.8, marker="o", label="the model")
+    if not is_loss:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2), min(high, 102))  # an axis of equal values would go beyond 100 percent
+    label = f"Relearning on {name}: {measure} on the forget set by step"
     return _finish(figure, axes, f"run{run.number}-{name}", label)
 
 
@@ -93,7 +101,7 @@ def _panel(x: str, y: str) -> tuple[Figure, Any]:
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a ledger of one run has one tick
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -119,7 +127,7 @@ def _points(axes: Any, found: Sequence[tuple[Run, Interval | None]], colour: str
             linewidth=1.3,
             elinewidth=1,
             capsize=2,
-            label=label if accepted else f"{label}, not accepted",
+            label=label if accepted else f"{label}, did not pass",
         )
 
 

@@ -2,57 +2,114 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from delfast.ledger.events import ACCEPTED, REJECTED
+from delfast.ledger.evidence import RESULTS
+from delfast.ledger.report.history import TakenRequest
+from delfast.ledger.requests import PENDING, RUNNING
 from delfast.ledger.words import THRESHOLDS
 
 SMALL = 30  # examples below which most intervals are too wide to separate forgotten from remembered
+REQUEST_STATUS = {
+    ACCEPTED: "carried out",
+    REJECTED: "open, last run did not pass",
+    RUNNING: "open, run without a result",
+    PENDING: "open, no run yet",
+}
+RUN_STATUS = {ACCEPTED: "passed", REJECTED: "did not pass", RUNNING: "no result yet"}
 EVIDENCE = (
     "This report is evidence, not a certificate. Each figure is a measurement with its uncertainty, made by the tests "
     "that are described here. Another test may find more. Nothing here proves that the examples left no trace."
 )
 LIMITS = (
-    "The method is an approximation of retraining. It gives no guarantee that an example has no influence left.",
+    "A method that changes a model approximates retraining. It gives no guarantee that an example has no influence "
+    "left. A network that was trained from nothing without the examples has none by its training, as far as the job "
+    "file and the training data are what they are said to be.",
     "An attack that fails is no proof: a stronger one, or one that compares the models before and after, may succeed.",
     "Intervals are wide where a forget set is small.",
     "The audit measures this model only. Copies of it, its outputs, the training data and backups are not checked.",
     "The chain of hashes shows that entries were not edited after the head was printed. It does not show that the "
     "entries were true when they were written.",
 )
+DIFFERENT = (
+    "Two runs can give different figures for the same model and examples: each run draws other random parts for the "
+    "attack, and other examples for relearning. A difference within the intervals is no change of the model."
+)
 DEFINITIONS = (
+    (
+        "Carried out, open",
+        "The ledger, its commands and its files have other words for this. Carried out: accepted. Open, last run did "
+        "not pass: rejected. Open, run without a result: running. Open, no run yet: pending.",
+    ),
+    (
+        "Run, passed",
+        "A run makes the model forget the examples of requests, and measures the result. It passed if every limit held "
+        "that the job file sets (accept). Its model is then in use. Otherwise the model before it stays in use.",
+    ),
+    ("Held", "The figure is within its limit. Only a figure that was outside before the run shows forgetting."),
+    (
+        "Forgetting",
+        "Seen: a figure was above its limit before the run, and is below it with its whole interval after the run. "
+        "Undecided: the interval passes the limit. Not seen: no figure was above its limit before, or none was "
+        "measured. Trained without them: a new network was trained from nothing without the examples.",
+    ),
+    *(
+        (result[0].upper() + result[1:], meaning[0].upper() + meaning[1:] + ".")
+        for result, meaning in RESULTS.items()
+        if meaning
+    ),
     ("Forget set", "The examples that a run was to forget: those of all its requests."),
     (
         "Retain set",
-        "The training set without the examples of every request that was accepted or open when the run began.",
+        "The training set without the examples of every request that was carried out or open when the run began.",
     ),
+    ("Never-seen examples", "Examples that were not trained on, as a control: the test set."),
     (
-        "Never-seen examples",
-        "Examples that were not trained on, as a control: the test set, unless the ledger names others.",
+        "Method",
+        "How a run makes the model forget. del: the elements that matter most for the forget set are reset and "
+        "trained again on the retain set. retrain: a new network is trained from nothing on the retain set. The guide "
+        "of delfast has the others.",
     ),
+    ("Element", "One number of the model. Training and unlearning change these numbers."),
     (
         "Mask",
-        "The elements that a run may change, chosen on the examples to forget. The head, the model's last layer, may "
-        "change too.",
+        "The elements that a run may change, chosen by the examples to forget; the budget is their share of all. The "
+        "model's last layer may change too.",
     ),
     (
         "Reference model",
         "A network of the same kind that was trained on a random half of the examples, to compare with.",
     ),
     ("Accuracy", "Percent of examples whose class is predicted. A network that never saw the examples is not at 0 %."),
+    (
+        "Loss",
+        "Mean error of the model's predictions, as its training measures it: lower is surer and more often right.",
+    ),
     *((threshold.title, threshold.meaning) for threshold in THRESHOLDS.values()),
     (
         "LiRA",
-        "A per-example attack that compares the model with reference models that never saw the example (Carlini et al. "
-        "2022, arXiv 2112.03570). AUC: area under its ROC curve, 0.5 is guessing. TPR at 1 %: percent of the "
-        "forgotten examples that it finds while it wrongly names 1 % of the never-seen ones.",
+        "An attack on each example that compares the model with reference models that never saw the example (Carlini "
+        "et al. 2022, arXiv 2112.03570). AUC: how well it ranks forgotten above never-seen examples. 0.5 is guessing, "
+        "1 is always right. Below 0.5 the model is less sure of the forgotten examples than networks that never saw "
+        "them: they are not remembered, but far below 0.5 an attacker who expects that can tell that they were "
+        "unlearned. TPR at 1 %: percent of the forgotten examples that the attack finds while it wrongly names 1 % of "
+        "the never-seen ones. No limit applies to LiRA.",
     ),
     (
-        "KL",
-        "Divergence, in nats, of the model's predictions from the oracle's, a network retrained without the set.",
+        "Interval",
+        "Ranges in brackets, and those called 95 % interval, hold the true figure about 19 times of 20. Those of the "
+        "attack do so about 18 times.",
     ),
-    ("Interval", "Every range in brackets is a 95 % interval of the measurement."),
+    (
+        "SHA-256, digest, head",
+        "A SHA-256 or digest is a number computed from a file; a changed file has another one. The head is that of the "
+        "ledger's newest entry, and stands for all entries before it.",
+    ),
 )
+SETTINGS = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "batch size"}
 
 
 def interval(figure: Mapping[str, float | None] | None, digits: int) -> str:
@@ -80,12 +137,13 @@ def missing(figures: Mapping[str, Any]) -> list[str]:
         found.append(f"The attack leaves out {left_out}, of labels that no never-seen example has.")
     lira = forget.get("lira")
     if lira is None:
-        found.append("No reference models: the per-example attack (LiRA) was not made.")
+        found.append("No reference models: the attack on each example (LiRA) was not made.")
     elif lira["left_out"]:
         left_out = counted(lira["left_out"], "example")
-        found.append(f"LiRA leaves out {left_out}, which fewer than two reference models had never seen.")
-    if forget.get("kl") is None:
-        found.append("There is no oracle, a network retrained without the forget set, to compare with (KL).")
+        found.append(
+            f"The attack on each example (LiRA) leaves out {left_out}, which fewer than two reference models had never "
+            "seen."
+        )
     if figures["relearn_ratio"] is None:
         found.append("Relearning was not compared with networks that never saw the examples.")
     found += [
@@ -94,6 +152,12 @@ def missing(figures: Mapping[str, Any]) -> list[str]:
         if "left_out" in curves
     ]
     return found
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Settings in words, the method first."""
+    names = sorted(values, key=lambda name: (name != "method", name))
+    return ", ".join(f"{SETTINGS.get(name, name)} {values[name]}" for name in names)
 
 
 def counted(count: int, noun: str) -> str:
@@ -117,6 +181,25 @@ def requests(numbers: tuple[int, ...] | list[int]) -> str:
     return f"request{'' if len(numbers) == 1 else 's'} {listed(numbers)}"
 
 
+def runs(numbers: list[int]) -> str:
+    """The word and the numbers of runs, to begin a sentence."""
+    return f"Run{'' if len(numbers) == 1 else 's'} {listed(numbers)}"
+
+
 def date(time: str) -> str:
     """A time of an entry, to the minute, in UTC."""
     return f"{time[:10]} {time[11:16]}"
+
+
+def is_overdue(request: TakenRequest, today: datetime.date) -> bool:
+    """Whether a request's due date has passed before it was carried out."""
+    return request.status != ACCEPTED and request.due is not None and request.due < today.isoformat()
+
+
+def due(request: TakenRequest, today: datetime.date) -> str:
+    """A request's due date, marked if it has passed or was missed; empty without one."""
+    if request.due is None:
+        return ""
+    if request.status == ACCEPTED:
+        return request.due + (", carried out later" if request.runs[-1].decided[:10] > request.due else "")
+    return request.due + (", overdue" if is_overdue(request, today) else "")
