@@ -1,10 +1,11 @@
-# make demo   train, forget, and compare with retraining, on real data, in three minutes
+# make demo   train, forget, and compare with retraining, on real data
 # make check  lint, types and the fast tests, for the inner loop
 # make test   lint, types, C++ and Python tests; make test-all adds the wide sweeps, make coverage lists what no test runs
 # make wheels  wheels that need no compiler, for each Python that is there, in dist/: for CPUs, and for CUDA if there is a toolkit
 # make docs   the documentation as a site, in build/docs/index.html; warnings are errors, and nothing is downloaded
 # make release-check  builds the docs, and checks version, changelog, wheels of dist/, figures and licences: a line for each
 # make bench  every kernel, training step and whole job against its baseline, hours; make results also renews the README's tables
+# make help   these lines
 # All make .venv and build the extension first; a second call does no work twice.
 
 PYTHON ?= python3
@@ -13,9 +14,12 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py delfast/ops/schemas.py delfast/_version.py
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all demo check test test-all coverage lint wheels docs release-check bench results clean
+.PHONY: all help demo check test test-all coverage lint wheels docs release-check bench results clean
 
 all: $(VENV)/.built
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 $(VENV)/.requirements: requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -33,6 +33,8 @@ from torch.nn.functional import cross_entropy
 
 import delfast
 from delfast.evaluation import Relearning, accuracy_and_loss, audit
+from delfast.evaluation.intervals import Figure
+from delfast.evaluation.relearn_ratio import worst
 from delfast.evaluation.relearning import Course, Data, Sets, curve_of, finetuned
 from delfast.experiments.datasets import Batches, ForgetSet, ImageData, choose, load
 from delfast.experiments.reports import markdown_table
@@ -193,8 +195,8 @@ class Bench:
                     )
                     for plan, trained in plans.items()
                 }
-                ratios = [curve["ratio"] for curve in row["relearning"].values() if curve.get("ratio")]
-                row["relearn_ratio"] = max(ratios, key=lambda ratio: ratio["low"])
+                ratios = [Figure(**curve["ratio"]) for curve in row["relearning"].values() if curve.get("ratio")]
+                row["relearn_ratio"] = asdict(worst(ratios))
         seconds = time.perf_counter() - started
         return {**asdict(self.case), "forget_examples": count, "seconds": seconds, "models": found}
 

@@ -5,7 +5,8 @@ python -m benchmarks.thresholds    rewrites benchmarks/results/thresholds.json; 
 The job is the one that `delfast init-job` writes. Of each seed and size there is a forget set of random examples, and a
 network retrained without it. Each is audited as `delfast ledger run` does it, beside references that know a random
 half of the examples. The original network, which saw every example, is audited beside them for a few seeds. The attack
-alone is also made on many more sets: parts of the examples that a network was trained without.
+alone is also made on many more sets: parts of the examples that a network was trained without. Ten of these sets of one
+network are the earlier sets of one ledger.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from delfast.unlearning import train
 
 RESULTS = Path(__file__).parent / "results/thresholds.json"
 SIZES = (20, 50)
+NEVER_SEEN = (5, 10, 20, 50)  # sizes of the sets for the attack alone
+EARLIER = 10  # sets of a ledger
 REFERENCES = 4
 LEFT_OUT = 400  # examples of the training set that the networks for the attack alone never see
 ORIGINALS = 3  # seeds of each size for which the original network is audited too
@@ -78,17 +81,27 @@ def rows(job: Job, seeds: int) -> Iterator[dict[str, Any]]:
                 }
 
 
-def attacks(job: Job, networks: int = 5) -> dict[str, list[float]]:
-    """Return the attack's advantages on sets that a network never saw, by the number of examples."""
-    found: dict[str, list[float]] = {str(size): [] for size in SIZES}
+def attacks(job: Job, networks: int = 10) -> dict[str, dict[str, list[float]]]:
+    """Return the attack on sets that a network never saw, by the number of examples.
+
+    "values": the advantage of each set. "earlier": for each ledger of ten sets of one network, the largest lower end of
+    their intervals, by which a set of an earlier run rejects.
+    """
+    found: dict[str, dict[str, list[float]]] = {str(size): {"values": [], "earlier": []} for size in NEVER_SEEN}
     for seed in range(networks):
         order = torch.randperm(job.count, generator=torch.Generator().manual_seed(seed))
         unseen, seen = order[:LEFT_OUT], order[LEFT_OUT:].sort().values
         network = trained(job, seen, 200 + seed)
-        for size in SIZES:
-            for part in unseen.split(size):
-                figures = _audited(job, network, part.sort().values, seen[:100], [], seed, None)
-                found[str(size)].append(figures["attack_advantage"]["value"])
+        for size in NEVER_SEEN:
+            audited = [
+                _audited(job, network, part.sort().values, seen[:100], [], seed, None) for part in unseen.split(size)
+            ]
+            figures = [each["attack_advantage"] for each in audited]
+            kept = found[str(size)]
+            kept["values"] += [round(each["value"], 4) for each in figures]
+            for first in range(0, len(figures) - EARLIER + 1, EARLIER):
+                lowest = max(each["low"] for each in figures[first : first + EARLIER])
+                kept["earlier"].append(round(lowest, 4))
     return found
 
 
@@ -136,8 +149,12 @@ def table(result: dict[str, Any]) -> str:
         for size in SIZES:
             for name, limit in accept.items():
                 add(network, size, name, limit, values(result["networks"], network, size, name))
-    for size, advantages in result["attacks"].items():
-        add("never saw them", int(size), "attack_advantage", accept["attack_advantage"], advantages)
+    limit = accept["attack_advantage"]
+    for size, each in result["attacks"].items():
+        add("never saw them", int(size), "attack_advantage", limit, each["values"])
+    for size, each in result["attacks"].items():
+        if each["earlier"]:
+            add(f"never saw {EARLIER} sets", int(size), "earlier_attack_advantage", limit, each["earlier"])
     return "\n".join(rows)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_choice, describe
 from delfast.errors import InputError
+from delfast.sharding import policy_dtypes
 
 Precision = Literal["fp32", "bf16"]
 ChannelsLast = Literal["auto", True, False]
@@ -47,10 +48,15 @@ class Execution:
         # weights, and a captured graph must not share it with other passes
         return torch.autocast(device.type, dtype, cache_enabled=False)
 
-    def computed_in(self, device: torch.device) -> str:
-        """Return the precision of forward passes on ``device``, for a mask's metadata: a caller's autocast counts."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else _callers_autocast(device)
-        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))
+    def computed_in(self, device: torch.device, network: nn.Module | None = None) -> str:
+        """Return the precision of forward passes on ``device``, for a mask's metadata: a caller's autocast counts.
+
+        A network's MixedPrecisionPolicy of FSDP2 counts too. With several policies all precisions are named.
+        """
+        cast = torch.bfloat16 if self.precision == "bf16" else _callers_autocast(device)
+        dtypes = [dtype or cast for dtype in ([] if network is None else policy_dtypes(network)) or [None]]
+        names = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return ", ".join(sorted({names.get(dtype, str(dtype)) for dtype in dtypes}))
 
     def laid_out(self, inputs: Any, network: nn.Module) -> Any:
         """Return the input in the memory format of ``channels_last``, if it is a tensor of images."""

@@ -256,6 +256,11 @@ def load_state(path: Path) -> dict[str, Tensor]:
     which is never run.
     """
     path = Path(path)
+    if (path / ".metadata").is_file() or (path.parent / ".metadata").is_file():
+        raise InputError(
+            f"expected a state file, got '{path}', a checkpoint of torch.distributed; gather the model with "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and save that"
+        )
     if not path.is_file():
         raise InputError(f"expected a state file at '{path}', there is none; check the path")
     try:
@@ -267,7 +272,10 @@ def load_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # load_file raises many kinds, for a dtype that torch lacks for example
         raise InputError(f"'{path}' is refused: {one_line(error)}; save a plain state dict as .safetensors") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"expected '{path}' to hold a state dict (name -> tensor), got {type(state).__name__}")
+        found = type(state).__name__
+        if isinstance(state, dict):
+            found = f"a dict with {', '.join(map(repr, list(state)[:5]))}; save the model's alone"
+        raise InputError(f"expected '{path}' to hold a state dict (name -> tensor), got {found}")
     return state
 
 

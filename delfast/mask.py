@@ -106,8 +106,8 @@ class Mask:
     ----------
     parameters : Mapping of str to ParameterMask
         The mask of every parameter that competed, selected or not, in the model's order: every trainable parameter that
-        the patterns of ``localize`` leave in. Names are plain: without the prefixes ``module.`` and ``_orig_mod.`` of
-        wrappers.
+        the patterns of ``localize`` leave in. Names are plain: without the prefixes of wrappers (``module.``,
+        ``_orig_mod.`` and ``_checkpoint_wrapped_module.``).
     metadata : Mapping of str to object, default empty
         Criterion, granularity, aggregate, budget and provenance, as plain JSON values.
 

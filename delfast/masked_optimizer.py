@@ -26,6 +26,7 @@ from delfast.sharding import (
     local_part,
     refuse_gathered,
     refuse_unseen_gradients,
+    resharded,
 )
 
 
@@ -94,6 +95,12 @@ class MaskedOptimizer(Optimizer):
                 "model.named_parameters()"
             )
         pairs = [pair for entry in groups for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
+        if sharded := resharded(pair[1] for pair in pairs if _is_pair(pair)):
+            groups = [
+                {**entry, "params": _replaced(entry["params"], sharded)} if isinstance(entry, dict) else entry
+                for entry in _replaced(groups, sharded)
+            ]
+            pairs = _replaced(pairs, sharded)
         with _same_mask(mask, pairs):
             self._check_options(defaults)
             self.mask = mask
@@ -373,13 +380,22 @@ class OpPart:
     selected: int
 
 
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, (tuple, list)) and len(entry) == 2
+
+
+def _replaced(entries: Iterable[Any], sharded: dict[int, Any]) -> list[Any]:
+    """Return the entries with the parameters in place of the copies that FSDP2 had gathered, by the copies' ids."""
+    return [(each[0], sharded.get(id(each[1]), each[1])) if _is_pair(each) else each for each in entries]
+
+
 @contextmanager
 def _same_mask(mask: Mask, pairs: Sequence[Any]) -> Iterator[None]:
     """Check a mask, and that all processes that hold the parameters have the same; they raise one error of the context.
 
     pairs: names and parameters, which are checked too.
     """
-    held = [pair[1] for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2 and is_dtensor(pair[1])]
+    held = [pair[1] for pair in pairs if _is_pair(pair) and is_dtensor(pair[1])]
     processes = holders({str(place): parameter for place, parameter in enumerate(held)})
     with nullcontext() if processes is None else processes.together():
         check_type("mask", mask, Mask, "a delfast.Mask")

@@ -9,15 +9,19 @@ from torch import Tensor, nn
 from delfast.errors import InputError
 from delfast.sharding import is_dtensor, refuse_flattened, refuse_partial, reshard
 
+# the names under which torch's wrappers of a network or of its blocks hold what they wrap: torch.compile, and
+# checkpoint_wrapper and offload_wrapper of torch.distributed.algorithms
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
 
 def plain_name(name: str) -> str:
     """Return a parameter's name without the parts that wrappers add.
 
-    ``module.`` is removed from the front (DDP and DataParallel, which may be nested). ``_orig_mod.`` is removed
-    everywhere, because torch.compile may wrap the network or some of its blocks. A submodule called "module" deeper
-    inside stays.
+    ``module.`` is removed from the front: of DDP, DataParallel and AveragedModel, which may be nested. ``WRAPPED`` is
+    removed everywhere. A submodule called "module" deeper inside stays, and so do parametrizations, which compute a
+    weight from other parameters.
     """
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    parts = [part for part in name.split(".") if part not in WRAPPED]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
@@ -104,6 +108,6 @@ def refuse_dtensor(name: str, parameter: Tensor, what: str) -> None:
     """Raise InputError for a sharded parameter, since the ops would silently use one shard only."""
     if is_dtensor(parameter):
         raise InputError(
-            f"expected whole parameters for {what}, got '{name}' as a DTensor (FSDP2 or tensor parallelism); gather "
-            "the model first (full_tensor())"
+            f"expected whole parameters for {what}, got '{name}' as a DTensor (FSDP2 or tensor parallelism); call it "
+            "before the model is sharded, or train with delfast.optim.MaskedAdamW in place of compact()"
         )

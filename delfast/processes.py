@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from threading import local
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from delfast.bits import checksum
-from delfast.errors import InputError, one_line, printable
+from delfast.errors import InputError
 from delfast.groups import (
     Group,
     all_reduce,
@@ -31,12 +31,21 @@ from delfast.groups import (
     ranks_of,
     reduced_over,
 )
+from delfast.joint_errors import (
+    TEXT_BYTES,
+    at_once_in_forward,
+    contexts,
+    encoded,
+    forget_marks,
+    is_exchanged,
+    is_inside,
+    raised_by_all,
+    raised_by_one,
+    refuse,
+)
 from delfast.sharding import forget_forward, fsdp_groups, fsdp_modules, is_dtensor, is_laid_out, local_part
 
-TEXT_BYTES = 4096  # of an error's text that reach the other processes
 NO_BATCH: Any = object()  # in place of a batch for a process that has none left; None may be a loader's batch
-
-Failure = TypeVar("Failure", bound=Exception)
 
 
 class Processes:
@@ -48,7 +57,8 @@ class Processes:
     meshes: the mesh groups of more than one process, each once.
 
     Every exchange begins with ``raise_first``. A process that has failed, in whatever context ``together``, takes part
-    in the next one, and all of them raise its error in place of the exchange.
+    in the next one, and all of them raise its error in place of the exchange. Inside a pass of a network that they hold
+    together they exchange tensors without it: a process that fails there raises its error at once, alone.
     """
 
     def __init__(self, group: Any, parameters: Mapping[str, Tensor]) -> None:
@@ -76,8 +86,9 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Raise the error of any process, raised inside the context, on all of them: the one of the lowest rank."""
         error: Exception | None = None
-        is_outermost = not getattr(_contexts, "inside", False)
-        _contexts.inside = True
+        is_outermost = not is_inside()
+        if is_outermost:
+            contexts.inside, contexts.handled = True, sys.exc_info()[1]
         try:
             try:
                 yield
@@ -85,12 +96,12 @@ class Processes:
                 error = raised
             self.raise_first(error)
         except Exception as leaving:
-            if is_outermost:  # a caller may raise the same exception again, in a later call
-                vars(leaving).pop(_RAISED_BY_ALL, None)
+            if is_outermost:
+                forget_marks(leaving)
             raise
         finally:
             if is_outermost:
-                _contexts.inside = False
+                contexts.inside, contexts.handled = False, None
 
     def raise_first(self, error: Exception | None, *, more: bool = False) -> bool:
         """Raise the error of the process of the lowest rank that has one, on every process; None: this one has none.
@@ -99,13 +110,21 @@ class Processes:
         RuntimeError by the others. The texts name the rank. Without an error, return whether any process has ``more``
         to do. Every wait for the others is this one exchange, so that a process that fails where it is not expected to
         still takes part.
+
+        An error that cannot be exchanged is raised at once. Where the others are gone, this process's own error is
+        raised, not that of the exchange.
         """
-        if error is not None and (self._is_alone or hasattr(error, _RAISED_BY_ALL)):
+        if error is not None and (self._is_alone or not is_exchanged(error)):
             raise error
         rank, last = dist.get_rank(), dist.get_world_size()
         own = b"" if error is None else encoded(error, rank)  # between the exchanges nothing may fail
         mine = int(more) if error is None else 1 + last - rank  # the lowest rank has the highest number
-        highest = int(self._over_all(torch.tensor([mine], dtype=torch.int64)))
+        try:
+            highest = int(self._over_all(torch.tensor([mine], dtype=torch.int64)))
+        except Exception as broken:
+            if error is None:
+                raise
+            raise raised_by_one(error) from broken
         if highest < 2:
             return highest == 1
         text = torch.zeros(1 + TEXT_BYTES, dtype=torch.uint8)
@@ -117,8 +136,8 @@ class Processes:
         if error is not None and mine == highest and not isinstance(error, (InputError, StopIteration)):
             if hasattr(error, "add_note"):  # from Python 3.11 on
                 error.add_note(f"on rank {rank}; the other processes raise a RuntimeError that names it")
-            raise raised_by_all(error) if getattr(_contexts, "inside", False) else error
-        _refuse(raw[1:].rstrip(b"\0").decode(errors="replace"), is_input=bool(raw[0]), cause=error)
+            raise raised_by_all(error) if is_inside() else error
+        refuse(raw[1:].rstrip(b"\0").decode(errors="replace"), is_input=bool(raw[0]), cause=error)
 
     def in_step(self, values: Iterable[Any]) -> Iterator[Any]:
         """Yield the values, and then NO_BATCH until the last process of the job is done.
@@ -143,12 +162,17 @@ class Processes:
         Inside a pass they exchange parameters or activations, and none may be missing. So an error that a process
         raises before is raised by all where the pass would begin: in the network, or in the first of its modules under
         ``fully_shard`` where a function calls these by themselves. FSDP2's record of a pass that failed is dropped.
+
+        An error inside a pass, or between modules that a function calls by themselves, is raised at once.
         """
         waiting = set(networks)
+        in_parts = False
 
-        def begin(network: torch.nn.Module, *_: Any) -> None:
+        def begin(network: torch.nn.Module, module: torch.nn.Module, *_: Any) -> None:
+            nonlocal in_parts
             if network in waiting:
                 waiting.discard(network)
+                in_parts = in_parts or module is not network
                 self.raise_first(None)
 
         handles = [
@@ -157,13 +181,16 @@ class Processes:
             for module in dict.fromkeys([network, *fsdp_modules(network)])
         ]
         try:
-            yield
+            with at_once_in_forward(*networks):
+                yield
             while waiting:  # the function did not call the network, or not as a module
                 waiting.pop()
                 self.raise_first(None)
         except Exception as error:
             for network in networks:
                 forget_forward(network)
+            if in_parts and is_exchanged(error):
+                raised_by_one(error)
             if waiting:
                 self.raise_first(error)
             raise
@@ -201,7 +228,22 @@ class Processes:
     def check_same(self, value: str | bytes, error: str) -> None:
         """Raise InputError with ``error`` on every process unless all have the same value."""
         if not self.is_same(value):
-            _refuse(error, is_input=True)
+            refuse(error, is_input=True)
+
+    def check_same_arguments(self, arguments: Mapping[str, object]) -> None:
+        """Raise InputError on every process, with the argument's name and values, unless all have the same ones."""
+        if self.is_same(repr(arguments)):
+            return
+        for name, value in arguments.items():
+            if not self.is_same(repr(value)):
+                first = self.first_of_all(value)
+                own = -1 if repr(value) == repr(first) else dist.get_rank()
+                rank = int(self._over_all(torch.tensor([own], dtype=torch.int64)))
+                refuse(
+                    f"expected the same {name} on every process, got {first!r} on the first and another one on rank "
+                    f"{rank}; pass the same",
+                    is_input=True,
+                )
 
     def check_same_mask(self, digest: str) -> None:
         """Raise InputError on every process unless all have masks of one digest."""
@@ -410,32 +452,3 @@ def _copy_from_first(parts: list[Tensor], group: Any, device: torch.device) -> N
     for part, own, values in zip(parts, raw, torch.split(joined_values, list(map(len, raw))), strict=True):
         if not torch.equal(own, values):  # views such as expanded tensors cannot be written to
             part.copy_(values.clone().view(part.dtype).view(part.shape))
-
-
-# Errors that all processes raise
-
-_RAISED_BY_ALL = "_delfast_raised_by_all"  # marks an error, so that a context around does not exchange it again
-_contexts = local()  # .inside: whether this thread is inside a context ``together``
-
-
-def raised_by_all(error: Failure) -> Failure:
-    """Return an error that every process of a job raises by itself, marked, so that they do not exchange it."""
-    vars(error)[_RAISED_BY_ALL] = True  # past a __setattr__ of its own, such as a frozen dataclass's
-    return error
-
-
-def encoded(error: Exception, rank: int) -> bytes:
-    """Return the text of any error, with its rank, in at most TEXT_BYTES bytes of UTF-8."""
-    name = type(error).__name__
-    try:
-        words = str(error) if isinstance(error, InputError) else f"{name}: {one_line(error)}"
-    except Exception:  # of its own __str__: only the name can be reported
-        words = name
-    place = f" (on rank {rank})".encode()
-    return printable(words).encode()[: TEXT_BYTES - len(place)].decode(errors="ignore").encode() + place
-
-
-def _refuse(text: str, *, is_input: bool, cause: Exception | None = None) -> NoReturn:
-    error = raised_by_all((InputError if is_input else RuntimeError)(text))
-    # a context manager would take an error whose cause is StopIteration for its own generator's
-    raise error from (None if isinstance(cause, StopIteration) else cause)

@@ -139,7 +139,10 @@ def _checked_values(model: nn.Module, init: Any, seed: int, parameters: Mapping[
     fresh = _fresh_values(model, init, seed, list(parameters))
     for name, parameter in parameters.items():
         if name not in fresh:
-            raise InputError(f"expected fresh values for '{name}', init has none; pass a factory of the same network")
+            likewise = ", parametrized in the same way" if ".parametrizations." in f".{name}" else ""
+            raise InputError(
+                f"expected fresh values for '{name}', init has none; pass a factory of the same network{likewise}"
+            )
         if fresh[name].shape != parameter.shape:
             raise InputError(
                 f"expected fresh values for '{name}' of shape {tuple(parameter.shape)}, got "

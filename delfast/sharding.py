@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ SUMMING: dict[str, Any] = {
     "reduce_grads": True,
     "all_reduce_grads": True,
 }
+# the attributes of an FSDP2 parameter that hold its copies: gathered, and sharded within a node after a forward pass
+COPIES = ("_unsharded_param", "_sharded_post_forward_param")
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -161,14 +164,34 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 def fsdp_groups(model: nn.Module) -> list[Any]:
     """Return FSDP2's parameter groups: the parameters that it gathers, and whose gradients it adds, together."""
-    found: dict[int, Any] = {}
-    for module in fsdp_modules(model):
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.10 has one for each module
-        for group in [state._fsdp_param_group] if groups is None else groups:
-            if group is not None:
-                found[id(group)] = group
-    return list(found.values())
+    return list({id(group): group for module in fsdp_modules(model) for group in _groups_of(module)}.values())
+
+
+def _groups_of(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.10 has one for each module
+    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+
+
+def resharded(tensors: Iterable[Any]) -> dict[int, Any]:
+    """Shard the modules again whose gathered copies are among the tensors; return parameters by the id of their copy.
+
+    FSDP2 leaves the copies of a module in place after a forward pass without a backward one. torch's table of modules
+    shows whose they are: nothing in a copy refers to its parameter.
+    """
+    fsdp, states = map(sys.modules.get, ("torch.distributed.fsdp", "torch.distributed._composable_state"))
+    if fsdp is None or states is None:  # a sharded model has imported both
+        return {}
+    wanted, found = set(map(id, tensors)), {}
+    for module in list(states._module_state_mapping):
+        if not isinstance(module, fsdp.FSDPModule):
+            continue
+        held = [each for group in _groups_of(module) for each in group.fsdp_params]
+        copies = {id(getattr(each, kind, None)): each.sharded_param for each in held for kind in COPIES}
+        if own := copies.keys() & wanted:
+            found.update({key: copies[key] for key in own})
+            module.reshard()
+    return found
 
 
 def forget_forward(model: nn.Module) -> None:
@@ -186,7 +209,7 @@ def _waits(fsdp_param: Any) -> bool:
 
 @contextmanager
 def adding_gradients(model: nn.Module) -> Iterator[None]:
-    """Let FSDP2 add the gradients of its processes inside the context, instead of averaging them.
+    """Let FSDP2 add the gradients of its processes inside the context, in at least float32, instead of averaging them.
 
     torch has setters for this without getters, so the settings are read from the groups. Raises InputError for
     gradients that wait for their reduction, to which those computed inside would be added, and for an all-reduce hook.
@@ -204,19 +227,44 @@ def adding_gradients(model: nn.Module) -> Iterator[None]:
                 "remove it while the model is scored"
             )
     contexts = [module._get_fsdp_state()._state_ctx for module in fsdp_modules(model)]
-    saved = [(group, {name: getattr(group, name) for name in SUMMING}) for group in groups]
+    saved = [(group, {name: getattr(group, name) for name in (*SUMMING, "mp_policy")}) for group in groups]
     last = [context.is_last_backward for context in contexts]
     try:
         for group in groups:
             vars(group).update(SUMMING)
+            _set_policy(group, _reducing_in_float32(group))
         for context in contexts:
             context.is_last_backward = True
         yield
     finally:
         for group, settings in saved:
             vars(group).update(settings)
+            _set_policy(group, settings["mp_policy"])
         for context, is_last in zip(contexts, last, strict=True):
             context.is_last_backward = is_last
+
+
+def _reducing_in_float32(group: Any) -> Any:
+    """Return a group's MixedPrecisionPolicy with a dtype of at least float32 for the sums over processes.
+
+    Without a ``reduce_dtype`` FSDP2 adds gradients in the dtype in which they were computed.
+    """
+    policy = group.mp_policy
+    computed_in = [policy.param_dtype or each.sharded_param.dtype for each in group.fsdp_params]
+    if all((policy.reduce_dtype or dtype).itemsize >= 4 for dtype in computed_in):
+        return policy
+    return replace(policy, reduce_dtype=torch.float32)
+
+
+def _set_policy(group: Any, policy: Any) -> None:
+    group.mp_policy = policy
+    if hasattr(group, "_reduce_dtype"):  # else the first forward pass reads the policy
+        group._init_mp_dtypes()
+
+
+def policy_dtypes(model: nn.Module) -> list[torch.dtype | None]:
+    """Return the dtypes, each once, in which FSDP2 computes by its MixedPrecisionPolicy; None: in the parameters'."""
+    return list({group.mp_policy.param_dtype: None for group in fsdp_groups(model)})
 
 
 def refuse_flattened(name: str, parameter: Any) -> None:
@@ -245,7 +293,7 @@ def refuse_gathered(name: str, parameter: Any) -> None:
     if held.numel() and not held.untyped_storage().size():
         raise InputError(
             f"expected '{name}' as the DTensor that FSDP2 shards, got the copy that it gathers for a forward pass; "
-            "make the optimizer before the first pass, or call model.reshard() before"
+            "make the optimizer before the first pass, or call reshard() of each FSDPModule in model.modules()"
         )
 
 

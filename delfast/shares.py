@@ -30,7 +30,7 @@ LOADING = (
     "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
     "prefetch_factor",
 )  # fmt: skip
-WHOLE_SET = "pass the loader of the whole set without a sampler, which is shared out here"
+WHOLE_SET = "pass the loader of the whole set without a sampler, or a list of all its batches: they are shared out here"
 HASHES = 2**48  # the number of different hashes, whose sum over thousands of processes an int64 holds
 
 
@@ -333,7 +333,8 @@ def checked_sharding(loader: Any, processes: Processes) -> tuple[int, int, str] 
 def _refuse_count(total: int, expected: int) -> None:
     raise InputError(
         f"expected the {expected} examples of the data set, each once, got {total} on all processes together: the "
-        f"sampler repeats or omits some, or is seeded otherwise on some processes; {WHOLE_SET}"
+        f"loader has drop_last=True, or the sampler repeats or omits some, or is seeded otherwise on some processes; "
+        f"{WHOLE_SET}"
     )
 
 

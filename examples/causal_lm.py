@@ -118,7 +118,10 @@ def unlearn(
     strategy: str,
     mesh: DeviceMesh | None,
 ) -> delfast.Mask:
-    """Localize the forget set, reset what was found, and train only this on the retain set; return what was found."""
+    """Localize the forget set, reset what was found, and train only this on the retain set; return what was found.
+
+    The head is tied with the embeddings, which do not compete: it stays fixed.
+    """
     options = {"loss_fn": causal_lm_loss, "exclude": ["*.wte.*", "*.wpe.*"]}  # without the embeddings, hence the head
     loader = DataLoader(forget, batch_size=4)  # the whole set's, on every process
     mask = delfast.localize(model, loader, BUDGET, strategy=strategy, group=mesh, **options)

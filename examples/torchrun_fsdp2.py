@@ -40,13 +40,13 @@ def main() -> None:
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     everything = TensorDataset(*digits())
-    forget, retain = Subset(everything, range(WRONG)), Subset(everything, range(WRONG, len(everything)))
+    forget, retain = (Subset(everything, part) for part in (range(WRONG), range(WRONG, len(everything))))
     model = fully_shard(network(), mesh=mesh)
     train(model, torch.optim.AdamW(model.parameters(), lr=5e-3), everything, epochs=40)
     before = gathered(model)
-
     mask = delfast.localize(model, DataLoader(forget, batch_size=25), budget=0.3, group=mesh)  # the whole model's
     delfast.reset_(model, mask, init=network)
+    mask = mask.widen(["3.weight", "3.bias"], {"3.weight": (10, 256), "3.bias": (10,)})  # the head is trained in full
     train(model, delfast.optim.MaskedAdamW(model.named_parameters(), mask, lr=2e-3), retain, epochs=8)
 
     after = gathered(model)

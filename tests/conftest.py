@@ -36,6 +36,7 @@ HEAVY = (
     "distributed/test_training.py",
     "distributed/test_evaluate.py",
     "distributed/test_unlearn.py",
+    "distributed/test_errors_inside_passes.py",
 )
 ISAS = list(BACKEND.module.isas()) if BACKEND.module else []
 

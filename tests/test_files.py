@@ -256,3 +256,14 @@ def test_errors_are_one_printable_line_whatever_they_quote() -> None:
     error = InputError("no '\x1b[31m\n\u202e\ud800é'; check it")
     assert str(error) == r"no '\x1b[31m\n\u202e\ud800é'; check it"
     assert str(InputError(str(error))) == str(error) == str(pickle.loads(pickle.dumps(error)))
+
+
+def test_checkpoints_of_several_parts_are_refused_with_advice(tmp_path: Path) -> None:
+    torch.save({"model": {"weight": torch.ones(2)}, "step": 3}, tmp_path / "parts.pt")
+    with pytest.raises(InputError, match=r"got a dict with 'model', 'step'; save the model's alone"):
+        load_state(tmp_path / "parts.pt")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/.metadata").touch()
+    for path in (tmp_path / "checkpoint", tmp_path / "checkpoint/model.safetensors"):
+        with pytest.raises(InputError, match=r"a checkpoint of torch.distributed; gather the model with"):
+            load_state(path)

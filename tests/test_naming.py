@@ -13,6 +13,7 @@ from torch import nn
 
 import delfast
 from delfast import InputError
+from delfast.experiments.verification import compare
 from delfast.naming import plain_name, unique_parameters, unwrap
 from tests import cases, groups
 
@@ -43,6 +44,7 @@ def gloo_group(tmp_path: Path) -> Iterator[None]:
 def test_plain_name_removes_leading_wrappers_only() -> None:
     assert plain_name("module._orig_mod.conv.weight") == "conv.weight"
     assert plain_name("_orig_mod.module.conv.weight") == "conv.weight"
+    assert plain_name("blocks.0._checkpoint_wrapped_module.weight") == "blocks.0.weight"
     assert plain_name("block.module.weight") == "block.module.weight"
     assert plain_name("module") == "module"
 
@@ -105,3 +107,59 @@ def test_compiled_blocks_match_too() -> None:
     mask = delfast.localize(model, cases.image_batches())
     model.features = torch.compile(model.features, backend="eager")  # type: ignore[assignment]
     assert delfast.localize(model, cases.image_batches()).digest == mask.digest
+
+
+def checkpointed(model: nn.Module, *names: str) -> nn.Module:
+    """Wrap blocks of a model for activation checkpointing, as recipes for FSDP2 do."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for name in names:
+        model.set_submodule(name, checkpoint_wrapper(model.get_submodule(name)))
+    return model
+
+
+def test_checkpointed_blocks_match_the_network_without_them() -> None:
+    batches = cases.image_batches()
+    model, wrapped = (cases.SmallNet() for _ in range(2))
+    wrapped.load_state_dict(model.state_dict())
+    checkpointed(wrapped, "features.0", "features.3", "head")  # not BatchNorm, whose statistics count each pass
+    assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_parameters())
+    mask = delfast.localize(model, batches, budget=0.4)
+    assert delfast.localize(wrapped, batches, budget=0.4).digest == mask.digest
+    both = [delfast.localize(each, batches, budget=0.4, per_example=True).digest for each in (model, wrapped)]
+    assert both[0] == both[1]
+    states = []
+    for each in (model, wrapped):
+        before = {name: value.clone() for name, value in each.state_dict().items()}
+        delfast.reset_(each, mask, init=cases.SmallNet, seed=1)
+        optimizer = delfast.optim.MaskedAdamW(each.named_parameters(), mask, lr=0.1)
+        nn.functional.cross_entropy(each(batches[0][0]), batches[0][1]).backward()
+        optimizer.step()
+        assert compare(before, each.state_dict(), mask).outside == 0
+        result = delfast.unlearn(each, retain=batches, mask=mask, init=cases.SmallNet, seed=2, epochs=1, lr=0.1)
+        assert result.head == "head"
+        states.append(each.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_an_averaged_model_has_the_names_of_its_network() -> None:
+    model = cases.SmallNet()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    mask = delfast.localize(model, cases.image_batches(), budget=0.4)
+    assert delfast.localize(average, cases.image_batches(), budget=0.4).digest == mask.digest
+    delfast.reset_(average, mask, init=cases.SmallNet, seed=1)
+    delfast.reset_(model, mask, init=cases.SmallNet, seed=1)
+    assert all(torch.equal(p, dict(model.named_parameters())[plain_name(n)]) for n, p in average.named_parameters())
+
+
+def test_a_parametrized_weight_keeps_its_own_names() -> None:
+    """Its parameters are others: the norms and directions of weight_norm, for example."""
+    model = cases.SmallNet()
+    torch.nn.utils.parametrizations.weight_norm(model.head)
+    mask = delfast.localize(model, cases.image_batches(), budget=0.9)
+    assert "head.parametrizations.weight.original1" in mask
+    with pytest.raises(
+        InputError, match=r"for 'head.parametrizations.weight.original\d', init has none; .* parametrized"
+    ):
+        delfast.reset_(model, mask, init=cases.SmallNet)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +90,7 @@ def add(
             _print(f"added request {number}")
         elif requests is not None:
             numbers = opened.add_requests(_json_objects(requests))
-            _print(f"added requests {numbers[0]} to {numbers[-1]}" if numbers else "the file holds no request")
+            _print(f"added {_numbered('request', numbers)}" if numbers else "the file holds no request")
         _print(f"head: {opened.head}")
 
 
@@ -154,7 +154,11 @@ def run(
         str | None, typer.Option(help="new: localize the requests taken up (default); all: with all accepted ones")
     ] = None,
     escalate: Annotated[
-        bool, typer.Option("--escalate", help="where the thresholds do not hold, try the job's other settings in order")
+        bool,
+        typer.Option(
+            "--escalate",
+            help="where the thresholds do not hold, try the job's other settings in order, and retraining last",
+        ),
     ] = False,
     seed: Annotated[
         int | None,
@@ -220,8 +224,9 @@ def references(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         made = opened.train_references(count, device=device, watch=log.info)
-        numbers = f": {made[0]} to {made[-1]}" if made else "; there are enough"
-        _print(f"trained {len(made)} reference models{numbers}")
+        _print(
+            f"trained {_numbered('reference model', made)}" if made else "trained no reference model; there are enough"
+        )
         _print(f"head: {opened.head}")
 
 
@@ -334,6 +339,12 @@ def _pipe() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Return a noun with its numbers, which follow each other."""
+    first, last = numbers[0], numbers[-1]
+    return f"{noun} {first}" if len(numbers) == 1 else f"{noun}s {first} to {last}"
 
 
 def _row(request: Request) -> str:

@@ -93,7 +93,8 @@ class Audit:
     relearning : mapping of str to RelearningCurve or str
         By name: "retain", and "forget 1 %" and so on for each fraction. A text is the reason why it was left out.
     relearn_ratio : Figure, optional
-        The ratio of ``relearning`` with the highest lower limit; None if there is none.
+        The highest ratio of ``relearning`` whose lower limit is above 1, or else the one with the highest lower limit;
+        None if there is none.
     oracle : mapping of str to SetFigures, optional
         The oracle's own figures, in the form of ``sets``.
     seconds : mapping of str to float

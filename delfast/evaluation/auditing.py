@@ -18,6 +18,7 @@ from delfast.evaluation.intervals import Figure, auc, mean, proportion
 from delfast.evaluation.lira import offline_lira, tpr_at_fpr
 from delfast.evaluation.measuring import Measured, measure, same_examples
 from delfast.evaluation.outputs import Loader
+from delfast.evaluation.relearn_ratio import worst
 from delfast.evaluation.relearning import Network, NeverSeen, Relearning, RelearningCurve, Sets, loaded, run_relearning
 from delfast.overlap import check_disjoint
 
@@ -141,15 +142,16 @@ def audit(
     Haldane's 1/2 added to each count. It follows the Anamnesis index of Chundawat et al., the ratio of the steps in
     which both come near the original's accuracy; odds stay defined where a never-seen network is near from the
     beginning (iid examples) or never comes near (wrong labels). 1: the model regains as much as a network that never
-    saw the examples. Far above 1: they are hidden, not gone. A network that begins below the never-seen networks is
-    measured from where it begins: the ratio of the odds at the beginning is divided out, since what comes back had been
-    there. If the model also has better odds than the never-seen networks on control examples, before the finetuning,
-    since reference models may be trained on less, this advantage is divided out, as far as the ratio goes towards 1.
+    saw the examples. Far above 1: they are hidden, not gone. If the model also has better odds than the never-seen
+    networks on control examples, before the finetuning, since reference models may be trained on less, this advantage
+    is divided out, as far as the ratio goes towards 1. A network whose odds of the forget set begin below those of the
+    never-seen networks times the advantage is measured from where it begins: the ratio at the beginning is divided out
+    instead, in which the advantage is contained, since the examples that come back were in the network all the time.
     With ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a
     mean is not above 0.
 
-    ``relearn_ratio`` is the ratio whose lower limit is highest, the best evidenced one: the highest value of several
-    would be above 1 by chance, most of all where few examples are right.
+    ``relearn_ratio`` is the highest ratio of those whose lower limit is above 1; without one the ratio whose lower
+    limit is highest. The highest value of all would be above 1 by chance, most of all where few examples are right.
 
     A ratio above 1 is no proof. A network that unlearning has damaged, also on the test set, regains a part of the
     forget set with the rest; finetune it until it no longer changes, and audit it again. A ratio of 1 is none either:
@@ -230,7 +232,7 @@ def audit(
         sets=sets[0],
         classes=_classes({name: measured[name][0] for name in ("retain", "test")}),
         relearning=curves,
-        relearn_ratio=max(ratios, key=lambda ratio: ratio.low or 0.0, default=None),
+        relearn_ratio=worst(ratios),
         oracle=sets[1] if oracle is not None else None,
         seconds={"inference": inferred - started, "lira": compared - inferred, "relearning": ended - begun},
         settings={"seed": seed, "relearning": None if relearn is None else asdict(relearn)},

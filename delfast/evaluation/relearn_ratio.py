@@ -3,8 +3,17 @@
 Every network has measurements of N examples at several times: at time 0, before the finetuning, and after it began.
 They are parts that are right, in [0, 1], or losses. Each measurement has a log score: the log odds of the mean part
 that is right, or minus the log of the mean loss. The log ratio to one never-seen network is the difference of their
-scores, of the means over the times after 0. A network that begins below the never-seen ones is measured from where it
-begins: the difference of the scores at time 0 is taken off then.
+scores, of the means over the times after 0.
+
+What is asked for is the memory m(t) of these examples in the network's score, beside the score r(t) of networks that
+never saw them. A network that was trained on more has a general advantage A too, on examples that nobody saw: its score
+is r(t) + A + m(t). The difference of the scores is A + m(t) after the beginning and A + m(0) at the beginning. Where
+m(0) is negative, the network hid what comes back later: it is measured from where it begins, m(t) - m(0). That is the
+plain difference of both, from which A has cancelled: taking A off once more would hide what was hidden. Elsewhere m(t)
+is measured, the difference after the beginning less A. So the smaller one of A and of the difference at the beginning
+is taken off: at the boundary both are the same. A is estimated on control examples at time 0, since the finetuning can
+harm a network, and counts as 0 where it is negative: a network that is worse in general is not expected to be worse at
+wrong labels. An advantage is taken off as far as it goes towards a ratio of 1.
 
 The variance from the sample of examples is that of the paired differences, plus that of an example more for each
 network, half right and half wrong: Haldane's 1/2, which the log odds include. Without pairing the sum of the two is at
@@ -53,11 +62,14 @@ class Comparison:
         return self.log, self.log - half, self.log + half
 
 
-def compare(own: Tensor, others: Sequence[Tensor], unknown: Sequence[Tensor], is_loss: bool) -> Comparison | None:
+def compare(
+    own: Tensor, others: Sequence[Tensor], unknown: Sequence[Tensor], is_loss: bool, general: Comparison | None = None
+) -> Comparison | None:
     """Compare a network's measurements (times, N) with those of others, each on examples that it was not trained on.
 
-    unknown: bool (N,) for each of ``others``. Others with fewer than ``MIN_EXAMPLES`` are left out. None if none is
-    left, and for losses whose mean is not above 0, which have no ratio.
+    unknown: bool (N,) for each of ``others``. Others with fewer than ``MIN_EXAMPLES`` are left out. general: the same
+    comparison on examples that no network has seen, whose advantage does not count. None if no other network is left,
+    and for losses whose mean is not above 0, which have no ratio.
     """
     levels, starts = [], []
     for other, known_not in zip(others, unknown, strict=True):
@@ -72,27 +84,31 @@ def compare(own: Tensor, others: Sequence[Tensor], unknown: Sequence[Tensor], is
         return None
     level, start = _Differences.of(levels), _Differences.of(starts)
     from_start = level.less(start)
-    chosen = from_start if start.logs.mean() < 0 else level
-    count, examples = len(levels), chosen.influence.shape[1]
+    after, before = (each.logs.mean().item() for each in (level, start))
+    advantage = 0.0 if general is None else max(general.log, 0.0)
+    taken = min(before, advantage)
+    logs = from_start.logs if before < advantage else level.logs
+    count, examples = len(levels), level.influence.shape[1]
     return Comparison(
-        chosen.logs.mean().item(),
-        # the larger of both, since the examples also decide which of both it is
-        max(level.sampling(), from_start.sampling()),
-        (chosen.logs.var() * (1 + 1 / count)).item() if count > 1 else 0.0,
+        after - min(taken, max(after, 0.0)),
+        # the larger of both, and that of the advantage, since the examples also decide which one it is; where the
+        # advantage does not count, the interval is too wide
+        max(level.sampling(), from_start.sampling()) + (0.0 if general is None else general.sampling),
+        (logs.var() * (1 + 1 / count)).item() if count > 1 else 0.0,
         (examples - 1, count - 1),
     )
 
 
-def corrected(forgotten: Comparison, general: Comparison) -> Comparison:
-    """Return the comparison without the advantage that the network also has on examples that no network has seen.
+def worst(ratios: Sequence[Figure]) -> Figure | None:
+    """Return the highest ratio of those whose lower limit is above 1, or else the one with the highest lower limit.
 
-    An advantage is taken off as far as it goes towards a ratio of 1. A disadvantage is not added: a network that is
-    worse in general is not expected to be worse at wrong labels. The variance of the advantage counts in every case,
-    since the control examples decide how much is taken off: where that is nothing, the interval is too wide.
+    The highest value of several is above 1 by chance, most of all where few examples are right; of those with evidence
+    for memory none may be left out. None without a ratio.
     """
-    taken = min(max(general.log, 0.0), max(forgotten.log, 0.0))
-    sampling = forgotten.sampling + general.sampling
-    return Comparison(forgotten.log - taken, sampling, forgotten.networks, forgotten.degrees)
+    evident = [ratio for ratio in ratios if ratio.low is not None and ratio.low > 1]
+    if evident:
+        return max(evident, key=lambda ratio: ratio.value)
+    return max(ratios, key=lambda ratio: ratio.low or 0.0, default=None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.evaluation.intervals import Figure
 from delfast.evaluation.measuring import Measured, measure
-from delfast.evaluation.relearn_ratio import MIN_EXAMPLES, compare, corrected
-from delfast.evaluation.samples import Examples, joined
+from delfast.evaluation.relearn_ratio import MIN_EXAMPLES, compare
+from delfast.evaluation.samples import Examples, UncutBatches, joined
 from delfast.language import causal_lm_loss, is_token_batch
 from delfast.naming import unwrap
 
@@ -172,7 +172,7 @@ def run_relearning(
     }
     try:
         data = Data(sets, settings, max(trained.values()))
-    except InputError as error:
+    except UncutBatches as error:  # other errors are of the data, and no figure is without them
         return dict.fromkeys(trained, str(error))
     courses: dict[str, list[Course | str]] = {name: [] for name in trained if name not in few}
     for number, each in enumerate([NeverSeen(model), *never_seen]):
@@ -317,11 +317,11 @@ def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning
     scale = 1 if is_loss else 100
     others = [course.unknown for course in whole[1:]]
     unknown_counts = [int(unknown.sum()) for unknown in others]
-    forgotten = compare(values[0], values[1:], others, is_loss)
     general = [course.control.expand(2, -1) for course in whole]  # one time, which is the first and the last
     usable = [other for other, count in zip(general[1:], unknown_counts, strict=True) if count >= MIN_EXAMPLES]
     known_not = [torch.ones(general[0].shape[1], dtype=torch.bool)] * len(usable)
     advantage = compare(general[0], usable, known_not, is_loss)
+    ratio = compare(values[0], values[1:], others, is_loss, advantage) if advantage else None
     return RelearningCurve(
         steps=settings.measured_at,
         accuracy=None if is_loss else (scale * values[0].mean(1)).tolist(),
@@ -332,10 +332,10 @@ def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning
         ],
         trained_on=trained,
         measured=own.losses.shape[1],
-        ratio=corrected(forgotten, advantage).figure() if forgotten and advantage else None,
+        ratio=ratio.figure() if ratio else None,
         advantage=advantage.figure() if advantage else None,
         compared_on=[count if count >= MIN_EXAMPLES else 0 for count in unknown_counts],
-        ratio_left_out=None if forgotten and advantage else _reason(len(others), bool(usable), own.losses.shape[1]),
+        ratio_left_out=None if ratio else _reason(len(others), bool(usable), own.losses.shape[1]),
     )
 
 

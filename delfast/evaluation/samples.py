@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delfast.arguments import describe
 from delfast.batches import LossFn, plain, split_batch
 from delfast.device_checks import prefixed
 from delfast.errors import InputError
 from delfast.language import is_token_batch
+
+
+class UncutBatches(InputError):
+    """Batches of a form that cannot be cut into examples.
+
+    The text names types and shapes and never a value: it is kept in an audit, and a value may name a person.
+    """
 
 
 class Examples:
@@ -24,8 +30,8 @@ class Examples:
     def __init__(self, loader: Iterable[Any], positions: Tensor, loss_fn: LossFn | None, name: str) -> None:
         """Read the loader once and keep the examples of these positions, int64, repeated or not.
 
-        Raises InputError, which begins with the set's name, for batches that cannot be cut into examples, and for
-        batches whose examples have different shapes.
+        Raises UncutBatches, whose text begins with the set's name, and InputError for a loader that has fewer examples
+        than before.
         """
         wanted = torch.unique(positions)
         self._row = {position: row for row, position in enumerate(wanted.tolist())}
@@ -51,7 +57,7 @@ class Examples:
 
 
 def joined(*batches: Any) -> Any:
-    """Return one batch of the examples of several. InputError unless their tensors have one shape."""
+    """Return one batch of the examples of several. UncutBatches unless their tensors have one shape."""
     return _joined(list(batches))
 
 
@@ -62,10 +68,10 @@ def _whole(batch: Any, loss_fn: LossFn | None) -> Any:
 
 
 def _count(batch: Any) -> int:
-    """Return the number of examples. InputError unless each part of the batch has one row for each."""
+    """Return the number of examples. UncutBatches unless each part of the batch has one row for each."""
     sizes = {None if isinstance(part, Tensor) and not part.ndim else len(part) for part in _parts(batch)}
     if len(sizes) != 1 or None in sizes:
-        raise InputError(
+        raise UncutBatches(
             "expected batches of tensors, and lists of texts, with a row for each example, got other parts; make them "
             "tensors"
         )
@@ -87,7 +93,9 @@ def _joined(batches: list[Any]) -> Any:
         shapes = {tuple(part.shape[1:]) for part in column if isinstance(part, Tensor)}
         if len(shapes) > 1:
             first, second = sorted(shapes)[:2]
-            raise InputError(f"expected examples of one shape in all batches, got {first} and {second}; pad them alike")
+            raise UncutBatches(
+                f"expected examples of one shape in all batches, got {first} and {second}; pad them alike"
+            )
     parts = iter(
         [torch.cat(column) if isinstance(column[0], Tensor) else [*chain.from_iterable(column)] for column in columns]
     )
@@ -103,7 +111,8 @@ def _parts(batch: Any) -> list[Any]:
 def _map_parts(value: Any, function: Callable[[Any], Any]) -> Any:
     """Apply ``function`` to every part of a batch that has a row for each example: tensors, and lists of texts.
 
-    As ``map_tensors``, except for the lists, which torch's collate function makes of texts. InputError for other parts.
+    As ``map_tensors``, except for the lists, which torch's collate function makes of texts. Raises UncutBatches for
+    other parts.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -119,7 +128,7 @@ def _map_parts(value: Any, function: Callable[[Any], Any]) -> Any:
         return changed
     if isinstance(value, Mapping):
         return {key: _map_parts(item, function) for key, item in value.items()}
-    raise InputError(
-        f"expected batches of tensors, and lists of texts, with a row for each example, got {describe(value)}; make "
-        "it a tensor"
+    raise UncutBatches(
+        f"expected batches of tensors, and lists of texts, with a row for each example, got {type(value).__name__}; "
+        "make it a tensor"
     )

@@ -391,7 +391,7 @@ def read_job(path: str | os.PathLike[str]) -> Job:
     The file defines the functions ``model()``, ``train_set()`` and ``test_set()``; optionally ``example_ids()``,
     ``load(path)`` with ``save(model, path)``, ``loss_fn(model, batch)`` and ``preprocess(batch)``; optionally the
     constants ``batch_size``, ``training``, ``accept`` and ``settings``. `delfast init-job` writes one with comments.
-    Modules in the file's folder can be imported.
+    Modules in the file's folder can be imported, except those that the folder of another job of the process has too.
 
     Parameters
     ----------
@@ -406,7 +406,8 @@ def read_job(path: str | os.PathLike[str]) -> Job:
     Raises
     ------
     InputError
-        With file and line: for an error in the file, a function that is missing, and an unfit constant.
+        With file and line: for an error in the file, a function that is missing, and an unfit constant. Also for a
+        module that the folder of another job has too.
 
     Examples
     --------

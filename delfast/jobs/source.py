@@ -15,6 +15,7 @@ from typing import Any
 from delfast.arguments import describe
 from delfast.errors import InputError, one_line
 from delfast.files import reason
+from delfast.jobs.modules import prepare_imports
 
 ADVICE = "correct the job file"
 
@@ -32,12 +33,10 @@ class Source:
         # A name of its own in sys.modules: dataclasses and pickle look up the module of a class there. The path is part
         # of the name, since two files of the same content differ by their own path.
         unique = hashlib.sha256(str(path).encode("utf-8", "surrogateescape") + content).hexdigest()[:16]
+        prepare_imports(path)
         self.module = ModuleType(f"delfast_job_{unique}")
         self.module.__file__ = str(path)
         sys.modules[self.module.__name__] = self.module
-        # The job's own modules lie beside it. At the end of the path they cannot replace installed packages.
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))
         try:
             with self.naming_errors():
                 exec(code, self.module.__dict__)

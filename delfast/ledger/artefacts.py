@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from delfast.ledger.events import PURGED
 from delfast.ledger.store import Entry
 
-PURGED = "purged"
+MODELS, RUNS, REFERENCE_MODELS = "models", "runs", "references"  # folders of the ledger
 CHUNK = 1 << 20  # bytes read at once
 
 
@@ -90,6 +91,12 @@ class Recorded:
                 continue
             if found != digest:
                 yield f"the recorded file '{name}' is not as it was written: its digest is {found}, not {digest}"
+
+
+def discard_unrecorded(ledger: Path, entries: Iterable[Entry], folder: str) -> None:
+    """Delete the files in a folder of the ledger that none of these entries records."""
+    for name in list(Recorded.of(entries).others(ledger, folder)):
+        (ledger / name).unlink()
 
 
 def _artefacts(value: Any) -> Iterator[tuple[str, str]]:

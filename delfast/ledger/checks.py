@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,23 +54,20 @@ def check_all(
     """Return a check of the comparison with the mask, and of each threshold that is set.
 
     ``figures``: of the audit of the result; ``baseline``: of that of the model before the run. The test accuracy is
-    compared with that of the ledger's first model, so that small losses cannot add up unnoticed. The attack's advantage
-    is the largest over the new forget set and all earlier ones that it can be measured on. A figure that could not be
-    measured holds with ``accept_unmeasured`` alone.
+    compared with that of the ledger's first model, so that small losses cannot add up unnoticed. A figure that could
+    not be measured holds with ``accept_unmeasured`` alone. The attack has a check for the new forget set, and one for
+    the worst of the earlier sets if there are any.
     """
     found = [Check("outside_mask", verified["outside"], 0, verified["outside"] == 0, "model")]
     if accept["test_drop"] is not None:
         drop, before = (_drop(first_test_accuracy, each) for each in (figures, baseline))
         found.append(_check("test_drop", drop, before, accept["test_drop"], "test", accept_unmeasured))
-    if accept["attack_advantage"] is not None:
-        names = [name for name in figures["sets"] if name.startswith("run ")]
-        measured = {name: each for name in names if (each := advantage(figures, name))[0] is not None}
-        new = advantage(figures, "forget")
-        if new[0] is not None or not (measured and accept_unmeasured):
-            measured["forget"] = new  # without a figure it is the worst; earlier sets were accepted as they were
-        worst = max(measured, key=lambda name: _or_infinite(measured[name][0]))
-        before, limit = advantage(baseline, worst), accept["attack_advantage"]
-        found.append(_check("attack_advantage", measured[worst], before, limit, worst, accept_unmeasured))
+    if (limit := accept["attack_advantage"]) is not None:
+        new, before = (advantage(each, "forget") for each in (figures, baseline))
+        found.append(_check("attack_advantage", new, before, limit, "forget", accept_unmeasured))
+        earlier = {name: advantage(figures, name) for name in figures["sets"] if name.startswith("run ")}
+        if earlier:
+            found.append(_check_earlier(earlier, baseline, limit))
     if accept["relearn_ratio"] is not None:
         ratio, before = _ratio(figures), _ratio(baseline)
         found.append(_check("relearn_ratio", ratio, before, accept["relearn_ratio"], "forget", accept_unmeasured))
@@ -85,6 +81,29 @@ def _check(name: str, after: Measured, before: Measured, limit: float, where: st
         return Check(name, None, limit, accept_unmeasured, where, before=value_before, reason=why)
     held = figure["value"] <= limit
     return Check(name, figure["value"], limit, held, where, figure["low"], figure["high"], value_before)
+
+
+def _check_earlier(earlier: Mapping[str, Measured], baseline: Mapping[str, Any], limit: float) -> Check:
+    """Return the check of the worst earlier set, which rejects where the lower end of its interval is above the limit.
+
+    The largest of many figures of a few examples passes any limit by chance, also for a network that never saw the
+    examples, and no method can change that. The worst set is the largest of those that reject, or else of all. Sets
+    that cannot be measured are counted and do not reject: they were accepted as they were.
+    """
+    measured = {name: figure for name, (figure, _) in earlier.items() if figure is not None}
+    missing = len(earlier) - len(measured)
+    reason = f"{missing} of {len(earlier)} earlier sets cannot be measured" if missing else None
+    name = "earlier_attack_advantage"
+    if not measured:
+        return Check(name, None, limit, True, next(iter(earlier)), reason=reason)
+    failing = {each: figure for each, figure in measured.items() if figure["low"] > limit}
+    chosen = failing or measured
+    worst = max(chosen, key=lambda each: float(chosen[each]["value"]))
+    figure, (before, _) = chosen[worst], advantage(baseline, worst)
+    value_before = None if before is None else before["value"]
+    return Check(
+        name, figure["value"], limit, not failing, worst, figure["low"], figure["high"], value_before, reason=reason
+    )
 
 
 def _drop(first: float | None, figures: Mapping[str, Any]) -> Measured:
@@ -114,30 +133,38 @@ def _ratio(figures: Mapping[str, Any]) -> Measured:
     return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no reference models"
 
 
-def _or_infinite(figure: Mapping[str, Any] | None) -> float:
-    return math.inf if figure is None else float(figure["value"])
-
-
 HELP = {
     "outside_mask": "The job's load or save alters weights, or delfast has a fault",
     "test_drop": "The model lost test accuracy. Try a smaller budget, more epochs, or retraining",
     "attack_advantage": "The examples still stand out. Try a larger budget, more epochs, another method, or retraining",
+    "earlier_attack_advantage": (
+        "The examples of an earlier run stand out. A larger budget for the new ones does not change that. Try "
+        "retraining, which leaves out all of them"
+    ),
     "relearn_ratio": "The examples are hidden, not gone. Try a larger budget, another method, or retraining",
 }
+RETRAINED = (  # a network that never saw the examples has such figures by chance, or as they are easy for any network
+    "Retraining was tried, so a larger budget or another method is no help. Take up more requests together, or look "
+    "whether the limit fits the job: measure a network that never saw the examples"
+)
 TOO_FEW = (
     "Its interval includes 1, the ratio of a network that never saw the examples: the ratio may be chance. "
     "Take up more requests, or train more reference models"
 )
 
 
-def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: bool) -> list[str]:
-    """Return a line for each check that does not hold: what failed and what would help."""
+def advice(checks: Sequence[Check], attempts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each check of the last attempt that does not hold: what failed and what would help.
+
+    ``attempts``: the settings of every attempt.
+    """
+    methods = [each["method"] for each in attempts]
     lines = []
     for check in checks:
         if check.held:
             continue
         if check.name == "method":
-            lines.append(f"{settings['method']} failed: {check.set}")
+            lines.append(f"{methods[-1]} failed: {check.set}")
         elif check.value is None:
             lines.append(
                 f"{check.name} was not measured: {check.reason}. Take up more requests together, or pass "
@@ -145,7 +172,8 @@ def advice(checks: Sequence[Check], settings: Mapping[str, Any], *, escalated: b
             )
         else:
             few = check.name == "relearn_ratio" and check.low is not None and check.low <= 1
-            lines.append(f"{check.name}: {failure(check)}. {TOO_FEW if few else HELP[check.name]}")
-    if not escalated and settings["method"] != "retrain":  # which comes last
+            helps = RETRAINED if "retrain" in methods and check.name != "outside_mask" else HELP[check.name]
+            lines.append(f"{check.name}: {failure(check)}. {TOO_FEW if few else helps}")
+    if len(methods) == 1 and methods[0] != "retrain":  # which comes last
         lines.append("--escalate tries the settings of the job file in order, retraining last")
     return lines

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from delfast.ledger.requests import ACCEPTED, CREATED, REJECTED, STARTED, requests
+from delfast.ledger.events import ACCEPTED, CREATED, REJECTED, STARTED
+from delfast.ledger.requests import requests
 from delfast.ledger.store import Entry, Store
 
 
@@ -68,11 +69,6 @@ class History:
         accuracy: float | None = first["before"]["test"]
         return accuracy
 
-    def sees_more(self, run: int) -> bool:
-        """Return whether a run may have localized more examples than those of its own requests."""
-        inputs = self._started[run].payload
-        return inputs["localize_on"] == "all" or any("strategy" in each for each in inputs["attempts"])
-
     def requests_of(self, run: int) -> list[int]:
         """Return the numbers of the requests that a run took up."""
         numbers: list[int] = self._started[run].payload["requests"]
@@ -82,6 +78,16 @@ class History:
         """Return the numbers of the open requests that a run left out; their examples are not retained either."""
         numbers: list[int] = self._started[run].payload["excluded"]
         return numbers
+
+    def localizes_accepted(self, run: int) -> bool:
+        """Return whether a run localized the examples of every accepted request beside its own."""
+        localize_on: str = self._started[run].payload["localize_on"]
+        return localize_on == "all"
+
+    def settings_of(self, run: int, attempt: int) -> dict[str, Any]:
+        """Return the settings of an attempt of a run, from 1."""
+        settings: dict[str, Any] = self._started[run].payload["attempts"][attempt - 1]
+        return settings
 
     def result_of(self, run: int) -> dict[str, Any]:
         """Return the payload of the entry that ended a run."""

@@ -75,8 +75,9 @@ class Ledger(Records):
         """Make the newest accepted model unlearn the open requests, audit the result, and accept or reject it.
 
         All open requests are taken up together. The retained examples are the training set without those of accepted
-        requests, and of all open ones, taken up or not. The model before the run is audited first. A run that was
-        stopped is continued, to the same model: call ``run`` without arguments then.
+        requests, and of all open ones, taken up or not. The model before the run is audited first; a request that comes
+        meanwhile is open too. A run that was stopped is continued, to the same model: call ``run`` without arguments
+        then.
 
         Parameters
         ----------
@@ -95,7 +96,8 @@ class Ledger(Records):
         seed : int, optional
             Seed of everything random. Default: derived from the run's number.
         accept_unmeasured : bool, optional
-            Whether a threshold that cannot be measured on so few examples holds; it is recorded. Default: no.
+            Whether a threshold that cannot be measured on so few examples holds; it is recorded, and the check has no
+            value. Default: no.
         device : str
             "auto", "cpu", "cuda" or "cuda:N". Default: "auto".
         watch : callable, optional
@@ -109,8 +111,9 @@ class Ledger(Records):
         Raises
         ------
         InputError
-            For arguments beside a run that was stopped, requests that are not open, a threshold that cannot be
-            measured, and a ledger that another process works on. Nothing was recorded then.
+            For arguments beside a run that was stopped, requests that are not open, a method with a setting that it
+            cannot have, a threshold that cannot be measured, and a ledger that another process works on. Nothing was
+            recorded then, and no file is left.
 
         Examples
         --------

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from delfast.errors import InputError
-from delfast.ledger.artefacts import PURGED, Recorded, digest_file
+from delfast.ledger.artefacts import MODELS, REFERENCE_MODELS, RUNS, Recorded, digest_file
+from delfast.ledger.events import CREATED, LOCALIZED, PURGED, UNLEARNED
 from delfast.ledger.history import History
-from delfast.ledger.records import MODELS
-from delfast.ledger.references import REFERENCES, Trained, references_of, with_members
-from delfast.ledger.requests import CREATED, requests
+from delfast.ledger.references import Trained, UnknownExamples, UnknownMembers, references_of
+from delfast.ledger.requests import requests
 from delfast.ledger.results import HeldFile
-from delfast.ledger.running import LOCALIZED, UNLEARNED
-from delfast.ledger.starting import RUNS
+from delfast.localization import WHOLE_TRAINING_SET
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
@@ -25,7 +24,7 @@ def purge_plan(ledger: Records) -> list[HeldFile]:
     The newest accepted model stays, and so does everything that an unfinished run needs. InputError without the job,
     since a reference is deleted only if it saw an example.
     """
-    ledger.positions([])  # InputError without the job or the key
+    _require_positions(ledger)
     history = History(ledger.store)
     accepted = set(history.accepted_requests)
     keep = {history.model["file"]}
@@ -73,6 +72,11 @@ def purge(ledger: Records, plan: Sequence[HeldFile]) -> None:
             ledger.store.append(PURGED, {"files": files})
 
 
+def _require_positions(ledger: Records) -> None:
+    """Raise InputError for a ledger that was opened without the job, or without the key that it needs."""
+    _ = ledger.job, ledger.identifiers
+
+
 def _directory_of(history: History) -> str | None:
     """Return the directory of the unfinished run, which continues with the files in it; None without one."""
     return None if history.unfinished is None else f"{RUNS}/{history.unfinished.run:04d}/"
@@ -80,7 +84,7 @@ def _directory_of(history: History) -> str | None:
 
 def _unrecorded(ledger: Records, recorded: Recorded, everything: Sequence[int]) -> Iterator[HeldFile]:
     """Yield the files that no entry records."""
-    for name in recorded.others(ledger.path, MODELS, RUNS, REFERENCES):
+    for name in recorded.others(ledger.path, MODELS, RUNS, REFERENCE_MODELS):
         why = "was purged and is there again" if name in recorded.purged else "recorded by no entry: may hold all"
         try:
             digest = digest_file(ledger.path / name)
@@ -95,21 +99,22 @@ def _held(ledger: Records, history: History, everything: Sequence[int]) -> Itera
     yield _file(ledger, created, everything, "the model that the ledger was made for, trained on them")
     gone: set[int] = set()  # requests whose examples the newest accepted model so far does not hold
     accepted = dict(history.accepted_runs)
+    erased: set[int] = set()  # requests of the accepted runs so far
     for run in range(1, history.last_run + 1):
         taken, without = history.requests_of(run), gone
-        chosen_by = everything if history.sees_more(run) else taken  # what its masks were localized on
-        localized: set[int] = set()
+        masks: dict[int, list[int]] = {}  # attempt -> the requests whose examples chose its mask
         for entry in ledger.store.entries(run=run):
             payload = entry.payload
             if entry.event == LOCALIZED:
-                localized.add(payload["attempt"])
-                yield _file(ledger, payload["mask"], chosen_by, f"the mask of run {run}, chosen by them")
+                attempt = payload["attempt"]
+                masks[attempt] = _localized(history, run, attempt, erased, everything)
+                yield _file(ledger, payload["mask"], masks[attempt], f"the mask of run {run}, chosen by them")
             elif entry.event == UNLEARNED:
-                if payload["attempt"] in localized:  # otherwise everything was allowed to change
+                if (chosen_by := masks.get(payload["attempt"])) is not None:  # otherwise everything was to change
                     why = f"the mask of run {run} with the head, chosen by them"
                     yield _file(ledger, payload["allowed"], chosen_by, why)
                 is_result = run in accepted and payload["model"] == history.result_of(run)["model"]
-                is_retrained = payload["settings"]["method"] == "retrain" and payload["attempt"] not in localized
+                is_retrained = payload["settings"]["method"] == "retrain" and payload["attempt"] not in masks
                 lacks = gone | set(taken) if is_result or is_retrained else gone
                 if is_retrained:  # from new weights, on the retain set alone
                     lacks |= set(history.excluded_by(run))
@@ -118,8 +123,20 @@ def _held(ledger: Records, history: History, everything: Sequence[int]) -> Itera
                 how = "trained on them" if is_retrained else "which did not unlearn them"
                 yield _file(ledger, payload["model"], left, f"{what}, {how}")
                 without = lacks if is_result else without
-        gone = without
+        gone, erased = without, erased | set(accepted.get(run, ()))
     yield from _references(ledger)
+
+
+def _localized(history: History, run: int, attempt: int, erased: set[int], everything: Sequence[int]) -> list[int]:
+    """Return the requests whose examples a mask was localized on; ``erased``: those of the accepted runs before."""
+    taken = set(history.requests_of(run))
+    if history.settings_of(run, attempt).get("strategy") in WHOLE_TRAINING_SET:
+        # retained and forget examples, among them those of requests that came later
+        left_out = {*history.excluded_by(run), *erased}
+        return [number for number in everything if number not in left_out]
+    if history.localizes_accepted(run):
+        return sorted(taken | erased)
+    return sorted(taken)
 
 
 def _references(ledger: Records) -> Iterator[HeldFile]:
@@ -127,14 +144,24 @@ def _references(ledger: Records) -> Iterator[HeldFile]:
     if not ledger.has_positions:
         received = [request.number for request in requests(ledger.store)]
         for reference in references:
-            before = set(reference.requests)
-            seen = [number for number in received if number not in before]
-            yield _reference(ledger, reference, seen, "trained before they came: may have seen some of them")
+            yield _unknown(ledger, reference, received)
         return
     positions = list(ledger.positions_by_request()) if references else []
-    for reference, members in with_members(ledger, references):
+    unknown = UnknownExamples(ledger)
+    for reference in references:
+        try:
+            members = reference.members(ledger.job.count, unknown.of(reference))
+        except UnknownMembers:
+            yield _unknown(ledger, reference, [number for number, _ in positions])
+            continue
         seen = [number for number, each in positions if bool(members[each].any())]
         yield _reference(ledger, reference, seen, "trained on some of them")
+
+
+def _unknown(ledger: Records, reference: Trained, received: Sequence[int]) -> HeldFile:
+    """Return a reference as a file that may hold every request that came later."""
+    seen = [number for number in received if number > reference.newest_request]
+    return _reference(ledger, reference, seen, "trained before they came: may have seen some of them")
 
 
 def _reference(ledger: Records, reference: Trained, seen: Sequence[int], why: str) -> HeldFile:

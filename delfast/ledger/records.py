@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from delfast.errors import InputError
 from delfast.ledger import requests as queries
-from delfast.ledger.artefacts import artefact
+from delfast.ledger.artefacts import MODELS, artefact
+from delfast.ledger.events import CREATED, RECEIVED
 from delfast.ledger.identifiers import Identifiers, checked, read_key
-from delfast.ledger.requests import CREATED, RECEIVED, Request, RequestDetails, read_request
+from delfast.ledger.requests import Request, RequestDetails, read_request
 from delfast.ledger.store import Store
 from delfast.ledger.verification import creation
+from delfast.ledger.versions import versions
 
 if TYPE_CHECKING:  # imports torch
     from torch import Tensor
 
     from delfast.jobs import Job
 
-MODELS = "models"
-VERSIONS = ("delfast", "torch", "numpy", "python", "platform")
 R = TypeVar("R", bound="Records")
 
 
@@ -419,18 +419,15 @@ def _copy(model: Path, path: Path) -> None:
 
 def _facts(job: Job, model: Path) -> dict[str, Any]:
     """Return what the first entry records of the job and the model, after reading both."""
-    from delfast.provenance import provenance
-
     if not model.is_file():
         raise InputError(f"expected a checkpoint at '{model}', there is no such file; check --model")
     job.load(model)
-    versions = provenance()
     return {
         "job": {"name": job.name, "path": str(job.path), "digest": job.digest},
         "data": job.data_digest(),
         "examples": len(job.ids),
         "accept": asdict(job.accept),
-        "versions": {name: versions[name] for name in VERSIONS},
+        "versions": versions(),
     }
 
 
@@ -461,7 +458,7 @@ def _same_job(path: str | os.PathLike[str], created: Mapping[str, Any]) -> Job:
 
 
 def _read_all(requests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], str | None, str | None]]:
-    """Yield the fields of each request, checked; InputError names the request, counted from 1."""
+    """Yield the fields of each request, checked; the text of an InputError has the number of the request, from 1."""
     for position, fields in enumerate(requests, start=1):
         try:
             yield read_request(fields)

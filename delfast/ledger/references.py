@@ -1,11 +1,13 @@
 """Reference models, each trained on a random half of the examples: for the audit's per-example attack.
 
-They are trained once and serve every run. The entry that recorded a reference gives the examples that it was
-trained on: by its seed, and the requests whose examples it was trained without.
+They are trained once and serve every run. Which examples a reference knows follows from the entry that recorded it: its
+seed, and the number of the newest request then, since it was trained without the examples of every request so far. The
+entry has a digest of these examples, too.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,39 +19,57 @@ import torch
 from torch import Tensor
 
 from delfast.arguments import check_count
+from delfast.errors import InputError
 from delfast.evaluation import Reference
 from delfast.experiments.run import choose_device
-from delfast.ledger.artefacts import PURGED, Recorded, artefact
+from delfast.ledger.artefacts import REFERENCE_MODELS, Recorded, artefact
+from delfast.ledger.events import PURGED, RECEIVED, REFERENCES
 from delfast.ledger.networks import drawing, load_recorded
 from delfast.ledger.store import Store
+from delfast.provenance import digest_tensor
 from delfast.seeding import seeded
 from delfast.unlearning import train
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
-REFERENCES = "references"
 MOMENTUM = 0.9  # of SGD, as in every training of the DEL paper
 SEED = 500_000_000  # added to a reference's number: far from the seeds of runs
 
 
+class UnknownMembers(InputError):
+    """The examples that a reference was trained on do not follow from its entry."""
+
+
 @dataclass(frozen=True)
 class Trained:
-    """A reference of the ledger: its number, its file, the seed of its half, and the requests it never saw."""
+    """A reference of the ledger: its number, its file, the seed of its half, the newest request then, 0 for none.
+
+    known: SHA-256 (hex) of the positions of the examples that it was trained on.
+    """
 
     number: int
     model: Mapping[str, str]
     seed: int
-    requests: tuple[int, ...]
+    newest_request: int
+    known: str
+
+    @property
+    def requests(self) -> range:
+        """Numbers of the requests whose examples it was trained without; they are numbered from 1 without a gap."""
+        return range(1, self.newest_request + 1)
 
     def members(self, count: int, unknown: Tensor) -> Tensor:
-        """Return bool (count,): the reference was trained on the example; ``unknown``: those of its requests."""
-        allowed = torch.ones(count, dtype=torch.bool)
-        allowed[unknown] = False
-        positions = allowed.nonzero().flatten()
-        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(self.seed))
-        members = torch.zeros(count, dtype=torch.bool)
-        members[positions[order[: len(positions) // 2]]] = True
+        """Return bool (count,): the reference was trained on the example; ``unknown``: those of its requests.
+
+        UnknownMembers if they are not those that were recorded.
+        """
+        members = half(count, unknown, self.seed)
+        if digest(members) != self.known:
+            raise UnknownMembers(
+                f"the examples of reference {self.number} are not those that its entry records; verify the ledger, and "
+                "purge the reference"
+            )
         return members
 
     def for_audit(
@@ -62,13 +82,32 @@ class Trained:
         )
 
 
+def half(count: int, unknown: Tensor, seed: int) -> Tensor:
+    """Return bool (count,): a random half of the examples that are not among the ``unknown`` positions.
+
+    The numbers are of Python's random(), whose sequence for a seed is promised to stay the same; no promise covers
+    torch.randperm.
+    """
+    draw = random.Random(seed).random
+    numbers = torch.tensor([draw() for _ in range(count)], dtype=torch.float64)
+    numbers[unknown] = 2.0  # above each number
+    members = torch.zeros(count, dtype=torch.bool)
+    members[numbers.argsort(stable=True)[: (count - len(unknown)) // 2]] = True
+    return members
+
+
+def digest(members: Tensor) -> str:
+    """Return the SHA-256 (hex) of the positions of these examples."""
+    return digest_tensor(members.nonzero().flatten()).hex()
+
+
 def references_of(store: Store) -> list[Trained]:
     """Return the references that were trained and not purged, in order."""
     trained = list(store.entries(REFERENCES))
     present = Recorded.of(sorted([*trained, *store.entries(PURGED)])).digests
     found = (entry.payload for entry in trained)
     return [
-        Trained(each["reference"], each["model"], each["seed"], tuple(each["requests"]))
+        Trained(each["reference"], each["model"], each["seed"], each["newest_request"], each["known"])
         for each in found
         if present.get(each["model"]["file"]) == each["model"]["digest"]
     ]
@@ -76,11 +115,23 @@ def references_of(store: Store) -> list[Trained]:
 
 def with_members(ledger: Records, references: Iterable[Trained]) -> Iterator[tuple[Trained, Tensor]]:
     """Yield each reference and bool (training examples,): it was trained on the example."""
-    known: dict[tuple[int, ...], Tensor] = {}  # most references were trained together, without the same requests
+    unknown = UnknownExamples(ledger)
     for reference in references:
-        if reference.requests not in known:
-            known[reference.requests] = ledger.positions(reference.requests)
-        yield reference, reference.members(ledger.job.count, known[reference.requests])
+        yield reference, reference.members(ledger.job.count, unknown.of(reference))
+
+
+class UnknownExamples:
+    """The examples that references were trained without; most were trained together, without the same requests."""
+
+    def __init__(self, ledger: Records) -> None:
+        self._ledger = ledger
+        self._found: dict[int, Tensor] = {}
+
+    def of(self, reference: Trained) -> Tensor:
+        """Return the positions (examples,), int64, of the requests that came before a reference."""
+        if reference.newest_request not in self._found:
+            self._found[reference.newest_request] = self._ledger.positions(reference.requests)
+        return self._found[reference.newest_request]
 
 
 def train_references(ledger: Records, count: int, *, device: str, watch: Callable[[str], None]) -> list[int]:
@@ -105,9 +156,9 @@ def train_references(ledger: Records, count: int, *, device: str, watch: Callabl
 def _train(ledger: Records, number: int, device: torch.device) -> None:
     started = time.perf_counter()
     job, seed = ledger.job, SEED + number
-    requests = [request.number for request in ledger.requests()]
-    reference = Trained(number, {}, seed, tuple(requests))
-    ((_, members),) = with_members(ledger, [reference])
+    received = ledger.store.last(RECEIVED)
+    newest = 0 if received is None else received.payload["request"]
+    members = half(job.count, ledger.positions(range(1, newest + 1)), seed)
     positions = members.nonzero().flatten()
     with seeded(seed):
         network = job.model().to(device)
@@ -124,17 +175,17 @@ def _train(ledger: Records, number: int, device: torch.device) -> None:
             loss_fn=job.loss_fn,
         )
     first: dict[str, Any] = ledger.created["model"]
-    path = ledger.path / REFERENCES / f"{number:04d}{Path(first['file']).suffix}"
+    path = ledger.path / REFERENCE_MODELS / f"{number:04d}{Path(first['file']).suffix}"
     path.parent.mkdir(exist_ok=True)
     job.save(network, path)
     ledger.store.append(
         REFERENCES,
         {
-            "action": "trained",
             "reference": number,
             "model": artefact(ledger.path, path),
             "seed": seed,
-            "requests": requests,
+            "newest_request": newest,
+            "known": digest(members),
             "examples": len(positions),
             "seconds": time.perf_counter() - started,
         },

@@ -8,10 +8,10 @@ from datetime import date
 from typing import Any
 
 from delfast.errors import InputError
+from delfast.ledger.events import ACCEPTED, RECEIVED, REJECTED, STARTED
 from delfast.ledger.identifiers import checked
 from delfast.ledger.store import Entry, Store
 
-CREATED, RECEIVED, STARTED, ACCEPTED, REJECTED = "created", "received", "started", "accepted", "rejected"
 PENDING, RUNNING = "pending", "running"  # states beside ACCEPTED and REJECTED
 FIELDS = ("ids", "reason", "due")
 

@@ -15,13 +15,15 @@ class Check:
     ----------
     name : str
         "outside_mask" (elements changed outside the mask), "test_drop" (percentage points), "attack_advantage" (0 to
-        1), "relearn_ratio", or "method" if the method itself failed.
+        1), "earlier_attack_advantage" (the worst of the forget sets of earlier runs), "relearn_ratio", or "method" if
+        the method itself failed.
     value : float or None
         The measured value; None if it could not be measured.
     limit : float or None
         The largest value that holds.
     held : bool
-        Whether the value is at most the limit. One that was not measured holds only with ``accept_unmeasured``.
+        Whether the value is at most the limit; for "earlier_attack_advantage" whether ``low`` is. A value that was not
+        measured holds with ``accept_unmeasured`` alone, except that of earlier sets, which always holds.
     set : str
         The set that was measured: "test", "forget", "model", or "run 3" for the forget set of an earlier run. For
         "method" it is the error.
@@ -32,7 +34,7 @@ class Check:
     before : float, optional
         The same figure of the model before the run; None if it has none.
     reason : str, optional
-        Why there is no value.
+        Why there is no value; for "earlier_attack_advantage" also how many sets have none.
 
     Examples
     --------

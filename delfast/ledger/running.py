@@ -6,6 +6,7 @@ the next ``run`` from its last entry, to the same model: a step's result depends
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,15 +21,15 @@ from delfast.errors import InputError, one_line
 from delfast.experiments.run import choose_device
 from delfast.experiments.verification import compare
 from delfast.jobs.values import hyperparameters
-from delfast.ledger.artefacts import Recorded, artefact
+from delfast.ledger.artefacts import RUNS, artefact
 from delfast.ledger.auditing import audit_recorded
 from delfast.ledger.checks import advice, check_all
+from delfast.ledger.events import ACCEPTED, AUDITED, BASELINE, FAILED, LOCALIZED, REJECTED, UNLEARNED, VERIFIED
 from delfast.ledger.examples import Examples
 from delfast.ledger.history import History
 from delfast.ledger.networks import AlteredFile, drawing, load_recorded, recorded_file
-from delfast.ledger.requests import ACCEPTED, REJECTED
 from delfast.ledger.results import Check, RunResult
-from delfast.ledger.starting import BASELINE, RUNS, Choice, resume, start
+from delfast.ledger.starting import Choice, discard_run, resume, start
 from delfast.ledger.store import Entry
 from delfast.localization import BUDGET, WHOLE_TRAINING_SET, localize
 from delfast.mask import Mask
@@ -37,8 +38,7 @@ from delfast.unlearning import Diverged, TrainingOptions, make_method, unlearn
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
-LOCALIZED, UNLEARNED, VERIFIED, AUDITED = "localized", "unlearned", "verified", "audited"
-FAILED = "failed"
+QUOTED = re.compile("['\"].*['\"]")  # up to the last quote, since a value may contain quotes
 Watch = Callable[[str], None]
 
 
@@ -62,7 +62,7 @@ def abandon(ledger: Records) -> int:
         if unfinished is None:
             raise InputError("expected an unfinished run to abandon, there is none")
         assert unfinished.run is not None
-        _discard_unrecorded(ledger, unfinished.run)
+        discard_run(ledger, unfinished.run)
         ledger.store.append(REJECTED, {"attempts": [], "checks": [], "advice": ["it was abandoned"]}, unfinished.run)
         return unfinished.run
 
@@ -98,7 +98,7 @@ class _Run:
             if model is not None and all(check.held for check in checks):
                 payload = {"model": model, "attempts": tried, "checks": tried[-1]["checks"]}
                 return self._end(ACCEPTED, payload, settings, checks, model)
-        found = advice(checks, settings, escalated=len(attempts) > 1)
+        found = advice(checks, attempts)
         payload = {"attempts": tried, "checks": tried[-1]["checks"], "advice": found}
         return self._end(REJECTED, payload, settings, checks, self.inputs["model"])
 
@@ -111,7 +111,7 @@ class _Run:
         model: Mapping[str, str],
     ) -> RunResult:
         """Record the result and return it; ``model`` is the newest accepted one."""
-        _discard_unrecorded(self.ledger, self.number)
+        discard_run(self.ledger, self.number)
         self.ledger.store.append(event, payload, self.number)
         self.watch(f"run {self.number}: {event}")
         found = tuple(payload.get("advice", ()))
@@ -263,17 +263,11 @@ class _Attempt:
 # ---- the end
 
 
-def _discard_unrecorded(ledger: Records, run: int) -> None:
-    """Delete a run's files that no entry records, such as a checkpoint: nobody needs them after its end."""
-    recorded = Recorded.of(ledger.store.entries(run=run))
-    for name in recorded.others(ledger.path, f"{RUNS}/{run:04d}"):
-        (ledger.path / name).unlink()
-
-
 def recorded_error(error: Exception, job: Path) -> str:
-    """Return an error as the ledger keeps it: one of the job's code by its type, file and line alone.
+    """Return an error as the ledger keeps it: without anything that may be a value of the job's data.
 
-    Its text may name a person, and an entry cannot be removed.
+    The text of other code is left out, of an error in the job file beside its type, file and line. So is everything
+    between quotes: a value may name a person, and an entry cannot be removed.
     """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -282,6 +276,9 @@ def recorded_error(error: Exception, job: Path) -> str:
         lines = [line for frame, line in walk_tb(each.__traceback__) if frame.f_code.co_filename == str(job)]
         if lines:
             return f"{type(each).__name__} in '{job}', line {lines[-1]}; its text is not recorded"
+    for each in reversed(chain):
+        if not isinstance(each, (InputError, Diverged)):
+            return f"{type(each).__name__}; its text is not recorded"
     if str(job) in str(error):  # a result of the job's that did not fit, quoted
         return f"{type(error).__name__} of a value of '{job}'; its text is not recorded"
-    return one_line(error)
+    return QUOTED.sub("'...'", one_line(error))

@@ -9,31 +9,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from delfast.arguments import check_choice, check_seed, describe
 from delfast.errors import InputError
-from delfast.jobs.values import hyperparameters
+from delfast.jobs.values import check_setting
+from delfast.ledger.artefacts import RUNS, discard_unrecorded
 from delfast.ledger.auditing import audit_recorded
 from delfast.ledger.checks import refuse_unmeasurable, refuse_unmeasured
+from delfast.ledger.events import BASELINE, RESUMED, STARTED
 from delfast.ledger.examples import Examples
 from delfast.ledger.history import History
 from delfast.ledger.networks import drawing
 from delfast.ledger.references import references_of
-from delfast.ledger.requests import STARTED
-from delfast.ledger.store import Entry
-from delfast.localization import check_selection
-from delfast.provenance import provenance
-from delfast.unlearning import make_method
+from delfast.ledger.store import Entry, canonical
+from delfast.ledger.versions import versions
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
-BASELINE, RESUMED = "baseline", "resumed"
-RUNS = "runs"
-VERSIONS = ("delfast", "torch", "numpy", "python", "platform", "device")
 SEEDS_PER_RUN = 1000  # more than a run has attempts, so that no two attempts draw alike
 LocalizeOn = Literal["new", "all"]
 
@@ -64,45 +61,66 @@ def start(
     check_choice("localize_on", localize_on, LocalizeOn)
     numbers = _chosen_requests(history, choice.requests)
     attempts = _attempts(ledger, choice)
+    canonical(attempts)  # InputError for values that an entry cannot hold
     number = history.last_run + 1
     seed = SEEDS_PER_RUN * number if choice.seed is None else check_seed(choice.seed)
-    excluded = [each for each in history.open_requests if each not in numbers]
-    examples = Examples(ledger, history.accepted_requests, numbers, excluded)
-    if not len(examples.retain):
-        raise InputError("expected examples to retain, the requests name every one; delete the model instead")
+    examples = _examples(ledger, history, numbers)
     references = [each.number for each in references_of(ledger.store)]
     accept = ledger.job.accept
     refuse_unmeasurable(accept, ledger.job.loss_fn is None, len(references))
     began = time.perf_counter()
     path = ledger.path / RUNS / f"{number:04d}" / f"{BASELINE}.json"
-    with drawing(seed, device):
-        audited = audit_recorded(ledger, history, history.model, examples, references, seed, device, path)
-    if not choice.accept_unmeasured:
-        refuse_unmeasured(accept, audited["figures"])
-    sets = audited["figures"]["sets"]
-    baseline = {**audited, "seconds": time.perf_counter() - began}
-    started = {
-        "requests": numbers,
-        "excluded": excluded,
-        "settings": attempts[0],
-        "attempts": attempts,
-        "localize_on": localize_on,
-        "seed": seed,
-        "references": references,
-        "job": ledger.job.digest,
-        "model": history.model,
-        "forget": len(examples.forget),
-        "retain": len(examples.retain),
-        "before": {name: _value(sets[name]["accuracy"]) for name in ("forget", "retain", "test")},
-        "accept": asdict(accept),
-        "accept_unmeasured": bool(choice.accept_unmeasured),
-        "versions": _versions(device),
-    }
-    with ledger.store.writing() as append:
-        entry: Entry = append(STARTED, started, number)
-        append(BASELINE, baseline, number)
+    try:
+        with drawing(seed, device):
+            audited = audit_recorded(ledger, history, history.model, examples, references, seed, device, path)
+        if not choice.accept_unmeasured:
+            refuse_unmeasured(accept, audited["figures"])
+        sets = audited["figures"]["sets"]
+        baseline = {**audited, "seconds": time.perf_counter() - began}
+        with ledger.store.writing() as append:
+            now = History(ledger.store)  # with the requests that came during the audit
+            examples = _examples(ledger, now, numbers)
+            started = {
+                "requests": numbers,
+                "excluded": _excluded(now, numbers),
+                "attempts": attempts,
+                "localize_on": localize_on,
+                "seed": seed,
+                "references": references,
+                "job": ledger.job.digest,
+                "model": history.model,
+                "forget": len(examples.forget),
+                "retain": len(examples.retain),
+                "before": {name: _value(sets[name]["accuracy"]) for name in ("forget", "retain", "test")},
+                "accept": asdict(accept),
+                "accept_unmeasured": bool(choice.accept_unmeasured),
+                "versions": versions(device=str(device)),
+            }
+            entry: Entry = append(STARTED, started, number)
+            append(BASELINE, baseline, number)
+    except BaseException:
+        discard_run(ledger, number)
+        raise
     watch(f"run {number}: {BASELINE}, the audit of the model before it, {baseline['seconds']:.1f} s")
     return entry
+
+
+def discard_run(ledger: Records, run: int) -> None:
+    """Delete a run's files that no entry records, such as a checkpoint: nobody needs them after its end."""
+    discard_unrecorded(ledger.path, ledger.store.entries(run=run), f"{RUNS}/{run:04d}")
+
+
+def _excluded(history: History, numbers: Sequence[int]) -> list[int]:
+    """Return the open requests that are not taken up; their examples are not retained either."""
+    return [each for each in history.open_requests if each not in numbers]
+
+
+def _examples(ledger: Records, history: History, numbers: Sequence[int]) -> Examples:
+    """Return the examples of a run that takes up these requests. InputError if none is left to retain."""
+    examples = Examples(ledger, history.accepted_requests, numbers, _excluded(history, numbers))
+    if not len(examples.retain):
+        raise InputError("expected examples to retain, the requests name every one; delete the model instead")
+    return examples
 
 
 def resume(ledger: Records, started: Entry, choice: Choice, device: torch.device) -> Entry:
@@ -117,13 +135,8 @@ def resume(ledger: Records, started: Entry, choice: Choice, device: torch.device
             f"the job file '{ledger.job.path}' has changed since run {started.run} began; restore it, or end the run "
             "by --abandon"
         )
-    ledger.store.append(RESUMED, {"versions": _versions(device)}, started.run)
+    ledger.store.append(RESUMED, {"versions": versions(device=str(device))}, started.run)
     return started
-
-
-def _versions(device: torch.device) -> dict[str, Any]:
-    versions = provenance(device=str(device))
-    return {name: versions[name] for name in VERSIONS}
 
 
 def _value(figure: dict[str, float] | None) -> float | None:
@@ -141,10 +154,14 @@ def _chosen_requests(history: History, wanted: Sequence[int] | None) -> list[int
         got = "none" if isinstance(wanted, Sequence) and not wanted else describe(wanted)
         raise InputError(f"expected requests as a list of numbers, at least one, got {got}; leave it out for all open")
     for number in wanted:
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise InputError(
+                f"expected requests as a list of numbers, got {describe(number)} in it; pass whole numbers"
+            )
         if number not in open_requests:
             known = "is accepted already" if number in history.accepted_requests else "does not exist"
             raise InputError(f"expected open requests, request {number} {known}; see `delfast ledger list`")
-    return sorted(set(wanted))
+    return sorted({int(number) for number in wanted})
 
 
 def _attempts(ledger: Records, choice: Choice) -> list[dict[str, Any]]:
@@ -160,9 +177,8 @@ def _attempts(ledger: Records, choice: Choice) -> list[dict[str, Any]]:
     if own is None and choice.method == "retrain":
         first = dict(retraining)
     if choice.budget is not None:
-        check_selection(choice.budget)
         first["budget"] = choice.budget
-    make_method(first["method"], hyperparameters(first))
+    check_setting(first, has_loss_fn=job.loss_fn is not None)
     if not choice.escalate:
         return [first]
     others = [each for each in settings if each["method"] != "retrain" and each is not own]

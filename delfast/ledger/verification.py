@@ -7,7 +7,8 @@ from typing import Any
 
 from delfast.errors import InputError
 from delfast.ledger.artefacts import Recorded
-from delfast.ledger.requests import CREATED, Numbering
+from delfast.ledger.events import CREATED
+from delfast.ledger.requests import Numbering
 from delfast.ledger.store import FIRST, Entry, Store, Verification, chain_problem
 
 DIGITS = 64  # hexadecimal, of a SHA-256

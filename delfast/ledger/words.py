@@ -20,6 +20,8 @@ class Threshold:
     if_below_0: str = ""
     """The sentence for a figure below 0, with its size, where figures can be below 0."""
     best: float = 0.0
+    compared: str = ""
+    """The words that name what is compared with the limit, where that is not the figure itself."""
 
 
 THRESHOLDS = {
@@ -44,20 +46,29 @@ THRESHOLDS = {
         "",
         3,
         "2 · (balanced accuracy - 0.5) of an attacker that sees the model's confidence and separates a forget set from "
-        "never-seen examples: 0 is guessing, 1 is always right. The limit is for the largest of all forget sets so "
-        "far.",
+        "never-seen examples: 0 is guessing, 1 is always right.",
         "An attacker that sees the model's confidence separated {set} from never-seen examples with an advantage of "
         "{value} (0: guessing, 1: always right).",
+    ),
+    "earlier_attack_advantage": Threshold(
+        "Attack advantage, earlier sets",
+        "",
+        3,
+        "The attack's largest advantage of the forget sets of all accepted runs before. A run is rejected if the lower "
+        "end of the 95 % interval is above the limit: the largest of many figures is above any limit by chance.",
+        "Of the forget sets of earlier runs, the attacker separated {set} best from never-seen examples, with an "
+        "advantage of {value} (0: guessing, 1: always right).",
+        compared=" for the lower end of the interval",
     ),
     "relearn_ratio": Threshold(
         "Relearning ratio",
         "",
         2,
         "Odds that the model answers a forgotten example correctly while it is finetuned for a short time, over the "
-        "odds of networks that never saw the example. About 1: gone, as far as this test shows. Far above 1: hidden, "
-        "not gone.",
-        "Finetuned for a short time, the model's odds of answering a forgotten example correctly were {value} times "
-        "the odds of networks that never saw it (about 1: like never seen; far above 1: hidden, not gone).",
+        "odds of networks that never saw the example. For a job with a loss_fn: mean loss of those networks over the "
+        "model's. About 1: gone, as far as this test shows. Far above 1: hidden, not gone.",
+        "While all are finetuned for a short time, the model is {value} times as good at the forgotten examples as "
+        "networks that never saw them (about 1: like never seen; far above 1: hidden, not gone).",
         best=1.0,
     ),
 }
@@ -84,11 +95,10 @@ def check_sentence(check: Check) -> str:
         return f"The method failed: {check.set}."
     threshold = THRESHOLDS[check.name]
     verdict = "held" if check.held else "did not hold"
-    limit = f"Limit {amount(check.limit, threshold)}: {verdict}."
+    limit = f"Limit {amount(check.limit, threshold)}{threshold.compared}: {verdict}."
     if check.value is None:
         why = f": {check.reason}" if check.reason else ""
-        told = "The run accepts this by --accept-unmeasured." if check.held else limit
-        return f"{threshold.title}: not measured{why}. {told}"
+        return f"{threshold.title}: not measured{why}. {NOT_MEASURED.get(check.name, TOLD) if check.held else limit}"
     sentence, value = threshold.sentence, check.value
     if value < 0 and threshold.if_below_0:
         sentence, value = threshold.if_below_0, -value
@@ -97,9 +107,13 @@ def check_sentence(check: Check) -> str:
         text += _interval(check, threshold)
     if check.before is not None:
         text += f" Before the run: {amount(check.before, threshold)}."
+    if check.reason:
+        text += f" {check.reason}."
     return f"{text} {NOTHING_SHOWN}" if check.held_before else text
 
 
+TOLD = "Accepted by --accept-unmeasured."
+NOT_MEASURED = {"earlier_attack_advantage": "Accepted: each run before was accepted without it."}
 NOTHING_SHOWN = "The model before the run held it too: this figure does not show that anything was forgotten."
 
 

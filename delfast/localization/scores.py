@@ -196,10 +196,9 @@ class Scores:
         with nullcontext() if processes is None else processes.together():
             check_selection(budget, granularity, aggregate, top_h, policy, criterion=self.criterion)
             if processes is not None:
-                arguments = repr((budget, granularity, aggregate, top_h, policy))
-                processes.check_same(
-                    arguments, "expected the same arguments on every process, got others; pass the same"
-                )
+                names = ("budget", "granularity", "aggregate", "top_h", "policy")
+                values = (budget, granularity, aggregate, top_h, policy)
+                processes.check_same_arguments(dict(zip(names, values, strict=True)))
             for (name, parameter), version in zip(self.parameters.items(), self._versions, strict=True):
                 if version_of(parameter) != version:
                     raise InputError(f"'{name}' has changed since it was scored; call score() again")

@@ -99,7 +99,9 @@ def score(
     max_channels : int, default 50
         The maximum number of channels per example for the criterion "critmem".
     precision : {"fp32", "bf16"}, default "fp32"
-        "bf16" runs the forward passes under ``torch.autocast``; sums over examples stay in float32.
+        "bf16" runs the forward passes under ``torch.autocast``. Gradients are added over batches and processes in
+        float32, also where ``MixedPrecisionPolicy`` of FSDP2 has a shorter ``reduce_dtype``. The mask's metadata has
+        the precision of the passes, the policy's too.
     channels_last : {"auto", True, False}, default "auto"
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
@@ -107,10 +109,11 @@ def score(
         a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. Networks of DTensors run without.
     include : str or sequence of str, optional
         Glob patterns of parameter names: only parameters with a name that matches one of them compete, such as
-        "*.mlp.*" (``*`` stands for any characters, dots included; capitals count). A tied parameter is found under each
-        of its names. By default every trainable parameter competes.
+        ``"*.mlp.*"`` (``*`` stands for any characters, dots included; capitals count). A tied parameter is found under
+        each of its names. By default every trainable parameter competes.
     exclude : str or sequence of str, optional
-        Patterns of parameters that do not compete, also if ``include`` matches them, such as ["*embed*", "lm_head.*"].
+        Patterns of parameters that do not compete, also if ``include`` matches them, such as
+        ``["*embed*", "lm_head.*"]``.
         A parameter that does not compete is treated as a frozen one: no gradient of it is computed, it does not count
         in the budget, the mask lacks it, and ``unlearn`` leaves it as it is, even if it belongs to the head.
     sum_dtype : torch.dtype or None, default None
@@ -191,7 +194,7 @@ def score(
         parameters = competing_parameters(network, parameters, patterns)
         dims = output_dims(network)
         is_sharded = is_laid_out(network)
-        computed_in = execution.computed_in(device)  # a caller's autocast counts
+        computed_in = execution.computed_in(device, network)  # a caller's autocast counts, and a policy of FSDP2
         settings = f"{criterion} {per_example} {seed} {execution} {computed_in} {sum_dtype} {patterns}"
         make = ShardedScores if is_sharded else Scores
         if criterion in WITHOUT_SET:

@@ -29,6 +29,7 @@ from delfast.errors import InputError
 from delfast.eval_mode import evaluating
 from delfast.execution import Execution
 from delfast.feeding import feed
+from delfast.joint_errors import at_once
 from delfast.localization.gradient import check_examples, mean_of, zeros_like
 from delfast.naming import trainable_parameters
 from delfast.processes import NO_BATCH, Processes
@@ -98,12 +99,13 @@ class ShardedGradient:
                     batch = detached(split_batch(batch)[1:] if self.loss_fn is None else batch)
                 losses = per_example_losses(self.network, batch, self.loss_fn, self.execution)
                 check_differentiable(losses)
-            (losses if counts else losses[:0]).sum().backward()  # type: ignore[no-untyped-call]
+            with at_once():  # the others wait for the gradients of this process
+                (losses if counts else losses[:0]).sum().backward()  # type: ignore[no-untyped-call]
         return len(losses) if counts else 0
 
     @contextmanager
     def _forward(self) -> Iterator[None]:
-        """Raise the error of a forward pass on all processes, which must not begin the backward pass alone."""
+        """Raise an error after the forward pass on all processes, which must not begin the backward pass alone."""
         error: Exception | None = None
         try:
             with self.processes.in_one_pass(self.network):

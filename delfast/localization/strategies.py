@@ -263,16 +263,16 @@ def localize(
         The number of examples in a batch with ``stop_when_stable``. If it is omitted, a DataLoader keeps its own batch
         size. Without ``stop_when_stable`` it has no effect.
     precision : {"fp32", "bf16"}, default "fp32"
-        "bf16" runs the forward passes under ``torch.autocast``; sums over examples stay in float32.
+        "bf16" runs the forward passes under ``torch.autocast``; sums over examples stay in float32. See ``score``.
     channels_last : {"auto", True, False}, default "auto"
         Whether images (N, C, H, W) are laid out channels-last. "auto" follows the model's convolution weights.
     cuda_graphs : {"auto", True, False}, default "auto"
         Whether to replay the passes as CUDA graphs. "auto" does so on a GPU for at least 8 batches of a shape, without
         a ``loss_fn``. True states that the ``loss_fn`` is a pure function of tensors. Networks of DTensors run without.
     include : str or sequence of str, optional
-        Glob patterns of the names of parameters that compete, such as "*.mlp.*"; see ``score``.
+        Glob patterns of the names of parameters that compete, such as ``"*.mlp.*"``; see ``score``.
     exclude : str or sequence of str, optional
-        Patterns of the names of parameters that do not compete, such as ["*embed*", "lm_head.*"]; see ``score``.
+        Patterns of the names of parameters that do not compete, such as ``["*embed*", "lm_head.*"]``; see ``score``.
     sum_dtype : torch.dtype or None, default None
         The dtype in which gradients are summed over batches and processes; see ``score``.
     group : ProcessGroup, DeviceMesh or None, default None

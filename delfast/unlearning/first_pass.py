@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from delfast.batches import check_differentiable, device_of, per_example_losses
 from delfast.errors import InputError
 from delfast.eval_mode import evaluating
+from delfast.joint_errors import at_once_in_forward, is_raised_by_one
 from delfast.mask import Mask
 from delfast.masked_optimizer import sparse_gradient
 from delfast.naming import trainable_parameters
@@ -110,18 +111,21 @@ def check_first_batches(
                     torch.autocast(device_of(network).type, torch.bfloat16, enabled=bf16),
                     draws,
                     searching,
+                    at_once_in_forward(network),
                 ):
                     loss = method.loss(watched, _numbered(method, watched, step))
             except Exception as error:
                 forget_forward(network)
                 if isinstance(error, InputError) or task.loss_fn is None or not method.epochs:
                     raise
+                if is_raised_by_one(error):  # the others did not receive it, and may wait inside the pass
+                    raise
                 continue
             check_differentiable(loss)
             sparse.update(_sparse(loss, network))
         if validation is not None:
             batch = first_batch(validation, "validation")
-            with torch.no_grad(), draws:
+            with torch.no_grad(), draws, at_once_in_forward(network):
                 per_example_losses(network, batch, task.loss_fn)
     for name, each in maps.items():
         each.check(sets[name], name)

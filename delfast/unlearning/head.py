@@ -15,7 +15,7 @@ from delfast.batches import LossFn, per_example_losses
 from delfast.dispatch import ObservingMode
 from delfast.errors import InputError
 from delfast.eval_mode import evaluating
-from delfast.naming import model_parameters, unwrap
+from delfast.naming import model_parameters, plain_name, unwrap
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten._unsafe_view)
 _FRESH = (torch.ops.aten.lift_fresh,)  # the tensors of ``torch.tensor(...)``, which no operation has made
@@ -104,7 +104,7 @@ class HeadSearch(ObservingMode):
         names = frozenset[str]().union(*(names for names, _ in self._returned))
         names = names - {""} or names  # the whole network only if there is no other
         if len(names) == 1 and all(exact for _, exact in self._returned):
-            return next(iter(names))
+            return plain_name(next(iter(names)))
         if not self._returned:
             found = "loss_fn did not call the model"
         elif all(exact for _, exact in self._returned):
@@ -161,10 +161,10 @@ class HeadSearch(ObservingMode):
 def head_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
     """Return the head's trainable parameters by plain name. InputError if the model has no module of this name."""
     network = unwrap(model)
-    modules = dict(network.named_modules())
-    if head not in modules:
+    modules = {plain_name(name): module for name, module in network.named_modules()}  # of equal ones, what is wrapped
+    if plain_name(head) not in modules:
         raise InputError(f"expected head to be a module of the model, got '{head}'; pass one of its names")
-    own = {id(parameter) for parameter in modules[head].parameters()}
+    own = {id(parameter) for parameter in modules[plain_name(head)].parameters()}
     return {
         name: parameter
         for name, parameter in model_parameters(network, sharded=True).items()

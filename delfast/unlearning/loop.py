@@ -24,8 +24,9 @@ from delfast.feeding import feed
 from delfast.files import load_archive, save_archive, unreadable_types
 from delfast.graphs import check_cuda_graphs
 from delfast.joint_calls import averaging_processes
+from delfast.joint_errors import raised_by_all
 from delfast.plain import as_json, unboxed
-from delfast.processes import Processes, raised_by_all
+from delfast.processes import Processes
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
 from delfast.unlearning.batchnorm import batchnorm_explained

@@ -16,7 +16,9 @@ from delfast.compaction.layers import CompactLayer, record_versions
 from delfast.device_checks import DeviceChecks
 from delfast.execution import CudaGraphs, Execution
 from delfast.graphs import Graphed, make_backend
+from delfast.joint_errors import at_once, at_once_in_forward
 from delfast.loaders import is_frequent
+from delfast.naming import unwrap
 from delfast.processes import Processes
 from delfast.snapshots import plain_attributes
 from delfast.unlearning.data_parallel import add_up
@@ -104,7 +106,8 @@ class TrainingStep:
         mean = losses.mean()
         if self.in_step:
             mean = mean * batch["weight"]
-        mean.backward()  # type: ignore[no-untyped-call]
+        with at_once(self.processes is not None):  # the others wait for the gradients of this process
+            mean.backward()  # type: ignore[no-untyped-call]
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
@@ -117,7 +120,8 @@ class TrainingStep:
         error: Exception | None = None
         losses = self.total
         try:
-            losses = per_example_losses(self.model, batch, self.loss_fn, self.execution)
+            with at_once_in_forward(unwrap(self.model)):
+                losses = per_example_losses(self.model, batch, self.loss_fn, self.execution)
             check_differentiable(losses)
         except Exception as raised:
             if self.processes is None or not self.in_step:

@@ -98,6 +98,9 @@ def test_many_requests_are_added_from_lines_of_json(
     add = ["ledger", "add", ledger, "--job", files[0], "--requests"]
     assert main([*add, "-"]) == 0
     assert capsys.readouterr().out.startswith("added requests 3 to 4\nhead: ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"ids": ["person-30"]}')))
+    assert main([*add, "-"]) == 0
+    assert capsys.readouterr().out.startswith("added request 5\nhead: ")
     requests = tmp_path / "requests.jsonl"
     for line, message in (
         ('{"ids": ["person-8"]}\n{"ids"', f"line 2 of '{requests}' is no JSON"),
@@ -111,7 +114,7 @@ def test_many_requests_are_added_from_lines_of_json(
     requests.write_text("\n", encoding="utf-8")
     assert main([*add, str(requests)]) == 0 and "the file holds no request" in capsys.readouterr().out
     with Ledger.open(ledger) as opened:
-        assert [request.count for request in opened.requests()] == [3, 1, 2, 1]
+        assert [request.count for request in opened.requests()] == [3, 1, 2, 1, 1]
 
 
 def test_verify_prints_the_head_and_its_exit_code_tells_a_change(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from delfast.errors import InputError
-from delfast.processes import encoded
+from delfast.joint_errors import encoded
 from delfast.unlearning import Diverged
 from tests.groups import gloo_group
 

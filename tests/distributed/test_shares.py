@@ -23,7 +23,8 @@ import delfast
 from delfast.batches import sampler_of, tensors_of
 from delfast.contents import signature_of
 from delfast.errors import InputError
-from delfast.processes import Processes, encoded
+from delfast.joint_errors import encoded
+from delfast.processes import Processes
 from delfast.shares import share
 from delfast.unlearning import shared_steps
 from tests.distributed.spawning import error_of, run_in_processes
@@ -68,7 +69,7 @@ REFUSED = {
     "uneven indices": (lambda rank: own_indices(rank, SIZE), "expected the same data set on every process"),
     "replacement": (
         lambda rank: DataLoader(whole_set(), sampler=torch.utils.data.RandomSampler(range(SIZE), replacement=True)),
-        "the sampler repeats or omits some",
+        "the loader has drop_last=True, or the sampler repeats or omits some",
     ),
     "own list": (
         lambda rank: DataLoader([(torch.tensor(rank), 0), (torch.tensor(5), 1)]), "expected the same data set"

@@ -120,13 +120,16 @@ def check_gathered_parameters(layout: str) -> None:
     ours, theirs = OPTIMIZERS["sgd"](model.named_parameters(), mask), OPTIMIZERS["sgd"](one.named_parameters(), mask)
     named = list(model.named_parameters())
     model(inputs)
-    assert not all(map(is_dtensor, model.parameters()))
-    late = OPTIMIZERS["sgd"](model.named_parameters(), mask)
+    copies = list(model.named_parameters())
+    assert not all(is_dtensor(p) for _, p in copies)
+    with pytest.MonkeyPatch.context() as patch:  # a torch that does not show whose copies they are
+        patch.setattr("torch.distributed._composable_state._module_state_mapping", {})
+        unknown = OPTIMIZERS["sgd"](copies, mask)
     delfast.reset_(model, mask, Net, seed=9)
     delfast.reset_(one, mask, Net, seed=9)
     assert_equal_parts(model, one)
     with pytest.raises(InputError, match="the DTensor that FSDP2 shards, got the copy that it gathers"):
-        late.step()
+        unknown.step()
     torch.testing.assert_close(model(inputs), one(inputs))
     assert not all(map(is_dtensor, model.parameters()))
     give_gradients(named, 0)
@@ -134,6 +137,32 @@ def check_gathered_parameters(layout: str) -> None:
     ours.step()
     theirs.step()
     assert_equal_parts(model, one)
+
+
+def check_an_optimizer_made_after_an_evaluation(layout: str) -> None:
+    """The optimizer takes the parameters, and not the copies that an evaluation has left of any module."""
+    if layout != "fsdp":
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    mask, inputs, targets = masks()["rows"], torch.ones(3, 6), torch.tensor([0, 1, 0])
+    one, model = network(), network()
+    fully_shard(model.last, reshard_after_forward=False)
+    fully_shard(model)
+    theirs = OPTIMIZERS["sgd"](one.named_parameters(), mask)
+    for form in (list, lambda named: [{"params": list(named)}]):
+        with torch.no_grad():
+            model(inputs)
+        copies = list(model.named_parameters())
+        assert not any(is_dtensor(p) for name, p in copies if name.startswith("last."))
+        ours = OPTIMIZERS["sgd"](form(copies), mask)
+        assert all(map(is_dtensor, model.parameters()))
+        assert [id(p) for group in ours.param_groups for p in group["params"]] == list(map(id, model.parameters()))
+    for net, optimizer in ((one, theirs), (model, ours)):
+        functional.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(local_part(p), part_of(one.get_parameter(name), p))
 
 
 def check_scaler_and_clipping(layout: str) -> None:
@@ -260,6 +289,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     "steps": check_steps,
     "replace": check_a_mask_that_is_replaced,
     "gathered": check_gathered_parameters,
+    "late": check_an_optimizer_made_after_an_evaluation,
     "scaler": check_scaler_and_clipping,
     "checkpoints": check_checkpoints,
     "forms": check_other_forms_of_state,

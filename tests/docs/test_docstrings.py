@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +48,8 @@ def public_objects() -> Iterator[tuple[str, Any]]:
 
 
 OBJECTS = dict(sorted(public_objects()))
+# literals, lines of code, the names of *arguments and **keywords, and strong text
+MARKED = r"``.*?``|^ *(>>>|\.\.\.) .*$|^ *\*{1,2}\w+( : .*)?$|\*\*[\w :.]+\*\*|\\\*|\d\*\*\d|\(\*, "
 
 
 def problems(path: str, value: Any) -> list[str]:
@@ -77,3 +80,15 @@ def test_a_bad_docstring_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(delfast, "half", half, raising=False)
     assert {"SS03", "SS05", "PR01", "RT01", "EX01"} <= {problem[:4] for problem in problems("delfast.half", half)}
+
+
+@pytest.mark.parametrize("path", OBJECTS)
+def test_no_star_is_taken_for_emphasis(path: str) -> None:
+    """The site would print a glob pattern without its stars."""
+    left = re.sub(MARKED, "", inspect.getdoc(OBJECTS[path]) or "", flags=re.MULTILINE)
+    assert "*" not in left, [line for line in left.splitlines() if "*" in line]
+
+
+def test_a_pattern_outside_of_a_literal_is_found() -> None:
+    assert "*" in re.sub(MARKED, "", 'such as "*.mlp.*"; see', flags=re.MULTILINE)
+    assert "*" not in re.sub(MARKED, "", 'such as ``"*.mlp.*"``\n*layers : str\n**options', flags=re.MULTILINE)

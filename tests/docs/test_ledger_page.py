@@ -12,10 +12,9 @@ import pytest
 
 from delfast.cli import main
 from delfast.jobs import Accept
-from delfast.ledger import Ledger
+from delfast.ledger import Ledger, events
 from delfast.ledger.words import THRESHOLDS
 from tests import ROOT
-from tests.ledger.histories import Writer, example
 
 PAGE = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
 FIRST = PAGE.split("## First ledger\n")[1].split("\n## ")[0]
@@ -83,15 +82,12 @@ def check_again(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_the_tables_name_every_event_and_threshold() -> None:
-    write = Writer()
-    write.start(1, [], count=1)
-    write.resume(1)
-    write.fail(1, "")
-    recorded = {entry.event for entry in [*example(), *write.entries]}
+    recorded = {value for name, value in vars(events).items() if name.isupper()}
     table = PAGE.split("## What is recorded\n")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == recorded
     thresholds = re.findall(
         r"^\| `(\w+)` \| ([\d.]+) \|", PAGE.split("## Run\n")[1].split("\n## ")[0], flags=re.MULTILINE
     )
     assert {name: float(limit) for name, limit in thresholds} == vars(Accept())
-    assert THRESHOLDS.keys() == {"outside_mask", *vars(Accept())}
+    assert "| `earlier_attack_advantage` | that of `attack_advantage` |" in PAGE
+    assert THRESHOLDS.keys() == {"outside_mask", "earlier_attack_advantage", *vars(Accept())}

@@ -95,6 +95,8 @@ def run_in_a_group(block: str, job: dict[str, Any]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{Path.cwd() / 'store'}", rank=0, world_size=1)
     try:
         job |= {"wrapped": nn.parallel.DistributedDataParallel(make_model()), "optimizer": None}
+        if "state_dict(model, o" in block:  # the page is on sharded models
+            fully_shard(job["model"])
         exec(block.replace('"cuda"', '"cpu"'), job)
     finally:
         job.clear()  # a group that is destroyed while a wrapper is alive may abort the process

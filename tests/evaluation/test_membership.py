@@ -101,7 +101,7 @@ def test_features_differ_in_what_they_see() -> None:
 
 
 def test_identical_distributions_leave_the_svc_attacks_guessing() -> None:
-    """How often it calls non-member is its noise; but it does so of new members and new non-members alike."""
+    """The attack calls some examples non-members by its noise, and new members as often as new non-members."""
     retain, test = made(300, 1.0, seed=0), made(300, 1.0, seed=1)
     as_members, as_non_members = (svc_attacks(retain, test, made(3000, 1.0, seed)) for seed in (2, 3))
     apart = svc_attacks(made(300, 4.0, seed=0), test, made(3000, 4.0, seed=2))

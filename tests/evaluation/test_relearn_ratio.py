@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from delfast.evaluation.intervals import student
-from delfast.evaluation.relearn_ratio import Comparison, compare, corrected
+from delfast.evaluation.intervals import Figure, student
+from delfast.evaluation.relearn_ratio import Comparison, compare, worst
 
 
 def answers(*parts: float, count: int = 100) -> Tensor:
@@ -144,11 +144,72 @@ def test_networks_of_one_kind_have_1_in_their_interval() -> None:
     assert inside >= 55
 
 
+def beside(own: Tensor, other: Tensor, advantage: float, variance: float = 0.03) -> Comparison:
+    """Compare two networks, the first of which has ``advantage`` times the other's odds on what nobody saw."""
+    found = compare(own, [other], everywhere([other]), False, Comparison(math.log(advantage), variance, 0.0, (99, 3)))
+    assert found is not None
+    return found
+
+
 def test_a_general_advantage_is_taken_off_and_a_disadvantage_is_not_added() -> None:
-    forgotten = Comparison(math.log(6), 0.01, 0.02, (99, 3))
-    for general, left in ((2.0, 3.0), (10.0, 1.0), (0.5, 6.0)):
-        found = corrected(forgotten, Comparison(math.log(general), 0.03, 0.0, (99, 3)))
-        assert math.exp(found.log) == pytest.approx(left)
-        assert found.sampling == pytest.approx(0.04)  # also where nothing is taken off: that was estimated too
-    below = Comparison(math.log(0.5), 0.01, 0.02, (99, 3))
-    assert corrected(below, forgotten).log == below.log
+    own, other = answers(0.9, 0.9), answers(0.5, 0.5)
+    six = ratio(own, other)
+    for general, left in ((2.0, six / 2), (100.0, 1.0), (0.5, six)):
+        assert math.exp(beside(own, other, general).log) == pytest.approx(left)
+    assert beside(other, answers(0.6, 0.6), 2.0).log == beside(other, answers(0.6, 0.6), 1.0).log
+    plain = beside(own, other, 1.0, 0.0).sampling
+    for general in (2.0, 0.5):  # also where nothing is taken off: that was estimated too
+        assert beside(own, other, general).sampling == pytest.approx(plain + 0.03)
+
+
+def test_an_advantage_is_not_taken_off_what_a_network_regains_from_below() -> None:
+    """The network hides its memory behind a start below; its advantage is in the start already."""
+    other, advantage = answers(0.5, 0.5), odds(73) / odds(50)
+    for start, end in ((0.27, 0.5), (0.27, 0.73), (0.5, 0.73), (0.6, 0.9)):
+        found = beside(answers(start, end), other, advantage)
+        assert math.exp(found.log) == pytest.approx(odds(100 * end) / odds(100 * start))
+    # one that never saw the examples begins with its advantage, ends with it, and has a ratio of 1
+    assert beside(answers(0.73, 0.73), other, advantage).log == pytest.approx(0, abs=1e-9)
+
+
+def test_the_ratio_has_no_step_where_a_network_begins() -> None:
+    other, advantage = answers(0.5, 0.5, count=10_000), odds(70, 100) / odds(50, 100)
+    starts = [
+        (beside(answers(part, 0.9, count=10_000), other, advantage).log, part) for part in (0.49, 0.51, 0.69, 0.71)
+    ]
+    logs = [math.exp(log) for log, _ in starts]
+    assert logs[0] == pytest.approx(logs[1], rel=0.1) and logs[2] == pytest.approx(logs[3], rel=0.1)
+
+
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+def test_a_better_network_beside_half_trained_ones(memory: float) -> None:
+    """Without memory its ratio has 1 in its interval; with memory that it hides at the beginning it has not."""
+    generator, inside = torch.Generator().manual_seed(0), 0
+
+    def network(log_odds: list[float], difficulty: Tensor) -> Tensor:
+        draws = torch.rand(len(log_odds), len(difficulty), generator=generator)
+        return (draws < torch.sigmoid(difficulty + torch.tensor(log_odds)[:, None])).double()
+
+    for _ in range(60):
+        difficulty, unseen = (torch.randn(count, generator=generator) for count in (200, 400))
+        own = network([1 - 2 * memory] + 3 * [1 + memory], difficulty)
+        others = [network(4 * [0.0], difficulty) for _ in range(4)]
+        general = compare(
+            network([1.0, 1.0], unseen),
+            [network([0.0, 0.0], unseen) for _ in range(4)],
+            [torch.ones(400, dtype=torch.bool)] * 4,
+            False,
+        )
+        found = compare(own, others, everywhere(others), False, general)
+        assert found is not None
+        figure = found.figure()
+        assert figure.low is not None and figure.high is not None
+        inside += figure.low <= 1 <= figure.high
+    assert inside == 0 if memory else inside >= 55
+
+
+def test_the_worst_ratio_is_the_highest_with_evidence() -> None:
+    narrow, high, unsure = Figure(1.4, 1.3, 1.5), Figure(8.0, 1.2, 53.0), Figure(20.0, 0.3, 1000.0)
+    assert worst([narrow, high, unsure]) == high
+    assert worst([unsure, Figure(1.1, 0.9, 1.3)]) == Figure(1.1, 0.9, 1.3), "by chance the highest is above 1"
+    assert worst([]) is None

@@ -93,7 +93,7 @@ def test_a_network_that_never_saw_it_has_1_in_its_interval(lab: Lab) -> None:
 
 @pytest.mark.long
 def test_references_are_compared_on_what_they_did_not_know(lab: Lab) -> None:
-    """Of each reference's forget examples half were trained on; it knows these, and they do not count."""
+    """Each reference was trained on half of the forget examples: it knows these, and they do not count."""
     inputs, targets = lab.forget
     references = []
     for seed in range(4):

@@ -34,14 +34,14 @@ def test_the_constants(tmp_path: Path) -> None:
 batch_size = 16
 training = {"epochs": 3, "weight_decay": 0.01}
 accept = {"test_drop": 1}
-settings = [{"method": "del", "budget": 0.2, "epochs": 4, "lr": 0.02}, {"method": "scrub", "batch_size": 8}]
+settings = [{"method": "del", "budget": 0.2, "epochs": 4, "lr": 0.02}, {"method": "finetune", "batch_size": 8}]
 def loss_fn(model, batch):
     return model(batch[0]).sum(1)
 """
     job = job_of(tmp_path, more)
     assert job.batch_size == 16 and job.training == Training(3, 0.1, 0.01)
     assert job.accept == Accept(test_drop=1.0, attack_advantage=None, relearn_ratio=None)
-    assert [setting["method"] for setting in job.settings] == ["del", "scrub"] and job.loss_fn is not None
+    assert [setting["method"] for setting in job.settings] == ["del", "finetune"] and job.loss_fn is not None
 
 
 def test_a_link_and_a_relative_path_are_the_file_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +96,8 @@ def test_no_bytecode_is_written_and_a_changed_file_is_another_job(tmp_path: Path
         (WHOLE + "settings = [{'budget': 0.3}]\n", "settings", "a setting to have 'method'"),
         (WHOLE + "settings = [{'method': 'del', 'budget': 2}]\n", "settings", "budget"),
         (WHOLE + "settings = [{'method': 'del', 'speed': 2}]\n", "settings", "no hyperparameter 'speed'"),
+        (WHOLE + "settings = [{'method': 'retrain', 'budget': 0.3}]\n", "settings", "no budget for 'retrain'"),
+        (WHOLE + "loss_fn = print\nsettings = [{'method': 'scrub'}]\n", "settings", "a job without a loss_fn"),
         (WHOLE + "settings = [{'method': 'del', 'strategy': 'best'}]\n", "settings", "strategy of a setting among del"),
         (WHOLE + "loss_fn = 3\n", "loss_fn", "loss_fn to be a function, got 3"),
         (WHOLE + "load = torch.load\n", "load", "expected save() beside load()"),

@@ -60,11 +60,20 @@ class Writer:
             },
         )
 
-    def reference(self, number: int, requests: Sequence[int] = ()) -> None:
-        """Append a reference model, trained without the examples of the requests that came before."""
+    def reference(self, number: int, newest: int = 0) -> None:
+        """Append a reference model, trained without the examples of the requests up to the newest one."""
         model = artefact(f"references/{number:04d}.safetensors")
-        trained = {"action": "trained", "reference": number, "model": model, "seed": 500_000_000 + number}
-        self("references", {**trained, "requests": list(requests), "examples": 2250, "seconds": 55.5})
+        trained = {"reference": number, "model": model, "seed": 500_000_000 + number}
+        self(
+            "references",
+            {
+                **trained,
+                "newest_request": newest,
+                "known": hexadecimal(f"half {number}"),
+                "examples": 2250,
+                "seconds": 55.5,
+            },
+        )
 
     def purge(self, file: str, requests: Sequence[int]) -> None:
         """Append the deletion of a file."""
@@ -85,7 +94,7 @@ class Writer:
         drop: float = 0.4,
         ratios: Sequence[float] = (1.1,),
     ) -> None:
-        """Append a whole run: an attempt for each ratio, of which the last alone may be accepted.
+        """Append a whole run: an attempt for each ratio; only the last may be accepted.
 
         ``earlier``: the accepted runs before. Attempts after the first retrain.
         """
@@ -111,7 +120,7 @@ class Writer:
         attempts: Sequence[dict[str, Any]] = (SETTINGS,),
     ) -> None:
         """Append the beginning of a run."""
-        settings = {"settings": attempts[0], "attempts": list(attempts), "localize_on": "new", "seed": 1000 * number}
+        settings = {"attempts": list(attempts), "localize_on": "new", "seed": 1000 * number}
         sizes = {"forget": count, "retain": 4500 - 40 * number}
         inputs = {"job": hexadecimal("job"), "model": artefact(before), "accept": ACCEPT, "accept_unmeasured": False}
         accuracies = {"before": {"forget": 100.0, "retain": 98.2, "test": 84.3}}
@@ -166,12 +175,15 @@ class Writer:
         found = figures(number, count, earlier, ratio)
         step("audited", {"audit": artefact(f"{folder}/audit.json"), "figures": found}, 31.0)
         advantage = found["sets"]["forget"]["attack_advantage"]
+        ends = {"low": 0.0, "high": 0.03 + 0.6 / math.sqrt(40), "before": 0.02}
+        earlier_check = check("earlier_attack_advantage", 0.03, 0.1, where=f"run {earlier[0]}") if earlier else None
         return [
             check("outside_mask", 0, 0, True, "model"),
             check("test_drop", drop, ACCEPT["test_drop"], where="test")
             | {"low": drop - 1, "high": drop + 1, "before": 0.0},
             check("attack_advantage", advantage["value"], 0.1)
             | {"low": advantage["low"], "high": advantage["high"], "before": 0.4},
+            *([earlier_check | ends] if earlier_check else []),
             check("relearn_ratio", ratio, ACCEPT["relearn_ratio"])
             | {"low": ratio - 0.3, "high": ratio + 0.3, "before": 4.0},
         ]

@@ -22,6 +22,11 @@ import torch
 from delfast.ledger import Ledger
 from tests.ledger.jobs import make_ledger, persons, write_job
 
+SETTINGS: list[dict[str, Any]] = [
+    {"method": "del", "budget": 0.3, "epochs": 4, "lr": 0.05},
+    {"method": "scrub", "budget": 0.3, "strategy": "salloc", "epochs": 3, "lr": 0.01},
+]
+
 
 def run_in_child(path: Path, job: Path, delay: float | None) -> int:
     """Run a ledger in a child process, killed after ``delay`` seconds; return the child's wait status."""
@@ -52,38 +57,54 @@ def outcome(path: Path) -> dict[str, Any]:
 
 
 def main(count: int, seed: int) -> None:
-    """Kill ``count`` runs, each at a random moment, and compare."""
+    """Kill ``count`` runs, by turns of the methods, each at a random moment, and compare."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder)
-        job = write_job(start)
-        with make_ledger(start, job, references=2) as ledger:
+        with make_ledger(start, write_job(start), references=2) as ledger:
             ledger.add(persons(0, 60))
-        shutil.copytree(start / "ledger", start / "whole")
-        began = time.perf_counter()
-        assert run_in_child(start / "whole", job, None) == 0
-        duration = time.perf_counter() - began
-        expected = outcome(start / "whole")
+        jobs = []
+        for setting in SETTINGS:
+            folder = start / setting["method"]
+            folder.mkdir()
+            jobs.append(write_job(folder, settings=[setting]))
+        wholes = [whole_run(start / "ledger", job) for job in jobs]
         killed = 0
         for number in range(count):
-            copy = start / f"killed{number}"
-            shutil.copytree(start / "ledger", copy)
-            while True:  # a run that goes on may be killed again
-                status = run_in_child(copy, job, draw.uniform(0, duration))
-                if not os.WIFSIGNALED(status):
-                    break
-                killed += 1
-                with Ledger.open(copy) as ledger:
-                    assert ledger.verify().holds, ledger.verify().problems
-                if draw.random() < 0.7:
-                    break
-            if os.WIFSIGNALED(status):
-                status = run_in_child(copy, job, None)
-            assert status == 0, status
-            assert outcome(copy) == expected
-            shutil.rmtree(copy)
-    print(f"{killed} kills in {count} runs of {duration:.1f} seconds: every run ended with the same bits")
+            job, (duration, expected) = jobs[number % len(jobs)], wholes[number % len(jobs)]
+            killed += kill_run(start / "ledger", job, duration, expected, draw)
+    print(f"{killed} kills in {count} runs: every run ended with the same bits")
+
+
+def whole_run(ledger: Path, job: Path) -> tuple[float, dict[str, Any]]:
+    """Run a copy of the ledger without a stop; return the seconds and the outcome."""
+    copy = job.parent / "whole"
+    shutil.copytree(ledger, copy)
+    began = time.perf_counter()
+    assert run_in_child(copy, job, None) == 0
+    return time.perf_counter() - began, outcome(copy)
+
+
+def kill_run(ledger: Path, job: Path, duration: float, expected: dict[str, Any], draw: random.Random) -> int:
+    """Kill runs of a copy of the ledger until one goes on to its end; return the number of kills."""
+    copy = job.parent / "killed"
+    shutil.copytree(ledger, copy)
+    killed = 0
+    while True:  # a run that goes on may be killed again
+        status = run_in_child(copy, job, draw.uniform(0, duration))
+        if not os.WIFSIGNALED(status):
+            break
+        killed += 1
+        with Ledger.open(copy) as opened:
+            assert opened.verify().holds, opened.verify().problems
+        if draw.random() < 0.7:
+            status = run_in_child(copy, job, None)
+            break
+    assert status == 0, status
+    assert outcome(copy) == expected
+    shutil.rmtree(copy)
+    return killed
 
 
 if __name__ == "__main__":

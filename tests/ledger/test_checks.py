@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from delfast.errors import InputError
+from delfast.evaluation import threshold_attack
 from delfast.jobs import Accept
+from delfast.ledger import Check
 from delfast.ledger.checks import advice, check_all, refuse_unmeasured
-from delfast.ledger.words import check_sentence
+from delfast.ledger.words import check_sentence, verdict
 
 ACCEPT = {"test_drop": 2.0, "attack_advantage": 0.1, "relearn_ratio": 1.5}
 
@@ -25,7 +28,7 @@ def set_figures(advantage: dict[str, float | None] | None, left_out: int = 0) ->
 def audited(**changes: Any) -> dict[str, Any]:
     sets: dict[str, Any] = {
         "forget": set_figures(figure(0.05)),
-        "run 1": set_figures(figure(0.02)),
+        "run 1": set_figures(figure(0.02, 0.0, 0.3)),
         "retain": {"attack_advantage": None},
         "test": {"accuracy": figure(89.0, 87.0, 91.0), "attack_advantage": None},
     }
@@ -46,7 +49,7 @@ def held(verified: dict[str, int], audit: dict[str, Any], first: float | None = 
 
 
 def test_all_hold() -> None:
-    names = ("outside_mask", "test_drop", "attack_advantage", "relearn_ratio")
+    names = ("outside_mask", "test_drop", "attack_advantage", "earlier_attack_advantage", "relearn_ratio")
     assert held({"outside": 0}, audited()) == dict.fromkeys(names, True)
 
 
@@ -56,7 +59,7 @@ def test_all_hold() -> None:
         ({}, 91.5, "test_drop"),
         ({"test": {"accuracy": None}}, 90.0, "test_drop"),
         ({"forget": {"attack_advantage": figure(0.11)}}, 90.0, "attack_advantage"),
-        ({"run_1": {"attack_advantage": figure(0.3)}}, 90.0, "attack_advantage"),
+        ({"run_1": {"attack_advantage": figure(0.3, 0.11, 0.5)}}, 90.0, "earlier_attack_advantage"),
         ({"forget": {"attack_advantage": None}}, 90.0, "attack_advantage"),
         ({"relearn_ratio": figure(1.6, 1.2, 2.0)}, 90.0, "relearn_ratio"),
         ({"relearn_ratio": None}, 90.0, "relearn_ratio"),
@@ -67,18 +70,71 @@ def test_each_fails_alone(changes: dict[str, Any], first: float, name: str) -> N
     assert [each for each, holds in found.items() if not holds] == [name]
 
 
-def test_unmeasured_holds_where_the_run_was_told_so() -> None:
+def by_name(audit: dict[str, Any], before: dict[str, Any] = BEFORE, **options: Any) -> dict[str, Check]:
+    return {check.name: check for check in check_all(ACCEPT, 90.0, {"outside": 0}, audit, before, **options)}
+
+
+def test_unmeasured_holds_where_the_run_accepts_it_and_stays_visible() -> None:
     audit = audited(forget={"attack_advantage": None}, relearn_ratio=None)
-    checks = check_all(ACCEPT, 90.0, {"outside": 0}, audit, BEFORE, accept_unmeasured=True)
-    assert all(check.held for check in checks)
-    assert {check.name: check.set for check in checks}["attack_advantage"] == "run 1", "earlier sets still count"
-    audit = audited(forget={"attack_advantage": None}, run_1={"attack_advantage": figure(0.3)})
-    checks = check_all(ACCEPT, 90.0, {"outside": 0}, audit, BEFORE, accept_unmeasured=True)
-    assert [check.name for check in checks if not check.held] == ["attack_advantage"]
+    checks = by_name(audit, accept_unmeasured=True)
+    assert all(check.held for check in checks.values())
+    assert (checks["attack_advantage"].value, checks["attack_advantage"].set) == (None, "forget")
+    assert checks["attack_advantage"].reason == "30 examples are too few for the attack"
+    assert checks["earlier_attack_advantage"].value == 0.02
+    assert verdict([*checks.values()]) == "all thresholds held that were measured; 2 of 5 figures were not"
+    audit = audited(forget={"attack_advantage": None}, run_1={"attack_advantage": figure(0.3, 0.2, 0.4)})
+    found = by_name(audit, accept_unmeasured=True).values()
+    assert [check.name for check in found if not check.held] == ["earlier_attack_advantage"]
 
 
-def test_earlier_set_that_cannot_be_measured_is_left_out() -> None:
-    assert all(held({"outside": 0}, audited(run_1={"attack_advantage": None})).values())
+def test_figure_of_the_new_set_is_shown_where_an_earlier_set_has_a_larger_one() -> None:
+    before = audited(
+        forget={"attack_advantage": figure(0.6)}, run_1={"attack_advantage": figure(0.07, 0.0, 0.2)}, relearn_ratio=None
+    )
+    checks = by_name(audited(run_1={"attack_advantage": figure(0.08, 0.0, 0.2)}), before)
+    new, earlier = checks["attack_advantage"], checks["earlier_attack_advantage"]
+    assert (new.set, new.value, new.before, new.held_before) == ("forget", 0.05, 0.6, False)
+    assert (earlier.set, earlier.value, earlier.before, earlier.held_before) == ("run 1", 0.08, 0.07, False)
+    assert "0.080 (0: guessing" in check_sentence(earlier) and "does not show" not in check_sentence(earlier)
+    assert "95 % interval 0.000 to 0.200" in check_sentence(earlier)
+
+
+def test_earlier_set_rejects_by_the_lower_end_of_its_interval() -> None:
+    sets = {"run_1": {"attack_advantage": figure(0.4, 0.05, 0.7)}}
+    held = by_name(audited(**sets))["earlier_attack_advantage"]
+    assert held.held and held.value == 0.4
+    assert "Limit 0.100 for the lower end of the interval: held." in check_sentence(held)
+    sets["run_2"] = set_figures(figure(0.3, 0.2, 0.4))
+    failed = by_name(audited(**sets))["earlier_attack_advantage"]
+    assert (failed.held, failed.set, failed.value) == (False, "run 2", 0.3), "the one that rejects is named"
+
+
+@pytest.mark.parametrize("size", [2, 5, 10])
+def test_earlier_sets_that_no_network_saw_are_held(size: int) -> None:
+    """The largest of ten advantages of few examples is above 0.25 in most ledgers, also after retraining."""
+    generator, held, above = torch.Generator().manual_seed(0), 0, 0
+    accept = {"test_drop": None, "attack_advantage": 0.25, "relearn_ratio": None}
+    for seed in range(20):
+        members = [torch.randn(size, generator=generator) for _ in range(10)]
+        found = [threshold_attack(each, torch.randn(200, generator=generator), seed=seed) for each in members]
+        sets = {f"run {run}": set_figures(each.as_dict()) for run, each in enumerate(found, start=1)}
+        audit = {"sets": {"forget": set_figures(figure(0.0, 0.0, 0.1)), **sets}}
+        *_, earlier = check_all(accept, 90.0, {"outside": 0}, audit, {"sets": {}})
+        held += earlier.held
+        above += earlier.value is not None and earlier.value > 0.25
+    assert held == 20
+    assert above > 2, "by the figure itself more than one ledger in ten would be rejected"
+
+
+def test_earlier_set_that_cannot_be_measured_is_counted() -> None:
+    unmeasured = {"run_1": {"attack_advantage": None}}
+    check = by_name(audited(**unmeasured))["earlier_attack_advantage"]
+    assert check.held and check.value is None
+    words = "not measured: 1 of 1 earlier sets cannot be measured. Accepted: each run before was accepted without it."
+    assert check_sentence(check) == f"Attack advantage, earlier sets: {words}"
+    check = by_name(audited(**unmeasured, run_2=set_figures(figure(0.05, 0.0, 0.2))))["earlier_attack_advantage"]
+    assert (check.held, check.value, check.set) == (True, 0.05, "run 2")
+    assert check_sentence(check).endswith("1 of 2 earlier sets cannot be measured.")
 
 
 def test_entry_outside_the_mask() -> None:
@@ -93,33 +149,50 @@ def test_drop_has_the_interval_of_the_accuracy_after() -> None:
 def test_threshold_that_is_not_asked_for_is_left_out() -> None:
     accept = {**ACCEPT, "relearn_ratio": None}
     names = [check.name for check in check_all(accept, 90.0, {"outside": 0}, audited(relearn_ratio=None), BEFORE)]
-    assert names == ["outside_mask", "test_drop", "attack_advantage"]
+    assert names == ["outside_mask", "test_drop", "attack_advantage", "earlier_attack_advantage"]
+
+
+DEL, RETRAIN = {"method": "del"}, {"method": "retrain"}
+
+
+def failing(**changes: Any) -> list[Check]:
+    """Return the checks of a run that is rejected."""
+    return [*by_name(audited(**changes)).values()]
 
 
 def test_advice_separates_hidden_from_too_few() -> None:
-    hidden = check_all(ACCEPT, 90.0, {"outside": 0}, audited(relearn_ratio=figure(9.0, 3.0, 20.0)), BEFORE)
-    unclear = check_all(ACCEPT, 90.0, {"outside": 0}, audited(relearn_ratio=figure(1.8, 0.34, 9.5)), BEFORE)
-    assert "hidden, not gone" in advice(hidden, {"method": "del"}, escalated=True)[0]
-    assert "train more reference models" in advice(unclear, {"method": "del"}, escalated=True)[0]
+    hidden = failing(relearn_ratio=figure(9.0, 3.0, 20.0))
+    unclear = failing(relearn_ratio=figure(1.8, 0.34, 9.5))
+    assert "hidden, not gone" in advice(hidden, [DEL, DEL])[0]
+    assert "train more reference models" in advice(unclear, [DEL, DEL])[0]
 
 
 def test_advice_names_escalate_where_it_has_settings_left() -> None:
-    checks = check_all(ACCEPT, 90.0, {"outside": 0}, audited(relearn_ratio=figure(9.0, 3.0, 20.0)), BEFORE)
-    for method, escalated, expected in (("del", False, True), ("del", True, False), ("retrain", False, False)):
-        lines = advice(checks, {"method": method}, escalated=escalated)
-        assert any("--escalate" in line for line in lines) == expected
+    checks = failing(relearn_ratio=figure(9.0, 3.0, 20.0))
+    for attempts, expected in (([DEL], True), ([DEL, RETRAIN], False), ([RETRAIN], False)):
+        assert any("--escalate" in line for line in advice(checks, attempts)) == expected
+
+
+def test_advice_does_not_repeat_what_was_tried_or_cannot_help() -> None:
+    checks = failing(run_1={"attack_advantage": figure(0.5, 0.3, 0.7)}, forget={"attack_advantage": figure(0.2)})
+    new, earlier, _ = advice(checks, [DEL])
+    assert "Try a larger budget" in new
+    assert "A larger budget for the new ones does not change that. Try retraining" in earlier
+    assert earlier.startswith("earlier_attack_advantage: attack advantage, earlier sets 0.500 on the forget set of run")
+    for line in advice(checks, [DEL, RETRAIN]):
+        assert "Retraining was tried" in line and "Try" not in line
 
 
 def test_figure_that_the_model_before_the_run_held_shows_no_forgetting() -> None:
     checks = check_all(ACCEPT, 90.0, {"outside": 0}, audited(), BEFORE)
-    assert [check.before for check in checks] == [None, 1.0, 0.4, 4.0]
+    assert [check.before for check in checks] == [None, 1.0, 0.4, 0.02, 4.0]
     assert not any(check.held_before for check in checks)
-    assert "Before the run: 4.00." in check_sentence(checks[3])
+    assert "Before the run: 4.00." in check_sentence(checks[4])
     before = audited(forget={"attack_advantage": figure(0.03)}, relearn_ratio=figure(1.0, 1.0, 1.0))
     checks = check_all(ACCEPT, 90.0, {"outside": 0}, audited(), before)
     assert all(check.held for check in checks)
     assert [check.name for check in checks if check.held_before] == ["attack_advantage", "relearn_ratio"]
-    assert check_sentence(checks[3]).endswith("this figure does not show that anything was forgotten.")
+    assert check_sentence(checks[4]).endswith("this figure does not show that anything was forgotten.")
     assert "does not show" not in check_sentence(checks[1])
 
 
@@ -141,4 +214,4 @@ def test_reason_is_that_of_the_audit() -> None:
     *_, ratio = check_all(ACCEPT, 90.0, {"outside": 0}, found, BEFORE)
     assert ratio.reason == why
     assert check_sentence(ratio) == f"Relearning ratio: not measured: {why}. Limit 1.50: did not hold."
-    assert why in advice([ratio], {"method": "del"}, escalated=True)[0]
+    assert why in advice([ratio], [DEL, DEL])[0]

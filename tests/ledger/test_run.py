@@ -16,7 +16,6 @@ from delfast.bits import bits
 from delfast.errors import InputError
 from delfast.files import LOCK, exclusive, load_state
 from delfast.ledger import Ledger
-from delfast.ledger.references import references_of, with_members
 from delfast.mask import Mask
 from tests.ledger.jobs import LENIENT, make_ledger, persons, write_job
 
@@ -231,16 +230,6 @@ def test_altered_model_is_refused(ledger: Ledger) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match="is not as the ledger recorded it"):
         ledger.run(device="cpu")
-
-
-def test_references_know_half_of_what_no_request_named(ledger: Ledger) -> None:
-    ledger.add(persons(0, 60))
-    assert ledger.train_references(3, device="cpu") == [3]
-    assert ledger.train_references(3, device="cpu") == []
-    *_, (newest, members) = with_members(ledger, references_of(ledger.store))
-    assert newest.requests == (1,)
-    assert int(members.sum()) == 120
-    assert not members[:60].any()
 
 
 def test_purge_deletes_what_holds_accepted_requests(ledger: Ledger) -> None:

@@ -1,4 +1,4 @@
-"""What a run begins with, what it keeps when it stops, and what it leaves behind."""
+"""The inputs of a run, the files of a stopped one, and the files that a run leaves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from delfast.errors import InputError
-from delfast.ledger import Ledger
+from delfast.ledger import Ledger, auditing, starting
+from delfast.ledger.running import recorded_error
 from delfast.ledger.starting import Choice, _attempts
 from tests.ledger.jobs import persons, write_job
 
@@ -87,6 +89,40 @@ def test_requests_of_another_form_are_refused(ledger: Ledger, requests: Any) -> 
         ledger.run(requests=requests, device="cpu")
 
 
+@pytest.mark.parametrize("requests", [[True], [1.0], ["1"]])
+def test_request_of_another_type_is_refused(ledger: Ledger, requests: Any) -> None:
+    ledger.add(persons(0, 20))
+    with pytest.raises(InputError, match=r"expected requests as a list of numbers, got .* in it"):
+        ledger.run(requests=requests, device="cpu")
+
+
+def test_request_that_comes_during_the_first_audit_is_left_out(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.add(persons(0, 40))
+    audit = auditing.audit_recorded
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        with Ledger.open(ledger.path, job=ledger.job.path) as other:
+            other.add(persons(60, 70))
+        return audit(*arguments)
+
+    monkeypatch.setattr(starting, "audit_recorded", slow)
+    assert ledger.run(requests=[numpy.int64(1)], method="finetune", device="cpu").accepted
+    started = payload(ledger, "started")
+    assert (started["requests"], started["excluded"], started["retain"]) == ([1], [2], 250)
+    assert payload(ledger, "audited")["figures"]["sets"]["retain"]["count"] == 250
+
+
+def test_pairs_that_no_run_could_follow_are_refused(ledger: Ledger) -> None:
+    ledger.add(persons(0, 40))
+    head = ledger.head
+    with pytest.raises(InputError, match="expected no budget for 'retrain', which changes everything"):
+        ledger.run(method="retrain", budget=0.3, device="cpu")
+    assert ledger.head == head
+    for setting in ({"method": "retrain", "budget": 0.3}, {"method": "retrain", "strategy": "del"}):
+        with pytest.raises(InputError, match=r"job\.py', line \d+: expected no (budget|strategy) for 'retrain'"):
+            with_job(ledger, settings=[setting])
+
+
 @pytest.mark.parametrize("budget", [0.0, 2.0, float("nan")])
 def test_budget_is_checked_before_anything_is_recorded(ledger: Ledger, budget: float) -> None:
     ledger.add(persons(0, 20))
@@ -113,9 +149,11 @@ def test_escalation_takes_every_setting_once(ledger: Ledger, choice: Choice, met
 def test_what_cannot_be_measured_is_found_out_before_the_run(ledger: Ledger) -> None:
     ledger.add(persons(0, 1))
     head = ledger.head
+    kept = files(ledger)
     with pytest.raises(InputError, match=r"examples are too few for the attack.*--accept-unmeasured"):
         ledger.run(device="cpu")
     assert ledger.head == head
+    assert files(ledger) == kept, "no audit of a run that did not begin"
 
 
 def test_resumed_run_has_the_references_that_it_began_with(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +281,79 @@ def test_text_of_the_jobs_errors_is_not_recorded(ledger: Ledger, monkeypatch: py
     assert any("no image of person-0005" in line for line in lines), "it is printed"
     assert "no image" not in entries and "person-0005" not in entries
     assert recorded.startswith(f"KeyError in '{opened.job.path}', line ")
+
+
+NAMING = """
+def loss_fn(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def preprocess(batch):
+    return {"x": batch[0], "y": batch[1], "first": "patient-0007 Ana Perez"}
+"""
+READING = """
+import sys
+
+late = {late}
+
+
+def preprocess(batch):
+    frame = sys._getframe() if late else None
+    while frame is not None:
+        if frame.f_code.co_name == "run_relearning":
+            raise OSError("cannot read images/person-0003.png")
+        frame = frame.f_back
+    return batch
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_text_of_the_data_is_not_recorded_by_an_audit(ledger: Ledger, late: bool) -> None:
+    """Relearning reads the data once more; what goes wrong there is no reason that a figure is not measured."""
+    ledger.add(persons(0, 40))
+    with with_job(ledger, READING.format(late=not late), settings=[FINETUNE]) as opened:
+        module = opened.job.source.module
+
+        def watch(line: str) -> None:
+            if "baseline" in line:
+                module.late = True  # type: ignore[attr-defined]
+
+        if not late:
+            with pytest.raises(InputError, match=r"OSError: cannot read images/person-0003\.png"):
+                opened.run(device="cpu")
+            assert not list(opened.store.entries("started"))
+            return
+        assert not opened.run(device="cpu", watch=watch).accepted
+        assert payload(opened, "failed")["error"].startswith(f"OSError in '{opened.job.path}', line ")
+        assert not [entry for entry in opened.store.entries(run=1) if "person-0003" in entry.text]
+
+
+def test_part_of_a_batch_is_recorded_by_its_type(ledger: Ledger) -> None:
+    with with_job(ledger, NAMING, accept={"attack_advantage": 1.0}, settings=[FINETUNE]) as opened:
+        opened.add(persons(0, 40))
+        assert opened.run(device="cpu").accepted
+        texts = [entry.text for entry in opened.store.entries(run=1)]
+        texts += [path.read_text() for path in opened.path.glob("runs/**/*.json")]
+        opened.report(opened.path / "report")
+        texts.append((opened.path / "report/report.html").read_text())
+    assert any("with a row for each example, got str; make it a tensor" in text for text in texts)
+    assert not [text for text in texts if "Ana Perez" in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "recorded"),
+    [
+        ("the loss is not finite", "the loss is not finite"),
+        ("expected a tensor, got 'Ana Perez'; make it one", "expected a tensor, got '...'; make it one"),
+        ("expected \"O'Brien\" and 'Ana' once", "expected '...' once"),
+    ],
+)
+def test_recorded_error_has_no_value(text: str, recorded: str) -> None:
+    assert recorded_error(InputError(text), Path("/job.py")) == recorded
+    try:
+        raise InputError(text) from KeyError("Ana Perez")
+    except InputError as error:
+        assert recorded_error(error, Path("/job.py")) == "KeyError; its text is not recorded"
 
 
 def test_path_of_the_model_in_use(ledger: Ledger) -> None:

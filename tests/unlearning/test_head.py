@@ -245,3 +245,18 @@ def test_unlearn_trains_the_head_that_it_found_or_was_given() -> None:
         delfast.unlearn(asked, forget=[BATCH], retain=[BATCH], init=asked, epochs=1)
     assert delfast.unlearn(asked, forget=[BATCH], retain=[BATCH], init=asked, epochs=1, head="fc").head == "fc"
     assert find_head(cases.SmallNet(), BATCH) == "head"
+
+
+def test_a_loop_of_ones_own_trains_what_unlearn_trains() -> None:
+    """The lines of docs/distributed.md."""
+    batches = cases.image_batches()
+    model = cases.SmallNet()
+    result = delfast.unlearn(
+        cases.SmallNet(), retain=batches, forget=batches, init=cases.SmallNet, budget=0.3, epochs=1, lr=0.1
+    )
+    mask = delfast.localize(model, batches, budget=0.3)
+    head = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith("head.")}
+    trained = mask.widen(list(head), head)
+    assert trained.selected > mask.selected
+    assert result.mask.names == trained.names and result.head == "head"
+    assert all(trained[name].dense().all() and result.mask[name].dense().all() for name in head)

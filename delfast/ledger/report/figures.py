@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from delfast.ledger.events import ACCEPTED
 from delfast.ledger.report import plots, wording
 from delfast.ledger.report.history import Run, is_forget_set
-from delfast.ledger.requests import ACCEPTED
 
 Rows = list[list[str]]
 

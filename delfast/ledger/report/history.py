@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from delfast.ledger.artefacts import PURGED
 from delfast.ledger.checks import advantage
-from delfast.ledger.requests import ACCEPTED, CREATED, PENDING, RECEIVED, REJECTED, RUNNING, STARTED
+from delfast.ledger.events import ACCEPTED, BASELINE, CREATED, PURGED, RECEIVED, REFERENCES, REJECTED, RESUMED, STARTED
+from delfast.ledger.requests import PENDING, RUNNING
 from delfast.ledger.results import Check
 from delfast.ledger.store import FIRST, Entry
 
@@ -150,7 +150,7 @@ def read_history(entries: Iterable[Entry]) -> History:
             history.created = entry
         elif entry.event == RECEIVED:
             _read_request(history, entry)
-        elif entry.event == "references":
+        elif entry.event == REFERENCES:
             history.references.add(entry.payload["model"]["file"])
         elif entry.event == PURGED:
             history.purged.update((artefact["file"], entry.time) for artefact in entry.payload["files"])
@@ -178,9 +178,9 @@ def _read_step(history: History, entry: Entry, number: int) -> None:
     run = history.runs[number]
     if entry.event in (ACCEPTED, REJECTED):
         run.status, run.result, run.decided = entry.event, payload, entry.time
-    elif entry.event == "resumed":
+    elif entry.event == RESUMED:
         run.resumed += 1
-    elif entry.event == "baseline":
+    elif entry.event == BASELINE:
         run.baseline = payload
     else:
         if len(run.attempts) < payload["attempt"]:

@@ -9,11 +9,12 @@ from typing import Any
 from delfast._version import __version__
 from delfast.experiments.reports.pages import render
 from delfast.files import make_output_dir, write_text
+from delfast.ledger.events import ACCEPTED, REJECTED
 from delfast.ledger.report import wording
 from delfast.ledger.report.figures import figures_of
 from delfast.ledger.report.history import KEPT_IDS, STATUSES, History, Run, TakenRequest, read_history
 from delfast.ledger.report.sections import SET_COLUMNS, section_of
-from delfast.ledger.requests import ACCEPTED, PENDING, REJECTED
+from delfast.ledger.requests import PENDING
 from delfast.ledger.results import HeldFile
 from delfast.ledger.store import Entry
 from delfast.ledger.words import THRESHOLDS, amount, failure, is_unsure, verdict

@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from delfast.experiments.reports.pages import anchor, inline_svg
 from delfast.experiments.reports.plots import COLOURS, INK
+from delfast.ledger.events import ACCEPTED
 from delfast.ledger.report.history import Run
-from delfast.ledger.requests import ACCEPTED
 
 SIZE = (4.6, 3.0)  # inches: two panels side by side at 1280 pixels, one at 390; text of 9 points is legible in both
 NAMED = 4  # lines of single forget sets that get a colour and a name; more cannot be distinguished

@@ -183,7 +183,7 @@ MISUSED = {
     "per_example": "whole parameters for per_example, got 'scale' as a DTensor",
     "float64": "expected no sum_dtype for FSDP2",
     "peers": "expected group to be processes over which 'up.weight' is not laid out",
-    "arguments": "expected the same arguments on every process",
+    "arguments": "expected the same granularity on every process, got 'channel' on the first and another one on rank 1",
     "criterion": "expected the same call on every process",
     "copy": "expected scores of whole parameters to copy, got those of DTensors",
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -165,13 +166,69 @@ def weighted(rank=None):
     return scores.gradients["weight"], scores.select(0.5).digest
 
 
+# Mixed precision of FSDP2
+
+
+def policies(rank):
+    """Return gradients and metadata under policies that differ in the dtype of the reduction, which is put back."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for reduced in (None, torch.bfloat16, torch.float32):
+        for passes in (0, 1):  # before localize, which sets the reduction up
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+            fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduced))
+            group = model._get_fsdp_state()._fsdp_param_group
+            inputs, targets = torch.randn(16, 20), torch.randint(0, 4, (16,))
+            loader = [(inputs[:8], targets[:8]), (inputs[8:], targets[8:])]
+            for _ in range(passes):
+                model(inputs).sum().backward()
+            scores = delfast.score(model, loader, group=mesh)
+            model(inputs).sum().backward()
+            expected = None if reduced is torch.bfloat16 else reduced  # torch's own form of "as computed"
+            assert group.mp_policy.reduce_dtype is reduced and group._reduce_dtype is expected
+            gradients = {name: value.clone() for name, value in scores.gradients.items()}
+            found[reduced, passes] = gradients, scores.select(0.4).metadata["precision"]
+    return found
+
+
+# Models as training recipes leave them
+
+
+def prepared(rank):
+    """Return digests of a model with checkpointed and with compiled blocks, and of one that accumulates gradients."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for kind in ("checkpointed", "compiled", "accumulating"):
+        model = network()
+        if kind == "checkpointed":
+            model.up = checkpoint_wrapper(model.up)
+        if kind == "compiled":
+            model.up.compile(backend="eager")
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.set_requires_gradient_sync(kind != "accumulating")
+        found[kind] = salun(model, batches(5), group=mesh).digest
+        assert model._get_fsdp_state()._fsdp_param_group.reduce_grads == (kind != "accumulating")
+    return found
+
+
 # What is run and checked
 
 
 def scenarios(count):
     found = {"real": real_gradients_of_group, "buffers": own_buffers, "dtypes": other_dtypes}
     return found | (
-        {"untouched": untouched, "weighted": weighted, "peers": of_peers, "gathered": gathered} if count == 2 else {}
+        {
+            "untouched": untouched,
+            "weighted": weighted,
+            "peers": of_peers,
+            "gathered": gathered,
+            "policies": policies,
+            "prepared": prepared,
+        }
+        if count == 2
+        else {}
     )
 
 
@@ -188,5 +245,11 @@ def check(count, all_ranks):
     alone = of_one_process()
     expected = [alone[f"{criterion} channel topk_mean whole 0.5"] for criterion in READ]
     assert all_ranks("gathered") == [expected] * count
+    for found in all_ranks("prepared"):
+        assert set(found.values()) == {few_alone(2)["param"]}, found
+    for found in all_ranks("policies"):
+        wide = found[torch.float32, 0][0]
+        assert all(precision == "bf16" for _, precision in found.values())
+        assert all(torch.equal(value, wide[name]) for each, _ in found.values() for name, value in each.items())
     for gradient, digest in all_ranks("weighted"):
         assert torch.equal(gradient, weighted()[0]) and digest == weighted()[1]
