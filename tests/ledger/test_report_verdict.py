@@ -48,7 +48,7 @@ def test_a_request_that_a_method_carried_out(write: Writer) -> None:
     assert verdict(write, 1) == (
         "Carried out on 2026-03-01 by run 1: the method del changed the model to forget 40 examples, in 29.9 % of its "
         f"elements. The model in use changed from models/0000.safetensors to {model_of(1)}. "
-        "Forgetting: seen in relearning ratio. Held: change of test accuracy, relearning ratio. Held, but the interval "
+        "Forgetting: seen in relearning ratio. Held: change of test accuracy; relearning ratio. Held, but the interval "
         "passes the limit (the measurement cannot decide whether the limit was passed): attack advantage."
     )
 
@@ -63,7 +63,7 @@ def test_a_set_of_few_examples_and_figures_that_were_not_measured_are_named(writ
 
     write.entries = changed(write.entries, change)
     text = verdict(write, 1)
-    assert "Not measured: attack advantage." in text and "Held: change of test accuracy, relearning ratio." in text
+    assert "Not measured: attack advantage." in text and "Held: change of test accuracy; relearning ratio." in text
     assert "The run had 1 example to forget: most figures need more to separate forgotten from remembered." in text
     markdown, _ = make_report(write.entries, [], today=TODAY)
     assert "Attack advantage: not measured: 1 example is too few for the attack. Accepted by" in markdown

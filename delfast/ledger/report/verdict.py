@@ -79,7 +79,7 @@ def _shown(run: Run) -> list[str]:
     """
     results = [(check, result) for check, result in run.results if not (check.name == "outside_mask" and check.held)]
     found = {head: [title_of(check) for check, result in results if result == each] for each, head in HEADS.items()}
-    sentences = [f"{head}: {', '.join(titles).lower()}." for head, titles in found.items() if titles]
+    sentences = [f"{head}: {'; '.join(titles).lower()}." for head, titles in found.items() if titles]
     if run.started["forget"] < wording.SMALL:
         count = wording.counted(run.started["forget"], "example")
         sentences.append(
