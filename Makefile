@@ -3,16 +3,17 @@
 # make test   lint, types, C++ and Python tests; make test-all adds the wide sweeps, make coverage lists what no test runs
 # make wheels  wheels that need no compiler, for each Python that is there, in dist/: for CPUs, and for CUDA if there is a toolkit
 # make docs   the documentation as a site, in build/docs/index.html; warnings are errors, and nothing is downloaded
+# make release-check  builds the docs, and checks version, changelog, wheels of dist/, figures and licences: a line for each
 # make bench  every kernel, training step and whole job against its baseline, hours; make results also renews the README's tables
 # All make .venv and build the extension first; a second call does no work twice.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py delfast/ops/schemas.py
+SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') CMakeLists.txt setup.py delfast/ops/schemas.py delfast/_version.py
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all demo check test test-all coverage lint wheels docs bench results clean
+.PHONY: all demo check test test-all coverage lint wheels docs release-check bench results clean
 
 all: $(VENV)/.built
 
@@ -21,7 +22,7 @@ $(VENV)/.requirements: requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# developers want the native kernels, or to hear why not
+# DELFAST_NATIVE=1: in development, native kernels that cannot be built are an error, which gives the reason
 $(VENV)/.built: $(VENV)/.requirements pyproject.toml $(SOURCES)
 	DELFAST_NATIVE=1 $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
@@ -63,6 +64,10 @@ wheels: all
 docs: all
 	rm -rf build/docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env --doctree-dir build/doctrees docs build/docs
+
+# the wheels are not built again: those of dist/ are the ones to publish
+release-check: docs
+	$(BIN)/python -m build_support.release_check
 
 # both sides take turns on the same threads; the results are kept as JSON: of kernels, and of each other subject
 SUBJECTS := calls steps job memory

@@ -175,7 +175,7 @@ setup(
             "delfast._C",
             ["csrc/bindings/module.cpp"],
             include_dirs=[str(ROOT / "csrc"), *([str(TORCH / "include")] if TORCH else [])],  # the latter for pybind11
-            # -g0: some Pythons ask for debug symbols, eight times the size
+            # -g0: the flags of some Pythons include debug symbols, which make it eight times as large
             extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-g0"],
             extra_link_args=["-Wl,-rpath,$ORIGIN"],  # where libdelfast_ops.so lies
         )

@@ -1,13 +1,13 @@
-"""Whole calls and kernels on the card that is here: `python -m benchmarks.gpu`. Its limits add up to six minutes.
+"""Whole calls and kernels on the GPU that is here: `python -m benchmarks.gpu`. Its limits add up to six minutes.
 
-Builds the extension for this card, then runs sections, all of them or those that are named:
+Builds the extension for this GPU, then runs sections, all of them or those that are named:
 
 - ``localize``: 5,000 images, the first call for a network, beside the usual loop.
 - ``per_example``: per-example scores of one more batch, beside an ordinary forward and backward pass.
 - ``step``: a training step of ``unlearn``, dense and compact, beside torch's dense step with a fused optimizer.
-- ``job``: a whole DEL job, beside ``benchmarks/naive.py`` on the same card.
+- ``job``: a whole DEL job, beside ``benchmarks/naive.py`` on the same GPU.
 - ``kernels``: every op, verified and timed beside what people write (``benchmarks/gpu_kernels.py``).
-- ``bandwidth``: the kernels on 1.07 G parameters and on single layers, beside the card's own copy and the kernels of an
+- ``bandwidth``: the kernels on 1.07 G parameters and on single layers, beside the GPU's own copy and the kernels of an
   older commit (``benchmarks/gpu_bandwidth.py``).
 
 Both sides run as they are and captured in CUDA graphs. Wall: the median of whole calls; busy: the sum of the times of
@@ -48,7 +48,7 @@ PROFILER = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
 
 
 def build() -> None:
-    """Build the extension in place, for this card alone. CalledProcessError if that fails."""
+    """Build the extension in place, for this GPU alone. CalledProcessError if that fails."""
     major, minor = torch.cuda.get_device_capability()
     environment = {**os.environ, "DELFAST_NATIVE": "1", "DELFAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
@@ -131,7 +131,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", default="", help="the same, separated by commas")
     parser.add_argument("--modes", default="bf16,fp32,tf32", help="of the whole calls, separated by commas")
     parser.add_argument("--seconds", type=float, help="limit of each section (default: its own)")
-    parser.add_argument("--output", type=Path, help=f"the JSON to write (default on a card: {RESULTS.name})")
+    parser.add_argument("--output", type=Path, help=f"the JSON to write (default on a GPU: {RESULTS.name})")
     parser.add_argument("--quick", action="store_true", help="kernels: one network in float32 alone")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the code: nothing is captured there")
     parser.add_argument("--tiny", action="store_true", help="networks and sets of a test, to try the code")
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _build_and_run(arguments: list[str], options: argparse.Namespace) -> int:
     """Build, then run each section in a process of its own.
 
-    This process may have loaded the extension as it was, and an error of the card in one section ends its process.
+    This process may have loaded the extension as it was, and an error of the GPU in one section ends its process.
     """
     try:
         build()

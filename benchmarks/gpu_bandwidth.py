@@ -1,9 +1,9 @@
-"""The section "bandwidth" of benchmarks.gpu: kernels against the card's own copy, and against those of an older commit.
+"""The section "bandwidth" of benchmarks.gpu: kernels against the GPU's own copy, and against those of an older commit.
 
 On 1.07 G parameters (the linear layers of a language model: 16 blocks of seven weights) with parameters in bfloat16 and
 in float32, on ResNet-18, and on the layers of three networks for the per-example sums. Each op is verified, on one
 block against the CPU's kernels or on a layer against float32, and then timed: one replay of a CUDA graph, caches cold.
-``BEFORE`` keeps the times of the older kernels on a card, by which a speedup is known on that card alone.
+``BEFORE`` keeps the times of the older kernels on a GPU, by which a speedup is known on that GPU alone.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _update(
         return make(parameters.items(), mask=part, lr=lr, **settings), list(parameters.values())
 
     def verify() -> None:
-        """Take two steps that move the weights far, on the card and on the CPU, and compare weights and state."""
+        """Take two steps that move the weights far, on the GPU and on the CPU, and compare weights and state."""
         places = (torch.clone, lambda t: t.cpu().clone())
         (here, found), (there, expected) = (optimizer(place, few, lr=0.1) for place in places)
         for _ in range(2):
@@ -252,11 +252,11 @@ def _measured(case: Timed, clock: Clock, copy: float, device: torch.device) -> d
     }  # fmt: skip
 
 
-def before_us(card: str, name: str, on: str) -> float | None:
-    """Return the time that the older kernels took on this card, None where it is not known."""
+def before_us(gpu: str, name: str, on: str) -> float | None:
+    """Return the time that the older kernels took on this GPU, None where it is not known."""
     kept = read_json(BEFORE)
     found = [case["before_us"] for case in kept["cases"] if (case["name"], case["on"]) == (name, on)]
-    return found[0] if found and card == kept["device"] else None
+    return found[0] if found and gpu == kept["device"] else None
 
 
 COLUMNS = ("kernel", "on", "µs", "GB/s", "of copy", "speedup")

@@ -263,7 +263,7 @@ def _unlearning_step(
 
 @dataclass(frozen=True)
 class Job:
-    """A DEL job on the card: a trained network, its images there as uint8, and how many of them to forget."""
+    """A DEL job on the GPU: a trained network, its images there as uint8, and how many of them to forget."""
 
     name: str
     network: nn.Module
@@ -289,7 +289,7 @@ class Job:
 
 
 def job(setup: Setup) -> Iterator[Case]:
-    """Localize 5,000 images, reset, and finetune on 45,000 for five epochs, beside ``naive`` on the same card."""
+    """Localize 5,000 images, reset, and finetune on 45,000 for five epochs, beside ``naive`` on the same GPU."""
     forget, retain, epochs = (32, 1088, 1) if setup.tiny else (5000, 45000, 5)
     whole = _trained_job(setup, forget, retain)
     few = whole.smaller(32 if setup.tiny else 4500)
@@ -361,7 +361,7 @@ def naive_job(job: Job, mode: str, epochs: int, device: torch.device) -> float:
 
 
 def delfast_job(job: Job, mode: str, epochs: int, device: torch.device) -> float:
-    """Run the job by delfast, captured on a card; return the accuracy on the test set, in percent."""
+    """Run the job by delfast, captured on a GPU; return the accuracy on the test set, in percent."""
     model, parts = copy.deepcopy(job.network), job.parts()
     sets = {
         name: Batches(*images, job.mean, job.std, batch_size=naive.BATCH, shuffle=name == "retain")

@@ -245,7 +245,7 @@ def _updates(setting: str, model: nn.Module, gradients: dict[str, Tensor], mask:
     for name, p in zip(names, theirs, strict=True):
         p.grad = gradients[name].to(p.dtype, copy=True)  # which the baselines multiply by the mask
     entry = sum(mask.parameters[name].selected * ours[name].element_size() for name in names)
-    entries = sum(mask.parameters[name].selected for name in names)
+    elements = sum(mask.parameters[name].selected for name in names)
 
     fresh = {name: torch.randn_like(p) for name, p in ours.items()}
     arguments = (
@@ -303,6 +303,6 @@ def _updates(setting: str, model: nn.Module, gradients: dict[str, Tensor], mask:
         eps = torch.finfo(theirs[0].dtype).eps
         yield Case(
             *(name, setting, optimizer.step, {"foreach": masked_then(foreach), "fused": masked_then(fused)}),
-            3 * entry + 8 * states * entries,
+            3 * entry + 8 * states * elements,
             same_everywhere(optimizer.step, masked_then(foreach), rtol=4 * eps, atol=1e-6),
         )

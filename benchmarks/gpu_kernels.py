@@ -1,7 +1,7 @@
 """The section "kernels" of benchmarks.gpu: every op verified, then timed beside what people write today.
 
 GB/s: the bytes that a kernel has to move, over the time of one replay of a CUDA graph of it, caches cold. "of copy":
-that, over the card's own device-to-device copy. "call": the same as called from Python, with nothing else queued.
+that, over the GPU's own device-to-device copy. "call": the same as called from Python, with nothing else queued.
 Others are timed as called, and under torch.compile where they are one function of tensors. Convolutions are timed in
 PyTorch's default, TF32 for float32, and checked without it.
 """

@@ -173,7 +173,7 @@ class Case:
 
 
 def measure(side: Side, device: torch.device, effort: Effort) -> Figures:
-    """Measure a side with nothing else on the card than what its case shares."""
+    """Measure a side with nothing else on the GPU than what its case shares."""
     if captures(device):
         gc.collect()
         torch.cuda.empty_cache()

@@ -12,9 +12,9 @@ from delfast.files import read_json
 SIDES = ("case", "on", "mode", "side", "wall, ms", "busy, ms", "launches", "peak, MiB")
 RATIOS = ("case", "on", "mode", "sides", "wall", "busy")
 GOALS = ("whole call", "measured", "target")
-NOT_MEASURED = "not measured since passes are captured: no card could be started"
-NO_CARD = "not measured: no card could be started"
-NOT_HERE = "not measured on this card"
+NOT_MEASURED = "not measured since passes are captured: no GPU could be started"
+NO_GPU = "not measured: no GPU could be started"
+NOT_HERE = "not measured on this GPU"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class KernelTarget:
 
     @property
     def text(self) -> str:
-        unit = {"of_copy": "of the card's copy", "speedup": "x the speed of the older kernels", "us": "µs"}[self.figure]
+        unit = {"of_copy": "of the GPU's copy", "speedup": "x the speed of the older kernels", "us": "µs"}[self.figure]
         return f"{'<=' if self.figure == 'us' else '>='} {self.aim:g} {unit}"
 
 
@@ -147,7 +147,7 @@ def kernel_goal_rows(section: Mapping[str, Any] | None, kept: Mapping[str, Any])
     cases = {(case["name"], case["on"]): case for case in kept["cases"]}
     for target in KERNEL_TARGETS:
         result = measured.get((target.name, target.on), {})
-        figure = _number(result.get(target.figure), ".2f") or (NO_CARD if section is None else NOT_HERE)
+        figure = _number(result.get(target.figure), ".2f") or (NO_GPU if section is None else NOT_HERE)
         case, prototype = cases.get((target.name, target.on)), None
         if case is not None and target.figure == "speedup":
             prototype = case["before_us"] / case["prototype_us"]

@@ -1,7 +1,7 @@
 """DEL as it is commonly written in plain PyTorch: the other side of the whole-job benchmarks.
 
 Dense masks multiplied into the gradients, ``torch.optim.SGD`` over every parameter, a double argsort, three sets
-evaluated after each epoch, float32 in the default layout, a DataLoader over tensors. On a card (``CardImages``): images
+evaluated after each epoch, float32 in the default layout, a DataLoader over tensors. On a GPU (``CardImages``): images
 that lie there as bytes and are indexed and normalized there, channels-last, and bfloat16 autocast if asked for.
 """
 
@@ -105,7 +105,7 @@ def optimizer_for(model: nn.Module, lr: float) -> torch.optim.SGD:
 def finetune(
     model: nn.Module, mask: dict[str, Tensor], sets: dict[str, Data], epochs: int, lr: float, *, bf16: bool = False
 ) -> dict[str, float]:
-    """Train the masked entries on ``sets["retain"]``; return the last epoch's accuracies (percent) on all sets."""
+    """Train the masked elements on ``sets["retain"]``; return the last epoch's accuracies (percent) on all sets."""
     optimizer = optimizer_for(model, lr)
     steps = -(-len(sets["retain"]) // BATCH)  # type: ignore[arg-type]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, lr * 0.01)

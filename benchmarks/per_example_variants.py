@@ -1,8 +1,8 @@
-"""The fastest way to use tensor cores for each layer's per-example sums, by card.
+"""The fastest way to use tensor cores for each layer's per-example sums, by GPU.
 
 ``python -m benchmarks.per_example_variants`` writes csrc/cuda/per_example_variants.inc, from which the launcher of the
 kernels chooses, from the times in benchmarks/results/per_example_variants.json. With ``--measure`` it first times every
-variant on every layer on this machine's card and keeps the times there; a variant whose sums are wrong is an error. The
+variant on every layer on this machine's GPU and keeps the times there; a variant whose sums are wrong is an error. The
 table counts when the extension is built again. tests/packaging/test_per_example_variants.py holds table and times
 together.
 """
@@ -29,13 +29,13 @@ TABLE = ROOT / "csrc" / "cuda" / "per_example_variants.inc"
 VARIANTS = ("wmma", "64x64", "64x128", "128x128", "64x192")  # csrc/cuda/per_example_variants.h: kVariantNames
 TOLERANCE = {"bfloat16": 3e-5, "tf32": 3e-3}  # of the sums, relative, in the Euclidean norm, by kind of operands
 KINDS = {"bfloat16": torch.bfloat16, "tf32": torch.float32}  # the operands of each kind
-DATA = 150 << 20  # bytes of different operands that successive launches read, more than a card's L2 cache holds
+DATA = 150 << 20  # bytes of different operands that successive launches read, more than a GPU's L2 cache holds
 Layer = dict[str, Any]
 Times = dict[str, Any]
 
 
 def table(times: Times) -> str:
-    """Return the text of the table: a line for each card, kind of operands and layer, which names the fastest."""
+    """Return the text of the table: a line for each GPU, kind of operands and layer, which names the fastest."""
     layers = {layer["name"]: layer for layer in times["layers"]}
     lines = ["// Written by `python -m benchmarks.per_example_variants` from measured times: do not edit."]
     for card in times["cards"]:
@@ -148,7 +148,7 @@ def check_sums(layer: Layer, kind: str, sums: Tensor, expected: Tensor, variant:
     if not error < TOLERANCE[kind]:
         raise RuntimeError(
             f"expected {variant}'s sums of {layer['name']} within {TOLERANCE[kind]}, got {error:.1e}; "
-            "the kernel is wrong on this card"
+            "the kernel is wrong on this GPU"
         )
 
 
@@ -175,7 +175,7 @@ def time_layer(layer: Layer, kind: str, device: torch.device) -> dict[str, float
 
 
 def measure(times: Times) -> None:
-    """Time every layer on the current card and put the times in place of those it had."""
+    """Time every layer on the current GPU and put the times in place of those it had."""
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     milliseconds = {
@@ -188,12 +188,12 @@ def measure(times: Times) -> None:
     }
     cards = [card for card in times["cards"] if card["card"] != name]
     at = next((n for n, card in enumerate(times["cards"]) if card["card"] == name), len(cards))
-    times["cards"] = [*cards[:at], new, *cards[at:]]  # cards that are not in the table use the first one's lines
+    times["cards"] = [*cards[:at], new, *cards[at:]]  # GPUs that are not in the table use the first one's lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", action="store_true", help="time the variants on this machine's card first")
+    parser.add_argument("--measure", action="store_true", help="time the variants on this machine's GPU first")
     arguments = parser.parse_args()
     times = json.loads(TIMES.read_text(encoding="utf-8"))
     if arguments.measure:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from delfast.evaluation import gaps
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments.grid.summary import mean
 from delfast.experiments.reports import markdown_table
 from delfast.experiments.run import Config, Run, choose_device, start
@@ -106,7 +106,7 @@ def _masks(run: Run, model: nn.Module) -> Iterator[tuple[dict[str, Any], Mask]]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         placed = copy.deepcopy(model).to(memory_format=layout)
         seed = run.config.seed
-        yield options, pipeline.find_mask(run, placed, budget=BUDGET, batch_size=BATCH_SIZE, seed=seed, **options)[0]
+        yield options, localizing.find_mask(run, placed, budget=BUDGET, batch_size=BATCH_SIZE, seed=seed, **options)[0]
 
 
 def _gaps(run: Run, model: nn.Module, mask: Mask, method: Del, oracle: Any, other_seed: int = 0) -> dict[str, float]:

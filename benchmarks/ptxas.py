@@ -213,7 +213,7 @@ def least_wide_loads(name: str) -> int:
 
 
 def _nvdisasm() -> Path:
-    """Return PyPI's disassembler: not every toolkit has one, and an older one may not support the newest cards."""
+    """Return PyPI's disassembler: not every toolkit has one, and an older one may not support the newest GPUs."""
     places = importlib.util.find_spec("nvidia")
     for folder in places.submodule_search_locations or [] if places else []:
         for program in Path(folder).glob("cu*/bin/nvdisasm"):

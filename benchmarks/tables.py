@@ -74,7 +74,7 @@ SEQUENTIAL = {  # of `python -m delfast.experiments.sequential`, packed
 }
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
-DRAWING = 1  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
+DRAWING = 2  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
 BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
 
@@ -89,16 +89,16 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
         raise InputError(f"'{JOB.name}' has no times for fp32 and bf16 in '{job}'; run `make bench` again")
     select = _figure(results["CPU"], "test_selection_of_channels_whole_call").partition(" faster")[0]
     vmap = _figure(results["CPU"], "test_scores_against_other_ways[resnet18-vmap]").partition(" faster")[0]
-    on_card = f"{card['device']}, eager, torch {card['provenance']['torch'].partition('+')[0]}"
+    on_gpu = f"{card['device']}, eager, torch {card['provenance']['torch'].partition('+')[0]}"
     rows = [
         ("Select a channel mask from scores", "double argsort", f"{select} as fast", f"ResNet-18; {here}"),
         ("A whole job, two epochs of training", "masked dense gradients, float32",
          f"{precisions[1]} of the time; bfloat16: {precisions[2]}", f"ResNet-18, 4,500 images; {here}"),
         ("Per-example scores", "`torch.func.vmap`", f"{vmap} as fast", f"ResNet-18, 32 examples; {here}"),
         ("**slower:** per-example scores of one batch of 32", "`torch.func.vmap`",
-         _of_card(card, "per-example scores, whole call", "vmap"), f"ResNet-18; {on_card}"),
+         _of_gpu(card, "per-example scores, whole call", "vmap"), f"ResNet-18; {on_gpu}"),
         ("**slower:** a compact training step", "the dense step",
-         _of_card(card, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_card}"),
+         _of_gpu(card, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_gpu}"),
     ]  # fmt: skip
     return (
         "\n".join(f"| {' | '.join(cells)} |" for cells in (("what", "beside", "result", "on"), ["---"] * 4, *rows))
@@ -114,7 +114,7 @@ def _figure(results: dict[str, Any], name: str) -> str:
     raise InputError(f"the kept results have no figure for {name}; run `make bench` again")
 
 
-def _of_card(results: dict[str, Any], name: str, other: str) -> str:
+def _of_gpu(results: dict[str, Any], name: str, other: str) -> str:
     """Return the time of a call on ResNet-18 in float32 over that of the other side."""
     for result in results["results"]:
         if (result["name"], result["on"]) == (name, "resnet18, float32"):
@@ -124,7 +124,7 @@ def _of_card(results: dict[str, Any], name: str, other: str) -> str:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Draw accuracy on the forget set before and after unlearning and of the oracle, for both scenarios of the demo."""
-    names = {"original": "before", "del": "delfast", "oracle": "retrained"}
+    names = {"original": "before", "del": "delfast", "oracle": "oracle"}
     figure = Figure(figsize=(6.4, 2.3), layout="constrained")
     for axes, (scenario, content) in zip(figure.subplots(1, 2), summary["scenarios"].items(), strict=True):
         values = [content["methods"][method]["forget_acc"] for method in names]
@@ -195,14 +195,14 @@ def call_costs(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def gpu(results: dict[str, Any]) -> str:
-    """Return a line that names the card, and a row for each kernel on each network."""
+    """Return a line that names the GPU, and a row for each kernel on each network."""
     made = _checked(results)["provenance"]
     head = f"{results['device']}, copy {results['copy_gb_per_s']:.0f} GB/s; torch {made['torch']}, CUDA {made['cuda']}."
     return "\n".join([head, "", markdown_table(COLUMNS, [row(result) for result in results["results"]])])
 
 
 def calls(sections: dict[str, Any]) -> str:
-    """Return the targets of the whole calls on a card, measured or not, then the tables of every kept section."""
+    """Return the targets of the whole calls on a GPU, measured or not, then the tables of every kept section."""
     parts = [markdown_table(GOALS, list(goal_rows(sections)))]
     for name, section in sections.items():
         if name not in ("kernels", "bandwidth") and not (section.get("skipped") and not section["results"]):
@@ -216,7 +216,7 @@ def calls(sections: dict[str, Any]) -> str:
 
 
 def bandwidth(sections: dict[str, Any], kept: dict[str, Any]) -> str:
-    """Return the targets of the kernels beside the prototype's figures, then what a card gave, where one did."""
+    """Return the targets of the kernels beside the prototype's figures, then what a GPU gave, where one did."""
     section = sections.get("bandwidth")
     parts = [markdown_table(KERNEL_GOALS, list(kernel_goal_rows(section, kept)))]
     if section is not None and section["results"]:

@@ -60,7 +60,7 @@ def find_toolkit(wanted_major: str | None = None) -> Toolkit:
             return toolkit
         seen.append(f"{root} (CUDA {toolkit.version})")
     wanted = f"a toolkit of CUDA {wanted_major}" if wanted_major else "a CUDA toolkit"
-    raise CudaUnavailable(f"expected {wanted}, found none (looked in {', '.join(seen)}); install one or set CUDA_HOME")
+    raise CudaUnavailable(f"expected {wanted}, found none (searched {', '.join(seen)}); install one or set CUDA_HOME")
 
 
 def _candidates() -> Iterator[Path]:

@@ -4,7 +4,7 @@ The three steps::
 
     mask = delfast.localize(model, forget_loader, budget=0.3)   # the channels that hold the forget set
     delfast.reset_(model, mask, init=factory, seed=1)           # a seed other than that of training
-    with delfast.compact(model, mask) as handle:                # only selected rows are trained
+    with delfast.compact(model, mask) as handle:                # only selected channels are trained
         optimizer = torch.optim.SGD(handle.parameters(), lr=0.015, momentum=0.9)
 
 The method is DEL: Torkzadehmahani et al., "Improved Localized Machine Unlearning Through the Lens of Memorization",
@@ -45,7 +45,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from delfast import optim
+    from delfast import compaction as compaction
+    from delfast import evaluation as evaluation
+    from delfast import jobs as jobs
+    from delfast import ledger as ledger
+    from delfast import localization as localization
+    from delfast import optim as optim
+    from delfast import unlearning as unlearning
     from delfast.backend import status
     from delfast.compaction import compact
     from delfast.evaluation import evaluate
@@ -80,14 +86,11 @@ else:
         "delfast.unlearning": ["TrainingOptions", "unlearn"],
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-    _MODULES = (
-        *("backend", "compaction", "evaluation", "layer_types", "localization", "mask", "ops", "optim"),
-        *("parameter_mask", "reset", "unlearning"),
-    )
+    _PACKAGES = ("compaction", "evaluation", "jobs", "ledger", "localization", "optim", "unlearning")
 
     def __getattr__(name):
-        """Import a public name or module when it is first used, and keep it for the next use."""
-        if name in _MODULES:
+        """Import a public name or package when it is first used, and keep it for the next use."""
+        if name in _PACKAGES:
             return _imported(f"delfast.{name}")
         if name not in _MODULE_OF:
             raise AttributeError(f"module 'delfast' has no attribute '{name}'")
@@ -103,4 +106,4 @@ else:
             raise ImportError("delfast needs torch 2.10 or newer, and finds none; pip install torch") from None
 
     def __dir__():
-        return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})
+        return sorted({*__all__, *_PACKAGES, *(name for name in globals() if name.startswith("__"))})

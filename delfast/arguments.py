@@ -142,7 +142,7 @@ def check_device(value: Any) -> torch.device:
 
 
 def function_name(function: object) -> str:
-    """Return text that tells functions apart: a qualified name, and the plain arguments of a ``functools.partial``."""
+    """Return text that identifies a function: a qualified name, and the plain arguments of a ``functools.partial``."""
     if isinstance(function, functools.partial):
         given = [*enumerate(function.args), *sorted(function.keywords.items())]
         plain = {name: value for name, value in given if isinstance(value, (bool, int, float, str, type(None)))}

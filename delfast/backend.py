@@ -18,11 +18,11 @@ def status() -> dict[str, Any]:
     -------
     dict of str to object
         Plain values, ready for JSON: ``delfast`` and ``torch`` (versions); ``backend``, "native" (the compiled
-        extension) or "torch" (the PyTorch references), and ``reason``, why it was chosen; ``isa``, the instruction set
-        in use on the CPU, and ``isas``, those of this build that the CPU supports; ``devices`` that have native
-        kernels; ``cuda``, which code runs for tensors on a GPU, and why; ``cuda_available``; ``built_against``, the
-        version of torch that the extension was built with, and its ``compiler``; ``threads``, the number that torch
-        uses.
+        extension) or "torch" (the PyTorch reference implementations), and ``reason``, why it was chosen; ``isa``,
+        the instruction set in use on the CPU, and ``isas``, those of this build that the CPU supports; ``devices``
+        that have native kernels; ``cuda``, which code runs for tensors on a GPU, and why; ``cuda_available``;
+        ``built_against``, the version of torch that the extension was built with, and its ``compiler``; ``threads``,
+        the number that torch uses.
 
     Examples
     --------
@@ -49,26 +49,26 @@ def status() -> dict[str, Any]:
 
 def _cuda() -> str:
     if BACKEND.module is None:
-        return "not loaded: the references run on every device"
+        return "not loaded: the reference implementations run on every device"
     built = BACKEND.build_info["cuda"]
     if not built:
         why = BACKEND.build_info.get("cuda_failure", "the extension was built without")
-        return f"not built: {why}; on a GPU the references run"
+        return f"not built: {why}; on a GPU the reference implementations run"
     text = f"built with CUDA {built['toolkit']} for {' '.join(built['architectures'])}"
     if driver_is_too_old():
         return f"{text}; they cannot run: the driver supports CUDA {'.'.join(map(str, driver_cuda() or ()))} at most"
     if not torch.cuda.is_available():
         return f"{text}; no CUDA device is here, so the CPU kernels run"
-    cards = []
+    devices = []
     for number in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(number)
         able = any(_runs_on(architecture, capability) for architecture in built["architectures"])
         wanted = ".".join(map(str, capability))
-        cards.append(
+        devices.append(
             torch.cuda.get_device_name(number)
             + ("" if able else f" (not: install again with TORCH_CUDA_ARCH_LIST={wanted})")
         )
-    return f"{text}; runs on {', '.join(cards)}"
+    return f"{text}; runs on {', '.join(devices)}"
 
 
 def driver_is_too_old() -> bool:
@@ -94,14 +94,14 @@ def driver_cuda() -> tuple[int, int] | None:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Return whether code for ``architecture`` runs on a card of this compute capability.
+    """Return whether code for ``architecture`` runs on a GPU of this compute capability.
 
-    Machine code runs on cards of the same major version and of the same or a later minor version; PTX runs on all later
-    cards, unless it is for a family ("f") (CUDA C++ Programming Guide, "Compatibility").
+    Machine code runs on GPUs of the same major version and of the same or a later minor version; PTX runs on all later
+    GPUs, unless it is for a family ("f") (CUDA C++ Programming Guide, "Compatibility").
     """
     number = architecture.removesuffix("+PTX")
     major, minor = (int(part) for part in number.rstrip("af").split("."))
-    if number.endswith("a"):  # for cards of exactly this capability
+    if number.endswith("a"):  # for GPUs of exactly this capability
         return capability == (major, minor)
     later = capability >= (major, minor)
     return later and (capability[0] == major or (architecture.endswith("+PTX") and not number.endswith("f")))

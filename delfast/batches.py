@@ -289,23 +289,24 @@ def _check_range(labels: Any, classes: int, ignored: int | None) -> None:
 # Loaders
 
 
-def warn_about_loader(loader: Any, what: str) -> None:
+def warn_about_loader(loader: Any, what: str, stacklevel: int = 3) -> None:
     """Warn if a loader does not yield every example once, unchanged.
 
-    It may drop the last batch, repeat or omit examples by its sampler, or augment at random.
+    It may drop the last batch, repeat or omit examples by its sampler, or augment at random. ``stacklevel``: as
+    ``warnings.warn``'s; 3 names the caller of the function that calls this one.
     """
     if getattr(loader, "drop_last", False) or getattr(getattr(loader, "batch_sampler", None), "drop_last", False):
         warnings.warn(
             f"the {what}'s loader drops its last short batch (drop_last=True): those examples are not seen; "
             "pass a loader that keeps them",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     fault = sampler_fault(loader)
     if fault is not None and not draws_a_subset(loader):
         warnings.warn(
             f"the {what}'s loader {fault}: the result is not over each example once; pass a loader of "
             "Subset(dataset, indices) without that sampler",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     for dataset in data_sets_of(loader):
         for transform in _transforms(getattr(dataset, "transform", None)):
@@ -313,7 +314,7 @@ def warn_about_loader(loader: Any, what: str) -> None:
                 warnings.warn(
                     f"the {what}'s data set augments at random ({type(transform).__name__}): results vary from run "
                     "to run; pass the examples as they are",
-                    stacklevel=3,
+                    stacklevel=stacklevel,
                 )
                 return
 

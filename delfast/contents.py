@@ -1,4 +1,4 @@
-"""The contents of data sets and batches as text, which tells them apart between processes."""
+"""The contents of data sets and batches as text, to compare them between processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROWS = 16  # of a datasets.Dataset, which are compared between processes
 
 
 def signature_of(loader: Any, *, without_varying: bool = False) -> str:
-    """Return what tells the data sets of torch's DataLoaders apart: types, lengths, and what is in memory.
+    """Return text that differs between data sets of torch's DataLoaders: types, lengths, and contents in memory.
 
-    Of types that are not known the first and the last example are loaded, as the loader does it. without_varying: load
+    For other types the first and the last example are loaded, as the loader does it. without_varying: load
     them again, and leave out examples that then differ, as those that are augmented by a generator of their own.
     """
     parts, known = [], True

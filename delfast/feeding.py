@@ -202,8 +202,9 @@ class _Rows:
 class Resident:
     """Examples on a device. They are copied there unless they are there, and again once their tensors were changed.
 
-    ``source``: reads batches; the object stays the same unless the data set gets other tensors or rows, so that a graph
-    that reads it stays valid. ``lookup``: int64 (N,) on the CPU, the row of the source for each example.
+    source: reads batches. The object stays the same unless the data set gets other tensors or rows, so that a graph
+        that reads it stays valid.
+    lookup: int64 (N,) on the CPU, the row of the source for each example.
     """
 
     def __init__(self, columns: Columns, rows: Tensor, device: torch.device) -> None:
@@ -262,17 +263,17 @@ def _is_on(tensor: Tensor, device: torch.device) -> bool:
 class CopyStream:
     """A CUDA stream that copies batches from pinned memory while the device computes on the batch before.
 
-    The host reads a batch from its loader when the batch is asked for, and not earlier, so that generators are drawn
-    from in the same order as without copies. The device is then still busy with the batch before, since the host does
-    not wait for it. Tensors on a device, and tensors that are more than plain memory on the CPU, are returned as they
-    are.
+    The host reads a batch from its loader when the consumer takes the batch, and not earlier, so that generators are
+    drawn from in the same order as without copies. The device is then still busy with the batch before, since the host
+    does not wait for it. Tensors on a device, and tensors that are more than plain memory on the CPU, are returned as
+    they are.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches on the device, usable on the stream that is current when they are asked for."""
+        """Yield the batches on the device, usable on the stream that is current when they are taken."""
         used: deque[torch.cuda.Event] = deque()
         for batch in batches:
             yield self.copy(batch)

@@ -73,7 +73,7 @@ def _system_error(error: Exception, path: Path) -> int | None:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a temporary file beside ``path``, flush the file to the disk and rename it to ``path``.
 
-    A reader sees the old file or the new one, never half of one. If ``write`` fails, the temporary file is removed,
+    A reader gets the old file or the new one, never half of one. If ``write`` fails, the temporary file is removed,
     ``path`` is as it was, and the error is raised; an OSError then has the name of ``path``. Temporary files of
     processes that were killed are removed first; those of processes that still write stay.
     """

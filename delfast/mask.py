@@ -1,8 +1,9 @@
-"""Mask: the selected parameters of a network, with set operations, dense forms and files."""
+"""Mask: the selected elements of a network's parameters, with set operations, dense forms and files."""
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,12 +34,12 @@ class LayerRow:
     shape : tuple of int
         The parameter's shape.
     selected : int
-        Number of selected scalars.
+        Number of selected elements.
     total : int
-        Number of scalars.
+        Number of elements.
     channels : int
         Number of whole channels selected.
-    of_channels : int
+    channel_count : int
         Number of channels; 0 for a parameter with ndim <= 1.
 
     Examples
@@ -47,7 +48,7 @@ class LayerRow:
     >>> import delfast
     >>> mask = delfast.Mask.from_dense({"weight": torch.tensor([[1, 1], [0, 0], [0, 1]])})
     >>> mask.table()
-    [LayerRow(name='weight', shape=(3, 2), selected=3, total=6, channels=1, of_channels=3)]
+    [LayerRow(name='weight', shape=(3, 2), selected=3, total=6, channels=1, channel_count=3)]
     """
 
     name: str
@@ -55,12 +56,23 @@ class LayerRow:
     selected: int
     total: int
     channels: int
-    of_channels: int
+    channel_count: int
+
+    @property
+    def of_channels(self) -> int:
+        """The former name of ``channel_count``, for one release."""
+        warnings.warn(
+            "LayerRow: the field 'of_channels' is now 'channel_count', and 'of_channels' is removed in the next "
+            "release; read channel_count",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.channel_count
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The selected parameters of a network: a value that no operation changes.
+    """The selected elements of a network's parameters: a value that no operation changes.
 
     ``localize`` makes masks; ``reset_``, ``compact``, ``unlearn`` and the masked optimizers use them.
 
@@ -99,22 +111,22 @@ class Mask:
 
     @cached_property
     def selected(self) -> int:
-        """Number of selected scalars."""
+        """Number of selected elements."""
         return sum(part.selected for part in self.parameters.values())
 
     @cached_property
     def total(self) -> int:
-        """Number of scalars of these parameters, selected or not."""
+        """Number of elements of these parameters, selected or not."""
         return sum(part.numel for part in self.parameters.values())
 
     @cached_property
     def channels(self) -> int:
-        """Number of whole channels (rows of parameters with ndim > 1) selected."""
+        """Number of whole channels of parameters with ndim > 1 that are selected."""
         return sum(part.channels for part in self.parameters.values())
 
     @property
     def fraction(self) -> float:
-        """Selected scalars divided by all scalars, in [0, 1]; 0 for a mask of no parameters."""
+        """Selected elements divided by all elements, in [0, 1]; 0 for a mask of no parameters."""
         return self.selected / self.total if self.total else 0.0
 
     @property
@@ -133,7 +145,7 @@ class Mask:
         return total.hexdigest()
 
     def __repr__(self) -> str:
-        return f"Mask({self.selected} of {self.total} parameters, {self.channels} channels, digest {self.digest[:12]})"
+        return f"Mask({self.selected} of {self.total} elements, {self.channels} channels, digest {self.digest[:12]})"
 
     def __getitem__(self, name: str) -> ParameterMask:
         check_type("a parameter's name", name, str, "a str")
@@ -175,7 +187,7 @@ class Mask:
         return Mask(moved, self.metadata)
 
     def match(self, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, ParameterMask]]:
-        """Pair each parameter that has a selected entry with its mask, after checking all of them.
+        """Pair each parameter that has a selected element with its mask, after checking all of them.
 
         Parameters
         ----------
@@ -209,13 +221,13 @@ class Mask:
                 continue
             if name not in named:
                 raise InputError(
-                    f"mask selects entries of '{name}', which the model does not have; "
+                    f"mask selects elements of '{name}', which the model does not have; "
                     "pass the mask of this architecture (and its trainable parameters)"
                 )
             self._check_shape(name, part, named[name])
             if isinstance(named[name], torch.nn.Parameter) and not named[name].requires_grad:
                 raise InputError(
-                    f"mask selects entries of '{name}', which is frozen (requires_grad=False); "
+                    f"mask selects elements of '{name}', which is frozen (requires_grad=False); "
                     "unfreeze it, or localize the model as it is now"
                 )
             found.append((name, named[name], part))
@@ -235,7 +247,7 @@ class Mask:
     # Set operations on masks of the same parameters. The channels of the result lie as in ``self``.
 
     def union(self, other: Mask) -> Mask:
-        """Select the entries that at least one of two masks selects.
+        """Select the elements that at least one of two masks selects.
 
         Parameters
         ----------
@@ -264,7 +276,7 @@ class Mask:
         return self._combine(other, torch.bitwise_or, "union")
 
     def intersection(self, other: Mask) -> Mask:
-        """Select the entries that both of two masks select.
+        """Select the elements that both of two masks select.
 
         Parameters
         ----------
@@ -293,7 +305,7 @@ class Mask:
         return self._combine(other, torch.bitwise_and, "intersection")
 
     def jaccard(self, other: Mask) -> float:
-        """Return the Jaccard index of two masks over scalars: ``|intersection| / |union|``.
+        """Return the Jaccard index of two masks over elements: ``|intersection| / |union|``.
 
         Parameters
         ----------
@@ -442,7 +454,7 @@ class Mask:
         Returns
         -------
         Mask
-            Bits per row where every row is selected whole or not at all, else per element.
+            Bits per row (channel) where every channel is selected whole or not at all, else per element.
 
         Raises
         ------

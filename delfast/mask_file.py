@@ -4,7 +4,7 @@ This module writes and parses the file itself, because the safetensors library w
 from call to call, and accepts dtypes, duplicate names and shapes that no mask has. Any safetensors reader opens the
 file: https://github.com/huggingface/safetensors#format
 
-``__metadata__`` has two entries. "delfast_mask" is a JSON text: ``{"version": 2, "parameters": {name: {"shape": [...],
+``__metadata__`` has two fields. "delfast_mask" is a JSON text: ``{"version": 2, "parameters": {name: {"shape": [...],
 "unit": "row" or "element", "dim": 0}}, "metadata": {...}}``; "dim" is left out if it is 0, and format 1 lacks it.
 "digest" is the SHA-256 of that text and of every tensor. The tensors are the packed bits, uint8, of every parameter
 that has any.
@@ -174,7 +174,7 @@ def _tensors(header: dict[str, Any], body: bytes) -> dict[str, bytes]:
 
 
 def _check_parameters(parameters: dict[str, Any], bits: Mapping[str, bytes], *, with_dim: bool) -> None:
-    """Raise ValueError, with the parameter's name, unless every entry fits the schema and has its packed bits."""
+    """Raise ValueError, with the parameter's name, unless each of them fits the schema and has its packed bits."""
     used = 0
     for name, entry in parameters.items():
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair, which has no digest

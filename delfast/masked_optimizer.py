@@ -1,4 +1,4 @@
-"""The base of optimizers that change masked entries only: their state, and the calls of the ops that step it."""
+"""The base of optimizers that change masked elements only: their state, and the calls of the ops that step it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from delfast.sharding import (
 
 
 class MaskedOptimizer(Optimizer):
-    """Base class of MaskedSGD and MaskedAdamW: a ``torch.optim.Optimizer`` for the entries that a mask selects.
+    """Base class of MaskedSGD and MaskedAdamW: a ``torch.optim.Optimizer`` for the elements that a mask selects.
 
-    The kernel writes masked entries only, so all others stay bit-identical through weight decay, momentum, gradient
-    clipping and resumes. State is float32 (float64 for float64 parameters) and exists for masked entries only. The
+    The kernel writes masked elements only, so all others stay bit-identical through weight decay, momentum, gradient
+    clipping and resumes. State is float32 (float64 for float64 parameters) and exists for masked elements only. The
     op's PyTorch reference steps float64 parameters; it waits for the device and cannot be captured in a graph. With
     ``torch.amp.GradScaler``, unscaling and skipping happen inside the kernel.
 
@@ -48,7 +48,7 @@ class MaskedOptimizer(Optimizer):
         ``model.named_parameters()``, or parameter groups whose "params" are such pairs. They include every parameter
         that the mask selects; other parameters are never changed.
     mask : Mask
-        The entries to step.
+        The elements to step.
     defaults : dict
         Default values of the options of a parameter group, as for ``torch.optim.Optimizer``.
 
@@ -109,7 +109,7 @@ class MaskedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step on the masked entries of every parameter that has a gradient.
+        """Take one step on the masked elements of every parameter that has a gradient.
 
         Parameters
         ----------
@@ -145,7 +145,7 @@ class MaskedOptimizer(Optimizer):
 
     @abstractmethod
     def _state_count(self, group: dict[str, Any]) -> int:
-        """Return the number of state values per masked entry."""
+        """Return the number of state values per masked element."""
 
     @abstractmethod
     def _update(self, group: dict[str, Any], *arguments: Any) -> None:
@@ -178,7 +178,7 @@ class MaskedOptimizer(Optimizer):
             kind = held.device, torch.promote_types(held.dtype, torch.float32), is_dtensor(parameter)
             batches.setdefault(kind, []).append((name, parameter, part))
         count = self._state_count(group)
-        return [self._make_call(*kind, count, entries, key) for kind, entries in batches.items()]
+        return [self._make_call(*kind, count, parts, key) for kind, parts in batches.items()]
 
     def _make_call(
         self,
@@ -186,17 +186,17 @@ class MaskedOptimizer(Optimizer):
         dtype: torch.dtype,
         sharded: bool,
         count: int,
-        entries: list[tuple[str, Tensor, OpPart]],
+        parts: list[tuple[str, Tensor, OpPart]],
         key: list[Any],
     ) -> OpCall:
         """Join all state in one flat tensor and all step counts in another; ``self.state`` keeps views of them."""
         none = torch.zeros((), dtype=torch.float32, device=device)
-        steps = torch.stack([self.state[parameter].get("step", none).to(device) for _, parameter, _ in entries])
-        sizes = [count * part.selected for *_, part in entries]
+        steps = torch.stack([self.state[parameter].get("step", none).to(device) for _, parameter, _ in parts])
+        sizes = [count * part.selected for *_, part in parts]
         state = torch.zeros(sum(map(padded_state, sizes)), dtype=dtype, device=device)
-        parameters = [local_part(parameter) if sharded else parameter for _, parameter, _ in entries]
+        parameters = [local_part(parameter) if sharded else parameter for _, parameter, _ in parts]
         start = 0
-        for (_, owner, part), parameter, step, size in zip(entries, parameters, steps.unbind(), sizes, strict=True):
+        for (_, owner, part), parameter, step, size in zip(parts, parameters, steps.unbind(), sizes, strict=True):
             pieces = by_kind(self._state_keys(count), state[start : start + size])
             start += padded_state(size)
             kept = self.state[owner]
@@ -205,10 +205,10 @@ class MaskedOptimizer(Optimizer):
                 if (old := kept.get(name)) is not None:
                     piece.copy_((flat_rows(old, parameter) if part.by_row else old).view(piece.shape))
                 kept[name] = as_rows(piece, parameter) if part.by_row else piece
-        by_row = [part.by_row for *_, part in entries]
-        bits = torch.cat([part.bits for *_, part in entries])
+        by_row = [part.by_row for *_, part in parts]
+        bits = torch.cat([part.bits for *_, part in parts])
         plan = torch.ops.delfast.masked_plan(parameters, bits, by_row)
-        owners = {name: parameter for name, parameter, _ in entries} if sharded else None
+        owners = {name: parameter for name, parameter, _ in parts} if sharded else None
         return OpCall(key, parameters, state, steps, plan, by_row, owners)
 
     def _has_dtensors(self) -> bool:
@@ -216,14 +216,14 @@ class MaskedOptimizer(Optimizer):
         return any(is_dtensor(parameter) for _, parameter in self._named())
 
     def _state_keys(self, count: int) -> tuple[str, ...]:
-        """Return the keys in ``self.state[parameter]`` of ``count`` state values for each masked entry."""
+        """Return the keys in ``self.state[parameter]`` of ``count`` state values for each masked element."""
         return () if not count else self.state_kinds if self._has_dtensors() else (self.state_name,)
 
     def _begin_state(self) -> None:
         """Make the state of parameters that have none, with the count of 0 steps, if any of them is a DTensor.
 
-        An optimizer without state would be stepped by torch.distributed.checkpoint, with a rate of 0, to learn what
-        state it will have. That step would count, and change the sign of some zeros.
+        torch.distributed.checkpoint steps an optimizer without state, with a rate of 0, to make its state. That step
+        would count, and change the sign of some zeros.
         """
         if not self._has_dtensors():
             return
@@ -243,15 +243,15 @@ class MaskedOptimizer(Optimizer):
 
     @torch.no_grad()
     def replace_mask(self, mask: Mask) -> None:
-        """Step the entries of another mask from now on.
+        """Step the elements of another mask from now on.
 
-        Entries that both masks select keep their state. State of new entries begins with zeros, and state of entries
+        Elements that both masks select keep their state. State of new elements begins with zeros, and state of elements
         that are no longer selected is dropped. A parameter's step count goes on.
 
         Parameters
         ----------
         mask : Mask
-            The entries to step from now on.
+            The elements to step from now on.
 
         Raises
         ------
@@ -272,8 +272,8 @@ class MaskedOptimizer(Optimizer):
                 for key in self._state_keys(1):
                     if key in kept:
                         kept[key] = move_state(kept[key], before, after)
-            # a captured step reads the old mask's plan: other memory tells it that it cannot be replayed any more, and
-            # not even where a later mask is equal to the old one
+            # a captured step reads the old mask's plan: by the count's new memory it is captured again, also where a
+            # later mask is equal to the old one
             if (step := self.state.get(parameter, {}).get("step")) is not None:
                 self.state[parameter]["step"] = step.clone()
         self.mask, self._parts, self._calls = mask, _parts_of(mask, named), {}
@@ -292,7 +292,7 @@ class MaskedOptimizer(Optimizer):
         Returns
         -------
         dict
-            "state" and "param_groups". If all parameters are plain, the state is that of the masked entries. If any
+            "state" and "param_groups". If all parameters are plain, the state is that of the masked elements. If any
             parameter is a DTensor, the state of each is dense: laid out like the parameter, float32 or float64, with
             zeros outside the mask. Each one that the mask does not select then has a "step" of 0, because
             ``set_optimizer_state_dict`` expects state of every parameter.
@@ -366,7 +366,7 @@ class MaskedOptimizer(Optimizer):
 
 @dataclass(frozen=True)
 class OpPart:
-    """The masked part of one parameter, as the masked ops take it; ``selected``: the number of masked entries."""
+    """The masked part of one parameter, as the masked ops take it; ``selected``: the number of masked elements."""
 
     bits: Tensor
     by_row: bool
@@ -391,7 +391,7 @@ def _same_mask(mask: Mask, pairs: Sequence[Any]) -> Iterator[None]:
 
 
 def _parts_of(mask: Mask, named: Iterable[tuple[str, Tensor]]) -> dict[str, OpPart]:
-    """Return the parts with masked entries by plain name, their bits on the parameter's device.
+    """Return the parts with masked elements by plain name, their bits on the parameter's device.
 
     All that a step needs of a mask is computed here: a captured step may neither copy from the host nor read there.
     """
@@ -417,8 +417,8 @@ def _identity(parameter: Any) -> tuple[Any, ...]:
 class OpCall:
     """The arguments of one call of a masked op, except gradients and settings.
 
-    ``key``: the number of state values, and the parameters that had gradients when the call was made; ``plan``: what
-    the mask selects, listed once for all steps.
+    key: the number of state values, and the parameters that had gradients when the call was made.
+    plan: the elements that the mask selects, listed once for all steps.
     """
 
     key: list[Any]

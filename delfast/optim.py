@@ -1,4 +1,4 @@
-"""Optimizers that change masked entries only, and keep state for masked entries only."""
+"""Optimizers that change masked elements only, and keep state for masked elements only."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["MaskedAdamW", "MaskedSGD"]
 
 
 class MaskedSGD(MaskedOptimizer):
-    """``torch.optim.SGD`` on the masked entries of a network's parameters.
+    """``torch.optim.SGD`` on the masked elements of a network's parameters.
 
-    Formulas and arguments are those of torch; unmasked entries stay bit-identical.
+    Formulas and arguments are those of torch; unmasked elements stay bit-identical.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class MaskedSGD(MaskedOptimizer):
         ``model.named_parameters()``, or parameter groups whose "params" are such pairs. They include every parameter
         that the mask selects; other parameters are never changed.
     mask : Mask
-        The entries to step.
+        The elements to step.
     lr : float or Tensor, default 1e-3
         Learning rate. A tensor of one number is read on its device at each step, so a captured CUDA graph follows a
         schedule.
@@ -37,7 +37,7 @@ class MaskedSGD(MaskedOptimizer):
     dampening : float, default 0.0
         Dampening of the momentum.
     weight_decay : float, default 0.0
-        L2 penalty on the masked entries.
+        L2 penalty on the masked elements.
     nesterov : bool, default False
         Whether to use Nesterov's momentum; it requires ``momentum`` > 0 and ``dampening`` = 0.
     maximize : bool, default False
@@ -116,9 +116,9 @@ class MaskedSGD(MaskedOptimizer):
 
 
 class MaskedAdamW(MaskedOptimizer):
-    """``torch.optim.AdamW`` on the masked entries of a network's parameters.
+    """``torch.optim.AdamW`` on the masked elements of a network's parameters.
 
-    Formulas, arguments and default values are those of torch; unmasked entries stay bit-identical.
+    Formulas, arguments and default values are those of torch; unmasked elements stay bit-identical.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class MaskedAdamW(MaskedOptimizer):
         ``model.named_parameters()``, or parameter groups whose "params" are such pairs. They include every parameter
         that the mask selects; other parameters are never changed.
     mask : Mask
-        The entries to step.
+        The elements to step.
     lr : float or Tensor, default 1e-3
         Learning rate. A tensor of one number is read on its device at each step, so a captured CUDA graph follows a
         schedule.
@@ -135,7 +135,7 @@ class MaskedAdamW(MaskedOptimizer):
     eps : float, default 1e-8
         Added to the denominator.
     weight_decay : float, default 1e-2
-        Decoupled weight decay of the masked entries.
+        Decoupled weight decay of the masked elements.
     maximize : bool, default False
         Whether to ascend instead of descend.
 
@@ -162,7 +162,7 @@ class MaskedAdamW(MaskedOptimizer):
     [[True, True], [False, False]]
     """
 
-    state_name = "moments"  # two values per masked entry: all of exp_avg, then all of exp_avg_sq
+    state_name = "moments"  # two values per masked element: all of exp_avg, then all of exp_avg_sq
     state_kinds = ("exp_avg", "exp_avg_sq")
 
     def __init__(

@@ -1,7 +1,7 @@
-"""State of masked entries: packed, as an optimizer holds it, or dense, as checkpoints of sharded models hold it.
+"""State of masked elements: packed, as an optimizer holds it, or dense, as checkpoints of sharded models hold it.
 
-Packed state of one parameter has one value per masked entry, in the order of the entries: (rows, *shape[1:]) for a mask
-by row, else (selected,). Dense state has the parameter's shape, with zeros outside the mask.
+Packed state of one parameter has one value per masked element, in the order of the elements: (rows, *shape[1:]) for a
+mask by row, else (selected,). Dense state has the parameter's shape, with zeros outside the mask.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def check_size(name: str, held: Tensor, expected: int) -> None:
 
 
 def move_state(held: Tensor, old: ParameterMask, new: ParameterMask) -> Tensor:
-    """Return packed state of the entries of ``old`` as that of the entries of ``new``; zeros for new entries.
+    """Return packed state of the elements of ``old`` as that of the elements of ``new``; zeros for new elements.
 
     held: one kind of state, or several kinds that follow one another.
     """

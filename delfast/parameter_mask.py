@@ -18,16 +18,16 @@ Unit = Literal["row", "element"]
 
 @dataclass(frozen=True, eq=False)
 class ParameterMask:
-    """The selected part of one parameter: packed bits over its rows (output channels) or over its elements.
+    """The selected part of one parameter: packed bits over its units, rows or elements.
 
-    Rows are the slices along ``dim``. A parameter with ndim <= 1 has rows of one element.
+    A row has the elements of one channel, a slice along ``dim``. A parameter with ndim <= 1 has rows of one element.
 
     Parameters
     ----------
     shape : tuple of int
         The parameter's shape.
     unit : {"row", "element"}
-        What one bit stands for; always "row" for a parameter with ndim <= 1.
+        The unit that one bit stands for; always "row" for a parameter with ndim <= 1.
     bits : Tensor
         Packed bits: uint8 (ceil(units / 8),), least significant bit first; the bits past the last unit are zero.
         Elements are in row-major order of ``shape``.
@@ -52,12 +52,12 @@ class ParameterMask:
 
     @property
     def units(self) -> int:
-        """Number of rows or elements that have a bit."""
+        """Number of units, rows or elements: each has a bit."""
         return unit_count(self.shape, self.dim) if self.unit == "row" else self.numel
 
     @property
     def numel(self) -> int:
-        """Number of scalars, selected or not."""
+        """Number of elements, selected or not."""
         return math.prod(self.shape)
 
     @property
@@ -72,7 +72,7 @@ class ParameterMask:
 
     @cached_property
     def selected(self) -> int:
-        """Number of selected scalars."""
+        """Number of selected elements."""
         return int(self.flags.sum()) * (row_length(self.shape, self.dim) if self.unit == "row" else 1)
 
     @cached_property

@@ -40,13 +40,15 @@ Failure = TypeVar("Failure", bound=Exception)
 
 
 class Processes:
-    """The processes of a job, as this process sees them.
+    """The processes of a job, as seen from this process.
 
-    data: the data group, or None if the data are the same everywhere. rank, size: this process's rank in it, and its
-    number of processes. meshes: the mesh groups of more than one process, each once.
+    data: the data group, or None if the data are the same everywhere.
+    rank: this process's rank in the data group.
+    size: the number of processes in the data group.
+    meshes: the mesh groups of more than one process, each once.
 
-    Every exchange begins with ``raise_first``. A process that has failed, in whatever context ``together``, meets the
-    others there, and all of them raise its error in place of the exchange.
+    Every exchange begins with ``raise_first``. A process that has failed, in whatever context ``together``, takes part
+    in the next one, and all of them raise its error in place of the exchange.
     """
 
     def __init__(self, group: Any, parameters: Mapping[str, Tensor]) -> None:
@@ -55,7 +57,7 @@ class Processes:
         self.size: int = 1 if group is None else dist.get_world_size(group)
         by_ranks = {ranks_of(each): each for p in parameters.values() for each in mesh_groups(p)}
         self.meshes = list(by_ranks.values())
-        # the groups of every exchange are the same in all calls inside a job, also where some know no data group
+        # the groups of every exchange are the same in all calls inside a job, also where some have no data group
         reached = {rank for mesh in meshes_of(parameters.values()) for rank in mesh.mesh.flatten().tolist()}
         beyond = [] if group is None or reached.issuperset(ranks_of(group)) else [group]
         self._all = [*self.meshes, *beyond]
@@ -96,7 +98,7 @@ class Processes:
         An InputError stays one. Any other exception is raised as it is by the process that failed, and as a
         RuntimeError by the others. The texts name the rank. Without an error, return whether any process has ``more``
         to do. Every wait for the others is this one exchange, so that a process that fails where it is not expected to
-        is still met by the others.
+        still takes part.
         """
         if error is not None and (self._is_alone or hasattr(error, _RAISED_BY_ALL)):
             raise error
@@ -136,9 +138,9 @@ class Processes:
 
     @contextmanager
     def in_one_pass(self, *networks: torch.nn.Module) -> Iterator[None]:
-        """Let the processes meet when the forward pass of each network begins; they all run the networks in this order.
+        """Exchange errors when the forward pass of each network begins; all processes run the networks in this order.
 
-        Inside a pass they exchange parameters or activations, and nobody may be missing. So an error that a process
+        Inside a pass they exchange parameters or activations, and none may be missing. So an error that a process
         raises before is raised by all where the pass would begin: in the network, or in the first of its modules under
         ``fully_shard`` where a function calls these by themselves. FSDP2 forgets a pass that failed.
         """
@@ -427,7 +429,7 @@ def encoded(error: Exception, rank: int) -> bytes:
     name = type(error).__name__
     try:
         words = str(error) if isinstance(error, InputError) else f"{name}: {one_line(error)}"
-    except Exception:  # of its own __str__: the name is all that can be said of it
+    except Exception:  # of its own __str__: only the name can be reported
         words = name
     place = f" (on rank {rank})".encode()
     return printable(words).encode()[: TEXT_BYTES - len(place)].decode(errors="ignore").encode() + place

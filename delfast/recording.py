@@ -25,7 +25,9 @@ _STATISTICS = ("running_mean", "running_var")  # the schemas of normalizations d
 class Recorder(ObservingMode):  # type: ignore[no-untyped-call]
     """Record, inside the context, every operation and its arguments.
 
-    state: the tensors that the run may write. device: the device where the run computes.
+    state: the tensors that the run may write.
+    device: the device where the run computes.
+
     ``reason``: why no replay can stand for this run; None if one can.
     """
 

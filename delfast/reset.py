@@ -1,4 +1,4 @@
-"""Reset masked entries to a new initialization."""
+"""Reset masked elements to a new initialization."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ BLOCKS, BLOCK_BYTES = 256, 4096  # of a file, by which processes compare theirs 
 @used_alone
 @torch.no_grad()
 def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
-    """Set the masked entries of a model to newly initialized values, in place: θ_j ← θ⁰_j for every masked j.
+    """Set the masked elements of a model to newly initialized values, in place: θ_j ← θ⁰_j for every masked j.
 
-    Other entries and all buffers stay as they are.
+    Other elements and all buffers stay as they are.
 
     The parameters may be DTensors (FSDP2, HSDP, tensor parallelism). All processes that hold them make the same call,
     with the same mask, source and seed. Each writes the part that it holds, and all parts together are the values that
@@ -51,7 +51,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
     model : torch.nn.Module
         The network to change.
     mask : Mask
-        The entries to reset.
+        The elements to reset.
     init : callable, torch.nn.Module, Mapping of str to Tensor, str or path, or "reset_parameters"
         Source of the new values. A factory is called without arguments under a private generator seeded with ``seed``.
         Prefer a factory: a network's constructor may initialize differently from its modules' ``reset_parameters``, as
@@ -110,9 +110,9 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = 0) -> None:
             "dict or file everywhere",
         )
     fresh = {name: held_part(values[name], p) for name, p in parameters.items()} if path is None else values
-    entries = [(local_part(p), fresh[name], part.part_of(p).for_ops) for name, (p, part) in matched.items()]
-    for device in {held.device for held, _, _ in entries}:
-        here = [entry for entry in entries if entry[0].device == device]
+    parts = [(local_part(p), fresh[name], part.part_of(p).for_ops) for name, (p, part) in matched.items()]
+    for device in {held.device for held, _, _ in parts}:
+        here = [each for each in parts if each[0].device == device]
         torch.ops.delfast.masked_reset_(
             [held for held, _, _ in here],
             [value.to(held) for held, value, _ in here],
@@ -161,7 +161,7 @@ def _content_of(values: Mapping[str, Any]) -> str:
 def _content_of_file(path: Path, names: Iterable[str]) -> str:
     """Return a digest of a safetensors file's header, of both ends of each tensor of these names, and of samples.
 
-    The samples are blocks at even distances. Files that differ elsewhere alone are not told apart.
+    The samples are blocks at even distances. Files that differ elsewhere alone have one digest.
     """
     size = path.stat().st_size
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Parameters that several processes hold together: DTensors of FSDP2, HSDP and tensor parallelism.
 
-DTensor itself slices and exchanges; the functions here say which part of a parameter, or of a tensor of the same shape,
-this process holds.
+DTensor itself slices and exchanges; the functions here return the part of a parameter, or of a tensor of the same
+shape, that this process holds.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def refuse_gathered(name: str, parameter: Any) -> None:
 
 
 def refuse_unseen_gradients(named: Iterable[tuple[str, Any]]) -> None:
-    """Raise InputError for gradients whose infinities ``torch.amp.GradScaler`` would see in some processes only.
+    """Raise InputError for gradients whose infinities ``torch.amp.GradScaler`` would find in some processes only.
 
     torch combines what the processes find along those mesh dimensions alone along which the first gradient is split
     (``found_inf_reduce_handler``, torch 2.10 to 2.14). Then some processes would skip a step that others take.
@@ -262,7 +262,7 @@ def refuse_unseen_gradients(named: Iterable[tuple[str, Any]]) -> None:
         first, leading = firsts.setdefault(gradient.dtype, (name, gradient))
         if not _split_over(gradient) <= _split_over(leading):
             raise InputError(
-                f"expected a GradScaler to see the infinities of all processes, got '{name}' split along a mesh "
+                f"expected a GradScaler to find the infinities of all processes, got '{name}' split along a mesh "
                 f"dimension along which the first gradient, of '{first}', is not; give the optimizer a parameter "
                 "that is split along all dimensions first, or train in bfloat16 without a scaler"
             )

@@ -38,10 +38,12 @@ HASHES = 2**48  # the number of different hashes, whose sum over thousands of pr
 class Share:
     """The batches of one process.
 
-    batches: iterable once. stand_in: returns a batch for a step in which this process has none, if it never had one;
-    its result does not count. finish: raises InputError, on every process, if the batches of all of them are not the
-    set; for after the last batch. places: the place in the set of each example of this process, or more places; None if
-    the processes take the set's batches in turn.
+    batches: iterable once.
+    stand_in: returns a batch for a step in which this process has none, if it never had one; its result does not count.
+    finish: raises InputError, on every process, if the batches of all of them are not the set; for after the last
+        batch.
+    places: the place in the set of each example of this process, or more places; None if the processes take the set's
+        batches in turn.
     """
 
     batches: Iterable[Any]
@@ -281,7 +283,7 @@ class _Stream:
                 yield batch
 
     def check(self, size: int | None) -> None:
-        """Raise InputError unless all processes saw the whole set, or their shares are the whole set."""
+        """Raise InputError unless all processes read the whole set, or their shares are the whole set."""
         if not self._is_share:
             self._processes.check_same(
                 str(self._batches),

@@ -18,7 +18,7 @@ from delfast.sharding import local_part, rows_of
 def read_parts(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the values of each parameter that this process holds, by plain name, on the CPU.
 
-    The values have the dtype that the file has. Where a process holds entries that lie apart in a dimension, it reads
+    The values have the dtype that the file has. Where a process holds elements that lie apart in a dimension, it reads
     the range that covers them. Raises InputError for a file that is missing or damaged, or that has no tensor of a
     parameter's name and shape.
     """

@@ -83,7 +83,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 class Fingerprint:
-    """A few numbers for each tensor of a result and of a state: enough to tell a wrong replay from a right one.
+    """A few numbers for each tensor of a result and of a state: enough to distinguish a wrong replay from a right one.
 
     Copies of all tensors to compare would raise the peak of memory. Changes of the state are measured from a snapshot,
     so that a replay which changes nothing differs.

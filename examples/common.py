@@ -22,7 +22,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def report(
     before: nn.Module, after: nn.Module, mask: delfast.Mask, logits: Callable[..., Tensor] = nn.Module.__call__
 ) -> None:
-    """Print how many wrong labels each network predicts, and how many entries outside the mask changed."""
+    """Print how many wrong labels each network predicts, and how many elements outside the mask changed."""
     images, labels = digits()
     for name, model in (("before", before), ("after", after)):
         remembered = (logits(model.eval(), images[:WRONG]).argmax(1) == labels[:WRONG]).sum()

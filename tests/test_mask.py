@@ -103,7 +103,9 @@ def test_masks_of_other_dims(tmp_path: Path) -> None:
     assert along.widen(["w"], {"w": (3, 5)})["w"].dim == 1 and along.widen(["w"], {"w": (3, 5)}).channels == 5
     widened = along.widen(["new"], {"new": (2, 4)}, {"new": 1})["new"]
     assert (widened.dim, widened.units, widened.selected) == (1, 4, 8)
-    assert [(row.channels, row.of_channels) for row in along.table()] == [(3, 5), (0, 0)]
+    assert [(row.channels, row.channel_count) for row in along.table()] == [(3, 5), (0, 0)]
+    with pytest.warns(DeprecationWarning, match="'of_channels' is now 'channel_count'"):
+        assert [row.of_channels for row in along.table()] == [5, 0]
     along.save(tmp_path / "m")
     loaded = Mask.load(tmp_path / "m")
     assert loaded["w"].dim == 1 and loaded.digest == along.digest and loaded["w"].unit == "row"
@@ -181,7 +183,7 @@ def test_table_lists_every_parameter() -> None:
     assert [row.name for row in table] == list(dense)
     assert sum(row.selected for row in table) == Mask.from_dense(dense).selected
     row = next(row for row in table if row.shape == (33, 1000))
-    assert row.of_channels == 33 and row.selected == row.channels * 1000
+    assert row.channel_count == 33 and row.selected == row.channels * 1000
 
 
 def test_save_and_load(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,9 @@ import pytest
 
 import delfast
 from tests import ROOT
+
+# the packages of the API reference
+PACKAGES = re.findall(r"^   delfast\.(\w+)$", (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8"), re.M)
 
 
 def names_for_type_checkers() -> set[str]:
@@ -21,10 +26,23 @@ def names_for_type_checkers() -> set[str]:
 
 
 def test_every_public_name_can_be_used_and_is_known_to_type_checkers() -> None:
-    assert names_for_type_checkers() == set(delfast.__all__)
+    assert names_for_type_checkers() == {*delfast.__all__, *PACKAGES}
     for name in delfast.__all__:
         assert getattr(delfast, name) is getattr(delfast, name)
-        assert name in dir(delfast)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_of_the_api_reference_is_an_attribute(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"delfast.{package}")
+    monkeypatch.delattr(delfast, package)  # as before the first import of the package
+    assert getattr(delfast, package) is module
+
+
+def test_dir_lists_the_public_names_alone() -> None:
+    importlib.import_module("delfast.mask")  # an attribute of delfast from now on, and not public
+    assert {"jobs", "ledger"} <= set(PACKAGES)
+    shown = {name for name in dir(delfast) if not name.startswith("__")}
+    assert shown | {"__version__"} == {*delfast.__all__, *PACKAGES}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -38,7 +56,8 @@ IN_A_NEW_PROCESS = """
 import sys
 import delfast
 assert not {"torch", "numpy"} & set(sys.modules)
-delfast.ops
+assert delfast.ledger.Ledger and delfast.jobs.read_job
+import delfast.ops
 import torch
 torch.ops.delfast.criticality
 assert issubclass(delfast.unlearning.Diverged, RuntimeError)

@@ -89,9 +89,9 @@ def print_mask(mask: Mask) -> None:
             row.name,
             "x".join(map(str, row.shape)),
             f"{row.selected} of {row.total}",
-            f"{row.channels} of {row.of_channels}",
+            f"{row.channels} of {row.channel_count}",
         ]
         for row in mask.table()
     ]
-    print_table("mask", ("parameter", "shape", "entries selected", "channels selected"), rows)
-    print_line(f"{mask.selected} of {mask.total} parameters selected ({mask.fraction:.2%}), {mask.channels} channels")
+    print_table("mask", ("parameter", "shape", "elements selected", "channels selected"), rows)
+    print_line(f"{mask.selected} of {mask.total} elements selected ({mask.fraction:.2%}), {mask.channels} channels")

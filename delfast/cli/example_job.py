@@ -20,7 +20,7 @@ batch_size = 64
 # SGD with momentum 0.9; the rate falls by a cosine to 1 % of lr
 training = {"epochs": 15, "lr": 0.05, "weight_decay": 0.0}
 
-# `delfast ledger run` accepts an unlearned network if all of these hold; a line that is left out is not asked for
+# `delfast ledger run` accepts an unlearned network if all of these hold; a line that is left out is not required
 accept = {
     "test_drop": 2.0,  # percentage points of test accuracy lost since the ledger's first network, at most
     "attack_advantage": 0.25,  # 2 (balanced accuracy - 0.5) of the confidence attack, from 0 to 1, at most

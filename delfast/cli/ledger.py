@@ -211,7 +211,7 @@ def run(
 def references(
     ledger: LedgerDir,
     job: OwnJob,
-    count: Annotated[int, typer.Option(min=1, help="number of references to have")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="number of reference models to have")] = 8,
     hash_ids: KeyFile = None,
     device: Device = "auto",
 ) -> None:
@@ -220,7 +220,8 @@ def references(
 
     with Ledger.open(ledger, job=job, hash_ids=hash_ids) as opened:
         made = opened.train_references(count, device=device, watch=log.info)
-        _print(f"trained {len(made)} references" + (f": {made[0]} to {made[-1]}" if made else "; there are enough"))
+        numbers = f": {made[0]} to {made[-1]}" if made else "; there are enough"
+        _print(f"trained {len(made)} reference models{numbers}")
         _print(f"head: {opened.head}")
 
 
@@ -277,11 +278,12 @@ def report(
     ledger: LedgerDir,
     output_dir: Annotated[Path, typer.Option(help="directory of the report; made if it does not exist")],
     job: Annotated[
-        Path | None, typer.Option("--job", help="your own job file: with it the report names which references saw what")
+        Path | None,
+        typer.Option("--job", help="your own job file: the report then names the requests in each reference model"),
     ] = None,
     hash_ids: KeyFile = None,
 ) -> None:
-    """Write report.html and report.md: what was asked, what was done, and the evidence. Prints the head."""
+    """Write report.html and report.md: the requests, what was done, and the evidence. Prints the head."""
     from delfast.ledger import Ledger
     from delfast.ledger.report import HTML
 

@@ -144,7 +144,7 @@ def oracle(
     with executing(job) as own:
         opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs), own)
         result = pipeline.oracle(opened, output_dir, seed)
-    print_methods("retrained", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
+    print_methods("oracle", {"oracle": {**result.metrics.as_dict(), "seconds": result.seconds}})
 
 
 def localize(
@@ -181,7 +181,7 @@ def localize(
 ) -> None:
     """Find the channels that hold what the network memorised of its forget set, and write mask.safetensors."""
     from delfast.execution import Precision
-    from delfast.experiments import pipeline
+    from delfast.experiments import localizing
     from delfast.experiments.run import check_own_directory, choose_device, load_model, open_run
 
     options = localization(
@@ -191,7 +191,7 @@ def localize(
     check_own_directory(output_dir, run_dir)
     with executing(job) as own:
         opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs), own)
-        found = pipeline.localize(
+        found = localizing.localize(
             opened,
             load_model(opened, run_dir),
             output_dir,
@@ -213,9 +213,15 @@ def unlearn(
     mask: Annotated[
         Path | None,
         typer.Option(
-            help="mask.safetensors of `delfast localize`, or a dense .pt mask; default: everything may change "
-            "(the method del needs a mask)"
+            help="directory of `delfast localize`, its mask.safetensors, or a dense .pt mask; default: the method del "
+            "localizes, with any other everything may change"
         ),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help=f"without --mask: fraction of all parameters to select  [default: {BUDGET}]")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"without --mask: {', '.join(STRATEGIES)}  [default: del]")
     ] = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "del",
     epochs: Annotated[int | None, typer.Option(help="default: as published for the method")] = None,
@@ -247,14 +253,14 @@ def unlearn(
 ) -> None:
     """Unlearn the run's forget set and write a run directory.
 
-    By default, reset what the mask selects, then finetune it and the head on the retain set.
+    By default localize, reset what the mask selects, then finetune it and the head on the retain set.
     """
     from delfast.experiments import pipeline
     from delfast.experiments.run import check_own_directory, choose_device, load_model, open_run
     from delfast.experiments.verification import load_mask
     from delfast.unlearning import make_method
 
-    check_own_directory(output_dir, run_dir, *([] if mask is None else [mask.parent]))
+    check_own_directory(output_dir, run_dir, *([] if mask is None else [mask if mask.is_dir() else mask.parent]))
     loaded = None if mask is None else load_mask(mask)
     with executing(job) as own:
         opened = open_run(run_dir, choose_device(device), data_dir, cuda_graphs_for(cuda_graphs), own)
@@ -274,6 +280,8 @@ def unlearn(
             loaded,
             output_dir,
             method=chosen,
+            budget=budget,
+            strategy=strategy,
             batch_size=opened.config.batch_size if batch_size is None else batch_size,
             head=head,
             seed=seed,

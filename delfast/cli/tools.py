@@ -74,14 +74,19 @@ def init_job(
 def verify(
     before: Annotated[Path, typer.Argument(help="state file or run directory before unlearning")],
     after: Annotated[Path, typer.Argument(help="state file or run directory after unlearning")],
-    mask: Annotated[Path, typer.Argument(help="the mask outside which nothing may change")],
+    mask: Annotated[
+        Path,
+        typer.Argument(
+            help="the mask outside which nothing may change, a file or a directory that holds mask.safetensors"
+        ),
+    ],
     head: Annotated[list[str] | None, typer.Option(help="module or parameter that may change too; repeatable")] = None,
-    buffer: Annotated[list[str] | None, typer.Option(help="entry that is a buffer, no parameter; repeatable")] = None,
+    buffer: Annotated[list[str] | None, typer.Option(help="tensor that is a buffer, no parameter; repeatable")] = None,
     output_dir: OptionalOutputDir = None,
 ) -> None:
-    """Compare two networks bit by bit: exit code 1 if an entry outside the mask changed, else 0.
+    """Compare two networks bit by bit: exit code 1 if an element outside the mask changed, else 0.
 
-    BatchNorm's running statistics and the entries named by --buffer are listed apart and not counted.
+    BatchNorm's running statistics and the tensors named by --buffer are listed apart and not counted.
     """
     from delfast.experiments import verification
     from delfast.experiments.run import SUMMARY
@@ -102,7 +107,7 @@ def verify(
     if result.buffers:
         print_table("buffers (not counted)", verification.COLUMNS, [row.cells() for row in result.buffers])
     print_line(
-        f"{result.changed} entries changed, {result.outside} of them outside the mask: "
+        f"{result.changed} elements changed, {result.outside} of them outside the mask: "
         + ("NOT kept to the mask" if result.outside else "kept to the mask")
     )
     if result.outside:
@@ -179,7 +184,7 @@ def demo(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Unlearn two forget sets of scikit-learn's digits and compare with networks retrained without them."""
+    """Unlearn two forget sets of scikit-learn's digits and compare with oracles, networks retrained without them."""
     from delfast.experiments import demo as demonstration
     from delfast.experiments.run import choose_device
 

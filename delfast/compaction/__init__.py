@@ -1,4 +1,4 @@
-"""Compact training: compute, store and step only the entries that a mask selects."""
+"""Compact training: compute, store and step only the elements that a mask selects."""
 
 from delfast.compaction.handle import Compact, Mode, compact
 

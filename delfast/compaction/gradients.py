@@ -47,7 +47,7 @@ def convolution_rows_gradient(
 def by_offsets(row_side: Tensor, other_side: Tensor, kernel: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
     """Return the weight gradient (R, O, *kernel) of a convolution, by one matrix product for each kernel position k.
 
-    Entry (r, o, k) is Σ over p of ``row_side[:, r, p] other_side[:, o, p stride + k dilation - padding]``.
+    Element (r, o, k) is Σ over p of ``row_side[:, r, p] other_side[:, o, p stride + k dilation - padding]``.
 
     row_side: (N, R, *positions), the output gradient, or the input of a transposed convolution. other_side:
     (N, O, ...), the input, or the output gradient of a transposed convolution. kernel: its size. geometry: as in

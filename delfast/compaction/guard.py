@@ -30,10 +30,10 @@ class Guard:
     """Protect one compact model in the steps of any optimizer, in any thread, until ``remove``.
 
     model: the compact model. A step of its sharded Parameters is refused if it has lost any of the others.
-    guarded: name -> (Parameter, bool flags of its shape: the entries that may change). The gradient of every other
-        entry is set to zero when it is computed, so that gradient clipping does not count it. After a step, every other
-        entry has its earlier value, to the bit: weight decay and old momentum are undone. A ``MaskedOptimizer`` with
-        the mask of this ``digest`` does not move these entries, and nothing is restored.
+    guarded: name -> (Parameter, bool flags of its shape: the elements that may change). The gradient of every other
+        element is set to zero when it is computed, so that gradient clipping does not count it. After a step, every
+        other element has its earlier value, to the bit: weight decay and old momentum are undone. A
+        ``MaskedOptimizer`` with the mask of this ``digest`` does not move these elements, and nothing is restored.
     rows: name of the weight -> (the weight, the layer that is trained through its ``weight_rows``). A step writes the
         rows into the weight. It is refused for an optimizer that holds the weight and not the rows.
     frozen: name -> Parameter. A step is refused if one of these has a gradient.
@@ -141,7 +141,7 @@ class Guard:
 
 
 class _Flags:
-    """The entries that may change, on the device that last needed them: the model may move."""
+    """The elements that may change, on the device that last needed them: the model may move."""
 
     def __init__(self, flags: Tensor) -> None:
         self._flags, self._zero = flags, torch.zeros((), device=flags.device)
@@ -153,14 +153,14 @@ class _Flags:
         return self._flags
 
     def of(self, gradient: Tensor) -> Tensor:
-        """Return the gradient with zeros where entries may not change; a product would keep NaN."""
+        """Return the gradient with zeros where elements may not change; a product would keep NaN."""
         if (self._zero.device, self._zero.dtype) != (gradient.device, gradient.dtype):
             self._zero = gradient.new_zeros(())  # kept, since torch.where makes a tensor of a number at each call
         return torch.where(self.on(gradient.device), gradient, self._zero)
 
 
 Restore = tuple[Tensor, _Flags, Tensor]
-"""A Parameter, the entries that may change, and its values before the step, negated."""
+"""A Parameter, the elements that may change, and its values before the step, negated."""
 
 
 def _negated(parameters: list[Tensor]) -> list[Tensor]:
@@ -175,7 +175,7 @@ def rows_name(weight: str) -> str:
 
 
 def _masking_hook(name: str, flags: _Flags) -> Callable[[Tensor], Tensor]:
-    """Return a hook that sets the gradient of the entries that may not change to zero."""
+    """Return a hook that sets the gradient of the elements that may not change to zero."""
 
     def mask(gradient: Tensor) -> Tensor:
         check_dense(name, gradient)
@@ -217,7 +217,7 @@ class _Registry:
     def refuse_sharded(self, optimizer: Optimizer) -> None:
         """Raise InputError for an optimizer of sharded Parameters of a compact model that has lost any of its own.
 
-        Sharding replaces Parameters. Then no guard is found by their ids, and nothing else would notice.
+        Sharding replaces Parameters. Then no guard is found by their ids, and no other check would refuse the step.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sharded = {id(parameter) for parameter in parameters if is_dtensor(parameter)}
@@ -252,7 +252,7 @@ class _Steps(threading.local):
     """The values to restore after each step that runs in this thread, outermost step first.
 
     A step may call the step of another optimizer, or of its parent class. A step that raises an error never reaches
-    ``end``. A step inside another is deeper on Python's stack: the entry of a failed step is dropped at the next step
+    ``end``. A step inside another is deeper on Python's stack: the record of a failed step is dropped at the next step
     of the same depth or less.
     """
 
@@ -298,7 +298,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         _registry.refuse_sharded(optimizer)
     if _registry.guards or _steps.running:
         guards = _registry.of(optimizer)
-        restore = [entry for guard, held in guards.items() for entry in guard.before(optimizer, held)]
+        restore = [each for guard, held in guards.items() for each in guard.before(optimizer, held)]
         _steps.begin(optimizer, restore)
 
 

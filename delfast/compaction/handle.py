@@ -1,4 +1,4 @@
-"""``compact`` and its handle: change a model to train only the entries that a mask selects, and undo that."""
+"""``compact`` and its handle: change a model to train only the elements that a mask selects, and undo that."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Compact:
     model : torch.nn.Module
         The model to change.
     mask : Mask
-        The entries that may change.
+        The elements that may change.
     dense : collection of str
         Names of parameters to train with a dense gradient.
 
@@ -62,7 +62,7 @@ class Compact:
         How each parameter that was trainable is trained: "rows" through a Parameter of its selected rows, "dense" in
         full, "guarded" with a dense gradient that is zero outside the mask, "frozen" not at all.
     mask : Mask
-        The entries that may change, by the names and shapes that the compact model's parameters have, for
+        The elements that may change, by the names and shapes that the compact model's parameters have, for
         ``MaskedSGD(model.named_parameters(), handle.mask)``.
 
     Examples
@@ -124,7 +124,7 @@ class Compact:
         """Make the model compact again after ``undo``.
 
         The Parameters are the same, so that an optimizer made before stays valid. Their values are copied from the
-        model. Gradients are dropped: they may belong to entries that must not change.
+        model. Gradients are dropped: they may belong to elements that must not change.
         """
         if self._active:
             return
@@ -283,7 +283,7 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
 
     A Linear or convolution with whole selected rows (output channels) is trained through a Parameter of those
     rows. Its backward pass computes the gradient of the rows alone, optimizers keep state for the rows alone, and the
-    other rows cannot change. Layers without a selected entry compute no weight gradient, and the backward pass ends
+    other rows cannot change. Layers without a selected element compute no weight gradient, and the backward pass ends
     at the lowest layer that has one. Other parameters keep a dense gradient behind a guard: biases and norms, masks of
     single elements, tied parameters, subclasses of the layers and other modules. ``handle.modes`` lists the mode of
     each parameter.
@@ -300,7 +300,7 @@ def compact(model: nn.Module, mask: Mask, *, dense: Collection[str] = ()) -> Com
     model : torch.nn.Module
         The model, changed in place; not within DistributedDataParallel or DataParallel.
     mask : Mask
-        The entries that may change.
+        The elements that may change.
     dense : collection of str, default ()
         Names of parameters that keep a dense gradient behind the guard: weights that the network uses through a
         reference from before this call.

@@ -104,7 +104,7 @@ class CompactLayer(nn.Module):
         self.write_rows()
 
     def write_rows(self) -> None:
-        """Write the rows into the weight; no other entry changes."""
+        """Write the rows into the weight; no other element changes."""
         if self.row_index is None:
             return
         if torch.compiler.is_compiling():  # the compiler traces no versions
@@ -173,7 +173,7 @@ class CompactLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         *_, missing, _, _ = arguments
-        self.write_rows()  # entries that are not loaded keep their values
+        self.write_rows()  # elements that are not loaded keep their values
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if prefix + ROWS in missing:
             missing.remove(prefix + ROWS)
@@ -205,7 +205,7 @@ class RowGroup:
 
 
 def write_rows_of(layers: Sequence[CompactLayer]) -> None:
-    """Write the rows of these layers into their weights, by one op for each device; no other entry changes.
+    """Write the rows of these layers into their weights, by one op for each device; no other element changes.
 
     InputError for a layer whose weight was replaced.
     """

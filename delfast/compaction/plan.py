@@ -16,9 +16,13 @@ BLOCK = 16  # channels in a vector (AVX-512, float32): libraries pad the number 
 class RowPlan:
     """The smaller problem that gives the gradient of the selected rows of a layer's weight.
 
-    ``gathered``: channels of the tensor whose channels are the weight's rows: the output gradient, or the input of a
-    transposed convolution. ``opposite``: channels of the other tensor. ``kept``: the selected rows of the smaller
-    gradient. All three are int64 indices, or None for all. ``groups``: number of groups of the smaller problem.
+    Indices are int64, or None for all.
+
+    gathered: channels of the tensor whose channels are the weight's rows: the output gradient, or the input of a
+        transposed convolution.
+    opposite: channels of the other tensor.
+    kept: the selected rows of the smaller gradient.
+    groups: number of groups of the smaller problem.
     """
 
     gathered: Tensor | None

@@ -39,11 +39,12 @@ MIN_CHANNELS_PER_POSITION = {torch.float32: 16, torch.bfloat16: 4}
 class Rule:
     """The conditions for gathering, for one kind of layer on one kind of device.
 
-    ``max_gathered_fraction``: the largest share of blocks of 16 channels (of groups, in a convolution with groups) that
-    is gathered; 0: never. ``min_positions``: from how many positions on, by dtype; 0 for a dtype that is not listed.
-    ``min_channels_per_position``: by dtype, when a convolution multiplies offset by offset; never for other dtypes.
-    ``dense_by_torch``: where channels are not gathered, torch's own layer runs, with the fewest operations; else our
-    function computes the dense gradient.
+    max_gathered_fraction: the largest share of blocks of 16 channels (of groups, in a convolution with groups) that is
+        gathered; 0: never.
+    min_positions: from how many positions on, by dtype; 0 for a dtype that is not listed.
+    min_channels_per_position: by dtype, when a convolution multiplies offset by offset; never for other dtypes.
+    dense_by_torch: where channels are not gathered, torch's own layer runs, with the fewest operations; else our
+        function computes the dense gradient.
     """
 
     max_gathered_fraction: float

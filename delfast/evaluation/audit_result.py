@@ -25,7 +25,7 @@ class LiraFigures:
     examples : int
         Number of forget examples that were attacked.
     left_out : int
-        Number of forget examples with fewer than two references that never saw them.
+        Number of forget examples with fewer than two reference models that never saw them.
 
     Examples
     --------
@@ -58,7 +58,7 @@ class SetFigures:
     attack_left_out : int
         Number of examples without a control example of their label.
     lira : LiraFigures, optional
-        None without references.
+        None without reference models.
     kl : Figure, optional
         Mean KL(oracle || network), in nats. None without an oracle, and for other networks than classifiers.
 

@@ -27,7 +27,7 @@ LIRA_FPR = 1.0  # percent
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A network of the same kind that was trained on a part of the training set, for the offline LiRA.
+    """A reference model, trained as the audited model on a part of the training set: for the offline LiRA.
 
     Parameters
     ----------
@@ -89,12 +89,12 @@ def audit(
     oracle : torch.nn.Module, optional
         A network that was retrained without the forget set: adds KL, and its own figures beside.
     references : sequence of Reference, optional
-        Networks for the offline LiRA. At least two must not have seen an example; else the example is left out and
-        counted.
+        Reference models for the offline LiRA. At least two must not have seen an example; else the example is left out
+        and counted.
     never_seen : sequence of torch.nn.Module or callable, optional
         Networks that never saw any example of the forget set, which relearning is compared with; or functions that
-        return one. Default: the oracle; without it every reference, each on the forget examples that it did not know,
-        at least two.
+        return one. Default: the oracle; without it every reference model, each on the forget examples that it was
+        not trained on, at least two.
     relearn : Relearning or None
         Settings of relearning; None leaves it out. Default: those of ``Relearning()``.
     loss_fn : callable, optional
@@ -112,7 +112,7 @@ def audit(
     ------
     InputError
         For arguments of another type, an empty set, a set that changes from pass to pass, labels that the model has no
-        output for, outputs that are not finite, and members of a reference that do not fit a set.
+        output for, outputs that are not finite, and members of a reference model that do not fit a set.
 
     Notes
     -----
@@ -124,13 +124,13 @@ def audit(
     so that their labels are as frequent as in the forget set; otherwise the attack would find an easy class, and no
     memory.
 
-    **LiRA.** ``offline_lira`` with one variance per set; the control examples, which no reference saw, are its
-    negatives. Area: Newcombe's interval (2006). Rate at 1 %: Wilson's, for the threshold as it is.
+    **LiRA.** ``offline_lira`` with one variance per set; the control examples, which no reference model saw, are
+    its negatives. Area: Newcombe's interval (2006). Rate at 1 %: Wilson's, for the threshold as it is.
 
     **Relearning.** A copy is finetuned on retained examples alone, where Siddiqui et al. saw "forgotten" examples
     come back from about 50 % to nearly 100 %, and on the retained examples with 1 % and 10 % of the forget set in every
     batch, at most half of it: the attack of Hu et al. with a part of the forget set. The parts are mixed because a
-    handful of examples alone makes any network answer with their labels. The rest of the forget set is measured. Each
+    handful of examples alone makes any network predict their labels. The rest of the forget set is measured. Each
     never-seen network has the same finetuning on the same batches.
 
     The ratio is that of the odds of a correct answer, averaged over the steps after 0: with A the mean accuracy on the
@@ -141,9 +141,9 @@ def audit(
     saw the examples. Far above 1: they are hidden, not gone. A network that begins below the never-seen networks is
     measured from where it begins: the ratio of the odds at the beginning is divided out, since what comes back had been
     there. If the model also has better odds than the never-seen networks on control examples, before the finetuning,
-    since references may be trained on less, this advantage is divided out, as far as the ratio goes towards 1. With
-    ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a mean
-    is not above 0.
+    since reference models may be trained on less, this advantage is divided out, as far as the ratio goes towards 1.
+    With ``loss_fn`` the ratio is that of the mean losses, the never-seen networks' over the model's; there is none if a
+    mean is not above 0.
 
     ``relearn_ratio`` is the ratio whose lower limit is highest, the best evidenced one: the highest value of several
     would be above 1 by chance, most of all where few examples are right.
@@ -270,7 +270,7 @@ def _check_never_seen(never_seen: Sequence[Network] | None) -> None:
 def _never_seen(
     never_seen: Sequence[Network] | None, oracle: nn.Module | None, references: Sequence[Reference]
 ) -> list[NeverSeen]:
-    """Return the networks that relearning is compared with: the caller's, else the oracle, else the references."""
+    """Return the networks to compare relearning with: the caller's, else the oracle, else the reference models."""
     if never_seen is not None:
         return [NeverSeen(network) for network in never_seen]
     if oracle is not None:
@@ -331,7 +331,7 @@ def _members(references: Sequence[Reference], name: str, count: int) -> Tensor:
             got = f"{known.dtype} {tuple(known.shape)}" if isinstance(known, Tensor) else describe(known)
             raise InputError(
                 f"expected references[{number}].members['{name}'] to be bool ({count},), got {got}; pass whether the "
-                "reference was trained on each example of the set"
+                "reference model was trained on each example of the set"
             )
         rows.append(known.cpu())
     return torch.stack(rows)
@@ -377,7 +377,7 @@ def _attack(own: Measured, control: Measured, seed: int) -> tuple[Figure | None,
 
 
 def _lira(scores: Tensor, control: Tensor) -> LiraFigures:
-    """Return the figures of LiRA's scores; without areas if no example has enough references."""
+    """Return the figures of LiRA's scores; without areas if no example has enough reference models."""
     positives, negatives = scores[~scores.isnan()], control[~control.isnan()]
     left_out = len(scores) - len(positives)
     if not len(positives) or not len(negatives):

@@ -55,9 +55,9 @@ def relative_time(seconds: float, retrain_seconds: float) -> float:
 
 
 def changed_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> float:
-    """Return the fraction of scalars whose bits differ between two states of one network.
+    """Return the fraction of elements whose bits differ between two states of one network.
 
-    Values are compared bit by bit, so NaN equals itself and 0 differs from -0. A complex number is two scalars.
+    Values are compared bit by bit, so NaN equals itself and 0 differs from -0. A complex number is two elements.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def changed_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor], 
     Raises
     ------
     InputError
-        For a name that a state lacks, different shapes or dtypes, and parameters without any scalar.
+        For a name that a state lacks, different shapes or dtypes, and parameters without any element.
 
     Examples
     --------
@@ -106,5 +106,5 @@ def changed_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor], 
         changed += int(differs.sum())
         count += differs.numel()
     if not count:
-        raise InputError("expected names of parameters with at least one scalar, got none")
+        raise InputError("expected names of parameters with at least one element, got none")
     return changed / count

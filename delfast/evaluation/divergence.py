@@ -62,7 +62,7 @@ def kl_divergence(log_probabilities: Tensor, oracle_log_probabilities: Tensor) -
 def kl_to_oracle(model: nn.Module, oracle: nn.Module, loader: Loader, *, group: Group = None) -> float:
     """Return the ``kl_divergence`` between the predictions of two networks, in eval mode without gradients.
 
-    Both networks see each batch, so the loader may shuffle. Both are left as they were, each on its device.
+    Each batch goes through both networks, so the loader may shuffle. Both are left as they were, each on its device.
 
     With ``group`` the processes of a job share the set, as in ``delfast.evaluate``.
 

@@ -1,7 +1,7 @@
 """LiRA: attacks that distinguish, by example, a network from one that never saw the example.
 
 U-LiRA has shadows of both kinds: networks that unlearned the examples, and networks that never saw them. The offline
-LiRA has the second kind alone, which can be trained before anybody asks to be forgotten.
+LiRA has the second kind alone, which can be trained before there is a request to forget.
 
 Hayes et al., "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy", 2024, arXiv
 2403.01218, after the online LiRA of Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P
@@ -45,7 +45,7 @@ class ULira:
     unlearned_scores : Tensor
         Scores of the attacked unlearned networks.
     retrained_scores : Tensor
-        Scores of the attacked retrained networks.
+        Scores of the attacked oracles.
 
     Examples
     --------
@@ -83,11 +83,11 @@ def u_lira(
         them, as ``logit_confidences`` returns them. If only
         probabilities p are known, pass ``torch.logit(p)``, which is infinite where p has rounded to 0 or 1.
     retrained : Tensor
-        Confidences of networks that were trained without the examples, in the same form.
+        Confidences of oracles: networks that were trained without the examples. In the same form.
     attacked_unlearned : Tensor
         Confidences (examples,) or (models, examples) of unlearned networks that are not among the shadows.
     attacked_retrained : Tensor
-        Confidences of retrained networks that are not among the shadows, in the same form.
+        Confidences of oracles that are not among the shadows, in the same form.
     fixed_variance : bool, default False
         Whether to use one variance for all examples, the mean of theirs, for each kind. It is LiRA's remedy for too few
         shadows to estimate each example's variance.
@@ -140,7 +140,7 @@ def u_lira(
 def u_lira_leave_one_out(
     unlearned: Tensor, retrained: Tensor, *, fixed_variance: bool = False, fpr: float = 1.0
 ) -> ULira:
-    """Run ``u_lira`` on every pair of an unlearned and a retrained network, with all other networks as shadows.
+    """Run ``u_lira`` on every pair of an unlearned network and an oracle, with all other networks as shadows.
 
     Use it if networks are too costly to keep some apart from the shadows. Pair i is the i-th network of each kind. One
     of each kind is left out, because otherwise the other kind's Gaussian would have one shadow more and fit better, and
@@ -152,7 +152,7 @@ def u_lira_leave_one_out(
         Logit-scaled confidences (models, examples) of networks that were trained on the examples and then unlearned
         them, as ``logit_confidences`` returns them.
     retrained : Tensor
-        Confidences of networks that were trained without the examples, in the same form.
+        Confidences of oracles: networks that were trained without the examples. In the same form.
     fixed_variance : bool, default False
         Whether to use one variance for all examples, the mean of theirs, for each kind. It is LiRA's remedy for too few
         shadows to estimate each example's variance.
@@ -212,32 +212,33 @@ def offline_lira(
 ) -> Tensor:
     """Return by example how far its confidence is above that of networks which never saw it: the offline LiRA.
 
-    The score of an example with confidence x is (x - mean) / (s sqrt(1 + 1/n)), of the n reference networks that never
+    The score of an example with confidence x is (x - mean) / (s sqrt(1 + 1/n)), of the n reference models that never
     saw it, with s their deviation. Carlini et al. report the standard normal's distribution function of (x - mean) / s,
     which ranks the examples alike where n is one number. The factor is the mean's own error: with it examples that have
-    different numbers of references are comparable.
+    different numbers of reference models are comparable.
 
     Parameters
     ----------
     attacked : Tensor
         Logit-scaled confidences (examples,) of the attacked network, as ``logit_confidences`` returns them.
     references : Tensor
-        Confidences (models, examples) of the reference networks.
+        Confidences (models, examples) of the reference models.
     members : Tensor, optional
-        Bool (models, examples): whether a reference was trained on an example. These are not used. Default: none was.
+        Bool (models, examples): whether a reference model was trained on an example. The score leaves it out then.
+        Default: none was.
     fixed_variance : bool, default True
-        Whether to use one variance for all examples: the paper's advice below 64 references. Otherwise each example's.
-        Either is unbiased, and at least ``VARIANCE_FLOOR``.
+        Whether to use one variance for all examples: the paper's advice below 64 reference models. Otherwise each
+        example's. Either is unbiased, and at least ``VARIANCE_FLOOR``.
 
     Returns
     -------
     Tensor
-        Scores, float64 (examples,), NaN for an example with fewer than two references. Large: a member.
+        Scores, float64 (examples,), NaN for an example with fewer than two reference models. Large: a member.
 
     Raises
     ------
     InputError
-        For no reference, tensors of different examples, and values that are not finite.
+        For no reference model, tensors of different examples, and values that are not finite.
 
     References
     ----------
@@ -261,7 +262,7 @@ def offline_lira(
     if members is not None and (members.dtype is not torch.bool or members.shape != references.shape):
         raise InputError(
             f"expected members to be bool {tuple(references.shape)}, got {members.dtype} {tuple(members.shape)}; pass "
-            "whether each reference was trained on each example"
+            "whether each reference model was trained on each example"
         )
     out = torch.ones_like(references, dtype=torch.bool) if members is None else ~members
     values, counts = references.double(), out.sum(0)

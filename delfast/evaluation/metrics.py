@@ -171,7 +171,7 @@ def evaluate(
     test : iterable
         Batches of examples that no network was trained on.
     oracle : Metrics, optional
-        Metrics of a network that was retrained without the forget set; with them, the deltas are computed.
+        Metrics of a network that was retrained without the forget set; with them, the gaps are computed.
     seed : int, default 0
         Chooses the examples on which membership inference is fitted.
     mia : bool, default True
@@ -190,7 +190,7 @@ def evaluate(
     Returns
     -------
     Metrics
-        Accuracies, losses, ``mia`` and the deltas; for a language model also perplexities.
+        Accuracies, losses, ``mia`` and the gaps; for a language model also perplexities.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def gaps(metrics: Metrics, oracle: Metrics) -> dict[str, float]:
     Returns
     -------
     dict of str to float
-        Percentage points by the names of the deltas in ``Metrics``; without "delta_mia" if either ``mia`` is None.
+        Percentage points by the names of the gaps in ``Metrics``; without "delta_mia" if either ``mia`` is None.
 
     Raises
     ------

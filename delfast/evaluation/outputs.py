@@ -136,7 +136,7 @@ def collect(
     The host does not wait for a device before the end of the set. The texts of errors begin with ``where``.
 
     processes: those of ``join``, which share the set. Each gets the results of all, in the set's order. A result is a
-    tuple of scalars, and of tensors with a row for each example.
+    tuple of numbers, and of tensors with a row for each example.
 
     any_form: whether ``function`` is given each batch as the loader yields it, as a ``loss_fn`` is.
     """

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from delfast.evaluation.intervals import Figure, student
 
-MIN_EXAMPLES = 2  # that a never-seen network did not know, since a variance needs two
+MIN_EXAMPLES = 2  # that a never-seen network was not trained on, since a variance needs two
 MAX_EXPONENT = 700.0  # exp is finite below 709
 
 
@@ -54,7 +54,7 @@ class Comparison:
 
 
 def compare(own: Tensor, others: Sequence[Tensor], unknown: Sequence[Tensor], is_loss: bool) -> Comparison | None:
-    """Compare a network's measurements (times, N) with those of others, each on the examples that it did not know.
+    """Compare a network's measurements (times, N) with those of others, each on examples that it was not trained on.
 
     unknown: bool (N,) for each of ``others``. Others with fewer than ``MIN_EXAMPLES`` are left out. None if none is
     left, and for losses whose mean is not above 0, which have no ratio.

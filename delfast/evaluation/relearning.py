@@ -111,8 +111,8 @@ class RelearningCurve:
         The same on control examples, which no network has seen, before the finetuning: above 1 if the network has
         learned more in general.
     compared_on : list of int
-        For each never-seen network the number of measured forget examples that it did not know; 0 if these are fewer
-        than two, and the network is left out.
+        For each never-seen network the number of measured forget examples that it was not trained on; 0 if these
+        are fewer than two, and the network is left out.
     ratio_left_out : str, optional
         The reason why there is no ratio.
 

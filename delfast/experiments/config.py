@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from delfast.experiments.recipes import method_recipe
 from delfast.jobs import Job
 
 JOB = "job:"  # begins the data of a configuration, before the path of the job file, and the model, before its digest
+FOLDER = "folder:"  # begins the data of a configuration, before the path of a folder of images
 MAX_RUN_SEED = 2**31 - 1  # a step's seed is this plus a constant, and must fit into 64 bits
 
 
@@ -61,6 +62,15 @@ class Config:
         parse_forget(self.forget)
         check_ratio(self.forget_ratio)
         check_training(self.epochs, self.lr, self.batch_size, self.weight_decay)
+
+    def without_paths(self) -> Config:
+        """Return the configuration with the kind of data alone in place of a path, and no ``data_dir``.
+
+        It is the same on every machine. Whether two paths hold the same data is decided by the data's digest.
+        """
+        kind, colon, _ = self.data.partition(":")
+        data = f"{kind}:" if f"{kind}{colon}" in (FOLDER, JOB) else self.data
+        return replace(self, data=data, data_dir=None)
 
     @property
     def has_job(self) -> bool:

@@ -27,8 +27,8 @@ EVALUATION_BATCH = 512
 class RunData(Protocol):
     """Training and test examples, and newly initialized networks for them.
 
-    ``loss_fn``: the loss of a batch's examples; None for cross-entropy, with which accuracies are measured.
-    ``evaluation_batch``: the number of examples in a batch of measurements.
+    loss_fn: the loss of a batch's examples; None for cross-entropy, with which accuracies are measured.
+    evaluation_batch: the number of examples in a batch of measurements.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""The demo: unlearn two forget sets of scikit-learn's digits and compare with networks retrained without them."""
+"""The demo: unlearn two forget sets of scikit-learn's digits, and compare with networks retrained without them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments.config import Config
 from delfast.experiments.losses import gaps_between
 from delfast.experiments.reports import method_table, selection_words
@@ -118,7 +118,7 @@ def _scenario(
     run = start(config, device)
     original = pipeline.train(run, output_dir / "original")
     oracle = pipeline.oracle(run, output_dir / "oracle")
-    found = pipeline.localize(run, original.model, output_dir / "mask", budget=BUDGET, preset="paper")
+    found = localizing.localize(run, original.model, output_dir / "mask", budget=BUDGET, preset="paper")
     unlearned = pipeline.unlearn(  # in place: the original is measured and on the disk
         run,
         original.model,

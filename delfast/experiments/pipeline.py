@@ -1,7 +1,7 @@
-"""The steps of an unlearning run: train, oracle, localize, unlearn.
+"""The steps of an unlearning run that write a network: train, oracle, unlearn; ``localizing`` has localize.
 
-``train``, ``oracle``, ``localize`` and ``unlearn`` read files and write files. ``find_mask`` and ``run_method`` do the
-work of the last two without files, for them and for the cells of a grid.
+``train``, ``oracle`` and ``unlearn`` read files and write files. ``run_method`` does the work of the last without
+files, for ``unlearn`` and for the cells of a grid.
 
 Seeds derive from ``--seed``. Forget set, initialization and order of the batches: seed. Order of the batches of
 unlearning: seed + 2. Initialization of the oracle: seed + 1. Values that a reset writes: seed + 2, because the run's
@@ -11,8 +11,8 @@ own initialization would restore the values that training began from.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +20,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from delfast.arguments import check_choice
 from delfast.errors import InputError
 from delfast.evaluation import Metrics, predictions
 from delfast.execution import Precision
 from delfast.experiments.config import Config
 from delfast.experiments.datasets import Batches
+from delfast.experiments.localizing import check_localizes, localized_in
 from delfast.experiments.losses import Losses, mean_losses
 from delfast.experiments.progress import Progress
 from delfast.experiments.run import (
@@ -40,8 +40,6 @@ from delfast.experiments.run import (
     output_directory,
 )
 from delfast.files import save_state, write_json
-from delfast.localization import STRATEGIES, WHOLE_TRAINING_SET
-from delfast.localization import localize as localize_model
 from delfast.mask import Mask
 from delfast.provenance import digest_state, provenance
 from delfast.seeding import seeded
@@ -62,15 +60,6 @@ class Trained:
 
     model: nn.Module
     metrics: Metrics | Losses
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Localized:
-    """A mask that a step wrote, its description in plain values, and the seconds it took."""
-
-    mask: Mask
-    description: dict[str, Any]
     seconds: dict[str, float]
 
 
@@ -183,105 +172,6 @@ def _sgd(model: nn.Module, config: Config, device: torch.device) -> torch.optim.
     )
 
 
-def find_mask(
-    run: Run,
-    model: nn.Module,
-    *,
-    budget: float,
-    batch_size: int,
-    seed: int,
-    strategy: str | None = None,
-    stop_when_stable: float | None = None,
-    **options: Any,
-) -> tuple[Mask, float]:
-    """Localize the run's forget set in ``model``; return the mask and the seconds it took.
-
-    strategy: a name of ``delfast.STRATEGIES``; None: as ``options`` say. For those of ``WHOLE_TRAINING_SET`` the
-    gradient is over the whole training set. options: those of ``delfast.localize``; the strategy's own may be repeated.
-    """
-    if strategy is not None:
-        own = STRATEGIES.get(strategy, {}).items()  # ``localize`` refuses an unknown name
-        options = {name: value for name, value in options.items() if (name, value) not in own} | {"strategy": strategy}
-    indices = torch.arange(run.forget.count) if strategy in WHOLE_TRAINING_SET else run.forget.indices
-    options |= {"cuda_graphs": run.cuda_graphs, "loss_fn": run.data.loss_fn}
-    started = time.perf_counter()
-    batches = run.batches(indices, batch_size)
-    if stop_when_stable is None:
-        mask = localize_model(model, batches, budget, seed=seed, **options)
-    else:
-        options |= {"stop_when_stable": stop_when_stable, "batch_size": batch_size}
-        mask = localize_model(model, run.data.examples(batches), budget, seed=seed, **options)
-    return mask, time.perf_counter() - started
-
-
-def localize(
-    run: Run,
-    model: nn.Module,
-    output_dir: Path,
-    *,
-    budget: float,
-    preset: str,
-    strategy: str | None = None,
-    seed: int | None = None,
-    stop_when_stable: float | None = None,
-    precision: Precision = "fp32",
-    **options: Any,
-) -> Localized:
-    """Localize the run's forget set in ``model`` and write ``mask.safetensors`` and ``summary.json``.
-
-    Arguments are those of ``find_mask``; ``seed`` defaults to the run's.
-    """
-    check_choice("precision", precision, Precision)
-    seed, batch_size = _or_default(seed, run.config.seed), run.config.batch_size
-    options = {"preset": preset, **STRATEGIES.get(strategy or "", {}), **options}
-    with output_directory(output_dir), run.data.naming_errors():
-        mask, duration = find_mask(
-            run,
-            model,
-            budget=budget,
-            batch_size=batch_size,
-            seed=seed,
-            strategy=strategy,
-            stop_when_stable=stop_when_stable,
-            precision=precision,
-            **options,
-        )
-        seconds = {"localize": duration}
-        digests = {"model": digest_state(model.state_dict()), **run.digests()}
-        mask = Mask(mask.parameters, {**mask.metadata, "digests": digests})
-        mask.save(output_dir / MASK)
-        description = describe_mask(mask, output_dir / MASK)
-        if strategy is not None:
-            options["strategy"] = strategy
-        if stop_when_stable is not None:
-            options |= {"stop_when_stable": stop_when_stable, "batch_size": batch_size}
-        summary = {
-            "command": "localize",
-            "config": asdict(run.config),
-            "options": {"budget": budget, **options, "seed": seed, "precision": precision},
-            "forget": run.describe_forget(),
-            "mask": description,
-            "seconds": seconds,
-            "digests": {**digests, "mask": mask.digest},
-            "provenance": provenance(device=str(run.device)),
-        }
-        write_json(output_dir / SUMMARY, summary)
-    return Localized(mask, description, seconds)
-
-
-def describe_mask(mask: Mask, path: Path) -> dict[str, Any]:
-    """A saved mask in plain values; ``bytes`` is the size of its file."""
-    return {
-        "budget": mask.metadata.get("budget"),
-        "selected": mask.selected,
-        "total": mask.total,
-        "fraction": mask.fraction,
-        "channels": mask.channels,
-        "bytes": path.stat().st_size,
-        "digest": mask.digest,
-    }
-
-
 def run_method(
     run: Run,
     model: nn.Module,
@@ -355,6 +245,8 @@ def unlearn(
     *,
     method: Method,
     batch_size: int,
+    budget: float | None = None,
+    strategy: str | None = None,
     seed: int | None = None,
     head: str | None = None,
     batchnorm: str = "train",
@@ -365,17 +257,24 @@ def unlearn(
 ) -> Trained:
     """Run a method and write a run directory and the mask that was trained.
 
-    Arguments are those of ``run_method``; ``seed`` defaults to the run's + 2. Until the step ends ``output_dir`` holds
+    A method that localizes and gets no mask makes one of this ``budget`` and ``strategy``; see ``localized_in``. Other
+    arguments are those of ``run_method``; ``seed`` defaults to the run's + 2. Until the step ends ``output_dir`` holds
     a checkpoint of the last whole epoch. With ``resume`` training continues from it to the same weights.
     """
-    seed = _or_default(seed, run.config.seed + RESET_SEED)
-    if method.localizes and mask is None:
-        raise InputError(f"'{method.name}' works within a mask, got none; make one with `delfast localize`: --mask")
+    check_localizes(method, mask, budget=budget, strategy=strategy)
+    step_seed, seed = seed, _or_default(seed, run.config.seed + RESET_SEED)
     if head is not None:  # methods that do not train the head ignore its name, a wrong one too
         head_parameters(model, head)
     original = digest_state(model.state_dict())
     choices = {"batch_size": batch_size, "held_out": held_out if patience is not None else None}
-    with output_directory(output_dir), run.data.naming_errors():
+    with output_directory(output_dir), run.data.naming_errors(), ExitStack() as stack:
+        localization: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        if method.localizes and mask is None:
+            context = localized_in(output_dir, run, model, budget, strategy, step_seed, resume)
+            found = stack.enter_context(context)
+            mask, seconds = found.mask, found.seconds
+            localization = {name: mask.metadata[name] for name in ("budget", "strategy")}
         result = run_method(
             run,
             model,
@@ -393,10 +292,11 @@ def unlearn(
             config={**choices, "original": original, **run.digests()},
         )
         result.mask.save(output_dir / MASK)
-        trained = Trained(model, run.measure(model), dict(result.seconds))
+        trained = Trained(model, run.measure(model), {**seconds, **result.seconds})
         options = {
             "method": method.name,
             **asdict(method),
+            **localization,
             **choices,
             "head": result.head,
             "seed": seed,

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import delfast
+from delfast.compaction import compact
 from delfast.experiments.datasets import Batches
 from delfast.experiments.interrupts import exit_after
 from delfast.experiments.networks import factory
 from delfast.experiments.run import choose_device, load_model, open_run
-from delfast.localization import Scores
+from delfast.localization import Scores, score
+from delfast.optim import MaskedSGD
+from delfast.reset import reset_
 from delfast.seeding import seeded
 
 CLASSES, CHANNELS, IMAGE_SIZE = 10, 3, 32  # of a preset's random images
@@ -79,9 +81,9 @@ def measure(request: Request) -> dict[str, float]:
         with precision():
             return cross_entropy(model(inputs), targets)
 
-    def score() -> Scores:
+    def score_batch() -> Scores:
         with precision():
-            return delfast.score(model, [batch])
+            return score(model, [batch])
 
     def backward() -> float:
         model.zero_grad(set_to_none=True)
@@ -94,25 +96,25 @@ def measure(request: Request) -> dict[str, float]:
             forward()
 
     found = {"load": timed(lambda: next(iter(work.batches)))}
-    found["score"], scores = timed(score), score()
+    found["score"], scores = timed(score_batch), score_batch()
     mask = scores.select(request.budget)
     found["select"] = timed(lambda: scores.select(request.budget))
-    found["reset"] = timed(lambda: delfast.reset_(model, mask, init=model))
+    found["reset"] = timed(lambda: reset_(model, mask, init=model))
     model.eval()
     found["evaluate"] = timed(evaluate)
     model.train()
     found["forward"] = timed(forward)
     dense = timed.all(backward)
-    with delfast.compact(model, mask) as handle:
-        optimizer = delfast.optim.MaskedSGD(model.named_parameters(), handle.mask, lr=1e-6, momentum=0.9)
-        compact = timed.all(backward)
+    with compact(model, mask) as handle:
+        optimizer = MaskedSGD(model.named_parameters(), handle.mask, lr=1e-6, momentum=0.9)
+        within_mask = timed.all(backward)
         found["step"] = timed(optimizer.step)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
     found["backward"] = timed.all(backward)
     found["weight gradient"] = max(0.0, dense - found["backward"])
-    found["compact weight gradient"] = max(0.0, compact - found["backward"])
+    found["compact weight gradient"] = max(0.0, within_mask - found["backward"])
     return found
 
 

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from delfast.bits import bits
 from delfast.errors import InputError
-from delfast.experiments.run import MODEL
+from delfast.experiments.run import MASK, MODEL
 from delfast.files import load_state
 from delfast.mask import Mask
 from delfast.naming import plain_name
 
-COLUMNS = ("name", "entries", "in the mask", "changed", "changed outside")
+COLUMNS = ("name", "elements", "in the mask", "changed", "changed outside")
 # A state file does not distinguish buffers from parameters; these buffers of torch's norm layers change in training
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One tensor: the numbers of its entries, of those in the mask, that changed, and that changed outside the mask."""
+    """One tensor: numbers of elements: all, in the mask, changed, and changed outside the mask."""
 
     name: str
     entries: int
@@ -49,12 +49,12 @@ class Comparison:
 
     @property
     def changed(self) -> int:
-        """Number of entries of parameters that changed."""
+        """Number of elements of parameters that changed."""
         return sum(row.changed for row in self.parameters)
 
     @property
     def outside(self) -> int:
-        """Number of entries of parameters that changed outside the mask."""
+        """Number of elements of parameters that changed outside the mask."""
         return sum(row.outside for row in self.parameters)
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +68,12 @@ def load_network(path: Path) -> dict[str, Tensor]:
 
 
 def load_mask(path: Path) -> Mask:
-    """Load a .safetensors mask, or a dense mask (name -> 0/1 tensor), as SalUn writes it, from any other file."""
+    """Load the mask of a directory that `delfast localize` or `delfast unlearn` wrote, or of a file.
+
+    A file is a .safetensors mask, or by any other name a dense mask (name -> 0/1 tensor), as SalUn writes it.
+    """
+    if path.is_dir():
+        path = path / MASK
     if path.suffix == ".safetensors":
         return Mask.load(path)
     return Mask.from_dense(load_state(path))
@@ -84,7 +89,7 @@ def compare(
 ) -> Comparison:
     """Compare two states bit by bit, so that NaN equals itself and 0 differs from -0.
 
-    ``heads``: modules or parameters that may change in full. ``buffers``: entries that are not counted, besides
+    ``heads``: modules or parameters that may change in full. ``buffers``: tensors that are not counted, besides
     BatchNorm's statistics. A tied parameter is stored under several names and masked under one name; a tensor that
     equals a masked tensor in both states has the same mask. Raises InputError if the states, or the mask and the
     states, are of different networks, and for a head or buffer that does not exist.
@@ -95,7 +100,7 @@ def compare(
     _check_mask(allowed, before)
     for wanted in (*heads, *buffers):
         if not any(_within(name, wanted) for name in before):
-            raise InputError(f"expected a module or entry of the network, got '{wanted}', which it does not have")
+            raise InputError(f"expected a module or tensor of the network, got '{wanted}', which it does not have")
     rows: dict[bool, list[ComparedRow]] = {True: [], False: []}
     for name, old in before.items():
         changed = bits(old) != bits(after[name])

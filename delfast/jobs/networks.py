@@ -52,7 +52,7 @@ def save_network(source: Source, model: nn.Module, file: Path) -> None:
 
 @contextmanager
 def _passing_system_errors() -> Iterator[None]:
-    """Raise the system's own error, such as a full disk, where the job's ``save`` met one."""
+    """Raise the system's own error, such as a full disk, where the job's ``save`` failed by one."""
     try:
         yield
     except InputError as error:

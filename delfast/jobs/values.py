@@ -19,7 +19,7 @@ OWN_SETTINGS = ("method", "budget", "strategy", "batch_size")  # the keys of a s
 
 @dataclass(frozen=True)
 class Training:
-    """How a job's networks are trained: SGD with momentum 0.9, the rate falling by a cosine to 1 % of the first.
+    """Settings of a job's training: SGD with momentum 0.9, the rate falls by a cosine to 1 % of the first.
 
     Parameters
     ----------
@@ -44,12 +44,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Accept:
-    """The thresholds under which an unlearned network is accepted; None: this figure is not asked for.
+    """The thresholds under which an unlearned network is accepted; None: the figure has no threshold.
 
-    The defaults are the project's choice: no publication states them. Networks that were retrained without the forget
-    set hold them in at least 9 of 10 cases: measured for 20 and 50 random examples of 1,400 digits with the job of
-    `delfast init-job` (`python -m benchmarks.thresholds`; the table is in docs/ledger.md). Other data have other
-    figures: measure a retrained network of your own.
+    The defaults are the project's choice: no publication states them. Oracles, networks that were retrained without
+    the forget set, hold them in at least 9 of 10 cases: measured for 20 and 50 random examples of 1,400 digits with
+    the job of `delfast init-job` (`python -m benchmarks.thresholds`; the table is in docs/ledger.md). Other data have
+    other figures: measure an oracle of your own.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A ledger of forget requests: what was asked, what was done, and the evidence, in a directory of one model.
+"""A ledger of forget requests: the requests, what was done, and the evidence, in a directory of one model.
 
     ledger = Ledger.create("ledger", job="job.py", model="model.safetensors")
     ledger.add(["user-17"], reason="case 7", due="2026-12-31")

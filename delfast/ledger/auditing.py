@@ -37,7 +37,7 @@ def audit_recorded(
     sets = {"forget": examples.forget, **earlier}
     chosen = [each for each in references_of(ledger.store) if each.number in references]
     if len(chosen) < len(references):
-        raise InputError("references of this run were purged; end it by `delfast ledger run --abandon`")
+        raise InputError("reference models of this run were purged; end it by `delfast ledger run --abandon`")
     found = audit(
         load_recorded(ledger, model, device),
         forget=job.batches(examples.forget),

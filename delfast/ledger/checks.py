@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imports torch
     from delfast.jobs import Accept
 
 MIN_REFERENCES = 2  # the variance of LiRA's Gaussians, and an interval of the relearning ratio, need two
-MAX_LEFT_OUT = 0.1  # of a forget set: an advantage on a part of it says nothing about the rest
+MAX_LEFT_OUT = 0.1  # of a forget set: an advantage on a part of it does not hold for the rest
 Measured = tuple[Mapping[str, Any] | None, str]  # a figure, or why there is none
 
 
@@ -27,7 +27,7 @@ def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: int) -> 
         )
     if accept.relearn_ratio is not None and references < MIN_REFERENCES:
         raise InputError(
-            f"expected at least {MIN_REFERENCES} references for the threshold relearn_ratio, the ledger has "
+            f"expected at least {MIN_REFERENCES} reference models for relearn_ratio, the ledger has "
             f"{references}; train them: delfast ledger references --count 8, "
             "or define accept in the job file without relearn_ratio"
         )
@@ -52,7 +52,7 @@ def check_all(
     *,
     accept_unmeasured: bool = False,
 ) -> list[Check]:
-    """Return a check of the comparison with the mask, and of each threshold that is asked for.
+    """Return a check of the comparison with the mask, and of each threshold that is set.
 
     ``figures``: of the audit of the result; ``baseline``: of that of the model before the run. The test accuracy is
     compared with that of the ledger's first model, so that small losses cannot add up unnoticed. The attack's advantage
@@ -111,7 +111,7 @@ def _ratio(figures: Mapping[str, Any]) -> Measured:
     """Return the relearning ratio, and the audit's reasons where there is none."""
     curves = figures["relearning"].values()
     reasons = dict.fromkeys(each.get("left_out") or each["ratio_left_out"] for each in curves)
-    return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no references"
+    return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no reference models"
 
 
 def _or_infinite(figure: Mapping[str, Any] | None) -> float:
@@ -125,8 +125,8 @@ HELP = {
     "relearn_ratio": "The examples are hidden, not gone. Try a larger budget, another method, or retraining",
 }
 TOO_FEW = (
-    "Its interval includes 1, the ratio of a network that never saw the examples: the figure cannot tell. "
-    "Take up more requests, or train more references"
+    "Its interval includes 1, the ratio of a network that never saw the examples: the ratio may be chance. "
+    "Take up more requests, or train more reference models"
 )
 
 

@@ -1,4 +1,4 @@
-"""The ledger of one model: what was asked to be forgotten, what was done about it, and the evidence."""
+"""The ledger of one model: the requests to forget, what was done about each, and the evidence."""
 
 from __future__ import annotations
 
@@ -150,22 +150,22 @@ class Ledger(Records):
     ) -> list[int]:
         """Train reference models until the ledger has ``count`` of them.
 
-        Each knows a random half of the examples that no request has named. The audit compares a model with those that
-        did not know an example. They serve all runs, until they are purged.
+        Each is trained on a random half of the examples that no request has named. The audit compares a model with
+        those that were not trained on an example. They serve all runs, until they are purged.
 
         Parameters
         ----------
         count : int
-            Number of references to have. Default: 8.
+            Number of reference models to have. Default: 8.
         device : str
             As for ``run``. Default: "auto".
         watch : callable, optional
-            Called with a line for each reference. Default: lines are dropped.
+            Called with a line for each reference model. Default: lines are dropped.
 
         Returns
         -------
         list of int
-            Numbers of the new references.
+            Numbers of the new reference models.
 
         Raises
         ------
@@ -184,8 +184,8 @@ class Ledger(Records):
     def holding(self) -> list[HeldFile]:
         """Return the ledger's files that hold examples of requests, open ones included.
 
-        In a ledger that was opened without the job, a reference is listed with every request that came after it: it may
-        have seen their examples.
+        In a ledger that was opened without the job, a reference model is listed with every request that came after it:
+        it may have seen their examples.
 
         Returns
         -------
@@ -204,8 +204,8 @@ class Ledger(Records):
     def purge_plan(self) -> list[HeldFile]:
         """Return the files that ``purge`` would delete: all that hold examples of accepted requests.
 
-        These are superseded models, masks, references that were trained on them, and files that no entry records. The
-        newest accepted model stays, and the references that an unfinished run began with.
+        These are superseded models, masks, reference models that were trained on them, and files that no entry records.
+        The newest accepted model stays, and the reference models that an unfinished run began with.
 
         Returns
         -------

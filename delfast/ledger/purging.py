@@ -138,7 +138,7 @@ def _references(ledger: Records) -> Iterator[HeldFile]:
 
 
 def _reference(ledger: Records, reference: Trained, seen: Sequence[int], why: str) -> HeldFile:
-    return _file(ledger, dict(reference.model), seen, f"reference {reference.number}, {why}")
+    return _file(ledger, dict(reference.model), seen, f"reference model {reference.number}, {why}")
 
 
 def _file(ledger: Records, recorded: dict[str, str], numbers: Sequence[int], why: str) -> HeldFile:

@@ -97,7 +97,7 @@ class Records:
             secrecy = {"hash_ids": key is not None, "key_check": identifiers.key_check}
             store.append(CREATED, {**facts, **secrecy, "model": artefact(making, kept)})
             store.close()
-            os.replace(making, path)  # a reader sees no ledger or a whole one
+            os.replace(making, path)  # a reader gets no ledger or a whole one
         sync_directory(path.absolute().parent)
         return cls(Store(path), read, identifiers)
 
@@ -461,7 +461,7 @@ def _same_job(path: str | os.PathLike[str], created: Mapping[str, Any]) -> Job:
 
 
 def _read_all(requests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], str | None, str | None]]:
-    """Yield the fields of each request, checked; InputError says which request it is, counted from 1."""
+    """Yield the fields of each request, checked; InputError names the request, counted from 1."""
     for position, fields in enumerate(requests, start=1):
         try:
             yield read_request(fields)

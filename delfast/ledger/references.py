@@ -1,7 +1,7 @@
-"""Reference models: networks that each know a random half of the examples, for the audit's per-example attack.
+"""Reference models, each trained on a random half of the examples: for the audit's per-example attack.
 
-They are trained once and serve every run. Which examples a reference knows follows from the entry that recorded it:
-its seed, and the requests whose examples it was trained without.
+They are trained once and serve every run. The entry that recorded a reference gives the examples that it was
+trained on: by its seed, and the requests whose examples it was trained without.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def train_references(ledger: Records, count: int, *, device: str, watch: Callabl
         numbers = list(range(first, first + max(0, missing)))
         for number in numbers:
             _train(ledger, number, chosen)
-            watch(f"reference {number} is trained ({number - first + 1} of {len(numbers)})")
+            watch(f"reference model {number} is trained ({number - first + 1} of {len(numbers)})")
         return numbers
 
 

@@ -14,14 +14,14 @@ class Check:
     Parameters
     ----------
     name : str
-        "outside_mask" (entries changed outside the mask), "test_drop" (percentage points), "attack_advantage" (0 to 1),
-        "relearn_ratio", or "method" if the method itself failed.
+        "outside_mask" (elements changed outside the mask), "test_drop" (percentage points), "attack_advantage" (0 to
+        1), "relearn_ratio", or "method" if the method itself failed.
     value : float or None
         The measured value; None if it could not be measured.
     limit : float or None
         The largest value that holds.
     held : bool
-        Whether the value is at most the limit. One that was not measured holds only where the run was told so.
+        Whether the value is at most the limit. One that was not measured holds only with ``accept_unmeasured``.
     set : str
         The set that was measured: "test", "forget", "model", or "run 3" for the forget set of an earlier run. For
         "method" it is the error.

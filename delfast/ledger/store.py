@@ -207,7 +207,7 @@ class Store:
     # ---- reading
 
     def entries(self, event: str | None = None, run: int | None = None, *, after: int = LOWEST) -> Iterator[Entry]:
-        """Yield the entries in order, those of an event or of a run alone if asked, after the number ``after``.
+        """Yield the entries after the number ``after``, in order; only those of ``event`` and of ``run`` where given.
 
         Entries that are appended meanwhile are yielded too.
         """

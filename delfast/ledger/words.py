@@ -27,8 +27,8 @@ THRESHOLDS = {
         "Changes outside the mask",
         "",
         0,
-        "Number of the model's parameters outside the mask that differ, bit by bit, from those before the run.",
-        "{value} parameters outside the mask changed.",
+        "Number of the model's elements outside the mask that differ, bit by bit, from those before the run.",
+        "{value} elements outside the mask changed.",
     ),
     "test_drop": Threshold(
         "Fall of test accuracy",
@@ -87,7 +87,7 @@ def check_sentence(check: Check) -> str:
     limit = f"Limit {amount(check.limit, threshold)}: {verdict}."
     if check.value is None:
         why = f": {check.reason}" if check.reason else ""
-        told = "The run was told to accept this." if check.held else limit
+        told = "The run accepts this by --accept-unmeasured." if check.held else limit
         return f"{threshold.title}: not measured{why}. {told}"
     sentence, value = threshold.sentence, check.value
     if value < 0 and threshold.if_below_0:

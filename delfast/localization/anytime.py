@@ -30,7 +30,7 @@ LOADER_OPTIONS = (*LOADING, "batch_size")
 
 
 class _Default(int):
-    """The default of an argument: ``is`` tells it apart from the same number passed by a caller."""
+    """The default of an argument: ``is`` distinguishes it from the same number passed by a caller."""
 
 
 BATCH_SIZE = _Default(128)

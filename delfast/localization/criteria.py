@@ -54,7 +54,7 @@ def check_selection(
     Parameters
     ----------
     budget : float
-        The fraction of all competing parameters, in (0, 1].
+        The fraction of the competing parameters' elements, in (0, 1].
     granularity : {"channel", "param"}, default "channel"
         What competes.
     aggregate : {"topk_mean", "mean", "sum", "max"}, default "topk_mean"
@@ -87,7 +87,7 @@ def check_selection(
 
 
 def resolve_top_h(top_h: object, shape: Sequence[int], dim: int = 0) -> int:
-    """Return h for a parameter of this shape, whose channels lie along ``dim``, clipped to [1, length of a row].
+    """Return h for a parameter of this shape, whose channels lie along ``dim``, clipped to [1, elements of a channel].
 
     Raises InputError if ``top_h`` is neither a count nor a fraction nor "published".
     """

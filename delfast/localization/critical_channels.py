@@ -36,7 +36,7 @@ class CriticalExample:
     example : int
         The example's number; see ``CriticalChannels``.
     channels : tuple of (str, int)
-        (weight name, row) in the order in which they were zeroed.
+        (weight name, channel) in the order in which they were zeroed.
     flipped : bool
         Whether the prediction is no longer the label. Without channels: whether it was wrong from the start. False
         means that zeroing these channels was not enough.
@@ -120,9 +120,9 @@ def critmem(
     """Find, for every example, the channels without which the network gets the example wrong, by greedy search.
 
     Each step zeroes the channel i with the largest score s_i(x) = -Σ_j θ_ij g_ij(x), which is to first order the
-    increase of the example's cross-entropy [1]_. Channels are the rows of trainable convolutions and linear layers (of
-    a transposed convolution, its input channels). They are zeroed before the bias, in every use that has a gradient.
-    The search of an example ends once its prediction is not its label, no s_i is positive, or ``max_channels`` channels
+    increase of the example's cross-entropy [1]_. Channels are those of trainable convolutions and linear layers (of a
+    transposed convolution, its input channels). They are zeroed before the bias, in every use that has a gradient. The
+    search of an example ends once its prediction is not its label, no s_i is positive, or ``max_channels`` channels
     are zeroed. Ties fall to the lower (parameter, index).
 
     A step costs one forward and one backward pass over the examples still searched, without weight gradients. The model
@@ -144,9 +144,9 @@ def critmem(
         example and channel, and adds noise to the inputs. Here the others' scores are those in the unedited network,
         and no noise is added. With 0 the result for an example does not depend on its batch.
     include_head : bool, default False
-        Whether the rows of the head compete: the last trainable convolution or linear layer to run, if it has a row per
-        class. Row c of the head computes the logit of class c, so zeroing the label's row alone nearly always changes
-        the prediction. The original zeroes single weights of linear layers.
+        Whether the channels of the head compete: the last trainable convolution or linear layer to run, if it has a
+        channel per class. Channel c of the head computes the logit of class c, so zeroing the label's channel alone
+        nearly always changes the prediction. The original zeroes single weights of linear layers.
     logits_fn : callable or None, default None
         ``logits_fn(model, batch)`` returns logits (N, classes) and int64 labels (N,).
     precision : {"fp32", "bf16"}, default "fp32"
@@ -162,7 +162,7 @@ def critmem(
     Raises
     ------
     InputError
-        As ``signed_channels``, and for a layer whose examples cannot be told apart or whose weight other kinds of
+        As ``signed_channels``, and for a layer whose examples cannot be separated or whose weight other kinds of
         layers share (naming it), scores that are not finite (naming the parameter), and arguments out of range.
 
     References

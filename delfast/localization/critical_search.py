@@ -251,7 +251,7 @@ class _SearchReceiver:
 
 
 def _spread(keep: Tensor, axis: BatchAxis, values: Tensor, channel_dim: int) -> Tensor:
-    """Reshape ``keep`` (n, C) so that it broadcasts over ``values``, with k entries of each example along a dim."""
+    """Reshape ``keep`` (n, C) so that it broadcasts over ``values``, with k slices of each example along a dim."""
     each = values.shape[axis.along.dim] // axis.examples
     rows = keep.repeat(each, 1) if axis.along.interleaved else keep.repeat_interleave(each, dim=0)
     shape = [1] * values.ndim

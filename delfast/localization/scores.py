@@ -60,7 +60,7 @@ class Scores:
     per_example : bool, default False
         Whether ``gradients`` are means over the examples' own gradients.
     units : mapping of str to Tensor, or None, default None
-        The scores of units for a criterion that scores no elements: float32 (rows,). Missing parameters score 0.
+        The scores of units for a criterion that scores no elements: float32 (units,). Missing parameters score 0.
     dims : mapping of str to int, or None, default None
         The dimension of a parameter's channels where it is not 0; see ``register_layer``.
     precision : str, default "fp32"
@@ -124,30 +124,30 @@ class Scores:
         top_h: int | float | Literal["published"] = 0.1,
         policy: Policy = "whole",
     ) -> Mask:
-        """Select the most critical parameters within a budget.
+        """Select the most critical channels or elements within a budget.
 
         Parameters
         ----------
         budget : float
-            The fraction of all competing parameters P, in (0, 1].
+            The fraction of the competing parameters' P elements, in (0, 1].
         granularity : {"channel", "param"}, default "channel"
             "channel": the slices along dim 0 of a parameter with ndim > 1 are one unit each; elements of other
-            parameters are units of their own. "param": every scalar is a unit; ``aggregate``, ``top_h`` and ``policy``
+            parameters are units of their own. "param": every element is a unit; ``aggregate``, ``top_h`` and ``policy``
             have no effect.
         aggregate : {"topk_mean", "mean", "sum", "max"}, default "topk_mean"
             A channel's score from its elements' scores. "topk_mean" is the mean of the h largest [1]_.
         top_h : int, float or "published", default 0.1
-            The number h of elements: a count, a fraction of the row in (0, 1] (rounded down), or "published" for
-            int(0.1 C_out), as in the authors' code. Clipped to [1, length of the row].
+            The number h of elements: a count, a fraction of the channel's in (0, 1] (rounded down), or "published"
+            for int(0.1 C_out), as in the authors' code. Clipped to [1, elements of a channel].
         policy : {"whole", "exact"}, default "whole"
             "whole": the longest prefix of the channels, in falling score, of at most budget × P parameters. A smaller
-            budget's mask lies inside a larger budget's. "exact": int(budget × P) scalars, the last channel cut, as in
+            budget's mask lies inside a larger budget's. "exact": int(budget × P) elements, the last channel cut, as in
             the authors' code.
 
         Returns
         -------
         Mask
-            The selected parameters. Ties fall to the lower (parameter, index). Of scores that several processes
+            The selected elements. Ties fall to the lower (parameter, index). Of scores that several processes
             computed, those of plain parameters may be selected on one process, those of DTensors on all together.
 
         Raises
@@ -205,7 +205,7 @@ class Scores:
                     raise InputError(f"'{name}' has changed since it was scored; call score() again")
             if not self.total:
                 raise InputError(
-                    "expected a model with entries in its parameters, got empty ones; nothing can be selected"
+                    "expected a model with parameters that have elements, got empty ones; nothing can be selected"
                 )
             budgeted = int(budget * self.total)
             parts, selected, positive = (
@@ -242,7 +242,7 @@ class Scores:
         Returns
         -------
         Tensor
-            Shape (units,), in the order of ``parameters`` and of their rows. float32, or float64 for models with
+            Shape (units,), in the order of ``parameters`` and of their units. float32, or float64 for models with
             float64 parameters.
 
         Raises
@@ -356,7 +356,7 @@ class Scores:
         return torch.from_numpy(generator.random(count, dtype=numpy.float32)).to(self.parameters[name].device)
 
     def _owner(self, unit: int, counts: list[int]) -> tuple[str, int]:
-        """Return the parameter name and the row of a unit."""
+        """Return the name of a unit's parameter, and its number there."""
         for name, count in zip(self.parameters, counts, strict=True):
             if unit < count:
                 return name, unit
@@ -370,7 +370,7 @@ class Scores:
             digits += 1
         return InputError(
             f"expected a budget that holds the first {what}, at least {minimum / self.total:.{digits}g} "
-            f"({minimum} of {self.total} parameters), got less; raise the budget"
+            f"({minimum} of {self.total} elements), got less; raise the budget"
         )
 
     def _refuse_nonfinite(self, name: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from delfast.arguments import check_count, check_loader, check_seed, describe, function_name
 from delfast.batches import LossFn, device_of, warn_about_loader
+from delfast.deprecation import renamed
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.graphs import check_cuda_graphs
@@ -37,9 +38,10 @@ from delfast.sharding import fsdp_groups, is_laid_out
 from delfast.shares import refuse_sharded, share
 
 
+@renamed(loader="forget")
 def score(
     model: nn.Module,
-    loader: Iterable[Any] | None = None,
+    forget: Iterable[Any] | None = None,
     criterion: Criterion = "weighted_grad",
     *,
     per_example: bool = False,
@@ -69,11 +71,11 @@ def score(
     ----------
     model : torch.nn.Module
         The trained model.
-    loader : iterable of batches or None, default None
+    forget : iterable of batches or None, default None
         The forget set, re-iterable: batches (input, target), (index, input, target), or anything that ``loss_fn``
         accepts. None for the criteria "weight", "random", "shallowest" and "deepest", which read no example.
     criterion : str, default "weighted_grad"
-        The score c_j of an element, with G the mean gradient of the loss over ``loader``:
+        The score c_j of an element, with G the mean gradient of the loss over ``forget``:
 
         - "weighted_grad": ``|θ_j G_j|``, the criterion of DEL [1]_.
         - "grad": ``|G_j|``, SalLoc, the localization of SalUn [2]_.
@@ -87,7 +89,7 @@ def score(
           positive first-order score. Channels only, never aggregated. Everything except the channels of convolutions
           and linear layers scores 0, and so does the head.
     per_example : bool, default False
-        Score each example by its own gradient g(x): c_j is the mean over ``loader`` of ``|θ_j g_j(x)|``,
+        Score each example by its own gradient g(x): c_j is the mean over ``forget`` of ``|θ_j g_j(x)|``,
         ``|g_j(x)|`` or g_j(x)². Exact, in one backward pass per batch. ``docs/per_example.md`` lists what it requires
         of a model.
     loss_fn : callable or None, default None
@@ -117,7 +119,7 @@ def score(
         bit to float32 is a tie to within float64. Refused with ``per_example`` and for FSDP2, whose reduction has a
         dtype of its own (``MixedPrecisionPolicy.reduce_dtype``).
     group : ProcessGroup, DeviceMesh or None, default None
-        The processes over which the data differ; a DeviceMesh has one dimension. ``loader`` is the whole set's on every
+        The processes over which the data differ; a DeviceMesh has one dimension. ``forget`` is the whole set's on every
         process, and process r of W takes the batches r, r + W, and so on; of a DataLoader the indices are shared out. A
         DataLoader with a DistributedSampler of this group is used as it is, without the examples that the sampler
         repeats. None: this process reads the whole set. ``Scores.select`` exchanges nothing afterwards, except for
@@ -135,6 +137,13 @@ def score(
         parameter, and competing parameters on several devices; with ``per_example`` also for DTensors
         and layers that mix the examples (BatchNorm without running statistics). With ``group`` also for a loader whose
         shares are not the set. For a loader with a DistributedSampler, and for FSDP2, without ``group``.
+
+    Warns
+    -----
+    UserWarning
+        If the loader does not yield every example of its set once, unchanged.
+    DeprecationWarning
+        If the forget set is passed under its former name ``loader``.
 
     References
     ----------
@@ -171,8 +180,8 @@ def score(
         device = device_of(unwrap(model))
         check_cuda_graphs(cuda_graphs, device)
         _check_sums(sum_dtype, per_example, model)
-        if loader is not None:
-            check_loader(loader, "loader")
+        if forget is not None:
+            check_loader(forget, "forget set")
         network = unwrap(model)
         parameters = trainable_parameters(network, sharded=True)
         if not parameters:
@@ -191,16 +200,16 @@ def score(
             return make(
                 parameters, None, criterion, 0, seed, units=units, dims=dims, patterns=patterns, processes=processes
             )
-        if loader is None:
-            raise InputError(f"expected a loader for criterion '{criterion}', got none; pass the forget set's")
+        if forget is None:
+            raise InputError(f"expected a forget set for criterion '{criterion}', got none; pass forget=")
         if is_sharded and (per_example or criterion == "critmem"):
             for name, parameter in network.named_parameters():
                 refuse_dtensor(plain_name(name), parameter, "per_example" if per_example else "criterion 'critmem'")
         if criterion == "critmem":
             if group is not None:
                 raise InputError("expected no group for criterion 'critmem', got one; pass every process the whole set")
-            refuse_sharded(loader)
-            found = critmem(model, loader, max_channels=max_channels, precision=precision, channels_last=channels_last)
+            refuse_sharded(forget)
+            found = critmem(model, forget, max_channels=max_channels, precision=precision, channels_last=channels_last)
             return Scores(
                 parameters,
                 None,
@@ -214,17 +223,17 @@ def score(
         processes = joined(network, group, parameters, f"{settings} {function_name(loss_fn)}")
         shared = None
         if processes is None:
-            refuse_sharded(loader)
-            warn_about_loader(loader, "forget set")
+            refuse_sharded(forget)
+            warn_about_loader(forget, "forget set", stacklevel=4)  # past the frame of the decorator
         else:
             processes.check_same_values(model_parameters(network, sharded=True))
-            shared = share(loader, processes, loss_fn)
+            shared = share(forget, processes, loss_fn)
         if is_sharded:
             assert processes is not None and shared is not None
             sharded = ShardedGradient(network, parameters, loss_fn, execution, processes, sum_dtype)
             mean, examples = sharded.mean_over(shared, "forget set")
         else:
-            batches = loader if shared is None else shared.batches
+            batches = forget if shared is None else shared.batches
             sums = gradient_sums(network, parameters, criterion, per_example, loss_fn, execution, batches, sum_dtype)
             finish = None if shared is None else shared.finish
             examples = add_all(sums, network, batches, "forget set", processes, finish)

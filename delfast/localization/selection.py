@@ -27,7 +27,7 @@ class Selection:
 
         stacklevel: as ``warnings.warn``'s. 3 names the caller of the function that calls this method.
         """
-        what = "parameter" if self.mask.metadata["granularity"] == "param" else "unit"
+        what = "element" if self.mask.metadata["granularity"] == "param" else "unit"
         if not self.positive:
             criterion = self.mask.metadata["criterion"]
             raise InputError(

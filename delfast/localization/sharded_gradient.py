@@ -1,7 +1,7 @@
 """The mean gradient of a network whose parameters several processes hold together: FSDP2, HSDP, tensor parallelism.
 
 The processes compute in step, since each forward and backward pass gathers parameters from all of them. Tensor hooks
-and ``torch.autograd.grad`` see nothing of FSDP2's gradients, which its own collectives compute. They are therefore
+and ``torch.autograd.grad`` do not get FSDP2's gradients, which its own collectives compute. They are therefore
 taken from ``.grad`` by post-accumulate hooks.
 """
 

@@ -33,7 +33,7 @@ from delfast.mask import Mask
 from delfast.plain import unboxed
 
 Preset = Literal["paper", "published-code"]
-BUDGET = 0.3  # fraction of all parameters; DEL paper, experimental setup
+BUDGET = 0.3  # fraction of all elements; DEL paper, experimental setup
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"granularity": "channel", "aggregate": "topk_mean", "top_h": 0.1, "policy": "whole"},
@@ -62,7 +62,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 - ``"del"``: the paper's method. The next three change its criterion or granularity (table 1).
 - ``"salloc"``: the localization of SalUn (Fan et al., ICLR 2024).
-- ``"param-weighted"``: DEL's criterion for single parameters.
+- ``"param-weighted"``: DEL's criterion for single elements.
 - ``"channel-unweighted"``: the gradient alone, for channels.
 - ``"weight"``: the weights alone, independent of the forget set (table 4).
 - ``"weighted-grad-all"``: the arguments of ``"del"``. Pass the loader of the whole training set (table 4).
@@ -217,7 +217,7 @@ def localize(
     sum_dtype: torch.dtype | None = None,
     group: Group = None,
 ) -> Mask:
-    """Find the most critical parameters of a model for a forget set: ``score`` and ``Scores.select`` in one call.
+    """Find the channels or elements most critical for a forget set: ``score`` and ``Scores.select`` in one call.
 
     A strategy sets the criterion and the granularity, a preset the rest. An argument that is given replaces theirs.
     The model runs in eval mode and is left as it was; see ``score``.
@@ -232,7 +232,7 @@ def localize(
         for the criteria that read no example: "weight", "random", "shallowest", "deepest". The strategy
         "weighted-grad-all" expects the loader of the whole training set.
     budget : float, default 0.3
-        The fraction of all competing parameters to select, in (0, 1]. The default is the DEL paper's.
+        The fraction of the competing parameters' elements to select, in (0, 1]. The default is the DEL paper's.
     strategy : str, default "del"
         The name of a criterion and a granularity, a key of ``STRATEGIES``.
     preset : {"paper", "published-code"} or None, default None
@@ -283,7 +283,7 @@ def localize(
     Returns
     -------
     Mask
-        The selected parameters. The metadata store every setting, and ``strategy`` unless ``criterion`` or
+        The selected elements. The metadata store every setting, and ``strategy`` unless ``criterion`` or
         ``granularity`` was given. With ``stop_when_stable`` they also store the number of ``examples`` that were used,
         ``examples_available`` and the last ``overlap``; with ``group`` the number of ``processes``.
 
@@ -296,7 +296,7 @@ def localize(
     Warns
     -----
     UserWarning
-        If some of the selected parameters score 0.
+        If some of the selected elements score 0.
     DeprecationWarning
         If the forget set is passed under its former name ``forget_loader``.
 
@@ -306,8 +306,8 @@ def localize(
     be cut. For transformers that code uses ``aggregate="mean"``, which the caller passes. Differences from that code:
     sorting is stable; G is the mean over every example, where that code shuffles the forget set, drops the last batch
     and sums batch means; h is at least 1, where that code scores a head of fewer than 10 outputs NaN and never selects
-    it; h is clipped to the row, where that code fails on depthwise convolutions; and frozen parameters and forget sets
-    smaller than a batch are accepted.
+    it; h is at most a channel's number of elements, where that code fails on depthwise convolutions; and frozen
+    parameters and forget sets smaller than a batch are accepted.
 
     ``score(...).select(budget)`` accepts the arguments that only ``score`` has (``max_channels``).
 

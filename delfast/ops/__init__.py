@@ -1,4 +1,4 @@
-"""The ops: one table, a PyTorch reference of each, and native kernels if the extension loads."""
+"""The ops: one table, a PyTorch reference implementation of each, and native kernels if the extension loads."""
 
 from delfast.ops.native import load_backend
 

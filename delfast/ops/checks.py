@@ -58,16 +58,16 @@ def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[
     if scores.ndim != 1 or scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected scores float32 or float64 (units,), got {scores.dtype} {_shape(scores)}; {what}")
     sizes = "pass the parameters' unit counts and row lengths"
-    left, scalars = scores.numel(), 0
+    left, elements = scores.numel(), 0
     for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         if count < 0 or length < 0:
             raise ValueError(
                 f"expected counts and lengths >= 0, got {count} of {length} for parameter #{index}; {sizes}"
             )
-        scalars += count * length
-        if scalars >= 2**63:
+        elements += count * length
+        if elements >= 2**63:
             raise ValueError(
-                f"expected fewer than 2^63 scalars in all, got {count} units of {length} for parameter "
+                f"expected fewer than 2^63 elements in all, got {count} units of {length} for parameter "
                 f"#{index}; {sizes}"
             )
         if count > left:

@@ -1,4 +1,4 @@
-"""Load the compiled extension, or give in one line the reason why the PyTorch references run instead."""
+"""Load the compiled extension, or give in one line the reason why the PyTorch reference implementations run instead."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_backend() -> Backend:
 
     DELFAST_BACKEND=native raises ImportError if the extension cannot be used, and so does a DELFAST_FORCE_ISA that
     this machine lacks. DELFAST_BACKEND=torch does not load the extension. Unset: the extension if it can be used, else
-    the PyTorch references, with one warning that gives the reason.
+    the PyTorch reference implementations, with one warning that gives the reason.
     """
     wanted = os.environ.get("DELFAST_BACKEND", "")
     if wanted not in ("", "native", "torch"):
@@ -56,7 +56,9 @@ def load_backend() -> Backend:
         if wanted == "native" or os.environ.get("DELFAST_FORCE_ISA"):
             raise ImportError(f"native kernels are required, but {reason}") from error
         warnings.warn(
-            f"delfast runs on its PyTorch references (correct, but slow): {reason}", RuntimeWarning, stacklevel=2
+            f"delfast runs on its PyTorch reference implementations (correct, but slow): {reason}",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return Backend("torch", reason)
     devices = ("CPU", "CUDA") if build_info["cuda"] else ("CPU",)

@@ -6,12 +6,12 @@ Call an op as ``torch.ops.delfast.NAME``; the docstring of its reference documen
 Op                           Result
 ============================ =========================================================================================
 ``criticality``              A score per unit: an aggregate over the unit of ``|θ g|``, ``|g|`` or ``|θ|``.
-``select_elements``          Packed bits of the k scalars with the highest scores.
-``select_units``             Packed bits of the units with the highest scores that fit into k scalars.
+``select_elements``          Packed bits of the k elements with the highest scores.
+``select_units``             Packed bits of the units with the highest scores that fit into k elements.
 ``masked_plan``              Packed bits and a list of what they mask, for many steps of one mask.
-``masked_reset_``            Masked entries replaced by new values, in place.
-``masked_sgd_``              One step of SGD on the masked entries, in place.
-``masked_adamw_``            One step of AdamW on the masked entries, in place.
+``masked_reset_``            Masked elements replaced by new values, in place.
+``masked_sgd_``              One step of SGD on the masked elements, in place.
+``masked_adamw_``            One step of AdamW on the masked elements, in place.
 ``per_example_accumulate_``  Sums over examples of ``|g_x|`` or ``g_x²``, with g_x the weight gradient of one example.
 ``channel_dot``              Sum over positions of gradient times value, per example and channel.
 ``channel_sums_``            Sums over examples of ``|g_x|`` or ``g_x²``, for the gradients of a norm's weight and bias.

@@ -30,12 +30,19 @@ from delfast.processes import Processes
 from delfast.reset import Init
 from delfast.sharding import is_laid_out, reshard
 from delfast.sole_use import used_alone
-from delfast.unlearning.checks import check_needs, check_sharded, check_shareable, check_types, choose
+from delfast.unlearning.checks import (
+    check_localization,
+    check_needs,
+    check_sharded,
+    check_shareable,
+    check_types,
+    choose,
+)
 from delfast.unlearning.data_parallel import together, training_processes
 from delfast.unlearning.first_pass import check_first_batches
 from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import TrainResult, refuse_checkpoint, train
-from delfast.unlearning.method import Method, UnlearningTask, required
+from delfast.unlearning.method import Method, UnlearningTask
 from delfast.unlearning.options import DEFAULT_OPTIONS, TrainingOptions, check_options, separate_options
 from delfast.unlearning.shared_steps import SharedSteps
 from delfast.unlearning.steps import Step, Steps
@@ -51,7 +58,7 @@ class UnlearnResult:
     method : Method
         The method with the hyperparameters that were used.
     mask : Mask
-        The entries that were allowed to change, with the head if the method trains the head.
+        The elements that were allowed to change, with the head if the method trains the head.
     head : str or None
         Name of the classifier head; None if the method does not treat the head differently.
     seconds : dict of str to float
@@ -90,6 +97,8 @@ def unlearn(
     retain: Iterable[Any] | None,
     forget: Iterable[Any] | None = None,
     mask: Mask | None = None,
+    budget: float | None = None,
+    strategy: str | None = None,
     init: Init | None = None,
     method: str | Method = "del",
     head: str | None = None,
@@ -103,8 +112,8 @@ def unlearn(
 ) -> UnlearnResult:
     """Make ``model`` unlearn the forget set, in place.
 
-    Outside the mask and the head, every parameter entry stays bit-identical. BatchNorm's running statistics are
-    buffers: they change as in any training, unless ``TrainingOptions(batchnorm="frozen")`` is passed.
+    Outside the mask and the head, every element of the parameters stays bit-identical. BatchNorm's running statistics
+    are buffers: they change as in any training, unless ``TrainingOptions(batchnorm="frozen")`` is passed.
 
     The network is trained compact (``delfast.compact``). Within DistributedDataParallel or DataParallel, which hold its
     parameters, gradients are dense.
@@ -122,7 +131,7 @@ def unlearn(
     Before anything is changed, the loss of the first batch of each set that is used is computed once, in eval mode, and
     random generators are restored. Errors that occur only in a later batch or only in training mode, and errors that
     ``loss_fn`` itself raises, come when they occur: the network is then changed in part. One of them is an InputError
-    for a forward pass that writes a parameter outside the mask.
+    for a forward pass that writes an element outside the mask.
 
     Parameters
     ----------
@@ -135,9 +144,14 @@ def unlearn(
         The examples to forget, in the same form. "del" needs them to localize if ``mask`` is None; "gradient-ascent",
         "neggrad+", "relabel", "influence", "ssd" and "scrub" always need them.
     mask : Mask, optional
-        The entries that may change. Default: "del" uses ``localize(model, forget)``; with any other method everything
-        may change. The head is not trained where the mask was localized with ``include`` or ``exclude`` that leave it
-        out.
+        The elements that may change. Default: "del" localizes; with any other method everything may change. The head is
+        not trained where the mask was localized with ``include`` or ``exclude`` that leave it out.
+    budget : float, default 0.3
+        The fraction of all parameters that "del" selects by ``delfast.localize``, in (0, 1]; the default is the DEL
+        paper's. Refused beside ``mask``, and for other methods: pass them a mask of that budget.
+    strategy : str, default "del"
+        The strategy of ``delfast.localize``, a key of ``STRATEGIES``; refused where ``budget`` is. Its other arguments,
+        and "weighted-grad-all", which reads the whole training set, need a call of ``localize``.
     init : callable, dict of str to tensor, torch.nn.Module or "reset_parameters", optional
         Source of newly initialized values, as for ``delfast.reset_``; needed by "del" and "retrain".
     method : str or Method, default "del"
@@ -150,8 +164,9 @@ def unlearn(
         ``loss_fn(model, batch)``, which returns losses (N,), for batches of another form. Not for methods that need
         logits ("relabel" and "scrub").
     seed : int, default 0
-        Seed of the newly initialized values and of the labels that "relabel" draws. Pass another seed than the one that
-        the training of ``model`` began from, or "del" restores the values that the training began with.
+        Seed of the newly initialized values, of the strategies that select at random, and of the labels that "relabel"
+        draws. Pass another seed than the one that the training of ``model`` began from, or "del" restores the values
+        that the training began with.
     training : TrainingOptions, optional
         Options of the training loop: precision, BatchNorm, early stopping, progress.
     checkpoint : str or pathlib.Path, optional
@@ -194,7 +209,7 @@ def unlearn(
     >>> model = make_model()
     >>> retain = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(2)]
     >>> forget = [(torch.randn(4, 4), torch.arange(4) % 3)]
-    >>> result = delfast.unlearn(model, retain=retain, forget=forget, init=make_model, seed=1, epochs=2)
+    >>> result = delfast.unlearn(model, retain=retain, forget=forget, budget=0.3, init=make_model, seed=1, epochs=2)
     >>> result.head, len(result.losses)
     ('2', 2)
     >>> result = delfast.unlearn(model, retain=retain, forget=forget, method="scrub", epochs=1, alpha=0.01)
@@ -206,17 +221,17 @@ def unlearn(
         training, hyperparameters = separate_options(training, hyperparameters, stacklevel=3)  # past used_alone
         processes = training_processes(model, group)
         with together(processes):
-            job = _prepared(
-                model, retain, forget, mask, init, method, head, loss_fn, seed, training, checkpoint, resume,
-                hyperparameters, processes, shares=group is not None,
+            prepared = _prepared(
+                model, retain, forget, mask, budget, strategy, init, method, head, loss_fn, seed, training, checkpoint,
+                resume, hyperparameters, processes, shares=group is not None,
             )  # fmt: skip
         if processes is not None:
-            job.check_same(processes)
-        return job.run(training, checkpoint, resume)
+            prepared.check_same(processes)
+        return prepared.run(training, checkpoint, resume)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Prepared:
     """The arguments of ``unlearn``, checked and prepared; nothing is changed yet."""
 
     method: Method
@@ -245,9 +260,7 @@ class _Job:
         if self.steps is None:
             seconds = {"prepare": _prepare(self.method, self.task, self.processes), "finetune": 0.0}
             return UnlearnResult(self.method, self.mask, self.head, seconds, [], 0)
-        result, prepare_seconds = _finetune(
-            self, self.steps, training=training, checkpoint=checkpoint, resume=resume
-        )  # fmt: skip
+        result, prepare_seconds = _finetune(self, self.steps, training=training, checkpoint=checkpoint, resume=resume)
         seconds = {"prepare": prepare_seconds, "finetune": result.seconds}
         return UnlearnResult(
             self.method, self.mask, self.head, seconds, result.losses, result.resumed_from, result.validation
@@ -259,6 +272,8 @@ def _prepared(
     retain: Iterable[Any] | None,
     forget: Iterable[Any] | None,
     mask: Mask | None,
+    budget: float | None,
+    strategy: str | None,
     init: Init | None,
     method: str | Method,
     head: str | None,
@@ -271,13 +286,14 @@ def _prepared(
     processes: Processes | None,
     *,
     shares: bool,
-) -> _Job:
-    """Check the arguments of ``unlearn``, localize, and return the job."""
+) -> _Prepared:
+    """Check the arguments of ``unlearn``, localize, and return what is ready to run."""
     check_types(retain, forget, mask, head, loss_fn, checkpoint, resume)
     refuse_writing_layers(model)
     seed = check_seed(seed)
     chosen = choose(method, hyperparameters)
     check_needs(chosen, retain, forget, mask, init, loss_fn)
+    localization = check_localization(chosen, mask, budget, strategy, forget, loss_fn, seed)
     check_options(training, chosen)
     group = processes if shares else None
     network = unwrap(model)
@@ -288,7 +304,7 @@ def _prepared(
         refuse_checkpoint(network, checkpoint)
     check_cuda_graphs(training.cuda_graphs, device_of(network))  # in vain after a reset
 
-    everything_may_change = mask is None and not chosen.localizes
+    everything_may_change = mask is None and localization is None
     sets = {"retain": () if retain is None else retain, "forget": () if forget is None else forget}
     steps: Steps | None = None
     if group is not None:
@@ -325,34 +341,33 @@ def _prepared(
     head = (first.head if head is None else head) if chosen.trains_head else None
     heads = {} if head is None else head_parameters(network, head)  # refused before a localization, which takes longer
     selected = widest
-    if mask is None and chosen.localizes:
-        layout, graphs = training.channels_last, training.cuda_graphs
+    if localization is not None:
         selected = localize(
             network,
-            required(forget),
-            loss_fn=loss_fn,
-            channels_last=layout,
-            cuda_graphs=graphs,
+            forget,
+            **localization,
+            channels_last=training.channels_last,
+            cuda_graphs=training.cuda_graphs,
             group=None if group is None else group.data,
         )
     heads = left_in(network, heads, patterns_of(selected))
     widened = _widened(selected, heads) if chosen.trains_head else selected
     task = replace(task, model=model, mask=selected, classes=first.classes)
     if steps is None:
-        list(
-            selected.match(trainable_parameters(network, sharded=True))
-        )  # raises if the mask is of another architecture
+        selected.match(trainable_parameters(network, sharded=True))  # raises for a mask of another architecture
     else:
         first.refuse_sparse(network, widened)
     settings = {**_settings(chosen, selected, head, seed, training), **(training.config or {})}
     if group is not None:
         settings["processes"] = group.size
     computed_in = Execution(training.precision).computed_in(device_of(network))
-    return _Job(chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes, computed_in)
+    return _Prepared(
+        chosen, task, steps, widened, head, everything_may_change, early_stop, settings, processes, computed_in
+    )
 
 
 def _early_stop(training: TrainingOptions, loss_fn: LossFn | None) -> EarlyStop | None:
-    """Return the early stop that the options ask for."""
+    """Return the early stop that the options set."""
     if training.validation is None or training.patience is None:
         return None
     return EarlyStop(training.validation, training.patience, loss_fn)
@@ -381,23 +396,23 @@ def _prepare(method: Method, task: UnlearningTask, processes: Processes | None) 
 
 
 def _finetune(
-    job: _Job, steps: Steps, *, training: TrainingOptions, checkpoint: str | Path | None, resume: bool
+    prepared: _Prepared, steps: Steps, *, training: TrainingOptions, checkpoint: str | Path | None, resume: bool
 ) -> tuple[TrainResult, float]:
     """Train compact within the mask, after the method's ``prepare`` on the plain network; also return its seconds."""
-    method, task, mask = job.method, job.task, job.mask
+    method, task, mask = prepared.method, prepared.task, prepared.mask
     model, network = task.model, task.network
     prepare_seconds = 0.0
     dense = is_parallel(model) or is_laid_out(network)
     with nullcontext() if dense else compact(network, mask, dense=training.dense) as handle:
         trained = mask if handle is None else handle.mask
         trained_task = task if handle is None else replace(task, mask=trained)
-        outside = {} if job.everything_may_change else _outside(network, trained)
+        outside = {} if prepared.everything_may_change else _outside(network, trained)
         versions: list[Versions] = []  # from the first step on, after the checkpoint or the reset
 
         def prepare() -> None:
             nonlocal prepare_seconds
             with nullcontext() if handle is None else handle.undone():
-                prepare_seconds = _prepare(method, task, job.processes)
+                prepare_seconds = _prepare(method, task, prepared.processes)
 
         def loss(_: nn.Module, step: Step) -> Tensor:
             if not versions:
@@ -426,10 +441,10 @@ def _finetune(
             channels_last=training.channels_last,
             cuda_graphs=training.cuda_graphs,
             batchnorm=training.batchnorm,
-            early_stop=job.early_stop,
+            early_stop=prepared.early_stop,
             checkpoint=checkpoint,
             resume=resume,
-            config=job.settings,
+            config=prepared.settings,
             progress=training.progress,
             before=prepare,
         )

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from delfast.arguments import check_flag, check_function, check_loader, check_path, check_type
+from delfast.batches import LossFn
 from delfast.errors import InputError
+from delfast.localization import BUDGET, WHOLE_TRAINING_SET, check_localize
+from delfast.localization.criteria import WITHOUT_SET
 from delfast.mask import Mask
 from delfast.unlearning.method import Method
 from delfast.unlearning.methods import Del
@@ -33,7 +36,7 @@ def check_shareable(method: Method, training: TrainingOptions) -> None:
 
 
 def check_sharded(method: Method) -> None:
-    """Raise InputError for what is not done with FSDP2, whose gathered parameters only its own passes see."""
+    """Raise InputError for a method that cannot run with FSDP2: only FSDP2's own passes gather the parameters."""
     if method.name not in SHARDED or type(method).__module__ != Del.__module__:
         raise InputError(
             f"expected one of {', '.join(SHARDED)} for FSDP2, got '{method.name}', which reads or copies whole "
@@ -94,8 +97,6 @@ def check_needs(
     if retain is not None or not method.epochs or method.step_plan != "forget":
         check_loader(retain, "retain set")
     needed = {"forget": forget, "init": init}
-    if method.localizes and mask is None and forget is None:
-        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
     for name in sorted(method.needs & needed.keys()):
         if needed[name] is None:
             raise InputError(f"expected {name}= for '{method.name}', got none; pass it")
@@ -106,3 +107,40 @@ def check_needs(
             f"expected no loss_fn for '{method.name}', which needs logits and labels, got one; leave loss_fn out, or "
             "choose another method"
         )
+
+
+def check_localization(
+    method: Method,
+    mask: Mask | None,
+    budget: float | None,
+    strategy: str | None,
+    forget: object,
+    loss_fn: LossFn | None,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Return the arguments with which ``unlearn`` calls ``localize``, or None if it does not call it.
+
+    InputError for a budget or strategy without effect, and for values that ``localize`` refuses.
+    """
+    given: dict[str, Any] = {"budget": budget, "strategy": strategy}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if not method.localizes:
+            raise InputError(
+                f"expected no {name}= for '{method.name}', which does not localize, got {value!r}; pass "
+                f"mask=delfast.localize(..., {name}=...)"
+            )
+        if mask is not None:
+            raise InputError(f"expected {name}= or mask=, got both; leave {name} out, or the mask")
+    if not method.localizes or mask is not None:
+        return None
+    arguments = {"budget": BUDGET, "strategy": "del", "loss_fn": loss_fn, "seed": seed, **given}
+    criterion, _ = check_localize(**arguments)
+    if arguments["strategy"] in WHOLE_TRAINING_SET:
+        raise InputError(
+            f"expected a strategy that reads the forget set, got {strategy!r}, which reads the whole training set; "
+            "pass mask=delfast.localize(...) of that set"
+        )
+    if forget is None and criterion not in WITHOUT_SET:
+        raise InputError("expected a mask, or the forget set to localize; pass mask= or forget=")
+    return arguments

@@ -114,9 +114,9 @@ def send_buffers(model: nn.Module, processes: Processes | None) -> None:
 
 @contextmanager
 def met_in_forward(model: nn.Module, processes: Processes | None) -> Iterator[None]:
-    """Let the processes exchange their errors before every forward pass, in which DDP and FSDP2 exchange tensors.
+    """Exchange the processes' errors before every forward pass, in which DDP and FSDP2 exchange tensors.
 
-    A process that fails outside of a forward pass meets the others there, or where they end the step.
+    A process that fails outside of a forward pass takes part in that exchange, or in the one at the end of the step.
     """
     if processes is None:
         yield

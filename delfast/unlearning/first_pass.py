@@ -28,8 +28,11 @@ from delfast.unlearning.steps import Step
 
 @dataclass(frozen=True)
 class FirstPass:
-    """Facts about the network: the name of the ``head``, if it was searched for, the names of the parameters with
-    ``sparse`` gradients, and the number of ``classes``, if the method reads logits.
+    """Facts about the network, found in the passes over the first batches.
+
+    head: the name of the head, if it was searched for.
+    sparse: the names of the parameters with sparse gradients.
+    classes: the number of classes, if the method reads logits.
     """
 
     head: str | None
@@ -56,9 +59,10 @@ def check_first_batches(
 ) -> FirstPass:
     """Compute the method's loss of each set's first batch, once, in eval mode and in the training's precision.
 
-    task: its model is the network inside any wrapper. sets: "retain" and "forget", if they are used. processes: those
-    that exchange parameters in each forward pass. All of them make the same passes. If one fails, either all raise its
-    error or all ignore it.
+    task: its model is the network inside any wrapper.
+    sets: "retain" and "forget", if they are used.
+    processes: those that exchange parameters in each forward pass. All of them make the same passes. If one fails,
+        either all raise its error or all ignore it.
 
     Two cases are left to the training. An iterator with a length is not read, since its first batch would be lost. With
     a ``loss_fn``, an error other than InputError on a set that is trained on is ignored, since the ``loss_fn`` may need

@@ -34,7 +34,7 @@ def find_head(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> st
 
 
 def uncompiled_function(function: F) -> F:
-    """Return the function inside ``torch.compile``, or ``function``: a mode does not see operations in a graph."""
+    """Return the function inside ``torch.compile``, or ``function``: a mode does not get the operations in a graph."""
     original: F = getattr(function, "_torchdynamo_orig_callable", function)
     return original
 

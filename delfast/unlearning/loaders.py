@@ -137,7 +137,7 @@ class Randomness:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set the generators to a ``state``, or to some of its entries."""
+        """Set the generators to a ``state``, or to a part of it."""
         setters: dict[str, Callable[[Any], None]] = {
             "torch": torch.set_rng_state,
             "numpy": numpy.random.set_state,

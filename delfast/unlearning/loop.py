@@ -57,9 +57,24 @@ class Diverged(RuntimeError):
 class TrainResult:
     """Result of ``train``.
 
-    ``losses``: mean training loss of each epoch. ``seconds``: wall-clock time of this call. ``epochs``: the number
-    asked for. ``resumed_from``: number of epochs that the checkpoint had. ``validation``: with early stopping, the mean
-    validation loss of each epoch; the network has the weights of the lowest.
+    Parameters
+    ----------
+    losses : list of float
+        Mean training loss of each epoch.
+    seconds : float
+        Wall-clock time of this call.
+    epochs : int
+        Number of epochs that the call was to train.
+    resumed_from : int
+        Number of epochs that the checkpoint had; 0 without a checkpoint.
+    validation : list of float
+        With early stopping, the mean validation loss of each epoch; the network has the weights of the lowest.
+
+    Examples
+    --------
+    >>> from delfast.unlearning.loop import TrainResult
+    >>> TrainResult(losses=[2.3, 0.4], seconds=1.5, epochs=2, resumed_from=0, validation=[]).losses[-1]
+    0.4
     """
 
     losses: list[float]
@@ -269,7 +284,7 @@ def train(
 
 
 def refuse_checkpoint(model: nn.Module, checkpoint: object) -> None:
-    """Raise InputError for a checkpoint of DTensors: nothing in a file would tell whose part of them it holds."""
+    """Raise InputError for a checkpoint of DTensors: a file does not record whose part of them it holds."""
     if checkpoint is not None and is_laid_out(model):
         raise InputError(
             "expected no checkpoint= for a network of DTensors (FSDP2 or tensor parallelism), got one; train with "

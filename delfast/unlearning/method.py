@@ -21,9 +21,12 @@ from delfast.unlearning.steps import Step, StepPlan
 class UnlearningTask:
     """The network and the data that a method works on.
 
-    ``model``: as the caller passed it; ``network``: the module inside its wrappers. ``mask``: what may change.
-    ``teacher``: a copy of the network before unlearning, in eval mode, for methods that need it. ``classes``: the
-    number of the network's outputs, if the method needs logits. ``execution``: the memory format of the inputs.
+    model: the network as the caller passed it.
+    network: the module inside its wrappers.
+    mask: the elements that may change.
+    teacher: a copy of the network before unlearning, in eval mode, for methods that need it.
+    classes: the number of the network's outputs, if the method needs logits.
+    execution: the memory format of the inputs.
     """
 
     model: nn.Module
@@ -54,11 +57,14 @@ class UnlearningTask:
 class Method:
     """Base of the unlearning methods: ``prepare`` once, then SGD on ``loss`` for ``epochs``.
 
-    A subclass sets the class attributes. ``name``: its name in ``METHODS``. ``step_plan``: the batches of each step.
-    ``needs``: a subset of {"forget", "init", "teacher", "logits", "everything"}; "teacher" is a copy of the network
-    before unlearning, "logits" excludes a ``loss_fn``, "everything" excludes a mask. ``trains_head``: the head is
-    trained in full, whatever the mask. ``localizes``: without a mask, ``localize`` makes one; otherwise everything may
-    change without a mask.
+    A subclass sets the class attributes:
+
+    name: its name in ``METHODS``.
+    step_plan: the batches of each step.
+    needs: a subset of {"forget", "init", "teacher", "logits", "everything"}; "teacher" is a copy of the network before
+        unlearning, "logits" excludes a ``loss_fn``, "everything" excludes a mask.
+    trains_head: whether the head is trained in full, whatever the mask.
+    localizes: whether ``localize`` makes a mask where none is passed; otherwise everything may change without a mask.
 
     Parameters
     ----------

@@ -55,9 +55,9 @@ class Finetune(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Del(Method):
-    """DEL: reset the masked entries, then finetune the mask and the head on the retain set.
+    """DEL: reset the masked elements, then finetune the mask and the head on the retain set.
 
-    The masked entries get newly initialized values; the loss of a step is L(R).
+    The masked elements get newly initialized values; the loss of a step is L(R).
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ class Del(Method):
     lr: float = 0.015
 
     def prepare(self, task: UnlearningTask) -> None:
-        """Reset the masked entries to newly initialized values."""
+        """Reset the masked elements to newly initialized values."""
         reset_(task.network, task.mask, required(task.init), task.seed)
 
 
@@ -330,7 +330,7 @@ class L1Sparse(Method):
         require(self, "gamma", 0 <= self.gamma < float("inf"), ">= 0")
 
     def loss(self, task: UnlearningTask, step: Step) -> Tensor:
-        """Return ``L(R) + gamma_e |θ|₁`` over the entries that may change."""
+        """Return ``L(R) + gamma_e |θ|₁`` over the elements that may change."""
         masked = task.mask.match(trainable_parameters(task.network))
         norm = torch.stack([parameter.abs().sum() for _, parameter, _ in masked]).sum()
         loss: Tensor = task.loss(step["retain"]) + self._gamma(task, step).to(norm.dtype) * norm

@@ -89,7 +89,7 @@ class Dampening(OneShotMethod):
         require(self, "dampening", self.dampening > 0, "> 0")
 
     def prepare(self, task: UnlearningTask) -> None:
-        """Dampen the masked entries. InputError, before anything changes, for an alpha with which none can be."""
+        """Dampen the masked elements. InputError, before anything changes, for an alpha with which none can be."""
         parameters = {name: parameter for name, parameter, _ in _masked(task)}
         sums, counts = {}, {}
         for what, loader in (("forget set", task.forget), ("retain set", task.retain)):
@@ -119,7 +119,7 @@ class Influence(OneShotMethod):
     v = ∇L(1/N - w), where L(w) = Σ w_i ℓ_i over all N examples, and w is ``1/|R|`` on the retain set R and 0 on the
     forget set S: ``v = |S|/N (mean of ∇ℓ over S - mean of ∇ℓ over R)``. F is the WoodFisher estimate
     damping I + (1/n) Σ g(x) g(x)ᵀ over n = ``samples`` examples of R, the first that its loader yields. Within a mask,
-    F is the Fisher matrix of the masked entries.
+    F is the Fisher matrix of the masked elements.
 
     F⁻¹ v is exact, by Woodbury's identity with the n gradients in memory; the code of Jia et al. keeps one vector of a
     recursion instead. 8 GiB hold 1,000 gradients of 2 million float32 parameters. A larger number is refused, with the
@@ -170,7 +170,7 @@ class Influence(OneShotMethod):
         require(self, "samples", self.samples >= 1, ">= 1")
 
     def prepare(self, task: UnlearningTask) -> None:
-        """Add alpha F⁻¹ v to the masked entries. InputError, before anything changes, for gradients that do not fit."""
+        """Add alpha F⁻¹ v to the masked elements. InputError, before anything changes, if gradients do not fit."""
         masked = list(_masked(task))
         parameters = {name: parameter for name, parameter, _ in masked}
         chosen = torch.cat([flags.flatten() for _, _, flags in masked])
@@ -239,6 +239,6 @@ class Influence(OneShotMethod):
 
 
 def _masked(task: UnlearningTask) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, parameter and bool flags of the entries that may change, for parameters that have any."""
+    """Yield name, parameter and bool flags of the elements that may change, for parameters that have any."""
     for name, parameter, part in task.mask.match(trainable_parameters(task.network)):
         yield name, parameter, part.dense().to(parameter.device)

@@ -84,7 +84,7 @@ class TrainingStep:
         self._attributes = tuple(tuple(plain_attributes(module).items()) for module in self._modules)
         self._compact = [module for module in self._modules if isinstance(module, CompactLayer)]
         for layer in self._compact:
-            layer.notice_changes()  # a captured step does not look for what other code has written
+            layer.notice_changes()  # a captured step does not check for writes by other code
         examples = 0
         with self.checks:
             for batch in batches:
@@ -128,7 +128,7 @@ class TrainingStep:
         return losses
 
     def _is_repeat(self, batch: Any) -> bool:
-        """Return whether the batch stands in for one that this process does not have."""
+        """Return whether the batch replaces one that this process does not have."""
         return self.in_step and not batch["weight"]
 
     def _run_on_device(self, batch: Any) -> Tensor:

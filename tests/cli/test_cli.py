@@ -332,6 +332,7 @@ def test_unlearn_refuses(workspace, tmp_path, capsys):
     assert "expected epochs >= 1 for 'del', got 0" in line("--epochs", 0)
     assert "got 'tail'" in line("--head", "tail")
     assert "there is none" in line(mask=tmp_path / "none.safetensors")
+    assert "expected a mask file" in line(mask=workspace / "run")  # a directory without one
     Mask.from_dense({"conv1.weight": torch.ones(64, 3, 3, 3)}).save(tmp_path / "wide.safetensors")
     assert "mask for 'conv1.weight' has 64 channels, the parameter has 16" in line(mask=tmp_path / "wide.safetensors")
     broken = tmp_path / "broken.safetensors"
@@ -392,8 +393,9 @@ def test_results_never_overwrite_their_input(workspace, capsys):
     for command in (["oracle"], ["localize"], ["evaluate"], ["unlearn", "--mask", workspace / "mask/mask.safetensors"]):
         assert "choose another --output-dir" in refused(capsys, *command, there, "--output-dir", there)
     mask = workspace / "mask"
-    line = refused(capsys, "unlearn", there, "--mask", mask / "mask.safetensors", "--output-dir", mask)
-    assert "choose another --output-dir" in line
+    for given in (mask, mask / "mask.safetensors"):
+        line = refused(capsys, "unlearn", there, "--mask", given, "--output-dir", mask)
+        assert "choose another --output-dir" in line
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused(workspace, tmp_path, capsys):

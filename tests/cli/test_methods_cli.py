@@ -71,6 +71,33 @@ def test_every_strategy_under_reset_and_finetune(strategy: str, trained: Path, t
     assert {key: metadata[key] for key in ("criterion", "granularity")} == STRATEGIES[strategy]
 
 
+def test_del_localizes_as_localize_does(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--budget", 0.2, "--strategy", "salloc"]
+    command = ["unlearn", trained / "run", "--epochs", 1, "--lr", 0.02, "--output-dir"]
+    run("localize", trained / "run", *chosen, "--output-dir", tmp_path / "mask")
+    run(*command, tmp_path / "two", "--mask", tmp_path / "mask")
+    run("verify", trained / "run", tmp_path / "two", tmp_path / "two")  # the mask of the run directory
+    run(*command, tmp_path / "one", *chosen)
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one["digests"] == two["digests"] and one["metrics"] == two["metrics"]
+    assert one["options"] == {**two["options"], "budget": 0.2, "strategy": "salloc"}
+    assert set(one["seconds"]) == {"localize", "prepare", "finetune"}
+    written, alone = read(tmp_path / "one" / "localized"), read(tmp_path / "mask")
+    for part in ("command", "options", "forget", "mask", "digests"):
+        assert written[part] == alone[part], part
+
+    capsys.readouterr()
+    arguments = [
+        str(each) for each in (*command, tmp_path / "one", "--budget", 0.3, "--strategy", "salloc", "--resume")
+    ]
+    assert main(arguments) == 2 and "expected the budget 0.2 of the run to resume, got 0.3" in capsys.readouterr().err
+    beside = ["--mask", str(tmp_path / "mask" / "mask.safetensors"), "--budget", "0.2"]
+    assert main([*(str(each) for each in command), str(tmp_path / "no"), *beside]) == 2
+    assert "expected --budget or --mask, got both" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    run(*command, tmp_path / "one", *chosen, "--resume")  # within the mask that is there
+    assert read(tmp_path / "one")["digests"] == two["digests"] and read(tmp_path / "one")["seconds"]["localize"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"retrain"}))
@@ -100,7 +127,14 @@ def test_hyperparameters_are_set_and_kept(trained: Path, tmp_path: Path) -> None
     "options, message",
     [
         (["--method", "magic"], "expected method to be one of del, finetune"),
-        (["--method", "del"], "'del' works within a mask, got none"),
+        (["--budget", "30"], "expected a budget in (0, 1], got 30"),
+        (["--strategy", "magic"], "expected strategy to be one of del, salloc"),
+        (["--patience", "1", "--held-out", "1"], "expected held_out to leave examples on both sides"),
+        (
+            ["--method", "scrub", "--budget", "0.3"],
+            "expected no --budget for 'scrub', which does not localize, got 0.3",
+        ),
+        (["--method", "retrain", "--strategy", "del"], "expected no --strategy for 'retrain', which does not localize"),
         (["--method", "scrub", "--set", "alpha"], "expected --set NAME=VALUE, as alpha=0.9, got 'alpha'"),
         (["--method", "scrub", "--set", "alpha=much"], "expected --set NAME=VALUE, as alpha=0.9, got 'alpha=much'"),
         (["--method", "scrub", "--set", "beta=1"], "'scrub' has no hyperparameter 'beta'"),

@@ -129,7 +129,7 @@ def cross_entropy(data, dtype=torch.float32):
 
 
 def all_but(mask, before, model):
-    """Return the number of state entries that changed outside the mask, and whether any changed inside."""
+    """Return the number of state elements that changed outside the mask, and whether any changed inside."""
     outside, inside, state = 0, False, model.state_dict()
     for name, value in before.items():
         changed = state[name].view(torch.int32) != value.view(torch.int32)

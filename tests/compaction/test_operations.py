@@ -152,7 +152,7 @@ def test_gradients_of_gradients_by_torch_s_own_layers_are_right(net, data):
 @pytest.mark.parametrize("rules", ["cpu", "cuda"])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MaskedSGD"])
 def test_training_by_any_rules_is_dense_training_of_the_mask(net, data, optimizer, rules):
-    """Momentum and weight decay included; other entries stay to the bit."""
+    """Momentum and weight decay included; other elements stay to the bit."""
     mask, loss = row_mask(net.double(), 0.4), cross_entropy(data, torch.float64)
     reference, before = copy.deepcopy(net), {n: p.detach().clone() for n, p in net.named_parameters()}
     settings = {"lr": 0.01, "weight_decay": 0.01} | ({} if optimizer == "AdamW" else {"momentum": 0.9})

@@ -52,7 +52,7 @@ def network(seed: int = 1) -> Net:
 
 
 def masks() -> dict[str, Mask]:
-    """Return a mask of rows and one of elements: all of the last layer, and no entry of one weight and one bias."""
+    """Return a mask of rows and one of elements: all of the last layer, and no element of one weight and one bias."""
     torch.manual_seed(3)
     dense: dict[str, dict[str, Tensor]] = {"rows": {}, "elements": {}}
     for name, p in Net().named_parameters():

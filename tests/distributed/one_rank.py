@@ -293,7 +293,7 @@ BROKEN_CALLS = {
     "no batch, measured": "got NoneType",
     "rate": "expected lr >= 0, got -0.1",
     "no mask": "expected mask to be a delfast.Mask",
-    "argument": "expected a loader for criterion 'weighted_grad', got none; pass the forget set's (on rank 1)",
+    "argument": "expected a forget set for criterion 'weighted_grad', got none; pass forget= (on rank 1)",
     "budget": "expected a budget in (0, 1], got 2.0",
     "evaluate": "(on rank 1)",
     "predictions": "(on rank 1)",
@@ -313,7 +313,7 @@ BROKEN_CALLS = {
     "synchronized": "for the SyncBatchNorm '1', got 11 steps",
     "selection": "expected a budget in (0, 1], got 2.0",
     "aggregate": "expected aggregate to be",
-    "sharded": "expected a loader for criterion 'weighted_grad', got none; pass the forget set's (on rank 1)",
+    "sharded": "expected a forget set for criterion 'weighted_grad', got none; pass forget= (on rank 1)",
 }
 
 

@@ -103,7 +103,7 @@ def check_other_forms_of_state(layout: str) -> None:
 
 
 def check_whole_job(layout: str, folder: Path) -> None:
-    """Mask, reset, three epochs with clipping; resumed by more processes. No entry outside the mask has changed."""
+    """Mask, reset, three epochs with clipping; resumed by more processes. No element outside the mask has changed."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 

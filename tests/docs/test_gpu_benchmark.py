@@ -122,9 +122,9 @@ def test_kernel_targets_show_what_was_measured_and_the_prototype() -> None:
     target = gpu_report.KERNEL_TARGETS[0]
     section = {"results": [{"name": target.name, "on": target.on, "of_copy": 0.5}]}
     first, second, *_ = gpu_report.kernel_goal_rows(section, kept)
-    assert first == [target.name, target.on, "0.50", ">= 0.95 of the card's copy", "0.99"]
+    assert first == [target.name, target.on, "0.50", ">= 0.95 of the GPU's copy", "0.99"]
     assert second[2] == gpu_report.NOT_HERE
-    assert all(cells[2] == gpu_report.NO_CARD for cells in gpu_report.kernel_goal_rows(None, kept))
+    assert all(cells[2] == gpu_report.NO_GPU for cells in gpu_report.kernel_goal_rows(None, kept))
 
 
 @pytest.mark.cuda

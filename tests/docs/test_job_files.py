@@ -36,7 +36,7 @@ def test_the_commands_run_one_after_another(
             arguments[arguments.index("--epochs") + 1] = "1"
         assert main(arguments) == 0, f"{line}\n{capsys.readouterr().err}"
         ran.append(arguments[0])
-    assert ran == ["init-job", "train", "oracle", "localize", "unlearn", "evaluate", "verify", "train"]
+    assert ran == ["init-job", "train", "oracle", "unlearn", "evaluate", "verify", "train"]
     assert "kept to the mask" in capsys.readouterr().out
 
 

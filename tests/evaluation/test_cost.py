@@ -53,8 +53,8 @@ def test_changed_fraction_of_a_network() -> None:
 def test_changed_fraction_refuses_states_of_different_networks() -> None:
     state = {"a": torch.zeros(2)}
     for before, after, names, message in (
-        (state, state, [], "at least one scalar, got none"),
-        ({"a": torch.zeros(0)}, {"a": torch.zeros(0)}, ["a"], "at least one scalar, got none"),
+        (state, state, [], "at least one element, got none"),
+        ({"a": torch.zeros(0)}, {"a": torch.zeros(0)}, ["a"], "at least one element, got none"),
         ({}, state, ["a"], "'a' is not in the one before"),
         (state, {}, ["a"], "'a' is not in the one after"),
         (state, {"a": torch.zeros(3)}, ["a"], r"'a' is \(2,\) torch.float32 before and \(3,\) torch.float32 after"),

@@ -67,8 +67,8 @@ def test_the_report_shows_the_same_figures(demo):
 
 
 def test_a_selection_in_words():
-    def layer(name, channels, of_channels):
-        return LayerRow(name, (of_channels, 3), 3 * channels, 3 * of_channels, channels, of_channels)
+    def layer(name, channels, channel_count):
+        return LayerRow(name, (channel_count, 3), 3 * channels, 3 * channel_count, channels, channel_count)
 
     rows = [
         layer("stem", 4, 4),

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from delfast.cli import main
 from delfast.errors import InputError
@@ -327,16 +328,80 @@ def test_a_report_of_what_is_finished_runs_nothing(finished: Path, tmp_path: Pat
 
 
 def test_the_kept_results_give_the_report_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of the README beside the results, as it stands there, in a copy of the repository's experiments."""
+    kept = Path("experiments/results/cifar10-small")
+    shutil.copytree(ROOT / kept, tmp_path / kept)
+    shutil.copytree(ROOT / "experiments/small", tmp_path / "experiments/small")
+    for name in (RESULTS, MARKDOWN):
+        (tmp_path / kept / name).unlink()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pictures, "_path", lambda _: tmp_path / "absent")  # a report reads no images
-    kept = ROOT / "experiments" / "results" / "cifar10-small"
-    shutil.copytree(kept, tmp_path / "out")
+    text = (kept / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^delfast (compare .* --report-only)$", text, re.MULTILINE)
+    assert main(command.split()) == 0
     for name in (RESULTS, MARKDOWN):
-        (tmp_path / "out" / name).unlink()
-    grid = str(kept.parents[1] / "small" / "cifar10.toml")
-    options = ["--data", "folder:/tmp/cifar", "--output-dir", str(tmp_path / "out"), "--report-only"]
-    assert main(["compare", grid, *options]) == 0
-    for name in (RESULTS, MARKDOWN):
-        assert (tmp_path / "out" / name).read_text(encoding="utf-8") == (kept / name).read_text(encoding="utf-8")
+        assert (kept / name).read_text(encoding="utf-8") == (ROOT / kept / name).read_text(encoding="utf-8")
+
+
+def test_kept_records_name_no_path_of_the_machine_that_made_them() -> None:
+    for path in (ROOT / "experiments" / "results").rglob("*.jsonl"):
+        assert not re.search(r'"(folder|job):[^"]|"/|/home/|/tmp/', path.read_text(encoding="utf-8")), path
+
+
+# ---- the paths of the data
+
+
+def images_of(folder: Path, seed: int) -> str:
+    """Write a folder of small random images and return it as data."""
+    generator = torch.Generator().manual_seed(seed)
+    for part, count in (("train", 12), ("test", 4)):
+        for name in "abc":
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
+    return f"folder:{folder}"
+
+
+def test_the_same_images_at_another_path_are_the_same_data(tmp_path: Path, capsys: Any) -> None:
+    text = HEAD.replace("seeds = [0, 1]", "seeds = [0]").replace("train_examples = 300\ntest_examples = 100\n", "")
+    text = text.replace("non-iid:2,5", "iid") + '[[compare]]\nmethods = ["finetune"]\nstrategies = ["everything"]\n'
+    grid, out, kept = write(tmp_path, text), tmp_path / "out", tmp_path / "kept"
+    first, moved, other = images_of(tmp_path / "a", 1), images_of(tmp_path / "b", 1), images_of(tmp_path / "c", 2)
+
+    def compare(data: str, directory: Path, *options: str) -> int:
+        places = ["--data", data, "--output-dir", str(directory)]
+        return main(["compare", str(grid), *places, "--workers", "1", *options])
+
+    assert compare(first, out) == 0
+    rows, written = measured(out), {path: path.stat().st_mtime_ns for path in out.glob("cells/*")}
+    assert compare(moved, out) == 0 and measured(out) == rows
+    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*")} == written  # nothing ran
+    assert compare("folder:absent", out, "--report-only", "--pack", str(kept)) == 0 and measured(kept) == rows
+    assert str(tmp_path) not in (kept / "networks.jsonl").read_text(encoding="utf-8")
+    assert compare(moved, kept) == 0 and measured(kept) == rows
+    capsys.readouterr()
+    for directory in (out, kept):
+        assert compare(other, directory) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "c' to hold the data that" in error and "it holds others; pass the same data" in error
+        assert measured(directory) == rows
+
+
+@pytest.mark.parametrize(
+    "lr, options, message",
+    [
+        ("0.02", ["--data", "folder:x"], "it holds 22 cells of the data 'digits', the grid has 'folder:"),
+        ("0.03", [], "it holds 22 cells of other settings; restore the grid as it was run, or run it"),
+    ],
+)
+def test_a_report_of_no_cell_names_why(
+    finished: Path, tmp_path: Path, lr: str, options: list[str], message: str, capsys: Any
+) -> None:
+    text = TINY.replace("lr = 0.02", f"lr = {lr}")
+    for directory in (finished / "out", packed(finished, tmp_path / "kept")):
+        command = ["compare", str(write(tmp_path, text)), "--output-dir", str(directory), "--report-only", *options]
+        assert main(command) == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
 def packed(finished: Path, target: Path) -> Path:

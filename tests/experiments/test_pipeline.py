@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from delfast.errors import InputError
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments import run as runs
 from delfast.experiments.grid import workers
 from delfast.experiments.run import Config, Run, start
@@ -77,7 +77,7 @@ def test_every_method_logs_its_title_once_unless_nothing_is_to_be_shown(
 
 def test_an_unknown_strategy_is_refused(run: Run) -> None:
     with pytest.raises(InputError, match=r"expected strategy to be one of del, .*; got 'magic'"):
-        pipeline.find_mask(run, run.factory(), budget=0.3, batch_size=64, seed=0, strategy="magic")
+        localizing.find_mask(run, run.factory(), budget=0.3, batch_size=64, seed=0, strategy="magic")
 
 
 def test_the_commit_is_read_before_the_work_and_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_requests_name_disjoint_examples_that_later_requests_do_not_retain(tmp_p
 def test_a_request_for_more_examples_than_a_class_has_is_refused(tmp_path: Path) -> None:
     found = stream(write(tmp_path, TINY.replace("share = 0.02", "share = 0.5")))
     with pytest.raises(
-        InputError, match=r"request 2 finds \d+ examples of non-iid:3, it asks for 100; lower its share"
+        InputError, match=r"request 2 finds \d+ examples of non-iid:3, its share is 100; lower its share"
     ):
         _ = found.sets
 

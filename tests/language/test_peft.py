@@ -49,7 +49,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def changed_in_the_mask_alone(model: nn.Module, before: dict[str, Tensor], mask: delfast.Mask) -> bool:
-    """Return whether entries of the mask differ from those before, and no others."""
+    """Return whether elements of the mask differ from those before, and no others."""
     flags = mask.to_dense()
     differs = {name: value != before[name] for name, value in model.state_dict().items()}
     outside = [each & ~flags[name] if name in flags else each for name, each in differs.items()]

@@ -285,7 +285,7 @@ def example(*, hash_ids: bool = False, reason: str = "withdrawn consent, letter 
 def held() -> list[HeldFile]:
     """Return files of the example that still hold requested examples."""
     files = {
-        "references/0001.safetensors": ((1, 2, 3, 4, 5, 6), "reference 1, trained on some of them"),
+        "references/0001.safetensors": ((1, 2, 3, 4, 5, 6), "reference model 1, trained on some of them"),
         model_of(2): ((4, 5, 6), "the model of run 2, which did not unlearn them"),
         "runs/0004/1/mask.safetensors": ((5,), "the mask of run 4, chosen by them"),
         model_of(4, 2): ((6,), "the model of run 4, trained on them"),

@@ -100,7 +100,7 @@ def test_advice_separates_hidden_from_too_few() -> None:
     hidden = check_all(ACCEPT, 90.0, {"outside": 0}, audited(relearn_ratio=figure(9.0, 3.0, 20.0)), BEFORE)
     unclear = check_all(ACCEPT, 90.0, {"outside": 0}, audited(relearn_ratio=figure(1.8, 0.34, 9.5)), BEFORE)
     assert "hidden, not gone" in advice(hidden, {"method": "del"}, escalated=True)[0]
-    assert "train more references" in advice(unclear, {"method": "del"}, escalated=True)[0]
+    assert "train more reference models" in advice(unclear, {"method": "del"}, escalated=True)[0]
 
 
 def test_advice_names_escalate_where_it_has_settings_left() -> None:

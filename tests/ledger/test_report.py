@@ -125,15 +125,15 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
         f"{model_of(1)}, SHA-256 {hexadecimal(model_of(1))}",
         f"{model_of(2)}, SHA-256 {hexadecimal(model_of(2))}",
         "Accuracy before forget set 100.0 %, retain set 98.2 %, test set 84.3 %",
-        "210,000 of 701,466 parameters (29.9 %), localized on the examples of this run's requests",
+        "210,000 of 701,466 elements (29.9 %), localized on the examples of this run's requests",
         hexadecimal("runs/0002/1/mask.safetensors"),
-        "209,871 entries changed, 0 outside the mask and the head",
+        "209,871 elements changed, 0 outside the mask and the head",
         "Finetuned on retained examples alone: ratio 1.10 [0.80, 1.40].",
         "Finetuned on retained examples and 10 % of the forget set (4 examples): ratio 1.10",
         "107.4 (baseline 12.0, localized 2.4, unlearned 61.7, verified 0.3, audited 31.0)",
         "Accuracy on the test set is 1.10 points below that of the ledger's first model. Limit 2.00 points: held.",
         "earlier: run 1",
-        "No network was retrained without the forget set to compare with (KL).",
+        "There is no oracle, a network retrained without the forget set, to compare with (KL).",
         "Relearning on forget 1 % was not measured",
         f"delfast ledger verify . --head {head}",
         f"delfast verify {model_of(1)} {model_of(2)} runs/0002/1/allowed.safetensors",
@@ -157,9 +157,9 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
 def test_files_that_still_hold_a_request_and_those_deleted(reported: Any) -> None:
     markdown, _, page = reported
     part = words(page.shown.split("What still holds requested examples")[1])
-    assert "references/0001.safetensors 1 to 6 reference 1, trained on some of them" in part
+    assert "references/0001.safetensors 1 to 6 reference model 1, trained on some of them" in part
     assert "Files that were deleted (1)" in part and "models/0000.safetensors" in part
-    assert "| references/0001.safetensors | 1 to 6 | reference 1, trained on some of them |" in markdown
+    assert "| references/0001.safetensors | 1 to 6 | reference model 1, trained on some of them |" in markdown
 
 
 def test_a_run_that_failed_and_one_that_was_abandoned() -> None:
@@ -264,7 +264,7 @@ def test_figures_that_a_run_accepted_unmeasured_are_not_called_held() -> None:
     _, text = make_report(without(undrawn(), change), held())
     shown = words(Page(text).shown)
     assert "In the 3 accepted runs, all thresholds held that were measured; 3 of 12 figures were not." in shown
-    assert "Relearning ratio: not measured. The run was told to accept this." in shown
+    assert "Relearning ratio: not measured. The run accepts this by --accept-unmeasured." in shown
     assert "Relearning ratio 1.50 0 of 4 runs" in shown
 
 

@@ -27,7 +27,7 @@ FAILED = Check("method", None, None, False, "the loss is not finite")
         (EARLIER, "Limit 0.250: did not hold. 95 % interval 0.100 to 0.500."),
         (ALIKE, "Limit 1.50: held. No interval: all examples had the same figure."),
         (UNMEASURED, "Relearning ratio: not measured. Limit 1.50: did not hold."),
-        (TOLD, "Relearning ratio: not measured: too few. The run was told to accept this."),
+        (TOLD, "Relearning ratio: not measured: too few. The run accepts this by --accept-unmeasured."),
         (FAILED, "The method failed: the loss is not finite."),
     ],
 )

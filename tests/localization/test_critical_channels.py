@@ -392,7 +392,7 @@ def test_bad_arguments() -> None:
         critmem(model, [])
     with pytest.raises(InputError, match=r"labels in \[0, 10\), got 12 to 12"):
         critmem(model, [(batches[0][0], torch.full((4,), 12))])
-    with pytest.raises(InputError, match="expected a loader for criterion 'critmem'"):
+    with pytest.raises(InputError, match="expected a forget set for criterion 'critmem'"):
         delfast.score(model, criterion="critmem")
     with pytest.raises(InputError, match="expected no loss_fn for criterion"):
         delfast.score(model, batches, "critmem", loss_fn=never)

@@ -234,7 +234,7 @@ def test_smaller_budgets_lie_inside_larger_ones() -> None:
 def test_least_budget_is_named_and_works() -> None:
     model = nn.Sequential(nn.Linear(100, 3, bias=False))
     scores = delfast.score(model, criterion="weight")
-    with pytest.raises(InputError, match=r"at least 0.3333333\d* \(100 of 300 parameters\)"):
+    with pytest.raises(InputError, match=r"at least 0.3333333\d* \(100 of 300 elements\)"):
         scores.select(0.1)
     assert scores.select(0.3334).selected == 100
     three = delfast.score(nn.Linear(2, 1), criterion="weight")
@@ -306,7 +306,7 @@ def test_bad_sets() -> None:
         delfast.localize(model, [])
     with pytest.raises(InputError, match=r"labels in \[0, 10\), got 3 to 12"):
         delfast.localize(model, [(torch.randn(2, 3, 8, 8), torch.tensor([3, 12]))])
-    with pytest.raises(InputError, match="expected a loader for criterion 'grad'"):
+    with pytest.raises(InputError, match="expected a forget set for criterion 'grad'"):
         delfast.score(model, criterion="grad")
     with pytest.raises(InputError, match="expected batches"):
         delfast.localize(model, [{"input": torch.randn(2, 3, 8, 8)}])

@@ -72,6 +72,17 @@ def test_the_former_keyword_is_accepted_with_a_warning() -> None:
         call(model, batches, criterion="weighted_grad_all")
 
 
+def test_score_accepts_its_former_keyword_and_warns_at_the_caller() -> None:
+    model, batches = cases.SmallNet(), cases.image_batches()
+    call: Any = delfast.score
+    with pytest.warns(DeprecationWarning, match="'loader' is now 'forget'") as caught:
+        assert call(model, loader=batches).select(0.3).digest == delfast.score(model, batches).select(0.3).digest
+    images, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    with pytest.warns(UserWarning, match="drops its last short batch") as dropped:
+        delfast.score(model, DataLoader(TensorDataset(images, targets), batch_size=len(images) - 1, drop_last=True))
+    assert [each.filename for each in (*caught, *dropped)] == [__file__, __file__]
+
+
 def test_masks_of_the_former_criterion_still_load(tmp_path: Path) -> None:
     """The digest and the metadata of a file that names "weighted_grad_all" are those it was written with."""
     mask = delfast.localize(cases.SmallNet(), cases.image_batches())

@@ -379,7 +379,8 @@ def test_status_says_what_becomes_of_tensors_on_a_gpu(monkeypatch: pytest.Monkey
         assert "no CUDA device is here, so the CPU kernels run" in status["cuda"]
     monkeypatch.setitem(BACKEND.build_info, "cuda", None)
     monkeypatch.setitem(BACKEND.build_info, "cuda_failure", "DELFAST_CUDA=0 at install")
-    assert delfast.status()["cuda"] == "not built: DELFAST_CUDA=0 at install; on a GPU the references run"
+    expected = "not built: DELFAST_CUDA=0 at install; on a GPU the reference implementations run"
+    assert delfast.status()["cuda"] == expected
 
 
 @pytest.mark.parametrize(

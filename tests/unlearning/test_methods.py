@@ -199,7 +199,7 @@ def test_influence_takes_a_newton_step_with_the_dense_fisher(masked: bool) -> No
 
 
 def dense(work: UnlearningTask) -> Tensor:
-    """Return the flags (P,) of the entries that may change."""
+    """Return the flags (P,) of the elements that may change."""
     flags = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in work.network.named_parameters()}
     return torch.cat([{**flags, **work.mask.to_dense()}[name].flatten() for name in flags])
 

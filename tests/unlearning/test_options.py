@@ -42,8 +42,8 @@ def run(**options: Any) -> tuple[Any, Tensor]:
 def test_the_signature_has_options_and_hyperparameters() -> None:
     parameters = inspect.signature(delfast.unlearn).parameters
     assert list(parameters) == [
-        "model", "retain", "forget", "mask", "init", "method", "head", "loss_fn", "seed", "training", "checkpoint",
-        "resume", "group", "hyperparameters",
+        "model", "retain", "forget", "mask", "budget", "strategy", "init", "method", "head", "loss_fn", "seed",
+        "training", "checkpoint", "resume", "group", "hyperparameters",
     ]  # fmt: skip
     assert {field.name for field in fields(TrainingOptions)} - {"channels_last", "cuda_graphs"} == FORMER.keys()
     assert delfast.TrainingOptions is delfast.unlearning.TrainingOptions

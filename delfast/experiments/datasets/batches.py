@@ -21,14 +21,17 @@ T = TypeVar("T")
 class Batches(Ordered):
     """Re-iterable batches ``(index, input, target)`` of images in memory. Every example occurs once; none is dropped.
 
-    ``index`` (B,) int64 are positions in ``images``, ``input`` (B, C, H, W) float32 is (image / 255 - mean) / std,
-    ``target`` (B,) int64. With ``shuffle`` the order is a function of (seed, epoch) only, so a job that resumes at
-    epoch e by ``set_epoch(e)`` reads the same batches.
+    ``index`` (B,) int64 are positions in ``images``, on the CPU. ``input`` (B, C, H, W) float32 is
+    (image / 255 - mean) / std, ``target`` (B,) int64; both are on the device of ``images`` (see ``resident``).
+    With ``shuffle`` the order is a function of (seed, epoch) only, so a job that resumes at epoch e by ``set_epoch(e)``
+    reads the same batches. ``delfast.feeding.feed`` reads the batches by index where the images are on its device or
+    fit there.
 
-    images: (N, C, H, W) uint8; targets: (N,) int64; mean, std: (C,) float32, of the images divided by 255;
-    indices: the positions to iterate over (default: all). ``input`` and ``target`` are on the device of ``images`` (see
-    ``resident``), ``index`` is on the CPU. ahead: read the next batch in a thread while the current batch is in use.
-    ``delfast.feeding.feed`` reads the batches by index where the images are on its device or fit there.
+    images: (N, C, H, W) uint8.
+    targets: (N,) int64.
+    mean, std: (C,) float32, of the images divided by 255.
+    indices: the positions to iterate over; all by default.
+    ahead: whether the next batch is read in a thread while the current batch is in use.
     """
 
     draws_globally = False  # iterating draws from no generator of the process

@@ -25,9 +25,9 @@ MAX_DIGITS = 18  # of an index or a class; a longer number may not fit into 64 b
 class ForgetSet:
     """The examples to forget.
 
-    ``indices``: (n,) int64, sorted positions in the training set of ``count`` examples. ``targets``: (N,) int64, the
-    labels that the network is trained with: the given labels, except that ``mislabelled`` changes the labels at
-    ``indices``. None for a job's training set, unless the choice depends on its labels.
+    indices: (n,) int64, sorted positions in the training set of ``count`` examples.
+    targets: (N,) int64, the labels that the network is trained with: the given labels, except that ``mislabelled``
+        changes the labels at ``indices``. None for a job's training set, unless the choice depends on its labels.
     """
 
     spec: str

@@ -30,8 +30,9 @@ SUBSET_SEED = 0  # and the same subset
 class ImageData:
     """A training set and a test set of square images.
 
-    train_images, test_images: (N, C, S, S) uint8; train_targets, test_targets: (N,) int64 in [0,
-    num_classes); mean, std: (C,) float32, of the training images divided by 255.
+    train_images, test_images: (N, C, S, S) uint8.
+    train_targets, test_targets: (N,) int64 in [0, num_classes).
+    mean, std: (C,) float32, of the training images divided by 255.
     """
 
     name: str

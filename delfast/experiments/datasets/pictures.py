@@ -39,9 +39,15 @@ TEST_SPLITS = ("test", "validation")  # of a data set on the hub; clane9/imagene
 
 @dataclass(frozen=True)
 class Pictures:
-    """A split that is still encoded. ``open(i)``: picture i, with ``name(i)`` for messages; ``targets``: (N,) int64.
-    ``identity``: text that differs where the pictures do. ``changed``: when one of their files or folders last changed
-    (ns since the epoch; 0 for pictures that cannot be replaced). ``settled``: whether that was SETTLED seconds ago.
+    """A split that is still encoded.
+
+    open: returns picture i.
+    name: returns the name of picture i for messages.
+    targets: (N,) int64.
+    identity: text that differs where the pictures do.
+    changed: when one of their files or folders last changed, in ns since the epoch; 0 for pictures that cannot be
+        replaced.
+    settled: whether ``changed`` was SETTLED seconds ago.
     """
 
     open: Callable[[int], Image.Image]

@@ -12,7 +12,14 @@ from delfast.errors import InputError
 from delfast.execution import CudaGraphs
 from delfast.experiments.grid.cells import check_networks, finished, run_grid
 from delfast.experiments.grid.definition import Grid, read_grid
-from delfast.experiments.grid.records import cell_path, check_packable, has_record, pack
+from delfast.experiments.grid.records import (
+    cell_path,
+    check_packable,
+    has_record,
+    pack,
+    recorded_cells,
+    recorded_data,
+)
 from delfast.experiments.grid.report import FIGURES, make_report
 from delfast.experiments.grid.summary import origins, rows_of, to_csv
 from delfast.experiments.run import check_own_directory, choose_device
@@ -52,7 +59,7 @@ def compare(
     if report_only:
         grid = replace(whole, cells=[cell for cell in whole.cells if has_record(cell_path(output_dir, cell))])
         if not grid.cells:
-            raise InputError(f"expected '{output_dir}' to hold finished cells of '{path}', there is none; run it first")
+            raise InputError(_why_none(output_dir, path, whole))
         check_networks(output_dir, grid)
     if pack_dir is not None:
         check_own_directory(pack_dir, output_dir, option="--pack")
@@ -79,6 +86,19 @@ def compare(
         for source in (output_dir / RESULTS, output_dir / MARKDOWN, *figures):
             shutil.copyfile(source, pack_dir / source.relative_to(output_dir))
     return grid
+
+
+def _why_none(directory: Path, path: Path, grid: Grid) -> str:
+    """Return the message for a directory that holds no finished cell of a grid."""
+    expected, count = f"expected '{directory}' to hold finished cells of '{path}', it holds", recorded_cells(directory)
+    if not count:
+        return f"{expected} none; run it first"
+    wanted, found = sorted({cell.config.data for cell in grid.cells}), recorded_data(directory)
+    kinds = {cell.config.without_paths().data for cell in grid.cells}
+    if found and not any(data.startswith(kind) for data in found for kind in kinds):
+        names = [", ".join(f"'{data}'" for data in each) for each in (found, wanted)]
+        return f"{expected} {count} cells of the data {names[0]}, the grid has {names[1]}; pass the --data of the run"
+    return f"{expected} {count} cells of other settings; restore the grid as it was run, or run it"
 
 
 __all__ = ["HTML", "MARKDOWN", "RESULTS", "SUMMARY", "compare"]

@@ -1,4 +1,4 @@
-"""The answer of a grid for one setting: the method nearest to the oracle, and what the numbers allow one to say."""
+"""The answer of a grid for one setting: the method nearest to the oracle, and what follows from the numbers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ MAX_NAMED = 4  # tied masks that a sentence names
 class Standing:
     """One method with the mask that came nearest: its means, its largest gap, and how it stands to the nearest.
 
-    ``difference``: largest gap minus that of the nearest, seed by seed; None for the nearest itself, and where fewer
-    than two seeds are common. ``tied_masks``, of the nearest: other masks of the methods that are in a tie with it too.
+    difference: largest gap minus that of the nearest, seed by seed; None for the nearest itself, and where fewer than
+        two seeds are common.
+    tied_masks: for the nearest, other masks of the methods that are in a tie with it too.
     """
 
     label: str

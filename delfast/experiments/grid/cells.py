@@ -27,7 +27,7 @@ from delfast.evaluation import (
     u_lira_leave_one_out,
 )
 from delfast.execution import CudaGraphs
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments.config import JOB, Config
 from delfast.experiments.data import JobData, RunData
 from delfast.experiments.grid.definition import ORIGINAL, STOP, Cell, Grid, NetworkSpec
@@ -108,6 +108,7 @@ def run_grid(
     (directory / NETWORKS).mkdir(exist_ok=True)
     (directory / CELLS).mkdir(exist_ok=True)
     finished(directory, grid)  # raises before anything is trained
+    check_data(directory, grid)
     stages = [_stage(directory, part, device, cuda_graphs) for part in _parts(grid)]
     run_stages(stages, workers, threads, ahead=choose_device(device).type == "cpu", watch=watch)
     return finished(directory, grid)
@@ -195,6 +196,26 @@ def check_networks(directory: Path, grid: Grid) -> None:
         if not _is_trained(directory, network, whole=False):
             path = network_path(directory, network)
             raise InputError(f"expected '{path}' to hold {SUMMARY} and {MEMBERSHIP}, it does not; run the grid first")
+
+
+def check_data(directory: Path, grid: Grid) -> None:
+    """Raise InputError for a network that was trained on other data than its path in the grid holds now.
+
+    The data are read only for a network that was recorded with another path than the grid's.
+    """
+    for network in grid.trained:
+        path, config = network_path(directory, network), network.config
+        if not has_record(path / SUMMARY):
+            continue
+        summary = read_network(directory, network)
+        if all(summary["config"].get(name) == getattr(config, name) for name in ("data", "data_dir")):
+            continue
+        data = _load_data(config.data, config.data_dir, config.image_size, config.train_examples, config.test_examples)
+        if data.digests()["data"] != summary["digests"]["data"]:
+            raise InputError(
+                f"expected '{config.data_name}' to hold the data that {place(path / SUMMARY)} was made with, it holds "
+                "others; pass the same data, or choose another --output-dir"
+            )
 
 
 def _train(directory: Path, network: NetworkSpec, device: str, cuda_graphs: CudaGraphs = "auto") -> None:
@@ -317,7 +338,7 @@ def _unlearn(
 
 
 def _find_mask(run: Run, cell: Cell, arguments: Mapping[str, Any], model: nn.Module, shadow: int) -> tuple[Mask, float]:
-    return pipeline.find_mask(
+    return localizing.find_mask(
         run,
         model,
         budget=cast(float, cell.budget),

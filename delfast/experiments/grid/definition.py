@@ -62,16 +62,18 @@ class NetworkSpec:
 
     @property
     def key(self) -> str:
-        """The name of the network's directory, which differs for every configuration."""
+        """The name of the network's directory. It differs for every configuration, except in the paths of the data."""
         shadow = f"-shadow{self.shadow}" if self.shadow else ""
-        return f"{self.setting}-{self.config.seed}-{self.which}{shadow}-{_digest(asdict(self.config))}"
+        return f"{self.setting}-{self.config.seed}-{self.which}{shadow}-{_digest(asdict(self.config.without_paths()))}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One unlearning run. ``budget`` and ``localize`` (its arguments) are None for the strategy "everything".
+    """One unlearning run.
 
-    ``label``: the method's name in the report. ``shadows``: the number of repetitions with other seeds, for U-LiRA.
+    label: the method's name in the report.
+    budget, localize: the mask's budget, and the arguments of its localization; None for the strategy "everything".
+    shadows: the number of repetitions with other seeds, for U-LiRA.
     """
 
     setting: str
@@ -86,9 +88,9 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The name of the cell's file, which differs for every configuration."""
+        """The name of the cell's file. It differs for every configuration, except in the paths of the data."""
         determined = {
-            "config": asdict(self.config),
+            "config": asdict(self.config.without_paths()),
             "method": {"name": self.method.name, **asdict(self.method)},
             "localize": None if self.localize is None else {**self.localize, **KEY_ARGUMENTS.get(self.strategy, {})},
             "budget": self.budget,
@@ -113,7 +115,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """``cells`` in the order of the file, each once. ``budget``: the budget of tables that show only one."""
+    """A grid to run.
+
+    cells: in the order of the file, each once.
+    budget: the budget of tables that show only one.
+    """
 
     title: str
     cells: list[Cell]

@@ -70,27 +70,57 @@ def check_packable(target: Path) -> None:
 
 
 def pack(grid: Grid, directory: Path, target: Path) -> None:
-    """Write the records of the grid that ``directory`` holds to ``target``, packed."""
+    """Write the records of the grid that ``directory`` holds to ``target``, packed and without the paths of data."""
     cells = {cell.key: read_record(cell_path(directory, cell)) for cell in grid.cells}
     networks = {}
     for network in grid.trained:
         path = network_path(directory, network)
         files = [SUMMARY] if network.shadow else [SUMMARY, MEMBERSHIP]
-        networks[network.key] = {name.removesuffix(".json"): read_record(path / name) for name in files}
+        records = {name.removesuffix(".json"): read_record(path / name) for name in files}
+        summary, config = records["summary"], network.config.without_paths()
+        kind = {"data": config.data, "data_dir": config.data_dir}
+        records["summary"] = {**summary, "config": {**summary["config"], **kind}}
+        networks[network.key] = records
     make_output_dir(target, "--pack")
     for name, records in ((CELLS, cells), (NETWORKS, networks)):
         lines = (json.dumps({"key": key, **record}) + "\n" for key, record in records.items())
         write_text(target / f"{name}.jsonl", "".join(lines))
 
 
+def recorded_cells(directory: Path) -> int:
+    """Return the number of cells that ``directory`` has a record of, of any grid."""
+    return len(_names(directory, CELLS))
+
+
+def recorded_data(directory: Path) -> list[str]:
+    """Return the data of the networks that ``directory`` has a summary of, as configured, each once."""
+    paths = [directory / NETWORKS / name.removesuffix(f"/{SUMMARY}") for name in _names(directory, NETWORKS)]
+    found = [check_summary(read_record(path / SUMMARY), path)["config"].get("data") for path in paths]
+    return sorted({str(data) for data in found})
+
+
+def _names(directory: Path, kind: str) -> list[str]:
+    """Return the names in the folder ``kind`` of the records of cells, or of the summaries of networks."""
+    folder = directory / kind
+    pattern = "*.json" if kind == CELLS else f"*/{SUMMARY}"
+    own = {path.relative_to(folder).as_posix() for path in folder.glob(pattern) if not path.name.startswith(".")}
+    packed = _packed_records(folder)
+    return sorted(own | {name for name in packed if kind == CELLS or name.endswith(f"/{SUMMARY}")})
+
+
 def _packed(path: Path) -> Any | None:
     """Return the packed record of this path; None if there is none."""
     folder = _folder(path)
+    return _packed_records(folder).get(path.relative_to(folder).as_posix())
+
+
+def _packed_records(folder: Path) -> Mapping[str, Any]:
+    """Return the packed records of a folder, by the path of their own file in it."""
     file = folder.with_suffix(".jsonl")
     if not file.is_file():
-        return None
+        return {}
     status = file.stat()
-    return _records(file, status.st_mtime_ns, status.st_size).get(path.relative_to(folder).as_posix())
+    return _records(file, status.st_mtime_ns, status.st_size)
 
 
 def _folder(path: Path) -> Path:

@@ -72,7 +72,7 @@ def rows_of(grid: Grid, results: Iterable[Mapping[str, Any]], directory: Path) -
     ``changed``: percent of the parameters that may change, and that did. SalUn's attacks have a column each.
     ``relative_time``: relative to retraining, where the same device, threads and torch did both. ``PROVENANCE``: the
     versions and the machine. ``commit`` is empty where delfast did not run from a clone; ``kernels`` is the instruction
-    set of the CPU, or the build for CUDA and its card. A cell whose localization stops when it is stable also has the
+    set of the CPU, or the build for CUDA and its GPU. A cell whose localization stops when it is stable also has the
     columns of ``ANYTIME``; see ``_anytime`` of the cells.
     """
     rows = []

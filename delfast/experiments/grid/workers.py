@@ -48,7 +48,7 @@ def run_stages(stages: Sequence[Stage], workers: int, threads: int, *, ahead: bo
     """Run all tasks, those of an earlier stage first, in ``workers`` processes of ``threads`` threads each.
 
     ``ahead``: whether a worker for which no task of the earlier stages is ready begins one of a later stage. Workers
-    that share a card do not: the earlier stage would end later. The first error stops the rest and is raised.
+    that share a GPU do not: the earlier stage would end later. The first error stops the rest and is raised.
     """
     counts = {what: sum(len(getattr(stage, what)) for stage in stages) for what in ("networks", "cells")}
     finished = dict.fromkeys(counts, 0)

@@ -58,12 +58,12 @@ def plot_accuracies(methods: Mapping[str, Mapping[str, Any]], path: Path, title:
 
 def plot_selection(rows: Sequence[LayerRow], path: Path, title: str) -> None:
     """Draw the fraction of selected channels of each parameter that has channels (ndim > 1), in the model's order."""
-    layers = [row for row in rows if row.of_channels]
+    layers = [row for row in rows if row.channel_count]
     figure = Figure(figsize=(9, max(3.0, 1.2 + 0.24 * len(layers))), layout="constrained")
     axes = figure.add_subplot()
-    fractions = [100 * row.channels / row.of_channels for row in layers]
+    fractions = [100 * row.channels / row.channel_count for row in layers]
     bars = axes.barh(range(len(layers)), fractions, color=COLOURS[1])
-    axes.bar_label(bars, [f"{row.channels} of {row.of_channels}" for row in layers], fontsize=8, padding=3)
+    axes.bar_label(bars, [f"{row.channels} of {row.channel_count}" for row in layers], fontsize=8, padding=3)
     axes.set_yticks(range(len(layers)), [row.name for row in layers], fontsize=8)
     axes.invert_yaxis()  # the input side on top
     axes.set_xlim(0, max([*fractions, 1.0]) * 1.15)

@@ -54,8 +54,8 @@ def selection_words(rows: Sequence[LayerRow]) -> str:
 
     rows: as ``Mask.table`` returns them; parameters without channels are left out.
     """
-    layers = [row for row in rows if row.of_channels]
-    whole = [row.name for row in layers if row.channels == row.of_channels]
+    layers = [row for row in rows if row.channel_count]
+    whole = [row.name for row in layers if row.channels == row.channel_count]
     first, second = layers[: len(layers) // 2], layers[len(layers) // 2 :]
     early, late = (_share_of_channels(half) for half in (first, second))
     names = f": {', '.join(whole)}" if whole else ""
@@ -72,7 +72,7 @@ def selection_words(rows: Sequence[LayerRow]) -> str:
 
 
 def _share_of_channels(layers: Sequence[LayerRow]) -> float:
-    return 100 * sum(row.channels for row in layers) / max(1, sum(row.of_channels for row in layers))
+    return 100 * sum(row.channels for row in layers) / max(1, sum(row.channel_count for row in layers))
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

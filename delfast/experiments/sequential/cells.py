@@ -17,7 +17,7 @@ from torch import nn
 
 from delfast.errors import InputError, one_line
 from delfast.evaluation import Audit, audit
-from delfast.experiments import pipeline
+from delfast.experiments import localizing, pipeline
 from delfast.experiments.config import Config
 from delfast.experiments.data import EVALUATION_BATCH
 from delfast.experiments.run import SUMMARY, Run, choose_device, commit, load_model
@@ -76,7 +76,7 @@ class _Seed:
         self.last = len(definition.requests)
 
     def run(self) -> None:
-        """Train the original and the controls, then let every sequence serve the requests."""
+        """Train the original and the controls, then serve the requests by every sequence."""
         path = cell_path(self.directory, self.config, ORIGINAL, 0)
         if not path.is_file():
             model = self._trained(ORIGINAL)
@@ -114,7 +114,7 @@ class _Seed:
             self.watch(f"seed {self.seed}: {sequence.name}, relearning")
 
     def _origin(self, sequence: Sequence | None, number: int, *, relearning: bool = False) -> dict[str, Any]:
-        """Return the part of a record that says what it is of."""
+        """Return the part of a record that identifies it."""
         content: dict[str, Any] = {
             "definition": self.definition.digest(self.config, sequence, relearning=relearning),
             "sequence": ORIGINAL if sequence is None else sequence.name,
@@ -167,7 +167,7 @@ class _Seed:
         if sequence.strategy is not None and sequence.budget is not None:
             requested = self.stream.sets[number - 1]
             named = requested if sequence.localize_on == "new" else requested.accumulated
-            mask, seconds["localize"] = pipeline.find_mask(
+            mask, seconds["localize"] = localizing.find_mask(
                 Run(run.config, run.data, named, run.device),
                 model,
                 budget=sequence.budget,

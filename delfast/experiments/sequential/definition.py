@@ -44,9 +44,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One method that serves all requests. ``strategy``, ``budget``: None without a mask.
+    """One method that serves all requests.
 
-    ``localize_on``: the examples that a mask is localized on: the new request's, or those of all requests so far.
+    strategy, budget: None without a mask.
+    localize_on: the examples that a mask is localized on: the new request's, or those of all requests so far.
     """
 
     name: str
@@ -68,8 +69,9 @@ class Sequence:
 class Definition:
     """A measurement: every sequence serves the requests of every seed.
 
-    ``configs``: of each seed. ``controls``: number of networks, for each seed, that never saw an example of any
-    request; relearning is compared with them.
+    configs: the configuration of each seed.
+    controls: number of networks, for each seed, that never saw an example of any request; relearning is compared with
+        them.
     """
 
     title: str

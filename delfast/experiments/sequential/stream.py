@@ -69,7 +69,7 @@ class Stream:
             assert own.targets is not None
             if len(own.indices) != round(request.share * count):
                 raise InputError(
-                    f"request {number + 1} finds {len(own.indices)} examples of {request.forget}, it asks for "
+                    f"request {number + 1} finds {len(own.indices)} examples of {request.forget}, its share is "
                     f"{round(request.share * count)}; lower its share"
                 )
             chosen.append(left[own.indices])

@@ -176,7 +176,7 @@ def _about(history: History) -> list[tuple[str, str]]:
         ("Training set", f"{payload['examples']:,} examples, digest {payload['data']}"),
         ("First model", f"{payload['model']['file']}, digest {payload['model']['digest']}"),
         ("Identifiers", "stored as keyed hashes (HMAC)" if payload["hash_ids"] else "stored as they were given"),
-        ("References", _references(history)),
+        ("Reference models", _references(history)),
         ("Created", wording.date(history.created.time)),
         ("Newest entry", f"number {history.entry_count:,}, {wording.date(history.last_time)}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in payload["versions"].items())),

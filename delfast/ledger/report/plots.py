@@ -16,7 +16,7 @@ from delfast.ledger.report.history import Run
 from delfast.ledger.requests import ACCEPTED
 
 SIZE = (4.6, 3.0)  # inches: two panels side by side at 1280 pixels, one at 390; text of 9 points is legible in both
-NAMED = 4  # lines of single forget sets that get a colour and a name; more cannot be told apart
+NAMED = 4  # lines of single forget sets that get a colour and a name; more cannot be distinguished
 Interval = Mapping[str, float | None]
 
 

@@ -66,7 +66,7 @@ def _commands(request: TakenRequest, history: History) -> list[str]:
 
 
 def _run(run: Run, request: TakenRequest, is_drawn: bool) -> dict[str, Any]:
-    """Return what the page says on one run of a request."""
+    """Return the page's content on one run of a request."""
     figures = run.figures
     return {
         "number": run.number,
@@ -104,11 +104,11 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
     mask, verified = run.last.get("localized"), run.last.get("verified")
     if mask is not None:
         share = 100 * mask["selected"] / mask["total"]
-        size = f"{mask['selected']:,} of {mask['total']:,} parameters ({share:.1f} %)"
+        size = f"{mask['selected']:,} of {mask['total']:,} elements ({share:.1f} %)"
         examples = "all requests so far" if started["localize_on"] == "all" else "this run's requests"
         facts.append(("Mask", f"{size}, localized on the examples of {examples}; {_artefact(mask['mask'])}"))
     if verified is not None:
-        changed = f"{verified['changed']:,} entries changed, {verified['outside']:,} outside the mask and the head"
+        changed = f"{verified['changed']:,} elements changed, {verified['outside']:,} outside the mask and the head"
         facts.append(("Compared bit by bit", changed))
     taken = {"baseline": run.baseline, **run.last}
     steps = [f"{name} {payload['seconds']:.1f}" for name, payload in taken.items() if "seconds" in payload]
@@ -146,11 +146,11 @@ SET_NAMES = {
 
 
 def _set_rows(figures: Mapping[str, Any]) -> Rows:
-    """A row for each set, and for each set of the retrained network if there is one."""
-    retrained = (figures.get("oracle") or {}).get("sets", {})
+    """A row for each set, and for each set of the oracle if there is one."""
+    oracle = (figures.get("oracle") or {}).get("sets", {})
     return [
         _set_row(start + SET_NAMES.get(name, f"earlier: {name}"), sets[name])
-        for start, sets in (("", figures["sets"]), ("retrained network: ", retrained))
+        for start, sets in (("", figures["sets"]), ("oracle: ", oracle))
         for name in _in_order(sets)
     ]
 

@@ -32,7 +32,7 @@ DEFINITIONS = (
     ),
     (
         "Mask",
-        "The parameters that a run may change, chosen on the examples to forget. The head, the model's last layer, may "
+        "The elements that a run may change, chosen on the examples to forget. The head, the model's last layer, may "
         "change too.",
     ),
     (
@@ -49,7 +49,7 @@ DEFINITIONS = (
     ),
     (
         "KL",
-        "Divergence, in nats, of the model's predictions from those of a network that was retrained without the set.",
+        "Divergence, in nats, of the model's predictions from the oracle's, a network retrained without the set.",
     ),
     ("Interval", "Every range in brackets is a 95 % interval of the measurement."),
 )
@@ -85,7 +85,7 @@ def missing(figures: Mapping[str, Any]) -> list[str]:
         left_out = counted(lira["left_out"], "example")
         found.append(f"LiRA leaves out {left_out}, which fewer than two reference models had never seen.")
     if forget.get("kl") is None:
-        found.append("No network was retrained without the forget set to compare with (KL).")
+        found.append("There is no oracle, a network retrained without the forget set, to compare with (KL).")
     if figures["relearn_ratio"] is None:
         found.append("Relearning was not compared with networks that never saw the examples.")
     found += [

@@ -22,8 +22,9 @@ MAX_TRIALS = 3  # per form of batches: a parameter's δ may be zero in the first
 class Findings:
     """Findings of the trials on batches of one form.
 
-    ``axes``: parameter -> the example axis of its outputs. ``each``: parameter -> entries of an example along it.
-    ``trace``: the last trial's calls. None if its batch could not be cut, so that the trial is not valid for others.
+    axes: parameter -> the example axis of its outputs.
+    each: parameter -> slices of an example along that axis.
+    trace: the last trial's calls; None if its batch could not be cut, so that the trial is not valid for others.
     """
 
     axes: dict[str, ExampleAxis] = field(default_factory=dict)
@@ -77,9 +78,11 @@ class BatchRun:
 
     This holds if the forward pass makes the trial's calls; see ``trace``. Otherwise a ``Comparison`` checks it.
 
-    ``undecided``: parameters with a δ that is not zero, and without a known example axis. ``elsewhere``: parameter ->
-    why its examples do not lie along the trial's axis in this batch. Both are complete after ``run``, which reads from
-    the device once, and only if there is a comparison or a parameter without an axis.
+    These are complete after ``run``, which reads from the device once, and only if there is a comparison or a parameter
+    without an axis:
+
+    undecided: parameters with a δ that is not zero, and without a known example axis.
+    elsewhere: parameter -> why its examples do not lie along the trial's axis in this batch.
     """
 
     def __init__(

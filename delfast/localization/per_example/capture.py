@@ -85,8 +85,9 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 class Capture(TorchFunctionMode):
     """A mode for one forward and backward pass: ``with capture: losses = ...; capture.backward(losses.sum())``.
 
-    ``unknown``: parameter -> why no rule covers one of its uses. The gradients received for it are incomplete.
-    ``uses``: how often each parameter was tapped in the forward pass. ``trace``: the record of its calls.
+    unknown: parameter -> why no rule covers one of its uses. The gradients received for it are incomplete.
+    uses: the number of times that each parameter was tapped in the forward pass.
+    trace: the record of its calls.
     """
 
     def __init__(

@@ -263,7 +263,7 @@ class ChannelSums:
         return torch.cat(list(self.rows.values()), dim=1).float().cpu().numpy()  # one copy to the host
 
     def _channelwise(self, trial: Trial) -> set[str]:
-        """Return the weights whose rows, along the dimension of a mask's rows, are outputs of a layer."""
+        """Return the weights whose channels, along the dimension of a mask's channels, are outputs of a layer."""
         return {name for name in trial.channelwise if trial.output_dims[name] == self.dims.get(name, 0)}
 
 

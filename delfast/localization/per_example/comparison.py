@@ -1,8 +1,8 @@
-"""Check that each entry of δ belongs to the example it is assigned to, by backward passes of weighted losses.
+"""Check that each element of δ belongs to the example it is assigned to, by backward passes of weighted losses.
 
-δ is linear in the losses. If example n's loss has the weight ω_n, an entry of its δ is multiplied by ω_n. An entry that
-belongs to another example, or to several examples, is multiplied by another factor. The weights are powers of 2, which
-cause no rounding.
+δ is linear in the losses. If example n's loss has the weight ω_n, an element of its δ is multiplied by ω_n. An element
+that belongs to another example, or to several examples, is multiplied by another factor. The weights are powers of 2,
+which cause no rounding.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Comparison:
     2, so that no two examples have equal weights in all of them. To save memory, Σ |δ| along the longest dim without
     examples is kept.
 
-    dtypes: those that the layers compute in; the tolerance depends on them. number: the number of the batch, which
-    decides the order of the weights.
+    dtypes: the dtypes that the layers compute in; the tolerance depends on them.
+    number: the number of the batch, which decides the order of the weights.
     """
 
     def __init__(self, losses: Tensor, dtypes: Iterable[torch.dtype], number: int) -> None:
@@ -106,7 +106,7 @@ def spread(count: int, exponents: int, seed: int) -> list[Tensor]:
 
 
 def tolerance(dtypes: Iterable[torch.dtype], device: torch.device) -> float:
-    """Return the tolerance relative to the largest entry of an example, for kernels that add in any order."""
+    """Return the tolerance relative to the largest element of an example, for kernels that add in any order."""
     epsilon = max(_epsilon(dtype, device) for dtype in dtypes)
     return epsilon * (16 if epsilon > 2**-12 else 1024)
 

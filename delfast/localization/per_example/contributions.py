@@ -50,9 +50,12 @@ def channel_dot(output_grad: Tensor, values: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Convolution:
-    """The contribution to a convolution's weight in 1 to 3 dimensions: inputs (N, C, *in), output_grad (N, M, *out).
+    """The contribution to the weight of a convolution of 1 to 3 dimensions.
 
-    ``kernel``: the weight's shape for the op, (M, C / groups, *kernel). ``shape``: the parameter's shape.
+    inputs: (N, C, *in).
+    output_grad: the output gradient, (N, M, *out).
+    kernel: the weight's shape for the op, (M, C / groups, *kernel).
+    shape: the parameter's shape.
     """
 
     inputs: Tensor
@@ -95,8 +98,9 @@ class Statistics:
 class ChannelGradients:
     """The contribution to a parameter with one element a channel: a norm's weight and bias, or any bias.
 
-    ``output_grad``: (N, C, *positions). ``values``: what they are multiplied by, of the same shape, normalized by
-    ``statistics`` if there are any; None for a bias.
+    output_grad: the output gradient, (N, C, *positions).
+    values: the factors of the output gradient, of the same shape, normalized by ``statistics`` if there are any; None
+        for a bias.
     """
 
     output_grad: Tensor

@@ -34,9 +34,10 @@ SAME_SHAPE = {"to", "contiguous", "clone", "float", "double", "half", "bfloat16"
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor computed from parameters alone. ``compute`` returns it from the parameters' values, by name.
+    """A tensor computed from parameters alone.
 
-    ``row``: the slice (1, ...) that the tensor repeats along dim 0, if its slices are known to be equal.
+    compute: returns the tensor from the parameters' values, by name.
+    row: the slice (1, ...) that the tensor repeats along dim 0, if its slices are known to be equal.
     """
 
     tensor: Tensor

@@ -24,9 +24,9 @@ Call = dict[str, Any]  # the arguments of one call, by name
 
 @dataclass(frozen=True, order=True)
 class ExampleAxis:
-    """The axis of a layer's output along which the examples lie, ``dim``, with k entries of each example.
+    """The axis of a layer's output along which the examples lie, ``dim``, with k slices of each example.
 
-    The entries of an example are adjacent, x₀ x₀ x₁ x₁ (windows, frames), or ``interleaved``, x₀ x₁ x₀ x₁ (torch's
+    The slices of an example are adjacent, x₀ x₀ x₁ x₁ (windows, frames), or ``interleaved``, x₀ x₁ x₀ x₁ (torch's
     attention).
     """
 

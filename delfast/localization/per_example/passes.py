@@ -90,9 +90,15 @@ class NotStatic(Exception):
 class ExamplePasses:
     """The engine: it runs batches, and gives a consumer each use of a parameter with its δ and example axis.
 
-    parameters: plain name -> the network's own tensors to score. The network must be in eval mode. Its
-    ``requires_grad`` flags are off inside and are restored. Raises InputError for layers that mix the examples by
-    design.
+    The network must be in eval mode. Its ``requires_grad`` flags are off inside and are restored. Raises InputError for
+    layers that mix the examples by design.
+
+    network: the network that the batches run through.
+    parameters: plain name -> the network's own tensors to score.
+    loss_fn: returns the losses (N,) of a batch; None for cross-entropy.
+    consumer: chooses parameters, and makes a receiver for each batch.
+    execution: the precision and memory format of the passes, and whether they are captured.
+    loader: the batches to come, whose sizes decide which shapes are captured; None: no shape.
     """
 
     def __init__(

@@ -61,7 +61,11 @@ class Trace:
     """The calls of one forward pass. ``record`` stores a call, or compares it with that of a ``reference``.
 
     Tensors are numbered in the order of their appearance, which identifies an argument by the call that made it.
-    examples: N. inputs: the batch's tensors. owned: id -> the network's parameters and buffers.
+
+    examples: the number of examples, N.
+    inputs: the batch's tensors.
+    owned: id -> the network's parameters and buffers.
+
     ``difference``: why the examples may lie along other axes than in the reference; None if they do not.
     ``is_other``: whether the reason is that other calls were made.
     """
@@ -303,7 +307,7 @@ class Trace:
             is_own = isinstance(part, Tensor) and part.numel() == shape[min(dims)]
             if (
                 not is_own or self._number(part) not in self._ranges
-            ):  # t[arange(N), position] selects one entry per example
+            ):  # t[arange(N), position] selects one element per example
                 return True
         return False
 

@@ -22,7 +22,7 @@ class Trial:
     After ``run``:
 
     - ``axes``: parameter -> the example axis of its outputs; missing if the δ of an example was zero everywhere.
-    - ``each``: parameter -> the numbers of entries of an example along that axis.
+    - ``each``: parameter -> the numbers of slices of an example along that axis.
     - ``ambiguous``: whether δ was zero in so much of a layer that several axes are possible.
     - ``capture.unknown``: parameters with a use that no rule covers, and those that mix the examples.
     - ``capture.uses``: how many uses reach the loss.
@@ -52,7 +52,7 @@ class Trial:
     def run(self, losses: Tensor) -> None:
         """Run the backward pass of one of the losses (N,).
 
-        With four or more examples, use the second: on a wrong axis (time first, a reversed batch) its own entry is
+        With four or more examples, use the second: on a wrong axis (time first, a reversed batch) its own slice is
         seldom at that position. With fewer, one example is not enough: use the first and the last. The others follow
         only if more than one axis remains possible.
         """
@@ -106,7 +106,7 @@ class Trial:
                 copies.grad = None
 
     def _record(self, names: tuple[str, ...], output_grad: Tensor, leading: int) -> None:
-        """Keep which entries along each of the first ``leading`` dims are not zero.
+        """Keep which slices along each of the first ``leading`` dims are not zero.
 
         They are read after the pass: reading them earlier would make the host wait for the device.
         """
@@ -138,7 +138,7 @@ class Trial:
         self._arrived = []
 
     def _is_alone(self, mark: Tensor, axis: ExampleAxis) -> bool:
-        """Return whether ``mark``, which is where δ is not zero, lies within the example's entries along ``axis``."""
+        """Return whether ``mark``, which is where δ is not zero, lies within the example's slices along ``axis``."""
         if len(mark) % self.examples:
             return False
         by_example = axis.split(mark, self.examples)

@@ -42,11 +42,11 @@ def criticality(
     grad : sequence of Tensor
         A gradient of the same shape for each parameter; may be empty for the criterion "weight".
     criterion : {"weighted_grad", "grad", "weight"}
-        The score of one scalar: ``|theta * grad|``, ``|grad|`` or ``|theta|``.
+        The score of one element: ``|theta * grad|``, ``|grad|`` or ``|theta|``.
     aggregate : {"topk_mean", "mean", "sum", "max"}
-        How the scores of a unit's scalars become one; "topk_mean" is the mean of the largest ``top_h``.
+        How the scores of a unit's elements become one; "topk_mean" is the mean of the largest ``top_h``.
     top_h : sequence of int
-        For each parameter, the number of scalars of "topk_mean", in [1, scalars of a unit].
+        For each parameter, the number of elements of "topk_mean", in [1, elements of a unit].
 
     Returns
     -------

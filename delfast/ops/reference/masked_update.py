@@ -1,8 +1,8 @@
-"""Reference of csrc/cpu/masked_update: change the masked entries of parameters in place, and nothing else.
+"""Reference of csrc/cpu/masked_update: change the masked elements of parameters in place, and nothing else.
 
 ``bits`` has the packed bits of all parameters, each padded to whole bytes (delfast.ops.layout). A bit of ``params[p]``
 stands for a row (a slice along dim 0) if ``by_row[p]``, else for an element in row-major order. ``state`` is one flat
-tensor, float32 (float64 for float64 parameters), with the optimizer's state for masked entries only: for each
+tensor, float32 (float64 for float64 parameters), with the optimizer's state for masked elements only: for each
 parameter, from a multiple of 4 on, each kind of state one after another, the values in the order of the set bits, and a
 row's values in the row's memory order (``as_rows``). The values between the parameters' are neither read nor written.
 Its size is checked: that of the mask, each parameter's values rounded up to a multiple of 4. So the state of another
@@ -72,10 +72,10 @@ def _check_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) 
 def _state_of(
     state: Tensor, count: int, params: Sequence[Tensor], masked: Sequence[Tensor], by_row: Sequence[bool]
 ) -> list[list[Tensor]]:
-    """Return for each parameter ``count`` views of ``state``, shaped like its masked entries."""
+    """Return for each parameter ``count`` views of ``state``, shaped like its masked elements."""
     sizes = [
-        entries.numel() * (row_length(param.shape) if rows else 1)
-        for param, entries, rows in zip(params, masked, by_row, strict=True)
+        where.numel() * (row_length(param.shape) if rows else 1)
+        for param, where, rows in zip(params, masked, by_row, strict=True)
     ]
     total = sum(padded_state(count * size) for size in sizes)
     if count and state.numel() != total:
@@ -90,24 +90,24 @@ def _state_of(
     return views
 
 
-def _apply(param: Tensor, source: Tensor, entries: Tensor, rows: bool, update: Update) -> None:
-    """Replace the masked entries of ``param`` by ``update(entries, the same entries of source)``, computed wide."""
+def _apply(param: Tensor, source: Tensor, where: Tensor, rows: bool, update: Update) -> None:
+    """Replace the elements ``where`` of ``param`` by ``update`` of them and of those of ``source``, computed wide."""
     wide = torch.promote_types(param.dtype, torch.float32)
     if rows and param.ndim > 1:
-        param[entries] = update(param[entries].to(wide), source[entries].to(wide)).to(param.dtype)
+        param[where] = update(param[where].to(wide), source[where].to(wide)).to(param.dtype)
         return
     flat = param.reshape(-1).clone()  # a view of some strides would overlap itself when copied back
-    flat[entries] = update(flat[entries].to(wide), source.reshape(-1)[entries].to(wide)).to(param.dtype)
+    flat[where] = update(flat[where].to(wide), source.reshape(-1)[where].to(wide)).to(param.dtype)
     param.copy_(flat.view_as(param))
 
 
 def masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> Tensor:
-    """List what a mask selects, once for many updates of the same parameters.
+    """List the elements that a mask selects, once for many updates of the same parameters.
 
     Parameters
     ----------
     params : sequence of Tensor
-        Parameters; only their shapes are looked at.
+        Parameters; only their shapes are read.
     bits : Tensor
         Packed bits (uint8) of all parameters, concatenated.
     by_row : sequence of bool
@@ -118,7 +118,7 @@ def masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) 
     Tensor
         A plan (csrc/delfast/mask_plan.h): the bits, the shapes and, made by a CUDA device's kernel, a list of the
         masked rows and the stretches with masked elements. The updates take it in place of ``bits``, on the device on
-        which it was made, and trust it: a plan is not to be changed. A CUDA device makes one in each call that is
+        which it was made, without a check: a plan is not to be changed. A CUDA device makes one in each call that is
         given bits alone. Its size depends on the shapes alone: beside the bits 24 bytes a parameter, 24 bytes a row of
         64 to 512 elements, and less for shorter rows and single elements.
 
@@ -140,7 +140,7 @@ def masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) 
 
 
 def masked_reset_(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tensor, by_row: Sequence[bool]) -> None:
-    """Replace the masked entries of parameters by new values: theta_j <- fresh_j.
+    """Replace the masked elements of parameters by new values: theta_j <- fresh_j.
 
     Parameters
     ----------
@@ -168,8 +168,8 @@ def masked_reset_(params: Sequence[Tensor], fresh: Sequence[Tensor], bits: Tenso
     tensor([0., 1., 0.])
     """
     masked = list(_masked(params, bits, by_row))
-    for param, value, entries, rows in zip(params, fresh, masked, by_row, strict=True):
-        _apply(param, value, entries, rows, lambda old, new: new)
+    for param, value, where, rows in zip(params, fresh, masked, by_row, strict=True):
+        _apply(param, value, where, rows, lambda old, new: new)
 
 
 def _unscaled(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
@@ -196,7 +196,7 @@ def masked_sgd_(
     found_inf: Tensor | None,
     lr_tensor: Tensor | None = None,
 ) -> None:
-    """Take one step of ``torch.optim.SGD`` on the masked entries.
+    """Take one step of ``torch.optim.SGD`` on the masked elements.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def masked_sgd_(
     grads : sequence of Tensor
         A gradient of the same shape for each parameter.
     state : Tensor
-        Momentum buffers of the masked entries, each parameter's from a multiple of 4 on; unused if ``momentum`` is 0;
+        Momentum buffers of the masked elements, each parameter's from a multiple of 4 on; unused if ``momentum`` is 0;
         changed in place.
     steps : Tensor
         Float32 (parameters,): the number of steps taken, incremented in place.
@@ -251,7 +251,7 @@ def masked_sgd_(
     if found_inf is not None and bool(found_inf):
         return
     lr = lr if lr_tensor is None else float(lr_tensor)
-    for i, (param, grad, entries, rows, kept) in enumerate(zip(params, grads, masked, by_row, states, strict=True)):
+    for i, (param, grad, where, rows, kept) in enumerate(zip(params, grads, masked, by_row, states, strict=True)):
         buffer = kept[0] if momentum else None
         first = float(steps[i]) == 0
 
@@ -264,7 +264,7 @@ def masked_sgd_(
             buffer.copy_(gradient if first else momentum * buffer + (1 - dampening) * gradient)
             return old - lr * (gradient + momentum * buffer if nesterov else buffer)
 
-        _apply(param, grad, entries, rows, update)
+        _apply(param, grad, where, rows, update)
     steps += 1
 
 
@@ -286,7 +286,7 @@ def masked_adamw_(
     found_inf: Tensor | None,
     lr_tensor: Tensor | None = None,
 ) -> None:
-    """Take one step of ``torch.optim.AdamW`` on the masked entries.
+    """Take one step of ``torch.optim.AdamW`` on the masked elements.
 
     Parameters
     ----------
@@ -345,7 +345,7 @@ def masked_adamw_(
     if found_inf is not None and bool(found_inf):
         return
     lr = lr if lr_tensor is None else float(lr_tensor)
-    for i, (param, grad, entries, rows, (mean, square)) in enumerate(
+    for i, (param, grad, where, rows, (mean, square)) in enumerate(
         zip(params, grads, masked, by_row, states, strict=True)
     ):
         count = float(steps[i]) + 1
@@ -365,5 +365,5 @@ def masked_adamw_(
             square.copy_(beta2 * square + (1 - beta2) * gradient * gradient)
             return old * (1 - lr * weight_decay) - step_size * (mean / (square.sqrt() / correction + eps))
 
-        _apply(param, grad, entries, rows, update)
+        _apply(param, grad, where, rows, update)
     steps += 1

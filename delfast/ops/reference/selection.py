@@ -12,7 +12,7 @@ from delfast.ops.reference.criticality import element_scores
 
 
 def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: str, k: int) -> tuple[Tensor, Tensor]:
-    """Select the k scalars with the highest scores over all parameters.
+    """Select the k elements with the highest scores over all parameters.
 
     Parameters
     ----------
@@ -21,16 +21,16 @@ def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: 
     grad : sequence of Tensor
         A gradient of the same shape for each parameter; may be empty for the criterion "weight".
     criterion : {"weighted_grad", "grad", "weight"}
-        The score of one scalar: ``|theta * grad|``, ``|grad|`` or ``|theta|``.
+        The score of one element: ``|theta * grad|``, ``|grad|`` or ``|theta|``.
     k : int
-        Number of scalars to select; all of them if there are fewer.
+        Number of elements to select; all of them if there are fewer.
 
     Returns
     -------
     bits : Tensor
         Packed bits (uint8) of all parameters, concatenated; each in row-major order and padded to whole bytes.
     info : Tensor
-        Int64 (2,): the first parameter with a NaN or infinite score or -1, and how many of the selected scalars score
+        Int64 (2,): the first parameter with a NaN or infinite score or -1, and how many of the selected elements score
         above 0. If the first is not -1, the rest of the result is meaningless.
 
     Examples
@@ -58,7 +58,7 @@ def select_elements(theta: Sequence[Tensor], grad: Sequence[Tensor], criterion: 
 def select_units(
     scores: Tensor, counts: Sequence[int], lengths: Sequence[int], k: int, cut_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Select the longest prefix of the units, by descending score, whose sizes sum to at most k scalars.
+    """Select the longest prefix of the units, by descending score, whose sizes sum to at most k elements.
 
     The first unit that does not fit ends the prefix, even if a later, smaller unit would fit.
 
@@ -69,20 +69,20 @@ def select_units(
     counts : sequence of int
         Number of units of each parameter.
     lengths : sequence of int
-        Number of scalars in a unit of each parameter.
+        Number of elements in a unit of each parameter.
     k : int
-        Maximum number of scalars to select.
+        Maximum number of elements to select.
     cut_last : bool
-        Whether to report how many scalars of the next unit the rest of the budget covers, as the published code does.
+        Whether to report how many elements of the next unit the rest of the budget covers, as the published code does.
 
     Returns
     -------
     bits : Tensor
         Packed bits (uint8) of the units that are selected whole; each parameter is padded to whole bytes.
     info : Tensor
-        Int64 (5,): the unit to cut or -1, the number of its scalars, the first unit with a NaN or infinite score or -1,
-        the number of units selected whole, and how many of these and the cut one score above 0. If the third is not -1,
-        the rest of the result is meaningless.
+        Int64 (5,): the unit to cut or -1, the number of its elements, the first unit with a NaN or infinite score or
+        -1, the number of units selected whole, and how many of these and the cut one score above 0. If the third is
+        not -1, the rest of the result is meaningless.
 
     Examples
     --------

@@ -10,7 +10,7 @@ from torch import Tensor
 def write_rows_(
     weights: Sequence[Tensor], rows: Sequence[Tensor], indices: Sequence[Tensor], dims: Sequence[int]
 ) -> None:
-    """Write ``rows[i]`` into ``weights[i]`` at ``indices[i]`` along ``dims[i]``; no other entry changes.
+    """Write ``rows[i]`` into ``weights[i]`` at ``indices[i]`` along ``dims[i]``; no other element changes.
 
     The versions of the weights do not change: compact layers write the same rows again between a forward pass and its
     backward pass. A caller that writes other rows calls ``torch.autograd.graph.increment_version``.

@@ -92,7 +92,7 @@ class _RegisteredTransposed(_Registered, TransposedLinear):
 
 
 def _products(axis: BatchAxis, columns: Tensor, rows: Tensor, call: Call) -> Contribution:
-    """Return the contribution to a weight whose rows meet ``rows`` and whose columns meet ``columns``, both (*, F)."""
+    """Return the contribution to a weight: the product of ``rows`` for its rows and ``columns``, both (*, F)."""
     shape = tuple(call["weight"].shape)
     parts = [axis.by_channel(t, trailing=1) for t in (columns, rows)]
     inputs, output_grad = (t.unsqueeze(2) if t.ndim == 2 else t for t in parts)
