@@ -56,7 +56,7 @@ SELECTIONS: list[tuple[tuple[Any, ...], str]] = [
     ((SCORES, [-1, 7], [1, 1], 3, True), "expected counts and lengths >= 0, got -1 of 1 for parameter #0"),
     ((SCORES, [LEAST, LEAST, 6], [1, 1, 1], 3, True), "expected counts and lengths >= 0"),
     ((SCORES, [MOST, MOST, 8], [1, 1, 1], 3, True), "expected counts that sum to the 6 scores|fewer than 2\\^63"),
-    ((SCORES, [6], [MOST], 3, True), "expected fewer than 2\\^63 scalars in all, got 6 units of"),
+    ((SCORES, [6], [MOST], 3, True), "expected fewer than 2\\^63 elements in all, got 6 units of"),
     ((SCORES, [6], [-2], 3, True), "expected counts and lengths >= 0, got 6 of -2"),
     ((SCORES, [6], [1], -1, True), "expected k >= 0 elements to select, got -1"),
     ((SCORES, [5], [1], 3, True), "expected counts that sum to the 6 scores, got 5"),
