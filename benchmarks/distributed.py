@@ -250,7 +250,7 @@ def table(result: dict[str, Any]) -> str:
         target = "<= 1" if case.endswith("one batch") else "<= 5" if case in ALONE else "falls with the processes"
         rows.append((f"peak over the model: {case}", f"{value:.2f} bytes a parameter", target))
     for model, (channels, elements) in result["exchanged"].items():
-        values = f"{channels / 2**20:.2f} MiB for channels, {elements / 2**20:.1f} for single parameters"
+        values = f"{channels / 2**20:.2f} MiB for channels, {elements / 2**20:.1f} for single elements"
         rows.append((f"exchanged to select: {model}", values, "none"))
     rows += time_rows(result["seconds"]) if result["seconds"] else []
     made = result["provenance"]

@@ -69,12 +69,16 @@ DEMO = ROOT / "benchmarks/results/demo.json"  # the summary.json of `make demo`,
 CAUSAL_LM = ROOT / "benchmarks/results/causal_lm.json"  # of `python examples/causal_lm.py --json`
 LEDGER = ROOT / "benchmarks/results/ledger.json"  # of `python -m benchmarks.ledger`
 CIFAR10 = ROOT / "experiments/results/cifar10-small/results.csv"  # of `delfast compare`, kept
-SEQUENTIAL = {  # of `python -m delfast.experiments.sequential`, packed
+SEQUENTIAL = {  # of `delfast sequence`, packed
     name: ROOT / "experiments/results" / name for name in ("sequential-digits", "sequential-cifar10-small")
 }
 SECTORS = ROOT / "benchmarks/results/sectors.md"  # what build/kernels/tests/release/cuda/test_sectors prints
 
-DRAWING = 2  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
+DRAWING = 3  # increase it when ``draw`` gives another picture: the kept figure is drawn again then
+TITLES = {  # of the panels of the figure, with the number of images
+    "mislabelled": "{} images with wrong labels",
+    "non-iid": "{} images of two classes",
+}
 BUDGET = 0.3  # of the table of CIFAR-10
 ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and gradients lie in memory
 
@@ -83,17 +87,14 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
     """Return the README's five rows; ``results``: of ``CPU``, ``JOB`` and the kernels of ``GPU``, by these names."""
     cpu, card = results["CPU"]["machine_info"]["cpu"], results["GPU"]
     here = f"{cpu['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {cpu['count']} CPUs"
-    job = _figure(results["JOB"], "test_whole_job[resnet18]")
-    precisions = re.match(r"fp32 ([\d.]+), .*; bf16 ([\d.]+),", job)
-    if precisions is None:
-        raise InputError(f"'{JOB.name}' has no times for fp32 and bf16 in '{job}'; run `make bench` again")
+    float32, bfloat16 = _job_times(results["JOB"])
     select = _figure(results["CPU"], "test_selection_of_channels_whole_call").partition(" faster")[0]
     vmap = _figure(results["CPU"], "test_scores_against_other_ways[resnet18-vmap]").partition(" faster")[0]
     on_gpu = f"{card['device']}, eager, torch {card['provenance']['torch'].partition('+')[0]}"
     rows = [
         ("Select a channel mask from scores", "double argsort", f"{select} as fast", f"ResNet-18; {here}"),
         ("A whole job, two epochs of training", "masked dense gradients, float32",
-         f"{precisions[1]} of the time; bfloat16: {precisions[2]}", f"ResNet-18, 4,500 images; {here}"),
+         f"{float32} of the time; bfloat16: {bfloat16}", f"ResNet-18, 4,500 images; {here}"),
         ("Per-example scores", "`torch.func.vmap`", f"{vmap} as fast", f"ResNet-18, 32 examples; {here}"),
         ("**slower:** per-example scores of one batch of 32", "`torch.func.vmap`",
          _of_gpu(card, "per-example scores, whole call", "vmap"), f"ResNet-18; {on_gpu}"),
@@ -106,6 +107,72 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def answer(results: dict[str, dict[str, Any]], sections: dict[str, Any], before: dict[str, Any]) -> str:
+    """Return five lines: where delfast is faster and slower, on a CPU and on a GPU, and what was not measured.
+
+    ``results``: as for ``speed``; ``sections``: all of ``GPU``; ``before``: the kept times of the older kernels.
+    """
+    machine, card = results["CPU"]["machine_info"]["cpu"], results["GPU"]
+    cpu = f"{machine['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {machine['count']} CPUs"
+
+    def ratio(name: str) -> str:
+        return _figure(results["CPU"], f"test_{name}").partition(" x ")[0]
+
+    def least(test: str) -> float:
+        names = [each["name"] for each in results["CPU"]["benchmarks"] if each["name"].startswith(f"test_{test}[")]
+        if not names:
+            raise InputError(f"the kept results have no figure for test_{test}; run `make bench` again")
+        return min(float(ratio(name.removeprefix("test_"))) for name in names)
+
+    def faster(name: str, other: str) -> str:
+        return f"{1 / _times(card, name, other):.1f} x as fast"
+
+    def slower(name: str, other: str) -> str:
+        return f"{_times(card, name, other):.1f} x the time"
+
+    float32, bfloat16 = _job_times(results["JOB"])
+    calls = [cells[1] for cells in goal_rows(sections)]
+    kernels = [cells[2] for cells in kernel_goal_rows(sections.get("bandwidth"), before)]
+    missing = [sum(cell.startswith("not measured") for cell in cells) for cells in (calls, kernels)]
+    select = ratio("selection_of_channels_whole_call")
+    vmap = ratio("scores_against_other_ways[resnet18-vmap]")
+    lines = {
+        f"Faster on a CPU ({cpu})": (
+            f"a channel mask from scores, {select} x as fast as a double argsort",
+            f"per-example scores, {vmap} x as fast as `torch.func.vmap`",
+            f"a whole job, {float32} of the usual loop's time, in bfloat16 {bfloat16}",
+        ),
+        "Slower on a CPU": (
+            f"per-example sums of linear layers, from {least('per_example_linear'):.2f} x the speed of one product of "
+            "the whole batch",
+            f"of convolutions, from {least('per_example_convolutions'):.2f} x oneDNN's",
+        ),
+        f"Faster on a GPU ({card['device']}, eager)": (
+            f"a channel mask, {faster('a channel mask, whole call', 'double argsort')} as a double argsort",
+            f"criticality, {faster('criticality, mean of the top tenth', 'eager')} as eager PyTorch",
+            f"masked AdamW, {faster('masked AdamW', 'fused')} as torch's fused AdamW",
+        ),
+        f"Slower on a GPU ({card['device']}, eager)": (
+            f"per-example scores of one batch of 32, {slower('per-example scores, whole call', 'vmap')} of vmap",
+            f"a compact training step, {slower('compact training step, whole call', 'dense step')} of the dense step",
+        ),
+        "Not measured": (
+            f"{missing[0]} of the {len(calls)} targets of whole calls on a GPU, and {missing[1]} of the {len(kernels)} "
+            "of kernels",
+        ),
+    }
+    return "".join(f"- **{name}**: {'; '.join(parts)}.\n" for name, parts in lines.items())
+
+
+def _job_times(results: dict[str, Any]) -> tuple[str, str]:
+    """Return the time of a whole job on ResNet-18 over the usual loop's, in float32 and in bfloat16."""
+    job = _figure(results, "test_whole_job[resnet18]")
+    found = re.match(r"fp32 ([\d.]+), .*; bf16 ([\d.]+),", job)
+    if found is None:
+        raise InputError(f"'{JOB.name}' has no times for fp32 and bf16 in '{job}'; run `make bench` again")
+    return found[1], found[2]
+
+
 def _figure(results: dict[str, Any], name: str) -> str:
     """Return what a benchmark measured. InputError if it is not among the results."""
     for benchmark in results["benchmarks"]:
@@ -115,23 +182,34 @@ def _figure(results: dict[str, Any], name: str) -> str:
 
 
 def _of_gpu(results: dict[str, Any], name: str, other: str) -> str:
+    """Return the time of a call on ResNet-18 in float32 over that of the other side, as text."""
+    return f"{_times(results, name, other):.1f} x the time"
+
+
+def _times(results: dict[str, Any], name: str, other: str) -> float:
     """Return the time of a call on ResNet-18 in float32 over that of the other side."""
     for result in results["results"]:
         if (result["name"], result["on"]) == (name, "resnet18, float32"):
-            return f"{result['call_us'] / result['others_us'][other]:.1f} x the time"
+            return float(result["call_us"] / result["others_us"][other])
     raise InputError(f"'{GPU.name}' has no figure for {name}; run `python -m benchmarks.gpu` again")
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Draw accuracy on the forget set before and after unlearning and of the oracle, for both scenarios of the demo."""
-    names = {"original": "before", "del": "delfast", "oracle": "oracle"}
-    figure = Figure(figsize=(6.4, 2.3), layout="constrained")
-    for axes, (scenario, content) in zip(figure.subplots(1, 2), summary["scenarios"].items(), strict=True):
+    """Draw accuracy on the forget set before and after unlearning and of the oracle, for both scenarios of the demo.
+
+    The mislabelled images come first and larger: only there is a retrained network far from the original.
+    """
+    names = {"original": "before", "del": "delfast", "oracle": "oracle\n(retrained)"}
+    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+    scenarios = sorted(summary["scenarios"].items(), key=lambda item: item[0] != "mislabelled")
+    panels = figure.subplots(1, len(scenarios), width_ratios=[1.7, *[1.0] * (len(scenarios) - 1)], sharey=True)
+    for axes, (scenario, content) in zip(panels, scenarios, strict=True):
         values = [content["methods"][method]["forget_acc"] for method in names]
         bars = axes.bar(list(names.values()), values, color=["#999999", "#0072B2", "#009E73"])
-        axes.bar_label(bars, fmt="%.1f")
+        axes.bar_label(bars, fmt="%.1f", fontsize=11 if axes is panels[0] else 8)
+        axes.tick_params(axis="x", labelsize=10 if axes is panels[0] else 7.5)
         axes.set_ylim(0, 115)
-        axes.set_title(f"{scenario}, {content['forget']['examples']} images to forget", fontsize=9)
+        axes.set_title(TITLES[scenario].format(content["forget"]["examples"]), fontsize=10 if axes is panels[0] else 8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel("accuracy on the\nforget set, %", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +230,8 @@ def _source() -> str:
 
 
 def measured(results: dict[str, Any], source: str) -> str:
-    """Return pytest-benchmark's JSON as a table: the machine, then a row for each test and target."""
-    rows: dict[tuple[str, str], list[str]] = {}
+    """Return pytest-benchmark's JSON as a table: the machine, then a row for each result."""
+    rows = []
     if not results["benchmarks"]:
         raise InputError(f"'{source}' holds no benchmark; run `make bench` again")
     usual = Counter(benchmark["extra_info"].get("isa") for benchmark in results["benchmarks"]).most_common(1)[0][0]
@@ -165,17 +243,15 @@ def measured(results: dict[str, Any], source: str) -> str:
         values = [value for value in (benchmark["params"] or {}).values() if isinstance(value, str)]
         parameters = [value for value in values if value not in extra["target"]]
         case = ", ".join(parameters if extra["isa"] in (usual, *parameters) else [*parameters, extra["isa"]])
-        rows.setdefault((test, extra["target"]), []).append(
-            f"{case}: {extra['measured']}" if case else extra["measured"]
-        )
+        rows.append((test, case, extra["measured"], extra["target"]))
     machine, commit = results["machine_info"], results["commit_info"]
     where = f"{machine['cpu']['brand_raw']} ({machine['machine']}), {machine['cpu']['count']} CPUs"
     version = f"commit {commit['id'][:7]}{' with changes' if commit['dirty'] else ''}"
     threads = "/".join(sorted({str(benchmark["extra_info"]["threads"]) for benchmark in results["benchmarks"]}))
     head = f"{where}, {threads} threads, {usual} unless a row names another; "
     head += f"Python {machine['python_version']}; {version}."
-    lines = [f"| {test} | {'<br>'.join(cases)} | {target} |" for (test, target), cases in rows.items()]
-    return "\n".join([head, "", "| benchmark | measured | target |", "|---|---|---|", *lines, ""])
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([head, "", "| benchmark | case | measured | target |", "|---|---|---|---|", *lines, ""])
 
 
 def call_costs(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -270,7 +346,7 @@ def sectors(report: str) -> str:
         if not all(found):
             raise InputError(f"'{SECTORS.name}' has no figure for {kind}; make it again by the command at its top")
         rows.append([kind, *(f"{max(some):.2f}" for some in found)])
-    return markdown_table(("sectors asked for / least", *ALIGNMENTS), rows)
+    return markdown_table(("sectors requested / least", *ALIGNMENTS), rows)
 
 
 def cifar10(text: str) -> str:
@@ -346,9 +422,11 @@ def pages() -> dict[Path, dict[str, str]]:
     if "kernels" not in card:
         raise InputError(f"'{GPU.name}' has no kernels; run `python -m benchmarks.gpu kernels`")
     kept = {"CPU": read_json(CPU), "JOB": read_json(JOB), "GPU": card["kernels"]}
+    before = read_json(gpu_bandwidth.BEFORE)
     return {
         README: {"speed": speed(kept)},
         BENCHMARKS: {
+            "answer": answer(kept, card, before),
             "measured": measured(kept["CPU"], CPU.name),
             "call-costs": call_costs(read_json(CALLS_BEFORE), read_json(CALLS)),
             "steps": measured(read_json(STEPS), STEPS.name),
@@ -357,8 +435,8 @@ def pages() -> dict[Path, dict[str, str]]:
             "distributed": distributed_table(read_json(DISTRIBUTED)),
             "calls": calls(card),
             "gpu": gpu(kept["GPU"]),
-            "bandwidth": bandwidth(card, read_json(gpu_bandwidth.BEFORE)),
-            "left-out": markdown_table(LEFT_OUT, list(left_out_rows(read_json(gpu_bandwidth.BEFORE)))),
+            "bandwidth": bandwidth(card, before),
+            "left-out": markdown_table(LEFT_OUT, list(left_out_rows(before))),
             "sectors": sectors(SECTORS.read_text(encoding="utf-8")),
         },
         RESULTS: {

@@ -132,7 +132,7 @@ def _failure(log: str) -> str:
 def build_ops(torch: Path, toolkit: Toolkit | None) -> Path:
     """Build the library of the ops against this torch package, and return its path.
 
-    BuildError if it cannot be built; CudaUnavailable instead if ``toolkit`` asks for CUDA kernels.
+    BuildError if it cannot be built; CudaUnavailable instead if ``toolkit`` is given for CUDA kernels.
     """
     target = "delfast_ops_cuda" if toolkit else "delfast_ops"
     with locked():  # the C++ tests are built in the same folder

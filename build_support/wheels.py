@@ -81,7 +81,7 @@ def with_tools(python: str, folder: Path) -> str:
 
 
 def main() -> None:
-    """Build the wheels that the command line asks for."""
+    """Build the wheels that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("kinds", nargs="*", help="cpu, or cu13 and the like (default: all that can be built)")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "dist")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -89,12 +90,25 @@ def check_function(name: str, value: object) -> None:
 
 
 def check_loader(value: object, what: str) -> None:
-    """Raise InputError unless ``value`` can be iterated over and could yield batches."""
+    """Raise InputError unless ``value`` can be iterated over and could yield batches; a data set yields examples."""
     iterable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
     if not iterable or isinstance(value, (str, bytes, Mapping, type)) or is_scalar(value):
         raise InputError(
             f"expected the {what} to be a DataLoader or another iterable of batches, got {describe(value)}; pass one"
         )
+    if _is_data_set(value):
+        raise InputError(
+            f"expected the {what} to be a DataLoader or another iterable of batches, got the data set "
+            f"{type(value).__name__}, which yields single examples; pass a torch.utils.data.DataLoader of it"
+        )
+
+
+def _is_data_set(value: object) -> bool:
+    """Return whether ``value`` is torch's or Hugging Face's data set; an IterableDataset may yield batches."""
+    library = sys.modules.get("datasets")  # no other user needs an import
+    if library is not None and isinstance(value, library.Dataset):
+        return True
+    return isinstance(value, torch.utils.data.Dataset) and not isinstance(value, torch.utils.data.IterableDataset)
 
 
 def check_type(name: str, value: object, kind: type | tuple[type, ...], text: str) -> None:

@@ -10,7 +10,7 @@ import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Number
 from typing import Any, Protocol
 
 import numpy
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, SubsetRandomSampler
 
-from delfast.arguments import form_of
+from delfast.arguments import form_of, is_scalar
 from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
@@ -86,6 +86,11 @@ def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
             f"{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}; {advice}"
         )
     *index, inputs, targets = batch
+    if is_scalar(targets) or isinstance(targets, Number):
+        raise InputError(
+            f"expected batches with N targets, got a single example, with the target {form_of(targets)}; pass a "
+            "torch.utils.data.DataLoader of the data set"
+        )
     if not isinstance(targets, Tensor):
         raise InputError(f"expected batches (input, target) with a tensor of targets, got {form_of(targets)}; {advice}")
     if index and not _is_index(index[0], targets):

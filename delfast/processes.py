@@ -142,7 +142,7 @@ class Processes:
 
         Inside a pass they exchange parameters or activations, and none may be missing. So an error that a process
         raises before is raised by all where the pass would begin: in the network, or in the first of its modules under
-        ``fully_shard`` where a function calls these by themselves. FSDP2 forgets a pass that failed.
+        ``fully_shard`` where a function calls these by themselves. FSDP2's record of a pass that failed is dropped.
         """
         waiting = set(networks)
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 import delfast
 from delfast import InputError, Mask
@@ -115,8 +116,8 @@ def masked(kind: Any) -> Callable[..., Any]:
 
 
 CASES: dict[str, Case] = {
-    "score": (given_model(delfast.score), {"model": ..., "loader": FORGET, "max_channels": 3, **SCORE}),
-    "critmem by score": (given_model(delfast.score), {"loader": FORGET, "max_channels": 3, "criterion": "critmem"}),
+    "score": (given_model(delfast.score), {"model": ..., "forget": FORGET, "max_channels": 3, **SCORE}),
+    "critmem by score": (given_model(delfast.score), {"forget": FORGET, "max_channels": 3, "criterion": "critmem"}),
     "select": (function(SCORES.select), {"budget": 0.3, **SELECT}),
     "channel_scores": (function(SCORES.channel_scores), {"aggregate": "mean", "top_h": 0.1}),
     "localize": (
@@ -269,7 +270,7 @@ def attempt(case: str, argument: str, wrong: str) -> None:
         ("unlearn", "seed", "-1", r"expected seed to be an int in \[0, 2\*\*64\), got -1"),
         ("evaluate", "seed", "0.5", "expected seed to be an int .* got 0.5"),
         ("score", "seed", "'0.3'", "expected seed to be an int .* got '0.3'"),
-        ("score", "loader", "5", "expected the loader to be a DataLoader or another iterable .* got 5"),
+        ("score", "forget", "5", "expected the forget set to be a DataLoader or another iterable .* got 5"),
         ("critmem", "loader", "class", "the loader .* got the class"),
         ("evaluate", "test", "5", "expected the test set to be a DataLoader .* got 5"),
         ("unlearn", "retain", "0-d tensor", "expected the retain set to be a DataLoader .* got Tensor"),
@@ -287,6 +288,35 @@ def test_the_message_names_the_argument(case: str, argument: str, wrong: str, me
     arguments = {name: value for name, value in good.items() if value is not ...}
     with pytest.raises(InputError, match=message):
         call(small(), **{**arguments, argument: WRONG[wrong]})
+
+
+LOADERS = [each for each in ARGUMENTS if each[1] in {"forget", "retain", "test", "loader", "validation"}]
+UNREAD = {"unlearn", "unlearn, options", "critmem"}  # a mask is given; no patience; logits_fn reads any batch
+EXAMPLES: Any = TensorDataset(FORGET[0][0], FORGET[0][1])
+
+
+@pytest.mark.parametrize(("case", "argument"), [each for each in LOADERS if each[0] not in ("anytime", "svc_attacks")])
+def test_a_data_set_in_place_of_a_loader_is_refused_by_name(case: str, argument: str) -> None:
+    call, good = CASES[case]
+    model = small()
+    before = state_of(model)
+    arguments = {name: value for name, value in good.items() if value is not ...}
+    given = {"got the data set TensorDataset": EXAMPLES}
+    if case not in UNREAD:
+        given["got a single example"] = list(EXAMPLES)
+    for got, examples in given.items():
+        with pytest.raises(InputError, match=f"{got}.*DataLoader"):
+            call(model, **{**arguments, argument: examples})
+        assert state_of(model) == before
+
+
+def test_training_and_an_audit_refuse_a_data_set_by_name() -> None:
+    model = small()
+    with pytest.raises(InputError, match=r"training set .* got the data set TensorDataset"):
+        train(model, EXAMPLES, torch.optim.SGD(model.parameters()), epochs=1)
+    for name in ("forget", "retain", "test", "control"):
+        with pytest.raises(InputError, match=f"expected the {name} set .* got the data set TensorDataset"):
+            EVALUATE.audit(model, **{"forget": FORGET, "retain": RETAIN, "test": RETAIN, name: EXAMPLES})
 
 
 def test_losses_without_a_parameter_are_refused() -> None:

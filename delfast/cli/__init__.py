@@ -1,4 +1,4 @@
-"""The command line: train, oracle, localize, unlearn, evaluate, verify, compare, bench, doctor, demo and ledger.
+"""The command line: every command is registered in ``delfast.cli.commands``.
 
 torch and every other large package are imported by the command that needs them, so that ``--help`` answers at once.
 """

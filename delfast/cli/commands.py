@@ -38,7 +38,7 @@ def _app() -> None:
 
 for command in (
     *(steps.train, steps.oracle, steps.localize, steps.unlearn, steps.evaluate),
-    *(tools.init_job, tools.compare, tools.verify, tools.bench, tools.doctor, tools.demo),
+    *(tools.init_job, tools.compare, tools.sequence, tools.verify, tools.bench, tools.doctor, tools.demo),
 ):
     app.command()(command)
 app.add_typer(ledger.app, name="ledger")

@@ -1,4 +1,4 @@
-"""The commands beside a run: compare, verify, bench, doctor, demo."""
+"""The commands beside a run: compare, sequence, verify, bench, doctor, demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from delfast.cli.console import print_line, print_methods, print_table, watching
+from delfast.cli.console import log, print_line, print_methods, print_table, watching
 from delfast.cli.names import BUDGET, NETWORKS
 from delfast.cli.options import (
     DataDir,
@@ -25,7 +25,7 @@ from delfast.cli.options import (
 
 
 def compare(
-    grid: Annotated[Path, typer.Argument(help="a TOML file; examples are in experiments/")],
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="a TOML file; examples are in experiments/")],
     output_dir: OutputDir,
     data: Annotated[str | None, typer.Option(help="data to use instead of the grid's, as --data of train")] = None,
     job: JobFile = None,
@@ -58,6 +58,37 @@ def compare(
     print_line(f"{len(found.cells)} cells: see {output_dir / grids.HTML}")
 
 
+def sequence(
+    definition: Annotated[
+        Path, typer.Argument(metavar="DEFINITION", help="a TOML file; examples are in experiments/sequential/")
+    ],
+    output_dir: OutputDir,
+    data: Annotated[
+        str | None, typer.Option(help="data to use instead of the definition's, as --data of train")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="threads of the computation; with 1 every run gives the same bits")
+    ] = 1,
+    device: Device = "auto",
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="run nothing; report the records that are there")
+    ] = False,
+    pack: Annotated[
+        Path | None,
+        typer.Option(help="directory for a copy of the results to keep in git: records as JSON lines, no weights"),
+    ] = None,
+) -> None:
+    """Serve forget requests one after the other by several methods, and measure after each what holds; write report.md.
+
+    Records that the output directory already holds are not computed again: after a crash, repeat the command.
+    """
+    from delfast.experiments import sequential
+
+    source = None if data is None else resolved(data)
+    sequential.sequence(definition, output_dir, threads, device, log.info, source, report_only, pack)
+    print_line(f"report: {output_dir / sequential.REPORT}")
+
+
 def init_job(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="the file to write, such as job.py")],
 ) -> None:
@@ -72,12 +103,13 @@ def init_job(
 
 
 def verify(
-    before: Annotated[Path, typer.Argument(help="state file or run directory before unlearning")],
-    after: Annotated[Path, typer.Argument(help="state file or run directory after unlearning")],
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="state file or run directory before unlearning")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="state file or run directory after unlearning")],
     mask: Annotated[
         Path,
         typer.Argument(
-            help="the mask outside which nothing may change, a file or a directory that holds mask.safetensors"
+            metavar="MASK",
+            help="the mask outside which nothing may change, a file or a directory that holds mask.safetensors",
         ),
     ],
     head: Annotated[list[str] | None, typer.Option(help="module or parameter that may change too; repeatable")] = None,

@@ -19,6 +19,7 @@ from delfast.evaluation.lira import offline_lira, tpr_at_fpr
 from delfast.evaluation.measuring import Measured, measure, same_examples
 from delfast.evaluation.outputs import Loader
 from delfast.evaluation.relearning import Network, NeverSeen, Relearning, RelearningCurve, Sets, loaded, run_relearning
+from delfast.overlap import check_disjoint
 
 DEFAULT_RELEARNING = Relearning()
 FIXED = ("forget", "retain", "test", "control")  # names that no earlier set may have
@@ -76,14 +77,15 @@ def audit(
     model : torch.nn.Module
         The unlearned classifier or causal language model, as for ``delfast.evaluate``; with ``loss_fn`` any network.
     forget : iterable
-        Batches of the forget set, as for ``delfast.evaluate``, the same in every pass: no shuffle, no random transform.
+        Batches of the forget set, as for ``delfast.evaluate``. With ``references`` the same in every pass, since
+        ``members`` follow its order: no shuffle, no random transform.
     retain : iterable
         Batches of the rest of the training set.
     test : iterable
         Batches of examples that no network was trained on.
     control : iterable, optional
-        Batches of never-seen examples that the forget sets are compared with, the same in every pass. Default:
-        ``test``, which then must not shuffle.
+        Batches of never-seen examples that the forget sets are compared with; with ``references`` the same in every
+        pass. Default: ``test``.
     earlier : mapping of str to iterable, optional
         Batches of every earlier forget set, by name.
     oracle : torch.nn.Module, optional
@@ -111,8 +113,9 @@ def audit(
     Raises
     ------
     InputError
-        For arguments of another type, an empty set, a set that changes from pass to pass, labels that the model has no
-        output for, outputs that are not finite, and members of a reference model that do not fit a set.
+        For arguments of another type, an empty set, and sets that have examples in common where their loaders show it.
+        With ``references`` also for a set that changes from pass to pass, and members that do not fit a set. Also for
+        labels that the model has no output for, and outputs that are not finite.
 
     Notes
     -----
@@ -237,7 +240,10 @@ def audit(
 def _loaders(
     forget: Loader, retain: Loader, test: Loader, control: Loader | None, earlier: Mapping[str, Loader] | None
 ) -> dict[str, Loader]:
-    """Return the loaders by their sets' names; InputError for other types, and for names that are taken."""
+    """Return the loaders by their sets' names.
+
+    InputError for other types, for names that are taken, and for sets that share examples.
+    """
     check_type("earlier", earlier, (Mapping, type(None)), "a mapping of names to loaders, or None")
     loaders: dict[str, Loader] = {"forget": forget}
     for name, loader in (earlier or {}).items():
@@ -249,6 +255,10 @@ def _loaders(
         loaders["control"] = control
     for name, loader in loaders.items():
         check_loader(loader, f"{name} set")
+    forgotten = {name: loader for name, loader in loaders.items() if name == "forget" or name not in FIXED}
+    never_seen: dict[str, Loader] = {name: loaders[name] for name in ("test", "control") if name in loaders}
+    check_disjoint(forgotten, {"retain": retain, **never_seen})
+    check_disjoint({"retain": retain}, never_seen)
     return loaders
 
 

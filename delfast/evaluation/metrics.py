@@ -22,6 +22,7 @@ from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
 from delfast.groups import Group
 from delfast.joint_calls import one_error
 from delfast.language import is_token_batch
+from delfast.overlap import check_disjoint
 from delfast.processes import Processes
 
 MAX_EXPONENT = 709.0  # about the largest x with a finite exp(x) in float64
@@ -169,7 +170,8 @@ def evaluate(
     retain : iterable
         Batches of the rest of the training set.
     test : iterable
-        Batches of examples that no network was trained on.
+        Batches of examples that no network was trained on. Sets that have examples in common are refused, where their
+        loaders show it.
     oracle : Metrics, optional
         Metrics of a network that was retrained without the forget set; with them, the gaps are computed.
     seed : int, default 0
@@ -221,6 +223,8 @@ def evaluate(
         sets = {"forget": forget, "retain": retain, "test": test}
         for name, loader in sets.items():
             check_loader(loader, f"{name} set")
+        check_disjoint({"forget": forget}, {"retain": retain, "test": test})
+        check_disjoint({"retain": retain}, {"test": test})
         check_type("oracle", oracle, (Metrics, type(None)), "the Metrics of evaluate(oracle, ...), or None")
         seed = check_seed(seed)
         execution = Execution(precision, channels_last, cuda_graphs)

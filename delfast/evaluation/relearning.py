@@ -346,7 +346,6 @@ def _reason(networks: int, usable: bool, measured: int) -> str:
     if measured < MIN_EXAMPLES:
         return f"{measured} measured forget example{'' if measured == 1 else 's'}: a variance needs {MIN_EXAMPLES}"
     if not usable:
-        return (
-            f"none of {networks} never-seen networks has {MIN_EXAMPLES} measured forget examples that it did not know"
-        )
+        least = f"{MIN_EXAMPLES} measured forget examples that it was not trained on"
+        return f"none of {networks} never-seen networks has {least}"
     return "a mean loss is not above 0"

@@ -48,8 +48,9 @@ def find_mask(
 ) -> tuple[Mask, float]:
     """Localize the run's forget set in ``model``; return the mask and the seconds it took.
 
-    strategy: a name of ``delfast.STRATEGIES``; None: as ``options`` say. For those of ``WHOLE_TRAINING_SET`` the
-    gradient is over the whole training set. options: those of ``delfast.localize``; the strategy's own may be repeated.
+    strategy: a name of ``delfast.STRATEGIES``; None: ``options`` replace it. For those of ``WHOLE_TRAINING_SET`` the
+        gradient is over the whole training set.
+    options: those of ``delfast.localize``; the strategy's own may be repeated.
     """
     if strategy is not None:
         own = STRATEGIES.get(strategy, {}).items()  # ``localize`` refuses an unknown name

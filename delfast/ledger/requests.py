@@ -55,7 +55,7 @@ class Request:
 
     @property
     def is_open(self) -> bool:
-        """Whether the request still has to be met: everything except "accepted"."""
+        """Whether the request still has to be carried out: everything except "accepted"."""
         return self.status != ACCEPTED
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import mmap
@@ -69,7 +70,7 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
     """Load the library of the ops and ``_C`` beside it, if they are this package's and this torch is new enough."""
     build_info = read_build_info()
     if not build_info:
-        raise ImportError(f"the extension was not built (no C++20 compiler at install?); {REBUILD}")
+        raise ImportError(_why_unbuilt())
     if "torch" not in build_info:
         raise ImportError(f"the extension was not built: {build_info['failure']}; {REBUILD}")
     if _release(torch.__version__) < OLDEST_TORCH:
@@ -84,6 +85,32 @@ def _load_extension() -> tuple[ModuleType, dict[str, Any]]:
         if "DELFAST_FORCE_ISA" in str(error):
             raise
         raise ImportError(f"the extension does not load: {str(error).splitlines()[0]}; {REBUILD}") from error
+
+
+def _why_unbuilt() -> str:
+    """Return the reason for a package without a build record; a source folder is named, and where delfast is installed.
+
+    Python searches the working folder before the installed packages, so that in the root of a clone it imports the
+    sources, also after a successful `pip install .`, which builds elsewhere.
+    """
+    package = BUILD_INFO.parent
+    if not (package.parent / "pyproject.toml").is_file():
+        return f"the extension was not built (no C++20 compiler at install?); {REBUILD}"
+    source = f"this is the source folder '{package.parent}', in which the extension was never built"
+    advice = "leave the folder, or build in place with `make`"
+    installed = _installed_elsewhere(package)
+    if installed is None:
+        return f"{source}; install it (`pip install .`) and {advice}"
+    return f"{source}, and not the delfast that is installed in '{installed}'; {advice}"
+
+
+def _installed_elsewhere(package: Path) -> Path | None:
+    """Return the folder of another installed delfast than ``package``; None if there is none."""
+    for distribution in importlib.metadata.distributions(name="delfast"):
+        other = Path(str(distribution.locate_file("delfast")))
+        if (other / "__init__.py").is_file() and not other.samefile(package):
+            return other.parent
+    return None
 
 
 def _is_of_these_schemas() -> bool:

@@ -26,6 +26,7 @@ from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
 from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
+from delfast.overlap import check_disjoint
 from delfast.processes import Processes
 from delfast.reset import Init
 from delfast.sharding import is_laid_out, reshard
@@ -139,7 +140,8 @@ def unlearn(
         The network, plain or within DistributedDataParallel, DataParallel or ``torch.compile``.
     retain : iterable of batches or None
         The examples to keep: batches ``(input, target)`` or ``(index, input, target)`` with inputs (N, ...) and integer
-        targets (N,), re-iterable and with a length. None only for "gradient-ascent", which does not use the retain set.
+        targets (N,), re-iterable and with a length. Without the examples to forget: an overlap is refused where the
+        loaders show it (DataLoaders of one data set). None only for "gradient-ascent", which does not use this set.
     forget : iterable of batches, optional
         The examples to forget, in the same form. "del" needs them to localize if ``mask`` is None; "gradient-ascent",
         "neggrad+", "relabel", "influence", "ssd" and "scrub" always need them.
@@ -295,6 +297,7 @@ def _prepared(
     check_needs(chosen, retain, forget, mask, init, loss_fn)
     localization = check_localization(chosen, mask, budget, strategy, forget, loss_fn, seed)
     check_options(training, chosen)
+    check_disjoint({"forget": forget}, {"retain": retain, "validation": training.validation})
     group = processes if shares else None
     network = unwrap(model)
     if group is not None:

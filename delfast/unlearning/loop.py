@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from delfast.arguments import check_choice, check_int, check_number
+from delfast.arguments import check_choice, check_int, check_loader, check_number
 from delfast.batches import LossFn, device_of
 from delfast.errors import InputError
 from delfast.execution import ChannelsLast, CudaGraphs, Execution, Precision
@@ -206,6 +206,7 @@ def train(
         execution.check()
         check_cuda_graphs(cuda_graphs, device_of(model))
         check_choice("batchnorm", batchnorm, BatchNormMode)
+        check_loader(loader, "training set")
         step_count = batch_count(loader, "training")
         refuse_checkpoint(model, checkpoint)
         for group in optimizer.param_groups:  # numpy's numbers: a checkpoint cannot be read, and float32 rounds

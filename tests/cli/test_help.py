@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import get_args
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
+from typer.main import get_command
 from typer.models import CommandInfo
 
 from delfast.cli import main, names
@@ -60,3 +62,19 @@ def test_the_listed_names_are_those_of_the_registries() -> None:
     assert tuple(STRATEGIES) == names.STRATEGIES
     assert get_args(Criterion) == names.CRITERIA
     assert names.BUDGET == BUDGET
+
+
+def arguments_of(command: Any, name: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the full name of every argument below a command, and its metavar."""
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            yield f"{name} {parameter.name}", parameter.metavar
+    for part, each in getattr(command, "commands", {}).items():
+        yield from arguments_of(each, f"{name} {part}")
+
+
+def test_arguments_are_shown_in_one_form() -> None:
+    """Without a metavar, an argument is shown in capitals or not: that depends on the version of typer."""
+    shown = dict(arguments_of(get_command(app), "delfast"))
+    assert len(shown) > 10
+    assert [name for name, metavar in shown.items() if metavar is None or not metavar.isupper()] == []

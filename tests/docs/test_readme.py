@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -85,6 +86,33 @@ def test_the_readme_has_five_rows_of_speed_the_slower_ones_too() -> None:
     assert all(float(re.search(r"([\d.]+) x the time", line)[1]) > 1 for line in slower)  # type: ignore[index]
 
 
+def test_the_page_of_benchmarks_opens_with_its_answer_and_has_a_row_for_each_result() -> None:
+    text = tables.BENCHMARKS.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[2] == "<!-- answer -->" and lines[8] == "<!-- /answer -->"
+    heads = ("Faster on a CPU", "Slower on a CPU", "Faster on a GPU", "Slower on a GPU", "Not measured")
+    for line, head in zip(lines[3:8], heads, strict=True):
+        assert line.startswith(f"- **{head}"), line
+        ratios = [float(number) for number in re.findall(r"([\d.]+) x ", line)]
+        if head != "Not measured":
+            assert len(ratios) >= 2 and all((ratio < 1) == (head == "Slower on a CPU") for ratio in ratios), line
+    assert "<br>" not in text
+    count = sum(len(read_json(path)["benchmarks"]) for path in (tables.CPU, tables.STEPS, tables.JOB, tables.MEMORY))
+    blocks = re.findall(r"<!-- (?:measured|steps|job|memory) -->\n.*?\n\n(.*?)<!-- /", text, flags=re.DOTALL)
+    assert sum(len(block.splitlines()) - 2 for block in blocks) == count
+
+
+def test_the_figure_of_the_readme_begins_with_the_mislabelled_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    tables.draw(read_json(tables.DEMO), tables.FIGURE)
+    first, second = drawn[0].axes
+    drawn[0].draw_without_rendering()
+    assert first.get_title() == "144 images with wrong labels" and second.get_title() == "144 images of two classes"
+    assert first.get_position().width > 1.5 * second.get_position().width
+    assert [label.get_text() for label in first.get_xticklabels()] == ["before", "delfast", "oracle\n(retrained)"]
+
+
 def test_check_finds_a_changed_figure_and_writing_restores_it(copies: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure = read_json(tables.CPU)["benchmarks"][0]["extra_info"]["measured"]
     before = {path: path.read_bytes() for path in copies.iterdir()}
@@ -123,7 +151,7 @@ def test_unfit_results_and_lost_markers_are_refused(copies: Path, capsys: pytest
 
     results, summary = read_json(copies / "cpu.json"), read_json(copies / "demo.json")
     failed = {**results["benchmarks"][0], "extra_info": {}}
-    for benchmarks, message in (([failed], "no figure for"), ([], "no figure for test_selection")):
+    for benchmarks, message in (([failed], "no figure for"), ([], "no figure for test_")):
         (copies / "cpu.json").write_text(json.dumps({**results, "benchmarks": benchmarks}), encoding="utf-8")
         assert message in refused()
     (copies / "cpu.json").write_text(json.dumps(results), encoding="utf-8")

@@ -101,7 +101,7 @@ def test_what_is_left_out_for_lack_of_references_is_counted(sets: dict[str, Any]
     curve = found["relearning"]["retain"]
     assert curve["ratio"] is None and curve["compared_on"] == [0, 0, 0]
     assert curve["ratio_left_out"] == (
-        "none of 3 never-seen networks has 2 measured forget examples that it did not know"
+        "none of 3 never-seen networks has 2 measured forget examples that it was not trained on"
     )
     knew = torch.arange(30) >= 12
     known = [Reference(make_model(k), {"forget": each}) for k, each in enumerate([knew, knew | True])]

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import math
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from delfast.experiments.grid import answer
-from delfast.experiments.grid.answer import COLUMNS, sentences, short, standings
+from delfast.experiments.grid.answer import COLUMNS, Standing, sentences, short, standings
 from delfast.experiments.grid.figures import plot_answer
 from delfast.experiments.grid.report import _fold
 from delfast.experiments.grid.sections import Section
 from delfast.experiments.grid.summary import Mean, Row
+from tests import ROOT
+
+NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
 
 
 def rows(
@@ -58,8 +65,8 @@ def test_the_largest_of_the_three_gaps_ranks_and_ties_are_found_seed_by_seed() -
 def test_the_sentences_say_the_tie_the_cost_and_the_limits() -> None:
     ranked = standings([*ORIGINAL, *FAR, *LEVEL, *NEAR], 0.3)
     assert sentences(ranked) == [
-        "Of the methods with two seeds or more, del (del mask) has the smallest mean of the largest gap, 5.00 ± 2.48 "
-        "points (3 seeds), in a tie with scrub: the seeds do not separate them; 1 method is farther.",
+        "del (del mask) has the smallest mean of the largest gap among methods with two seeds or more, 5.00 ± 2.48 "
+        "points (3 seeds). The seeds do not separate del (del mask) from scrub; 1 method is farther.",
         "Without unlearning the largest gap is 81.00 ± 2.48 points. del (del mask) ends 2.00 ± 0.00 points below the "
         "oracle's test accuracy and takes 0.50 ± 0.00 times as long as retraining.",
         "Every method has two seeds or more; the 3 comparisons are at 95 % each, without a correction for their number"
@@ -71,8 +78,8 @@ def test_the_sentences_say_the_tie_the_cost_and_the_limits() -> None:
 def test_a_separated_nearest_is_called_so() -> None:
     first = sentences(standings([*ORIGINAL, *FAR, *NEAR], 0.3))[0]
     assert first == (
-        "Of the methods with two seeds or more, del (del mask) is nearest to the oracle: largest gap 5.00 ± 2.48 "
-        "points (3 seeds), the other method is farther."
+        "del (del mask) is nearest to the oracle among methods with two seeds or more: largest gap 5.00 ± 2.48 points "
+        "(3 seeds). The other method is farther."
     )
 
 
@@ -81,7 +88,7 @@ def test_one_seed_is_neither_first_nor_left_out() -> None:
     ranked = standings([*ORIGINAL, *single, *NEAR], 0.3)
     assert [(each.label, each.verdict) for each in ranked][::2] == [("del (del mask)", "nearest"), ("ssd", "one seed")]
     first, _, last = sentences(ranked)
-    assert first.endswith("smaller, but of one seed and without an interval: ssd 1.00.")
+    assert first.endswith(" Smaller, but of one seed and without an interval: ssd 1.00.")
     assert last.startswith("1 of 2 methods has too few seeds to be compared; the comparison is at 95 %")
     assert short(ranked).endswith("smaller with one seed: ssd 1.00")
     alone = sentences(standings(single, 0.3))
@@ -104,23 +111,55 @@ def test_a_method_that_is_nearer_on_the_common_seeds_is_not_called_farther() -> 
     other = rows("ssd", [(8, 0, 0), (8, 0, 0)])
     ranked = standings([*first, *other], 0.3)
     assert [(each.label, each.verdict) for each in ranked] == [("del", "nearest"), ("ssd", answer.NEARER)]
-    assert "in a tie with ssd" in sentences(ranked)[0]
+    assert "The seeds do not separate del from ssd." in sentences(ranked)[0]
 
 
 def test_no_result_has_no_answer() -> None:
     assert sentences(standings(ORIGINAL, 0.3)) == [] and short(standings(ORIGINAL, 0.3)) == "no method has a result"
 
 
+def boxes_of_labels(ranked: Sequence[Standing]) -> list[Bbox]:
+    """Draw the plot and return the boxes of its labels, in pixels, after a check that each is inside the axes."""
+    figure = plot_answer(ranked)
+    axes = figure.axes[0]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    frame, boxes = axes.get_window_extent(), []
+    for text in axes.texts:
+        text.update_positions(renderer)
+        boxes.append(box := Text.get_window_extent(text, renderer))  # without the line that leads to a label
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 + 2 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 2
+    return boxes
+
+
+def overlapping(boxes: Sequence[Bbox]) -> int:
+    return sum(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 def test_points_that_are_close_share_a_label_inside_the_axes() -> None:
     same = [{**row, "method": name} for name in ("relabel", "influence") for row in ORIGINAL]
     ranked = standings([*ORIGINAL, *same, *NEAR, *FAR], 0.3)
-    figure = plot_answer(ranked)
-    axes = figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == ["1", "2", "3, 4, 5"]
-    frame = axes.get_window_extent()
-    for text in axes.texts:
-        box = text.get_window_extent()
-        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 + 2 and box.y1 <= frame.y1 + 2
+    assert [text.get_text() for text in plot_answer(ranked).axes[0].texts] == ["1", "2", "3, 4, 5"]
+    assert overlapping(boxes_of_labels(ranked)) == 0
+
+
+def test_no_two_labels_of_the_kept_grid_overlap() -> None:
+    path = ROOT / "experiments/results/cifar10-small/results.csv"
+    with path.open(encoding="utf-8", newline="") as stream:
+        kept = [
+            {"budget": None}
+            | {name: float(value) if NUMBER.fullmatch(value) else value for name, value in row.items() if value}
+            for row in csv.DictReader(stream)
+        ]
+    for setting in dict.fromkeys(row["setting"] for row in kept):
+        ranked = standings([row for row in kept if row["setting"] == setting], 0.3)
+        boxes = boxes_of_labels(ranked)
+        assert len(boxes) >= 2 and overlapping(boxes) == 0, setting
+
+
+def test_many_crowded_labels_do_not_overlap() -> None:
+    crowd = [row for k in range(25) for row in rows(f"m{k}", [(20 + 3 * (k % 5), 0, 4 * (k // 5))] * 2)]
+    boxes = boxes_of_labels(standings([*ORIGINAL, *crowd], 0.3))
+    assert len(boxes) > 5 and overlapping(boxes) == 0
 
 
 def test_a_table_is_given_as_csv_with_intervals_of_their_own() -> None:
@@ -138,7 +177,7 @@ def test_a_table_is_given_as_csv_with_intervals_of_their_own() -> None:
 
 
 def test_the_kept_results_open_with_their_answer() -> None:
-    text = (Path(__file__).parents[2] / "experiments/results/cifar10-small/report.md").read_text(encoding="utf-8")
+    text = (ROOT / "experiments/results/cifar10-small/report.md").read_text(encoding="utf-8")
     first = text.split("## All tables and figures")[0]
     assert first.count("## Setting ") == 4 and first.count("-answer.png)") == 4
     for line in first.splitlines():

@@ -36,7 +36,7 @@ from delfast.experiments.grid.definition import MAX_CELLS, read_grid
 from delfast.experiments.grid.records import MEMBERSHIP, cell_path, network_path
 from delfast.experiments.pipeline import Trained, _write_run
 from delfast.experiments.progress import log
-from delfast.experiments.reports import markdown_table, markdown_text, terminal_table
+from delfast.experiments.reports import markdown_table, markdown_text, method_table, terminal_table
 from delfast.experiments.reports.pages import own_script
 from delfast.experiments.run import open_run
 from delfast.mask import Mask
@@ -500,6 +500,16 @@ def test_markdown_of_any_text_has_no_markup_and_gives_the_text_back(text: str) -
     assert shown == printable(text)
     row = markdown_table(["", "b"], [[escaped, "x"]]).splitlines()[-1]
     assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3
+
+
+def test_a_table_of_methods_leaves_out_what_no_method_has() -> None:
+    accuracies = {"forget_acc": 100.0, "retain_acc": 100.0, "test_acc": 50.0, "mia": 0.5}
+    columns, rows = method_table({"original": {**accuracies, "seconds": {"train": 1.5, "measure": 1.0}}})
+    assert columns == ["method", "forget acc", "retain acc", "test acc", "MIA", "seconds"]
+    assert rows == [["original", "100.00", "100.00", "50.00", "0.50", "2.5"]]
+    columns, rows = method_table({"original": accuracies, "oracle": {**accuracies, "delta_test": 1.0}})
+    assert columns == ["method", "forget acc", "retain acc", "test acc", "MIA", "Δ test"]
+    assert [row[-1] for row in rows] == ["", "1.00"]
 
 
 def test_terminal_tables_show_names_as_text(capsys: Any) -> None:

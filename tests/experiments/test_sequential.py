@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from delfast.cli import main
 from delfast.errors import InputError
 from delfast.experiments.sequential import report
-from delfast.experiments.sequential.__main__ import main
 from delfast.experiments.sequential.cells import run_definition
 from delfast.experiments.sequential.definition import read_definition
 from delfast.experiments.sequential.stream import Stream
@@ -128,7 +128,13 @@ def without_times(directory: Path) -> list[dict[str, Any]]:
 def test_a_stopped_run_goes_on_to_the_same_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, whole, pieces = write(tmp_path), tmp_path / "whole", tmp_path / "pieces"
     packed = tmp_path / "packed"
-    assert main([str(path), "--output-dir", str(whole), "--pack", str(packed)]) == 0, capsys.readouterr().err
+    command = ["sequence", str(path), "--output-dir", str(whole)]
+    assert main([*command, "--pack", str(packed)]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out == f"report: {whole / report.REPORT}\n"
+    kept = (whole / report.REPORT).read_bytes()
+    (whole / report.REPORT).unlink()
+    assert main([*command, "--report-only"]) == 0 and (whole / report.REPORT).read_bytes() == kept
+    assert capsys.readouterr().out == f"report: {whole / report.REPORT}\n"
     assert len(report.read_records(whole)) == 1 + 2 * (3 + 1)
     assert report.read_records(packed) == report.read_records(whole)
     text = (packed / report.REPORT).read_text(encoding="utf-8")
@@ -158,8 +164,30 @@ def test_a_stopped_run_goes_on_to_the_same_records(tmp_path: Path, capsys: pytes
     assert without_times(pieces) == without_times(whole)
 
     other = write(tmp_path, TINY.replace("share = 0.02", "share = 0.04"))
-    assert main([str(other), "--output-dir", str(whole)]) == 1
+    assert main(["sequence", str(other), "--output-dir", str(whole)]) == 2
     assert "is of other settings than the definition; choose another --output-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--report-only"], "records of sequential requests, there is none"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
+        (["--pack", "out"], "the output directory 'out' holds the input itself; choose another --pack"),
+        (["--device", "magic"], "expected a device auto, cpu or cuda that this machine has, got 'magic'"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sequence", str(write(tmp_path)), "--output-dir", "out", *options]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("delfast: error: ") and message in error and not (tmp_path / "out").exists()
 
 
 def record(sequence: str, seed: int, request: int, accuracies: dict[str, float], **more: Any) -> dict[str, Any]:

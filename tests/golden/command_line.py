@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 KEPT_RUN = Path(__file__).parent / "files" / "run"  # a run directory, with SHAPES in place of its weights
 MODEL, SHAPES, SUMMARY = "model.safetensors", "shapes.json", "summary.json"
 COMMANDS = (
-    "train", "oracle", "localize", "unlearn", "evaluate", "init-job", "compare", "verify", "bench", "doctor", "demo",
+    "train", "oracle", "localize", "unlearn", "evaluate", "init-job", "compare", "sequence", "verify", "bench",
+    "doctor", "demo",
     "ledger init", "ledger add", "ledger list", "ledger show", "ledger verify",
     "ledger run", "ledger references", "ledger purge", "ledger report",
 )  # fmt: skip

@@ -26,12 +26,15 @@ from tests import ROOT
 needs_native = pytest.mark.skipif(BACKEND.module is None, reason=f"no native kernels: {BACKEND.reason}")
 
 
-def python(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process; ``path`` shadows the installed package."""
+def python(
+    code: str, path: Path | None = None, argument: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process; ``path`` shadows the installed package, ``argument`` is ``sys.argv[1]``."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("DELFAST_")} | environment
     if path:
         env["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/")
+    command = [sys.executable, "-c", code, *([] if argument is None else [str(argument)])]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
 
 
 def copied_package(tmp_path: Path, build_info: dict[str, object] | None) -> Path:
@@ -104,6 +107,26 @@ def test_an_unusable_extension_warns_once_or_fails_loudly(tmp_path: Path, info: 
     assert len(warned) == 1 and re.search(reason, warned[0]) and "install again with" in warned[0]
     forced = python(STATUS, package, DELFAST_BACKEND="native")
     assert forced.returncode != 0 and re.search(f"native kernels are required, but .*{reason}", forced.stderr)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_source_folder_that_was_never_built_is_named(tmp_path: Path, installed: bool) -> None:
+    """Python imports a clone's own folder first where it is started in the clone's root, also after an install."""
+    clone, site = copied_package(tmp_path / "clone", None), tmp_path / "site"
+    (clone / "pyproject.toml").touch()
+    (site / "delfast-9.dist-info").mkdir(parents=True)
+    (site / "delfast-9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: delfast\nVersion: 9\n")
+    (site / "delfast").mkdir()
+    if installed:
+        (site / "delfast/__init__.py").touch()
+    result = python("import sys; sys.path.append(sys.argv[1])\n" + STATUS, clone, argument=site)
+    status = json.loads(result.stdout)
+    assert status["backend"] == "torch"
+    assert f"this is the source folder '{clone}', in which the extension was never built" in status["reason"]
+    assert status["reason"] in result.stderr and "compiler" not in status["reason"]
+    assert (f"not the delfast that is installed in '{site}'; leave the folder" in status["reason"]) == installed
+    assert status["reason"].endswith("build in place with `make`")
 
 
 @needs_native

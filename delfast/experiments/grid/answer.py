@@ -87,11 +87,19 @@ def standings(rows: Sequence[Row], budget: float) -> list[Standing]:
 
 
 def sentences(ranked: Sequence[Standing]) -> list[str]:
-    """Three sentences: which method came nearest, by how much and at which cost, and the limits of the comparison."""
+    """Three paragraphs: the nearest method and its ties, its cost, and the limits of the comparison.
+
+    The first begins with the method's label: see ``name``.
+    """
     nearest = next((each for each in ranked if each.verdict == NEAREST), None)
     if nearest is None:
         return []
     return [_first(nearest, ranked), _second(nearest, ranked), _third(nearest, ranked)]
+
+
+def name(ranked: Sequence[Standing]) -> str:
+    """The label of the method that came nearest; "" if no method has a result."""
+    return next((each.label for each in ranked if each.verdict == NEAREST), "")
 
 
 def short(ranked: Sequence[Standing]) -> str:
@@ -157,23 +165,22 @@ def _first(nearest: Standing, ranked: Sequence[Standing]) -> str:
         )
     ties = [each.label for each in ranked if each.verdict in TIES]
     farther = sum(each.verdict == FARTHER and not each.is_original for each in ranked)
+    others = "The other method is" if farther == 1 else f"All {farther} other methods are"
+    among = "among methods with two seeds or more"
     if not ties and not farther:
-        found = f"{nearest.label} has a largest gap of {gap}; no other method has two seeds to compare it with"
+        found = f"{nearest.label} has a largest gap of {gap}. No other method has two seeds to compare it with."
     elif not ties:
-        count = "the other method is" if farther == 1 else f"all {farther} other methods are"
-        found = (
-            f"Of the methods with two seeds or more, {nearest.label} is nearest to the oracle: largest gap {gap}, "
-            f"{count} farther"
-        )
+        found = f"{nearest.label} is nearest to the oracle {among}: largest gap {gap}. {others} farther."
     else:
         found = (
-            f"Of the methods with two seeds or more, {nearest.label} has the smallest mean of the largest gap, {gap}, "
-            f"in a tie with {_listed(ties)}: the seeds do not separate them"
+            f"{nearest.label} has the smallest mean of the largest gap {among}, {gap}. "
+            f"The seeds do not separate {nearest.label} from {_listed(ties)}"
         )
         if farther:
             found += f"; {_count(farther, 'method')} {'is' if farther == 1 else 'are'} farther"
+        found += "."
     lower = _lower_with_one_seed(nearest, ranked)
-    return found + (f"; smaller, but of one seed and without an interval: {_listed(lower)}." if lower else ".")
+    return found + (f" Smaller, but of one seed and without an interval: {_listed(lower)}." if lower else "")
 
 
 def _second(nearest: Standing, ranked: Sequence[Standing]) -> str:
@@ -221,7 +228,7 @@ def _count(count: int, noun: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{'; '.join(names[:-1])} and {names[-1]}"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def cost(standing: Standing) -> float:

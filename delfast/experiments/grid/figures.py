@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ GAPS = {
 AREAS = (25.0, 260.0)  # square points of a marker: of no time, and of the longest time in the figure
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # intervals may cross a label
 NEAR = 10.0  # points between two markers below which they share a label
+DISTANCES = (6, 10, 16, 24, 34, 46, 60, 80, 100, 130)  # points from a marker's centre to its label, tried in this order
+LED = 14.0  # points between a marker's centre and its label from which a line joins them
 
 
 def plot_answer(ranked: Sequence[Standing]) -> Figure:
@@ -46,7 +48,7 @@ def plot_answer(ranked: Sequence[Standing]) -> Figure:
     figure = Figure(figsize=(5.4, 4.4))
     figure.subplots_adjust(left=0.11, right=0.98, top=0.98, bottom=0.24)  # fixed, so that distances on paper are known
     axes = figure.add_subplot()
-    longest = max((cost(each) for each in ranked if math.isfinite(cost(each))), default=0.0)
+    longest = _longest(ranked)
     for name, (colour, marker, fill) in KINDS.items():
         chosen = [each for each in ranked if _kind(each) == name]
         if not chosen:
@@ -103,6 +105,11 @@ def _kind(standing: Standing) -> str:
     return "nearest, or a tie with it" if standing.is_best else "farther"
 
 
+def _longest(ranked: Sequence[Standing]) -> float:
+    """Return the longest time of a method that was measured, or 0."""
+    return max((cost(each) for each in ranked if math.isfinite(cost(each))), default=0.0)
+
+
 def _area(time: float, longest: float) -> float:
     least, most = AREAS
     return least + (most - least) * time / longest if math.isfinite(time) and longest > 0 else least
@@ -122,22 +129,59 @@ def _number(axes: Any, ranked: Sequence[Standing]) -> None:
         else:
             near[0].append(place)
     frame = axes.get_window_extent().transformed(Affine2D().scale(72 / axes.figure.dpi))
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
-    for places, (x, y) in groups:
+    radii = [math.sqrt(_area(cost(each), _longest(ranked))) / 2 for each in ranked]
+    markers = [_Box(x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)]
+    labels: list[_Box] = []
+    for places, centre in groups:
         text = ", ".join(map(str, places))
-        width, height = 5.2 * len(text), 9.0
-        sides = [(x + across, y + up) for up in (3, -12, 14, -22) for across in (8, -8 - width)]
-        boxes = [(left, low, left + width, low + height) for left, low in sides]
-        inside = [box for box in boxes if box[0] >= frame.x0 and box[2] <= frame.x1 and box[3] <= frame.y1] or boxes
-        box = next((box for box in inside if not any(_overlap(box, other) for other in taken)), inside[0])
-        taken.append(box)
-        offset = (box[0] - x, box[1] - y)
-        point = axes.transData.inverted().transform((x * axes.figure.dpi / 72, y * axes.figure.dpi / 72))
-        axes.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=9, path_effects=HALO, zorder=4)
+        box = _place(centre, 5.6 * len(text) + 2, 10.0, frame, markers, labels)
+        labels.append(box)
+        point = axes.transData.inverted().transform(centre * axes.figure.dpi / 72)
+        is_away = max(box.left - centre[0], centre[0] - box.right, box.low - centre[1], centre[1] - box.high) > LED
+        axes.annotate(
+            text,
+            point,
+            xytext=((box.left + box.right) / 2 - centre[0], (box.low + box.high) / 2 - centre[1]),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            path_effects=HALO,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": INK, "shrinkA": 0} if is_away else None,
+            zorder=4,
+        )
 
 
-def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle on paper, in points."""
+
+    left: float
+    low: float
+    right: float
+    high: float
+
+    def overlaps(self, other: _Box) -> bool:
+        return self.left < other.right and other.left < self.right and self.low < other.high and other.low < self.high
+
+
+def _place(centre: Any, width: float, height: float, frame: Any, markers: list[_Box], labels: list[_Box]) -> _Box:
+    """Return the box of a label: the nearest to its point, inside the axes, that overlaps no other label.
+
+    Among these, one that covers no marker is preferred.
+    """
+    free: list[_Box] = []
+    for distance, angle in itertools.product(DISTANCES, range(0, 360, 15)):
+        x = centre[0] + (distance + width / 2) * math.cos(math.radians(angle + 15))
+        y = centre[1] + (distance + height / 2) * math.sin(math.radians(angle + 15))
+        box = _Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        inside = frame.x0 <= box.left and box.right <= frame.x1 and frame.y0 <= box.low and box.high <= frame.y1
+        if inside and not any(map(box.overlaps, labels)):
+            if not any(map(box.overlaps, markers)):
+                return box
+            free.append(box)
+    x, y = centre
+    return free[0] if free else _Box(x, y, x + width, y + height)  # more labels than the axes have room for
 
 
 def plot_budgets(rows: Sequence[Row], title: str) -> Figure:

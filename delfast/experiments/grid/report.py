@@ -27,13 +27,13 @@ row to row. Δ = oracle - method: the nearer to 0, the better. MIA: percent of t
 calls non-member. KL: divergence of the method's predictions from the oracle's, in nats. Changed: percent of the
 parameters that differ from the original's. RTE: run time relative to retraining, localization included. RTE is empty
 where, for one of the seeds, the oracle was trained with another device, platform, torch, number of threads or kernels
-(the CPU's instruction set, or the build for CUDA and its card). Seconds are wall-clock times and include the effect of
+(the CPU's instruction set, or the build for CUDA and its GPU). Seconds are wall-clock times and include the effect of
 other work on the machine."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one setting: three sentences, a plot, and a table of the methods."""
+    """The answer for one setting: three paragraphs, a plot, and a table of the methods."""
 
     setting: str
     forget: str
@@ -42,8 +42,13 @@ class Answer:
 
     @property
     def sentences(self) -> list[str]:
-        """The sentences, or one that there is no result."""
+        """The paragraphs, or one that there is no result."""
         return answer.sentences(self.ranked) or ["No method has a result at the grid's budget yet."]
+
+    @property
+    def name(self) -> str:
+        """The method that came nearest, with which the first paragraph begins; "" if there is no result."""
+        return answer.name(self.ranked)
 
     @property
     def short(self) -> str:

@@ -72,7 +72,7 @@ def sections_of(setting: str, rows: list[Row], grid: Grid) -> list[Section]:
     tables: list[tuple[str, str, list[Row], Callable[[Row], str]]] = [  # only table 2 is of use with one row
         (
             "Table 1: granularity x criterion",
-            f"Reset and finetune, budget {budget:g}. Channels or single parameters, ranked by |θ G| or |G|.",
+            f"Reset and finetune, budget {budget:g}. Channels or single elements, ranked by |θ G| or |G|.",
             of("del", "param-weighted", "channel-unweighted", "salloc"),
             _strategy,
         ),

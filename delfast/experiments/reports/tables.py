@@ -35,18 +35,20 @@ def method_table(methods: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     """Return the columns, and a row for each method: its measures, and the sum of its seconds.
 
     Percentages to two decimals (Δ = oracle - method). Networks that have no accuracy, since a job has a loss of its
-    own, have a table of the mean losses, to four digits.
+    own, have a table of the mean losses, to four digits. A measure that no method has is left out.
     """
     are_losses = not any("forget_acc" in values for values in methods.values())
     fields = _LOSSES if are_losses else {name: FIELDS[name] for name in _ACCURACIES}
+    fields = {name: field for name, field in fields.items() if any(name in values for values in methods.values())}
+    times = any("seconds" in values for values in methods.values())
     digits = ".4g" if are_losses else ".2f"
     rows = [
         [name]
         + [f"{values[each]:{digits}}" if each in values else "" for each in fields]
-        + [f"{sum(values['seconds'].values()):.1f}" if "seconds" in values else ""]
+        + ([f"{sum(values['seconds'].values()):.1f}" if "seconds" in values else ""] if times else [])
         for name, values in methods.items()
     ]
-    return ["method", *fields.values(), FIELDS["seconds"]], rows
+    return ["method", *fields.values(), *([FIELDS["seconds"]] if times else [])], rows
 
 
 def selection_words(rows: Sequence[LayerRow]) -> str:

@@ -1,1 +1,49 @@
-"""Sequential requests: serve ten or more forget requests one after the other, and measure what holds."""
+"""``delfast sequence``: serve forget requests one after the other by several methods, and measure what holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from delfast.experiments.run import check_own_directory, choose_device
+from delfast.experiments.sequential.cells import run_definition
+from delfast.experiments.sequential.definition import read_definition
+from delfast.experiments.sequential.report import REPORT, make_report, pack, read_records
+from delfast.files import write_text
+
+
+def sequence(
+    path: Path,
+    output_dir: Path,
+    threads: int,
+    device: str,
+    watch: Callable[[str], None],
+    data: str | None = None,
+    report_only: bool = False,
+    pack_dir: Path | None = None,
+) -> None:
+    """Compute the records of a definition that ``output_dir`` lacks, and write the report there.
+
+    path: the definition, a TOML file. threads: of the computation; with one thread the results are bit-identical from
+    run to run. device: see ``choose_device``. watch: called with a line for each record. data: replaces the
+    definition's data. report_only: run nothing and report the records that are there. pack_dir: a directory for a
+    copy to keep in git: the report, and the records as JSON lines.
+
+    Raises InputError for a bad definition or device, or nothing to report, before anything is written.
+    """
+    if pack_dir is not None:
+        check_own_directory(pack_dir, output_dir, option="--pack")
+    definition = read_definition(path, data, data_is_read=not report_only)
+    choose_device(device)  # raises before anything is written
+    if not report_only:
+        torch.set_num_threads(threads)
+        run_definition(definition, output_dir, device, watch)
+    report = make_report(read_records(output_dir), definition.title)
+    write_text(output_dir / REPORT, report)
+    if pack_dir is not None:
+        pack(output_dir, pack_dir, report)
+
+
+__all__ = ["REPORT", "sequence"]

@@ -1,9 +1,9 @@
 """Free parameters, which no layer function uses: class tokens, position embeddings, temperatures, layer scales.
 
 Where an operation broadcasts such a parameter over the examples (dim 0), each example gets its own copy: the same
-values and, in the backward pass, its own gradient. The copies share their memory. What is computed from parameters
+values and, in the backward pass, its own gradient. The copies share their memory. A computation on parameters
 alone before that (``temperature.exp()``, ``position[:, :n]``) is stored as a function, which ``vmap`` repeats per copy
-where the result meets the data.
+where its result and the data are combined.
 """
 
 from __future__ import annotations

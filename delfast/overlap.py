@@ -1,0 +1,124 @@
+"""Examples that two sets have in common, as far as the loaders show it without reading an example."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from delfast.batches import sampler_of
+from delfast.errors import InputError
+
+Places = dict[Hashable, list[NDArray[numpy.int64]]]
+"""Positions of examples by the data set that holds them."""
+
+OF_ALL = (SequentialSampler, RandomSampler, DistributedSampler)  # together, the processes read every example
+
+
+def check_disjoint(sets: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Raise InputError, by name, if one of ``others`` has an example of one of ``sets``.
+
+    Compared are torch's DataLoaders with torch's own samplers: the positions in one data set that their Subsets and
+    samplers select, and the rows of tensors that TensorDatasets share. Contents are not compared: a training set may
+    hold an example twice, and one copy may be forgotten. Every other loader passes unseen.
+    """
+    known = {name: _places(loader) for name, loader in {**sets, **others}.items()}
+    for name in sets:
+        for other in others:
+            count = _common(known[name], known[other])
+            if count:
+                raise InputError(
+                    f"expected a {other} set without examples of the {name} set, got {count} that both have; leave "
+                    f"them out of the {other} set: Subset(dataset, indices)"
+                )
+
+
+def _common(first: Places, second: Places) -> int:
+    """Return the number of examples in both."""
+    shared = first.keys() & second.keys()
+    return sum(len(numpy.intersect1d(numpy.concatenate(first[key]), numpy.concatenate(second[key]))) for key in shared)
+
+
+def _places(loader: Any) -> Places:
+    """Return the examples that a loader can yield; empty where this is not known."""
+    found: Places = {}
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return found
+    try:
+        drawn = _drawn(loader)
+        if drawn is not None:
+            _add(loader.dataset, drawn, found)
+    except (TypeError, ValueError, IndexError, NotImplementedError):  # no length, or indices that are no positions
+        return {}
+    return found
+
+
+def _drawn(loader: DataLoader[Any]) -> NDArray[numpy.int64] | None:
+    """Return the positions in the loader's data set that its sampler can draw; None for a sampler of another type."""
+    batches, sampler = loader.batch_sampler, sampler_of(loader)
+    if isinstance(batches, (list, tuple)):
+        return _integers([position for batch in batches for position in batch])
+    if batches is not None and type(batches) is not BatchSampler:
+        return None
+    if type(sampler) in OF_ALL:
+        return numpy.arange(len(loader.dataset))  # type: ignore[arg-type]
+    if type(sampler) is SubsetRandomSampler:
+        return _integers(sampler.indices)
+    return _integers(sampler) if isinstance(sampler, (list, tuple, range)) else None
+
+
+def _add(dataset: Any, positions: NDArray[numpy.int64], found: Places) -> None:
+    """Add the examples at these positions, by the innermost data set that holds them."""
+    if type(dataset) is Subset:
+        chosen = _integers(dataset.indices)[positions]
+        size = len(dataset.dataset)  # type: ignore[arg-type]
+        _add(dataset.dataset, numpy.where(chosen < 0, chosen + size, chosen), found)
+    elif type(dataset) is ConcatDataset:
+        begin = 0
+        for part, end in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
+            _add(part, positions[(begin <= positions) & (positions < end)] - begin, found)
+            begin = end
+    else:
+        rows = _rows(dataset) if type(dataset) is TensorDataset else None
+        key, first = (id(dataset), 0) if rows is None else rows
+        found.setdefault(key, []).append(first + positions)
+
+
+def _rows(dataset: TensorDataset) -> tuple[Hashable, int] | None:
+    """Return what identifies rows of the memory that the tensors share, and the number of the first row.
+
+    All tensors count: with the same images and other labels the examples are others. None for tensors whose rows
+    cannot be distinguished by their addresses.
+    """
+    parts, firsts = [], []
+    for t in dataset.tensors:
+        if type(t) is not Tensor or t.layout is not torch.strided or not t.numel() or not t.stride(0):
+            return None
+        first, rest = divmod(int(t.storage_offset()), t.stride(0))
+        parts.append((t.untyped_storage().data_ptr(), t.dtype, t.stride(), tuple(t.shape[1:]), rest))
+        firsts.append(first)
+    return (tuple(parts), *(first - firsts[0] for first in firsts)), firsts[0]
+
+
+def _integers(values: Iterable[Any]) -> NDArray[numpy.int64]:
+    """Return positions as int64 (N,). ValueError for anything else."""
+    found = numpy.asarray(values if isinstance(values, (range, Tensor, numpy.ndarray)) else list(values))
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError("no positions")
+    return found.astype(numpy.int64)
