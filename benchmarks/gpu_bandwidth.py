@@ -108,15 +108,15 @@ def _sums(layers: list[Layer], on: str, kind: str, device: torch.device) -> Time
 
     def call() -> None:
         with tf32(True):
-            for layer, sums, (inputs, deltas) in made:
-                accumulate(layer, sums, inputs, deltas)
+            for layer, sums, (inputs, output_grad) in made:
+                accumulate(layer, sums, inputs, output_grad)
 
     def verify() -> None:
         for _, sums, _ in made:
             sums.zero_()
         call()
-        for layer, sums, (inputs, deltas) in made:
-            check_sums(layer, kind, sums, expected_sums(layer, inputs, deltas), "the measured variant")
+        for layer, sums, (inputs, output_grad) in made:
+            check_sums(layer, kind, sums, expected_sums(layer, inputs, output_grad), "the measured variant")
 
     return Timed(f"per-example sums, {kind}", on, call, verify)
 

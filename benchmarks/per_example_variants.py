@@ -112,21 +112,21 @@ def forced(variant: str) -> Iterator[None]:
         BACKEND.module.force_per_example_variant("measured")
 
 
-def accumulate(layer: Layer, sums: Tensor, inputs: Tensor, deltas: Tensor) -> None:
+def accumulate(layer: Layer, sums: Tensor, inputs: Tensor, output_grad: Tensor) -> None:
     """Add the absolute value of each example's gradient of the layer's weight to the sums, by the op."""
     dilation = [1] * len(layer["kernel"])
     geometry = layer["stride"], layer["padding"], dilation, 1
-    torch.ops.delfast.per_example_accumulate_(sums, inputs, deltas, *geometry, "abs")
+    torch.ops.delfast.per_example_accumulate_(sums, inputs, output_grad, *geometry, "abs")
 
 
 def operands(layer: Layer, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return random inputs and output gradients of the layer, channels-last."""
     sides = (layer["in"], layer["in_channels"]), (out_sizes(layer), layer["out_channels"])
-    inputs, deltas = (
+    inputs, output_grad = (
         torch.randn(layer["examples"], *sizes, channels, dtype=dtype, device=device).movedim(-1, 1)
         for sizes, channels in sides
     )
-    return inputs, deltas
+    return inputs, output_grad
 
 
 def empty_sums(layer: Layer, device: torch.device) -> Tensor:
@@ -134,11 +134,11 @@ def empty_sums(layer: Layer, device: torch.device) -> Tensor:
     return torch.zeros(shape, device=device).movedim(-1, 1)
 
 
-def expected_sums(layer: Layer, inputs: Tensor, deltas: Tensor) -> Tensor:
+def expected_sums(layer: Layer, inputs: Tensor, output_grad: Tensor) -> Tensor:
     """Return the sums of the same operands in float32."""
     expected = empty_sums(layer, inputs.device)
     with tf32(False):
-        accumulate(layer, expected, inputs.float(), deltas.float())
+        accumulate(layer, expected, inputs.float(), output_grad.float())
     return expected
 
 

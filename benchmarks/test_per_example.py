@@ -68,21 +68,21 @@ def median_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
     return statistics.median(times)
 
 
-def verified(layer: Layer, dtype: torch.dtype, epilogue: str = "abs") -> tuple[Tensor, Tensor, Tensor]:
-    """Return (sums, inputs, deltas) of the layer, channels-last; the kernel's sums are near the reference's."""
-    sums, inputs, deltas = (channels_last(t) for t in layer.operands(dtype))
-    few = inputs[:4], deltas[:4]
+def verified(layer: Layer, dtype: torch.dtype, transform: str = "abs") -> tuple[Tensor, Tensor, Tensor]:
+    """Return (sums, inputs, output_grad) of the layer, channels-last; the kernel's sums are near the reference's."""
+    sums, inputs, output_grad = (channels_last(t) for t in layer.operands(dtype))
+    few = inputs[:4], output_grad[:4]
     result, expected = sums.clone().zero_(), sums.double().zero_()
-    NATIVE.per_example_accumulate_(result, *few, *layer.settings, epilogue)
-    REFERENCE["per_example_accumulate_"](expected, *(t.double() for t in few), *layer.settings, epilogue)
+    NATIVE.per_example_accumulate_(result, *few, *layer.settings, transform)
+    REFERENCE["per_example_accumulate_"](expected, *(t.double() for t in few), *layer.settings, transform)
     assert relative_l2(result, expected) <= 1e-6
-    return sums, inputs, deltas
+    return sums, inputs, output_grad
 
 
 def report(versus: Versus, layer: Layer, ratio: float, baseline: str, target: str) -> None:
     """Return GFLOP/s, counting the products of the whole kernel at every position, padding included, as is usual."""
-    sums, _, deltas = layer.operands()
-    operations = 2 * deltas.numel() * sums[0].numel() / 1e9
+    sums, _, output_grad = layer.operands()
+    operations = 2 * output_grad.numel() * sums[0].numel() / 1e9
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     sgemm = 2 * 1.024**3 / median_seconds(lambda: a @ b)
     seconds = versus.benchmark.stats.stats.median
@@ -96,25 +96,25 @@ def report(versus: Versus, layer: Layer, ratio: float, baseline: str, target: st
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_per_example_convolutions(versus: Versus, name: str) -> None:
     layer = CONVOLUTIONS[name]
-    sums, inputs, deltas = verified(layer, torch.float32)
+    sums, inputs, output_grad = verified(layer, torch.float32)
     stride, padding, dilation, groups = layer.settings
     rest = (None, stride, padding, dilation, False, [0, 0], groups, [False, True, False])
     ratio = versus(
-        partial(NATIVE.per_example_accumulate_, sums, inputs, deltas, *layer.settings, "abs"),
-        lambda: torch.ops.aten.convolution_backward(deltas, inputs, sums, *rest),
+        partial(NATIVE.per_example_accumulate_, sums, inputs, output_grad, *layer.settings, "abs"),
+        lambda: torch.ops.aten.convolution_backward(output_grad, inputs, sums, *rest),
         rounds=21,
     )
     report(versus, layer, ratio, "oneDNN", ">= 0.85 x" if name in STAGES else "none")
 
 
-@pytest.mark.parametrize("epilogue", ["abs", "square"])
+@pytest.mark.parametrize("transform", ["abs", "square"])
 @pytest.mark.parametrize("name", LINEAR)
-def test_per_example_linear(versus: Versus, name: str, epilogue: str) -> None:
+def test_per_example_linear(versus: Versus, name: str, transform: str) -> None:
     layer = LINEAR[name]
-    sums, inputs, deltas = verified(layer, torch.float32, epilogue)
-    rows, columns = (t.movedim(1, -1).flatten(0, 1) for t in (deltas, inputs))
+    sums, inputs, output_grad = verified(layer, torch.float32, transform)
+    rows, columns = (t.movedim(1, -1).flatten(0, 1) for t in (output_grad, inputs))
     ratio = versus(
-        partial(NATIVE.per_example_accumulate_, sums, inputs, deltas, *layer.settings, epilogue),
+        partial(NATIVE.per_example_accumulate_, sums, inputs, output_grad, *layer.settings, transform),
         lambda: rows.T @ columns,
         rounds=41,
     )
@@ -125,10 +125,10 @@ def test_per_example_linear(versus: Versus, name: str, epilogue: str) -> None:
 def test_per_example_bfloat16(versus: Versus, name: str) -> None:
     """Compare with our own float32: on some processors oneDNN's bfloat16 uses units that multiply whole tiles."""
     layer = STAGES[name]
-    sums, inputs, deltas = verified(layer, torch.bfloat16)
-    wide = inputs.float(), deltas.float()
+    sums, inputs, output_grad = verified(layer, torch.bfloat16)
+    wide = inputs.float(), output_grad.float()
     ratio = versus(
-        partial(NATIVE.per_example_accumulate_, sums, inputs, deltas, *layer.settings, "abs"),
+        partial(NATIVE.per_example_accumulate_, sums, inputs, output_grad, *layer.settings, "abs"),
         partial(NATIVE.per_example_accumulate_, sums.clone(), *wide, *layer.settings, "abs"),
         rounds=21,
     )
@@ -138,41 +138,43 @@ def test_per_example_bfloat16(versus: Versus, name: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("name", STAGES)
 def test_channel_dot(versus: Versus, name: str, layout: str) -> None:
-    deltas = STAGES[name].operands()[2]
-    values = torch.randn_like(deltas)
+    output_grad = STAGES[name].operands()[2]
+    values = torch.randn_like(output_grad)
     if layout == "channels-last":
-        deltas, values = channels_last(deltas), channels_last(values)
-    exact = REFERENCE["channel_dot"](deltas.double(), values.double())
-    assert relative_l2(NATIVE.channel_dot(deltas, values), exact) <= 1e-6
+        output_grad, values = channels_last(output_grad), channels_last(values)
+    exact = REFERENCE["channel_dot"](output_grad.double(), values.double())
+    assert relative_l2(NATIVE.channel_dot(output_grad, values), exact) <= 1e-6
     ratio = versus(
-        lambda: NATIVE.channel_dot(deltas, values), lambda: REFERENCE["channel_dot"](deltas, values), rounds=41
+        lambda: NATIVE.channel_dot(output_grad, values),
+        lambda: REFERENCE["channel_dot"](output_grad, values),
+        rounds=41,
     )
-    gigabytes = 8 * deltas.numel() / versus.benchmark.stats.stats.median / 1e9
+    gigabytes = 8 * output_grad.numel() / versus.benchmark.stats.stats.median / 1e9
     versus.report(f"{ratio:.1f} x faster than product, then sum ({gigabytes:.1f} GB/s)", "none")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("name", STAGES)
-def test_channel_accumulate(versus: Versus, name: str, layout: str) -> None:
+def test_channel_sums(versus: Versus, name: str, layout: str) -> None:
     """Compare with the normalized input, two channel dots, and their absolute values summed over the examples."""
-    deltas = STAGES[name].operands()[2]
-    inputs = torch.randn_like(deltas)
+    output_grad = STAGES[name].operands()[2]
+    inputs = torch.randn_like(output_grad)
     if layout == "channels-last":
-        deltas, inputs = channels_last(deltas), channels_last(inputs)
-    channels = deltas.shape[1]
+        output_grad, inputs = channels_last(output_grad), channels_last(inputs)
+    channels = output_grad.shape[1]
     mean, variance = torch.randn(channels), torch.rand(channels) + 0.1
     sums = [torch.zeros(channels), torch.zeros(channels)]
     exact = [total.double() for total in sums]
     statistics = (mean, variance, 1e-5, "abs")
-    REFERENCE["channel_accumulate_"](exact, deltas.double(), inputs.double(), *statistics)
-    NATIVE.channel_accumulate_(sums, deltas, inputs, *statistics)
+    REFERENCE["channel_sums_"](exact, output_grad.double(), inputs.double(), *statistics)
+    NATIVE.channel_sums_(sums, output_grad, inputs, *statistics)
     assert relative_l2(torch.cat(sums), torch.cat(exact)) <= 1e-6
 
     def apart() -> None:
         normalized = torch.nn.functional.batch_norm(inputs, mean, variance)
         for total, values in zip(sums, (normalized, None), strict=True):
-            total.add_(NATIVE.channel_dot(deltas, values).abs().sum(dim=0))
+            total.add_(NATIVE.channel_dot(output_grad, values).abs().sum(dim=0))
 
-    ratio = versus(lambda: NATIVE.channel_accumulate_(sums, deltas, inputs, *statistics), apart, rounds=41)
-    gigabytes = 8 * deltas.numel() / versus.benchmark.stats.stats.median / 1e9
+    ratio = versus(lambda: NATIVE.channel_sums_(sums, output_grad, inputs, *statistics), apart, rounds=41)
+    gigabytes = 8 * output_grad.numel() / versus.benchmark.stats.stats.median / 1e9
     versus.report(f"{ratio:.1f} x faster than the steps apart ({gigabytes:.1f} GB/s)", "none")

@@ -105,7 +105,7 @@ class Layer:
         return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
 
     def operands(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-        """(sums, inputs, deltas), contiguous; float32 sums (float64 for float64), not zero."""
+        """(sums, inputs, output_grad), contiguous; float32 sums (float64 for float64), not zero."""
         wide = torch.promote_types(dtype, torch.float32)
         return (
             torch.rand(self.out_channels, self.in_channels // self.groups, *self.kernel, dtype=wide),

@@ -32,18 +32,18 @@ OPERANDS = {
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-def exact_sums(layer: Layer, inputs: Tensor, deltas: Tensor) -> Tensor:
+def exact_sums(layer: Layer, inputs: Tensor, output_grad: Tensor) -> Tensor:
     sums = torch.zeros_like(layer.operands()[0], dtype=torch.float64)
-    REFERENCE(sums, inputs.cpu().double(), deltas.cpu().double(), *layer.settings, "abs")
+    REFERENCE(sums, inputs.cpu().double(), output_grad.cpu().double(), *layer.settings, "abs")
     return sums
 
 
-def accumulated(layer: Layer, inputs: Tensor, deltas: Tensor, captured: bool = False) -> Tensor:
+def accumulated(layer: Layer, inputs: Tensor, output_grad: Tensor, captured: bool = False) -> Tensor:
     """The op's sums, on the CPU; ``captured``: as a CUDA graph's first replay gives them."""
     sums = torch.zeros_like(layer.operands()[0], device=inputs.device)
     graph = torch.cuda.CUDAGraph() if captured else None
     with torch.cuda.graph(graph) if graph else nullcontext():
-        torch.ops.delfast.per_example_accumulate_(sums, inputs, deltas, *layer.settings, "abs")
+        torch.ops.delfast.per_example_accumulate_(sums, inputs, output_grad, *layer.settings, "abs")
     if graph:
         graph.replay()
     return sums.cpu()
@@ -51,15 +51,15 @@ def accumulated(layer: Layer, inputs: Tensor, deltas: Tensor, captured: bool = F
 
 def check_sums(layer: Layer, dtype: torch.dtype, tolerance: float, device: str) -> None:
     torch.manual_seed(0)
-    inputs, deltas = (operand.to(device) for operand in layer.operands(dtype)[1:])
-    sums = accumulated(layer, inputs, deltas)
-    assert relative_l2(sums, exact_sums(layer, inputs, deltas)) <= tolerance
-    assert torch.equal(accumulated(layer, inputs, deltas), sums)
+    inputs, output_grad = (operand.to(device) for operand in layer.operands(dtype)[1:])
+    sums = accumulated(layer, inputs, output_grad)
+    assert relative_l2(sums, exact_sums(layer, inputs, output_grad)) <= tolerance
+    assert torch.equal(accumulated(layer, inputs, output_grad), sums)
     if device == "cuda":
-        assert torch.equal(accumulated(layer, inputs, deltas, captured=True), sums)
+        assert torch.equal(accumulated(layer, inputs, output_grad, captured=True), sums)
     for number in range(2):
         for bits in (torch.iinfo(BITS[dtype]).max, -1):  # NaNs of only ones, of both signs
-            operands = [inputs.clone(), deltas.clone()]
+            operands = [inputs.clone(), output_grad.clone()]
             operands[number].view(BITS[dtype])[1, 3] = bits  # a channel of an example
             found = accumulated(layer, *operands).isnan()
             assert found.any() and torch.equal(found, exact_sums(layer, *operands).isnan())

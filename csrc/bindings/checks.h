@@ -183,14 +183,14 @@ inline int64_t check_units(const Tensor& scores, const IntList& counts, const In
   DELFAST_CHECK_VALUE(scores.dim() == 1 && type_of(scores) == ScalarType::Float,
                       "expected scores float32 (units,), got ", type_of(scores), " ", scores.sizes(),
                       "; pass what criticality returns for these parameters");
-  int64_t left = scores.numel(), bytes = 0, scalars = 0;
+  int64_t left = scores.numel(), bytes = 0, elements = 0;
   for (size_t p = 0; p < counts.size(); p++) {
     int64_t these = 0;
     DELFAST_CHECK_VALUE(counts[p] >= 0 && lengths[p] >= 0, "expected counts and lengths >= 0, got ", counts[p], " of ",
                         lengths[p], " for parameter #", p, "; pass the parameters' unit counts and row lengths");
     DELFAST_CHECK_VALUE(
-        !__builtin_mul_overflow(counts[p], lengths[p], &these) && !__builtin_add_overflow(scalars, these, &scalars),
-        "expected fewer than 2^63 scalars in all, got ", counts[p], " units of ", lengths[p], " for parameter #", p,
+        !__builtin_mul_overflow(counts[p], lengths[p], &these) && !__builtin_add_overflow(elements, these, &elements),
+        "expected fewer than 2^63 elements in all, got ", counts[p], " units of ", lengths[p], " for parameter #", p,
         "; pass the parameters' unit counts and row lengths");
     DELFAST_CHECK_VALUE(counts[p] <= left, "expected counts that sum to the ", scores.numel(), " scores, got ",
                         counts[p], " for parameter #", p, " where ", left,

@@ -28,13 +28,13 @@ void masked_adamw_(const TensorList& params, const TensorList& grads, const Tens
                    double weight_decay, bool maximize, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf, const OptionalTensor& lr_tensor);
 
-void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
+void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& output_grad, const IntList& stride,
                              const IntList& padding, const IntList& dilation, int64_t groups,
-                             const std::string& epilogue, bool allow_tf32);
-Tensor channel_dot(const Tensor& deltas, const OptionalTensor& values);
-void channel_accumulate_(const TensorList& sums, const Tensor& deltas, const OptionalTensor& values,
-                         const OptionalTensor& mean, const OptionalTensor& variance, double eps,
-                         const std::string& epilogue);
+                             const std::string& transform, bool allow_tf32);
+Tensor channel_dot(const Tensor& output_grad, const OptionalTensor& values);
+void channel_sums_(const TensorList& sums, const Tensor& output_grad, const OptionalTensor& values,
+                   const OptionalTensor& mean, const OptionalTensor& variance, double eps,
+                   const std::string& transform);
 
 Tensor gather_columns(const Tensor& source, const Tensor& columns);
 void write_rows_(const TensorList& weights, const TensorList& rows, const TensorList& indices, const IntList& dims);

@@ -1,4 +1,4 @@
-// delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_accumulate_ on the CPU.
+// delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_sums_ on the CPU.
 #include "bindings/per_example.h"
 
 #include <algorithm>
@@ -24,10 +24,10 @@ constexpr int64_t kProductsPerElement = 32;
 
 }  // namespace
 
-void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
+void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& output_grad, const IntList& stride,
                              const IntList& padding, const IntList& dilation, int64_t groups,
-                             const std::string& epilogue, bool /*allow_tf32: for CUDA*/) {
-  PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
+                             const std::string& transform, bool /*allow_tf32: for CUDA*/) {
+  PerExampleOperands checked(sums, inputs, output_grad, stride, padding, dilation, groups, transform);
   if (!checked.operands.shape.examples) return checked.finish();
   const cpu::Isa isa = cpu::isa();
   const auto& kernels = cpu::per_example(isa);
@@ -37,12 +37,12 @@ void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Ten
   const int64_t products = s.out_channels * s.row() * s.positions();  // products of an example
   for (int64_t first = 0; first < s.examples; first += plan.block_examples) {
     const cpu::PerExampleBlock block = plan.block(first, workspace.mutable_data_ptr<float>());
-    const cpu::Packing &of_inputs = block.pack_inputs, &of_deltas = block.pack_deltas;
+    const cpu::Packing &of_inputs = block.pack_inputs, &of_output_grad = block.pack_output_grad;
     const int64_t rows =
-        of_inputs.rows + of_deltas.rows;  // rows of both operands: threads wait for each other less often
-    run_range(rows, std::max(of_inputs.length, of_deltas.length), [&](int64_t begin, int64_t end) {
+        of_inputs.rows + of_output_grad.rows;  // rows of both operands: threads wait for each other less often
+    run_range(rows, std::max(of_inputs.length, of_output_grad.length), [&](int64_t begin, int64_t end) {
       kernels.pack(block, of_inputs, std::min(begin, of_inputs.rows), std::min(end, of_inputs.rows));
-      kernels.pack(block, of_deltas, std::max(begin, of_inputs.rows) - of_inputs.rows,
+      kernels.pack(block, of_output_grad, std::max(begin, of_inputs.rows) - of_inputs.rows,
                    std::max(end, of_inputs.rows) - of_inputs.rows);
     });
     const int64_t tiles = kernels.tiles(block), examples = std::min(plan.block_examples, s.examples - first);
@@ -52,8 +52,8 @@ void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Ten
   checked.finish();
 }
 
-Tensor channel_dot(const Tensor& deltas, const OptionalTensor& values) {
-  ChannelDotOperands checked(deltas, values);
+Tensor channel_dot(const Tensor& output_grad, const OptionalTensor& values) {
+  ChannelDotOperands checked(output_grad, values);
   ChannelDot& dot = checked.dot;
   Tensor out = empty({dot.examples, dot.channels}, ScalarType::Float);
   dot.out = out.mutable_data_ptr<float>();
@@ -62,12 +62,12 @@ Tensor channel_dot(const Tensor& deltas, const OptionalTensor& values) {
   return out;
 }
 
-void channel_accumulate_(const TensorList& sums, const Tensor& deltas, const OptionalTensor& values,
-                         const OptionalTensor& mean, const OptionalTensor& variance, double eps,
-                         const std::string& epilogue) {
-  ChannelSumsOperands checked(sums, deltas, values, mean, variance, eps, epilogue);
+void channel_sums_(const TensorList& sums, const Tensor& output_grad, const OptionalTensor& values,
+                   const OptionalTensor& mean, const OptionalTensor& variance, double eps,
+                   const std::string& transform) {
+  ChannelSumsOperands checked(sums, output_grad, values, mean, variance, eps, transform);
   const ChannelSums& p = checked.operands;
-  if (!deltas.numel()) return checked.finish();
+  if (!output_grad.numel()) return checked.finish();
   const cpu::ChannelSumsPlan plan(p);
   const Tensor workspace = empty({plan.workspace()}, ScalarType::Double);
   double* const parts = workspace.mutable_data_ptr<double>();

@@ -9,10 +9,10 @@
 
 namespace delfast::bindings {
 
-inline Epilogue parse_epilogue(std::string_view name) {
-  if (name == "abs") return Epilogue::abs;
-  if (name == "square") return Epilogue::square;
-  DELFAST_CHECK_VALUE(false, "expected epilogue 'abs' or 'square', got '", name, "'; pass one of these");
+inline Transform parse_transform(std::string_view name) {
+  if (name == "abs") return Transform::abs;
+  if (name == "square") return Transform::square;
+  DELFAST_CHECK_VALUE(false, "expected transform 'abs' or 'square', got '", name, "'; pass one of these");
 }
 
 // Dim 0 outermost, dim 1 innermost. (With one channel or one position, contiguous is the same.)
@@ -24,23 +24,23 @@ inline Layout channels_last_layout(const Tensor& t) {
 // The operands of per_example_accumulate_, channels-last; copied if they are not.
 class PerExampleOperands {
  public:
-  PerExampleOperands(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
-                     const IntList& padding, const IntList& dilation, int64_t groups, const std::string& epilogue)
+  PerExampleOperands(const Tensor& sums, const Tensor& inputs, const Tensor& output_grad, const IntList& stride,
+                     const IntList& padding, const IntList& dilation, int64_t groups, const std::string& transform)
       : changed_({sums}) {
     check_device(device_of(sums), inputs, "inputs");
-    check_device(device_of(sums), deltas, "deltas");
-    operands.epilogue = parse_epilogue(epilogue);
+    check_device(device_of(sums), output_grad, "output_grad");
+    operands.transform = parse_transform(transform);
     operands.inputs_dtype = dtype_of(inputs, "inputs");
-    operands.deltas_dtype = dtype_of(deltas, "deltas");
+    operands.output_grad_dtype = dtype_of(output_grad, "output_grad");
     DELFAST_CHECK_VALUE(type_of(sums) == ScalarType::Float, "expected sums to be float32, got ", type_of(sums),
                         "; pass float32 zeros of the weight's shape");
-    operands.shape = checked_shape(sums, inputs, deltas, stride, padding, dilation, groups);
-    if (sums.numel() == 0 || inputs.numel() == 0 || deltas.numel() == 0) {
+    operands.shape = checked_shape(sums, inputs, output_grad, stride, padding, dilation, groups);
+    if (sums.numel() == 0 || inputs.numel() == 0 || output_grad.numel() == 0) {
       operands.shape = {};  // nothing to add
       return;
     }
     operands.inputs = copies_.read(inputs, channels_last_layout(inputs));
-    operands.deltas = copies_.read(deltas, channels_last_layout(deltas));
+    operands.output_grad = copies_.read(output_grad, channels_last_layout(output_grad));
     operands.sums = static_cast<float*>(copies_.write(sums, channels_last_layout(sums)));
   }
 
@@ -53,14 +53,16 @@ class PerExampleOperands {
   PerExample operands;
 
  private:
-  static ConvShape checked_shape(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
-                                 const IntList& padding, const IntList& dilation, int64_t groups) {
+  static ConvShape checked_shape(const Tensor& sums, const Tensor& inputs, const Tensor& output_grad,
+                                 const IntList& stride, const IntList& padding, const IntList& dilation,
+                                 int64_t groups) {
     const int64_t dims = inputs.dim() - 2;
-    DELFAST_CHECK_VALUE(dims >= 1 && dims <= 3 && deltas.dim() == inputs.dim() && sums.dim() == inputs.dim(),
-                        "expected inputs (N, C, *in), deltas (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 "
-                        "spatial dimensions, got ",
-                        inputs.sizes(), ", ", deltas.sizes(), " and ", sums.sizes(),
-                        "; pass the layer's input, its output's gradient and sums like its weight");
+    DELFAST_CHECK_VALUE(
+        dims >= 1 && dims <= 3 && output_grad.dim() == inputs.dim() && sums.dim() == inputs.dim(),
+        "expected inputs (N, C, *in), output_grad (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 "
+        "spatial dimensions, got ",
+        inputs.sizes(), ", ", output_grad.sizes(), " and ", sums.sizes(),
+        "; pass the layer's input, its output's gradient and sums like its weight");
     DELFAST_CHECK_VALUE(
         int64_t(stride.size()) == dims && int64_t(padding.size()) == dims && int64_t(dilation.size()) == dims,
         "expected ", dims, " values each of stride, padding and dilation, got ", stride.size(), ", ", padding.size(),
@@ -68,20 +70,20 @@ class PerExampleOperands {
     ConvShape s;
     s.examples = inputs.size(0);
     s.in_channels = inputs.size(1);
-    s.out_channels = deltas.size(1);
+    s.out_channels = output_grad.size(1);
     s.groups = groups;
     DELFAST_CHECK_VALUE(groups >= 1 && s.in_channels % groups == 0 && s.out_channels % groups == 0,
                         "expected groups to divide ", s.in_channels, " input and ", s.out_channels,
                         " output channels, got ", groups, "; pass the layer's groups");
     DELFAST_CHECK_VALUE(
-        deltas.size(0) == s.examples && sums.size(0) == s.out_channels && sums.size(1) == s.in_channels / groups,
-        "expected deltas of ", s.examples, " examples and sums (", s.out_channels, ", ", s.in_channels / groups,
-        ", *kernel), got deltas ", deltas.sizes(), " and sums ", sums.sizes(),
+        output_grad.size(0) == s.examples && sums.size(0) == s.out_channels && sums.size(1) == s.in_channels / groups,
+        "expected output_grad of ", s.examples, " examples and sums (", s.out_channels, ", ", s.in_channels / groups,
+        ", *kernel), got output_grad ", output_grad.sizes(), " and sums ", sums.sizes(),
         "; pass the layer's input, its output's gradient and sums like its weight");
     for (int64_t i = 0; i < dims; i++) {
       const int64_t to = 3 - dims + i;
       s.in[to] = inputs.size(2 + i);
-      s.out[to] = deltas.size(2 + i);
+      s.out[to] = output_grad.size(2 + i);
       s.kernel[to] = sums.size(2 + i);
       s.stride[to] = stride[i];
       s.padding[to] = padding[i];
@@ -95,9 +97,9 @@ class PerExampleOperands {
                           stride[i], ", ", dilation[i], ", ", padding[i], " and ", s.kernel[to], "; pass the layer's");
       const __int128 span = __int128(s.in[to]) + 2 * padding[i] - dilation[i] * (s.kernel[to] - 1) - 1;
       const int64_t out = span >= 0 ? int64_t(span / stride[i] + 1) : 0;
-      DELFAST_CHECK_VALUE(s.kernel[to] >= 1 && out == s.out[to], "expected deltas of ", out, " positions in dimension ",
-                          i, ", given inputs ", inputs.sizes(), " and sums ", sums.sizes(), ", got ", deltas.sizes(),
-                          "; pass the layer's stride, padding and dilation");
+      DELFAST_CHECK_VALUE(s.kernel[to] >= 1 && out == s.out[to], "expected output_grad of ", out,
+                          " positions in dimension ", i, ", given inputs ", inputs.sizes(), " and sums ", sums.sizes(),
+                          ", got ", output_grad.sizes(), "; pass the layer's stride, padding and dilation");
     }
     return s;
   }
@@ -109,23 +111,23 @@ class PerExampleOperands {
 // The operands of channel_dot in the layout of the output gradients; values are copied if their layout differs.
 class ChannelDotOperands {
  public:
-  ChannelDotOperands(const Tensor& deltas, const OptionalTensor& values) {
-    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", deltas.sizes(),
+  ChannelDotOperands(const Tensor& output_grad, const OptionalTensor& values) {
+    DELFAST_CHECK_VALUE(output_grad.dim() >= 2, "expected output_grad (N, C, *positions), got ", output_grad.sizes(),
                         "; pass the gradient of a layer's output");
-    dot.deltas_dtype = dtype_of(deltas, "deltas");
+    dot.output_grad_dtype = dtype_of(output_grad, "output_grad");
     if (values) {
-      check_device(device_of(deltas), *values, "values");
-      DELFAST_CHECK_VALUE(values->sizes().equals(deltas.sizes()), "expected values of shape ", deltas.sizes(),
-                          " like deltas, got ", values->sizes(), "; pass what the gradient is of");
+      check_device(device_of(output_grad), *values, "values");
+      DELFAST_CHECK_VALUE(values->sizes().equals(output_grad.sizes()), "expected values of shape ", output_grad.sizes(),
+                          " like output_grad, got ", values->sizes(), "; pass what the gradient is of");
       dot.values_dtype = dtype_of(*values, "values");
     }
-    dot.examples = deltas.size(0);
-    dot.channels = deltas.size(1);
-    if (deltas.numel() == 0) return;
-    const Layout layout = usable_layout(deltas);
+    dot.examples = output_grad.size(0);
+    dot.channels = output_grad.size(1);
+    if (output_grad.numel() == 0) return;
+    const Layout layout = usable_layout(output_grad);
     dot.positions = layout.length / dot.channels;
     dot.channels_last = layout.spatial != 1;
-    dot.deltas = copies_.read(deltas, layout);
+    dot.output_grad = copies_.read(output_grad, layout);
     if (values) dot.values = copies_.read(*values, layout);
   }
 
@@ -135,12 +137,12 @@ class ChannelDotOperands {
   Copies copies_;
 };
 
-// The operands of channel_accumulate_ in the layout of the output gradients; values are copied if their layout differs.
+// The operands of channel_sums_ in the layout of the output gradients; values are copied if their layout differs.
 class ChannelSumsOperands {
  public:
-  ChannelSumsOperands(const TensorList& written, const Tensor& deltas, const OptionalTensor& values,
+  ChannelSumsOperands(const TensorList& written, const Tensor& output_grad, const OptionalTensor& values,
                       const OptionalTensor& mean, const OptionalTensor& variance, double eps,
-                      const std::string& epilogue)
+                      const std::string& transform)
       : changed_(written) {
     DELFAST_CHECK_VALUE(!written.empty() && written.size() <= (values ? 2 : 1),
                         "expected one tensor of sums, or two with values, got ", written.size(),
@@ -149,16 +151,16 @@ class ChannelSumsOperands {
                         "expected mean and variance together and with values; pass both or neither");
     const Device device = device_of(written[0]);
     check_devices(device, written, "sums");
-    check_device(device, deltas, "deltas");
+    check_device(device, output_grad, "output_grad");
     if (values) check_device(device, *values, "values");
     if (mean) check_device(device, *mean, "mean");
     if (variance) check_device(device, *variance, "variance");
-    DELFAST_CHECK_VALUE(deltas.dim() >= 2, "expected deltas (N, C, *positions), got ", deltas.sizes(),
+    DELFAST_CHECK_VALUE(output_grad.dim() >= 2, "expected output_grad (N, C, *positions), got ", output_grad.sizes(),
                         "; pass the gradient of a layer's output");
-    operands.epilogue = parse_epilogue(epilogue);
-    operands.deltas_dtype = dtype_of(deltas, "deltas");
-    operands.examples = deltas.size(0);
-    operands.channels = deltas.size(1);
+    operands.transform = parse_transform(transform);
+    operands.output_grad_dtype = dtype_of(output_grad, "output_grad");
+    operands.examples = output_grad.size(0);
+    operands.channels = output_grad.size(1);
     operands.eps = eps;
     for (size_t i = 0; i < written.size(); i++) {
       DELFAST_CHECK_VALUE(type_of(written[i]) == ScalarType::Float, "expected sums #", i, " to be float32, got ",
@@ -167,8 +169,8 @@ class ChannelSumsOperands {
                           " channels, got ", written[i].sizes(), "; pass zeros of the parameter's shape");
     }
     if (values) {
-      DELFAST_CHECK_VALUE(values->sizes().equals(deltas.sizes()), "expected values of shape ", deltas.sizes(),
-                          " like deltas, got ", values->sizes(), "; pass what the gradient is of");
+      DELFAST_CHECK_VALUE(values->sizes().equals(output_grad.sizes()), "expected values of shape ", output_grad.sizes(),
+                          " like output_grad, got ", values->sizes(), "; pass what the gradient is of");
       operands.values_dtype = dtype_of(*values, "values");
     }
     if (mean) {
@@ -179,11 +181,11 @@ class ChannelSumsOperands {
       float* const to = static_cast<float*>(copies_.write(sums, contiguous(sums)));
       (values && &sums == &written.front() ? operands.weighted : operands.plain) = to;
     }
-    if (deltas.numel() == 0) return;
-    const Layout layout = usable_layout(deltas);
+    if (output_grad.numel() == 0) return;
+    const Layout layout = usable_layout(output_grad);
     operands.positions = layout.length / operands.channels;
     operands.channels_last = layout.spatial != 1;
-    operands.deltas = copies_.read(deltas, layout);
+    operands.output_grad = copies_.read(output_grad, layout);
     if (values) operands.values = copies_.read(*values, layout);
   }
 

@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY_IMPL(delfast, CPU, m) {
   serve<"masked_adamw_", &bindings::masked_adamw_>(m);
   serve<"per_example_accumulate_", &bindings::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::channel_dot>(m);
-  serve<"channel_accumulate_", &bindings::channel_accumulate_>(m);
+  serve<"channel_sums_", &bindings::channel_sums_>(m);
   m.impl("gather_columns", TORCH_BOX(&bindings::gather_columns));  // for any dtype
   m.impl("write_rows_", TORCH_BOX(&bindings::write_rows_));        // for any dtype
 }

@@ -3,7 +3,7 @@
 // A unit is a slab of examples by 16 channels. Output gradients and values are read once for both sums.
 //
 // Numerics. Sums of an example as in channel_dot: partial sums in float32, added in double. Its transform and the sum
-// over the examples are in double. The mean is subtracted from every value, because sum(delta value) - mean sum(delta)
+// over the examples are in double. The mean is subtracted from every value, because sum(grad value) - mean sum(grad)
 // would cancel where the mean is large relative to the deviation.
 
 namespace {
@@ -12,9 +12,9 @@ struct LanePair {
   double weighted[16] = {}, plain[16] = {};
 };
 
-template <class Delta, class Value>
+template <class OutputGrad, class Value>
 struct Pairs {
-  const Delta* deltas;
+  const OutputGrad* output_grad;
   const Value* values;  // null: only the plain sums are needed
   const float* mean;    // null: 0
 
@@ -28,13 +28,13 @@ struct Pairs {
       const int64_t end = positions - p < kRun ? positions : p + kRun;
       Vec weighted = Vec::broadcast(0), plain = Vec::broadcast(0);
       for (int64_t q = p; q < end; q++) {
-        const Delta* const d = deltas + at + q * pitch;
-        const Vec delta = channels == 16 ? Vec::load(d) : Vec::load_first(d, channels);
-        plain = plain + delta;
+        const OutputGrad* const d = output_grad + at + q * pitch;
+        const Vec grad = channels == 16 ? Vec::load(d) : Vec::load_first(d, channels);
+        plain = plain + grad;
         if (!values) continue;
         const Value* const v = values + at + q * pitch;
         const Vec value = channels == 16 ? Vec::load(v) : Vec::load_first(v, channels);
-        weighted = weighted + delta * (value - center);
+        weighted = weighted + grad * (value - center);
       }
       float run[2][16];
       weighted.store(run[0]);
@@ -52,20 +52,21 @@ struct Pairs {
     Sum products, alone;
     for (int64_t i = 0; i < positions; i += 16) {
       const int n = positions - i < 16 ? int(positions - i) : 16;
-      const Vec delta = n == 16 ? Vec::load(deltas + at + i) : Vec::load_first(deltas + at + i, n);
-      alone.add(delta);
+      const Vec grad = n == 16 ? Vec::load(output_grad + at + i) : Vec::load_first(output_grad + at + i, n);
+      alone.add(grad);
       if (!values) continue;
       const Vec value = n == 16 ? Vec::load(values + at + i) : Vec::load_first(values + at + i, n);
-      products.add(delta * (value - center));
+      products.add(grad * (value - center));
     }
     plain = alone.total();
     if (values) weighted = products.total();
   }
 };
 
-template <class Delta, class Value>
+template <class OutputGrad, class Value>
 void add_unit(const ChannelSums& p, const ChannelSumsPlan& plan, int64_t unit, double* out) {
-  const Pairs<Delta, Value> pairs = {static_cast<const Delta*>(p.deltas), static_cast<const Value*>(p.values), p.mean};
+  const Pairs<OutputGrad, Value> pairs = {static_cast<const OutputGrad*>(p.output_grad),
+                                          static_cast<const Value*>(p.values), p.mean};
   const int64_t slab = unit / plan.blocks, c = unit % plan.blocks * 16;
   const int channels = int(p.channels - c < 16 ? p.channels - c : 16);
   const int64_t first = slab * plan.slab_examples;
@@ -84,8 +85,8 @@ void add_unit(const ChannelSums& p, const ChannelSumsPlan& plan, int64_t unit, d
     }
     for (int l = 0; l < 16; l++) {
       const double weighted = sums.weighted[l] * scale[l], plain = sums.plain[l];
-      totals.weighted[l] += p.epilogue == Epilogue::abs ? __builtin_fabs(weighted) : weighted * weighted;
-      totals.plain[l] += p.epilogue == Epilogue::abs ? __builtin_fabs(plain) : plain * plain;
+      totals.weighted[l] += p.transform == Transform::abs ? __builtin_fabs(weighted) : weighted * weighted;
+      totals.plain[l] += p.transform == Transform::abs ? __builtin_fabs(plain) : plain * plain;
     }
   }
   for (int l = 0; l < 16; l++) {
@@ -95,10 +96,10 @@ void add_unit(const ChannelSums& p, const ChannelSumsPlan& plan, int64_t unit, d
 }
 
 void channel_sums(const ChannelSums& p, const ChannelSumsPlan& plan, double* workspace, int64_t begin, int64_t end) {
-  with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
+  with_dtype(p.output_grad_dtype, [&]<class OutputGrad>(const OutputGrad*) {
     with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
       for (int64_t unit = begin; unit < end; unit++)
-        add_unit<Delta, Value>(p, plan, unit, workspace + unit * 2 * ChannelSumsPlan::kLanes);
+        add_unit<OutputGrad, Value>(p, plan, unit, workspace + unit * 2 * ChannelSumsPlan::kLanes);
     });
   });
 }

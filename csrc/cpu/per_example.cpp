@@ -64,8 +64,8 @@ AmxLayout::AmxLayout(const ConvShape& s) : used(true) {
   row_blocks = s.groups * vectors(s.out_channels / s.groups);
   column_blocks = s.groups * vectors(s.in_channels / s.groups);
   // an odd number of cache lines; otherwise rows would share few sets of the first-level cache
-  delta_pitch = zeros + steps * kStep;
-  if (delta_pitch / kStep % 2 == 0) delta_pitch += kStep;
+  output_grad_pitch = zeros + steps * kStep;
+  if (output_grad_pitch / kStep % 2 == 0) output_grad_pitch += kStep;
 }
 
 AmxLayout::Source AmxLayout::source(const ConvShape& s, int64_t tap) const {
@@ -82,20 +82,20 @@ bool PerExamplePlan::packs_inputs() const {
   return whole.inputs_dtype != Dtype::float32 || joins_taps(whole.shape) || joins_examples(whole.shape);
 }
 
-bool PerExamplePlan::packs_deltas() const {
+bool PerExamplePlan::packs_output_grad() const {
   const bool rearranges = is_depthwise(whole.shape) && whole.shape.out_channels != whole.shape.groups;
-  return whole.deltas_dtype != Dtype::float32 || rearranges || joins_examples(whole.shape);
+  return whole.output_grad_dtype != Dtype::float32 || rearranges || joins_examples(whole.shape);
 }
 
 PerExamplePlan::PerExamplePlan(const PerExample& p, Isa isa)
     : whole(p), block_examples(std::max<int64_t>(1, p.shape.examples)) {
   const ConvShape& s = whole.shape;
-  const bool both = p.inputs_dtype == Dtype::bfloat16 && p.deltas_dtype == Dtype::bfloat16;
+  const bool both = p.inputs_dtype == Dtype::bfloat16 && p.output_grad_dtype == Dtype::bfloat16;
   if (isa == Isa::amx && both && s.examples && !joins_examples(s) && !is_depthwise(s) && fits_planes(s))
     amx_ = AmxLayout(s);
   int64_t floats = 0;  // packed floats of an example
   if (amx_.used) {
-    const int64_t elements = amx_.inputs() + amx_.deltas();
+    const int64_t elements = amx_.inputs() + amx_.output_grad();
     block_examples = std::clamp<int64_t>(kAmxElements / elements, 1, block_examples);
     workspace = elements * block_examples / 2;
     return;
@@ -104,7 +104,7 @@ PerExamplePlan::PerExamplePlan(const PerExample& p, Isa isa)
     const int64_t width = s.in[2] + (joins_taps(s) ? 2 * s.padding[2] : 0);
     floats += s.in[0] * s.in[1] * width * s.in_channels;
   }
-  if (packs_deltas()) floats += s.positions() * s.out_channels;
+  if (packs_output_grad()) floats += s.positions() * s.out_channels;
   if (floats) block_examples = std::clamp<int64_t>(kPackedFloats / floats, 1, block_examples);
   workspace = floats * block_examples;
 }
@@ -112,30 +112,31 @@ PerExamplePlan::PerExamplePlan(const PerExample& p, Isa isa)
 PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_floats) const {
   PerExampleBlock b;
   b.sums = whole.sums;
-  b.epilogue = whole.epilogue;
+  b.transform = whole.transform;
   b.shape = whole.shape;
   ConvShape& s = b.shape;
   s.examples = std::min(block_examples, s.examples - first_example);
   b.columns = s.in_channels / s.groups;
   const void* inputs = advanced(whole.inputs, whole.inputs_dtype, first_example * pixels(s) * s.in_channels);
-  const void* deltas = advanced(whole.deltas, whole.deltas_dtype, first_example * s.positions() * s.out_channels);
+  const void* output_grad =
+      advanced(whole.output_grad, whole.output_grad_dtype, first_example * s.positions() * s.out_channels);
   b.inputs = static_cast<const float*>(inputs);
-  b.deltas = static_cast<const float*>(deltas);
+  b.output_grad = static_cast<const float*>(output_grad);
   if (amx_.used) {
     b.amx = amx_;
     b.pack_inputs.from = inputs;
     b.pack_inputs.rows = s.examples * amx_.planes();
     b.pack_inputs.length = amx_.inputs() / amx_.planes();
     b.inputs = b.pack_inputs.to = workspace_floats;
-    b.pack_deltas.from = deltas;
-    b.pack_deltas.rows = s.examples;
-    b.pack_deltas.length = amx_.deltas();
-    b.deltas = b.pack_deltas.to = workspace_floats + s.examples * amx_.inputs() / 2;
+    b.pack_output_grad.from = output_grad;
+    b.pack_output_grad.rows = s.examples;
+    b.pack_output_grad.length = amx_.output_grad();
+    b.output_grad = b.pack_output_grad.to = workspace_floats + s.examples * amx_.inputs() / 2;
     return b;
   }
 
   Packing pack;
-  if (joins_examples(s)) pack.map = b.epilogue == Epilogue::abs ? Packing::Map::abs : Packing::Map::square;
+  if (joins_examples(s)) pack.transform = b.transform;
   if (packs_inputs()) {
     pack.from = inputs;
     pack.dtype = whole.inputs_dtype;
@@ -153,19 +154,19 @@ PerExampleBlock PerExamplePlan::block(int64_t first_example, float* workspace_fl
     b.pack_inputs = pack;
     workspace_floats += pack.rows * (pack.before + pack.length + pack.after);
   }
-  if (packs_deltas()) {
-    pack.from = deltas;
-    pack.dtype = whole.deltas_dtype;
+  if (packs_output_grad()) {
+    pack.from = output_grad;
+    pack.dtype = whole.output_grad_dtype;
     pack.to = workspace_floats;
     pack.rows = s.examples * s.positions();
     pack.length = s.out_channels;
     pack.before = pack.after = 0;
     if (is_depthwise(s)) pack.groups = s.groups;
-    b.deltas = pack.to;
-    b.pack_deltas = pack;
+    b.output_grad = pack.to;
+    b.pack_output_grad = pack;
   }
   if (joins_examples(s)) {
-    b.epilogue = Epilogue::abs;  // the sums are not negative, so abs does not change them
+    b.transform = Transform::abs;  // the sums are not negative, so abs does not change them
     s.in[2] = s.out[2] = s.examples;
     s.stride[2] = 1;  // from one example to the next, independent of the layer's stride
     s.examples = 1;

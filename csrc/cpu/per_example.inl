@@ -38,12 +38,12 @@ constexpr DELFAST_INLINED void unrolled(F f) {
 // The positions at which one tap reads inside the input: a loop nest over both operands.
 struct Walk {
   int64_t count[3];
-  int64_t input_step[3], delta_step[3];
-  int64_t input_start = 0, delta_start = 0;
+  int64_t input_step[3], output_grad_step[3];
+  int64_t input_start = 0, output_grad_start = 0;
 
   Walk(const ConvShape& s, int64_t tap) {
     int64_t at[3] = {tap / (s.kernel[1] * s.kernel[2]), tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
-    int64_t input_pitch = s.in_channels, delta_pitch = s.out_channels;
+    int64_t input_pitch = s.in_channels, output_grad_pitch = s.out_channels;
     for (int i = 2; i >= 0; i--) {
       const int64_t source = at[i] * s.dilation[i] - s.padding[i];  // source of position 0
       const int64_t first = source < 0 ? ceil_div(-source, s.stride[i]) : 0;
@@ -53,28 +53,28 @@ struct Walk {
         count[i] = 0;  // the start would be outside
       } else {
         input_start += (source + first * s.stride[i]) * input_pitch;
-        delta_start += first * delta_pitch;
+        output_grad_start += first * output_grad_pitch;
       }
       input_step[i] = s.stride[i] * input_pitch;
-      delta_step[i] = delta_pitch;
+      output_grad_step[i] = output_grad_pitch;
       input_pitch *= s.in[i];
-      delta_pitch *= s.out[i];
+      output_grad_pitch *= s.out[i];
     }
     for (int i = 1; i >= 0; i--) {  // merged into one long loop where the steps allow it
-      if (input_step[i] != count[2] * input_step[2] || delta_step[i] != count[2] * delta_step[2]) break;
+      if (input_step[i] != count[2] * input_step[2] || output_grad_step[i] != count[2] * output_grad_step[2]) break;
       count[2] *= count[i];
       count[i] = 1;
     }
   }
 
-  // Calls f(input, delta) for each position.
+  // Calls f(input, output_grad) for each position.
   template <class F>
-  DELFAST_INLINED void each(const float* input, const float* delta, F f) const {
+  DELFAST_INLINED void each(const float* input, const float* output_grad, F f) const {
     for (int64_t i = 0; i < count[0]; i++)
       for (int64_t j = 0; j < count[1]; j++) {
         const float* a = input + i * input_step[0] + j * input_step[1];
-        const float* d = delta + i * delta_step[0] + j * delta_step[1];
-        for (int64_t k = count[2]; k; k--, a += input_step[2], d += delta_step[2]) f(a, d);
+        const float* d = output_grad + i * output_grad_step[0] + j * output_grad_step[1];
+        for (int64_t k = count[2]; k; k--, a += input_step[2], d += output_grad_step[2]) f(a, d);
       }
   }
 };
@@ -87,8 +87,8 @@ struct Pass {
 // The sums that one tile of one tap adds to in a pass, and its operands.
 struct Tile {
   Walk walk;
-  int64_t examples, input_pitch, delta_pitch;  // between examples
-  const float *inputs, *deltas;                // first example, at the tile's first column and row
+  int64_t examples, input_pitch, output_grad_pitch;  // between examples
+  const float *inputs, *output_grad;                 // first example, at the tile's first column and row
   float* sums;
   int64_t sums_pitch;  // between rows
   int tail;            // lanes of the last vector, if not 16
@@ -99,13 +99,13 @@ struct Tile {
       : walk(b.shape, tap),
         examples(pass.examples),
         input_pitch(pixels(b.shape) * b.shape.in_channels),
-        delta_pitch(b.shape.positions() * b.shape.out_channels),
+        output_grad_pitch(b.shape.positions() * b.shape.out_channels),
         inputs(b.inputs + pass.first * input_pitch + walk.input_start),
-        deltas(b.deltas + pass.first * delta_pitch + walk.delta_start),
+        output_grad(b.output_grad + pass.first * output_grad_pitch + walk.output_grad_start),
         sums(b.sums + tap * b.columns),
         sums_pitch(b.shape.taps() * b.columns),
         tail(0),
-        square(b.epilogue == Epilogue::square) {}
+        square(b.transform == Transform::square) {}
 };
 
 template <int vecs, bool has_tail>
@@ -133,22 +133,22 @@ void add_dense_tile(const Tile& t) {
   // and each example would evict them.
   alignas(64) float sums[rows][vecs][16];
   each([&](auto r, auto v) DELFAST_INLINED { lanes.load(t.sums + r * t.sums_pitch, v).store(sums[r][v]); });
-  const float *inputs = t.inputs, *deltas = t.deltas;
-  for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, deltas += t.delta_pitch) {
+  const float *inputs = t.inputs, *output_grad = t.output_grad;
+  for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, output_grad += t.output_grad_pitch) {
     Vec gradient[rows][vecs];
     each([&](auto r, auto v) DELFAST_INLINED { gradient[r][v] = Vec::broadcast(0); });
-    t.walk.each(inputs, deltas, [&](const float* a, const float* d) DELFAST_INLINED {
+    t.walk.each(inputs, output_grad, [&](const float* a, const float* d) DELFAST_INLINED {
       Vec input[vecs];
       unrolled<vecs>([&](auto v) DELFAST_INLINED { input[v] = lanes.load(a, v); });
       unrolled<rows>([&](auto r) DELFAST_INLINED {
-        const Vec delta = Vec::broadcast_at(d + r);
+        const Vec grad = Vec::broadcast_at(d + r);
         unrolled<vecs>([&](auto v)
-                           DELFAST_INLINED { gradient[r][v] = Vec::multiply_add(input[v], delta, gradient[r][v]); });
+                           DELFAST_INLINED { gradient[r][v] = Vec::multiply_add(input[v], grad, gradient[r][v]); });
       });
     });
-    const auto add = [&](auto epilogue) DELFAST_INLINED {
+    const auto add = [&](auto transform) DELFAST_INLINED {
       each([&](auto r, auto v)
-               DELFAST_INLINED { (Vec::load(sums[r][v]) + epilogue(gradient[r][v])).store(sums[r][v]); });
+               DELFAST_INLINED { (Vec::load(sums[r][v]) + transform(gradient[r][v])).store(sums[r][v]); });
     };
     if (t.square)
       add([](Vec g) DELFAST_INLINED { return g * g; });
@@ -198,7 +198,7 @@ void add_dense(const PerExampleBlock& b, const Grid& grid, Pass pass, int64_t ti
 
   Tile t(b, pass, tap);
   t.inputs += group * (s.in_channels / s.groups) + column;
-  t.deltas += row;
+  t.output_grad += row;
   t.sums += row * t.sums_pitch + column;
   t.tail = int(columns % 16);
   kTiles.add[end - begin - 1][ceil_div(columns, 16) - 1][t.tail != 0](t);
@@ -214,11 +214,11 @@ void add_depthwise_tile(const Tile& t) {
   const Lanes<vecs, has_tail> lanes{t.tail};
   Vec sums[vecs];
   unrolled<vecs>([&](auto v) DELFAST_INLINED { sums[v] = Vec::broadcast(0); });
-  const float *inputs = t.inputs, *deltas = t.deltas;
-  for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, deltas += t.delta_pitch) {
+  const float *inputs = t.inputs, *output_grad = t.output_grad;
+  for (int64_t x = 0; x < t.examples; x++, inputs += t.input_pitch, output_grad += t.output_grad_pitch) {
     Vec gradient[vecs];
     unrolled<vecs>([&](auto v) DELFAST_INLINED { gradient[v] = Vec::broadcast(0); });
-    t.walk.each(inputs, deltas, [&](const float* a, const float* d) DELFAST_INLINED {
+    t.walk.each(inputs, output_grad, [&](const float* a, const float* d) DELFAST_INLINED {
       unrolled<vecs>([&](auto v) DELFAST_INLINED {
         gradient[v] = Vec::multiply_add(lanes.load(a, v), lanes.load(d, v), gradient[v]);
       });
@@ -246,7 +246,7 @@ void add_depthwise(const PerExampleBlock& b, Pass pass, int64_t tile) {
 
   Tile t(b, pass, tap);
   t.inputs += channel;
-  t.deltas += j * s.groups + channel;
+  t.output_grad += j * s.groups + channel;
   t.sums += (channel * multiplier + j) * taps;
   t.sums_pitch *= multiplier;  // from one group to the next
   t.tail = int(channels % 16);
@@ -274,14 +274,14 @@ void accumulate(const PerExampleBlock& b, int64_t begin, int64_t end) {
 
 // Packing.
 
-float mapped(float x, Packing::Map map) {
-  if (map == Packing::Map::none) return x;
-  return map == Packing::Map::abs ? bits_float(float_bits(x) & 0x7fffffff) : x * x;
+float transformed(float x, Transform transform) {
+  if (transform == Transform::none) return x;
+  return transform == Transform::abs ? bits_float(float_bits(x) & 0x7fffffff) : x * x;
 }
 
-Vec mapped(Vec x, Packing::Map map) {
-  if (map == Packing::Map::none) return x;
-  return map == Packing::Map::abs ? x.abs() : x * x;
+Vec transformed(Vec x, Transform transform) {
+  if (transform == Transform::none) return x;
+  return transform == Transform::abs ? x.abs() : x * x;
 }
 
 template <class T>
@@ -289,12 +289,12 @@ void pack_row(const T* from, float* to, const Packing& p) {
   if (p.groups > 1) {
     const int64_t each = p.length / p.groups;
     for (int64_t g = 0; g < p.groups; g++)
-      for (int64_t j = 0; j < each; j++) to[j * p.groups + g] = mapped(to_float(from[g * each + j]), p.map);
+      for (int64_t j = 0; j < each; j++) to[j * p.groups + g] = transformed(to_float(from[g * each + j]), p.transform);
     return;
   }
   int64_t i = 0;
-  for (; i + 16 <= p.length; i += 16) mapped(Vec::load(from + i), p.map).store(to + i);
-  for (; i < p.length; i++) to[i] = mapped(to_float(from[i]), p.map);
+  for (; i + 16 <= p.length; i += 16) transformed(Vec::load(from + i), p.transform).store(to + i);
+  for (; i < p.length; i++) to[i] = transformed(to_float(from[i]), p.transform);
 }
 
 void pack(const PerExampleBlock&, const Packing& p, int64_t begin, int64_t end) {
@@ -314,21 +314,21 @@ void pack(const PerExampleBlock&, const Packing& p, int64_t begin, int64_t end) 
 
 constexpr int64_t kRun = kBlock / 16;  // as many as a partial sum of a row adds
 
-template <class Delta, class Value>
+template <class OutputGrad, class Value>
 struct Products {
-  const Delta* deltas;
+  const OutputGrad* output_grad;
   const Value* values;
-  Vec at(int64_t i) const { return Vec::load(deltas + i) * Vec::load(values + i); }
-  Vec first(int64_t i, int n) const { return Vec::load_first(deltas + i, n) * Vec::load_first(values + i, n); }
-  Products from(int64_t i) const { return {deltas + i, values + i}; }
+  Vec at(int64_t i) const { return Vec::load(output_grad + i) * Vec::load(values + i); }
+  Vec first(int64_t i, int n) const { return Vec::load_first(output_grad + i, n) * Vec::load_first(values + i, n); }
+  Products from(int64_t i) const { return {output_grad + i, values + i}; }
 };
 
-template <class Delta>
+template <class OutputGrad>
 struct Plain {
-  const Delta* deltas;
-  Vec at(int64_t i) const { return Vec::load(deltas + i); }
-  Vec first(int64_t i, int n) const { return Vec::load_first(deltas + i, n); }
-  Plain from(int64_t i) const { return {deltas + i}; }
+  const OutputGrad* output_grad;
+  Vec at(int64_t i) const { return Vec::load(output_grad + i); }
+  Vec first(int64_t i, int n) const { return Vec::load_first(output_grad + i, n); }
+  Plain from(int64_t i) const { return {output_grad + i}; }
 };
 
 // Up to 16 channels; positions are `pitch` elements apart.
@@ -362,11 +362,11 @@ void dot(const Terms& terms, const ChannelDot& p, int64_t begin, int64_t end) {
 }
 
 void channel_dot(const ChannelDot& p, int64_t begin, int64_t end) {
-  with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
-    const Delta* deltas = static_cast<const Delta*>(p.deltas);
-    if (!p.values) return dot(Plain<Delta>{deltas}, p, begin, end);
+  with_dtype(p.output_grad_dtype, [&]<class OutputGrad>(const OutputGrad*) {
+    const OutputGrad* output_grad = static_cast<const OutputGrad*>(p.output_grad);
+    if (!p.values) return dot(Plain<OutputGrad>{output_grad}, p, begin, end);
     with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
-      dot(Products<Delta, Value>{deltas, static_cast<const Value*>(p.values)}, p, begin, end);
+      dot(Products<OutputGrad, Value>{output_grad, static_cast<const Value*>(p.values)}, p, begin, end);
     });
   });
 }

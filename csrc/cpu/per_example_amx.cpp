@@ -124,21 +124,22 @@ void pack_inputs(const PerExampleBlock& b, int64_t row) {
   }
 }
 
-void pack_deltas(const PerExampleBlock& b, int64_t example) {
+void pack_output_grad(const PerExampleBlock& b, int64_t example) {
   const ConvShape& s = b.shape;
   const AmxLayout& layout = b.amx;
   const int64_t group_rows = s.out_channels / s.groups;
-  const auto* deltas = static_cast<const bfloat16*>(b.pack_deltas.from) + example * s.positions() * s.out_channels;
+  const auto* output_grad =
+      static_cast<const bfloat16*>(b.pack_output_grad.from) + example * s.positions() * s.out_channels;
   const int64_t blocks = s.examples * layout.row();
-  auto* to = reinterpret_cast<bfloat16*>(b.pack_deltas.to) + example * layout.row();
+  auto* to = reinterpret_cast<bfloat16*>(b.pack_output_grad.to) + example * layout.row();
   const auto at = [&](const int64_t (&position)[3]) -> const bfloat16* {
     for (int i = 0; i < 3; i++)
       if (position[i] >= s.out[i]) return nullptr;
-    return deltas + ((position[0] * s.out[1] + position[1]) * s.out[2] + position[2]) * s.out_channels;
+    return output_grad + ((position[0] * s.out[1] + position[1]) * s.out[2] + position[2]) * s.out_channels;
   };
   for (int64_t block = 0; layout.zeros && block < layout.row_blocks; block++)
     for (int64_t r = 0; r < kSide; r++)
-      _mm512_storeu_si512(to + block * blocks + r * layout.delta_pitch, _mm512_setzero_si512());
+      _mm512_storeu_si512(to + block * blocks + r * layout.output_grad_pitch, _mm512_setzero_si512());
   to += layout.zeros;
   Positions positions(layout.plane);
   for (int64_t step = 0; step < layout.steps; step++, to += kStep) {
@@ -151,21 +152,21 @@ void pack_deltas(const PerExampleBlock& b, int64_t example) {
         for (int i = 0; i < kSide; i++)
           pairs[i] = paired(source[2 * i], source[2 * i + 1], channel + r, first(group_rows - r));
         transpose(pairs);
-        for (int i = 0; i < kSide; i++) _mm512_storeu_si512(block + i * layout.delta_pitch, pairs[i]);
+        for (int i = 0; i < kSide; i++) _mm512_storeu_si512(block + i * layout.output_grad_pitch, pairs[i]);
       }
   }
 }
 
 void pack(const PerExampleBlock& b, const Packing& p, int64_t begin, int64_t end) {
   if (!b.amx.used) return avx512::kPerExample.pack(b, p, begin, end);
-  for (int64_t row = begin; row < end; row++) &p == &b.pack_inputs ? pack_inputs(b, row) : pack_deltas(b, row);
+  for (int64_t row = begin; row < end; row++) &p == &b.pack_inputs ? pack_inputs(b, row) : pack_output_grad(b, row);
 }
 
 // ---- accumulation
 
 struct Operands {
-  const bfloat16 *inputs, *deltas;  // first example
-  int64_t column_block, row_block;  // elements from one block to the next
+  const bfloat16 *inputs, *output_grad;  // first example
+  int64_t column_block, row_block;       // elements from one block to the next
   int64_t examples;
   const AmxLayout& layout;
 };
@@ -177,15 +178,15 @@ using Sums = float[2 * kSide][2 * kSide];
 template <int rows, int columns>
 void multiply(const Operands& o, int64_t example, Sums& gradient) {
   constexpr int64_t kPitch = sizeof gradient[0];
-  const int64_t pitch = o.layout.delta_pitch * int64_t(sizeof(bfloat16));
-  const bfloat16* deltas = o.deltas + example * o.layout.row();
+  const int64_t pitch = o.layout.output_grad_pitch * int64_t(sizeof(bfloat16));
+  const bfloat16* output_grad = o.output_grad + example * o.layout.row();
   const bfloat16* inputs = o.inputs + example * o.layout.column();
   _tile_zero(0);
   if constexpr (columns == 2) _tile_zero(1);
   if constexpr (rows == 2) _tile_zero(2);
   if constexpr (rows == 2 && columns == 2) _tile_zero(3);
-  for (int64_t step = 0; step < o.layout.steps; step++, deltas += kStep, inputs += kTile) {
-    _tile_loadd(4, deltas, pitch);
+  for (int64_t step = 0; step < o.layout.steps; step++, output_grad += kStep, inputs += kTile) {
+    _tile_loadd(4, output_grad, pitch);
     _tile_loadd(6, inputs, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (columns == 2) {
@@ -193,7 +194,7 @@ void multiply(const Operands& o, int64_t example, Sums& gradient) {
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (rows == 2) {
-      _tile_loadd(5, deltas + o.row_block, pitch);
+      _tile_loadd(5, output_grad + o.row_block, pitch);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
@@ -258,11 +259,11 @@ void add_tile(const PerExampleBlock& b, const Grid& grid, int64_t tile) {
   const bfloat16* inputs = reinterpret_cast<const bfloat16*>(b.inputs) +
                            (source.plane * layout.column_blocks + column_block) * column_blocks +
                            source.offset / 2 * 2 * kSide;
-  const bfloat16* deltas =
-      reinterpret_cast<const bfloat16*>(b.deltas) + row_block * row_blocks + layout.zeros - source.offset % 2;
+  const bfloat16* output_grad =
+      reinterpret_cast<const bfloat16*>(b.output_grad) + row_block * row_blocks + layout.zeros - source.offset % 2;
   alignas(64) Sums sums = {};
-  kAdd[rows > kSide][columns > kSide][b.epilogue == Epilogue::square](
-      {inputs, deltas, column_blocks, row_blocks, b.shape.examples, layout}, sums);
+  kAdd[rows > kSide][columns > kSide][b.transform == Transform::square](
+      {inputs, output_grad, column_blocks, row_blocks, b.shape.examples, layout}, sums);
 
   float* to = b.sums + ((group * grid.rows + row) * grid.taps + tap) * grid.columns + column;
   for (int64_t r = 0; r < rows && r < 2 * kSide; r++, to += grid.taps * grid.columns)

@@ -12,11 +12,11 @@
 //
 // For channel_dot and channel_sums:
 //
-//   channel_dot_rows          per_example_dot.cuh        contiguous operands, or a single position
-//   channel_dot_columns       per_example_dot.cuh        channels-last operands
-//   channel_sums_rows         per_example_sums.cuh       contiguous operands, or a single position
-//   channel_sums_columns      per_example_sums.cuh       channels-last operands
-//   channel_sums_add          per_example_sums.cuh       after the two before, if there are several slabs
+//   channel_dot_rows          channel_dot.cuh            contiguous operands, or a single position
+//   channel_dot_columns       channel_dot.cuh            channels-last operands
+//   channel_sums_rows         channel_sums.cuh           contiguous operands, or a single position
+//   channel_sums_columns      channel_sums.cuh           channels-last operands
+//   channel_sums_add          channel_sums.cuh           after the two before, if there are several slabs
 //
 // Shared code, also in reading order: per_example_multiply.cuh (products of a tile), per_example_stages.cuh and
 // per_example_fragments.cuh (parts 1 and 2 of per_example_segments), per_example_variants.h (the choice of a tile),
@@ -24,11 +24,11 @@
 #include <atomic>
 #include <cstring>
 
+#include "cuda/channel_dot.cuh"
+#include "cuda/channel_sums.cuh"
 #include "cuda/per_example.cuh"
-#include "cuda/per_example_dot.cuh"
 #include "cuda/per_example_launch.h"
 #include "cuda/per_example_segments.h"
-#include "cuda/per_example_sums.cuh"
 #include "delfast/cuda_launch.h"
 
 namespace delfast::cuda {
@@ -90,7 +90,7 @@ ConvShape folded(ConvShape s) {
 Layer layer_of(const PerExample& p, const ConvShape& s, const Plan& plan, void* workspace) {
   Layer layer = {};
   layer.inputs = p.inputs;
-  layer.deltas = p.deltas;
+  layer.output_grad = p.output_grad;
   layer.out = plan.slabs > 1 ? static_cast<float*>(workspace) : p.sums;
   layer.slab_pitch = plan.slabs > 1 ? slab_pitch(s) : 0;
   layer.examples = s.examples;
@@ -112,9 +112,9 @@ Layer layer_of(const PerExample& p, const ConvShape& s, const Plan& plan, void* 
   layer.m_tiles = uint32_t(plan.m_tiles);
   layer.column_tiles = uint32_t(plan.column_tiles);
   layer.inputs_dtype = p.inputs_dtype;
-  layer.deltas_dtype = p.deltas_dtype;
-  layer.epilogue = p.epilogue;
-  layer.transform = Transform::none;
+  layer.output_grad_dtype = p.output_grad_dtype;
+  layer.transform = p.transform;
+  layer.operand_transform = Transform::none;
   return layer;
 }
 
@@ -122,7 +122,8 @@ int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // Returns true if every pack of `count` elements of the operands' channels is aligned.
 bool aligned_packs(const PerExample& p, int64_t count) {
-  return aligned(p.inputs, count * bytes_of(p.inputs_dtype)) && aligned(p.deltas, count * bytes_of(p.deltas_dtype));
+  return aligned(p.inputs, count * bytes_of(p.inputs_dtype)) &&
+         aligned(p.output_grad, count * bytes_of(p.output_grad_dtype));
 }
 
 template <class Multiply, int kPack>
@@ -177,7 +178,7 @@ auto with_operand(Dtype dtype, F f) {
 
 // Returns true if per_example_segments computes these sums, and writes its plan.
 bool plan_of_segments(const PerExample& p, bool tensor_cores, SegmentsPlan& plan) {
-  if (!tensor_cores || p.inputs_dtype != p.deltas_dtype || is_empty(p.shape) || folds(p.shape)) return false;
+  if (!tensor_cores || p.inputs_dtype != p.output_grad_dtype || is_empty(p.shape) || folds(p.shape)) return false;
   const int forced = forced_variant;
   const Variant variant =
       forced >= 0 ? Variant(forced) : nearest_variant(card(), p.inputs_dtype != Dtype::float32, p.shape);
@@ -232,14 +233,14 @@ Error per_example_accumulate(const PerExample& p, bool tensor_cores, void* works
   if (plan.tiles * plan.slabs > INT32_MAX) return kTooManyBlocks;
   Layer layer = layer_of(p, s, plan, workspace);
   if (fold) {
-    layer.transform = p.epilogue == Epilogue::abs ? Transform::abs : Transform::square;
-    layer.epilogue = Epilogue::abs;  // the terms are not negative, so abs does not change them
+    layer.operand_transform = p.transform;
+    layer.transform = Transform::abs;  // the terms are not negative, so abs does not change them
   }
   if (is_depthwise(s)) {
     launch_depthwise(p, layer, plan, stream);
   } else if (!tensor_cores) {
     launch_tiles<FusedMultiplyAdd>(p, layer, plan, stream);
-  } else if (fold || p.inputs_dtype != p.deltas_dtype || p.inputs_dtype == Dtype::float32) {
+  } else if (fold || p.inputs_dtype != p.output_grad_dtype || p.inputs_dtype == Dtype::float32) {
     launch_tiles<TensorCores<nvcuda::wmma::precision::tf32>>(p, layer, plan, stream);
   } else if (p.inputs_dtype == Dtype::bfloat16) {
     launch_tiles<TensorCores<__nv_bfloat16>>(p, layer, plan, stream);

@@ -21,9 +21,6 @@
 
 namespace delfast::cuda {
 
-// Transform of every operand on its way to shared memory.
-enum class Transform : int8_t { none, abs, square };
-
 struct Position {
   int z, y, x;
 };
@@ -31,7 +28,7 @@ struct Position {
 // A PerExample as its kernels read it. The launcher has checked that sizes within an example fit in 31 bits.
 struct Layer {
   const void* inputs;
-  const void* deltas;
+  const void* output_grad;
   float* out;          // the sums; with slabs, those of slab 0
   int64_t slab_pitch;  // elements from one slab's sums to the next; 0: one slab, whose sums are added to `out`
   int64_t examples, slab_examples;
@@ -41,9 +38,9 @@ struct Layer {
   int in[3], out_size[3], kernel[3], stride[3], padding[3], dilation[3];
   Position step;                          // from one position that a thread loads to its next
   uint32_t tiles, m_tiles, column_tiles;  // tiles of a slab, of a group's output channels, of a row
-  Dtype inputs_dtype, deltas_dtype;
-  Epilogue epilogue;
+  Dtype inputs_dtype, output_grad_dtype;
   Transform transform;
+  Transform operand_transform;
 
   __host__ __device__ __forceinline__ Position position(int index) const {
     return {index / out_size[2] / out_size[1], index / out_size[2] % out_size[1], index % out_size[2]};
@@ -92,10 +89,10 @@ struct Layer {
 // are float32 and not transformed, so that the loops of f do not branch.
 template <class F>
 __device__ __forceinline__ void with_kinds(const Layer& layer, F f) {
-  if (layer.deltas_dtype == Dtype::float32 && layer.inputs_dtype == Dtype::float32 &&
-      layer.transform == Transform::none)
+  if (layer.output_grad_dtype == Dtype::float32 && layer.inputs_dtype == Dtype::float32 &&
+      layer.operand_transform == Transform::none)
     return f(Dtype::float32, Dtype::float32, Transform::none);
-  f(layer.deltas_dtype, layer.inputs_dtype, layer.transform);
+  f(layer.output_grad_dtype, layer.inputs_dtype, layer.operand_transform);
 }
 
 // kPack neighbours of either 32 or 16 bits.
@@ -152,28 +149,29 @@ class Loader {
   }
   __device__ __forceinline__ void begin(int64_t example) {
     position_ = layer_.position(row());
-    deltas_ = example * layer_.positions() * layer_.out_channels + first_output_;
+    output_grad_ = example * layer_.positions() * layer_.out_channels + first_output_;
     inputs_ = example * layer_.in_size() * layer_.in_channels + first_input_;
   }
   __device__ __forceinline__ void load() {
-    with_kinds(layer_, [&](Dtype deltas, Dtype inputs, Transform) {
+    with_kinds(layer_, [&](Dtype output_grad, Dtype inputs, Transform) {
 #pragma unroll
       for (int i = 0; i < kLoads; i++) {
         const bool exists = position_.z < layer_.out_size[0];
         const int source = exists && has_column_ ? layer_.source(position_, tap_) : -1;
-        read_deltas_[i] = read_inputs_[i] = Word{};
+        read_output_grad_[i] = read_inputs_[i] = Word{};
         if (exists && has_output_)
-          read_deltas_[i] = read(layer_.deltas, deltas_ + layer_.out_index(position_) * layer_.out_channels, deltas);
+          read_output_grad_[i] =
+              read(layer_.output_grad, output_grad_ + layer_.out_index(position_) * layer_.out_channels, output_grad);
         if (source >= 0) read_inputs_[i] = read(layer_.inputs, inputs_ + source * layer_.in_channels, inputs);
         layer_.advance(position_);
       }
     });
   }
   __device__ __forceinline__ void store(Stage<Staged>& stage) const {
-    with_kinds(layer_, [&](Dtype deltas, Dtype inputs, Transform transform) {
+    with_kinds(layer_, [&](Dtype output_grad, Dtype inputs, Transform transform) {
 #pragma unroll
       for (int i = 0; i < kLoads; i++) {
-        put(&stage.deltas[row() + i * kRows][pack()], read_deltas_[i], deltas, transform);
+        put(&stage.output_grad[row() + i * kRows][pack()], read_output_grad_[i], output_grad, transform);
         put(&stage.inputs[row() + i * kRows][pack()], read_inputs_[i], inputs, transform);
       }
     });
@@ -206,10 +204,10 @@ class Loader {
   }
 
   const Layer& layer_;
-  int64_t first_output_, first_input_, deltas_, inputs_;
+  int64_t first_output_, first_input_, output_grad_, inputs_;
   Position position_, tap_ = {};
   bool has_output_, has_column_;
-  Word read_deltas_[kLoads], read_inputs_[kLoads];
+  Word read_output_grad_[kLoads], read_inputs_[kLoads];
 };
 
 template <class Multiply, int kPack>
@@ -239,7 +237,7 @@ __global__ void __launch_bounds__(kTileThreads, kPack == 1 ? 3 : Multiply::kResi
 #pragma unroll
     for (int k = 0; k < kDepth; k += Multiply::kStep)
       if (k < left) multiply.multiply(memory.stages[stage], k);
-    if (example_ends) multiply.end_example(layer.epilogue);
+    if (example_ends) multiply.end_example(layer.transform);
     left = example_ends ? positions : left - kDepth;
     example += example_ends;
     stage ^= 1;
@@ -283,21 +281,22 @@ __global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(DELFAST_GRI
   const int64_t channel = m / layer.group_outputs;  // input channel: each group has one
   float sums[kSums] = {};
   for (int64_t example = layer.first_example(); example < layer.end_example(); example++) {
-    const int64_t deltas = example * layer.positions() * layer.out_channels + m,
+    const int64_t output_grad = example * layer.positions() * layer.out_channels + m,
                   inputs = example * layer.in_size() * layer.in_channels + channel;
     float gradient[kTaps][kPack] = {};
-    with_kinds(layer, [&](Dtype deltas_dtype, Dtype inputs_dtype, Transform) {
+    with_kinds(layer, [&](Dtype output_grad_dtype, Dtype inputs_dtype, Transform) {
       Position position = layer.position(int(threadIdx.x) / kPacks);
       for (; m < layer.out_channels && position.z < layer.out_size[0]; layer.advance(position)) {
-        float delta[kPack] = {}, input[kPack] = {};
-        widen(read_raw<kPack>(layer.deltas, deltas + layer.out_index(position) * layer.out_channels, deltas_dtype),
-              deltas_dtype, delta);
+        float grad[kPack] = {}, input[kPack] = {};
+        widen(read_raw<kPack>(layer.output_grad, output_grad + layer.out_index(position) * layer.out_channels,
+                              output_grad_dtype),
+              output_grad_dtype, grad);
 #pragma unroll
         for (int tap = 0; tap < kTaps; tap++) {
           const int source = layer.source(position, taps[tap]);
           if (source < 0) continue;
           widen(read_raw<kPack>(layer.inputs, inputs + source * layer.in_channels, inputs_dtype), inputs_dtype, input);
-          for (int i = 0; i < kPack; i++) gradient[tap][i] = fmaf(delta[i], input[i], gradient[tap][i]);
+          for (int i = 0; i < kPack; i++) gradient[tap][i] = fmaf(grad[i], input[i], gradient[tap][i]);
         }
       }
     });
@@ -316,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 2) per_example_depthwise(DELFAST_GRI
       if (i >= kTaps * kLanes) continue;
       float total = 0;
       for (int w = 0; w < kWarps; w++) total += parts[w * kTaps * kLanes + i];
-      sums[s] = add_example(layer.epilogue, sums[s], total);
+      sums[s] = add_example(layer.transform, sums[s], total);
     }
     __syncthreads();
   }

@@ -30,7 +30,7 @@ __device__ __forceinline__ void put_sums(const SegmentsLayer& p, const Segment& 
 
 template <class T>
 struct Fragments {
-  uint32_t deltas[T::kFragmentsM][4], inputs[T::kFragmentsN][2];
+  uint32_t output_grad[T::kFragmentsM][4], inputs[T::kFragmentsN][2];
 };
 
 // A warp's part of a block's tile.
@@ -41,41 +41,42 @@ class Consumer {
 
   __device__ __forceinline__ Consumer()
       : first_m_(warp() % T::kWarpsM * T::kWarpM), first_n_(warp() / T::kWarpsM * T::kWarpN) {
-    const int delta_chunk = first_m_ / T::kPack, input_chunk = first_n_ / T::kPack;
+    const int output_grad_chunk = first_m_ / T::kPack, input_chunk = first_n_ / T::kPack;
     if constexpr (T::kTf32) {
       const int group = lane() / 4, row = lane() % 4;
-      for (int i = 0; i < kDeltaLoads; i++)
-        delta_at_[i] = row * T::kDeltaPitch + T::swizzled(row, delta_chunk + 8 * i + group);
-      input_at_[0] = T::kDeltaBytes + row * T::kInputPitch + T::swizzled(row, input_chunk + group);
+      for (int i = 0; i < kOutputGradLoads; i++)
+        output_grad_at_[i] = row * T::kOutputGradPitch + T::swizzled(row, output_grad_chunk + 8 * i + group);
+      input_at_[0] = T::kOutputGradBytes + row * T::kInputPitch + T::swizzled(row, input_chunk + group);
     } else {
       // Matrices 0 to 3, of 8 lanes each. Output gradients: (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8).
       // Inputs: (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
-      const int delta_row = (lane() & 7) + (lane() >> 4) * 8, input_row = (lane() & 7) + (lane() >> 3 & 1) * 8;
-      for (int i = 0; i < kDeltaLoads; i++)
-        delta_at_[i] = delta_row * T::kDeltaPitch + T::swizzled(delta_row, delta_chunk + 2 * i + (lane() >> 3 & 1));
+      const int output_grad_row = (lane() & 7) + (lane() >> 4) * 8, input_row = (lane() & 7) + (lane() >> 3 & 1) * 8;
+      for (int i = 0; i < kOutputGradLoads; i++)
+        output_grad_at_[i] = output_grad_row * T::kOutputGradPitch +
+                             T::swizzled(output_grad_row, output_grad_chunk + 2 * i + (lane() >> 3 & 1));
       for (int j = 0; j < kInputLoads; j++)
-        input_at_[j] =
-            T::kDeltaBytes + input_row * T::kInputPitch + T::swizzled(input_row, input_chunk + 2 * j + (lane() >> 4));
+        input_at_[j] = T::kOutputGradBytes + input_row * T::kInputPitch +
+                       T::swizzled(input_row, input_chunk + 2 * j + (lane() >> 4));
     }
   }
 
   __device__ __forceinline__ void load(Fragments<T>& f, ptx::Shared stage, int step) const {
-    const ptx::Shared deltas = stage + step * (T::kStep * T::kDeltaPitch),
+    const ptx::Shared output_grad = stage + step * (T::kStep * T::kOutputGradPitch),
                       inputs = stage + step * (T::kStep * T::kInputPitch);
     if constexpr (T::kTf32) {
       // 4 neighbouring channels of a row. Output gradients: rows `group` and `group` + 8 of fragments 2 i and 2 i + 1.
       // Inputs: column `group` of fragments 0 to 3. put() uses the same order of channels.
       uint32_t low[4], high[4];
 #pragma unroll
-      for (int i = 0; i < kDeltaLoads; i++) {
-        ptx::load_16_bytes(low, deltas + delta_at_[i]);
-        ptx::load_16_bytes(high, deltas + delta_at_[i] + 4 * T::kDeltaPitch);
+      for (int i = 0; i < kOutputGradLoads; i++) {
+        ptx::load_16_bytes(low, output_grad + output_grad_at_[i]);
+        ptx::load_16_bytes(high, output_grad + output_grad_at_[i] + 4 * T::kOutputGradPitch);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          f.deltas[2 * i + h][0] = low[2 * h];
-          f.deltas[2 * i + h][1] = low[2 * h + 1];
-          f.deltas[2 * i + h][2] = high[2 * h];
-          f.deltas[2 * i + h][3] = high[2 * h + 1];
+          f.output_grad[2 * i + h][0] = low[2 * h];
+          f.output_grad[2 * i + h][1] = low[2 * h + 1];
+          f.output_grad[2 * i + h][2] = high[2 * h];
+          f.output_grad[2 * i + h][3] = high[2 * h + 1];
         }
       }
       ptx::load_16_bytes(low, inputs + input_at_[0]);
@@ -87,7 +88,8 @@ class Consumer {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kDeltaLoads; i++) ptx::load_matrices_transposed(f.deltas[i], deltas + delta_at_[i]);
+      for (int i = 0; i < kOutputGradLoads; i++)
+        ptx::load_matrices_transposed(f.output_grad[i], output_grad + output_grad_at_[i]);
 #pragma unroll
       for (int j = 0; j < kInputLoads; j++) {
         uint32_t words[4];
@@ -105,7 +107,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < T::kFragmentsM; i++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) f.deltas[i][e] = round_to_tf32(f.deltas[i][e]);
+        for (int e = 0; e < 4; e++) f.output_grad[i][e] = round_to_tf32(f.output_grad[i][e]);
 #pragma unroll
       for (int j = 0; j < T::kFragmentsN; j++)
 #pragma unroll
@@ -120,16 +122,16 @@ class Consumer {
       for (int j = 0; j < T::kFragmentsN; j++)
 #pragma unroll
         for (int i = 0; i < T::kFragmentsM; i++)
-          ptx::multiply<typename T::Operand>(gradient[i][j], f.deltas[i], f.inputs[j], zeros);
+          ptx::multiply<typename T::Operand>(gradient[i][j], f.output_grad[i], f.inputs[j], zeros);
     } else {
 #pragma unroll
       for (int j = 0; j < T::kFragmentsN; j++)
 #pragma unroll
         for (int i = 0; i < T::kFragmentsM; i++)
-          ptx::multiply<typename T::Operand>(gradient[i][j], f.deltas[i], f.inputs[j], gradient[i][j]);
+          ptx::multiply<typename T::Operand>(gradient[i][j], f.output_grad[i], f.inputs[j], gradient[i][j]);
     }
   }
-  static __device__ __forceinline__ void end_example(Epilogue epilogue, Sums& sums, const Sums& gradient) {
+  static __device__ __forceinline__ void end_example(Transform transform, Sums& sums, const Sums& gradient) {
     const auto add = [&](auto one) {
 #pragma unroll
       for (int j = 0; j < T::kFragmentsN; j++)
@@ -138,7 +140,7 @@ class Consumer {
 #pragma unroll
           for (int e = 0; e < 4; e++) sums[i][j][e] = one(sums[i][j][e], gradient[i][j][e]);
     };
-    if (epilogue == Epilogue::abs)
+    if (transform == Transform::abs)
       add([](float sum, float g) { return sum + fabsf(g); });
     else
       add([](float sum, float g) { return fmaf(g, g, sum); });
@@ -177,12 +179,12 @@ class Consumer {
   }
 
  private:
-  static constexpr int kDeltaLoads = T::kTf32 ? T::kFragmentsM / 2 : T::kFragmentsM,
+  static constexpr int kOutputGradLoads = T::kTf32 ? T::kFragmentsM / 2 : T::kFragmentsM,
                        kInputLoads = T::kTf32 ? 1 : T::kFragmentsN / 2;
   static_assert(T::kFragmentsN == 4 && (!T::kTf32 || T::kFragmentsM % 2 == 0));
 
   // addresses that this lane reads, in bytes from the start of a stage
-  int delta_at_[kDeltaLoads], input_at_[kInputLoads];
+  int output_grad_at_[kOutputGradLoads], input_at_[kInputLoads];
   int first_m_, first_n_;
 };
 

@@ -28,12 +28,12 @@ constexpr int kPitch = kTile + 8;
 
 template <class Staged>
 struct alignas(32) Stage {
-  Staged deltas[kDepth][kPitch];
+  Staged output_grad[kDepth][kPitch];
   Staged inputs[kDepth][kPitch];
 };
 
-__device__ __forceinline__ float add_example(Epilogue epilogue, float sum, float gradient) {
-  return epilogue == Epilogue::abs ? sum + fabsf(gradient) : fmaf(gradient, gradient, sum);
+__device__ __forceinline__ float add_example(Transform transform, float sum, float gradient) {
+  return transform == Transform::abs ? sum + fabsf(gradient) : fmaf(gradient, gradient, sum);
 }
 
 __device__ __forceinline__ float4 load_shared(const float* four) { return *reinterpret_cast<const float4*>(four); }
@@ -51,7 +51,8 @@ class FusedMultiplyAdd {
   __device__ __forceinline__ void multiply(const Stage<float>& stage, int from) {
 #pragma unroll
     for (int k = from; k < from + kStep; k++) {
-      const float4 low = load_shared(&stage.deltas[k][row()]), high = load_shared(&stage.deltas[k][row() + 32]),
+      const float4 low = load_shared(&stage.output_grad[k][row()]),
+                   high = load_shared(&stage.output_grad[k][row() + 32]),
                    right = load_shared(&stage.inputs[k][column()]);
       const float left[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -63,12 +64,12 @@ class FusedMultiplyAdd {
       }
     }
   }
-  __device__ __forceinline__ void end_example(Epilogue epilogue) {
+  __device__ __forceinline__ void end_example(Transform transform) {
 #pragma unroll
     for (int i = 0; i < 8; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        sums_[i][j] = add_example(epilogue, sums_[i][j], gradient_[i][j]);
+        sums_[i][j] = add_example(transform, sums_[i][j], gradient_[i][j]);
         gradient_[i][j] = 0;
       }
   }
@@ -113,7 +114,7 @@ class TensorCores {
     fragment<matrix_b, 16, 16, kStep, Operand, row_major> right[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      load_matrix_sync(left[i], &stage.deltas[from][row() + 16 * i], kPitch);
+      load_matrix_sync(left[i], &stage.output_grad[from][row() + 16 * i], kPitch);
       load_matrix_sync(right[i], &stage.inputs[from][column() + 16 * i], kPitch);
     }
 #pragma unroll
@@ -121,14 +122,14 @@ class TensorCores {
 #pragma unroll
       for (int j = 0; j < 2; j++) mma_sync(gradient_[i][j], left[i], right[j], gradient_[i][j]);
   }
-  __device__ __forceinline__ void end_example(Epilogue epilogue) {
+  __device__ __forceinline__ void end_example(Transform transform) {
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int e = 0; e < Sums::num_elements; e++) {
-          sums_[i][j].x[e] = add_example(epilogue, sums_[i][j].x[e], gradient_[i][j].x[e]);
+          sums_[i][j].x[e] = add_example(transform, sums_[i][j].x[e], gradient_[i][j].x[e]);
           gradient_[i][j].x[e] = 0;
         }
   }

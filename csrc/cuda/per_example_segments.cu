@@ -59,7 +59,7 @@ bool describe_layer(const PerExample& x, SegmentsLayer& p) {
     if ((s.out[y] + kStep) * s.stride[y] + s.kernel[y] * s.dilation[y] + s.padding[y] >= kMost) return false;
   }
   p = {};
-  p.deltas = static_cast<const char*>(x.deltas);
+  p.output_grad = static_cast<const char*>(x.output_grad);
   p.inputs = static_cast<const char*>(x.inputs);
   p.sums = x.sums;
   p.out_channels = int(s.out_channels), p.in_channels = int(s.in_channels), p.row = int(s.row());
@@ -79,7 +79,7 @@ template <class T>
 bool plan_tiles(const PerExample& x, SegmentsPlan& plan) {
   const ConvShape& s = x.shape;
   if (s.groups != 1 || s.in_channels % T::kPack || s.out_channels % T::kPack) return false;
-  if (!aligned(x.deltas, 16) || !aligned(x.inputs, 16) || !aligned(x.sums, 16)) return false;
+  if (!aligned(x.output_grad, 16) || !aligned(x.inputs, 16) || !aligned(x.sums, 16)) return false;
   SegmentsLayer& p = plan.layer;
   const int64_t m_tiles = ceil_div(s.out_channels, T::kM), tiles = m_tiles * ceil_div(s.row(), T::kN);
   constexpr int64_t kMostRow = INT32_MAX / T::kBytes;  // channels of a position, whose bytes are counted in an int
@@ -110,7 +110,7 @@ void launch_segments(const PerExample& p, const SegmentsPlan& plan, void* worksp
   SegmentsLayer layer = plan.layer;
   layer.partial = static_cast<float*>(workspace);
   with_tile<Operand>(plan.variant, is_direct(p.shape), [&]<class T>(T*) {
-    DELFAST_LAUNCH(per_example_segments<T>, unsigned(plan.blocks), T::kThreads, T::kShared, stream, layer, p.epilogue);
+    DELFAST_LAUNCH(per_example_segments<T>, unsigned(plan.blocks), T::kThreads, T::kShared, stream, layer, p.transform);
     if (layer.split_tiles)
       DELFAST_LAUNCH((per_example_add_segments<T::kM, T::kN>),
                      unsigned(layer.split_tiles * (T::kM * T::kN / 4 / kThreads)), kThreads, 0, stream, layer);

@@ -23,7 +23,7 @@ namespace delfast::cuda {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kResident)
-    per_example_segments(DELFAST_GRID_CONSTANT(SegmentsLayer) layer, Epilogue epilogue) {
+    per_example_segments(DELFAST_GRID_CONSTANT(SegmentsLayer) layer, Transform transform) {
   DELFAST_DYNAMIC_SHARED(unsigned char, memory);
   const ptx::Shared shared = ptx::shared_address(memory);
   Schedule schedule(layer);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
         Consumer<T>::multiply(gradient, fragments[k % kBuffers], fresh);
         fresh = --steps_left == 0;
         if (fresh) {
-          Consumer<T>::end_example(epilogue, sums, gradient);
+          Consumer<T>::end_example(transform, sums, gradient);
           steps_left = steps;
           examples_left--;
         }

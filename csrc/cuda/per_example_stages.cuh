@@ -9,7 +9,7 @@ namespace delfast::cuda {
 // A layer of at most two dimensions and one group: PerExample as these kernels read it. per_example_segments.cu checks
 // that all counts fit in an int.
 struct SegmentsLayer {
-  const char* deltas;
+  const char* output_grad;
   const char* inputs;
   float* sums;
   float* partial;  // tiles of the segments that do not have all of their tile's examples
@@ -83,14 +83,17 @@ struct Tile {
 
   // A stage is kDepth rows of 16-byte chunks of output gradients, then kDepth rows of chunks of inputs. In one pass
   // each thread copies one chunk.
-  static constexpr int kDeltaChunks = kM / kPack, kInputChunks = kN / kPack;
-  static constexpr int kDeltaPitch = (kDeltaChunks + 7) / 8 * 128, kInputPitch = (kInputChunks + 7) / 8 * 128;
-  static constexpr int kDeltaRows = kThreads / kDeltaChunks, kInputRows = kThreads / kInputChunks;  // rows of a pass
-  static constexpr int kDeltaPasses = (kDepth + kDeltaRows - 1) / kDeltaRows,
+  static constexpr int kOutputGradChunks = kM / kPack, kInputChunks = kN / kPack;
+  static constexpr int kOutputGradPitch = (kOutputGradChunks + 7) / 8 * 128, kInputPitch = (kInputChunks + 7) / 8 * 128;
+  static constexpr int kOutputGradRows = kThreads / kOutputGradChunks,
+                       kInputRows = kThreads / kInputChunks;  // rows of a pass
+  static constexpr int kOutputGradPasses = (kDepth + kOutputGradRows - 1) / kOutputGradRows,
                        kInputPasses = (kDepth + kInputRows - 1) / kInputRows;
-  static constexpr int kDeltaBytes = kDepth * kDeltaPitch, kStageBytes = kDeltaBytes + kDepth * kInputPitch;
+  static constexpr int kOutputGradBytes = kDepth * kOutputGradPitch,
+                       kStageBytes = kOutputGradBytes + kDepth * kInputPitch;
   static constexpr int kShared = kStages * kStageBytes;
-  static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kThreads % kDeltaChunks == 0 && kThreads % kInputChunks == 0);
+  static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kThreads % kOutputGradChunks == 0 &&
+                kThreads % kInputChunks == 0);
 
   // Offset of a chunk in its row, in bytes, such that the eight lanes that read at the same time use different banks.
   // ldmatrix reads eight rows of a chunk; tf32 reads two neighbouring chunks of four rows.
@@ -111,14 +114,14 @@ class StageLoader {
         index_(0),
         image_(0),
         end_(0),
-        deltas_(nullptr),
+        output_grad_(nullptr),
         inputs_(nullptr),
-        delta_end_(0),
+        output_grad_end_(0),
         input_end_(0),
         tap_y_(0),
         tap_x_(0),
-        delta_to_(delta_row() * T::kDeltaPitch + T::swizzled(delta_row(), delta_chunk())),
-        input_to_(T::kDeltaBytes + input_row() * T::kInputPitch + T::swizzled(input_row(), input_chunk())) {
+        output_grad_to_(output_grad_row() * T::kOutputGradPitch + T::swizzled(output_grad_row(), output_grad_chunk())),
+        input_to_(T::kOutputGradBytes + input_row() * T::kInputPitch + T::swizzled(input_row(), input_chunk())) {
     begin_segment();
   }
 
@@ -127,14 +130,14 @@ class StageLoader {
     if (index_ >= end_) return;
     // All addresses are computed first: for the compiler, a copy may change any memory.
     const int padding = p.padded - p.positions;
-    const int delta_pitch = p.out_channels * T::kBytes, input_pitch = p.in_channels * T::kBytes;
-    const char *delta_from[T::kDeltaPasses], *input_from[T::kInputPasses];
-    bool delta_exists[T::kDeltaPasses], input_exists[T::kInputPasses];
+    const int output_grad_pitch = p.out_channels * T::kBytes, input_pitch = p.in_channels * T::kBytes;
+    const char *output_grad_from[T::kOutputGradPasses], *input_from[T::kInputPasses];
+    bool output_grad_exists[T::kOutputGradPasses], input_exists[T::kInputPasses];
 #pragma unroll
-    for (int i = 0; i < T::kDeltaPasses; i++) {
-      const Row row = row_of(delta_row() + i * T::kDeltaRows, padding);
-      delta_exists[i] = row.position < p.positions && row.index < delta_end_;
-      delta_from[i] = deltas_ + int64_t(row.index) * delta_pitch;
+    for (int i = 0; i < T::kOutputGradPasses; i++) {
+      const Row row = row_of(output_grad_row() + i * T::kOutputGradRows, padding);
+      output_grad_exists[i] = row.position < p.positions && row.index < output_grad_end_;
+      output_grad_from[i] = output_grad_ + int64_t(row.index) * output_grad_pitch;
     }
 #pragma unroll
     for (int i = 0; i < T::kInputPasses; i++) {
@@ -153,13 +156,13 @@ class StageLoader {
       input_from[i] = inputs_ + int64_t(source) * input_pitch;
     }
 #pragma unroll
-    for (int i = 0; i < T::kDeltaPasses; i++) {
-      const int row = delta_row() + i * T::kDeltaRows;
-      if (T::kDepth % T::kDeltaRows != 0 && row >= T::kDepth) break;
-      ptx::copy_async(
-          stage + (T::kDeltaRows % T::kPeriod == 0 ? delta_to_ + i * (T::kDeltaRows * T::kDeltaPitch)
-                                                   : row * T::kDeltaPitch + T::swizzled(row, delta_chunk())),
-          delta_from[i], delta_exists[i]);
+    for (int i = 0; i < T::kOutputGradPasses; i++) {
+      const int row = output_grad_row() + i * T::kOutputGradRows;
+      if (T::kDepth % T::kOutputGradRows != 0 && row >= T::kDepth) break;
+      ptx::copy_async(stage + (T::kOutputGradRows % T::kPeriod == 0
+                                   ? output_grad_to_ + i * (T::kOutputGradRows * T::kOutputGradPitch)
+                                   : row * T::kOutputGradPitch + T::swizzled(row, output_grad_chunk())),
+                      output_grad_from[i], output_grad_exists[i]);
     }
 #pragma unroll
     for (int i = 0; i < T::kInputPasses; i++) {
@@ -167,7 +170,7 @@ class StageLoader {
       if (T::kDepth % T::kInputRows != 0 && row >= T::kDepth) break;
       ptx::copy_async(stage + (T::kInputRows % T::kPeriod == 0
                                    ? input_to_ + i * (T::kInputRows * T::kInputPitch)
-                                   : T::kDeltaBytes + row * T::kInputPitch + T::swizzled(row, input_chunk())),
+                                   : T::kOutputGradBytes + row * T::kInputPitch + T::swizzled(row, input_chunk())),
                       input_from[i], input_exists[i]);
     }
     start_ += T::kDepth;
@@ -181,9 +184,9 @@ class StageLoader {
   }
 
  private:
-  static __device__ __forceinline__ int delta_chunk() { return int(threadIdx.x) % T::kDeltaChunks; }
+  static __device__ __forceinline__ int output_grad_chunk() { return int(threadIdx.x) % T::kOutputGradChunks; }
   static __device__ __forceinline__ int input_chunk() { return int(threadIdx.x) % T::kInputChunks; }
-  static __device__ __forceinline__ int delta_row() { return int(threadIdx.x) / T::kDeltaChunks; }
+  static __device__ __forceinline__ int output_grad_row() { return int(threadIdx.x) / T::kOutputGradChunks; }
   static __device__ __forceinline__ int input_row() { return int(threadIdx.x) / T::kInputChunks; }
 
   struct Row {
@@ -207,12 +210,12 @@ class StageLoader {
     end_ = segment.end * p.positions;
     image_ = segment.begin * p.in_size;
     const int column_tile = segment.tile / p.m_tiles;
-    const int m = (segment.tile - column_tile * p.m_tiles) * T::kM + delta_chunk() * T::kPack;
+    const int m = (segment.tile - column_tile * p.m_tiles) * T::kM + output_grad_chunk() * T::kPack;
     const int column = column_tile * T::kN + input_chunk() * T::kPack;
     const int tap = column < p.row ? column / p.in_channels : 0;
-    deltas_ = p.deltas + int64_t(m) * T::kBytes;
+    output_grad_ = p.output_grad + int64_t(m) * T::kBytes;
     inputs_ = p.inputs + int64_t(column - tap * p.in_channels) * T::kBytes;
-    delta_end_ = m < p.out_channels ? end_ : 0;
+    output_grad_end_ = m < p.out_channels ? end_ : 0;
     input_end_ = column < p.row ? end_ : 0;
     if (!T::kDirect) {
       const int y = tap / p.kernel_width, x = tap - y * p.kernel_width;
@@ -225,11 +228,11 @@ class StageLoader {
   Schedule schedule_;
   // first row of the next stage: its position in the example, its position over all examples, its example's input
   int start_, index_, image_;
-  int end_;                       // end of the segment, counted like index_
-  const char *deltas_, *inputs_;  // this thread's channels of row 0 and of input 0
-  int delta_end_, input_end_;     // end_, or 0 if the channels do not exist
-  int tap_y_, tap_x_;             // source of position 0
-  int delta_to_, input_to_;       // destination in a stage of this thread's first row
+  int end_;                            // end of the segment, counted like index_
+  const char *output_grad_, *inputs_;  // this thread's channels of row 0 and of input 0
+  int output_grad_end_, input_end_;    // end_, or 0 if the channels do not exist
+  int tap_y_, tap_x_;                  // source of position 0
+  int output_grad_to_, input_to_;      // destination in a stage of this thread's first row
 };
 
 }  // namespace delfast::cuda

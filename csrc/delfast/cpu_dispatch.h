@@ -63,18 +63,18 @@ struct MaskedUpdateKernels {
 
 // Rows of elements to copy as float32, with zeros before and after each row; for AMX see AmxLayout.
 struct Packing {
-  enum class Map : int8_t { none, abs, square };
   const void* from = nullptr;
   float* to = nullptr;
   Dtype dtype = Dtype::float32;
-  Map map = Map::none;
+  Transform transform = Transform::none;
   int64_t rows = 0, length = 0;  // no rows: the operand is not copied
   int64_t before = 0, after = 0;
   int64_t groups = 1;  // element g * (length / groups) + j of a row goes to j * groups + g
 };
 
 // bfloat16 operands in the layout that per_example_amx.cpp writes and reads: inputs [plane][column
-// block][example][pair][16][2], output gradients [row block][example][16][delta_pitch]. Counts are for one example.
+// block][example][pair][16][2], output gradients [row block][example][16][output_grad_pitch]. Counts are for one
+// example.
 struct AmxLayout {
   static constexpr int64_t kSide = 16, kStep = 32;  // rows, or columns, and positions of a tile
 
@@ -88,13 +88,13 @@ struct AmxLayout {
   int64_t pairs = 0;                          // pairs of positions of a plane, including those read past its end
   int64_t row_blocks = 0, column_blocks = 0;  // blocks of kSide
   int64_t zeros = 0;                          // zeros before the output gradients of a row
-  int64_t delta_pitch = 0;                    // elements from one row of output gradients to the next
+  int64_t output_grad_pitch = 0;              // elements from one row of output gradients to the next
 
   int64_t planes() const { return phases[0] * phases[1] * phases[2]; }
   int64_t column() const { return pairs * 2 * kSide; }  // elements of a block
-  int64_t row() const { return kSide * delta_pitch; }
+  int64_t row() const { return kSide * output_grad_pitch; }
   int64_t inputs() const { return planes() * column_blocks * column(); }
-  int64_t deltas() const { return row_blocks * row(); }
+  int64_t output_grad() const { return row_blocks * row(); }
 
   struct Source {
     int64_t plane, offset;
@@ -104,13 +104,13 @@ struct AmxLayout {
 
 // A block of examples in the form that the kernels read.
 struct PerExampleBlock {
-  Packing pack_inputs, pack_deltas;
+  Packing pack_inputs, pack_output_grad;
   const float* inputs = nullptr;
-  const float* deltas = nullptr;
+  const float* output_grad = nullptr;
   float* sums = nullptr;
-  Epilogue epilogue = Epilogue::abs;
+  Transform transform = Transform::abs;
   ConvShape shape;
-  AmxLayout amx;  // if used, inputs and deltas are bfloat16
+  AmxLayout amx;  // if used, inputs and output_grad are bfloat16
   // neighbouring elements that a tap reads: its group's channels, or a row of taps with their channels
   int64_t columns = 0;
 };
@@ -127,7 +127,7 @@ struct PerExamplePlan {
  private:
   AmxLayout amx_;
   bool packs_inputs() const;
-  bool packs_deltas() const;
+  bool packs_output_grad() const;
 };
 
 // The division of ChannelSums' examples among threads: slabs of examples by blocks of kLanes channels. The numbers

@@ -76,7 +76,7 @@ inline const char* name(Criterion criterion) {
   return criterion == Criterion::weighted_grad ? "|theta g|" : criterion == Criterion::grad ? "|g|" : "|theta|";
 }
 
-inline const char* name(Epilogue epilogue) { return epilogue == Epilogue::abs ? "abs" : "square"; }
+inline const char* name(Transform transform) { return transform == Transform::abs ? "abs" : "square"; }
 
 // An array whose dtype is selected at run time.
 class Array {

@@ -236,8 +236,8 @@ class _SearchReceiver:
             self.last = use.weight
         return self._channels.compute(use, layer, inputs, run)
 
-    def receive(self, use: Use, saved: Tensor | None, deltas: Tensor, run: BatchRun) -> None:
-        self._channels.receive(use, saved, deltas, run)
+    def receive(self, use: Use, saved: Tensor | None, output_grad: Tensor, run: BatchRun) -> None:
+        self._channels.receive(use, saved, output_grad, run)
 
     def finish(self, run: BatchRun) -> None:
         self._channels.finish(run)

@@ -27,7 +27,7 @@ from delfast.localization.criteria import (
 from delfast.localization.critical_channels import MAX_CHANNELS, critmem
 from delfast.localization.gradient import GradientSums, MeanGradient, add_all
 from delfast.localization.per_example import PerExampleGradients
-from delfast.localization.per_example.contributions import Epilogue
+from delfast.localization.per_example.contributions import Transform
 from delfast.localization.scores import Scores
 from delfast.localization.sharded_gradient import ShardedGradient
 from delfast.localization.sharded_scores import ShardedScores
@@ -294,5 +294,5 @@ def gradient_sums(
     """Return the accumulator of a criterion that has a gradient, for the batches of ``loader``."""
     if not per_example:
         return MeanGradient(network, parameters, loss_fn, execution, loader, sum_dtype)
-    epilogue: Epilogue = "square" if criterion == "squared_grad" else "abs"
-    return PerExampleGradients(network, parameters, loss_fn, epilogue, execution, loader)
+    transform: Transform = "square" if criterion == "squared_grad" else "abs"
+    return PerExampleGradients(network, parameters, loss_fn, transform, execution, loader)

@@ -15,7 +15,7 @@ from delfast.ops.layout import packed_bytes, plan_bytes, unit_count
 
 CRITERIA = ("weighted_grad", "grad", "weight")
 AGGREGATES = ("topk_mean", "mean", "sum", "max")
-EPILOGUES = ("abs", "square")
+TRANSFORMS = ("abs", "square")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GEOMETRY = 2**31 - 1  # maximum stride, padding, dilation and kernel size: no product of two overflows 64 bits
 
@@ -134,29 +134,29 @@ def check_step(
 def check_per_example(
     sums: Tensor,
     inputs: Tensor,
-    deltas: Tensor,
+    output_grad: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    epilogue: str,
+    transform: str,
     allow_tf32: bool = False,
 ) -> None:
     """Raise ValueError for arguments that ``per_example_accumulate_`` refuses."""
     _check_device(sums.device, inputs, "inputs")
-    _check_device(sums.device, deltas, "deltas")
-    _check_choice("epilogue", epilogue, EPILOGUES)
+    _check_device(sums.device, output_grad, "output_grad")
+    _check_choice("transform", transform, TRANSFORMS)
     allowed = FLOATING if sums.dtype == torch.float64 else FLOATING[:3]
     _check_dtype(inputs, "inputs", allowed)
-    _check_dtype(deltas, "deltas", allowed)
+    _check_dtype(output_grad, "output_grad", allowed)
     if sums.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected sums to be float32 or float64, got {sums.dtype}; pass zeros of the weight's shape")
     layer = "pass the layer's input, its output's gradient and sums like its weight"
     dims = inputs.ndim - 2
-    if dims not in (1, 2, 3) or not deltas.ndim == sums.ndim == inputs.ndim:
+    if dims not in (1, 2, 3) or not output_grad.ndim == sums.ndim == inputs.ndim:
         raise ValueError(
-            "expected inputs (N, C, *in), deltas (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 spatial "
-            f"dimensions, got {_shape(inputs)}, {_shape(deltas)} and {_shape(sums)}; {layer}"
+            "expected inputs (N, C, *in), output_grad (N, M, *out) and sums (M, C / groups, *kernel) of 1 to 3 spatial "
+            f"dimensions, got {_shape(inputs)}, {_shape(output_grad)} and {_shape(sums)}; {layer}"
         )
     if not len(stride) == len(padding) == len(dilation) == dims:
         raise ValueError(
@@ -164,16 +164,16 @@ def check_per_example(
             f"{len(dilation)}; pass one for each spatial dimension"
         )
     _check_own_memory(sums)
-    (examples, channels), outputs = inputs.shape[:2], deltas.shape[1]
+    (examples, channels), outputs = inputs.shape[:2], output_grad.shape[1]
     if groups < 1 or channels % groups or outputs % groups:
         raise ValueError(
             f"expected groups to divide {channels} input and {outputs} output channels, got {groups}; "
             "pass the layer's groups"
         )
-    if deltas.shape[0] != examples or sums.shape[:2] != (outputs, channels // groups):
+    if output_grad.shape[0] != examples or sums.shape[:2] != (outputs, channels // groups):
         raise ValueError(
-            f"expected deltas of {examples} examples and sums ({outputs}, {channels // groups}, *kernel), got deltas "
-            f"{_shape(deltas)} and sums {_shape(sums)}; {layer}"
+            f"expected output_grad of {examples} examples and sums ({outputs}, {channels // groups}, *kernel), got "
+            f"output_grad {_shape(output_grad)} and sums {_shape(sums)}; {layer}"
         )
     for i, (s, p, d) in enumerate(zip(stride, padding, dilation, strict=True)):
         kernel = sums.shape[2 + i]
@@ -189,40 +189,41 @@ def check_per_example(
             )
         span = inputs.shape[2 + i] + 2 * p - d * (kernel - 1) - 1
         out = span // s + 1 if span >= 0 else 0
-        if kernel < 1 or out != deltas.shape[2 + i]:
+        if kernel < 1 or out != output_grad.shape[2 + i]:
             raise ValueError(
-                f"expected deltas of {out} positions in dimension {i}, given inputs {_shape(inputs)} and sums "
-                f"{_shape(sums)}, got {_shape(deltas)}; pass the layer's stride, padding and dilation"
+                f"expected output_grad of {out} positions in dimension {i}, given inputs {_shape(inputs)} and sums "
+                f"{_shape(sums)}, got {_shape(output_grad)}; pass the layer's stride, padding and dilation"
             )
 
 
-def check_channel_dot(deltas: Tensor, values: Tensor | None) -> None:
+def check_channel_dot(output_grad: Tensor, values: Tensor | None) -> None:
     """Raise ValueError for arguments that ``channel_dot`` refuses."""
-    if deltas.ndim < 2:
+    if output_grad.ndim < 2:
         raise ValueError(
-            f"expected deltas (N, C, *positions), got {_shape(deltas)}; pass the gradient of a layer's output"
+            f"expected output_grad (N, C, *positions), got {_shape(output_grad)}; pass the gradient of a layer's output"
         )
-    _check_dtype(deltas, "deltas", FLOATING)
+    _check_dtype(output_grad, "output_grad", FLOATING)
     if values is None:
         return
-    _check_device(deltas.device, values, "values")
-    if values.shape != deltas.shape:
+    _check_device(output_grad.device, values, "values")
+    if values.shape != output_grad.shape:
         raise ValueError(
-            f"expected values of shape {_shape(deltas)} like deltas, got {_shape(values)}; pass what the gradient is of"
+            f"expected values of shape {_shape(output_grad)} like output_grad, got {_shape(values)}; "
+            "pass what the gradient is of"
         )
-    _check_dtype(values, "values", FLOATING if deltas.dtype == torch.float64 else FLOATING[:3])
+    _check_dtype(values, "values", FLOATING if output_grad.dtype == torch.float64 else FLOATING[:3])
 
 
-def check_channel_accumulate(
+def check_channel_sums(
     sums: Sequence[Tensor],
-    deltas: Tensor,
+    output_grad: Tensor,
     values: Tensor | None,
     mean: Tensor | None,
     variance: Tensor | None,
     eps: float,
-    epilogue: str,
+    transform: str,
 ) -> None:
-    """Raise ValueError for arguments that ``channel_accumulate_`` refuses."""
+    """Raise ValueError for arguments that ``channel_sums_`` refuses."""
     if not 1 <= len(sums) <= (1 if values is None else 2):
         raise ValueError(
             f"expected one tensor of sums, or two with values, got {len(sums)}; pass those of the weight and the bias"
@@ -231,12 +232,12 @@ def check_channel_accumulate(
         raise ValueError("expected mean and variance together and with values; pass both or neither")
     totals = [(f"sums #{index}", total) for index, total in enumerate(sums)]
     statistics = [(name, t) for name, t in (("mean", mean), ("variance", variance)) if t is not None]
-    data = [("deltas", deltas)] if values is None else [("deltas", deltas), ("values", values)]
+    data = [("output_grad", output_grad)] if values is None else [("output_grad", output_grad), ("values", values)]
     for name, tensor in (*totals, *data, *statistics):
         _check_device(sums[0].device, tensor, name)
-    check_channel_dot(deltas, values)
-    _check_choice("epilogue", epilogue, EPILOGUES)
-    channels, wide = deltas.shape[1], sums[0].dtype
+    check_channel_dot(output_grad, values)
+    _check_choice("transform", transform, TRANSFORMS)
+    channels, wide = output_grad.shape[1], sums[0].dtype
     for name, total in totals:
         if total.dtype not in (torch.float32, torch.float64) or total.dtype != wide:
             raise ValueError(f"expected {name} in float32, or in float64 as all are, got {total.dtype}; pass zeros")

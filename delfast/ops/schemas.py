@@ -26,11 +26,11 @@ SCHEMAS = _by_name(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor(c!) steps, "
     "Tensor bits, bool[] by_row, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None) -> ()",
-    "per_example_accumulate_(Tensor(a!) sums, Tensor inputs, Tensor deltas, int[] stride, int[] padding, "
-    "int[] dilation, int groups, str epilogue, bool allow_tf32=False) -> ()",
-    "channel_dot(Tensor deltas, Tensor? values) -> Tensor",
-    "channel_accumulate_(Tensor(a!)[] sums, Tensor deltas, Tensor? values, Tensor? mean, Tensor? variance, "
-    "float eps, str epilogue) -> ()",
+    "per_example_accumulate_(Tensor(a!) sums, Tensor inputs, Tensor output_grad, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str transform, bool allow_tf32=False) -> ()",
+    "channel_dot(Tensor output_grad, Tensor? values) -> Tensor",
+    "channel_sums_(Tensor(a!)[] sums, Tensor output_grad, Tensor? values, Tensor? mean, Tensor? variance, "
+    "float eps, str transform) -> ()",
     "gather_columns(Tensor source, Tensor columns) -> Tensor",
     "write_rows_(Tensor(a!)[] weights, Tensor[] rows, Tensor[] indices, int[] dims) -> ()",
 )

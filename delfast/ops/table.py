@@ -14,7 +14,7 @@ Op                           Result
 ``masked_adamw_``            One step of AdamW on the masked elements, in place.
 ``per_example_accumulate_``  Sums over examples of ``|g_x|`` or ``g_x²``, with g_x the weight gradient of one example.
 ``channel_dot``              Sum over positions of gradient times value, per example and channel.
-``channel_accumulate_``      Sums over examples of ``|g_x|`` or ``g_x²``, for the gradients of a norm's weight and bias.
+``channel_sums_``            Sums over examples of ``|g_x|`` or ``g_x²``, for the gradients of a norm's weight and bias.
 ``gather_columns``           Selected columns of a matrix.
 ``write_rows_``              Rows written into many weights, in place.
 ============================ =========================================================================================
@@ -40,7 +40,7 @@ from delfast.ops.layout import packed_bytes, plan_bytes, unit_count
 from delfast.ops.reference.criticality import criticality
 from delfast.ops.reference.gather import gather_columns
 from delfast.ops.reference.masked_update import masked_adamw_, masked_plan, masked_reset_, masked_sgd_
-from delfast.ops.reference.per_example import channel_accumulate_, channel_dot, per_example_accumulate_
+from delfast.ops.reference.per_example import channel_dot, channel_sums_, per_example_accumulate_
 from delfast.ops.reference.selection import select_elements, select_units
 from delfast.ops.reference.write_rows import write_rows_
 from delfast.ops.schemas import CALLED_BY_KERNELS, SCHEMAS
@@ -108,9 +108,9 @@ def _fake_masked_plan(params: Sequence[Tensor], bits: Tensor, by_row: Sequence[b
     return bits.new_empty(plan_bytes([param.shape for param in params], by_row))
 
 
-def _fake_channel_dot(deltas: Tensor, values: Tensor | None) -> Tensor:
-    wide = torch.promote_types(deltas.dtype, torch.float32)
-    return torch.empty(deltas.shape[:2], dtype=wide, device=deltas.device)
+def _fake_channel_dot(output_grad: Tensor, values: Tensor | None) -> Tensor:
+    wide = torch.promote_types(output_grad.dtype, torch.float32)
+    return torch.empty(output_grad.shape[:2], dtype=wide, device=output_grad.device)
 
 
 def _fake_gather_columns(source: Tensor, columns: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ OPS = (
     Op("masked_adamw_", checks.check_step, _fake_in_place, masked_adamw_),
     Op("per_example_accumulate_", checks.check_per_example, _fake_in_place, per_example_accumulate_),
     Op("channel_dot", checks.check_channel_dot, _fake_channel_dot, channel_dot),
-    Op("channel_accumulate_", checks.check_channel_accumulate, _fake_in_place, channel_accumulate_),
+    Op("channel_sums_", checks.check_channel_sums, _fake_in_place, channel_sums_),
     Op("gather_columns", checks.check_gather_columns, _fake_gather_columns, gather_columns, ("CPU",)),
     Op("write_rows_", checks.check_write_rows, _fake_in_place, write_rows_),
 )

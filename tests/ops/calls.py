@@ -70,8 +70,8 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     sgd, adamw = masked_arguments(theta, "masked_sgd_"), masked_arguments(theta, "masked_adamw_")
     amp = {"grad_scale": torch.tensor(2.0), "found_inf": None}
     layer = cases.LAYERS["odd"]
-    sums, inputs, deltas = layer.operands()
-    channels = deltas.shape[1]
+    sums, inputs, output_grad = layer.operands()
+    channels = output_grad.shape[1]
     return [
         (NATIVE.criticality, (theta, grad, "weighted_grad", "topk_mean", cases.top_h(theta)), {}),
         (NATIVE.select_elements, (theta, grad, "weighted_grad", 100), {}),
@@ -88,14 +88,14 @@ def sample_calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             (theta, grad, adamw["state"], adamw["steps"], adamw["bits"], adamw["by_row"]),
             HYPER["masked_adamw_"][0] | amp,
         ),
-        (NATIVE.per_example_accumulate_, (sums, inputs, deltas, *layer.settings, "abs"), {}),
-        (NATIVE.channel_dot, (deltas, deltas + 1), {}),
+        (NATIVE.per_example_accumulate_, (sums, inputs, output_grad, *layer.settings, "abs"), {}),
+        (NATIVE.channel_dot, (output_grad, output_grad + 1), {}),
         (
-            NATIVE.channel_accumulate_,
+            NATIVE.channel_sums_,
             (
                 [torch.zeros(channels), torch.zeros(channels)],
-                deltas,
-                deltas + 1,
+                output_grad,
+                output_grad + 1,
                 torch.rand(channels),
                 torch.rand(channels),
                 1e-5,
@@ -143,4 +143,4 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
 
 
 # of one layer's tensors each: see test_per_example.py and test_steps.py
-OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "channel_accumulate_", "gather_columns")
+OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "channel_sums_", "gather_columns")

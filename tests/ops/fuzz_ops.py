@@ -82,8 +82,8 @@ def consistent_geometry(draw: random.Random) -> tuple[Any, ...]:
     kernel = 2 if dilation == 2 * padding else 1
     dtype = draw.choice(cases.DTYPES)
     sums = torch.zeros(3, 2, *[kernel] * dims)
-    inputs, deltas = torch.randn(4, 2, *[1] * dims).to(dtype), torch.randn(4, 3, *[1] * dims).to(dtype)
-    return sums, inputs, deltas, [stride] * dims, [padding] * dims, [dilation] * dims, 1, "abs"
+    inputs, output_grad = torch.randn(4, 2, *[1] * dims).to(dtype), torch.randn(4, 3, *[1] * dims).to(dtype)
+    return sums, inputs, output_grad, [stride] * dims, [padding] * dims, [dilation] * dims, 1, "abs"
 
 
 def drawn_call(calls: list[Any], draw: random.Random) -> tuple[str, list[Any], dict[str, Any]]:

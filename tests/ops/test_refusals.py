@@ -56,7 +56,7 @@ SELECTIONS: list[tuple[tuple[Any, ...], str]] = [
     ((SCORES, [-1, 7], [1, 1], 3, True), "expected counts and lengths >= 0, got -1 of 1 for parameter #0"),
     ((SCORES, [LEAST, LEAST, 6], [1, 1, 1], 3, True), "expected counts and lengths >= 0"),
     ((SCORES, [MOST, MOST, 8], [1, 1, 1], 3, True), "expected counts that sum to the 6 scores|fewer than 2\\^63"),
-    ((SCORES, [6], [MOST], 3, True), "expected fewer than 2\\^63 scalars in all, got 6 units of"),
+    ((SCORES, [6], [MOST], 3, True), "expected fewer than 2\\^63 elements in all, got 6 units of"),
     ((SCORES, [6], [-2], 3, True), "expected counts and lengths >= 0, got 6 of -2"),
     ((SCORES, [6], [1], -1, True), "expected k >= 0 elements to select, got -1"),
     ((SCORES, [5], [1], 3, True), "expected counts that sum to the 6 scores, got 5"),
@@ -98,13 +98,13 @@ def test_geometry_near_the_ends_of_int64(number: int, place: int) -> None:
 def test_padding_far_beyond_the_input_takes_no_memory(isa: str, dims: int, dtype: torch.dtype) -> None:
     """Both taps of the kernel read padding, except for one of the dilation's size."""
     sums = torch.zeros(3, 2, *[2] * dims)
-    inputs, deltas = torch.randn(4, 2, *[1] * dims).to(dtype), torch.randn(4, 3, *[1] * dims).to(dtype)
+    inputs, output_grad = torch.randn(4, 2, *[1] * dims).to(dtype), torch.randn(4, 3, *[1] * dims).to(dtype)
     far, near = 2**30 - 1, 0
-    NATIVE.per_example_accumulate_(sums, inputs, deltas, [7] * dims, [far] * dims, [2 * far] * dims, 1, "abs")
+    NATIVE.per_example_accumulate_(sums, inputs, output_grad, [7] * dims, [far] * dims, [2 * far] * dims, 1, "abs")
     assert not sums.any()
     inputs = torch.randn(4, 2, *[2] * dims).to(dtype)
-    NATIVE.per_example_accumulate_(sums, inputs, deltas, [2**31 - 1] * dims, [near] * dims, [1] * dims, 1, "abs")
-    expected = torch.einsum("nm,ncp->nmcp", deltas.flatten(1).double(), inputs.flatten(2).double()).abs().sum(0)
+    NATIVE.per_example_accumulate_(sums, inputs, output_grad, [2**31 - 1] * dims, [near] * dims, [1] * dims, 1, "abs")
+    expected = torch.einsum("nm,ncp->nmcp", output_grad.flatten(1).double(), inputs.flatten(2).double()).abs().sum(0)
     torch.testing.assert_close(sums.flatten(2).double(), expected, rtol=1e-5, atol=1e-6)
 
 

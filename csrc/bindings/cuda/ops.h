@@ -14,7 +14,7 @@ decltype(bindings::masked_sgd_) masked_sgd_;
 decltype(bindings::masked_adamw_) masked_adamw_;
 decltype(bindings::per_example_accumulate_) per_example_accumulate_;
 decltype(bindings::channel_dot) channel_dot;
-decltype(bindings::channel_accumulate_) channel_accumulate_;
+decltype(bindings::channel_sums_) channel_sums_;
 decltype(bindings::write_rows_) write_rows_;
 
 }  // namespace delfast::bindings::on_cuda

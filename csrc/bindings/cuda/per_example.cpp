@@ -1,4 +1,4 @@
-// delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_accumulate_ on CUDA devices.
+// delfast::per_example_accumulate_, delfast::channel_dot and delfast::channel_sums_ on CUDA devices.
 #include "bindings/per_example.h"
 
 #include "bindings/cuda/device.h"
@@ -10,15 +10,15 @@ namespace {
 
 // Operands of 16 bits and one dtype are multiplied unchanged; others only if they may be rounded to tf32.
 bool use_tensor_cores(const PerExample& p, bool allow_tf32) {
-  return allow_tf32 || (p.inputs_dtype == p.deltas_dtype && p.inputs_dtype != Dtype::float32);
+  return allow_tf32 || (p.inputs_dtype == p.output_grad_dtype && p.inputs_dtype != Dtype::float32);
 }
 
 }  // namespace
 
-void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& deltas, const IntList& stride,
+void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Tensor& output_grad, const IntList& stride,
                              const IntList& padding, const IntList& dilation, int64_t groups,
-                             const std::string& epilogue, bool allow_tf32) {
-  PerExampleOperands checked(sums, inputs, deltas, stride, padding, dilation, groups, epilogue);
+                             const std::string& transform, bool allow_tf32) {
+  PerExampleOperands checked(sums, inputs, output_grad, stride, padding, dilation, groups, transform);
   const OnDevice device(device_of(sums));
   const PerExample& p = checked.operands;
   const bool tensor_cores = use_tensor_cores(p, allow_tf32);
@@ -28,9 +28,9 @@ void per_example_accumulate_(const Tensor& sums, const Tensor& inputs, const Ten
   checked.finish();
 }
 
-Tensor channel_dot(const Tensor& deltas, const OptionalTensor& values) {
-  ChannelDotOperands checked(deltas, values);
-  const OnDevice device(device_of(deltas));
+Tensor channel_dot(const Tensor& output_grad, const OptionalTensor& values) {
+  ChannelDotOperands checked(output_grad, values);
+  const OnDevice device(device_of(output_grad));
   ChannelDot& dot = checked.dot;
   Tensor out = device.empty({dot.examples, dot.channels}, ScalarType::Float);
   dot.out = out.mutable_data_ptr<float>();
@@ -38,15 +38,15 @@ Tensor channel_dot(const Tensor& deltas, const OptionalTensor& values) {
   return out;
 }
 
-void channel_accumulate_(const TensorList& sums, const Tensor& deltas, const OptionalTensor& values,
-                         const OptionalTensor& mean, const OptionalTensor& variance, double eps,
-                         const std::string& epilogue) {
-  ChannelSumsOperands checked(sums, deltas, values, mean, variance, eps, epilogue);
+void channel_sums_(const TensorList& sums, const Tensor& output_grad, const OptionalTensor& values,
+                   const OptionalTensor& mean, const OptionalTensor& variance, double eps,
+                   const std::string& transform) {
+  ChannelSumsOperands checked(sums, output_grad, values, mean, variance, eps, transform);
   const ChannelSums& p = checked.operands;
-  if (!deltas.numel()) return checked.finish();
-  const OnDevice device(device_of(deltas));
+  if (!output_grad.numel()) return checked.finish();
+  const OnDevice device(device_of(output_grad));
   const Tensor workspace = device.empty({cuda::channel_sums_workspace(p)}, ScalarType::Byte);
-  check_launch(cuda::channel_sums(p, workspace.mutable_data_ptr(), device.stream()), "channel_accumulate_");
+  check_launch(cuda::channel_sums(p, workspace.mutable_data_ptr(), device.stream()), "channel_sums_");
   checked.finish();
 }
 

@@ -14,6 +14,6 @@ STABLE_TORCH_LIBRARY_IMPL(delfast, CUDA, m) {
   serve<"masked_adamw_", &bindings::on_cuda::masked_adamw_>(m);
   serve<"per_example_accumulate_", &bindings::on_cuda::per_example_accumulate_>(m);
   serve<"channel_dot", &bindings::on_cuda::channel_dot>(m);
-  serve<"channel_accumulate_", &bindings::on_cuda::channel_accumulate_>(m);
+  serve<"channel_sums_", &bindings::on_cuda::channel_sums_>(m);
   m.impl("write_rows_", TORCH_BOX(&bindings::on_cuda::write_rows_));  // for any dtype
 }

@@ -18,16 +18,16 @@ namespace {
 constexpr double kUnit = 1.01 * 0x1p-24;
 
 int64_t inputs_of(const ConvShape& s) { return s.in[0] * s.in[1] * s.in[2] * s.in_channels; }  // elements of an example
-int64_t deltas_of(const ConvShape& s) { return s.positions() * s.out_channels; }
+int64_t output_grad_of(const ConvShape& s) { return s.positions() * s.out_channels; }
 
-// The exact result for each epilogue, and the maximum error of a result.
+// The exact result for each transform, and the maximum error of a result.
 struct Exact {
   struct Result {
     std::vector<double> sums, bounds;
   };
   Result abs, square;
 
-  Exact(const ConvShape& s, const Array& inputs, const Array& deltas, const Guarded<float>& before) {
+  Exact(const ConvShape& s, const Array& inputs, const Array& output_grad, const Guarded<float>& before) {
     const int64_t row = s.row(), columns = s.in_channels / s.groups, rows = s.out_channels / s.groups;
     const double T = double(s.positions()), N = double(s.examples);
     std::vector<int64_t> pixels;  // by tap and position: -1 in the padding
@@ -43,7 +43,7 @@ struct Exact {
             const int64_t pixel = pixels[size_t(tap * s.positions() + t)];
             if (pixel < 0) continue;
             const double product = double(inputs.get(x * inputs_of(s) + pixel * s.in_channels + channel)) *
-                                   double(deltas.get(x * deltas_of(s) + t * s.out_channels + m));
+                                   double(output_grad.get(x * output_grad_of(s) + t * s.out_channels + m));
             g += product;
             magnitude += std::fabs(product);
           }
@@ -90,27 +90,29 @@ void run(cpu::Isa isa, const PerExample& p, Cut cut) {
   };
   for (int64_t first = 0; first < p.shape.examples; first += plan.block_examples, blocks++) {
     const cpu::PerExampleBlock block = plan.block(first, workspace.data());
-    for (const cpu::Packing* packing : {&block.pack_inputs, &block.pack_deltas})
+    for (const cpu::Packing* packing : {&block.pack_inputs, &block.pack_output_grad})
       in_parts(packing->rows, [&](int64_t begin, int64_t end) { kernels.pack(block, *packing, begin, end); });
     in_parts(kernels.tiles(block), [&](int64_t begin, int64_t end) { kernels.accumulate(block, begin, end); });
   }
 }
 
-void check_sums(cpu::Isa isa, const ConvShape& shape, Dtype inputs_dtype, Dtype deltas_dtype, Random& random,
+void check_sums(cpu::Isa isa, const ConvShape& shape, Dtype inputs_dtype, Dtype output_grad_dtype, Random& random,
                 int64_t shift = 0) {
   Array inputs(inputs_dtype, shape.examples * inputs_of(shape), shift);
-  Array deltas(deltas_dtype, shape.examples * deltas_of(shape), shift);
+  Array output_grad(output_grad_dtype, shape.examples * output_grad_of(shape), shift);
   fill(inputs, Kind::ordinary, random);
-  fill(deltas, Kind::ordinary, random);
+  fill(output_grad, Kind::ordinary, random);
   Guarded<float> before(shape.out_channels * shape.row(), shift);
   for (float& sum : before) sum = random.unit();
-  const Exact both(shape, inputs, deltas, before);
-  for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
-    describe(text(shape), ", ", name(epilogue), ", inputs ", name(inputs_dtype), ", deltas ", name(deltas_dtype));
-    const Exact::Result& exact = epilogue == Epilogue::abs ? both.abs : both.square;
+  const Exact both(shape, inputs, output_grad, before);
+  for (Transform transform : {Transform::abs, Transform::square}) {
+    describe(text(shape), ", ", name(transform), ", inputs ", name(inputs_dtype), ", output_grad ",
+             name(output_grad_dtype));
+    const Exact::Result& exact = transform == Transform::abs ? both.abs : both.square;
     Guarded<float> whole(before), split(before);
     const auto operands = [&](Guarded<float>& sums) {
-      return PerExample{inputs.data(), deltas.data(), sums.data(), inputs_dtype, deltas_dtype, epilogue, shape};
+      return PerExample{inputs.data(),     output_grad.data(), sums.data(), inputs_dtype,
+                        output_grad_dtype, transform,          shape};
     };
     run(isa, operands(whole), [](int64_t) { return int64_t(0); });
     run(isa, operands(split), [&](int64_t count) { return random.below(count + 1); });
@@ -186,8 +188,8 @@ const std::vector<ConvShape>& layers() {
 void all_layers(cpu::Isa isa, Random& random) {
   for (const ConvShape& shape : layers())
     for (Dtype inputs : kDtypes)
-      for (Dtype deltas : kDtypes)
-        for (int64_t shift : {0, 1}) check_sums(isa, shape, inputs, deltas, random, shift);
+      for (Dtype output_grad : kDtypes)
+        for (int64_t shift : {0, 1}) check_sums(isa, shape, inputs, output_grad, random, shift);
 }
 
 // Random geometries: joining, padding and skipping memory do not change the result.
@@ -198,10 +200,10 @@ void random_layers(cpu::Isa isa, Random& random) {
 
 // Several passes over the tiles, and several blocks of packed operands.
 void many_examples(cpu::Isa isa, Random& random) {
-  const auto check = [&](const ConvShape& shape, Dtype inputs, Dtype deltas, int64_t blocks_each) {
+  const auto check = [&](const ConvShape& shape, Dtype inputs, Dtype output_grad, int64_t blocks_each) {
     const int64_t before = blocks;
-    check_sums(isa, shape, inputs, deltas, random);
-    CHECK_EQUAL(blocks - before, 4 * blocks_each);  // each epilogue twice
+    check_sums(isa, shape, inputs, output_grad, random);
+    CHECK_EQUAL(blocks - before, 4 * blocks_each);  // each transform twice
   };
   check(conv(5, 32, 3, 1, {{40, 2}, {41, 2}}), Dtype::float32, Dtype::float32, 1);
   check(conv(5, 16, 2, 1, {{410, 1}, {256, 1}}), Dtype::bfloat16, Dtype::float32, 3);
@@ -215,13 +217,13 @@ void many_examples(cpu::Isa isa, Random& random) {
 
 void check_dots(cpu::Isa isa, ChannelDot p, bool with_values, Random& random, int64_t shift) {
   const int64_t rows = p.examples * p.channels;
-  Array deltas(p.deltas_dtype, rows * p.positions, shift), values(p.values_dtype, rows * p.positions, shift);
-  fill(deltas, Kind::ordinary, random);
+  Array output_grad(p.output_grad_dtype, rows * p.positions, shift), values(p.values_dtype, rows * p.positions, shift);
+  fill(output_grad, Kind::ordinary, random);
   fill(values, Kind::ordinary, random);
   describe("channel_dot of ", p.examples, " x ", p.channels, " x ", p.positions,
            p.channels_last ? ", channels-last" : "", with_values ? ", values " : ", no values, ", name(p.values_dtype),
-           ", deltas ", name(p.deltas_dtype));
-  p.deltas = deltas.data();
+           ", output_grad ", name(p.output_grad_dtype));
+  p.output_grad = output_grad.data();
   p.values = with_values ? values.data() : nullptr;
   Guarded<float> whole(rows), split(rows);
   const auto kernel = cpu::per_example(isa).channel_dot;
@@ -236,7 +238,7 @@ void check_dots(cpu::Isa isa, ChannelDot p, bool with_values, Random& random, in
     for (int64_t t = 0; t < p.positions; t++) {
       const int64_t x = row / p.channels, c = row % p.channels;
       const int64_t at = p.channels_last ? (x * p.positions + t) * p.channels + c : row * p.positions + t;
-      const double product = double(deltas.get(at)) * (with_values ? double(values.get(at)) : 1.0);
+      const double product = double(output_grad.get(at)) * (with_values ? double(values.get(at)) : 1.0);
       sum += product;
       magnitude += std::fabs(product);
     }
@@ -249,7 +251,7 @@ void channel_dots(cpu::Isa isa, Random& random) {
   for (int64_t channels : {1, 5, 16, 17, 33, 64})
     for (int64_t positions : {0, 1, 2, 15, 16, 17, 31, 32, 33, 100, 513, 1200})
       for (bool channels_last : {false, true})
-        for (Dtype deltas : kDtypes)
+        for (Dtype output_grad : kDtypes)
           for (Dtype values : kDtypes)
             for (bool with_values : {false, true}) {
               if (!with_values && values != Dtype::float32) continue;
@@ -258,7 +260,7 @@ void channel_dots(cpu::Isa isa, Random& random) {
               p.channels = channels;
               p.positions = positions;
               p.channels_last = channels_last;
-              p.deltas_dtype = deltas;
+              p.output_grad_dtype = output_grad;
               p.values_dtype = values;
               check_dots(isa, p, with_values, random, positions % 2);
             }
@@ -269,23 +271,24 @@ void channel_dots(cpu::Isa isa, Random& random) {
 void check_channel_sums(cpu::Isa isa, ChannelSums p, int kind, Random& random, int64_t shift) {
   const int64_t count = p.examples * p.channels * p.positions;
   const bool with_values = kind > 0, with_statistics = kind > 1;
-  Array deltas(p.deltas_dtype, count, shift), values(p.values_dtype, count, shift);
-  fill(deltas, Kind::ordinary, random);
+  Array output_grad(p.output_grad_dtype, count, shift), values(p.values_dtype, count, shift);
+  fill(output_grad, Kind::ordinary, random);
   fill(values, Kind::ordinary, random);
   Guarded<float> mean(p.channels), variance(p.channels), before(2 * p.channels);
   for (float& m : mean) m = random.unit();
   for (float& v : variance) v = 0.1f + random.unit();
   for (float& sum : before) sum = random.unit();
-  p.deltas = deltas.data();
+  p.output_grad = output_grad.data();
   p.values = with_values ? values.data() : nullptr;
   p.mean = with_statistics ? mean.data() : nullptr;
   p.variance = with_statistics ? variance.data() : nullptr;
   p.eps = 1e-5;
-  for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
-    p.epilogue = epilogue;
+  for (Transform transform : {Transform::abs, Transform::square}) {
+    p.transform = transform;
     describe("channel_sums of ", p.examples, " x ", p.channels, " x ", p.positions,
-             p.channels_last ? ", channels-last, " : ", ", name(epilogue), with_values ? ", values " : ", no values, ",
-             name(p.values_dtype), with_statistics ? " with statistics" : "", ", deltas ", name(p.deltas_dtype));
+             p.channels_last ? ", channels-last, " : ", ", name(transform), with_values ? ", values " : ", no values, ",
+             name(p.values_dtype), with_statistics ? " with statistics" : "", ", output_grad ",
+             name(p.output_grad_dtype));
     const auto run = [&](Guarded<float>& sums, bool in_parts) {
       p.weighted = with_values ? sums.data() : nullptr;
       p.plain = sums.data() + p.channels;
@@ -314,14 +317,14 @@ void check_channel_sums(cpu::Isa isa, ChannelSums p, int kind, Random& random, i
           const int64_t at =
               p.channels_last ? (x * p.positions + t) * p.channels + c : (x * p.channels + c) * p.positions + t;
           const double value = weighted ? double(values.get(at)) - (with_statistics ? double(mean[c]) : 0) : 1;
-          g += double(deltas.get(at)) * value;
-          magnitude += std::fabs(double(deltas.get(at)) * value);
+          g += double(output_grad.get(at)) * value;
+          magnitude += std::fabs(double(output_grad.get(at)) * value);
         }
         const double scale = weighted && with_statistics ? 1 / std::sqrt(double(variance[c]) + p.eps) : 1;
         const double e = 35 * kUnit * magnitude * scale;
         g *= scale;
-        sum += epilogue == Epilogue::abs ? std::fabs(g) : g * g;
-        bound += epilogue == Epilogue::abs ? e : e * (2 * std::fabs(g) + e);
+        sum += transform == Transform::abs ? std::fabs(g) : g * g;
+        bound += transform == Transform::abs ? e : e * (2 * std::fabs(g) + e);
       }
       CHECK_NEAR(whole[i], double(before[i]) + sum, bound + 2 * kUnit * (double(before[i]) + sum + bound));
     }
@@ -332,7 +335,7 @@ void channel_sums(cpu::Isa isa, Random& random) {
   for (int64_t channels : {1, 5, 16, 33, 64})
     for (int64_t positions : {1, 2, 15, 16, 33, 513})
       for (bool channels_last : {false, true})
-        for (Dtype deltas : kDtypes)
+        for (Dtype output_grad : kDtypes)
           for (Dtype values : kDtypes)
             for (int kind = 0; kind < 3; kind++) {  // no values, values, values with statistics
               if (!kind && values != Dtype::float32) continue;
@@ -341,7 +344,7 @@ void channel_sums(cpu::Isa isa, Random& random) {
               p.channels = channels;
               p.positions = positions;
               p.channels_last = channels_last;
-              p.deltas_dtype = deltas;
+              p.output_grad_dtype = output_grad;
               p.values_dtype = values;
               check_channel_sums(isa, p, kind, random, positions % 2);
             }

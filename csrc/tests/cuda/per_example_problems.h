@@ -41,21 +41,22 @@ inline ConvShape linear(int64_t examples, int64_t positions, int64_t in_channels
   return conv(examples, in_channels, out_channels, {positions}, {1}, {1}, {0});
 }
 
-// A layer's operands, and by definition the sums and their bounds for both epilogues.
+// A layer's operands, and by definition the sums and their bounds for both transforms.
 struct Problem {
   ConvShape shape;
-  Array inputs, deltas;
+  Array inputs, output_grad;
   std::vector<float> before;  // the sums before the call
   std::vector<double> sums[2], gradient_errors[2];
   bool tensor_cores;
 
-  Problem(const ConvShape& s, Dtype inputs_dtype, Dtype deltas_dtype, bool tensor_cores, int64_t shift, Random& random)
+  Problem(const ConvShape& s, Dtype inputs_dtype, Dtype output_grad_dtype, bool tensor_cores, int64_t shift,
+          Random& random)
       : shape(s),
         inputs(inputs_dtype, s.examples * s.in[0] * s.in[1] * s.in[2] * s.in_channels, shift),
-        deltas(deltas_dtype, s.examples * s.positions() * s.out_channels, shift),
+        output_grad(output_grad_dtype, s.examples * s.positions() * s.out_channels, shift),
         tensor_cores(tensor_cores) {
     fill(inputs, Kind::ordinary, random);
-    fill(deltas, Kind::ordinary, random);
+    fill(output_grad, Kind::ordinary, random);
     before.resize(size_t(s.out_channels * s.row()));
     for (float& sum : before) sum = random.unit();
     for (auto* list : {&sums[0], &sums[1], &gradient_errors[0], &gradient_errors[1]}) list->resize(before.size());
@@ -65,7 +66,7 @@ struct Problem {
   double unit() const { return tensor_cores ? 0x1p-23 : 0x1p-24; }
 
   // Checks a kernel's sums: the first time against the bounds, later for the same bits as `first`.
-  void check(Epilogue epilogue, const float* computed, std::vector<float>& first) const {
+  void check(Transform transform, const float* computed, std::vector<float>& first) const {
     if (!first.empty()) {
       CHECK(std::equal(first.begin(), first.end(), computed, same));
       return;
@@ -73,7 +74,8 @@ struct Problem {
     first.assign(computed, computed + before.size());
     const double additions = double(shape.examples + 2) * unit();
     for (size_t i = 0; i < first.size(); i++) {
-      const double expected = double(before[i]) + sums[int(epilogue)][i], error = gradient_errors[int(epilogue)][i];
+      const bool square = transform == Transform::square;
+      const double expected = double(before[i]) + sums[square][i], error = gradient_errors[square][i];
       CHECK_NEAR(double(first[i]), expected, error + additions / (1 - additions) * (expected + error));
     }
   }
@@ -87,7 +89,7 @@ struct Problem {
     const int64_t taps[3] = {tap / s.kernel[2] / s.kernel[1], tap / s.kernel[2] % s.kernel[1], tap % s.kernel[2]};
     const bool folded = s.positions() == 1;  // then the squares are rounded
     double operand_error = 0;
-    for (Dtype dtype : {inputs.dtype(), deltas.dtype()})
+    for (Dtype dtype : {inputs.dtype(), output_grad.dtype()})
       if (tensor_cores && (dtype == Dtype::float32 || folded)) operand_error += 0x1p-11 * (1 + 0x1p-11);
     const double terms = double(s.positions()) * unit(), gamma = terms / (1 - terms);
     for (int64_t x = 0; x < s.examples; x++) {
@@ -102,7 +104,7 @@ struct Problem {
           source = source * s.in[d] + coordinate;
         }
         if (!inside) continue;
-        const double product = double(deltas.get((x * s.positions() + t) * s.out_channels + m)) *
+        const double product = double(output_grad.get((x * s.positions() + t) * s.out_channels + m)) *
                                double(inputs.get(source * s.in_channels + channel));
         gradient += product;
         magnitude += std::fabs(product);

@@ -38,27 +38,27 @@ const std::vector<Geometry>& geometries() {
 }
 
 void check(const std::string& what, const Problem& problem, int64_t shift, const std::vector<uint64_t>& seeds) {
-  for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
+  for (Transform transform : {Transform::abs, Transform::square}) {
     std::vector<float> first;
     for (uint64_t seed : seeds) {
-      describe(what, ", inputs ", name(problem.inputs.dtype()), ", deltas ", name(problem.deltas.dtype()),
-               problem.tensor_cores ? ", tensor cores" : "", epilogue == Epilogue::abs ? ", abs" : ", square",
+      describe(what, ", inputs ", name(problem.inputs.dtype()), ", output_grad ", name(problem.output_grad.dtype()),
+               problem.tensor_cores ? ", tensor cores" : "", transform == Transform::abs ? ", abs" : ", square",
                ", shift ", shift, ", seed ", seed);
       cuda_on_cpu::set_seed(seed);
       Guarded<float> sums(int64_t(problem.before.size()), shift);
       std::copy(problem.before.begin(), problem.before.end(), sums.begin());
-      const PerExample p = {problem.inputs.data(),  problem.deltas.data(),  sums.data(),
-                            problem.inputs.dtype(), problem.deltas.dtype(), epilogue,
+      const PerExample p = {problem.inputs.data(),  problem.output_grad.data(),  sums.data(),
+                            problem.inputs.dtype(), problem.output_grad.dtype(), transform,
                             problem.shape};
       Workspace workspace(cuda::per_example_workspace(p, problem.tensor_cores));
       CHECK(cuda::per_example_accumulate(p, problem.tensor_cores, workspace.get(), kStream) == nullptr);
-      problem.check(epilogue, sums.data(), first);
+      problem.check(transform, sums.data(), first);
     }
   }
 }
 
 struct Operands {
-  Dtype inputs, deltas;
+  Dtype inputs, output_grad;
   bool tensor_cores;
 };
 constexpr Operands kOperands[] = {
@@ -78,7 +78,7 @@ void every_geometry(const std::vector<uint64_t>& seeds, Random& random) {
   for (size_t g = 0; g < geometries().size(); g += kFewCases ? 3 : 1)
     for (const Operands& o : kOperands) {
       const Geometry& geometry = geometries()[g];
-      check(geometry.name, Problem(geometry.shape, o.inputs, o.deltas, o.tensor_cores, 0, random), 0, seeds);
+      check(geometry.name, Problem(geometry.shape, o.inputs, o.output_grad, o.tensor_cores, 0, random), 0, seeds);
     }
 }
 
@@ -88,7 +88,7 @@ void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
     const Operands& o = kOperands[random.below(int64_t(std::size(kOperands)))];
     const int64_t shift = random.below(2);
     const ConvShape shape = random_layer(random, 20000);
-    check(text(shape), Problem(shape, o.inputs, o.deltas, o.tensor_cores, shift, random), shift,
+    check(text(shape), Problem(shape, o.inputs, o.output_grad, o.tensor_cores, shift, random), shift,
           {seeds[size_t(i) % seeds.size()]});
   }
 }
@@ -98,7 +98,8 @@ void unaligned(const std::vector<uint64_t>& seeds, Random& random) {
   for (size_t g : {0, 9, 17, 19})
     for (const Operands& o : kOperands) {
       const Geometry& geometry = geometries()[g];
-      check(geometry.name, Problem(geometry.shape, o.inputs, o.deltas, o.tensor_cores, 1, random), 1, {seeds.back()});
+      check(geometry.name, Problem(geometry.shape, o.inputs, o.output_grad, o.tensor_cores, 1, random), 1,
+            {seeds.back()});
     }
 }
 
@@ -130,12 +131,13 @@ void nonfinite(Random& random) {
     for (size_t g : {0, 9, 19})
       for (const Operands& o : kOperands) {
         const Geometry& geometry = geometries()[g];
-        Problem problem(geometry.shape, o.inputs, o.deltas, o.tensor_cores, 0, random);
-        problem.deltas.set(problem.shape.positions() / 2 * problem.shape.out_channels + 1, bad);
+        Problem problem(geometry.shape, o.inputs, o.output_grad, o.tensor_cores, 0, random);
+        problem.output_grad.set(problem.shape.positions() / 2 * problem.shape.out_channels + 1, bad);
         Guarded<float> sums(int64_t(problem.before.size()));
         std::fill(sums.begin(), sums.end(), 0.0f);
-        const PerExample p = {problem.inputs.data(),  problem.deltas.data(), sums.data(),  problem.inputs.dtype(),
-                              problem.deltas.dtype(), Epilogue::abs,         problem.shape};
+        const PerExample p = {problem.inputs.data(),  problem.output_grad.data(),  sums.data(),
+                              problem.inputs.dtype(), problem.output_grad.dtype(), Transform::abs,
+                              problem.shape};
         Workspace workspace(cuda::per_example_workspace(p, o.tensor_cores));
         CHECK(cuda::per_example_accumulate(p, o.tensor_cores, workspace.get(), kStream) == nullptr);
         describe("not finite, ", geometry.name, ", inputs ", name(o.inputs), o.tensor_cores ? ", tensor cores" : "");
@@ -148,23 +150,25 @@ void nonfinite(Random& random) {
 
 // ---- channel_dot
 
-void check_dot(int64_t examples, int64_t channels, int64_t positions, Dtype deltas_dtype, const Dtype* values_dtype,
-               bool channels_last, int64_t shift, const std::vector<uint64_t>& seeds, Random& random) {
+void check_dot(int64_t examples, int64_t channels, int64_t positions, Dtype output_grad_dtype,
+               const Dtype* values_dtype, bool channels_last, int64_t shift, const std::vector<uint64_t>& seeds,
+               Random& random) {
   const int64_t count = examples * channels * positions;
-  Array deltas(deltas_dtype, count, shift), values(values_dtype ? *values_dtype : Dtype::float32, count, shift);
-  fill(deltas, Kind::ordinary, random);
+  Array output_grad(output_grad_dtype, count, shift),
+      values(values_dtype ? *values_dtype : Dtype::float32, count, shift);
+  fill(output_grad, Kind::ordinary, random);
   fill(values, Kind::ordinary, random);
   std::vector<float> first;
   for (uint64_t seed : seeds) {
     describe("channel_dot of ", examples, " x ", channels, " x ", positions, channels_last ? ", channels-last" : "",
-             ", deltas ", name(deltas_dtype), ", values ", values_dtype ? name(*values_dtype) : "none", ", shift ",
-             shift, ", seed ", seed);
+             ", output_grad ", name(output_grad_dtype), ", values ", values_dtype ? name(*values_dtype) : "none",
+             ", shift ", shift, ", seed ", seed);
     cuda_on_cpu::set_seed(seed);
     Guarded<float> out(examples * channels, shift);
-    const ChannelDot p = {deltas.data(),  values_dtype ? values.data() : nullptr,
-                          out.data(),     deltas_dtype,
-                          values.dtype(), examples,
-                          channels,       positions,
+    const ChannelDot p = {output_grad.data(), values_dtype ? values.data() : nullptr,
+                          out.data(),         output_grad_dtype,
+                          values.dtype(),     examples,
+                          channels,           positions,
                           channels_last};
     CHECK(cuda::channel_dot(p, kStream) == nullptr);
     if (!first.empty()) {
@@ -176,7 +180,7 @@ void check_dot(int64_t examples, int64_t channels, int64_t positions, Dtype delt
       double sum = 0, magnitude = 0;
       for (int64_t t = 0; t < positions; t++) {
         const int64_t at = channels_last ? (i / channels * positions + t) * channels + i % channels : i * positions + t;
-        const double product = double(deltas.get(at)) * (values_dtype ? double(values.get(at)) : 1);
+        const double product = double(output_grad.get(at)) * (values_dtype ? double(values.get(at)) : 1);
         sum += product;
         magnitude += std::fabs(product);
       }
@@ -188,10 +192,10 @@ void check_dot(int64_t examples, int64_t channels, int64_t positions, Dtype delt
 
 void channel_dots(const std::vector<uint64_t>& seeds, Random& random) {
   for (bool channels_last : {false, true}) {
-    for (Dtype deltas : kDtypes) {
-      for (Dtype values : kDtypes) check_dot(2, 40, 49, deltas, &values, channels_last, 0, seeds, random);
-      check_dot(2, 40, 64, deltas, nullptr, channels_last, 0, seeds, random);
-      check_dot(2, 8, 64, deltas, &deltas, channels_last, 1, seeds, random);
+    for (Dtype output_grad : kDtypes) {
+      for (Dtype values : kDtypes) check_dot(2, 40, 49, output_grad, &values, channels_last, 0, seeds, random);
+      check_dot(2, 40, 64, output_grad, nullptr, channels_last, 0, seeds, random);
+      check_dot(2, 8, 64, output_grad, &output_grad, channels_last, 1, seeds, random);
     }
     const int64_t shapes[][3] = {{1, 1, 1},   {300, 7, 1},  {3, 5, 2}, {3, 33, 3}, {5, 10, 4},
                                  {2, 64, 16}, {1, 3, 5000}, {0, 4, 4}, {4, 0, 4},  {3, 4, 0}};
@@ -205,14 +209,14 @@ void channel_dots(const std::vector<uint64_t>& seeds, Random& random) {
 void check_channel_sums(ChannelSums p, int kind, int64_t shift, const std::vector<uint64_t>& seeds, Random& random) {
   const int64_t count = p.examples * p.channels * p.positions;
   const bool with_values = kind > 0, with_statistics = kind > 1;
-  Array deltas(p.deltas_dtype, count, shift), values(p.values_dtype, count, shift);
-  fill(deltas, Kind::ordinary, random);
+  Array output_grad(p.output_grad_dtype, count, shift), values(p.values_dtype, count, shift);
+  fill(output_grad, Kind::ordinary, random);
   fill(values, Kind::ordinary, random);
   Guarded<float> mean(p.channels), variance(p.channels), before(2 * p.channels);
   for (float& m : mean) m = random.unit();
   for (float& v : variance) v = 0.1f + random.unit();
   for (float& sum : before) sum = random.unit();
-  p.deltas = deltas.data();
+  p.output_grad = output_grad.data();
   p.values = with_values ? values.data() : nullptr;
   p.mean = with_statistics ? mean.data() : nullptr;
   p.variance = with_statistics ? variance.data() : nullptr;
@@ -220,8 +224,8 @@ void check_channel_sums(ChannelSums p, int kind, int64_t shift, const std::vecto
   std::vector<float> first;
   for (uint64_t seed : seeds) {
     describe("channel_sums of ", p.examples, " x ", p.channels, " x ", p.positions,
-             p.channels_last ? ", channels-last, " : ", ", name(p.epilogue), ", deltas ", name(p.deltas_dtype),
-             with_values ? ", values " : ", no values, ", name(p.values_dtype),
+             p.channels_last ? ", channels-last, " : ", ", name(p.transform), ", output_grad ",
+             name(p.output_grad_dtype), with_values ? ", values " : ", no values, ", name(p.values_dtype),
              with_statistics ? " with statistics" : "", ", shift ", shift, ", seed ", seed);
     cuda_on_cpu::set_seed(seed);
     Guarded<float> sums(before);
@@ -249,14 +253,14 @@ void check_channel_sums(ChannelSums p, int kind, int64_t shift, const std::vecto
           const int64_t at =
               p.channels_last ? (x * p.positions + t) * p.channels + c : (x * p.channels + c) * p.positions + t;
           const double value = weighted ? double(values.get(at)) - (with_statistics ? double(mean[c]) : 0) : 1;
-          g += double(deltas.get(at)) * value;
-          magnitude += std::fabs(double(deltas.get(at)) * value);
+          g += double(output_grad.get(at)) * value;
+          magnitude += std::fabs(double(output_grad.get(at)) * value);
         }
         const double scale = weighted && with_statistics ? 1 / std::sqrt(double(variance[c]) + p.eps) : 1;
         const double e = gamma * magnitude * scale;
         g *= scale;
-        sum += p.epilogue == Epilogue::abs ? std::fabs(g) : g * g;
-        bound += p.epilogue == Epilogue::abs ? e : e * (2 * std::fabs(g) + e) + 0x1p-24 * g * g;
+        sum += p.transform == Transform::abs ? std::fabs(g) : g * g;
+        bound += p.transform == Transform::abs ? e : e * (2 * std::fabs(g) + e) + 0x1p-24 * g * g;
       }
       CHECK_NEAR(double(sums[i]), sum, bound + double(p.examples + 2) * 0x1p-24 * (sum + bound));
     }
@@ -265,22 +269,22 @@ void check_channel_sums(ChannelSums p, int kind, int64_t shift, const std::vecto
 
 void channel_sums(const std::vector<uint64_t>& seeds, Random& random) {
   for (bool channels_last : {false, true})
-    for (Epilogue epilogue : {Epilogue::abs, Epilogue::square}) {
-      const auto check = [&](int64_t examples, int64_t channels, int64_t positions, Dtype deltas, Dtype values,
+    for (Transform transform : {Transform::abs, Transform::square}) {
+      const auto check = [&](int64_t examples, int64_t channels, int64_t positions, Dtype output_grad, Dtype values,
                              int kind, int64_t shift) {
         ChannelSums p;
-        p.deltas_dtype = deltas;
+        p.output_grad_dtype = output_grad;
         p.values_dtype = values;
-        p.epilogue = epilogue;
+        p.transform = transform;
         p.channels_last = channels_last;
         p.examples = examples;
         p.channels = channels;
         p.positions = positions;
         check_channel_sums(p, kind, shift, seeds, random);
       };
-      for (Dtype deltas : kDtypes)
+      for (Dtype output_grad : kDtypes)
         for (Dtype values : kDtypes)
-          for (int kind : {1, 2}) check(3, 40, 49, deltas, values, kind, 0);
+          for (int kind : {1, 2}) check(3, 40, 49, output_grad, values, kind, 0);
       // one slab and several, positions and examples divided, teams of 1 to 32 lanes, unaligned memory
       const int64_t shapes[][3] = {{1, 1, 1}, {300, 7, 1}, {70, 33, 3}, {5, 10, 4},  {2, 64, 16},
                                    {0, 4, 4}, {3, 8, 64},  {2, 3, 900}, {600, 2, 5}, {300, 4, 40}};
@@ -317,11 +321,11 @@ void far_apart(Random& random) {
         Guarded<float> result(int64_t(problem.before.size()));
         std::fill(result.begin(), result.end(), 0.0f);
         const PerExample p = {far ? memory : problem.inputs.data(),
-                              problem.deltas.data(),
+                              problem.output_grad.data(),
                               result.data(),
                               Dtype::bfloat16,
                               Dtype::bfloat16,
-                              Epilogue::abs,
+                              Transform::abs,
                               far ? shape : near};
         Workspace workspace(cuda::per_example_workspace(p, tensor_cores));
         CHECK(cuda::per_example_accumulate(p, tensor_cores, workspace.get(), kStream) == nullptr);
@@ -366,14 +370,15 @@ void coalesced(Random& random) {
   cuda_on_cpu::device.number = 1;  // so that one block has all examples
   for (const Operands& o : kOperands)
     for (int64_t groups : {1, 64}) {
-      const Problem problem(conv(2, 64, 64, {64}, {1}, {1}, {0}, {}, groups), o.inputs, o.deltas, o.tensor_cores, 0,
-                            random);
+      const Problem problem(conv(2, 64, 64, {64}, {1}, {1}, {0}, {}, groups), o.inputs, o.output_grad, o.tensor_cores,
+                            0, random);
       Guarded<float> sums(int64_t(problem.before.size()));
       std::fill(sums.begin(), sums.end(), 0.0f);
-      const PerExample p = {problem.inputs.data(),  problem.deltas.data(), sums.data(),  problem.inputs.dtype(),
-                            problem.deltas.dtype(), Epilogue::abs,         problem.shape};
-      describe("sectors, ", name(o.inputs), " and ", name(o.deltas), ", ", groups, " groups");
-      const bool segments = o.tensor_cores && o.inputs == o.deltas;
+      const PerExample p = {problem.inputs.data(),  problem.output_grad.data(),  sums.data(),
+                            problem.inputs.dtype(), problem.output_grad.dtype(), Transform::abs,
+                            problem.shape};
+      describe("sectors, ", name(o.inputs), " and ", name(o.output_grad), ", ", groups, " groups");
+      const bool segments = o.tensor_cores && o.inputs == o.output_grad;
       const char* const kernel = segments ? "per_example_segments" : "per_example_tiles";
       const bool halves = segments && groups == 1 && o.inputs == Dtype::float32;  // a lane has 4 of 8 neighbours
       check_sectors(groups == 1 ? kernel : "per_example_depthwise", halves ? 64 * 64 * 4 / 32 : 0,
@@ -381,11 +386,11 @@ void coalesced(Random& random) {
     }
   for (bool channels_last : {false, true})
     for (Dtype dtype : kDtypes) {
-      Array deltas(dtype, 2 * 64 * 64), values(dtype, 2 * 64 * 64);
-      fill(deltas, Kind::ordinary, random);
+      Array output_grad(dtype, 2 * 64 * 64), values(dtype, 2 * 64 * 64);
+      fill(output_grad, Kind::ordinary, random);
       fill(values, Kind::ordinary, random);
       Guarded<float> out(2 * 64);
-      const ChannelDot p = {deltas.data(), values.data(), out.data(), dtype, dtype, 2, 64, 64, channels_last};
+      const ChannelDot p = {output_grad.data(), values.data(), out.data(), dtype, dtype, 2, 64, 64, channels_last};
       describe("sectors, channel_dot, ", name(dtype), channels_last ? ", channels-last" : "");
       check_sectors(channels_last ? "channel_dot_columns" : "channel_dot_rows", 0,
                     [&] { cuda::channel_dot(p, kStream); });
@@ -400,8 +405,13 @@ void paths_differ(Random& random) {
   for (bool tensor_cores : {false, true}) {
     Guarded<float> result(int64_t(problem.before.size()));
     std::fill(result.begin(), result.end(), 0.0f);
-    const PerExample p = {problem.inputs.data(), problem.deltas.data(), result.data(), Dtype::float32,
-                          Dtype::float32,        Epilogue::abs,         shape};
+    const PerExample p = {problem.inputs.data(),
+                          problem.output_grad.data(),
+                          result.data(),
+                          Dtype::float32,
+                          Dtype::float32,
+                          Transform::abs,
+                          shape};
     Workspace workspace(cuda::per_example_workspace(p, tensor_cores));
     CHECK(cuda::per_example_accumulate(p, tensor_cores, workspace.get(), kStream) == nullptr);
     sums[tensor_cores].assign(result.begin(), result.end());

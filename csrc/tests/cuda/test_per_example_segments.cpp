@@ -43,30 +43,31 @@ const std::vector<Geometry>& layers() {
   return list;
 }
 
-PerExample arguments(const Problem& problem, float* sums, Epilogue epilogue) {
-  return {problem.inputs.data(), problem.deltas.data(), sums, problem.inputs.dtype(), problem.deltas.dtype(), epilogue,
+PerExample arguments(const Problem& problem, float* sums, Transform transform) {
+  return {problem.inputs.data(),  problem.output_grad.data(),  sums,
+          problem.inputs.dtype(), problem.output_grad.dtype(), transform,
           problem.shape};
 }
 
-void check(const Geometry& geometry, const Problem& problem, const std::string& variant, Epilogue epilogue,
+void check(const Geometry& geometry, const Problem& problem, const std::string& variant, Transform transform,
            int multiprocessors, const std::vector<uint64_t>& seeds) {
   std::vector<float> first;
   cuda_on_cpu::device.number = multiprocessors;
   CHECK(cuda::force_per_example_variant(variant.c_str()));
   for (uint64_t seed : seeds) {
     describe(variant, ", ", geometry.name, ", ", name(problem.inputs.dtype()),
-             epilogue == Epilogue::abs ? ", abs" : ", square", ", ", multiprocessors, " blocks, seed ", seed);
+             transform == Transform::abs ? ", abs" : ", square", ", ", multiprocessors, " blocks, seed ", seed);
     cuda_on_cpu::set_seed(seed);
     Guarded<float> sums(int64_t(problem.before.size()));
     std::copy(problem.before.begin(), problem.before.end(), sums.begin());
-    const PerExample p = arguments(problem, sums.data(), epilogue);
+    const PerExample p = arguments(problem, sums.data(), transform);
     CHECK(cuda::per_example_variant(p, true) == variant);
     Workspace workspace(cuda::per_example_workspace(p, true));
     const uint64_t launches = cuda_on_cpu::device.launches;
     CHECK(cuda::per_example_accumulate(p, true, workspace.get(), kStream) == nullptr);
     CHECK(cuda_on_cpu::device.launches <= launches + 2);
     CHECK_EQUAL(cuda_on_cpu::bank_conflicts.count, uint64_t(0));
-    problem.check(epilogue, sums.data(), first);
+    problem.check(transform, sums.data(), first);
   }
 }
 
@@ -80,8 +81,8 @@ void every_layer(const std::vector<uint64_t>& seeds, Random& random) {
       const Geometry& geometry = layers()[l];
       const Problem problem(geometry.shape, dtype, dtype, true, 0, random);
       for (const std::string& variant : variants()) {
-        const Epilogue epilogue = turn % 3 == 1 ? Epilogue::square : Epilogue::abs;
-        check(geometry, problem, variant, epilogue, multiprocessors[turn++ % std::size(multiprocessors)], seeds);
+        const Transform transform = turn % 3 == 1 ? Transform::square : Transform::abs;
+        check(geometry, problem, variant, transform, multiprocessors[turn++ % std::size(multiprocessors)], seeds);
       }
     }
 }
@@ -101,10 +102,10 @@ void random_layers(const std::vector<uint64_t>& seeds, Random& random) {
     const Problem problem(s, dtype, dtype, true, 0, random);
     Guarded<float> sums(int64_t(problem.before.size()));
     CHECK(cuda::force_per_example_variant(variant.c_str()));
-    if (cuda::per_example_variant(arguments(problem, sums.data(), Epilogue::abs), true) == std::string("wmma"))
+    if (cuda::per_example_variant(arguments(problem, sums.data(), Transform::abs), true) == std::string("wmma"))
       continue;
-    const Epilogue epilogue = random.below(2) ? Epilogue::abs : Epilogue::square;
-    check(geometry, problem, variant, epilogue, int(1 + random.below(9)), {seeds[size_t(i) % seeds.size()]});
+    const Transform transform = random.below(2) ? Transform::abs : Transform::square;
+    check(geometry, problem, variant, transform, int(1 + random.below(9)), {seeds[size_t(i) % seeds.size()]});
   }
 }
 
@@ -113,8 +114,8 @@ void every_count(const std::vector<uint64_t>& seeds, Random& random) {
   const Geometry geometry = {"split", conv(4, 24, 72, {5, 5}, {3, 3}, {1, 1}, {1, 1})};
   const Problem problem(geometry.shape, Dtype::bfloat16, Dtype::bfloat16, true, 0, random);
   for (int multiprocessors = 1; multiprocessors <= (kFewCases ? 3 : 40); multiprocessors++)
-    for (Epilogue epilogue : {Epilogue::abs, Epilogue::square})
-      check(geometry, problem, "64x64", epilogue, multiprocessors, {seeds[size_t(multiprocessors) % seeds.size()]});
+    for (Transform transform : {Transform::abs, Transform::square})
+      check(geometry, problem, "64x64", transform, multiprocessors, {seeds[size_t(multiprocessors) % seeds.size()]});
 }
 
 // Other kernels compute the layers that these do not support, forced or not.
@@ -122,9 +123,9 @@ void what_is_left(Random& random) {
   cuda_on_cpu::device.number = 3;
   CHECK(!cuda::force_per_example_variant("256x256"));
   alignas(16) static float memory[64];
-  const auto variant_of = [&](const ConvShape& shape, Dtype inputs, Dtype deltas, int64_t shift = 0,
+  const auto variant_of = [&](const ConvShape& shape, Dtype inputs, Dtype output_grad, int64_t shift = 0,
                               bool tensor_cores = true) {
-    const PerExample p = {memory, memory, memory + shift, inputs, deltas, Epilogue::abs, shape};
+    const PerExample p = {memory, memory, memory + shift, inputs, output_grad, Transform::abs, shape};
     return std::string(cuda::per_example_variant(p, tensor_cores));
   };
   const auto bf16 = Dtype::bfloat16, f32 = Dtype::float32;
@@ -163,7 +164,7 @@ void what_is_left(Random& random) {
     CHECK(cuda::force_per_example_variant(forced ? "64x64" : "wmma"));
     Guarded<float> result(int64_t(problem.before.size()));
     std::fill(result.begin(), result.end(), 0.0f);
-    const PerExample p = arguments(problem, result.data(), Epilogue::abs);
+    const PerExample p = arguments(problem, result.data(), Transform::abs);
     Workspace workspace(cuda::per_example_workspace(p, true));
     CHECK(cuda::per_example_accumulate(p, true, workspace.get(), kStream) == nullptr);
     sums[forced].assign(result.begin(), result.end());

@@ -66,7 +66,7 @@ class Receiver(Protocol):
     def compute(self, use: Use, layer: Layer, inputs: Tensor, run: BatchRun) -> Tensor:
         """Compute the layer, tap it by ``run.capture.tap``, and return its output."""
 
-    def receive(self, use: Use, saved: Tensor | None, deltas: Tensor, run: BatchRun) -> None:
+    def receive(self, use: Use, saved: Tensor | None, output_grad: Tensor, run: BatchRun) -> None:
         """Accumulate what a tap saved and its δ. ``run.axis`` is the example axis of a parameter's δ."""
 
     def finish(self, run: BatchRun) -> None:
@@ -108,21 +108,21 @@ class BatchRun:
         """Return the parameters for which this batch's passes have not computed per-example gradients."""
         return {*self.capture.unknown, *self.undecided, *self.elsewhere}
 
-    def axis(self, name: str, deltas: Tensor, leading: int) -> BatchAxis | None:
+    def axis(self, name: str, output_grad: Tensor, leading: int) -> BatchAxis | None:
         """Return the example axis of δ; None if there is nothing to add or the axis is not known."""
-        if name in self.capture.unknown or name in self.elsewhere or not deltas.numel():
+        if name in self.capture.unknown or name in self.elsewhere or not output_grad.numel():
             return None
         if self.examples == 1:
             return BatchAxis(ExampleAxis(), 1)
         axis = self.findings.axes.get(name)
         if axis is None:
             known = self._without_axis.get(name)
-            some = deltas.detach().any()
+            some = output_grad.detach().any()
             self._without_axis[name] = some if known is None else known | some.to(known.device)
             return None
-        each, rest = divmod(deltas.shape[axis.dim], self.examples) if axis.dim < leading else (0, 1)
+        each, rest = divmod(output_grad.shape[axis.dim], self.examples) if axis.dim < leading else (0, 1)
         if rest or (self.comparison is None and each not in self.findings.each[name]):
-            self.elsewhere[name] = f"writes {tuple(deltas.shape)} for {self.examples} examples"
+            self.elsewhere[name] = f"writes {tuple(output_grad.shape)} for {self.examples} examples"
             return None
         return BatchAxis(axis, self.examples)
 
@@ -171,20 +171,20 @@ class BatchRun:
     def compute(self, use: Use, layer: Layer, inputs: Tensor, capture: Capture) -> Tensor:
         return self.receiver.compute(use, layer, inputs, self)
 
-    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+    def arrived(self, use: Use, saved: Tensor | None, output_grad: Tensor, key: Hashable) -> None:
         if self.comparison is not None:
-            axes = self._axes(use.names, deltas, use.leading)
+            axes = self._axes(use.names, output_grad, use.leading)
             if not self._is_last:
-                self.comparison.keep(key, deltas, axes)
+                self.comparison.keep(key, output_grad, axes)
                 return
-            self.comparison.compare(key, deltas, axes)
-        self.receiver.receive(use, saved, deltas, self)
+            self.comparison.compare(key, output_grad, axes)
+        self.receiver.receive(use, saved, output_grad, self)
 
     def finish(self) -> None:
         """Add what had to wait for the end of the passes."""
         with torch.no_grad():
             self.receiver.finish(self)
 
-    def _axes(self, names: Iterable[str], deltas: Tensor, leading: int) -> Mapping[str, BatchAxis]:
-        axes = {name: self.axis(name, deltas, leading) for name in names}
+    def _axes(self, names: Iterable[str], output_grad: Tensor, leading: int) -> Mapping[str, BatchAxis]:
+        axes = {name: self.axis(name, output_grad, leading) for name in names}
         return {name: axis for name, axis in axes.items() if axis is not None}

@@ -52,7 +52,7 @@ class Taps(Protocol):
     def compute(self, use: Use, layer: Layer, inputs: Tensor, capture: Capture) -> Tensor:
         """Compute the layer, tap it by ``capture.tap`` and return its output."""
 
-    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+    def arrived(self, use: Use, saved: Tensor | None, output_grad: Tensor, key: Hashable) -> None:
         """Process a use. ``key`` identifies the same tap in another backward pass."""
 
 
@@ -161,7 +161,7 @@ class Capture(TorchFunctionMode):
             return _tapped(base, saved, self, use, key, output.shape).view(output.shape)
         return _tapped(output.clone(), saved, self, use, key, output.shape)
 
-    def deliver(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
+    def deliver(self, use: Use, saved: Tensor | None, output_grad: Tensor, key: Hashable) -> None:
         """Pass on what the tap ``key`` saved and its δ, outside the mode."""
         if not self._backward:
             raise InputError(
@@ -169,7 +169,7 @@ class Capture(TorchFunctionMode):
                 "use per_example=False"
             )
         with torch._C.DisableTorchFunction():
-            self.taps.arrived(use, saved, deltas, key)
+            self.taps.arrived(use, saved, output_grad, key)
 
     def __torch_function__(
         self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -321,8 +321,8 @@ class _Tap(torch.autograd.Function):
                 f"expected the tensors that the gradient of '{ctx.use.names[0]}' needs to stay unchanged, got one that "
                 "was changed in place before the backward pass; use the out-of-place operation"
             ) from error
-        deltas = grads[0] if grads[0].shape == ctx.shape else grads[0].reshape(ctx.shape)
-        ctx.capture.deliver(ctx.use, saved, deltas, ctx.key)
+        output_grad = grads[0] if grads[0].shape == ctx.shape else grads[0].reshape(ctx.shape)
+        ctx.capture.deliver(ctx.use, saved, output_grad, ctx.key)
         return grads[0], None, None, None, None, None, None
 
 

@@ -294,11 +294,11 @@ class ChannelReceiver:
         after = output.ndim - 1 - use.rule.channel_dim(output.ndim)
         return tap(use, output + (bias.view(-1, *[1] * after) if after else bias), output)
 
-    def receive(self, use: Use, saved: Tensor | None, deltas: Tensor, run: BatchRun) -> None:
-        axis = None if use.weight is None else run.axis(use.weight, deltas, use.leading)
+    def receive(self, use: Use, saved: Tensor | None, output_grad: Tensor, run: BatchRun) -> None:
+        axis = None if use.weight is None else run.axis(use.weight, output_grad, use.leading)
         if use.weight is None or saved is None or axis is None:
             return
-        split = [use.rule.channel_deltas(use.call, t, axis) for t in (deltas, saved)]
+        split = [use.rule.output_grad_by_channel(use.call, t, axis) for t in (output_grad, saved)]
         sums = channel_dot(*split)
         self._sums[use.weight] = self._sums[use.weight] + sums if use.weight in self._sums else sums
 

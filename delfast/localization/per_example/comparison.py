@@ -43,24 +43,24 @@ class Comparison:
         ] = {}  # tap -> the summed dim, and the sums of each pass
         self._wrong: dict[str, Tensor] = {}
 
-    def keep(self, key: Hashable, deltas: Tensor, axes: Mapping[str, BatchAxis]) -> None:
+    def keep(self, key: Hashable, output_grad: Tensor, axes: Mapping[str, BatchAxis]) -> None:
         """Keep the δ of the tap ``key`` in a weighted pass. ``axes``: the example axis of each of its parameters."""
         if not axes:
             return
         if key not in self._kept:
             taken = {axis.along.dim for axis in axes.values()}
-            free = (dim for dim in range(deltas.ndim) if dim not in taken)
-            self._kept[key] = (max(free, key=lambda dim: deltas.shape[dim], default=None), [])
+            free = (dim for dim in range(output_grad.ndim) if dim not in taken)
+            self._kept[key] = (max(free, key=lambda dim: output_grad.shape[dim], default=None), [])
         dim, kept = self._kept[key]
-        kept.append(_sums(deltas, dim))
+        kept.append(_sums(output_grad, dim))
 
-    def compare(self, key: Hashable, deltas: Tensor, axes: Mapping[str, BatchAxis]) -> None:
+    def compare(self, key: Hashable, output_grad: Tensor, axes: Mapping[str, BatchAxis]) -> None:
         """Compare the δ of the tap ``key`` in the last pass with those kept."""
         if not axes:
             return
         dim, kept = self._kept.pop(key)
-        sums = _sums(deltas, dim)
-        minimum = self._smallest * deltas.numel() / sums.numel()
+        sums = _sums(output_grad, dim)
+        minimum = self._smallest * output_grad.numel() / sums.numel()
         found: dict[BatchAxis, Tensor] = {}
         for name, axis in axes.items():
             if axis not in found:
@@ -124,8 +124,8 @@ def _smallest(dtype: torch.dtype) -> float:
     return info.tiny * info.eps if dtype == torch.float16 else info.tiny
 
 
-def _sums(deltas: Tensor, dim: int | None) -> Tensor:
+def _sums(output_grad: Tensor, dim: int | None) -> Tensor:
     """Return Σ |δ| along ``dim``, which keeps size 1, or |δ| if ``dim`` is None."""
-    wide = torch.promote_types(deltas.dtype, torch.float32)
+    wide = torch.promote_types(output_grad.dtype, torch.float32)
     # not torch.linalg.vector_norm, which is many times slower on a CPU
-    return deltas.abs().to(wide) if dim is None else deltas.abs().sum(dim=dim, keepdim=True, dtype=wide)
+    return output_grad.abs().to(wide) if dim is None else output_grad.abs().sum(dim=dim, keepdim=True, dtype=wide)

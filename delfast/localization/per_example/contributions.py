@@ -13,22 +13,22 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Epilogue = Literal["abs", "square"]  # ε(g): |g| or g²
+Transform = Literal["abs", "square"]  # ε(g): |g| or g²
 
 
 class Contribution(Protocol):
     """The contribution of one use of one parameter."""
 
-    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
+    def add(self, sums: Tensor, transform: Transform) -> None:
         """Add Σ_x ε(g_x) to ``sums``, in the parameter's shape, float32 (float64 for float64 parameters)."""
 
     def of(self, example: int) -> Tensor:
         """Return the gradient g of one example, in the parameter's shape, in float32 or wider."""
 
 
-def epsilon(gradient: Tensor, epilogue: Epilogue) -> Tensor:
+def epsilon(gradient: Tensor, transform: Transform) -> Tensor:
     """Return ε(g): |g| or g²."""
-    return gradient.abs() if epilogue == "abs" else gradient * gradient
+    return gradient.abs() if transform == "abs" else gradient * gradient
 
 
 @functools.cache
@@ -42,9 +42,9 @@ def widened(t: Tensor) -> Tensor:
     return t.to(wide(t.dtype))
 
 
-def channel_dot(deltas: Tensor, values: Tensor | None = None) -> Tensor:
-    """Return (N, C): the sum over positions of ``deltas * values``, or of ``deltas``."""
-    result: Tensor = torch.ops.delfast.channel_dot(deltas, values)
+def channel_dot(output_grad: Tensor, values: Tensor | None = None) -> Tensor:
+    """Return (N, C): the sum over positions of ``output_grad * values``, or of ``output_grad``."""
+    result: Tensor = torch.ops.delfast.channel_dot(output_grad, values)
     return result
 
 
@@ -53,13 +53,13 @@ class Convolution:
     """The contribution to the weight of a convolution of 1 to 3 dimensions.
 
     inputs: (N, C, *in).
-    deltas: the output gradient, (N, M, *out).
+    output_grad: the output gradient, (N, M, *out).
     kernel: the weight's shape for the op, (M, C / groups, *kernel).
     shape: the parameter's shape.
     """
 
     inputs: Tensor
-    deltas: Tensor
+    output_grad: Tensor
     kernel: tuple[int, ...]
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -67,19 +67,19 @@ class Convolution:
     dilation: tuple[int, ...]
     groups: int
 
-    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
+    def add(self, sums: Tensor, transform: Transform) -> None:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         sums = sums if self.kernel == self.shape else sums.view(self.kernel)
         # as for a matrix product of these; the switch's former name may not be read once the other has been set
         allow_tf32 = sums.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        torch.ops.delfast.per_example_accumulate_(sums, self.inputs, self.deltas, *geometry, epilogue, allow_tf32)
+        torch.ops.delfast.per_example_accumulate_(sums, self.inputs, self.output_grad, *geometry, transform, allow_tf32)
 
     def of(self, example: int) -> Tensor:
-        deltas = widened(self.deltas[example : example + 1])
-        inputs = self.inputs[example : example + 1].to(deltas.dtype)
+        output_grad = widened(self.output_grad[example : example + 1])
+        inputs = self.inputs[example : example + 1].to(output_grad.dtype)
         _, gradient, _ = torch.ops.aten.convolution_backward(
-            deltas, inputs, inputs.new_empty(1).expand(self.kernel), None, self.stride, self.padding, self.dilation,
-            False, [0] * len(self.stride), self.groups, [False, True, False],
+            output_grad, inputs, inputs.new_empty(1).expand(self.kernel), None, self.stride, self.padding,
+            self.dilation, False, [0] * len(self.stride), self.groups, [False, True, False],
         )  # fmt: skip
         result: Tensor = gradient.reshape(self.shape)
         return result
@@ -98,35 +98,35 @@ class Statistics:
 class ChannelGradients:
     """The contribution to a parameter with one element a channel: a norm's weight and bias, or any bias.
 
-    deltas: the output gradient, (N, C, *positions).
+    output_grad: the output gradient, (N, C, *positions).
     values: the factors of the output gradient, of the same shape, normalized by ``statistics`` if there are any; None
         for a bias.
     """
 
-    deltas: Tensor
+    output_grad: Tensor
     shape: tuple[int, ...]
     values: Tensor | None = None
     statistics: Statistics | None = None
 
-    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
-        self.add_with_bias([sums], epilogue)
+    def add(self, sums: Tensor, transform: Transform) -> None:
+        self.add_with_bias([sums], transform)
 
-    def add_with_bias(self, sums: list[Tensor], epilogue: Epilogue) -> None:
-        """Add to the sums of a weight and of the bias beside it, whose gradient is Σ of the same ``deltas``."""
+    def add_with_bias(self, sums: list[Tensor], transform: Transform) -> None:
+        """Add to the sums of a weight and of the bias beside it, whose gradient is Σ of the same ``output_grad``."""
         s = self.statistics
         mean, variance, eps = (None, None, 0.0) if s is None else (s.mean, s.variance, s.eps)
-        torch.ops.delfast.channel_accumulate_(sums, self.deltas, self.values, mean, variance, eps, epilogue)
+        torch.ops.delfast.channel_sums_(sums, self.output_grad, self.values, mean, variance, eps, transform)
 
     def of(self, example: int) -> Tensor:
-        deltas = widened(self.deltas[example])
+        output_grad = widened(self.output_grad[example])
         if self.values is not None:
-            values = self.values[example].to(deltas.dtype)
+            values = self.values[example].to(output_grad.dtype)
             if self.statistics is not None:
-                s, ones = self.statistics, [1] * (deltas.ndim - 1)
-                scale = (s.variance.to(deltas.dtype) + s.eps).rsqrt()
-                values = (values - s.mean.to(deltas.dtype).view(-1, *ones)) * scale.view(-1, *ones)
-            deltas = deltas * values
-        return (deltas if deltas.ndim == 1 else deltas.flatten(1).sum(dim=1)).reshape(self.shape)
+                s, ones = self.statistics, [1] * (output_grad.ndim - 1)
+                scale = (s.variance.to(output_grad.dtype) + s.eps).rsqrt()
+                values = (values - s.mean.to(output_grad.dtype).view(-1, *ones)) * scale.view(-1, *ones)
+            output_grad = output_grad * values
+        return (output_grad if output_grad.ndim == 1 else output_grad.flatten(1).sum(dim=1)).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class Gradients:
 
     gradients: Tensor
 
-    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
-        sums += epsilon(widened(self.gradients), epilogue).sum(dim=0)
+    def add(self, sums: Tensor, transform: Transform) -> None:
+        sums += epsilon(widened(self.gradients), transform).sum(dim=0)
 
     def of(self, example: int) -> Tensor:
         return widened(self.gradients[example])
@@ -144,23 +144,23 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Lookup:
-    """The contribution to an embedding's table: indices (N, T), deltas (N, T, D). Memory grows with N T."""
+    """The contribution to an embedding's table: indices (N, T), output_grad (N, T, D). Memory grows with N T."""
 
     indices: Tensor
-    deltas: Tensor
+    output_grad: Tensor
     shape: tuple[int, ...]
     padding_idx: int | None
     by_frequency: bool
 
-    def add(self, sums: Tensor, epilogue: Epilogue) -> None:
-        rows, gradients = self._rows(self.indices, self.deltas)
-        sums.index_add_(0, rows, epsilon(gradients, epilogue))
+    def add(self, sums: Tensor, transform: Transform) -> None:
+        rows, gradients = self._rows(self.indices, self.output_grad)
+        sums.index_add_(0, rows, epsilon(gradients, transform))
 
     def of(self, example: int) -> Tensor:
-        rows, gradients = self._rows(self.indices[example : example + 1], self.deltas[example : example + 1])
+        rows, gradients = self._rows(self.indices[example : example + 1], self.output_grad[example : example + 1])
         return gradients.new_zeros(self.shape).index_add_(0, rows, gradients)
 
-    def _rows(self, indices: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, indices: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return the table's row, and the gradient, of every (example, row) pair that occurs.
 
         There are N T of both, whatever occurs, so that nothing is read from the device: the rest has row 0, gradient 0.
@@ -171,8 +171,8 @@ class Lookup:
         is_new = torch.ones_like(pairs, dtype=torch.bool)
         is_new[1:] = pairs[1:] != pairs[:-1]
         position = is_new.cumsum(0) - 1  # of the pair among those that occur
-        deltas = widened(deltas).flatten(0, 1)[order]
-        gradients = torch.zeros_like(deltas).index_add_(0, position, deltas)
+        output_grad = widened(output_grad).flatten(0, 1)[order]
+        gradients = torch.zeros_like(output_grad).index_add_(0, position, output_grad)
         rows = torch.zeros_like(pairs).scatter_(0, position, pairs % table)
         if self.by_frequency:  # as for a batch of this example alone
             counts = gradients.new_zeros(len(pairs)).index_add_(0, position, gradients.new_ones(len(pairs)))

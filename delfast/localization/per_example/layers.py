@@ -99,16 +99,16 @@ class LayerRule(ABC):
         return 1
 
     @abstractmethod
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis) -> Contribution | None:
         """Return the weight's contribution; None if the rule does not support examples along ``axis``."""
 
-    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
-        """Reshape ``deltas`` to (N, C, *positions), with C the elements of the bias."""
-        return axis.by_channel(deltas)
+    def output_grad_by_channel(self, call: Call, output_grad: Tensor, axis: BatchAxis) -> Tensor:
+        """Reshape ``output_grad`` to (N, C, *positions), with C the elements of the bias."""
+        return axis.by_channel(output_grad)
 
-    def bias(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Contribution:
+    def bias(self, call: Call, output_grad: Tensor, axis: BatchAxis) -> Contribution:
         """Return the bias's contribution."""
-        return ChannelGradients(self.channel_deltas(call, deltas, axis), tuple(call["bias"].shape))
+        return ChannelGradients(self.output_grad_by_channel(call, output_grad, axis), tuple(call["bias"].shape))
 
 
 def refuse_batch_statistics(named_modules: Any) -> None:

@@ -16,8 +16,8 @@ from delfast.localization.per_example.capture import Layer, Use
 from delfast.localization.per_example.contributions import (
     ChannelGradients,
     Contribution,
-    Epilogue,
     Gradients,
+    Transform,
     epsilon,
     wide,
     widened,
@@ -34,12 +34,12 @@ class PerExampleGradients:
         network: nn.Module,
         parameters: Mapping[str, Tensor],
         loss_fn: LossFn | None,
-        epilogue: Epilogue,
+        transform: Transform,
         execution: Execution = DEFAULT_EXECUTION,
         loader: object = None,
     ) -> None:
         self.parameters = dict(parameters)
-        self.epilogue = epilogue
+        self.transform = transform
         self.passes = ExamplePasses(network, parameters, loss_fn, self, execution, loader)
         self.checks = self.passes.checks
         with torch.inference_mode(False):  # the sums are changed outside inference mode
@@ -83,10 +83,10 @@ class PerExampleGradients:
         return dict(unknown)
 
     def receiver(self) -> _SumReceiver:
-        return _SumReceiver(self.sums, self.epilogue, self.uses)
+        return _SumReceiver(self.sums, self.transform, self.uses)
 
     def accumulate(self, name: str, example: int, gradient: Tensor) -> None:
-        self.sums[name] += epsilon(widened(gradient), self.epilogue)
+        self.sums[name] += epsilon(widened(gradient), self.transform)
 
     def state(self) -> dict[str, Tensor]:
         return self.sums
@@ -116,8 +116,8 @@ class _SumReceiver:
     often each parameter was used in the trials.
     """
 
-    def __init__(self, sums: Mapping[str, Tensor], epilogue: Epilogue, known_uses: Mapping[str, int]) -> None:
-        self.sums, self.epilogue, self.known_uses = sums, epilogue, known_uses
+    def __init__(self, sums: Mapping[str, Tensor], transform: Transform, known_uses: Mapping[str, int]) -> None:
+        self.sums, self.transform, self.known_uses = sums, transform, known_uses
         self._apart: dict[str, Tensor] = {}  # sums of a batch whose comparison is not finished
         self._added: set[str] = set()
         self._waiting: dict[str, list[Contribution]] = {}
@@ -126,22 +126,22 @@ class _SumReceiver:
         output = layer({**use.call, "input": inputs})
         return run.capture.tap(use, output, inputs if use.weight is not None else None)
 
-    def receive(self, use: Use, saved: Tensor | None, deltas: Tensor, run: BatchRun) -> None:
+    def receive(self, use: Use, saved: Tensor | None, output_grad: Tensor, run: BatchRun) -> None:
         weight = bias = None
-        if use.weight is not None and (axis := run.axis(use.weight, deltas, use.leading)) is not None:
+        if use.weight is not None and (axis := run.axis(use.weight, output_grad, use.leading)) is not None:
             assert saved is not None
-            weight = use.rule.weight(use.call, saved, deltas, axis)
+            weight = use.rule.weight(use.call, saved, output_grad, axis)
             if weight is None:
-                run.capture.unknown[use.weight] = f"has several images of {deltas.ndim - 2} dimensions per example"
-        if use.bias is not None and (axis := run.axis(use.bias, deltas, use.leading)) is not None:
-            bias = use.rule.bias(use.call, deltas, axis)
+                run.capture.unknown[use.weight] = f"has several images of {output_grad.ndim - 2} dimensions per example"
+        if use.bias is not None and (axis := run.axis(use.bias, output_grad, use.leading)) is not None:
+            bias = use.rule.bias(use.call, output_grad, axis)
         if (
             isinstance(weight, ChannelGradients)
             and bias is not None
             and not any(self._waits(n, run) for n in use.names)
         ):
             both = [self._sums_of(name, run) for name in use.names]  # one op reads δ for both
-            return weight.add_with_bias(both, self.epilogue)
+            return weight.add_with_bias(both, self.transform)
         for name, contribution in ((use.weight, weight), (use.bias, bias)):
             if name is not None and contribution is not None:
                 self._receive(name, contribution, run)
@@ -160,7 +160,7 @@ class _SumReceiver:
             uses = self._waiting[name]
             for example in range(run.examples):  # an example's uses are added before ε
                 gradient = sum((use.of(example) for use in uses[1:]), start=uses[0].of(example))
-                self.sums[name] += epsilon(gradient, self.epilogue)
+                self.sums[name] += epsilon(gradient, self.transform)
 
     def _waits(self, name: str, run: BatchRun) -> bool:
         """Return whether an example uses the parameter several times."""
@@ -170,7 +170,7 @@ class _SumReceiver:
         if self._waits(name, run):
             self._waiting.setdefault(name, []).append(contribution)
         else:
-            contribution.add(self._sums_of(name, run), self.epilogue)
+            contribution.add(self._sums_of(name, run), self.transform)
 
     def _sums_of(self, name: str, run: BatchRun) -> Tensor:
         """Return the sums for the only contribution to a parameter in this batch."""

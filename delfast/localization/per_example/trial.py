@@ -67,7 +67,7 @@ class Trial:
             self._example, self._reached = example, Counter()
             self.capture.backward(losses[example], retain_graph=True)
             self._read_copies()
-            self._read_deltas()
+            self._read_output_grads()
             self.capture.uses |= self._reached
         for use, output, version in self._written:
             if output._version != version:
@@ -95,8 +95,8 @@ class Trial:
             self.otherwise.add(use.bias)
         return output
 
-    def arrived(self, use: Use, saved: Tensor | None, deltas: Tensor, key: Hashable) -> None:
-        self._record(use.names, deltas, use.leading)
+    def arrived(self, use: Use, saved: Tensor | None, output_grad: Tensor, key: Hashable) -> None:
+        self._record(use.names, output_grad, use.leading)
 
     def _read_copies(self) -> None:
         for (name, _), copies in self.capture.free.copies.items():
@@ -105,18 +105,18 @@ class Trial:
                 self._record((name,), copies.grad, 1)
                 copies.grad = None
 
-    def _record(self, names: tuple[str, ...], deltas: Tensor, leading: int) -> None:
+    def _record(self, names: tuple[str, ...], output_grad: Tensor, leading: int) -> None:
         """Keep which slices along each of the first ``leading`` dims are not zero.
 
         They are read after the pass: reading them earlier would make the host wait for the device.
         """
         self._reached.update(names)
         for name in names:
-            self._shapes.setdefault(name, set()).add(deltas.shape)
-        others = [[other for other in range(deltas.ndim) if other != dim] for dim in range(leading)]
-        self._arrived.append((names, [deltas.any(dim=dims) if dims else deltas != 0 for dims in others]))
+            self._shapes.setdefault(name, set()).add(output_grad.shape)
+        others = [[other for other in range(output_grad.ndim) if other != dim] for dim in range(leading)]
+        self._arrived.append((names, [output_grad.any(dim=dims) if dims else output_grad != 0 for dims in others]))
 
-    def _read_deltas(self) -> None:
+    def _read_output_grads(self) -> None:
         marks = [mark for _, by_dim in self._arrived for mark in by_dim]
         if not marks:
             return

@@ -43,10 +43,10 @@ def example_gradients(
     return found
 
 
-def summed(gradients: list[dict[str, Tensor]], epilogue: str) -> dict[str, Tensor]:
+def summed(gradients: list[dict[str, Tensor]], transform: str) -> dict[str, Tensor]:
     return {
         name: sum(
-            (g[name].abs() if epilogue == "abs" else g[name] ** 2 for g in gradients), start=0 * gradients[0][name]
+            (g[name].abs() if transform == "abs" else g[name] ** 2 for g in gradients), start=0 * gradients[0][name]
         )
         for name in gradients[0]
     }
@@ -60,15 +60,15 @@ def assert_parity(
     unknown: Iterable[str] = (),
     bound: float = 1e-12,
 ) -> PerExampleGradients:
-    """Compare both epilogues with the loop by relative L2 in float64. ``unknown``: parameters without a rule."""
+    """Compare both transforms with the loop by relative L2 in float64. ``unknown``: parameters without a rule."""
     batches = list(batches)
     gradients = example_gradients(model, batches, losses)
     assert any(g.any() for g in gradients[0].values())
-    for epilogue in ("abs", "square"):
-        sums = PerExampleGradients(model, trainable_parameters(model), losses, epilogue)
+    for transform in ("abs", "square"):
+        sums = PerExampleGradients(model, trainable_parameters(model), losses, transform)
         assert sum(sums.add(batch) for batch in batches) == len(gradients)
-        for name, expected in summed(gradients, epilogue).items():
+        for name, expected in summed(gradients, transform).items():
             error = (sums.sums[name] - expected).norm() / expected.norm().clamp_min(1e-300)
-            assert error <= bound, f"{name}, {epilogue}: relative error {float(error):.3g}"
+            assert error <= bound, f"{name}, {transform}: relative error {float(error):.3g}"
         assert set(sums.unknown) == set(unknown), sums.unknown
     return sums

@@ -38,18 +38,18 @@ def layers(draw: Any) -> cases.Layer:
     return cases.Layer(*channels, *zip(*axes, strict=True), groups=groups, examples=draw(st.integers(0, 9)))  # type: ignore[arg-type]
 
 
-def check_layer(layer: cases.Layer, dtype: torch.dtype, epilogue: str, layout: str) -> None:
+def check_layer(layer: cases.Layer, dtype: torch.dtype, transform: str, layout: str) -> None:
     assert BACKEND.module is not None
-    sums, inputs, deltas = layer.operands(dtype)
+    sums, inputs, output_grad = layer.operands(dtype)
     exact = sums.double()
-    reference(exact, inputs.double(), deltas.double(), *layer.settings, epilogue)
-    sums, inputs, deltas = dict(cases.strided([sums, inputs, deltas]))[layout]
+    reference(exact, inputs.double(), output_grad.double(), *layer.settings, transform)
+    sums, inputs, output_grad = dict(cases.strided([sums, inputs, output_grad]))[layout]
     before = BACKEND.module.isa()
     try:
         for isa in BACKEND.module.isas():
             BACKEND.module.force_isa(isa)
             result = sums.clone()
-            torch.ops.delfast.per_example_accumulate_(result, inputs, deltas, *layer.settings, epilogue)
+            torch.ops.delfast.per_example_accumulate_(result, inputs, output_grad, *layer.settings, transform)
             assert relative_l2(result, exact) <= 1e-5, isa  # products of 16-bit values are exact in float32
     finally:
         BACKEND.module.force_isa(before)
@@ -65,15 +65,15 @@ DRAWN = given(
 
 @settings(max_examples=120, derandomize=True, deadline=None, database=None)
 @DRAWN
-def test_any_geometry(layer: cases.Layer, dtype: torch.dtype, epilogue: str, layout: str) -> None:
-    check_layer(layer, dtype, epilogue, layout)
+def test_any_geometry(layer: cases.Layer, dtype: torch.dtype, transform: str, layout: str) -> None:
+    check_layer(layer, dtype, transform, layout)
 
 
 @pytest.mark.slow
 @settings(max_examples=5000, derandomize=True, deadline=None, database=None)
 @DRAWN
-def test_any_geometry_at_length(layer: cases.Layer, dtype: torch.dtype, epilogue: str, layout: str) -> None:
-    check_layer(layer, dtype, epilogue, layout)
+def test_any_geometry_at_length(layer: cases.Layer, dtype: torch.dtype, transform: str, layout: str) -> None:
+    check_layer(layer, dtype, transform, layout)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -262,7 +262,7 @@ def test_rows_in_any_order_at_length(moves: list[str], sizes: list[int], tokens:
 )
 def test_any_two_examples_that_change_places_are_found(count: int, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    deltas = torch.randn(count, 3, 4, generator=generator).to(dtype)
+    output_grad = torch.randn(count, 3, 4, generator=generator).to(dtype)
     comparison = passes.Comparison(torch.zeros(count), [dtype], seed)
     whose = torch.arange(count)
     swapped = torch.randperm(count, generator=generator)[:2]
@@ -271,23 +271,23 @@ def test_any_two_examples_that_change_places_are_found(count: int, dtype: torch.
     places = {name: BatchAxis(ExampleAxis(), count) for name in ("right", "moved", "mixed")}
     for weights in comparison.weights:
         w = weights.to(dtype).view(-1, 1, 1)
-        added = deltas * w
-        added[mixed] += (deltas * w)[int(swapped[1])]
-        for name, weighted in (("right", deltas * w), ("moved", deltas * w[whose]), ("mixed", added)):
+        added = output_grad * w
+        added[mixed] += (output_grad * w)[int(swapped[1])]
+        for name, weighted in (("right", output_grad * w), ("moved", output_grad * w[whose]), ("mixed", added)):
             comparison.keep(name, weighted, {name: places[name]})
-    total = deltas.clone()
-    total[mixed] += deltas[int(swapped[1])]
-    for name, own in (("right", deltas), ("moved", deltas), ("mixed", total)):
+    total = output_grad.clone()
+    total[mixed] += output_grad[int(swapped[1])]
+    for name, own in (("right", output_grad), ("moved", output_grad), ("mixed", total)):
         comparison.compare(name, own, {name: places[name]})
     assert comparison.wrong() == ["moved", "mixed"]
 
 
 def test_what_is_not_finite_is_nowhere_right() -> None:
     comparison = passes.Comparison(torch.zeros(3), [torch.float32], 0)
-    deltas = torch.ones(3, 2)
-    deltas[1, 0] = float("nan")
-    comparison.keep("tap", deltas, {"layer": BatchAxis(ExampleAxis(), 3)})
-    comparison.compare("tap", deltas, {"layer": BatchAxis(ExampleAxis(), 3)})
+    output_grad = torch.ones(3, 2)
+    output_grad[1, 0] = float("nan")
+    comparison.keep("tap", output_grad, {"layer": BatchAxis(ExampleAxis(), 3)})
+    comparison.compare("tap", output_grad, {"layer": BatchAxis(ExampleAxis(), 3)})
     assert comparison.wrong() == ["layer"]
 
 

@@ -28,24 +28,24 @@ class Conv(LayerRule):
     def leading(self, call: Call) -> int:
         return 1 if call["input"].ndim == self.dims + 2 else 0
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis) -> Contribution | None:
         dilation = self._per_dim(call["dilation"])
         padding, extra = self._padding(call["padding"], dilation, call["weight"].shape[2:])
         if any(extra):  # padding 'same' with an even kernel adds one more at the end
             inputs = functional.pad(inputs, [side for more in reversed(extra) for side in (0, more)])
-        return self._convolution(call, inputs, deltas, axis, padding, dilation)
+        return self._convolution(call, inputs, output_grad, axis, padding, dilation)
 
     def _convolution(
-        self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis, padding: tuple[int, ...], dilation: Any
+        self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis, padding: tuple[int, ...], dilation: Any
     ) -> Contribution | None:
         shape, stride = tuple(call["weight"].shape), self._per_dim(call["stride"])
-        inputs, deltas, kernel = axis.by_channel(inputs), axis.by_channel(deltas), shape
+        inputs, output_grad, kernel = axis.by_channel(inputs), axis.by_channel(output_grad), shape
         if inputs.ndim > self.dims + 2:
             if self.dims == 3:
                 return None  # the op has no convolution of four dimensions
             kernel = (*shape[:2], 1, *shape[2:])
             stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-        return Convolution(inputs, deltas, kernel, shape, stride, padding, dilation, call["groups"])
+        return Convolution(inputs, output_grad, kernel, shape, stride, padding, dilation, call["groups"])
 
     def _per_dim(self, value: int | Sequence[int]) -> tuple[int, ...]:
         if isinstance(value, int):
@@ -63,19 +63,19 @@ class Conv(LayerRule):
 
 
 class TransposedConv(Conv):
-    """The rule of a transposed convolution: inputs and deltas are exchanged, and rows are input channels."""
+    """The rule of a transposed convolution: inputs and output gradient are exchanged, and rows are input channels."""
 
     arguments = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     rows_are_inputs = True
     defaults = MappingProxyType({**Conv.defaults, "output_padding": 0})
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution | None:
+    def weight(self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis) -> Contribution | None:
         stride = self._per_dim(call["stride"])
         extra = [op // s for op, s in zip(self._per_dim(call["output_padding"]), stride, strict=True)]
-        if any(extra):  # the convolution of these deltas has more outputs than there are inputs
+        if any(extra):  # the convolution of this output gradient has more outputs than there are inputs
             inputs = functional.pad(inputs, [side for more in reversed(extra) for side in (0, more)])
         padding, dilation = self._per_dim(call["padding"]), self._per_dim(call["dilation"])
-        return self._convolution(call, deltas, inputs, axis, padding, dilation)
+        return self._convolution(call, output_grad, inputs, axis, padding, dilation)
 
 
 for dims, functions in enumerate(

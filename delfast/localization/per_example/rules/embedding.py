@@ -24,12 +24,12 @@ class Embedding(LayerRule):
     def leading(self, call: Call) -> int:
         return int(call["input"].ndim)
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
+    def weight(self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis) -> Contribution:
         shape, padding_idx = tuple(call["weight"].shape), call["padding_idx"]
         if padding_idx is not None and padding_idx < 0:
             padding_idx += shape[0]
-        indices, deltas = axis.split(inputs).flatten(1), axis.split(deltas).flatten(1, -2)
-        return Lookup(indices, deltas, shape, padding_idx, bool(call["scale_grad_by_freq"]))
+        indices, output_grad = axis.split(inputs).flatten(1), axis.split(output_grad).flatten(1, -2)
+        return Lookup(indices, output_grad, shape, padding_idx, bool(call["scale_grad_by_freq"]))
 
 
 register_rule(Embedding(), functional.embedding)

@@ -26,20 +26,20 @@ class Linear(LayerRule):
     def channel_dim(self, ndim: int) -> int:
         return ndim - 1
 
-    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
-        return axis.by_channel(deltas, trailing=1)
+    def output_grad_by_channel(self, call: Call, output_grad: Tensor, axis: BatchAxis) -> Tensor:
+        return axis.by_channel(output_grad, trailing=1)
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
-        return _products(axis, inputs, deltas, call)
+    def weight(self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis) -> Contribution:
+        return _products(axis, inputs, output_grad, call)
 
 
 class TransposedLinear(Linear):
-    """The rule of a linear layer with a weight (in, out): inputs and deltas are exchanged."""
+    """The rule of a linear layer with a weight (in, out): inputs and output gradient are exchanged."""
 
     output_dim = 1
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
-        return _products(axis, deltas, inputs, call)
+    def weight(self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis) -> Contribution:
+        return _products(axis, output_grad, inputs, call)
 
 
 class Addmm(TransposedLinear):
@@ -95,8 +95,8 @@ def _products(axis: BatchAxis, columns: Tensor, rows: Tensor, call: Call) -> Con
     """Return the contribution to a weight: the product of ``rows`` for its rows and ``columns``, both (*, F)."""
     shape = tuple(call["weight"].shape)
     parts = [axis.by_channel(t, trailing=1) for t in (columns, rows)]
-    inputs, deltas = (t.unsqueeze(2) if t.ndim == 2 else t for t in parts)
-    return Convolution(inputs, deltas, (*shape, 1), shape, (1,), (0,), (1,), 1)
+    inputs, output_grad = (t.unsqueeze(2) if t.ndim == 2 else t for t in parts)
+    return Convolution(inputs, output_grad, (*shape, 1), shape, (1,), (0,), (1,), 1)
 
 
 REGISTERED = (_Registered(), _RegisteredTransposed())  # by output_dim

@@ -33,19 +33,19 @@ class Norm(LayerRule):
     def trailing(self, call: Call) -> int | None:
         return None
 
-    def channel_deltas(self, call: Call, deltas: Tensor, axis: BatchAxis) -> Tensor:
-        return axis.by_channel(deltas, self.trailing(call))
+    def output_grad_by_channel(self, call: Call, output_grad: Tensor, axis: BatchAxis) -> Tensor:
+        return axis.by_channel(output_grad, self.trailing(call))
 
-    def weight(self, call: Call, inputs: Tensor, deltas: Tensor, axis: BatchAxis) -> Contribution:
-        deltas, shape = self.channel_deltas(call, deltas, axis), tuple(call["weight"].shape)
+    def weight(self, call: Call, inputs: Tensor, output_grad: Tensor, axis: BatchAxis) -> Contribution:
+        output_grad, shape = self.output_grad_by_channel(call, output_grad, axis), tuple(call["weight"].shape)
         if self.uses_running_statistics(call):
             statistics = Statistics(call["running_mean"], call["running_var"], call["eps"])
-            return ChannelGradients(deltas, shape, axis.by_channel(inputs), statistics)
+            return ChannelGradients(output_grad, shape, axis.by_channel(inputs), statistics)
         plain = {name: widened(v) if isinstance(v, Tensor) else v for name, v in call.items()}
         plain |= {"input": widened(inputs), "weight": None, "bias": None}
         with torch.autocast(inputs.device.type, enabled=False):
             normalized = self.function(**{name: plain[name] for name in self.arguments if name in plain})
-        return ChannelGradients(deltas, shape, axis.by_channel(normalized, self.trailing(call)))
+        return ChannelGradients(output_grad, shape, axis.by_channel(normalized, self.trailing(call)))
 
     def uses_running_statistics(self, call: Call) -> bool:
         """Return whether the call normalizes by a mean and a variance per channel that do not depend on the input."""

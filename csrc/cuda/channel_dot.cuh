@@ -16,43 +16,43 @@ constexpr int kDotLanes = 32;
 
 // ---- the products, or the output gradients alone
 
-template <class Delta, class Value>
+template <class OutputGrad, class Value>
 struct Products {
-  static constexpr int kPack = 16 / int(sizeof(Delta) > sizeof(Value) ? sizeof(Delta) : sizeof(Value));
-  const Delta* deltas;
+  static constexpr int kPack = 16 / int(sizeof(OutputGrad) > sizeof(Value) ? sizeof(OutputGrad) : sizeof(Value));
+  const OutputGrad* output_grad;
   const Value* values;
 
   template <int kCount>
   __device__ __forceinline__ void load(int64_t i, float (&out)[kCount]) const {
     float factors[kCount];
-    load_pack(deltas + i, out);
+    load_pack(output_grad + i, out);
     load_pack(values + i, factors);
     for (int j = 0; j < kCount; j++) out[j] *= factors[j];
   }
   __device__ __forceinline__ bool aligned() const {
-    return pack_offset<kPack>(deltas) == 0 && pack_offset<kPack>(values) == 0;
+    return pack_offset<kPack>(output_grad) == 0 && pack_offset<kPack>(values) == 0;
   }
 };
 
-template <class Delta>
-struct Deltas {
-  static constexpr int kPack = 16 / int(sizeof(Delta));
-  const Delta* deltas;
+template <class OutputGrad>
+struct Plain {
+  static constexpr int kPack = 16 / int(sizeof(OutputGrad));
+  const OutputGrad* output_grad;
 
   template <int kCount>
   __device__ __forceinline__ void load(int64_t i, float (&out)[kCount]) const {
-    load_pack(deltas + i, out);
+    load_pack(output_grad + i, out);
   }
-  __device__ __forceinline__ bool aligned() const { return pack_offset<kPack>(deltas) == 0; }
+  __device__ __forceinline__ bool aligned() const { return pack_offset<kPack>(output_grad) == 0; }
 };
 
 template <class F>
 __device__ __forceinline__ void with_products(const ChannelDot& p, F f) {
-  with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
-    const Delta* const deltas = static_cast<const Delta*>(p.deltas);
-    if (!p.values) return f(Deltas<Delta>{deltas});
+  with_dtype(p.output_grad_dtype, [&]<class OutputGrad>(const OutputGrad*) {
+    const OutputGrad* const output_grad = static_cast<const OutputGrad*>(p.output_grad);
+    if (!p.values) return f(Plain<OutputGrad>{output_grad});
     with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
-      f(Products<Delta, Value>{deltas, static_cast<const Value*>(p.values)});
+      f(Products<OutputGrad, Value>{output_grad, static_cast<const Value*>(p.values)});
     });
   });
 }

@@ -8,12 +8,12 @@
 // The mean is subtracted from every value, which avoids cancellation.
 #pragma once
 
-#include "cuda/per_example_dot.cuh"
+#include "cuda/channel_dot.cuh"
 
 namespace delfast::cuda {
 
-__device__ __forceinline__ float with_epilogue(float x, Epilogue epilogue) {
-  return epilogue == Epilogue::abs ? fabsf(x) : x * x;
+__device__ __forceinline__ float with_transform(float x, Transform transform) {
+  return transform == Transform::abs ? fabsf(x) : x * x;
 }
 
 // The two sums of one or several channels: of output gradients, and of output gradients times centered values.
@@ -22,56 +22,57 @@ struct SumPair {
   float weighted[kCount] = {}, plain[kCount] = {};
 
   // Adds the transform of an example's sums.
-  __device__ __forceinline__ void add(const SumPair& example, Epilogue epilogue) {
+  __device__ __forceinline__ void add(const SumPair& example, Transform transform) {
     for (int j = 0; j < kCount; j++) {
-      weighted[j] += with_epilogue(example.weighted[j], epilogue);
-      plain[j] += with_epilogue(example.plain[j], epilogue);
+      weighted[j] += with_transform(example.weighted[j], transform);
+      plain[j] += with_transform(example.plain[j], transform);
     }
   }
 };
 
-template <class Delta, class Value>
+template <class OutputGrad, class Value>
 struct Pairs {
-  static constexpr int kPack = 16 / int(sizeof(Delta) > sizeof(Value) ? sizeof(Delta) : sizeof(Value));
-  const Delta* deltas;
+  static constexpr int kPack = 16 / int(sizeof(OutputGrad) > sizeof(Value) ? sizeof(OutputGrad) : sizeof(Value));
+  const OutputGrad* output_grad;
   const Value* values;
 
   template <int kCount>
   __device__ __forceinline__ void add(int64_t i, const float (&mean)[kCount], SumPair<kCount>& sums) const {
-    float delta[kCount], value[kCount];
-    load_pack(deltas + i, delta);
+    float grad[kCount], value[kCount];
+    load_pack(output_grad + i, grad);
     load_pack(values + i, value);
     for (int j = 0; j < kCount; j++) {
-      sums.plain[j] += delta[j];
-      sums.weighted[j] += delta[j] * (value[j] - mean[j]);
+      sums.plain[j] += grad[j];
+      sums.weighted[j] += grad[j] * (value[j] - mean[j]);
     }
   }
   __device__ __forceinline__ bool aligned() const {
-    return pack_offset<kPack>(deltas) == 0 && pack_offset<kPack>(values) == 0;
+    return pack_offset<kPack>(output_grad) == 0 && pack_offset<kPack>(values) == 0;
   }
 };
 
-template <class Delta>
+template <class OutputGrad>
 struct Singles {
-  static constexpr int kPack = 16 / int(sizeof(Delta));
-  const Delta* deltas;
+  static constexpr int kPack = 16 / int(sizeof(OutputGrad));
+  const OutputGrad* output_grad;
 
   template <int kCount>
   __device__ __forceinline__ void add(int64_t i, const float (&)[kCount], SumPair<kCount>& sums) const {
-    float delta[kCount];
-    load_pack(deltas + i, delta);
-    for (int j = 0; j < kCount; j++) sums.plain[j] += delta[j];
+    float grad[kCount];
+    load_pack(output_grad + i, grad);
+    for (int j = 0; j < kCount; j++) sums.plain[j] += grad[j];
   }
-  __device__ __forceinline__ bool aligned() const { return pack_offset<kPack>(deltas) == 0; }
+  __device__ __forceinline__ bool aligned() const { return pack_offset<kPack>(output_grad) == 0; }
 };
 
 template <class F>
 __device__ __forceinline__ void with_pairs(const ChannelSums& p, F f) {
-  with_dtype(p.deltas_dtype, [&]<class Delta>(const Delta*) {
-    const Delta* const deltas = static_cast<const Delta*>(p.deltas);
-    if (!p.values) return f(Singles<Delta>{deltas});
-    with_dtype(p.values_dtype,
-               [&]<class Value>(const Value*) { f(Pairs<Delta, Value>{deltas, static_cast<const Value*>(p.values)}); });
+  with_dtype(p.output_grad_dtype, [&]<class OutputGrad>(const OutputGrad*) {
+    const OutputGrad* const output_grad = static_cast<const OutputGrad*>(p.output_grad);
+    if (!p.values) return f(Singles<OutputGrad>{output_grad});
+    with_dtype(p.values_dtype, [&]<class Value>(const Value*) {
+      f(Pairs<OutputGrad, Value>{output_grad, static_cast<const Value*>(p.values)});
+    });
   });
 }
 
@@ -87,7 +88,7 @@ __device__ __forceinline__ void store_sums(const ChannelSums& p, float* parts, i
                                            float weighted, float plain) {
   if (p.variance) {
     const float scale = 1.0f / sqrtf(global_load_const(p.variance + channel) + float(p.eps));
-    weighted *= with_epilogue(scale, p.epilogue);
+    weighted *= with_transform(scale, p.transform);
   }
   if (parts) {
     float* const to = parts + slab * 2 * p.channels + channel;
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
         sums.weighted[0] += __shfl_xor_sync(kAllLanes, sums.weighted[0], other);
         sums.plain[0] += __shfl_xor_sync(kAllLanes, sums.plain[0], other);
       }
-      if (adds) totals.add(sums, p.epilogue);
+      if (adds) totals.add(sums, p.transform);
     }
   });
   if (exists && member == 0) store_sums(p, parts, slab, channel, totals.weighted[0], totals.plain[0]);
@@ -193,7 +194,7 @@ __device__ __forceinline__ void add_slab(const ChannelSums& p, const Source& sou
       SumPair<kPack> sums;
 #pragma unroll 1
       for (int64_t t = 0; t < p.positions; t++) source.add(x * size + t * p.channels + channel + mine, mean, sums);
-      totals.add(sums, p.epilogue);
+      totals.add(sums, p.transform);
     }
     reduce_strands(totals, parts, total);
   } else {
@@ -205,7 +206,7 @@ __device__ __forceinline__ void add_slab(const ChannelSums& p, const Source& sou
       for (int64_t t = strand; exists && t < p.positions; t += kStrands)
         source.add(x * size + t * p.channels + channel + mine, mean, sums);
       reduce_strands(sums, parts, total);
-      if (which < 2) all += with_epilogue(total[which][own], p.epilogue);
+      if (which < 2) all += with_transform(total[which][own], p.transform);
     }
     __syncthreads();  // until all have read the sums of the previous example
     if (which < 2) total[which][own] = all;
