@@ -101,10 +101,8 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
         ("**slower:** a compact training step", "the dense step",
          _of_gpu(card, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_gpu}"),
     ]  # fmt: skip
-    return (
-        "\n".join(f"| {' | '.join(cells)} |" for cells in (("what", "compared with", "result", "on"), ["---"] * 4, *rows))
-        + "\n"
-    )
+    lines = (("what", "compared with", "result", "on"), ["---"] * 4, *rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def answer(results: dict[str, dict[str, Any]], sections: dict[str, Any], before: dict[str, Any]) -> str:
