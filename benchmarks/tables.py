@@ -102,7 +102,9 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
          _of_gpu(card, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_gpu}"),
     ]  # fmt: skip
     return (
-        "\n".join(f"| {' | '.join(cells)} |" for cells in (("what", "compared with", "result", "on"), ["---"] * 4, *rows))
+        "\n".join(
+            f"| {' | '.join(cells)} |" for cells in (("what", "compared with", "result", "on"), ["---"] * 4, *rows)
+        )
         + "\n"
     )
 
