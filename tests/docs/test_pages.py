@@ -66,7 +66,7 @@ def job() -> dict[str, Any]:
     return {
         **{"torch": torch, "delfast": delfast, "Path": Path, "model": model, "make_model": make_model},
         **{"forget": forget, "forget_loader": forget, "retain": loader(12), "held_out": loader(4)},
-        **{"test": loader(4), "oracle": Metrics(50.0, 90.0, 60.0, 1.0, 0.2, 1.0)},
+        **{"test": loader(4), "oracle": Metrics(50.0, 90.0, 60.0, 1.0, 0.2, 1.0), "oracles": [make_model()]},
         "mask": delfast.localize(model, forget, budget=0.3),
         "more": delfast.localize(model, forget, budget=0.5),
         **{"lm": LanguageModel(), "make_lm": LanguageModel},
