@@ -267,7 +267,8 @@ def train(
             ):
                 losses.append(step.run_epoch(batches, scheduler))
             if not math.isfinite(losses[-1]):
-                error = Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate, and begin with the original network")
+                advice = "lower the learning rate, and begin with the original network"
+                error = Diverged(f"the loss of epoch {epoch + 1} is {losses[-1]}; {advice}")
                 raise raised_by_all(error)  # the mean over all processes
             send_buffers(model, processes)
             if early_stop is not None:
