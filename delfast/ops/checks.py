@@ -67,7 +67,7 @@ def check_select_units(scores: Tensor, counts: Sequence[int], lengths: Sequence[
         elements += count * length
         if elements >= 2**63:
             raise ValueError(
-                f"expected fewer than 2^63 scalars in all, got {count} units of {length} for parameter "
+                f"expected fewer than 2^63 elements in all, got {count} units of {length} for parameter "
                 f"#{index}; {sizes}"
             )
         if count > left:
