@@ -253,6 +253,10 @@ def check_sources_of_one_process(layout: str, folder: Path) -> None:
             delfast.reset_(model, chosen, Net, seed=rank)
     with pytest.raises(InputError, match=r"seed .* \(on rank 1\)"):
         delfast.reset_(model, mask, Net, seed=-rank)
+    own_values: list[Any] = [model, lambda: model, model.state_dict()]
+    for values in own_values:
+        with pytest.raises(InputError, match="newly initialized network, it returned the model itself"):
+            delfast.reset_(model, mask, values)
     assert_equal_parts(model, network())
 
 
