@@ -375,7 +375,7 @@ def assert_refused(model: nn.Module, message: str) -> None:
         lambda: delfast.score(model, batches),
         lambda: delfast.reset_(model, mask, Net),
         lambda: delfast.compact(model, mask),
-        lambda: delfast.unlearn(model, retain=batches, forget=batches, mask=mask, init=Net),
+        lambda: delfast.unlearn(model, retain=batches, forget=[*batches], mask=mask, init=Net),
         *(lambda make=make: make(model.named_parameters(), mask) for make in OPTIMIZERS.values()),  # type: ignore[misc]
     ]
     for call in calls:
