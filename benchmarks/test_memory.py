@@ -36,7 +36,7 @@ def finetune_once(name: str, side: str, examples: int) -> None:
     else:
         model = model.to(memory_format=LAYOUT[name])
         mask = delfast.localize(model, batches(some), BUDGET)
-        delfast.unlearn(model, retain=batches(some), mask=mask, init=model, epochs=1, lr=LR)
+        delfast.unlearn(model, retain=batches(some), mask=mask, init=copy.deepcopy(model), epochs=1, lr=LR)
 
 
 def print_peak(name: str, side: str) -> None:

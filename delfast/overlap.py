@@ -36,8 +36,9 @@ def check_disjoint(sets: Mapping[str, Any], others: Mapping[str, Any]) -> None:
 
     Compared are torch's DataLoaders with torch's own samplers: the positions in one data set that their Subsets and
     samplers select, and the rows of tensors that TensorDatasets share. Contents are not compared: a training set may
-    hold an example twice, and one copy may be forgotten. Every other loader passes unseen.
+    hold an example twice, and one copy may be forgotten. Of every other loader only the object is compared.
     """
+    check_distinct(sets, others)
     known = {name: _places(loader) for name, loader in {**sets, **others}.items()}
     for name in sets:
         for other in others:
@@ -46,6 +47,17 @@ def check_disjoint(sets: Mapping[str, Any], others: Mapping[str, Any]) -> None:
                 raise InputError(
                     f"expected a {other} set without examples of the {name} set, got {count} that both have; leave "
                     f"them out of the {other} set: Subset(dataset, indices)"
+                )
+
+
+def check_distinct(sets: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Raise InputError, by name, if one of ``others`` is the object that is passed as one of ``sets``."""
+    for name, loader in sets.items():
+        for other, its_loader in others.items():
+            if loader is not None and loader is its_loader:
+                raise InputError(
+                    f"expected a {other} set without examples of the {name} set, got one object as both; pass each set "
+                    "its own batches"
                 )
 
 

@@ -20,7 +20,7 @@ from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.joint_calls import averaging_processes
 from delfast.mask import Mask
-from delfast.naming import model_parameters, plain_name, refuse_merged, unwrap
+from delfast.naming import model_parameters, plain_name, refuse_merged, trainable_parameters, unwrap
 from delfast.seeding import RESET_SEED, seeded
 from delfast.sharding import held_part, is_dtensor, local_part, reshard
 from delfast.slices import read_parts
@@ -68,10 +68,10 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = RESET_SEED) -> 
     Raises
     ------
     InputError
-        If the mask is of another architecture, if ``init`` lacks a masked parameter or has it in another shape, and if
-        the processes of DDP, or those that hold a sharded model, pass different masks, values or files. Of files their
-        headers, the ends of masked tensors and samples are compared. Nothing is changed then, in any process; an error
-        of one is raised by all.
+        If the mask is of another architecture, if ``init`` lacks a masked parameter or has it in another shape, if it
+        gives the memory of the model's own masked parameters, and if the processes of DDP, or those that hold a sharded
+        model, pass different masks, values or files. Of files their headers, the ends of masked tensors and samples are
+        compared. Nothing is changed then, in any process; an error of one is raised by all.
 
     References
     ----------
@@ -99,7 +99,7 @@ def reset_(model: nn.Module, mask: Mask, init: Init, seed: int = RESET_SEED) -> 
         matched = {name: (parameter, part) for name, parameter, part in mask.match(targets)}
         parameters = {name: parameter for name, (parameter, _) in matched.items()}
         path = Path(check_path("init", init)) if _is_path(init) else None
-        values = _checked_values(model, init, seed, parameters) if path is None else read_parts(path, parameters)
+        values = _checked_values(model, mask, init, seed, parameters) if path is None else read_parts(path, parameters)
         content = (
             "" if processes is None else _content_of(values) if path is None else _content_of_file(path, parameters)
         )
@@ -128,7 +128,9 @@ def _is_path(init: Any) -> bool:
     return isinstance(init, (str, PathLike)) and init != "reset_parameters"
 
 
-def _checked_values(model: nn.Module, init: Any, seed: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checked_values(
+    model: nn.Module, mask: Mask, init: Any, seed: int, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the new values of each parameter, as a whole or as DTensors, by plain name. Nothing is exchanged."""
     sharded = [name for name, parameter in parameters.items() if is_dtensor(parameter)]
     if sharded and isinstance(init, str):
@@ -150,6 +152,7 @@ def _checked_values(model: nn.Module, init: Any, seed: int, parameters: Mapping[
             )
         if fresh[name].is_meta:
             raise InputError(f"expected fresh values for '{name}', got a tensor without data (meta); make it elsewhere")
+    _refuse_own({name: parameters[name] for name in parameters if mask[name].selected}, fresh)
     return {name: fresh[name] for name in parameters}
 
 
@@ -197,12 +200,37 @@ def _fresh_values(model: nn.Module, init: Any, seed: int, needed: list[str]) -> 
     return {plain_name(name): parameter.detach() for name, parameter in named}
 
 
-def fresh_state(init: Init, seed: int) -> dict[str, Tensor]:
+def fresh_state(network: nn.Module, init: Init, seed: int) -> dict[str, Tensor]:
     """Return the state dict, buffers included, of a model or of the network that a factory makes as in ``reset_``.
 
-    Raises InputError for an ``init`` that is neither.
+    Raises InputError for an ``init`` that is neither, and for the memory of a trainable parameter of ``network``.
     """
-    return _make_network(init, seed, "pass a factory of it, or a second model").state_dict()
+    made = _make_network(init, seed, "pass a factory of it, or a second model")
+    fresh = {plain_name(name): parameter for name, parameter in made.named_parameters(remove_duplicate=False)}
+    _refuse_own(trainable_parameters(network, sharded=True), fresh)
+    return made.state_dict()
+
+
+def _refuse_own(parameters: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+    """Raise InputError, by name, for a new value in the memory of the parameter whose values it would replace.
+
+    Values are not compared: those of a network that was never trained may come back under its own seed.
+    """
+    for name, parameter in parameters.items():
+        address = _address(parameter)
+        if name in fresh and address is not None and address == _address(fresh[name]):
+            raise InputError(
+                "expected init to return a newly initialized network, it returned the model itself or its state dict: "
+                f"'{name}' is in the model's own memory, so nothing would change; pass a factory: lambda: Net()"
+            )
+
+
+def _address(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Return the address of a tensor's memory, of a DTensor that of the part held here; None for one without data."""
+    held = local_part(tensor)
+    if held.is_meta or not held.numel():
+        return None
+    return held.device, held.untyped_storage().data_ptr()
 
 
 def _make_network(init: Any, seed: int, advice: str) -> nn.Module:

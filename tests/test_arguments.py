@@ -30,6 +30,7 @@ from tests import cases
 EVALUATE: Any = delfast.evaluation
 BATCHES = cases.image_batches(12, 4)
 FORGET, RETAIN = BATCHES[:1], BATCHES[1:]
+TEST = [*RETAIN]
 STATE = cases.SmallNet().state_dict()
 LOGITS = torch.randn(6, 3).log_softmax(1)
 LABELS = torch.arange(6) % 3
@@ -43,7 +44,7 @@ def small() -> cases.SmallNet:
 
 MASK = delfast.localize(small(), FORGET)
 SCORES = delfast.score(small(), FORGET)
-METRICS = delfast.evaluate(small(), FORGET, RETAIN, RETAIN, mia=False)
+METRICS = delfast.evaluate(small(), FORGET, RETAIN, TEST, mia=False)
 
 
 def losses(model: Any, batch: Any) -> Tensor:
@@ -86,7 +87,7 @@ UNLEARN: dict[str, Any] = {
     "resume": False,
 }
 OPTIONS: dict[str, Any] = {
-    "precision": "fp32", "batchnorm": "train", "dense": [], "validation": FORGET, "patience": 1, "config": None,
+    "precision": "fp32", "batchnorm": "train", "dense": [], "validation": [*FORGET], "patience": 1, "config": None,
     "progress": None,
 }  # fmt: skip
 SELECT: dict[str, Any] = {"granularity": "channel", "aggregate": "mean", "top_h": 0.1, "policy": "whole"}
@@ -151,7 +152,7 @@ CASES: dict[str, Case] = {
     "scrub": (scrub, {"alpha": 0.1, "gamma": 0.9, "temperature": 4.0, "max_epochs": 1, "schedule": "constant"}),
     "evaluate": (
         given_model(delfast.evaluate),
-        {"model": ..., "forget": FORGET, "retain": RETAIN, "test": RETAIN, "oracle": METRICS, "seed": 1, "mia": False},
+        {"model": ..., "forget": FORGET, "retain": RETAIN, "test": TEST, "oracle": METRICS, "seed": 1, "mia": False},
     ),
     "accuracy_and_loss": (given_model(EVALUATE.accuracy_and_loss), {"model": ..., "loader": FORGET}),
     "predictions": (given_model(EVALUATE.predictions), {"model": ..., "loader": FORGET}),
@@ -316,7 +317,7 @@ def test_training_and_an_audit_refuse_a_data_set_by_name() -> None:
         train(model, EXAMPLES, torch.optim.SGD(model.parameters()), epochs=1)
     for name in ("forget", "retain", "test", "control"):
         with pytest.raises(InputError, match=f"expected the {name} set .* got the data set TensorDataset"):
-            EVALUATE.audit(model, **{"forget": FORGET, "retain": RETAIN, "test": RETAIN, name: EXAMPLES})
+            EVALUATE.audit(model, **{"forget": FORGET, "retain": RETAIN, "test": TEST, name: EXAMPLES})
 
 
 def test_losses_without_a_parameter_are_refused() -> None:

@@ -108,6 +108,6 @@ def test_what_cannot_be_copied_is_named_in_one_line(what: Any) -> None:
     with pytest.raises(
         InputError, match=r"copy.deepcopy can copy, got one that it cannot \(.*\); delete attr"
     ) as raised:
-        delfast.unlearn(model, forget=batches, retain=batches, method="scrub", epochs=1)
+        delfast.unlearn(model, forget=batches, retain=[*batches], method="scrub", epochs=1)
     assert "\n" not in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -112,12 +112,12 @@ def test_no_method_reads_values_in_the_middle(method: str) -> None:
         delfast.unlearn(
             copy.deepcopy(network()),
             retain=found,
-            forget=found,
+            forget=[*found],
             mask=None if method == "retrain" else mask,
             init=make if method in ("del", "retrain") else None,
             method=method,
             seed=1,
-            training=delfast.TrainingOptions(validation=found, patience=2),
+            training=delfast.TrainingOptions(validation=[*found], patience=2),
             epochs=1,
         )
 

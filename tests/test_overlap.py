@@ -116,10 +116,19 @@ def test_examples_that_cannot_be_compared_or_differ_pass() -> None:
         check_disjoint({"forget": forget}, {"retain": retain})
 
 
+@pytest.mark.parametrize("one", [[(INPUTS, LABELS)], iter([(INPUTS, LABELS)]), DataLoader(OWN)])
+def test_one_object_is_no_two_sets(one: Any) -> None:
+    with pytest.raises(InputError, match="a retain set without examples of the forget set, got"):
+        check_disjoint({"forget": one}, {"retain": one})
+    check_disjoint({"forget": [(INPUTS, LABELS)]}, {"retain": [(INPUTS, LABELS)]})
+    check_disjoint({"forget": None}, {"retain": None})
+
+
 def loader(*places: int) -> DataLoader[Any]:
     return DataLoader(Subset(DATA, places), batch_size=4)
 
 
+PAIRS = [(INPUTS, LABELS)]
 FORGET, RETAIN, TEST = loader(*range(4)), loader(*range(4, 16)), loader(*range(16, 24))
 WHOLE = DataLoader(DATA, batch_size=4, shuffle=True)
 
@@ -155,6 +164,13 @@ def call(function: str, model: nn.Module, **replaced: Any) -> None:
         ("audit", {"retain": WHOLE}, "a retain set without examples of the forget set, got 4"),
         ("audit", {"earlier": {"first": loader(5)}}, "a retain set without examples of the first set, got 1"),
         ("audit", {"control": loader(0, 16)}, "a control set without examples of the forget set, got 1"),
+        ("unlearn", {"forget": PAIRS, "retain": PAIRS}, "a retain set without .* the forget set, got one object"),
+        ("unlearn", {"forget": PAIRS, "test": PAIRS}, "a validation set without .* the forget set, got one object"),
+        ("unlearn", {"retain": PAIRS, "test": PAIRS}, "a validation set without .* the retain set, got one object"),
+        ("evaluate", {"forget": PAIRS, "retain": PAIRS}, "a retain set without .* the forget set, got one object"),
+        ("evaluate", {"retain": PAIRS, "test": PAIRS}, "a test set without .* the retain set, got one object"),
+        ("audit", {"forget": PAIRS, "test": PAIRS}, "a test set without .* the forget set, got one object"),
+        ("audit", {"retain": PAIRS, "earlier": {"first": PAIRS}}, "a retain set without .* the first set, got one"),
     ],
 )
 def test_each_call_refuses_sets_that_overlap_and_changes_nothing(

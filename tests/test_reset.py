@@ -122,6 +122,30 @@ def test_bad_input_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_reset_to_the_models_own_values_is_refused() -> None:
+    """Such a reset would change nothing; values are not compared, since a seed may give a beginning back."""
+    model, mask = model_and_mask()
+    before = copy.deepcopy(model.state_dict())
+    shared = cases.Everything()
+    shared.get_submodule("first").weight = model.get_submodule("first").weight
+    batches: Any = cases.everything_batches()
+    unlearnings: dict[str, Any] = {"del": {"mask": mask}, "retrain": {}}
+    own: list[Any] = [model, lambda: model, lambda: nn.DataParallel(model), model.state_dict(), shared]
+    for init in own:
+        with pytest.raises(InputError, match="newly initialized network, it returned the model itself"):
+            delfast.reset_(model, mask, init)
+    for method, options in unlearnings.items():
+        with pytest.raises(InputError, match="newly initialized network, it returned the model itself"):
+            delfast.unlearn(model, retain=batches, method=method, init=lambda: model, epochs=1, lr=0.1, **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    elsewhere = delfast.Mask.from_dense(
+        {name: value & (name != "first.weight") for name, value in mask.to_dense().items()}
+    )
+    delfast.reset_(model, elsewhere, shared)  # what no element is selected of may be shared
+    delfast.reset_(model, mask, copy.deepcopy(model))
+
+
 def test_16_bit_and_channels_last_models_reset_too() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         model = cases.SmallNet().to(dtype).to(memory_format=torch.channels_last)

@@ -214,8 +214,8 @@ def evaluate(
     >>> import torch
     >>> import delfast
     >>> model = torch.nn.Linear(2, 2)
-    >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
-    >>> metrics = delfast.evaluate(model, forget=batches, retain=batches, test=batches, mia=False)
+    >>> forget, retain, test = ([(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))] for _ in range(3))
+    >>> metrics = delfast.evaluate(model, forget=forget, retain=retain, test=test, mia=False)
     >>> 0 <= metrics.forget_acc <= 100
     True
     """

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from delfast.compaction import compact
+from delfast.copies import copy_of
 from delfast.experiments.datasets import Batches
 from delfast.experiments.interrupts import exit_after
 from delfast.experiments.networks import factory
@@ -99,7 +100,8 @@ def measure(request: Request) -> dict[str, float]:
     found["score"], scores = timed(score_batch), score_batch()
     mask = scores.select(request.budget)
     found["select"] = timed(lambda: scores.select(request.budget))
-    found["reset"] = timed(lambda: reset_(model, mask, init=model))
+    fresh = copy_of(model)
+    found["reset"] = timed(lambda: reset_(model, mask, init=fresh))
     model.eval()
     found["evaluate"] = timed(evaluate)
     model.train()

@@ -26,7 +26,7 @@ from delfast.localization.competing import left_in, patterns_of
 from delfast.mask import Mask
 from delfast.naming import is_parallel, model_parameters, trainable_parameters, unwrap
 from delfast.optim import MaskedSGD
-from delfast.overlap import check_disjoint
+from delfast.overlap import check_disjoint, check_distinct
 from delfast.processes import Processes
 from delfast.reset import Init
 from delfast.seeding import RESET_SEED
@@ -307,6 +307,7 @@ def _prepared(
     localization = check_localization(chosen, mask, budget, strategy, forget, loss_fn, seed)
     check_options(training, chosen)
     check_disjoint({"forget": forget}, {"retain": retain, "validation": training.validation})
+    check_distinct({"retain": retain}, {"validation": training.validation})
     group = processes if shares else None
     network = unwrap(model)
     if group is not None:

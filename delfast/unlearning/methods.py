@@ -131,7 +131,7 @@ class Retrain(Method):
 
     def prepare(self, task: UnlearningTask) -> None:
         """Load the state of a newly initialized network."""
-        task.network.load_state_dict(fresh_state(required(task.init), task.seed))
+        task.network.load_state_dict(fresh_state(task.network, required(task.init), task.seed))
 
 
 @dataclass(frozen=True, kw_only=True)

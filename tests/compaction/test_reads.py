@@ -376,7 +376,7 @@ def test_a_held_weight_is_reported_and_dense_trains_it():
         delfast.unlearn(net, retain=batches, mask=mask, method="finetune", training=TrainingOptions(dense=["qkv.wait"]))
     with pytest.raises(InputError, match=r"expected no dense= for 'ssd', which trains nothing"):
         training = TrainingOptions(dense=["qkv.weight"])
-        delfast.unlearn(net, retain=batches, forget=batches, mask=mask, method="ssd", training=training)
+        delfast.unlearn(net, retain=batches, forget=[*batches], mask=mask, method="ssd", training=training)
 
 
 def test_no_warning_where_every_row_has_had_a_gradient_or_nothing_was_trained():
@@ -411,7 +411,7 @@ def test_another_default_device_changes_nothing(groups):
             net.state_dict(),
         )
         init = {name: value + 1 for name, value in before.items()}
-        delfast.unlearn(net, retain=batches, forget=batches, mask=mask, init=init, epochs=1)
+        delfast.unlearn(net, retain=batches, forget=[*batches], mask=mask, init=init, epochs=1)
     finally:
         torch.set_default_device(None)
     assert all(parameter.device.type == "cpu" for parameter in net.parameters())

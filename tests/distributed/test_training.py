@@ -253,6 +253,10 @@ def check_sources_of_one_process(layout: str, folder: Path) -> None:
             delfast.reset_(model, chosen, Net, seed=rank)
     with pytest.raises(InputError, match=r"seed .* \(on rank 1\)"):
         delfast.reset_(model, mask, Net, seed=-rank)
+    own_values: list[Any] = [model, lambda: model, model.state_dict()]
+    for values in own_values:
+        with pytest.raises(InputError, match="newly initialized network, it returned the model itself"):
+            delfast.reset_(model, mask, values)
     assert_equal_parts(model, network())
 
 
@@ -371,7 +375,7 @@ def assert_refused(model: nn.Module, message: str) -> None:
         lambda: delfast.score(model, batches),
         lambda: delfast.reset_(model, mask, Net),
         lambda: delfast.compact(model, mask),
-        lambda: delfast.unlearn(model, retain=batches, forget=batches, mask=mask, init=Net),
+        lambda: delfast.unlearn(model, retain=batches, forget=[*batches], mask=mask, init=Net),
         *(lambda make=make: make(model.named_parameters(), mask) for make in OPTIMIZERS.values()),  # type: ignore[misc]
     ]
     for call in calls:

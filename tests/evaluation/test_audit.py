@@ -314,7 +314,10 @@ def test_bad_input_is_refused_by_name(sets: dict[str, Any]) -> None:
         ({"control": "test"}, "expected the control set to be a DataLoader"),
         ({"earlier": {"retain": sets["test"]}}, "expected names of earlier sets other than forget, retain, test, cont"),
         ({"earlier": {"one": []}}, "one set: expected at least one example"),
-        ({"earlier": {"one": sets["test"]}, "references": known}, r"expected references\[0\].members\['one'\] to be"),
+        (
+            {"earlier": {"one": [*sets["test"]]}, "references": known},
+            r"expected references\[0\].members\['one'\] to be",
+        ),
         ({"references": references(2, 29)}, r"references\[0\].members\['forget'\] to be bool \(30,\), got torch.bool"),
         ({"references": [model]}, r"expected references\[0\] to be a Reference"),
         ({"never_seen": [3]}, r"expected never_seen\[0\] to be a torch.nn.Module or a function"),

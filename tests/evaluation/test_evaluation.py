@@ -99,17 +99,17 @@ def test_labels_out_of_range_are_refused(model, examples, label):
 
 def test_bad_sets_are_named(model, examples):
     inputs, targets = examples
-    good = loader(inputs, targets)
+    good, retain, test = (loader(inputs.clone(), targets) for _ in range(3))
     with pytest.raises(InputError, match="forget set: expected at least one example"):
-        evaluate(model, [], good, good)
+        evaluate(model, [], good, test)
     with pytest.raises(InputError, match="test set: expected at least one example"):
-        evaluate(model, good, good, [(inputs[:0], targets[:0])])
+        evaluate(model, good, retain, [(inputs[:0], targets[:0])])
     with pytest.raises(InputError, match="retain set: expected batches"):
-        evaluate(model, good, [{"input": inputs}], good)
+        evaluate(model, good, [{"input": inputs}], test)
     with torch.no_grad():
         model[3].bias[0] = float("nan")
     with pytest.raises(InputError, match="forget set: expected finite outputs"):
-        evaluate(model, good, good, good)
+        evaluate(model, good, retain, test)
 
 
 def test_membership_inference_separates_what_can_be_separated():
@@ -152,6 +152,6 @@ def test_gaps_are_oracle_minus_method(model, examples):
     method = Metrics(35.0, 95.0, 78.0, 1.0, 1.0, 1.0, mia=50.0)
     assert gaps(method, oracle) == {"delta_forget": -25.0, "delta_mia": 20.0, "delta_test": 2.0}
     assert "delta_forget" not in method.as_dict() and method.as_dict()["mia"] == 50.0
-    measured = evaluate(model, *[loader(*examples)] * 3, oracle=oracle)
+    measured = evaluate(model, *(loader(*examples) for _ in range(3)), oracle=oracle)
     assert measured.delta_test == oracle.test_acc - measured.test_acc
     assert measured.as_dict()["delta_mia"] == oracle.mia - measured.mia

@@ -99,13 +99,13 @@ def test_the_attack_finds_members_by_their_loss() -> None:
         model.table.weight.copy_(5 * torch.eye(WORDS).roll(1, 1))  # the successor is likely
     known = [{"input_ids": (torch.arange(4)[:, None] + torch.arange(6)) % WORDS} for _ in range(6)]
     unknown = [{"input_ids": batch["input_ids"].flip(1)} for batch in known]
-    assert delfast.evaluate(model, known, known, unknown).mia == 0
-    assert delfast.evaluate(model, unknown, known, unknown).mia == 100
+    assert delfast.evaluate(model, [*known], known, unknown).mia == 0
+    assert delfast.evaluate(model, [*unknown], known, unknown).mia == 100
 
 
 def test_classifiers_have_no_perplexity() -> None:
     pairs = [(torch.eye(2), torch.tensor([0, 1]))]
-    metrics = delfast.evaluate(nn.Linear(2, 2), pairs, pairs, pairs, mia=False)
+    metrics = delfast.evaluate(nn.Linear(2, 2), pairs, [*pairs], [*pairs], mia=False)
     assert metrics.forget_perplexity is None and "forget_perplexity" not in metrics.as_dict()
     result = accuracy_and_loss(nn.Linear(2, 2), pairs)
     assert result.losses is None and result.perplexity is None
@@ -129,16 +129,16 @@ def test_what_cannot_be_measured_is_refused(model: Bigrams) -> None:
     with pytest.raises(InputError, match="data set: expected a counted token in every example"):
         accuracy_and_loss(model, [*good, empty])
     with pytest.raises(InputError, match="retain set: expected batches"):
-        delfast.evaluate(model, good, [{"pixel_values": torch.eye(2)}], good)
+        delfast.evaluate(model, good, [{"pixel_values": torch.eye(2)}], [*good])
     with pytest.raises(InputError, match="data set: expected at least one example"):
         accuracy_and_loss(model, [])
     with pytest.raises(InputError, match="data set: expected all batches with 'input_ids' or none"):
         accuracy_and_loss(_Either(model), [*good, *pairs])
     with pytest.raises(InputError, match="expected three sets of one form"):
-        delfast.evaluate(_Either(model), good, good, pairs, mia=False)
+        delfast.evaluate(_Either(model), good, [*good], pairs, mia=False)
     with pytest.raises(InputError, match=r"test set: expected labels in \[0, 11\), got 11 to 11"):
         bad = {"input_ids": good[0]["input_ids"], "labels": torch.full((4, 9), WORDS)}
-        delfast.evaluate(model, good, good, [bad])
+        delfast.evaluate(model, good, [*good], [bad])
     with pytest.raises(InputError, match="expected batches"):
         predictions(model, good)
     with torch.no_grad():

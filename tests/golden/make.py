@@ -123,7 +123,7 @@ def _results() -> dict[str, Any]:
         "critmem.examples": found.examples[0],
         "signed_channels": delfast.signed_channels(model, FORGET),
         "unlearn": plain_run("finetune")[1],
-        "evaluate": delfast.evaluate(model, FORGET, RETAIN, FORGET, mia=False),
+        "evaluate": delfast.evaluate(model, FORGET, RETAIN, [*FORGET], mia=False),
         "Mask.parameters": mask["conv.weight"],
         "Mask.table": mask.table()[0],
     }
@@ -307,7 +307,7 @@ def numbers() -> dict[str, Any]:
         changed, result = plain_run(name)
         here[name] = {"weights": digest(changed.state_dict()), "losses": result.losses}
         near[name] = {name: float(p.detach().double().abs().sum()) for name, p in changed.named_parameters()}
-    metrics = delfast.evaluate(seeded(Classifier), FORGET, RETAIN, FORGET)
+    metrics = delfast.evaluate(seeded(Classifier), FORGET, RETAIN, [*FORGET])
     here["evaluate"] = near["evaluate"] = metrics.as_dict()
     return {"everywhere": everywhere, "machine": machine(), "here": here, "near": near}
 

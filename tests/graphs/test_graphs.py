@@ -198,7 +198,9 @@ def test_evaluation_is_captured(backends: list[Double]) -> None:
     for measure in (
         lambda **options: predictions(model, batches, **options)[0],
         lambda **options: accuracy_and_loss(model, batches, **options).confidences,
-        lambda **options: torch.tensor(list(delfast.evaluate(model, *[batches] * 3, **options).as_dict().values())),
+        lambda **options: torch.tensor(
+            list(delfast.evaluate(model, *(batches[:] for _ in range(3)), **options).as_dict().values())
+        ),
     ):
         count = len(backends)
         assert torch.equal(measure(cuda_graphs="auto"), measure(cuda_graphs=False))

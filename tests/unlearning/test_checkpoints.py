@@ -70,7 +70,7 @@ def test_numpys_numbers_and_a_str_path_resume_to_the_same_weights(method: str, t
         needs: dict[str, Any] = {"init": cases.SmallNet} if method == "del" else {}
         patience = type(settings["seed"])(2)
         config = settings["config"]
-        training = TrainingOptions(validation=RETAIN, patience=patience, config=config, progress=progress)
+        training = TrainingOptions(validation=[*RETAIN], patience=patience, config=config, progress=progress)
         settings = {name: value for name, value in settings.items() if name != "config"}
         sets = {"forget": FORGET, "retain": RETAIN}
         delfast.unlearn(model, **sets, method=method, training=training, **needs, **settings, **options)

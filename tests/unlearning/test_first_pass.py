@@ -173,7 +173,7 @@ def test_what_the_first_batch_shows_changes_nothing(case: str, method: str) -> N
     model, changes, message = BAD[case]
     before = everything(model)
     with pytest.raises(InputError, match=message):
-        run(model, method, **changes, init=model, head="fc" if hasattr(model, "fc") else None)
+        run(model, method, **changes, init=copy.deepcopy(model), head="fc" if hasattr(model, "fc") else None)
     assert same(before, everything(model))
 
 
@@ -248,7 +248,7 @@ def test_the_first_pass_moves_no_generator(method: str, own: bool) -> None:
     other = [(inputs[:1].expand(2, 4), targets[:2])]
     state = random.getstate()
     model = Seen(*make_model())
-    run(model, method, **{"retain": other, "forget": other, which: loader()}, head="2", init=model)
+    run(model, method, **{"retain": other, "forget": [*other], which: loader()}, head="2", init=copy.deepcopy(model))
     assert [numbers for numbers in seen if numbers != [0, 0]] == expected
     assert random.getstate() == state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_compiled_parts_run_as_they_are_written() -> None:
     network.block, network.top = nn.Identity(), torch.compile(nn.Sequential(nn.Linear(6, 10)), backend=backend)
     network.output = lambda n, x: n.top(pooled(x))
     assert find_head(network, BATCH) == "top._orig_mod.0"
-    result = delfast.unlearn(network, retain=[BATCH], forget=[BATCH], init=network, epochs=1)
+    result = delfast.unlearn(network, retain=[BATCH], forget=[BATCH], init=copy.deepcopy(network), epochs=1)
     assert {"top.0.weight", "top.0.bias"} <= result.mask.parameters.keys()
 
 
@@ -238,12 +239,13 @@ def test_the_head_is_found_through_a_compiled_loss_fn() -> None:
 def test_unlearn_trains_the_head_that_it_found_or_was_given() -> None:
     network, _ = FOUND["squeeze and excitation, convolutional classifier"]
     before = network.classifier.weight.detach().clone()
-    result = delfast.unlearn(network, forget=[BATCH], retain=[BATCH], init=network, epochs=1)
+    result = delfast.unlearn(network, forget=[BATCH], retain=[BATCH], init=copy.deepcopy(network), epochs=1)
     assert result.head == "classifier" and bool((network.classifier.weight != before).all())
     asked, _ = ASKED["softmax after"]
     with pytest.raises(InputError, match="name the classifier head"):
-        delfast.unlearn(asked, forget=[BATCH], retain=[BATCH], init=asked, epochs=1)
-    assert delfast.unlearn(asked, forget=[BATCH], retain=[BATCH], init=asked, epochs=1, head="fc").head == "fc"
+        delfast.unlearn(asked, forget=[BATCH], retain=[BATCH], init=copy.deepcopy(asked), epochs=1)
+    init = copy.deepcopy(asked)
+    assert delfast.unlearn(asked, forget=[BATCH], retain=[BATCH], init=init, epochs=1, head="fc").head == "fc"
     assert find_head(cases.SmallNet(), BATCH) == "head"
 
 
@@ -252,7 +254,7 @@ def test_a_loop_of_ones_own_trains_what_unlearn_trains() -> None:
     batches = cases.image_batches()
     model = cases.SmallNet()
     result = delfast.unlearn(
-        cases.SmallNet(), retain=batches, forget=batches, init=cases.SmallNet, budget=0.3, epochs=1, lr=0.1
+        cases.SmallNet(), retain=batches, forget=[*batches], init=cases.SmallNet, budget=0.3, epochs=1, lr=0.1
     )
     mask = delfast.localize(model, batches, budget=0.3)
     head = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith("head.")}

@@ -326,7 +326,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, network: nn
 
 # ---- bad input
 
-EARLY = TrainingOptions(patience=1, validation=SETS["retain"])
+EARLY = TrainingOptions(patience=1, validation=[*SETS["retain"]])
 
 
 @pytest.mark.parametrize(
