@@ -46,7 +46,7 @@ REFERENCED = ("authors", "title", "type")
 
 
 class Failure(Exception):
-    """What is wrong, and what to do, in one line."""
+    """An error in one line: the fault, and the remedy."""
 
 
 def _read(root: Path, name: str) -> str:
