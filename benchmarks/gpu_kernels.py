@@ -112,7 +112,7 @@ def _timed(case: Case, clock: Clock, copy: float, device: torch.device, compiled
     if compiled:
         others |= {other: clock(torch.compile(run)) for other, run in case.compiles.items()}
     call = clock(case.ours)
-    # what returns a Mask reads the answer on the host: no graph
+    # a call that returns a Mask reads the answer on the host: no graph
     in_graph = captures(device) and "whole call" not in case.name
     graph = clock(graph_of(case.ours), queued=True) if in_graph else None
     rate = case.moved / (graph or call) / 1e3

@@ -62,7 +62,7 @@ def out_sizes(layer: Layer) -> list[int]:
 
 
 def is_direct(layer: Layer) -> bool:
-    """Whether every output position reads the input's position of the same number."""
+    """Return whether every output position reads the input's position of the same number."""
     return math.prod(layer["kernel"]) == 1 and out_sizes(layer) == layer["in"]
 
 

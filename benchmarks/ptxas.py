@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, for architectures that no machine here has: `python -m benchmarks.ptxas`.
+"""The code that nvcc makes of CUDA kernels for architectures that no machine here has: `python -m benchmarks.ptxas`.
 
 Reads what the build of csrc/cuda for each of them keeps (build_support/nvcc.py) and writes benchmarks/results/ptxas.md:
 registers, shared memory, stack frame, spills and 128-bit global loads of every kernel, and the theoretical occupancy on
@@ -77,7 +77,7 @@ COPYING = {
     for direct in ("false", "true")
 }
 READING = STREAMING | MULTIPLYING | COPYING
-# What must fit of an sm_90 multiprocessor's warps: half, or less where a thread has four to eight packs under way.
+# Fraction of an sm_90 multiprocessor's warps that must fit: half, or less where a thread has 4 to 8 packs under way.
 LEAST_OCCUPANCY = {
     "criticality_mean": 3 / 8,
     "criticality_top": 3 / 16,  # of rows of 16384 elements, which take a third of the shared memory

@@ -85,21 +85,21 @@ ALIGNMENTS = ("aligned", "shifted", "apart")  # its words for how parameters and
 
 def speed(results: dict[str, dict[str, Any]]) -> str:
     """Return the README's five rows; ``results``: of ``CPU``, ``JOB`` and the kernels of ``GPU``, by these names."""
-    cpu, card = results["CPU"]["machine_info"]["cpu"], results["GPU"]
+    cpu, gpu_results = results["CPU"]["machine_info"]["cpu"], results["GPU"]
     here = f"{cpu['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {cpu['count']} CPUs"
     float32, bfloat16 = _job_times(results["JOB"])
     select = _figure(results["CPU"], "test_selection_of_channels_whole_call").partition(" faster")[0]
     vmap = _figure(results["CPU"], "test_scores_against_other_ways[resnet18-vmap]").partition(" faster")[0]
-    on_gpu = f"{card['device']}, eager, torch {card['provenance']['torch'].partition('+')[0]}"
+    on_gpu = _measured_on(gpu_results)
     rows = [
         ("Select a channel mask from scores", "double argsort", f"{select} as fast", f"ResNet-18; {here}"),
         ("A whole job, two epochs of training", "masked dense gradients, float32",
          f"{float32} of the time; bfloat16: {bfloat16}", f"ResNet-18, 4,500 images; {here}"),
         ("Per-example scores", "`torch.func.vmap`", f"{vmap} as fast", f"ResNet-18, 32 examples; {here}"),
         ("**slower:** per-example scores of one batch of 32", "`torch.func.vmap`",
-         _of_gpu(card, "per-example scores, whole call", "vmap"), f"ResNet-18; {on_gpu}"),
+         _of_gpu(gpu_results, "per-example scores, whole call", "vmap"), f"ResNet-18; {on_gpu}"),
         ("**slower:** a compact training step", "the dense step",
-         _of_gpu(card, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_gpu}"),
+         _of_gpu(gpu_results, "compact training step, whole call", "dense step"), f"ResNet-18, 32 pixels; {on_gpu}"),
     ]  # fmt: skip
     lines = (("what", "compared with", "result", "on"), ["---"] * 4, *rows)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -110,7 +110,7 @@ def answer(results: dict[str, dict[str, Any]], sections: dict[str, Any], before:
 
     ``results``: as for ``speed``; ``sections``: all of ``GPU``; ``before``: the kept times of the older kernels.
     """
-    machine, card = results["CPU"]["machine_info"]["cpu"], results["GPU"]
+    machine, gpu_results = results["CPU"]["machine_info"]["cpu"], results["GPU"]
     cpu = f"{machine['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {machine['count']} CPUs"
 
     def ratio(name: str) -> str:
@@ -123,10 +123,10 @@ def answer(results: dict[str, dict[str, Any]], sections: dict[str, Any], before:
         return min(float(ratio(name.removeprefix("test_"))) for name in names)
 
     def faster(name: str, other: str) -> str:
-        return f"{1 / _times(card, name, other):.1f} x as fast"
+        return f"{1 / _times(gpu_results, name, other):.1f} x as fast"
 
     def slower(name: str, other: str) -> str:
-        return f"{_times(card, name, other):.1f} x the time"
+        return f"{_times(gpu_results, name, other):.1f} x the time"
 
     float32, bfloat16 = _job_times(results["JOB"])
     calls = [cells[1] for cells in goal_rows(sections)]
@@ -145,12 +145,12 @@ def answer(results: dict[str, dict[str, Any]], sections: dict[str, Any], before:
             "the whole batch",
             f"of convolutions, from {least('per_example_convolutions'):.2f} x oneDNN's",
         ),
-        f"Faster on a GPU ({card['device']}, eager)": (
+        f"Faster on a GPU ({_measured_on(gpu_results)})": (
             f"a channel mask, {faster('a channel mask, whole call', 'double argsort')} as a double argsort",
             f"criticality, {faster('criticality, mean of the top tenth', 'eager')} as eager PyTorch",
             f"masked AdamW, {faster('masked AdamW', 'fused')} as torch's fused AdamW",
         ),
-        f"Slower on a GPU ({card['device']}, eager)": (
+        f"Slower on a GPU ({_measured_on(gpu_results)})": (
             f"per-example scores of one batch of 32, {slower('per-example scores, whole call', 'vmap')} of vmap",
             f"a compact training step, {slower('compact training step, whole call', 'dense step')} of the dense step",
         ),
@@ -160,6 +160,12 @@ def answer(results: dict[str, dict[str, Any]], sections: dict[str, Any], before:
         ),
     }
     return "".join(f"- **{name}**: {'; '.join(parts)}.\n" for name, parts in lines.items())
+
+
+def _measured_on(results: dict[str, Any]) -> str:
+    """Return the GPU of the kept results, and the versions of torch and of delfast that were measured there."""
+    made = results["provenance"]
+    return f"{results['device']}, eager, torch {made['torch'].partition('+')[0]}, delfast {made['delfast']}"
 
 
 def _job_times(results: dict[str, Any]) -> tuple[str, str]:
@@ -271,7 +277,7 @@ def call_costs(before: dict[str, Any], now: dict[str, Any]) -> str:
 def gpu(results: dict[str, Any]) -> str:
     """Return a line that names the GPU, and a row for each kernel on each network."""
     made = _checked(results)["provenance"]
-    head = f"{results['device']}, copy {results['copy_gb_per_s']:.0f} GB/s; torch {made['torch']}, CUDA {made['cuda']}."
+    head = f"{results['device']}, copy {results['copy_gb_per_s']:.0f} GB/s; {_versions(made)}."
     return "\n".join([head, "", markdown_table(COLUMNS, [row(result) for result in results["results"]])])
 
 
@@ -281,7 +287,7 @@ def calls(sections: dict[str, Any]) -> str:
     for name, section in sections.items():
         if name not in ("kernels", "bandwidth") and not (section.get("skipped") and not section["results"]):
             made = _checked(section)["provenance"]
-            parts += [f"`{name}`: {section['device']}; torch {made['torch']}, CUDA {made['cuda']}.\n"]
+            parts += [f"`{name}`: {section['device']}; {_versions(made)}.\n"]
             parts += [
                 markdown_table(SIDES, list(side_rows(section))),
                 markdown_table(RATIOS, list(ratio_rows(section))),
@@ -295,9 +301,14 @@ def bandwidth(sections: dict[str, Any], kept: dict[str, Any]) -> str:
     parts = [markdown_table(KERNEL_GOALS, list(kernel_goal_rows(section, kept)))]
     if section is not None and section["results"]:
         made = _checked(section)["provenance"]
-        parts += [f"{section['device']}, copy {section['copy_gb_per_s']:.0f} GB/s; torch {made['torch']}.\n"]
+        parts += [f"{section['device']}, copy {section['copy_gb_per_s']:.0f} GB/s; {_versions(made)}.\n"]
         parts += [markdown_table(gpu_bandwidth.COLUMNS, [gpu_bandwidth.row(result) for result in section["results"]])]
     return "\n".join(parts)
+
+
+def _versions(made: dict[str, Any]) -> str:
+    """Return the versions in the provenance of results of a GPU."""
+    return f"torch {made['torch']}, CUDA {made['cuda']}, delfast {made['delfast']}"
 
 
 def _checked(section: dict[str, Any]) -> dict[str, Any]:
@@ -416,24 +427,24 @@ def fill(text: str, name: str, content: str, page: Path) -> str:
 
 def pages() -> dict[Path, dict[str, str]]:
     """Return the tables of every page, by the names of their markers."""
-    card = read_kept(GPU)
-    if "kernels" not in card:
+    sections = read_kept(GPU)
+    if "kernels" not in sections:
         raise InputError(f"'{GPU.name}' has no kernels; run `python -m benchmarks.gpu kernels`")
-    kept = {"CPU": read_json(CPU), "JOB": read_json(JOB), "GPU": card["kernels"]}
+    kept = {"CPU": read_json(CPU), "JOB": read_json(JOB), "GPU": sections["kernels"]}
     before = read_json(gpu_bandwidth.BEFORE)
     return {
         README: {"speed": speed(kept)},
         BENCHMARKS: {
-            "answer": answer(kept, card, before),
+            "answer": answer(kept, sections, before),
             "measured": measured(kept["CPU"], CPU.name),
             "call-costs": call_costs(read_json(CALLS_BEFORE), read_json(CALLS)),
             "steps": measured(read_json(STEPS), STEPS.name),
             "job": measured(kept["JOB"], JOB.name),
             "memory": measured(read_json(MEMORY), MEMORY.name),
             "distributed": distributed_table(read_json(DISTRIBUTED)),
-            "calls": calls(card),
+            "calls": calls(sections),
             "gpu": gpu(kept["GPU"]),
-            "bandwidth": bandwidth(card, before),
+            "bandwidth": bandwidth(sections, before),
             "left-out": markdown_table(LEFT_OUT, list(left_out_rows(before))),
             "sectors": sectors(SECTORS.read_text(encoding="utf-8")),
         },

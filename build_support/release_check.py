@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
+import json
 import re
 import runpy
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import yaml
 from packaging.metadata import ExceptionGroup, Metadata
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.version import Version
 
 from build_support.licences import NotPermissive, describe_licences
 
@@ -44,7 +46,7 @@ REFERENCED = ("authors", "title", "type")
 
 
 class Failure(Exception):
-    """What is wrong, and what to do, in one line."""
+    """An error in one line: the fault, and the remedy."""
 
 
 def _read(root: Path, name: str) -> str:
@@ -215,13 +217,40 @@ def check_docs(root: Path) -> str:
 
 
 def check_figures(root: Path) -> str:
-    """Require that the tables of README.md and docs/ are those of the kept results."""
+    """Require that the tables of README.md and docs/ are those of the kept results; name results of an older version.
+
+    Older results are not refused: the figures of a GPU cannot be measured again without one.
+    """
     command = [sys.executable, "-m", "benchmarks.tables", "--check"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         raise Failure(f"{lines[-1].removeprefix('tables: ')}")
-    return "the tables are those of the kept results"
+    version = Version(_version(root))
+    older = [
+        f"{path.relative_to(root).as_posix()} ({', '.join(map(str, made))})"
+        for path in sorted([*root.glob("benchmarks/results/*.json"), *root.glob("experiments/results/*/*.jsonl")])
+        if (made := sorted(each for each in _versions_in(path, root) if each < version))
+    ]
+    return "the tables are those of the kept results" + (f"; of an older delfast: {', '.join(older)}" if older else "")
+
+
+def _versions_in(path: Path, root: Path) -> set[Version]:
+    """Return the versions of delfast that kept results name; none for the benchmarks that name a commit instead."""
+    text = _read(root, path.relative_to(root).as_posix())
+    found: set[Version] = set()
+
+    def add(read: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(version := read.get("delfast"), str):
+            found.add(Version(version))
+        return read
+
+    try:
+        for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(line, object_hook=add)
+    except ValueError as error:
+        raise Failure(f"{path.relative_to(root).as_posix()} has bad content ({error}); restore it") from None
+    return found
 
 
 def check_licences(root: Path) -> str:

@@ -22,7 +22,7 @@ from build_support.toolkit import CudaUnavailable, find_toolkit
 ROOT = Path(__file__).parents[1].resolve()
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 LIMITS = {"cpu": 3 << 20, "cu": 25 << 20}  # bytes of a wheel
-# of torch, which is there when delfast is loaded
+# libraries of torch, which is there when delfast is loaded
 EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so")
 
 

@@ -46,7 +46,7 @@ def parameters(seed: int = 0, dtype: torch.dtype = torch.float32, grad_dtype: to
 
 
 def strided(tensors: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
-    """The same values in other memory: channels-last, slices of wider tensors, transposed."""
+    """Yield the values in other memory: channels-last, slices of wider tensors, transposed."""
     yield "contiguous", [t.clone() for t in tensors]
     yield "channels_last", [_channels_last(t) for t in tensors]
     yield "sliced", [_sliced(t) for t in tensors]

@@ -68,7 +68,7 @@ def in_all_strides(first: Tensors, second: Tensors) -> Iterator[tuple[str, list[
         yield name, [tensors, other_host[-number][1]], [device[number][1], other_device[-number][1]]
 
 
-# what is computed
+# Results
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -249,7 +249,7 @@ def test_more_than_2_31_elements() -> None:
     assert theta[-1, -1] == 2 and theta[-1, 0] == -1 and theta[0, 0] == 0
 
 
-# how it runs
+# Execution
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def test_two_loaders_of_one_generator_draw_in_the_order_of_their_batches() -> No
     assert run(indexed) == run(lambda loader: loader)
 
 
-# What is read by index
+# Data that are read by index
 
 
 class Augmented(TensorDataset):

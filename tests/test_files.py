@@ -96,7 +96,7 @@ def test_an_output_directory_that_cannot_be_written(tmp_path: Path) -> None:
     assert not list((tmp_path / "new" / "deep").iterdir())
 
 
-# ---- who may read, who still writes, what a killed process left
+# ---- permissions, files that are still written, remains of killed processes
 
 
 def partials(directory: Path) -> list[str]:

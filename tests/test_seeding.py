@@ -113,7 +113,7 @@ LIKE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", LIKE)
 def test_operations_without_a_generator_are_right_or_refused_by_name(name: str) -> None:
-    """Which of them accept a generator depends on torch's version."""
+    """The version of torch determines which operations accept a generator."""
     before = torch.get_rng_state()
     try:
         with seeded(3):

@@ -37,7 +37,7 @@ template <>
 struct Peeked<Tensor> {
   static bool is_float64(StableIValue argument) {
     int32_t dtype;
-    check_torch(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(argument), &dtype), "tell a dtype");
+    check_torch(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(argument), &dtype), "read a dtype");
     return dtype == aoti_torch_dtype_float64();
   }
 };

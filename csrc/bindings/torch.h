@@ -48,7 +48,7 @@ struct TorchDtype {
 
 inline TorchDtype type_of(const Tensor& t) {
   TorchDtype type;
-  check_torch(aoti_torch_get_dtype(t.get(), &type.code), "tell a tensor's dtype");
+  check_torch(aoti_torch_get_dtype(t.get(), &type.code), "read a tensor's dtype");
   return type;
 }
 
@@ -68,8 +68,8 @@ struct Device {
 
 inline Device device_of(const Tensor& t) {
   Device device;
-  check_torch(aoti_torch_get_device_type(t.get(), &device.type), "tell a tensor's device");
-  check_torch(aoti_torch_get_device_index(t.get(), &device.index), "tell a tensor's device");
+  check_torch(aoti_torch_get_device_type(t.get(), &device.type), "read a tensor's device");
+  check_torch(aoti_torch_get_device_index(t.get(), &device.index), "read a tensor's device");
   return device;
 }
 

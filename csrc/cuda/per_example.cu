@@ -279,7 +279,7 @@ Error channel_dot(const ChannelDot& p, Stream stream) {
 
 namespace {
 
-// Number of threads that fills a card, and maximum number of slabs: a thread reads their sums one after another.
+// Number of threads that fills a GPU, and maximum number of slabs: a thread reads their sums one after another.
 constexpr int64_t kWantedThreads = kWantedBlocks * kThreads, kMostSlabs = 256;
 
 struct SumsPlan {

@@ -1,4 +1,4 @@
-// Launchers of per_example_segments: the choice of layers, and the distribution of tiles over the card's blocks.
+// Launchers of per_example_segments: the choice of layers, and the distribution of tiles over the GPU's blocks.
 #include "cuda/per_example_launch.h"
 #include "cuda/per_example_segments.cuh"
 #include "cuda/per_example_segments.h"

@@ -4,7 +4,7 @@
 // itself below.
 //
 // Mapping. A block works on segments one after another. A segment is a tile of output channels by columns (a tap and an
-// input channel), of some examples. As many blocks are launched as the card runs at once. Each block takes an equal
+// input channel), of some examples. As many blocks are launched as the GPU runs at once. Each block takes an equal
 // share of the examples of the first tiles, and then whole tiles; the number of whole tiles is a multiple of the number
 // of blocks. The positions of a segment's examples, each padded to the depth of a product, form one long axis of rows.
 // A stage is kDepth rows of this axis and may cross examples.
@@ -14,7 +14,7 @@
 // kernel adds them.
 // Numerics. Products are exact and added in float32 (float32 operands are rounded to tf32 before that): the positions
 // of an example in an order that depends only on the shape, then the examples in order, then the segments in order. No
-// atomics: every run gives the same bits on one kind of card, whose number of blocks determines where segments end.
+// atomics: every run gives the same bits on one kind of GPU, whose number of blocks determines where segments end.
 #pragma once
 
 #include "cuda/per_example_fragments.cuh"

@@ -14,7 +14,7 @@ struct SegmentsPlan {
   int64_t workspace;  // bytes
 };
 
-// Returns false if these kernels do not support the layer, or if the card cannot run that tile. `variant` is not wmma.
+// Returns false if these kernels do not support the layer, or if the GPU cannot run that tile. `variant` is not wmma.
 template <class Operand>
 bool plan_segments(const PerExample& p, Variant variant, SegmentsPlan& plan);
 

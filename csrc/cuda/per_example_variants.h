@@ -34,7 +34,7 @@ inline constexpr MeasuredLayer kMeasuredLayers[] = {
 #include "cuda/per_example_variants.inc"
 };
 
-// Returns the fastest variant of the nearest measured layer: on this card (or the table's first card if it was not
+// Returns the fastest variant of the nearest measured layer: on this GPU (or the table's first GPU if it was not
 // measured), with operands of this kind, and direct if this layer is. Nearest: the product of the ratios of output
 // channels, columns and positions (each ratio at least 1) is least.
 inline Variant nearest_variant(const char* card, bool halves, const ConvShape& s) {

@@ -25,7 +25,9 @@ def run(arguments: Sequence[str] | None) -> int:
     except typer.Abort:  # older versions of typer raise it for a KeyboardInterrupt outside the main thread
         raise KeyboardInterrupt from None
     except _UsageError as error:
-        raise InputError(f"{error.format_message()} (see `delfast --help`)") from None
+        command = "delfast" if error.ctx is None else error.ctx.command_path
+        message = error.format_message() or "Missing command."  # "" where a group printed its help instead
+        raise InputError(f"{message} (see `{command} --help`)") from None
     if code == Stopped.INTERRUPTED:  # newer versions return it
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

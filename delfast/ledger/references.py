@@ -1,8 +1,8 @@
 """Reference models, each trained on a random half of the examples: for the audit's per-example attack.
 
-They are trained once and serve every run. Which examples a reference knows follows from the entry that recorded it: its
-seed, and the number of the newest request then, since it was trained without the examples of every request so far. The
-entry has a digest of these examples, too.
+They are trained once and serve every run. The entry that recorded a reference determines its training examples: by its
+seed, and by the number of the newest request then, since it was trained without the examples of every request so far.
+The entry has a digest of these examples, too.
 """
 
 from __future__ import annotations

@@ -468,7 +468,7 @@ def test_without_the_extra_the_command_says_what_to_install():
     assert done.returncode == 1 and "pip install 'delfast[experiments]'" in done.stderr.splitlines()[-1]
 
 
-# --- what a person sees ---------------------------------------------------------------------------
+# --- printed text --------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):

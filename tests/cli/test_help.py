@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,23 @@ def test_help_imports_no_large_package() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ("nothing", "delfast"),
+        ("train --nothing", "delfast train"),
+        ("ledger run", "delfast ledger run"),
+        ("ledger", "delfast ledger"),
+    ],
+)
+def test_a_usage_error_names_the_help_of_its_command(
+    arguments: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"delfast: error: \S.* \(see `{command} --help`\)\n", error)
 
 
 def test_the_listed_names_are_those_of_the_registries() -> None:

@@ -1,4 +1,4 @@
-"""How commands end: by Ctrl-C, SIGTERM and SIGKILL; no worker process outlives them."""
+"""The end of commands: by Ctrl-C, SIGTERM and SIGKILL; no worker process outlives them."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ BROKEN_CALLS = {
 }
 
 
-# What must not be refused
+# Calls that must not be refused
 
 
 class Contiguous(DistributedSampler):

@@ -210,7 +210,7 @@ def shuffled(rank):
 
 
 class Failing(TensorDataset):
-    """The same data set with one example that cannot be read in this process, or is of another form."""
+    """A copy of the data set with one example that cannot be read in this process, or is of another form."""
 
     def __init__(self, example):
         super().__init__(*examples(23).tensors)
@@ -304,7 +304,7 @@ REFUSED = {
 }
 
 
-# What a user's training finds afterwards
+# State that a user's training finds afterwards
 
 
 def own_buffers(rank):

@@ -173,7 +173,7 @@ def test_data_sets_of_hugging_face_are_compared_by_their_rows():
     assert signature(text.select([])) == signature(text.select([]))
 
 
-# What a check reads
+# Values that a check reads
 
 
 class Counted(Dataset):

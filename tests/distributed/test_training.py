@@ -37,7 +37,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-# What the processes of one job check, layout by layout
+# Checks by the processes of one job, layout by layout
 
 
 def check_parts_of_masks(layout: str) -> None:
@@ -343,7 +343,7 @@ def test_more_processes_go_on_bit_for_bit(processes: int, folder: Path) -> None:
     run(processes, folder)
 
 
-# What one process can check
+# Checks that need one process alone
 
 
 needs_gloo = pytest.mark.skipif(sys.platform != "linux", reason="gloo by a shared file is tested on Linux")

@@ -233,7 +233,7 @@ class NanLoss(FailingLoss):
 
 
 class FailingSet(TensorDataset):
-    """The same data set; one process cannot read some examples."""
+    """A copy of the data set of which one process cannot read some examples."""
 
     fails = False
 

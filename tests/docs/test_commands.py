@@ -13,7 +13,7 @@ import pytest
 from delfast.cli import main as delfast_command
 from tests import ROOT
 
-MARK = re.compile(r"\b(network|hours?|minutes?|card|by hand)\b")  # in a comment, on the line or above it
+MARK = re.compile(r"\b(network|hours?|minutes?|GPU|by hand)\b")  # in a comment, on the line or above it
 ELSEWHERE = {  # the tests that run all commands of a page, those of a shell too
     "docs/experiments.md": "test_readme.py",
     "docs/getting_started.md": "test_pages.py",

@@ -1,9 +1,10 @@
-"""The comments of the C++ and CUDA sources: none opens with a fragment, and none describes code as a person."""
+"""Comments and docstrings open with no fragment, and those of C++ and CUDA sources describe no code as a person."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ PERSON = re.compile(
     r"\b(asks?|asked|hears?|knows?|known|learns?|nobody|notices?|noticed|sees|seen|says?|tells?|told|unasked|wants?)\b",
     re.IGNORECASE,
 )
+PYTHON = sorted(path for name in ("tests", "benchmarks", "build_support") for path in (ROOT / name).rglob("*.py"))
+OPENING = re.compile(rf'[ur]?"""(?:{FRAGMENT.pattern}|The same\b)|#\W*{FRAGMENT.pattern}', re.IGNORECASE)
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in SUFFIXES)
 
 
@@ -67,8 +70,28 @@ def test_a_bad_comment_is_refused() -> None:
     assert [problem.partition(":")[0] for problem in problems(source)] == ["1", "2", "3"]
 
 
+def fragments(text: str) -> list[int]:
+    """Return the numbers of the lines at which a docstring, or a comment of whole lines, opens with a fragment."""
+    lines = ["", *(line.strip() for line in text.splitlines())]
+    return [
+        number
+        for number, (before, line) in enumerate(pairwise(lines), 1)
+        if OPENING.match(line) and not (line.startswith("#") and before.startswith("#"))
+    ]
+
+
+def test_docstrings_and_comments_of_tests_and_benchmarks_open_with_no_fragment() -> None:
+    found = {str(path.relative_to(ROOT)): fragments(path.read_text(encoding="utf-8")) for path in PYTHON}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_a_bad_docstring_is_refused() -> None:
+    lines = ['"""What nvcc makes."""', '    """The same network."""', "# of a row", "# A comment", "# of two lines"]
+    assert fragments("\n".join([*lines, '"""Whatever."""', "x = 1  # of the panels"])) == [1, 2, 3]
+
+
 def test_the_sources_are_found() -> None:
-    assert len(SOURCES) > 100
+    assert len(SOURCES) > 100 and len(PYTHON) > 200
 
 
 KERNELS = [path for path in SOURCES if "__global__ void" in path.read_text(encoding="utf-8") and path.suffix == ".cuh"]

@@ -111,10 +111,10 @@ def test_kernels_are_verified_before_they_are_timed(tmp_path: Path, monkeypatch:
     assert code == 1 and "criticality, mean on resnet18, float32" in found["bandwidth"]["failures"][0]
 
 
-def test_a_speedup_is_known_on_the_card_of_the_kept_times_alone() -> None:
+def test_a_speedup_is_kept_for_the_gpu_of_the_kept_times_alone() -> None:
     kept = read_json(gpu_bandwidth.BEFORE)
     assert gpu_bandwidth.before_us(kept["device"], "criticality, mean", "resnet18, float32") == 52.4
-    assert gpu_bandwidth.before_us("another card", "criticality, mean", "resnet18, float32") is None
+    assert gpu_bandwidth.before_us("another GPU", "criticality, mean", "resnet18, float32") is None
 
 
 def test_kernel_targets_show_what_was_measured_and_the_prototype() -> None:

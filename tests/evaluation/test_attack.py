@@ -33,7 +33,7 @@ def test_equal_distributions_give_0_within_the_interval() -> None:
         assert found.low is not None
         values.append(found.value)
         covered += found.low == 0
-    # what is clamped to 0 leaves a small mean; without cross-validation it would be about 0.12
+    # a value that is clamped to 0 leaves a small mean; without cross-validation it would be about 0.12
     assert covered >= 93 and sum(values) / 100 < 0.05
     assert threshold_attack(torch.ones(50), torch.ones(50)).value == 0
 

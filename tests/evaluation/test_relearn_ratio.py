@@ -36,7 +36,7 @@ def test_the_ratio_is_that_of_the_odds_after_the_beginning() -> None:
     own, other = answers(0.6, 0.8, 1.0), answers(0.5, 0.6, 0.6)
     assert ratio(own, other) == pytest.approx(odds(90) / odds(60))
     assert ratio(own, own) == 1
-    # of several networks the geometric mean
+    # several networks give the geometric mean
     assert ratio(own, other, answers(0.5, 0.7, 0.7)) == pytest.approx(odds(90) / math.sqrt(odds(60) * odds(70)))
 
 

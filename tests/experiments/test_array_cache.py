@@ -75,7 +75,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]
 
 
 def equal(left: ImageData, right: ImageData) -> bool:
-    """Whether two data sets agree in every value."""
+    """Return whether two data sets agree in every value."""
     same = (torch.equal(getattr(left, name), getattr(right, name)) for name in ("mean", "std"))
     return left.digest == right.digest and left.num_classes == right.num_classes and all(same)
 

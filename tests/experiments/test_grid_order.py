@@ -94,7 +94,7 @@ def test_a_stage_is_finished_before_the_next_and_networks_before_their_cells(
     done, checked, running = dict.fromkeys(counts, 0), set(), 0
 
     def ready(stage: int) -> bool:
-        """Whether a task of the stage could begin that has not."""
+        """Return whether a task of the stage could begin that has not."""
         started = [task for task in begun[:position] if task.stage == stage]
         cells = sum(task.what == "cells" for task in started)
         if len(started) - cells < counts[stage, "networks"]:

@@ -60,7 +60,7 @@ class Exact(nn.Module):
 
 
 class Classifier(Exact):
-    """The same network with weights so small that its softmax is not saturated: not exact where that is used."""
+    """``Exact`` with weights so small that its softmax is not saturated: not exact where the softmax is used."""
 
     scale, eps = 16, 1e-5
 

@@ -19,7 +19,7 @@ from delfast import InputError, causal_lm_loss
 from tests.distributed.spawning import run_in_processes
 from tests.language import models
 
-# of transformers, about a name that peft reads
+# a warning of transformers, about a name that peft reads
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 FORGET, RETAIN = models.sets()

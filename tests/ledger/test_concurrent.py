@@ -97,7 +97,7 @@ def test_a_killed_process_leaves_whole_entries(kills: int, directory: Path) -> N
         store = Store(directory)
         result = store.verify()
         requests = result.count - 1
-        # what was printed was on the disk; of what was not, at most the entry that was about to be printed is there
+        # each printed entry was on the disk; of the others, at most the entry that was about to be printed is there
         assert result.holds and len(printed) <= requests <= len(printed) + kill + 1
         store.close()
     assert len(printed) > kills and sorted(set(printed)) == printed

@@ -142,5 +142,5 @@ def calls_on(shapes: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
     }
 
 
-# of one layer's tensors each: see test_per_example.py and test_steps.py
+# calls on one layer's tensors each: see test_per_example.py and test_steps.py
 OF_ONE_LAYER = ("per_example_accumulate_", "channel_dot", "channel_sums_", "gather_columns")

@@ -23,7 +23,7 @@ from tests.ops.calls import sample_calls
 INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 64, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1]
 NAMES = ["", "abs", "square", "grad", "weight", "weighted_grad", "mean", "max", "sum", "topk_mean"]
 REFUSALS = (ValueError, IndexError)
-# what a kernel reads in a tensor; a fake kernel does not
+# properties that a kernel reads in a tensor; a fake kernel does not
 OF_VALUES = ("bits past the last", "expected state", "expected columns in", "expected index #", "index out of range")
 
 

@@ -221,7 +221,7 @@ def calls() -> dict[str, dict[str, Call]]:
     }
 
 
-# those without a list of public names, and other uses
+# Calls of packages without a list of public names, and other uses
 MORE: dict[str, Call] = {
     "MaskedSGD": works(lambda: stepped(delfast.optim.MaskedSGD(MODEL.named_parameters(), MASK, lr=0.1))),
     "MaskedAdamW": works(lambda: stepped(delfast.optim.MaskedAdamW(MODEL.named_parameters(), MASK))),

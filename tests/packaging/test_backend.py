@@ -312,7 +312,7 @@ def build_ext(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess
 
 
 def fake_toolkit(root: Path, version: int = 13020) -> Path:
-    """What a toolkit is recognized by."""
+    """Write the files by which a toolkit is recognized."""
     for name, text in {
         "include/cuda_runtime.h": "",
         "include/cuda_runtime_api.h": f"#define CUDART_VERSION  {version}\n",

@@ -65,7 +65,7 @@ def test_kernels_without_torch(variant: str) -> None:
     assert "100% tests passed" in output
 
 
-# which variant must notice a bug that is planted in a small CUDA kernel, whatever the schedule, and its message
+# the variant that must find a bug planted in a small CUDA kernel, whatever the schedule, and its message
 CAUGHT = [
     ("missing-syncthreads", "thread", "data race"),
     ("missing-syncwarp", "thread", "data race"),

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, on every architecture they are built for; no GPU is needed."""
+"""The code that nvcc makes of the CUDA kernels, on every architecture they are built for; no GPU is needed."""
 
 from __future__ import annotations
 

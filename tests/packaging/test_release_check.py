@@ -114,6 +114,12 @@ def replace(name: str, old: str, new: str) -> Callable[[Path], object]:
     return change
 
 
+def keep(tree: Path, name: str, text: str) -> None:
+    """Write a kept result into the tree."""
+    (tree / name).parent.mkdir(parents=True, exist_ok=True)
+    (tree / name).write_text(text, encoding="utf-8")
+
+
 def remove(name: str) -> Callable[[Path], object]:
     return lambda tree: (tree / name).unlink()
 
@@ -175,6 +181,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "README.md differ",
     ),
     ("figures", lambda tree: (tree / "benchmarks/tables.py").write_text("raise SystemExit(2)\n"), "exit code 2"),
+    ("figures", lambda tree: keep(tree, "benchmarks/results/gpu.json", "{"), "results/gpu.json has bad content"),
     ("licences", lambda tree: install(tree, "plain", "License-Expression: GPL-3.0-only"), "plain (GPL-3.0-only)"),
     ("licences", lambda tree: install(tree, "plain", "License-Expression: MIT AND GPL-3.0-only"), "plain (MIT AND GPL"),
     ("licences", lambda tree: install(tree, "both", ""), "both (none)"),
@@ -224,6 +231,21 @@ def test_a_line_is_printed_for_each_check(tree: Path, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(CHECKS) and all(": ok: " in line for line in lines[3:])
     assert lines[0] == "version: cannot read CITATION.cff (FileNotFoundError); restore it"
+
+
+def test_results_of_an_older_version_are_named_and_accepted(tree: Path) -> None:
+    keep(tree, "benchmarks/results/gpu.json", '{"provenance": {"delfast": "7.8.8", "backend": {"delfast": "7.8.8"}}}')
+    keep(tree, "benchmarks/results/cpu.json", '{"commit_info": {"id": "abc"}, "delfast": {"no": "version"}}')
+    keep(tree, "benchmarks/results/new.json", f'[{{"delfast": "{VERSION}"}}]')
+    keep(
+        tree,
+        "experiments/results/grid/cells.jsonl",
+        '{"delfast": "7.8.9"}\n{"delfast": "7.10.0"}\n{"delfast": "7.8.0"}\n',
+    )
+    assert CHECKS["figures"](tree) == (
+        "the tables are those of the kept results; of an older delfast: "
+        "benchmarks/results/gpu.json (7.8.8), experiments/results/grid/cells.jsonl (7.8.0)"
+    )
 
 
 def test_a_decided_licence_is_accepted_while_the_package_keeps_it(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

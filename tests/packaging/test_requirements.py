@@ -1,4 +1,4 @@
-"""What is declared in pyproject.toml is pinned in requirements-dev.txt, and `make help` prints the targets."""
+"""Everything that pyproject.toml declares is pinned in requirements-dev.txt, and `make help` prints the targets."""
 
 from __future__ import annotations
 

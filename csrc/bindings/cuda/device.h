@@ -1,5 +1,5 @@
 // Code shared by all CUDA bindings around a launcher: the tensors' device, its current stream, memory, the result.
-// bindings/checks.h checks before that all tensors are on that device, so that refusals need no card.
+// bindings/checks.h checks before that all tensors are on that device, so that refusals need no GPU.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -21,7 +21,7 @@ class OnDevice {
   Tensor empty(const IntList& sizes, ScalarType dtype) const { return bindings::empty(sizes, dtype, device_); }
   cuda::Stream stream() const {
     void* stream = nullptr;
-    check_torch(aoti_torch_get_current_cuda_stream(device_.index, &stream), "tell the current stream");
+    check_torch(aoti_torch_get_current_cuda_stream(device_.index, &stream), "read the current stream");
     return static_cast<cuda::Stream>(stream);
   }
 
@@ -33,7 +33,7 @@ class OnDevice {
 inline void check_launch(cuda::Error error, const char* op) {
   if (error)
     throw std::runtime_error(text("delfast::", op, ": '", error,
-                                  "'; delfast.status()['cuda'] says which cards it was built for; ",
+                                  "'; delfast.status()['cuda'] lists the GPUs it was built for; ",
                                   "CUDA_LAUNCH_BLOCKING=1 shows an error where it happens"));
 }
 

@@ -1,4 +1,4 @@
-// Per-example sums by mma.sync, run on the CPU: every tile on layers that its kernel supports, on cards of few and many
+// Per-example sums by mma.sync, run on the CPU: every tile on layers that its kernel supports, on GPUs of few and many
 // blocks, against a loop in double precision. The bits must be the same for every schedule and for every time at which
 // asynchronous copies may complete, with no bank conflict and at most two launches. All other layers go to
 // per_example_tiles.
@@ -173,7 +173,7 @@ void what_is_left(Random& random) {
   for (size_t i = 0; i < sums[0].size(); i++) CHECK_NEAR(double(sums[0][i]), double(sums[1][i]), 1e-4);
 }
 
-// A measured layer gets its fastest variant, on its card and on a card that is not in the table.
+// A measured layer gets its fastest variant, on its GPU and on a GPU that is not in the table.
 void nearest() {
   using cuda::nearest_variant;
   for (const cuda::MeasuredLayer& m : cuda::kMeasuredLayers) {

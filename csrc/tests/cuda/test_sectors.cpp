@@ -224,17 +224,17 @@ void report_pieces() {
 int main() {
   using namespace delfast::test;
   std::printf(
-      "# Sectors that the CUDA kernels ask for\n\n"
+      "# Sectors that the CUDA kernels request\n\n"
       "Written by `build/kernels/tests/release/cuda/test_sectors > benchmarks/results/sectors.md`. The kernels run on "
       "the CPU; "
       "32-byte\n"
-      "sectors are counted as a warp's instructions would ask for them. \"Least\": every sector that a launch touches, "
+      "sectors are counted as a warp's instructions would request them. \"Least\": every sector that a launch touches, "
       "once.\n"
       "ResNet-18 with 10 classes and the CIFAR stem, float32. In \"shifted\" all parameters and gradients begin one "
       "element\n"
       "past an aligned address, in \"apart\" the parameters alone do. A third of the rows, or elements, is updated.\n"
       "Below are weights whose outputs lie along another dimension, read where they are, and long rows.\n\n"
-      "| | kernel | sectors asked for | least | ratio |\n|---|---|---|---|---|\n");
+      "| | kernel | sectors requested | least | ratio |\n|---|---|---|---|---|\n");
   check_model("aligned", 0, 0, 1.10);
   check_model("shifted", 1, 1, 1.25);
   check_model("apart", 1, 0, 1.25);

@@ -14,7 +14,8 @@ COLUMNS = ("method", "seeds", "largest gap", "Δ forget", "Δ MIA", "Δ test", "
 READING = """Largest gap: the largest of the sizes of the gaps to the oracle in forget accuracy, in membership inference
 and in test accuracy, in points; 0 is a network retrained without the forget set. Each method stands with the mask that
 came nearest; other masks are in the tables below. ± is half of a 95 % interval over seeds. Methods are compared with
-the nearest seed by seed: a tie is a difference whose interval includes 0."""
+the nearest seed by seed: a tie is a difference whose interval includes 0. Times are wall-clock and include other work
+on the machine; a dash where, for one of the seeds, another machine retrained."""
 NEAREST, TIE, FARTHER, ONE_SEED = "nearest", "tie", "farther", "one seed"
 NEARER = "nearer on common seeds"  # the nearest has the smaller mean only over other seeds
 TIES = (TIE, NEARER)
@@ -51,12 +52,20 @@ class Standing:
         """The row of the table: ``COLUMNS``."""
         against = self.verdict if self.difference is None else f"{self.verdict}, {self.difference.signed}"
         gaps = [str(self.row[name]) for name in GAPS]
-        return [self.label, str(self.gap.seeds), str(self.gap), *gaps, self.time(), against]
+        time = "-" if self.relative_time is None else str(self.relative_time)
+        return [self.label, str(self.gap.seeds), str(self.gap), *gaps, time, against]
 
-    def time(self) -> str:
-        """The time relative to retraining, or in seconds where another machine retrained."""
-        relative = self.row.get("relative_time")
-        return f"{self.row['seconds'].value:.0f} s" if relative is None else str(relative)
+    @property
+    def relative_time(self) -> Mean | None:
+        """The time relative to retraining; None where, for one of the seeds, another machine retrained."""
+        found: Mean | None = self.row.get("relative_time")
+        return found
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether there is a relative time whose interval is narrower than the value."""
+        time = self.relative_time
+        return time is not None and not 2 * time.half >= time.value  # one seed has no interval: NaN
 
 
 def labelled(row: Row) -> str:
@@ -191,9 +200,14 @@ def _second(nearest: Standing, ranked: Sequence[Standing]) -> str:
     test = nearest.row["delta_test"]
     size = Mean(abs(test.value), test.half, test.seeds)
     side = "below" if test.value >= 0 else "above"
-    relative = nearest.row.get("relative_time")
-    time = nearest.time() if relative is None else f"{relative} times as long as retraining"
-    parts.append(f"{nearest.label} ends {size} points {side} the oracle's test accuracy and takes {time}.")
+    end = f"{nearest.label} ends {size} points {side} the oracle's test accuracy"
+    clock = "seconds are wall-clock and include other work on the machine"
+    if nearest.is_timed:
+        parts.append(f"{end} and takes {nearest.relative_time} times as long as retraining; {clock}.")
+    elif nearest.relative_time is not None:
+        parts.append(f"{end}; the time was not measured well enough to compare, since {clock}.")
+    else:
+        parts.append(f"{end}; the time has no ratio, since another machine retrained for at least one seed.")
     return " ".join(parts)
 
 
@@ -232,6 +246,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def cost(standing: Standing) -> float:
-    """The time relative to retraining, or NaN where another machine retrained."""
-    relative = standing.row.get("relative_time")
-    return math.nan if relative is None else relative.value
+    """The time relative to retraining, or NaN where there is none that can be compared."""
+    return standing.relative_time.value if standing.relative_time and standing.is_timed else math.nan

@@ -52,7 +52,7 @@ def _erosion(runs: list[Run], measure: str) -> Drawing:
     fall = "Each request may cost some accuracy" if measure == "accuracy" else "Each request may raise the loss"
     return Drawing(
         plots.draw_erosion(runs, measure),
-        f"Erosion: what the model still can. {fall}, and the cost adds up.",
+        f"Erosion: the accuracy that earlier requests have cost. {fall}, and the cost adds up.",
         "Hollow points are runs that did not pass. Bars are 95 % intervals.",
         ["run", "status", *(f"{name} set{unit}" for name in ("retain", "test"))],
         [[*_run_cells(run), *(_set(run, name, measure, digits) for name in ("retain", "test"))] for run in runs],

@@ -62,7 +62,7 @@ def forgetting_of(request: TakenRequest, history: History) -> str:
 
 
 def deed(run: Run) -> str:
-    """What the newest attempt of a run did, in words."""
+    """Describe in words what the newest attempt of a run did."""
     count = wording.counted(run.started["forget"], "example")
     if run.is_retrained:
         retained = wording.counted(run.started["retain"], "example")

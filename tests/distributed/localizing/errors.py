@@ -82,7 +82,7 @@ for function in (failing_after, failing_before, failing_form, of_modules, stoppi
 
 
 class Failing(TensorDataset):
-    """The same data set with one example that cannot be read in this process."""
+    """A copy of the data set with one example that cannot be read in this process."""
 
     def __init__(self):
         super().__init__(*examples(23).tensors)
@@ -237,7 +237,7 @@ MISUSED_MESHES = {
 }
 
 
-# What is run and checked
+# Scenarios and their checks
 
 FAILING = {
     2: [(kind, layout) for kind in ERRORS for layout in (ddp, fsdp)],

@@ -150,7 +150,7 @@ def refused_without_a_group(rank):
     return {name: error_of(lambda f=f: salun(ddp()[0], f(rank, count))) for name, f in loaders.items()}
 
 
-# What is run and checked
+# Scenarios and their checks
 
 
 PADDED = ((of_accelerate,) if HAS_ACCELERATE else ()) + (dropping,)

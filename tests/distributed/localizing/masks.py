@@ -116,7 +116,7 @@ def per_example_of_one():
     }
 
 
-# What is run and checked
+# Scenarios and their checks
 
 
 def scenarios(count):

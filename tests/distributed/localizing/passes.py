@@ -213,7 +213,7 @@ def prepared(rank):
     return found
 
 
-# What is run and checked
+# Scenarios and their checks
 
 
 def scenarios(count):

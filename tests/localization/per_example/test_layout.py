@@ -291,7 +291,7 @@ def test_what_is_not_finite_is_nowhere_right() -> None:
     assert comparison.wrong() == ["layer"]
 
 
-# What stays fast
+# Cases that stay fast
 
 
 class Cached(nn.Module):
