@@ -15,6 +15,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ from delfast.plain import number
 if sys.platform != "win32":
     import fcntl
 
+LOCK_SECONDS = 0.2  # for a lock that ``is_locked`` holds in another process: microseconds, if that is not suspended
 LOCK = "lock"  # name of the file that a process locks while it writes
 # errors of file systems that cannot flush directories or lock files, and of Windows, which cannot open directories
 UNSUPPORTED = {
@@ -115,11 +117,15 @@ def remove_abandoned(directory: Path, names: str = "*") -> None:
 def exclusive(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock of the file ``path``, which is made if needed, until the context ends or the process does.
 
-    InputError with the text ``busy`` if another process holds it; OSError where the file system has no locks.
+    InputError with the text ``busy`` if another process holds it for longer than ``is_locked`` does; OSError where the
+    file system has no locks.
     """
     with open(path, "ab") as stream, naming_errors(path):
-        if not _lock(stream.fileno(), wait=False, needed=True):
-            raise InputError(busy)
+        end = time.monotonic() + LOCK_SECONDS
+        while not _lock(stream.fileno(), wait=False, needed=True):
+            if time.monotonic() > end:
+                raise InputError(busy)
+            time.sleep(LOCK_SECONDS / 100)
         yield
 
 
@@ -270,7 +276,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
     which is never run.
     """
     path = Path(path)
-    if (path / ".metadata").is_file() or (path.parent / ".metadata").is_file():
+    checkpoint = path if path.is_dir() else path.parent if path.suffix == ".distcp" else None
+    if checkpoint is not None and (checkpoint / ".metadata").is_file():
         raise InputError(
             f"expected a state file, got '{path}', a checkpoint of torch.distributed; gather the model with "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and save that"

@@ -8,7 +8,10 @@ import os
 import pickle
 import signal
 import stat
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +19,21 @@ import pytest
 import torch
 
 from delfast import InputError
-from delfast.files import load_state, make_output_dir, read_json, save_state, write_atomically, write_json
+from delfast.files import (
+    LOCK,
+    exclusive,
+    is_locked,
+    load_state,
+    make_output_dir,
+    read_json,
+    save_state,
+    write_atomically,
+    write_json,
+)
 from delfast.provenance import digest_indices, digest_state
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -264,6 +280,23 @@ def test_checkpoints_of_several_parts_are_refused_with_advice(tmp_path: Path) ->
         load_state(tmp_path / "parts.pt")
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/.metadata").touch()
-    for path in (tmp_path / "checkpoint", tmp_path / "checkpoint/model.safetensors"):
+    for path in (tmp_path / "checkpoint", tmp_path / "checkpoint/__0_0.distcp"):
         with pytest.raises(InputError, match=r"a checkpoint of torch.distributed; gather the model with"):
             load_state(path)
+    gathered = tmp_path / "checkpoint/model.safetensors"  # beside the parts, as the message advises
+    save_state(gathered, {"weight": torch.ones(2)})
+    assert load_state(gathered).keys() == {"weight"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / LOCK
+    path.touch()
+    with open(path, "rb") as reader, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        ended = pool.submit(lambda: (time.sleep(0.05), fcntl.flock(reader, fcntl.LOCK_UN)))
+        with exclusive(path, "busy"):
+            assert is_locked(path)
+        ended.result()
+    with exclusive(path, "held"), pytest.raises(InputError, match="busy"), exclusive(path, "busy"):
+        pass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -28,9 +28,6 @@ from delfast.cli.ledger_output import (
 )
 from delfast.cli.options import Device
 from delfast.errors import InputError
-
-if TYPE_CHECKING:  # imports sqlite3
-    pass
 
 app = typer.Typer(no_args_is_help=True, help="Keep forget requests for one model, and the evidence of what was done.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,14 @@ class Config:
 
         It is the same on every machine. Whether two paths hold the same data is decided by the data's digest.
         """
-        kind, colon, _ = self.data.partition(":")
-        data = f"{kind}:" if f"{kind}{colon}" in (FOLDER, JOB) else self.data
+        data = self.data if self.data_path is None else f"{self.data.partition(':')[0]}:"
         return replace(self, data=data, data_dir=None)
+
+    @property
+    def data_path(self) -> Path | None:
+        """The path of a folder of images or of a job file; None for data that have a name."""
+        kind, colon, path = self.data.partition(":")
+        return Path(os.path.expanduser(path)) if f"{kind}{colon}" in (FOLDER, JOB) else None
 
     @property
     def has_job(self) -> bool:

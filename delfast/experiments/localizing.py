@@ -160,13 +160,13 @@ def localized_in(
     """Localize for the training inside the context: ``localized/`` of the run directory is what ``localize`` writes.
 
     ``budget`` and ``strategy`` default to 0.3 and "del", ``seed`` to the run's. What was written is removed if the
-    training is refused before its first checkpoint. With ``resume`` the mask that is there is read and not made again:
-    a GPU may round a gradient in another way, and the checkpoint fits one mask only.
+    training is refused before its first checkpoint. With ``resume`` and a checkpoint the mask that is there is read and
+    not made again: a GPU may round a gradient in another way, and the checkpoint fits one mask only.
     """
     directory = output_dir / LOCALIZED
     budget, strategy = BUDGET if budget is None else budget, "del" if strategy is None else strategy
     seed = run.config.seed if seed is None else seed
-    if resume and (directory / SUMMARY).is_file():  # written last
+    if resume and (output_dir / CHECKPOINT).exists() and (directory / SUMMARY).is_file():  # written last
         mask = _read_again(directory / MASK, run, model, {"budget": budget, "strategy": strategy, "seed": seed})
         yield Localized(mask, describe_mask(mask, directory / MASK), {"localize": 0.0})
         return
@@ -177,9 +177,23 @@ def localized_in(
             yield found
         except InputError:
             if not (output_dir / CHECKPOINT).exists():
-                for name in (MASK, SUMMARY):
-                    (directory / name).unlink()
+                discard_localized(output_dir)
             raise
+
+
+def is_of_another(output_dir: Path, mask: Mask | None) -> bool:
+    """Return whether ``localized/`` of the run directory has another mask than the run: it is of an earlier run."""
+    path = output_dir / LOCALIZED / MASK
+    return path.is_file() and (mask is None or Mask.load(path).digest != mask.digest)
+
+
+def discard_localized(output_dir: Path) -> None:
+    """Remove what ``localize`` wrote to ``localized/``, and the directory if nothing else is there."""
+    directory = output_dir / LOCALIZED
+    for name in (SUMMARY, MASK):
+        (directory / name).unlink(missing_ok=True)
+    if not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _read_again(path: Path, run: Run, model: nn.Module, settings: dict[str, Any]) -> Mask:

@@ -25,7 +25,7 @@ from delfast.evaluation import Metrics, predictions
 from delfast.execution import Precision
 from delfast.experiments.config import Config
 from delfast.experiments.datasets import Batches
-from delfast.experiments.localizing import check_localizes, localized_in
+from delfast.experiments.localizing import check_localizes, discard_localized, is_of_another, localized_in
 from delfast.experiments.losses import Losses, mean_losses
 from delfast.experiments.progress import Progress
 from delfast.experiments.run import (
@@ -270,7 +270,9 @@ def unlearn(
     with output_directory(output_dir), run.data.naming_errors(), ExitStack() as stack:
         localization: dict[str, Any] = {}
         seconds: dict[str, float] = {}
-        if method.localizes and mask is None:
+        localizes = method.localizes and mask is None
+        is_stale = not localizes and is_of_another(output_dir, mask)
+        if localizes:
             context = localized_in(output_dir, run, model, budget, strategy, step_seed, resume)
             found = stack.enter_context(context)
             mask, seconds = found.mask, found.seconds
@@ -308,6 +310,8 @@ def unlearn(
         inputs["mask_with_head"] = result.mask.digest
         course = {"losses": result.losses, "validation": result.validation, "resumed_from": result.resumed_from}
         _write_run(run, output_dir, "unlearn", trained, options, inputs, course)
+        if is_stale:
+            discard_localized(output_dir)
         (output_dir / CHECKPOINT).unlink(missing_ok=True)
     return trained
 

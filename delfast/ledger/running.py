@@ -270,7 +270,7 @@ def recorded_error(error: Exception, job: Path) -> str:
     between quotes: a value may name a person, and an entry cannot be removed.
     """
     chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+    while (cause := _cause(chain[-1])) is not None:
         chain.append(cause)
     for each in reversed(chain):
         lines = [line for frame, line in walk_tb(each.__traceback__) if frame.f_code.co_filename == str(job)]
@@ -282,3 +282,8 @@ def recorded_error(error: Exception, job: Path) -> str:
     if str(job) in str(error):  # a result of the job's that did not fit, quoted
         return f"{type(error).__name__} of a value of '{job}'; its text is not recorded"
     return QUOTED.sub("'...'", one_line(error))
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """Return what an error comes from; None also for one that was raised ``from None``, whose text stands alone."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)

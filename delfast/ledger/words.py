@@ -91,7 +91,7 @@ def amount(value: float | None, threshold: Threshold) -> str:
 
 def signed(value: float, threshold: Threshold) -> str:
     """A threshold's figure without its unit; a loss as a change with its sign."""
-    shown = 0.0 + threshold.sign * value  # no -0.00
+    shown = 0.0 + round(threshold.sign * value, threshold.digits)  # no -0.00
     return f"{shown:{'+' if threshold.sign < 0 and shown else ''}.{threshold.digits}f}"
 
 

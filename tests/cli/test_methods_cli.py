@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from delfast.cli import main
+from delfast.experiments import pipeline
 from delfast.localization import STRATEGIES
 from delfast.mask import Mask
 from delfast.unlearning import METHODS
@@ -87,15 +89,49 @@ def test_del_localizes_as_localize_does(trained: Path, tmp_path: Path, capsys: p
         assert written[part] == alone[part], part
 
     capsys.readouterr()
-    arguments = [
-        str(each) for each in (*command, tmp_path / "one", "--budget", 0.3, "--strategy", "salloc", "--resume")
-    ]
-    assert main(arguments) == 2 and "expected the budget 0.2 of the run to resume, got 0.3" in capsys.readouterr().err
     beside = ["--mask", str(tmp_path / "mask" / "mask.safetensors"), "--budget", "0.2"]
     assert main([*(str(each) for each in command), str(tmp_path / "no"), *beside]) == 2
     assert "expected --budget or --mask, got both" in capsys.readouterr().err and not (tmp_path / "no").exists()
-    run(*command, tmp_path / "one", *chosen, "--resume")  # within the mask that is there
-    assert read(tmp_path / "one")["digests"] == two["digests"] and read(tmp_path / "one")["seconds"]["localize"] == 0
+
+
+@pytest.mark.long
+def test_a_stopped_run_goes_on_within_its_mask(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, chosen = tmp_path / "out", ["--budget", 0.2, "--strategy", "salloc"]
+    command = ["unlearn", trained / "run", "--epochs", 1, "--lr", 0.02, "--output-dir"]
+    run(*command, tmp_path / "whole", *chosen)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_write_run", lambda *_: sys.exit(9))
+        assert stopped([*command, out, *chosen]) == 9
+    arguments = [str(each) for each in (*command, out, "--budget", 0.3, "--strategy", "salloc", "--resume")]
+    capsys.readouterr()
+    assert main(arguments) == 2 and "expected the budget 0.2 of the run to resume, got 0.3" in capsys.readouterr().err
+    run(*command, out, *chosen, "--resume")
+    assert read(out)["digests"] == read(tmp_path / "whole")["digests"] and read(out)["seconds"]["localize"] == 0
+    assert main(arguments) == 0  # no run is there to resume: it localizes
+    assert read(out / "localized")["options"]["budget"] == read(out)["options"]["budget"] == 0.3
+
+
+def stopped(arguments: list[Any]) -> int | str | None:
+    """The exit status of a command that is ended inside."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+@pytest.mark.long
+def test_a_run_that_does_not_localize_keeps_no_mask_of_an_earlier_one(trained: Path, tmp_path: Path) -> None:
+    out, localized = tmp_path / "out", tmp_path / "out" / "localized"
+    command = ["unlearn", trained / "run", "--epochs", 1, "--output-dir", out]
+    run(*command)
+    run(*command, "--mask", localized)
+    assert read(localized)["digests"]["mask"] == read(out)["digests"]["mask"]  # the run's own
+    run(*command, "--method", "finetune")
+    assert not localized.exists()
+    run(*command)
+    run(*command, "--mask", mask_of(trained, "salloc"))
+    assert not localized.exists() and (out / "summary.json").is_file()
 
 
 @pytest.mark.slow

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 from delfast.experiments.grid import RESULTS
 
 HEAD = """
@@ -51,3 +54,15 @@ def measured(output_dir: Path) -> list[dict[str, str]]:
     with open(output_dir / RESULTS, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     return [{k: v for k, v in row.items() if "seconds" not in k and k != "relative_time"} for row in rows]
+
+
+def images_of(folder: Path, seed: int) -> str:
+    """Write a folder of small random images and return it as data."""
+    generator = torch.Generator().manual_seed(seed)
+    for part, count in (("train", 12), ("test", 4)):
+        for name in "abc":
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
+    return f"folder:{folder}"

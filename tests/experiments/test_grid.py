@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from delfast.cli import main
 from delfast.errors import InputError
@@ -36,7 +35,7 @@ from delfast.experiments.run import commit, load_model, read_summary
 from delfast.localization import STRATEGIES
 from delfast.unlearning import METHODS
 from tests import ROOT, cases
-from tests.experiments.grids import HEAD, TINY, measured, write
+from tests.experiments.grids import HEAD, TINY, images_of, measured, write
 
 
 def run(grid: Path, output_dir: Path) -> None:
@@ -351,18 +350,6 @@ def test_kept_records_name_no_path_of_the_machine_that_made_them() -> None:
 # ---- the paths of the data
 
 
-def images_of(folder: Path, seed: int) -> str:
-    """Write a folder of small random images and return it as data."""
-    generator = torch.Generator().manual_seed(seed)
-    for part, count in (("train", 12), ("test", 4)):
-        for name in "abc":
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{number}.png")
-    return f"folder:{folder}"
-
-
 def test_the_same_images_at_another_path_are_the_same_data(tmp_path: Path, capsys: Any) -> None:
     text = HEAD.replace("seeds = [0, 1]", "seeds = [0]").replace("train_examples = 300\ntest_examples = 100\n", "")
     text = text.replace("non-iid:2,5", "iid") + '[[compare]]\nmethods = ["finetune"]\nstrategies = ["everything"]\n'
@@ -386,6 +373,14 @@ def test_the_same_images_at_another_path_are_the_same_data(tmp_path: Path, capsy
         error = capsys.readouterr().err.splitlines()[-1]
         assert "c' to hold the data that" in error and "it holds others; pass the same data" in error
         assert measured(directory) == rows
+        assert compare(other, directory, "--report-only") == 2
+        assert capsys.readouterr().err.splitlines()[-1] == error
+        assert compare(moved, directory, "--report-only") == 0
+    images_of(tmp_path / "a", 2)  # the path of the run, with other images
+    capsys.readouterr()
+    for options in ([], ["--report-only"]):
+        assert compare(first, out, *options) == 2
+        assert "a' to hold the data that" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from delfast.experiments.sequential import report
 from delfast.experiments.sequential.cells import run_definition
 from delfast.experiments.sequential.definition import read_definition
 from delfast.experiments.sequential.stream import Stream
+from tests.experiments.grids import images_of
 
 DEFINITIONS = sorted((Path(__file__).parents[2] / "experiments/sequential").glob("*.toml"))
 TINY = """
@@ -290,6 +292,71 @@ def test_a_network_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.C
     other = read_definition(write(tmp_path, TINY.replace("epochs = 1\nlr", "epochs = 2\nlr")))
     with pytest.raises(InputError, match=r"0-original' is of other settings than the definition; choose another"):
         run_definition(other, directory, "cpu", print)
+
+
+IMAGES = """
+[train]
+model = "cnn"
+epochs = 1
+lr = 0.05
+batch_size = 16
+[[requests]]
+forget = "iid"
+share = 0.2
+[[requests]]
+forget = "iid"
+share = 0.2
+[unlearn]
+epochs = 1
+[relearning]
+steps = 2
+fractions = [0.1]
+[sequences.finetune]
+"""
+
+
+@pytest.mark.long
+def test_records_of_other_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, moved, other = (images_of(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    out, kept = tmp_path / "out", tmp_path / "kept"
+
+    def sequence(data: str, directory: Path, *options: str) -> int:
+        path = write(tmp_path, IMAGES)
+        return main(["sequence", str(path), "--data", data, "--output-dir", str(directory), *options])
+
+    assert sequence(first, out, "--pack", str(kept)) == 0
+    expected, records = (out / report.REPORT).read_bytes(), report.read_records(out)
+    assert str(tmp_path) not in (kept / report.PACKED).read_text(encoding="utf-8")
+
+    def refuses(data: str, directory: Path, *options: str) -> None:
+        capsys.readouterr()
+        assert sequence(data, directory, *options) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"records of the data that '{data}' holds now, it holds records of others" in error
+        assert report.read_records(directory) == records and (directory / report.REPORT).read_bytes() == expected
+
+    assert sequence(moved, out) == 0 and report.read_records(out) == records
+    for directory in (out, kept):
+        assert sequence("folder:absent", directory, "--report-only") == 0
+        assert sequence(moved, directory, "--report-only") == 0
+        refuses(other, directory, "--report-only")
+    refuses(other, out)
+    shutil.rmtree(out / "networks")
+    refuses(other, out)
+    images_of(tmp_path / "a", 2)  # the path of the run, with other images
+    refuses(first, out)
+    refuses(first, out, "--report-only")
+    (out / "cells" / "0-original-00.json").write_text(json.dumps({**records[0], "data": "0"}), encoding="utf-8")
+    assert sequence("folder:absent", out, "--report-only") == 2
+    assert "to hold records of one data set, it holds records of 2" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_kept_records_without_a_digest_of_their_data_are_reported(tmp_path: Path) -> None:
+    for path in DEFINITIONS:
+        kept, out = path.parents[1] / "results" / f"sequential-{path.stem}", tmp_path / path.stem
+        shutil.copytree(kept, out)
+        assert main(["sequence", str(path), "--output-dir", str(out), "--report-only"]) == 0
+        assert (out / report.REPORT).read_bytes() == (kept / report.REPORT).read_bytes()
 
 
 def test_the_report_names_what_failed_and_what_is_unfinished() -> None:

@@ -354,6 +354,13 @@ def test_recorded_error_has_no_value(text: str, recorded: str) -> None:
         raise InputError(text) from KeyError("Ana Perez")
     except InputError as error:
         assert recorded_error(error, Path("/job.py")) == "KeyError; its text is not recorded"
+    try:
+        try:
+            raise KeyError("Ana Perez")
+        except KeyError:
+            raise InputError(text) from None
+    except InputError as error:
+        assert recorded_error(error, Path("/job.py")) == recorded
 
 
 def test_path_of_the_model_in_use(ledger: Ledger) -> None:

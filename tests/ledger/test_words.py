@@ -18,7 +18,7 @@ from delfast.ledger.evidence import (
     sentence_of,
     table_lines,
 )
-from delfast.ledger.words import failure
+from delfast.ledger.words import THRESHOLDS, amount, failure
 
 OUTSIDE = Check("outside_mask", 0, 0, True, "model")
 LOST = Check("test_drop", 0.5, 2.0, True, "test", -0.4, 1.4, 0.0)
@@ -104,3 +104,11 @@ def test_a_table_has_equal_columns_and_what_its_results_mean() -> None:
     ]
     results = [result_of(check, has_mask=True) for check in (OUTSIDE, LOST, BEFORE, TOLD)]
     assert counted_results(results) == ["2 held", "1 held, shows nothing", "1 not measured"]
+
+
+@pytest.mark.parametrize(
+    ("drop", "shown"),
+    [(0.001, "0.00"), (-0.001, "0.00"), (0.0, "0.00"), (0.006, "-0.01"), (-0.006, "+0.01"), (2, "-2.00")],
+)
+def test_a_change_that_rounds_to_0_has_no_sign(drop: float, shown: str) -> None:
+    assert amount(drop, THRESHOLDS["test_drop"]) == f"{shown} points"

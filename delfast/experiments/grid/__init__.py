@@ -10,7 +10,7 @@ from pathlib import Path
 
 from delfast.errors import InputError
 from delfast.execution import CudaGraphs
-from delfast.experiments.grid.cells import check_networks, finished, run_grid
+from delfast.experiments.grid.cells import check_data, check_networks, finished, run_grid
 from delfast.experiments.grid.definition import Grid, read_grid
 from delfast.experiments.grid.records import (
     cell_path,
@@ -61,6 +61,7 @@ def compare(
         if not grid.cells:
             raise InputError(_why_none(output_dir, path, whole))
         check_networks(output_dir, grid)
+        check_data(output_dir, grid, report_only=True)
     if pack_dir is not None:
         check_own_directory(pack_dir, output_dir, option="--pack")
         check_packable(pack_dir)

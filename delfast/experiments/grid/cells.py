@@ -198,24 +198,34 @@ def check_networks(directory: Path, grid: Grid) -> None:
             raise InputError(f"expected '{path}' to hold {SUMMARY} and {MEMBERSHIP}, it does not; run the grid first")
 
 
-def check_data(directory: Path, grid: Grid) -> None:
-    """Raise InputError for a network that was trained on other data than its path in the grid holds now.
+def check_data(directory: Path, grid: Grid, *, report_only: bool = False) -> None:
+    """Raise InputError for a network that was trained on other data than those of the grid.
 
-    The data are read only for a network that was recorded with another path than the grid's.
+    A folder or a job is read and its digest compared, since its files may have changed. Data that have a name are read
+    only if they were recorded with another ``data_dir``. With ``report_only`` only a path that exists is read.
     """
-    for network in grid.trained:
-        path, config = network_path(directory, network), network.config
-        if not has_record(path / SUMMARY):
-            continue
-        summary = read_network(directory, network)
-        if all(summary["config"].get(name) == getattr(config, name) for name in ("data", "data_dir")):
-            continue
-        data = _load_data(config.data, config.data_dir, config.image_size, config.train_examples, config.test_examples)
-        if data.digests()["data"] != summary["digests"]["data"]:
-            raise InputError(
-                f"expected '{config.data_name}' to hold the data that {place(path / SUMMARY)} was made with, it holds "
-                "others; pass the same data, or choose another --output-dir"
-            )
+    try:
+        for network in grid.trained:
+            path = network_path(directory, network)
+            if has_record(path / SUMMARY):
+                _check_data_of(network.config, read_network(directory, network), place(path / SUMMARY), report_only)
+    finally:
+        _load_data.cache_clear()  # each worker loads its own
+
+
+def _check_data_of(config: Config, summary: Mapping[str, Any], source: str, report_only: bool) -> None:
+    if config.data_path is not None:
+        is_read = config.data_path.exists() or not report_only
+    else:
+        is_read = summary["config"].get("data_dir") != config.data_dir and not report_only
+    if not is_read:
+        return
+    data = _load_data(config.data, config.data_dir, config.image_size, config.train_examples, config.test_examples)
+    if data.digests()["data"] != summary["digests"]["data"]:
+        raise InputError(
+            f"expected '{config.data_name}' to hold the data that {source} was made with, it holds "
+            "others; pass the same data, or choose another --output-dir"
+        )
 
 
 def _train(directory: Path, network: NetworkSpec, device: str, cuda_graphs: CudaGraphs = "auto") -> None:

@@ -7,7 +7,7 @@ the controls, and each sequence's newest network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,18 @@ def run_definition(definition: Definition, directory: Path, device: str, watch: 
     chosen = choose_device(device)
     for config in definition.configs:
         stream = Stream.load(config, definition.requests, chosen)
+        found = [read_json(path).get("data") for path in (directory / CELLS).glob("*.json")]
+        check_data(directory, config, stream.data.digests()["data"], found)
         _Seed(definition, stream, directory, watch).run()
+
+
+def check_data(directory: Path, config: Config, digest: str, found: Iterable[str | None]) -> None:
+    """Raise InputError unless all digests that were ``found`` in records are that of the data of ``config``."""
+    if any(each != digest for each in found):
+        raise InputError(
+            f"expected '{directory}' to hold records of the data that '{config.data_name}' holds now, it holds records "
+            "of others, or without a digest; pass the same data, or choose another --output-dir"
+        )
 
 
 def cell_path(directory: Path, config: Config, name: str, number: int) -> Path:
@@ -120,6 +131,7 @@ class _Seed:
             "sequence": ORIGINAL if sequence is None else sequence.name,
             "seed": self.seed,
             "request": number,
+            "data": self.stream.data.digests()["data"],
             **({} if sequence is None else {"settings": sequence.described()}),
             "provenance": provenance(device=str(self.stream.device), threads=torch.get_num_threads(), commit=commit()),
         }
@@ -145,7 +157,7 @@ class _Seed:
             return pipeline.oracle(run, path, shadow=control, **options).model
         if Config(**read_summary(path)["config"]).without_paths() != self.config.without_paths():
             raise InputError(f"'{path}' is of other settings than the definition; choose another --output-dir")
-        return load_model(run, path)
+        return load_model(run, path)  # which compares the data
 
     def _model_after(self, sequence: Sequence, number: int) -> nn.Module:
         """Return the network after a request; number 0: the original."""

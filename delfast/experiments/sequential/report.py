@@ -24,7 +24,7 @@ RETRAIN, RELEARNING = "retrain", "relearning"
 MIN_SEEDS = 3  # of an interval
 KINDS = {"iid": "random examples", "non-iid": "one class", "mislabelled": "wrong labels"}
 RECORD: dict[str, Any] = {
-    "sequence": str, "seed": int, "request": int, "provenance": {**ORIGIN, "threads": int}
+    "sequence": str, "seed": int, "request": int, "data?": str, "provenance": {**ORIGIN, "threads": int}
 }  # fmt: skip
 MEASURED: dict[str, Any] = {"seconds": SECONDS, "audit": {"sets": Each(dict)}}
 RELEARNED: dict[str, Any] = {RELEARNING: Each(dict)}
