@@ -30,6 +30,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch)`` returns per-example losses (N,)."""
 
 IGNORED = -100  # ``ignore_index`` of cross-entropy: a label whose example has the loss 0
+LOSS_FN_ADVICE = "pass loss_fn(model, batch) -> per-example losses"
 LABEL_ADVICE = "fix the labels, or build the model with as many outputs as there are classes"
 
 # The form of a batch
@@ -72,14 +73,15 @@ def plain(batch: Any) -> Any:
     return batch.read() if isinstance(batch, Indexed) else batch
 
 
-def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
+def split_batch(batch: Any, advice: str = LOSS_FN_ADVICE) -> tuple[Any, Any, Tensor]:
     """Split a batch that has no ``loss_fn`` into (index, input, target); the index is None for (input, target).
 
     The first of three parts is an index only if it is N integers, with N the number of targets. Types, dtypes and
-    shapes decide, so no tensor is copied from its device. Raises InputError, which names ``loss_fn``, for another form.
+    shapes decide, so no tensor is copied from its device. Raises InputError for another form.
+
+    advice: the end of the message, which names arguments of the function that the user has called.
     """
     batch = plain(batch)
-    advice = "pass loss_fn(model, batch) -> per-example losses for batches of another form"
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         raise InputError(
             f"expected batches (input, target) or (index, input, target), got {type(batch).__name__}"
@@ -97,7 +99,7 @@ def split_batch(batch: Any) -> tuple[Any, Any, Tensor]:
         raise InputError(
             "expected batches of three parts to be (index, input, target), the index N integers for N targets, got "
             f"{form_of(index[0])} for targets {tuple(targets.shape)}; drop the first part if it is no input, or else "
-            "pass loss_fn(model, batch) -> per-example losses, where that can be passed"
+            f"{advice}"
         )
     return index[0] if index else None, inputs, targets
 
@@ -115,9 +117,9 @@ def _is_index(index: Any, targets: Tensor) -> bool:
     return integers and (len(index),) == tuple(targets.shape[:1])
 
 
-def inputs_and_targets(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+def inputs_and_targets(batch: Any, device: torch.device, advice: str) -> tuple[Any, Tensor]:
     """Return input and target of a batch that has no ``loss_fn``, on ``device``; errors as for ``split_batch``."""
-    _, inputs, targets = split_batch(batch)
+    _, inputs, targets = split_batch(batch, advice)
     return move(inputs, device), move(targets, device)
 
 
@@ -176,7 +178,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
-def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
+def examples_in(batch: Any, loss_fn: LossFn | None, advice: str = LOSS_FN_ADVICE) -> int | None:
     """Return N if every part of the batch is a tensor of size N along dim 0, as ``cut`` requires; else None.
 
     Without a ``loss_fn`` every part of a mapping counts too, since evaluation reads those of language models.
@@ -184,7 +186,7 @@ def examples_in(batch: Any, loss_fn: LossFn | None) -> int | None:
     if isinstance(batch, Indexed):
         return len(batch.rows)
     is_whole = loss_fn is not None or isinstance(batch, Mapping)
-    parts = _parts(batch if is_whole else split_batch(batch)[1:])
+    parts = _parts(batch if is_whole else split_batch(batch, advice)[1:])
     sizes = {part.shape[0] if isinstance(part, Tensor) and part.ndim else None for part in parts}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -248,23 +250,22 @@ def check_differentiable(losses: Tensor) -> None:
         )
 
 
-def class_indices(targets: Tensor, logits: Tensor, *, ignored: int | None = IGNORED) -> Tensor:
+def class_indices(
+    targets: Tensor, logits: Tensor, *, ignored: int | None = IGNORED, advice: str = LOSS_FN_ADVICE
+) -> Tensor:
     """Return the targets as int64 on the device of the logits, as cross-entropy requires them.
 
     Any integer type and bool are accepted. Raises InputError unless they are class indices (N,) for these logits
     (N, classes), or ``ignored``. Targets on the CPU are checked at once. Targets on another device are clamped, since
-    one out of range would end the process's use of a GPU, and checked by ``refuse_if``.
+    one out of range would end the process's use of a GPU, and checked by ``refuse_if``. advice: as for ``split_batch``.
     """
     for expected, value in (("the model to return logits", logits), ("batches with targets", targets)):
         if not isinstance(value, Tensor):
-            raise InputError(
-                f"expected {expected} as a tensor, got {type(value).__name__}; pass loss_fn(model, batch) -> "
-                "per-example losses"
-            )
+            raise InputError(f"expected {expected} as a tensor, got {type(value).__name__}; {advice}")
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.is_floating_point() or targets.is_complex():
         raise InputError(
             f"expected logits (N, classes) and integer targets (N,), got {tuple(logits.shape)} and "
-            f"{targets.dtype} {tuple(targets.shape)}; pass loss_fn for another task"
+            f"{targets.dtype} {tuple(targets.shape)}; {advice}"
         )
     targets, classes = targets.to(torch.int64), logits.shape[1]
     with torch._C.DisableTorchFunction():  # a mode that records the network's operations does not record the check

@@ -181,7 +181,7 @@ def _checked(batch: Any) -> Mapping[str, Any]:
     if not is_token_batch(batch):
         raise InputError(
             f"expected batches as mappings with 'input_ids', got {describe(batch)}; pass dicts (or a BatchEncoding) of "
-            "tensors, or a loss_fn of your own"
+            "tensors"
         )
     ids, labels, attended = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
     if not _is_integer(ids) or ids.ndim != 2 or not ids.shape[1]:

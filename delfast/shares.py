@@ -20,7 +20,7 @@ from torch.utils.data import (
     IterableDataset,
 )
 
-from delfast.batches import LossFn, draws_a_subset, examples_in, sampler_of, warn_about_loader
+from delfast.batches import LOSS_FN_ADVICE, LossFn, draws_a_subset, examples_in, sampler_of, warn_about_loader
 from delfast.contents import content_of, signature_of
 from delfast.errors import InputError
 from delfast.processes import Processes
@@ -52,7 +52,7 @@ class Share:
     places: Sequence[int] | None = None
 
 
-def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
+def share(loader: Any, processes: Processes, loss_fn: LossFn | None, advice: str = LOSS_FN_ADVICE) -> Share:
     """Return this process's share of a loader. All processes call it together.
 
     The loader is the whole set's, and process r of W takes the batches r, r + W, and so on. Of a DataLoader the
@@ -64,7 +64,7 @@ def share(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
     if is_torchs(loader):
         shared = _share_of_indices(loader, processes)
     else:
-        shared = _share_of_iterable(loader, processes, loss_fn)
+        shared = _share_of_iterable(loader, processes, loss_fn, advice)
     with processes.together():
         # a sampler that shards is meant to omit examples
         whole = loader if sharding(loader) is None else SimpleNamespace(dataset=getattr(loader, "dataset", None))
@@ -239,12 +239,12 @@ def _without_repeats(loader: Any, units: list[Any]) -> list[Any]:
 # Other iterables
 
 
-def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None) -> Share:
+def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None, advice: str) -> Share:
     with processes.together():
         sharded = checked_sharding(loader, processes)
         source = iter(loader)
         first = list(itertools.islice(source, 1))
-    stream = _Stream(itertools.chain(first, source), processes, loss_fn, is_share=sharded is not None)
+    stream = _Stream(itertools.chain(first, source), processes, loss_fn, advice, is_share=sharded is not None)
     with processes.together():
         batch = content_of(first[0]) if first else "no batch"
     content = batch if sharded is None else "a share"
@@ -270,15 +270,18 @@ def _share_of_iterable(loader: Any, processes: Processes, loss_fn: LossFn | None
 class _Stream:
     """An iterable once over every W-th batch of an iterable, or over all of one that is a share already."""
 
-    def __init__(self, source: Iterator[Any], processes: Processes, loss_fn: LossFn | None, *, is_share: bool) -> None:
-        self._source, self._processes, self._loss_fn, self._is_share = source, processes, loss_fn, is_share
+    def __init__(
+        self, source: Iterator[Any], processes: Processes, loss_fn: LossFn | None, advice: str, *, is_share: bool
+    ) -> None:
+        self._source, self._processes, self._is_share = source, processes, is_share
+        self._loss_fn, self._advice = loss_fn, advice
         self._batches, self._examples = 0, 0
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._source:
             mine = self._is_share or self._batches % self._processes.size == self._processes.rank
             self._batches += 1
-            self._examples += examples_in(batch, self._loss_fn) or 0
+            self._examples += examples_in(batch, self._loss_fn, self._advice) or 0
             if mine:
                 yield batch
 

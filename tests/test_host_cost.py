@@ -88,7 +88,7 @@ PASSES: dict[str, Callable[[list[Batch]], Any]] = {
     "signed_channels": lambda found: delfast.signed_channels(network(), found),
     "predictions": lambda found: predictions(network(), found),
     "accuracy_and_loss": lambda found: accuracy_and_loss(network(), found),
-    "evaluate": lambda found: delfast.evaluate(network(), found, found, found, mia=False),
+    "evaluate": lambda found: delfast.evaluate(network(), found, found[:], found[:], mia=False),
     "kl_to_oracle": lambda found: kl_to_oracle(network(), network(), found),
     "clipped training": lambda found: train(
         (model := copy.deepcopy(network())), found, torch.optim.SGD(model.parameters(), 0.1), epochs=1, max_norm=1.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delfast.batches import IGNORED, LossFn, device_of, per_example_losses, plain, tensors_of
+from delfast.batches import IGNORED, LOSS_FN_ADVICE, LossFn, device_of, per_example_losses, plain, tensors_of
 from delfast.device_checks import refuse_if
 from delfast.errors import InputError
 from delfast.evaluation.divergence import divergences
@@ -71,7 +71,7 @@ def measure(
     def of_batch(batch: Any) -> tuple[Tensor, ...]:
         columns = [_examples(batch, device)]
         if loss_fn is None and not is_token_batch(batch):
-            predicted = [predict(network, batch, execution) for network in networks]
+            predicted = [predict(network, batch, execution, LOSS_FN_ADVICE) for network in networks]
             form.classes = predicted[0][1].shape[1]
             columns += [column for targets, logs in predicted for column in _of_classes(targets, logs)]
             if len(networks) == 2:
@@ -81,7 +81,9 @@ def measure(
             columns += _of_tokens(network, batch, execution) if loss_fn is None else _of_loss(network, batch, loss_fn)
         return tuple(columns)
 
-    found = collect(networks, loader, f"{name} set", of_batch, execution, any_form=loss_fn is not None)
+    found = collect(
+        networks, loader, f"{name} set", of_batch, execution, any_form=loss_fn is not None, advice=LOSS_FN_ADVICE
+    )
     check_examples(sum(len(each[0]) for each in found), f"{name} set")
     if len({len(each) for each in found}) > 1:
         raise InputError(f"{name} set: expected all batches with 'input_ids' or none, got both; pass one form")
@@ -136,7 +138,7 @@ def _examples(batch: Any, device: torch.device) -> Tensor:
 def _of_classes(targets: Tensor, logs: Tensor) -> list[Tensor]:
     """Return losses, numbers of correct predictions, logit-scaled confidences and targets (B,)."""
     if logs.shape[1] < 2:
-        raise InputError("expected outputs of at least two classes, got one; pass loss_fn for another task")
+        raise InputError(f"expected outputs of at least two classes, got one; {LOSS_FN_ADVICE}")
     exact = logs.double()
     truth = true_class(exact, targets)
     right = (logs.argmax(1) == targets).double()

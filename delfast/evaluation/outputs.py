@@ -31,6 +31,8 @@ from delfast.shares import refuse_sharded, share
 Loader = Iterable[Any]  # batches (input, target) or (index, input, target)
 Predictions = tuple[Tensor, Tensor]  # log-probabilities (N, classes), targets (N,)
 
+FORM_ADVICE = "change what the loader and the model return"  # of the functions that take no ``loss_fn``
+
 # Maximum distance from 1 of a row's sum of probabilities: the rounding of bfloat16 over a few hundred classes
 SUM_TOLERANCE = 1e-2
 
@@ -129,6 +131,7 @@ def collect(
     processes: Processes | None = None,
     *,
     any_form: bool = False,
+    advice: str = FORM_ADVICE,
 ) -> list[tuple[Tensor, ...]]:
     """Return what ``function`` computes of every batch, (input, target) or a language model's mapping, on the CPU.
 
@@ -138,15 +141,25 @@ def collect(
     processes: those of ``join``, which share the set. Each gets the results of all, in the set's order. A result is a
     tuple of numbers, and of tensors with a row for each example.
 
-    any_form: whether ``function`` is given each batch as the loader yields it, as a ``loss_fn`` is.
+    any_form: whether ``function`` is given each batch as the loader yields it, as a ``loss_fn`` is. advice: as for
+    ``split_batch``.
     """
     with prefixed(where):
         if processes is None:
             refuse_sharded(loader)
-            return _run(models, loader, function, execution, any_form=any_form)
-        shared = share(loader, processes, None)
+            return _run(models, loader, function, execution, any_form=any_form, advice=advice)
+        shared = share(loader, processes, None, advice)
         with processes.together():
-            found = _run(models, shared.batches, function, execution, processes, shared.stand_in, any_form=any_form)
+            found = _run(
+                models,
+                shared.batches,
+                function,
+                execution,
+                processes,
+                shared.stand_in,
+                any_form=any_form,
+                advice=advice,
+            )
         shared.finish()
     places = None if shared.places is None else shared.places[: sum(map(_rows, found))]
     # as arrays: a pickled tensor has a storage of its own
@@ -163,7 +176,8 @@ def _run(
     processes: Processes | None = None,
     stand_in: Callable[[], Any] | None = None,
     *,
-    any_form: bool = False,
+    any_form: bool,
+    advice: str,
 ) -> list[tuple[Tensor, ...]]:
     """Return what ``function`` computes of every batch of this process; arguments as for ``collect`` and ``Share``.
 
@@ -183,7 +197,7 @@ def _run(
 
     def result_of(batch: Any) -> tuple[Tensor, ...]:
         if not any_form and not isinstance(batch, Indexed) and not is_token_batch(batch):
-            batch = split_batch(batch)[1:]
+            batch = split_batch(batch, advice)[1:]
         return tuple(t.to("cpu", non_blocking=True) for t in run(batch))
 
     with ExitStack() as stack:
@@ -234,16 +248,16 @@ def _in_order(parts: list[list[tuple[Tensor, ...]]], places: list[Sequence[int] 
     return list(zip(*columns, strict=True))
 
 
-def predict(model: nn.Module, batch: Any, execution: Execution) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batch: Any, execution: Execution, advice: str = FORM_ADVICE) -> tuple[Tensor, Tensor]:
     """Return a batch's targets (B,) and float32 log-probabilities (B, classes), on the model's device, in its mode.
 
     Raises InputError for bad labels and outputs that are not finite.
     """
-    _, inputs, targets = split_batch(batch)
+    _, inputs, targets = split_batch(batch, advice)
     device = device_of(model)
     with execution.autocast(device):
         logits = whole(model(execution.laid_out(move(inputs, device), model)))
-    targets = class_indices(targets, logits, ignored=None)  # an ignored example has no accuracy
+    targets = class_indices(targets, logits, ignored=None, advice=advice)  # an ignored example has no accuracy
     refuse_if(
         ~logits.isfinite().all(),
         "expected finite outputs of the model, got NaN or infinity; train it with a lower rate",
@@ -280,7 +294,7 @@ def check_predictions(log_probabilities: Tensor, targets: Tensor, where: str) ->
     check_tensors(targets=targets)
     check_log_probabilities(log_probabilities, where)
     try:
-        class_indices(targets, log_probabilities, ignored=None)
+        class_indices(targets, log_probabilities, ignored=None, advice="see delfast.evaluation.predictions")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

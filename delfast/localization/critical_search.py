@@ -33,6 +33,9 @@ log = logging.getLogger("delfast")
 LogitsFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """``logits_fn(model, batch) -> logits (N, classes), labels int64 (N,)``."""
 
+# ``score`` and ``localize`` take no logits_fn
+LOGITS_FN_ADVICE = "pass logits_fn(model, batch) -> (logits, labels) to critmem"
+
 
 class Search:
     """The search over one batch. Columns are the channels of the passes' parameters, side by side."""
@@ -64,7 +67,7 @@ class Search:
     ) -> tuple[list[tuple[list[tuple[str, int]], bool]], Tensor | float]:
         """Return each example's channels and whether it flipped, and Σ over examples of the first positive scores."""
         if self.logits_fn is None:
-            batch = inputs_and_targets(batch, device_of(self.network))
+            batch = inputs_and_targets(batch, device_of(self.network), LOGITS_FN_ADVICE)
         batch, count = detached(batch), examples_in(batch, self._losses)
         if count is None:
             raise InputError(
@@ -159,15 +162,11 @@ class Search:
 
     def _losses(self, model: nn.Module, batch: Any) -> Tensor:
         if self.logits_fn is None:
-            pair: Any = (model(self.execution.laid_out(batch[0], model)), batch[1])
+            logits, targets = model(self.execution.laid_out(batch[0], model)), batch[1]
+            targets = class_indices(targets, logits, advice=LOGITS_FN_ADVICE)
         else:
-            pair = self.logits_fn(model, batch)
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-            raise InputError(
-                f"expected logits_fn to return (logits, labels), two tensors, got {type(pair).__name__}; return both"
-            )
-        logits, targets = pair
-        targets = class_indices(targets, logits)
+            logits, targets = _checked_pair(self.logits_fn(model, batch))
+            targets = class_indices(targets, logits, advice="return these from logits_fn")
         if len(logits) != examples_in(batch, self._losses):
             raise InputError(
                 f"expected logits for {examples_in(batch, self._losses)} examples, got {len(logits)}; return a row each"
@@ -208,6 +207,16 @@ class Search:
                 f"expected finite scores, got NaN or infinity for '{name}'; check the loss and the network's precision"
             )
         return scores
+
+
+def _checked_pair(pair: Any) -> tuple[Tensor, Tensor]:
+    """Return the result of a caller's ``logits_fn``. InputError unless it is two tensors."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        raise InputError(
+            f"expected logits_fn to return (logits, labels), two tensors, got {type(pair).__name__}; return both"
+        )
+    logits, targets = pair
+    return logits, targets
 
 
 class _SearchedSums(ChannelSums):

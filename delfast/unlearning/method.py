@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from delfast.batches import LossFn, class_indices, device_of, move, per_example_losses, split_batch
+from delfast.batches import LOSS_FN_ADVICE, LossFn, class_indices, device_of, move, per_example_losses, split_batch
 from delfast.errors import InputError
 from delfast.execution import DEFAULT_EXECUTION, Execution
 from delfast.mask import Mask
 from delfast.reset import Init
 from delfast.unlearning.loop import Schedule
 from delfast.unlearning.steps import Step, StepPlan
+
+LOGITS_ADVICE = f"{LOSS_FN_ADVICE}, to a method that needs no logits"  # the others refuse a loss_fn
 
 
 @dataclass
@@ -47,10 +49,10 @@ class UnlearningTask:
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs, logits (N, classes) and int64 targets (N,) of a batch."""
-        _, inputs, targets = split_batch(batch)
+        _, inputs, targets = split_batch(batch, LOGITS_ADVICE)
         inputs = self.execution.laid_out(move(inputs, device_of(self.network)), self.network)
         logits = self.model(inputs)
-        return inputs, logits, class_indices(targets, logits)
+        return inputs, logits, class_indices(targets, logits, advice=LOGITS_ADVICE)
 
 
 @dataclass(frozen=True, kw_only=True)
