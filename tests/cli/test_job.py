@@ -301,9 +301,9 @@ def test_compare_takes_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     run(*grid, "--job", tmp_path / "job.py")  # the same job: nothing runs again
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
     refused = [*grid[:-1], tmp_path / "other", "--job", moved, "--report-only"]
-    assert "there is none; run it first" in refusal(capsys, *refused)
+    assert "it holds none; run it first" in refusal(capsys, *refused)
     write_job(tmp_path, WHOLE + SHORT + "# changed\n")
-    assert "there is none; run it first" in refusal(capsys, *grid, "--report-only")
+    assert "it holds 2 cells of other settings" in refusal(capsys, *grid, "--report-only")
 
 
 @pytest.mark.parametrize(
