@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from delfast.ledger.results import Check
 from delfast.ledger.words import THRESHOLDS, Threshold, amount, is_unsure, set_name, signed
 
-HELD, UNSURE, BLIND = "held", "held, interval passes the limit", "held, shows nothing"
+HELD, UNSURE, BLIND = "held", "held, undecided", "held, shows nothing"
 UNMEASURED, FAILED, NO_MASK = "not measured", "did not hold", "does not apply"
 RESULTS = {
     HELD: "",
-    UNSURE: "the measurement cannot decide whether the limit was passed",
+    UNSURE: "the interval includes the limit",
     BLIND: "the model before the run was within the limit too, so nothing is seen of forgetting",
     NO_MASK: "the run had no mask, so every element could change",
     UNMEASURED: "",
@@ -96,6 +96,15 @@ def sentence_of(check: Check, *, has_mask: bool, has_accuracy: bool) -> str:
     if threshold.compared:
         text += f" The limit is{threshold.compared}."
     return f"{text} {check.reason}." if check.reason else text
+
+
+def figure_results(checks: Iterable[Check], *, has_mask: bool) -> list[str]:
+    """Return the results of the checks that are figures of forgetting or of its cost.
+
+    A comparison of bits that held is left out, since it shows nothing about either.
+    """
+    shown = (check for check in checks if not (check.name == "outside_mask" and check.held))
+    return [result_of(check, has_mask=has_mask) for check in shown]
 
 
 def counted_results(results: Iterable[str]) -> list[str]:

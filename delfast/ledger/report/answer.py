@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import date
 
 from delfast.ledger.events import ACCEPTED, REJECTED
-from delfast.ledger.evidence import NO_MASK, RESULTS, counted_results, interval_of, result_of
-from delfast.ledger.report import wording
+from delfast.ledger.evidence import RESULTS, counted_results, figure_results, interval_of, result_of
+from delfast.ledger.report import verdict, wording
 from delfast.ledger.report.history import History, Run, TakenRequest
 from delfast.ledger.results import Check, HeldFile
 from delfast.ledger.words import THRESHOLDS, amount
@@ -18,7 +18,7 @@ Rows = list[list[str]]
 
 
 def answer(history: History) -> str:
-    """One sentence: how many requests there are, and how they stand."""
+    """How many requests there are, how they stand, and for how many forgetting is seen."""
     if not history.requests:
         return "No request has been received."
     parts = [
@@ -26,7 +26,21 @@ def answer(history: History) -> str:
         for status, words in wording.REQUEST_STATUS.items()
         if (count := len(history.having(status))) or status == ACCEPTED
     ]
-    return f"{wording.counted(len(history.requests), 'forget request')}: {'; '.join(parts)}."
+    first = f"{wording.counted(len(history.requests), 'forget request')}: {'; '.join(parts)}."
+    return " ".join([first, *_forgetting(history)])
+
+
+def _forgetting(history: History) -> list[str]:
+    """Return a sentence with the totals of the timeline's column on forgetting; none without a value in it."""
+    found = [(request, verdict.kind_of(request, history)) for request in history.requests.values()]
+    kinds = [kind for _, kind in found]
+    totals = [f"{each} in {count:,}" for each in verdict.KINDS if (count := kinds.count(each))]
+    if not totals:
+        return []
+    measured = [request for request, kind in found if kind and kind != verdict.RETRAINED]
+    pooled = any(len(request.runs[-1].requests) > 1 for request in measured)
+    head = "Forgetting, measured of all examples of a run together" if pooled else "Forgetting"
+    return [f"{head}: {', '.join(totals)}."]
 
 
 def summary(history: History, holding: Sequence[HeldFile], today: date) -> list[str]:
@@ -46,7 +60,7 @@ def summary(history: History, holding: Sequence[HeldFile], today: date) -> list[
 
 def _figures(accepted: Sequence[Run]) -> list[str]:
     """Return a sentence on what the figures of the runs that passed show."""
-    results = [result for run in accepted for _, result in run.results if result != NO_MASK]
+    results = [result for run in accepted for result in figure_results(run.checks, has_mask=run.has_mask)]
     if not results:
         return []
     meanings = [f"“{each}”: {RESULTS[each]}" for each in RESULTS if each in results and RESULTS[each]]

@@ -52,9 +52,10 @@ DEFINITIONS = (
     ("Held", "The figure is within its limit. Only a figure that was outside before the run shows forgetting."),
     (
         "Forgetting",
-        "Seen: a figure was above its limit before the run, and is below it with its whole interval after the run. "
-        "Undecided: the interval passes the limit. Not seen: no figure was above its limit before, or none was "
-        "measured. Trained without them: a new network was trained from nothing without the examples.",
+        "The verdict is on all examples of a run together. Seen: a figure was above its limit before the run, whatever "
+        "its interval, and is below it with its whole interval after the run. Undecided: the interval includes the "
+        "limit. Nothing to see before the run: no figure was above its limit before. Not measured: there is no figure "
+        "of forgetting. Trained without them: a new network was trained from nothing without the examples.",
     ),
     *(
         (result[0].upper() + result[1:], meaning[0].upper() + meaning[1:] + ".")
