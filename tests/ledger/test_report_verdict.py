@@ -11,10 +11,12 @@ import pytest
 from delfast.ledger.report import make_report
 from delfast.ledger.report.history import KEPT_IDS, read_history
 from delfast.ledger.report.verdict import forgetting_of, verdict_of
+from delfast.ledger.report.wording import CHOSEN
 from tests.ledger.histories import RETRAIN, SETTINGS, Writer, example, held, model_of, names
 from tests.ledger.pages import changed
 
 TODAY = date(2026, 3, 25)
+FEW = "it needs at least 2 examples, the forget set has 1"
 
 
 def verdict(writer: Writer, number: int, *, is_held: bool = False) -> str:
@@ -59,14 +61,14 @@ def test_a_set_of_few_examples_and_figures_that_were_not_measured_are_named(writ
 
     def change(event: str, payload: dict[str, Any]) -> None:
         if event == "accepted":
-            payload["checks"][2].update(value=None, low=None, high=None, reason="1 example is too few for the attack")
+            payload["checks"][2].update(value=None, low=None, high=None, reason=FEW)
 
     write.entries = changed(write.entries, change)
     text = verdict(write, 1)
     assert "Not measured: attack advantage." in text and "Held: change of test accuracy; relearning ratio." in text
     assert "The run had 1 example to forget: most figures need more to separate forgotten from remembered." in text
     markdown, _ = make_report(write.entries, [], today=TODAY)
-    assert "Attack advantage: not measured: 1 example is too few for the attack. Accepted by" in markdown
+    assert f"Attack advantage: not measured: {FEW}. By --accept-unmeasured it does not count" in markdown
 
 
 def test_runs_that_failed_before_count_in_the_verdict_and_in_the_first_lines(write: Writer) -> None:
@@ -81,10 +83,26 @@ def test_runs_that_failed_before_count_in_the_verdict_and_in_the_first_lines(wri
     markdown, _ = make_report(write.entries, [], today=TODAY)
     first = markdown.split("## Requests in time")[0]
     assert "Request 1 was tried in 2 runs: run 1 did not pass (relearning ratio 2.70, limit 1.50)." in first
+    assert text.endswith(CHOSEN) and first.count(CHOSEN) == 1
     write.receive(2, names(40, 40))
     write.run(3, [2], count=40, before=model_of(2), ratios=[2.2, 1.2])
     assert "In run 3, 1 attempt before the last did not pass." in verdict(write, 2)
     assert SETTINGS["method"] != RETRAIN["method"] and "tried" not in verdict(write, 2)
+    assert verdict(write, 2).endswith(CHOSEN)
+    write.receive(3, names(80, 40))
+    write.run(4, [3], count=40, before=model_of(3, 2))
+    assert CHOSEN not in verdict(write, 3)
+
+
+def test_requests_of_the_same_runs_have_one_sentence_on_them(write: Writer) -> None:
+    for number in (1, 2, 3):
+        write.receive(number, names(40 * number, 40))
+    write.run(1, [1, 2, 3], count=120, ratios=[2.7])
+    write.run(2, [1, 2, 3], count=120)
+    markdown, _ = make_report(write.entries, [], today=TODAY)
+    first = markdown.split("## Requests in time")[0]
+    assert first.count("tried in 2 runs") == 1
+    assert "Requests 1 to 3 were tried in 2 runs: run 1 did not pass (relearning ratio 2.70, limit 1.50)." in first
 
 
 def test_retraining_is_said_of_every_request_that_it_left_out(write: Writer) -> None:
@@ -111,8 +129,10 @@ def test_retraining_is_said_of_every_request_that_it_left_out(write: Writer) -> 
     first = markdown.split("## Requests in time")[0]
     assert "Run 2 trained a new network from nothing, without the examples of requests 1 to 3. Run 3 changed" in first
     # the bits outside a mask count in the two runs that had one
-    assert "| Changes outside the mask | 0 | 0 (run 3) |  | held | 2 held; 1 does not apply |" in first
-    assert "Changes outside the mask: does not apply, since the run had no mask" in markdown
+    assert (
+        "| Changes outside the mask and the last layer | 0 | 0 (run 3) |  | held | 2 held; 1 does not apply |" in first
+    )
+    assert "Changes outside the mask and the last layer: does not apply, since the run had no mask" in markdown
 
 
 @pytest.mark.parametrize(

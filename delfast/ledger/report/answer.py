@@ -51,7 +51,7 @@ def summary(history: History, holding: Sequence[HeldFile], today: date) -> list[
     return [
         *_figures(history.accepted),
         *map(_rejection, rejected[-SHOWN:]),
-        *[sentence for request in history.having(ACCEPTED) for sentence in _repetition(request)][-SHOWN:],
+        *_repetitions(history),
         *_retraining(history),
         *_open(open_requests, history, holding),
         *_overdue(open_requests, today),
@@ -75,15 +75,24 @@ def _rejection(run: Run) -> str:
     )
 
 
-def _repetition(request: TakenRequest) -> list[str]:
-    """Return a sentence on a request that was carried out after runs that did not pass."""
-    before = [run for run in request.runs[:-1] if run.status == REJECTED]
-    if not before:
-        return []
-    return [
-        f"Request {request.number} was tried in {len(request.runs)} runs: "
+def _repetitions(history: History) -> list[str]:
+    """Return sentences on requests that were carried out after runs or attempts that did not pass."""
+    groups: dict[tuple[int, ...], list[TakenRequest]] = {}
+    repeated = [request for request in history.having(ACCEPTED) if request.attempt_count > 1]
+    for request in repeated:
+        groups.setdefault(tuple(run.number for run in request.runs), []).append(request)
+    sentences = [_repetition(group) for group in groups.values() if len(group[0].runs) > 1]
+    return [*sentences[-SHOWN:], *([wording.CHOSEN] if repeated else [])]
+
+
+def _repetition(group: Sequence[TakenRequest]) -> str:
+    """Return a sentence on the runs before the last of requests that were always taken up together."""
+    before = group[0].runs[:-1]
+    named = wording.requests([request.number for request in group])
+    return (
+        f"{named[0].upper()}{named[1:]} {'was' if len(group) == 1 else 'were'} tried in {len(before) + 1} runs: "
         f"{'; '.join(f'run {run.number} did not pass ({run.failures})' for run in before)}."
-    ]
+    )
 
 
 def _retraining(history: History) -> list[str]:

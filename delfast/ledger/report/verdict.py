@@ -146,6 +146,8 @@ def _tried(request: TakenRequest) -> list[str]:
     if last.earlier_checks:
         attempts = wording.counted(len(last.earlier_checks), "attempt")
         sentences.append(f"In run {last.number}, {attempts} before the last did not pass.")
+    if request.status == ACCEPTED and request.attempt_count > 1:
+        sentences.append(wording.CHOSEN)
     return sentences
 
 
