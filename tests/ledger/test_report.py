@@ -90,7 +90,7 @@ def test_every_request_has_its_facts_its_evidence_and_its_commands(reported: Any
         "this run's forget set, before the run 40 71.0",
         "210,000 of 701,466 elements (29.9 %), chosen by the examples of this run's requests",
         hexadecimal("runs/0002/1/mask.safetensors"),
-        "changed outside of the mask and the last layer: compare with runs/0002/1/allowed.safetensors",
+        "changed outside the mask and the last layer: compare with runs/0002/1/allowed.safetensors",
         "209,871 elements changed, 0 outside the mask and the last layer",
         "Trained further on retained examples alone: ratio 1.10 [0.80, 1.40].",
         "Trained further on retained examples and 10 % of the forget set (4 examples): ratio 1.10",

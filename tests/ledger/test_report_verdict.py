@@ -69,6 +69,9 @@ def test_a_set_of_few_examples_and_figures_that_were_not_measured_are_named(writ
     assert "The run had 1 example to forget: most figures need more to separate forgotten from remembered." in text
     markdown, _ = make_report(write.entries, [], today=TODAY)
     assert f"Attack advantage: not measured: {FEW}. By --accept-unmeasured it does not count" in markdown
+    assert (
+        "- The forget set has 1 example. The attack and the relearning ratio need at least 2: not measured." in markdown
+    )
 
 
 def test_runs_that_failed_before_count_in_the_verdict_and_in_the_first_lines(write: Writer) -> None:

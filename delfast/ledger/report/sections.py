@@ -167,7 +167,7 @@ def _allowed(run: Run) -> str:
     found = run.artefact(UNLEARNED, "allowed")
     if found is None:
         return ""
-    return f"; changed outside of the mask and the last layer: compare with {found['file']}"
+    return f"; what changed outside the mask and the last layer: compare with {found['file']}"
 
 
 def _chosen_on(run: Run) -> str:
