@@ -200,7 +200,7 @@ def run(
     A run that was stopped is continued by the same command without settings.
     """
     from delfast.ledger import Ledger
-    from delfast.ledger.evidence import counted_results, result_of, table_lines
+    from delfast.ledger.evidence import counted_results, figure_results, table_lines
     from delfast.ledger.starting import LocalizeOn
 
     if pending and request:
@@ -223,7 +223,7 @@ def run(
         has_mask = kept_to_a_mask(opened.store.entries(run=result.number))
         for line in [*table_lines(result.checks, has_mask=has_mask), *(f"- {each}" for each in result.advice)]:
             print_line(line)
-        counts = "; ".join(counted_results(result_of(check, has_mask=has_mask) for check in result.checks))
+        counts = "; ".join(counted_results(figure_results(result.checks, has_mask=has_mask)))
         print_line(
             f"run {result.number}: {'accepted' if result.accepted else 'REJECTED, the model stays as it was'}: {counts}"
         )

@@ -153,6 +153,11 @@ class Sets:
     seed: int
 
 
+def _counted(count: int) -> str:
+    """Return a number of forget examples with its verb."""
+    return "1 forget example is" if count == 1 else f"{count} forget examples are"
+
+
 def run_relearning(
     model: nn.Module, never_seen: Sequence[NeverSeen], sets: Sets, settings: Relearning
 ) -> dict[str, RelearningCurve | str]:
@@ -166,7 +171,7 @@ def run_relearning(
         f"forget {100 * fraction:g} %": math.floor(fraction * count * (1 + 1e-12)) for fraction in settings.fractions
     }
     few = {
-        name: f"{name.removeprefix('forget ')} of {count} forget examples are less than one example"
+        name: f"{name.removeprefix('forget ')} of {_counted(count)} less than one example"
         for name, examples in trained.items()
         if name != "retain" and not examples
     }

@@ -13,12 +13,16 @@ if TYPE_CHECKING:  # imports torch
     from delfast.jobs import Accept
 
 MIN_REFERENCES = 2  # the variance of LiRA's Gaussians, and an interval of the relearning ratio, need two
+MIN_EXAMPLES = 2  # of a forget set, for the attack and the ratio
 MAX_LEFT_OUT = 0.1  # of a forget set: an advantage on a part of it does not hold for the rest
 Measured = tuple[Mapping[str, Any] | None, str]  # a figure, or why there is none
 
 
-def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: int) -> None:
-    """Raise InputError for a threshold that this job or ledger cannot measure."""
+def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: int, options: str) -> None:
+    """Raise InputError for a threshold that this job or ledger cannot measure.
+
+    ``options``: those of a command that names the ledger and its job.
+    """
     if accept.test_drop is not None and not has_accuracy:
         raise InputError(
             "expected accuracies for the threshold test_drop, a job with a loss_fn has none; "
@@ -27,7 +31,7 @@ def refuse_unmeasurable(accept: Accept, has_accuracy: bool, references: int) -> 
     if accept.relearn_ratio is not None and references < MIN_REFERENCES:
         raise InputError(
             f"expected at least {MIN_REFERENCES} reference models for relearn_ratio, the ledger has "
-            f"{references}; train them: delfast ledger references --count 8, "
+            f"{references}; train them: delfast ledger references {options} --count 8, "
             "or define accept in the job file without relearn_ratio"
         )
 
@@ -123,14 +127,21 @@ def advantage(figures: Mapping[str, Any], name: str) -> Measured:
     if found["attack_left_out"] > MAX_LEFT_OUT * found["count"]:
         left_out = f"{found['attack_left_out']} of {found['count']} examples"
         return None, f"the test set has no example of the labels of {left_out}"
-    return found["attack_advantage"], f"{found['count']} examples are too few for the attack"
+    return found["attack_advantage"], _too_few(found["count"])
 
 
 def _ratio(figures: Mapping[str, Any]) -> Measured:
     """Return the relearning ratio, and the audit's reasons where there is none."""
+    if (count := figures["sets"]["forget"]["count"]) < MIN_EXAMPLES:
+        return figures["relearn_ratio"], _too_few(count)
     curves = figures["relearning"].values()
     reasons = dict.fromkeys(each.get("left_out") or each["ratio_left_out"] for each in curves)
     return figures["relearn_ratio"], "; ".join(filter(None, reasons)) or "the ledger has no reference models"
+
+
+def _too_few(count: int) -> str:
+    """Return why a figure of a forget set of this size is not measured."""
+    return f"it needs at least {MIN_EXAMPLES} examples, the forget set has {count}"
 
 
 HELP = {

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from delfast.ledger.results import Check
 from delfast.ledger.words import THRESHOLDS, Threshold, amount, is_unsure, set_name, signed
 
-HELD, UNSURE, BLIND = "held", "held, interval passes the limit", "held, shows nothing"
+HELD, UNSURE, BLIND = "held", "held, undecided", "held, shows nothing"
 UNMEASURED, FAILED, NO_MASK = "not measured", "did not hold", "does not apply"
 RESULTS = {
     HELD: "",
-    UNSURE: "the measurement cannot decide whether the limit was passed",
+    UNSURE: "the interval includes the limit",
     BLIND: "the model before the run was within the limit too, so nothing is seen of forgetting",
     NO_MASK: "the run had no mask, so every element could change",
     UNMEASURED: "",
@@ -19,8 +19,12 @@ RESULTS = {
 }
 """Each result and what it means where its words alone do not say it, in the order in which results are counted."""
 COLUMNS = ["check", "figure", "95 % interval", "limit", "before the run", "result"]
-TOLD = "Accepted by --accept-unmeasured."
-NOT_MEASURED = {"earlier_attack_advantage": "Accepted: each run before was accepted without it."}
+TOLD = "By --accept-unmeasured it does not count against the run."
+NOT_MEASURED = {
+    "earlier_attack_advantage": "It does not count against the run: each run before was accepted without it."
+}
+ATTACKS, ATTACK_LEVEL = ("attack_advantage", "earlier_attack_advantage"), "90 %"
+"""Checks whose nominal 95 % interval holds the true figure about 18 times of 20."""
 LARGE = 100  # of a ratio: decimals say nothing
 
 
@@ -60,14 +64,15 @@ def row_of(check: Check, *, has_mask: bool) -> list[str]:
 
 
 def interval_of(check: Check) -> str:
-    """Return the 95 % interval of a check's figure, its ends in ascending order; empty without one."""
+    """Return the interval of a check's figure, its ends in ascending order; empty without one."""
     if check.low is None or check.high is None:
         return ""
     if check.low == check.high:
         return "none: all alike"
     threshold = THRESHOLDS[check.name]
     low, high = sorted((check.low, check.high), key=lambda end: threshold.sign * end)
-    return f"{_end(low, threshold)} to {_end(high, threshold)}"
+    level = f" ({ATTACK_LEVEL})" if check.name in ATTACKS else ""
+    return f"{_end(low, threshold)} to {_end(high, threshold)}{level}"
 
 
 def _end(value: float, threshold: Threshold) -> str:
@@ -96,6 +101,15 @@ def sentence_of(check: Check, *, has_mask: bool, has_accuracy: bool) -> str:
     if threshold.compared:
         text += f" The limit is{threshold.compared}."
     return f"{text} {check.reason}." if check.reason else text
+
+
+def figure_results(checks: Iterable[Check], *, has_mask: bool) -> list[str]:
+    """Return the results of the checks that are figures of forgetting or of its cost.
+
+    A comparison of bits that held is left out, since it shows nothing about either.
+    """
+    shown = (check for check in checks if not (check.name == "outside_mask" and check.held))
+    return [result_of(check, has_mask=has_mask) for check in shown]
 
 
 def counted_results(results: Iterable[str]) -> list[str]:

@@ -14,9 +14,9 @@ class Check:
     Parameters
     ----------
     name : str
-        "outside_mask" (elements changed outside the mask), "test_drop" (percentage points), "attack_advantage" (0 to
-        1), "earlier_attack_advantage" (the worst of the forget sets of earlier runs), "relearn_ratio", or "method" if
-        the method itself failed.
+        "outside_mask" (elements changed outside the mask and the last layer), "test_drop" (percentage points),
+        "attack_advantage" (0 to 1), "earlier_attack_advantage" (the worst of the forget sets of earlier runs),
+        "relearn_ratio", or "method" if the method itself failed.
     value : float or None
         The measured value; None if it could not be measured.
     limit : float or None

@@ -29,8 +29,9 @@ from delfast.ledger.examples import Examples
 from delfast.ledger.history import History
 from delfast.ledger.networks import AlteredFile, drawing, load_recorded, recorded_file
 from delfast.ledger.results import Check, RunResult
-from delfast.ledger.starting import Choice, discard_run, resume, start
+from delfast.ledger.starting import STRATEGY, Choice, discard_run, resume, start
 from delfast.ledger.store import Entry
+from delfast.ledger.words import failure
 from delfast.localization import BUDGET, WHOLE_TRAINING_SET, localize
 from delfast.mask import Mask
 from delfast.unlearning import Diverged, TrainingOptions, make_method, unlearn
@@ -95,12 +96,21 @@ class _Run:
         for attempt, settings in enumerate(attempts, start=1):
             checks, model = _Attempt(self, attempt, settings).result()
             tried.append({"attempt": attempt, "settings": settings, "checks": [asdict(check) for check in checks]})
-            if model is not None and all(check.held for check in checks):
+            failed = [failure(check) for check in checks if not check.held]
+            if model is not None and failed and attempt < len(attempts):  # the command prints those of the last one
+                self.watch(f"{self.named(attempt)}: did not pass: {'; '.join(failed)}")
+            if model is not None and not failed:
                 payload = {"model": model, "attempts": tried, "checks": tried[-1]["checks"]}
                 return self._end(ACCEPTED, payload, settings, checks, model)
         found = advice(checks, attempts)
         payload = {"attempts": tried, "checks": tried[-1]["checks"], "advice": found}
         return self._end(REJECTED, payload, settings, checks, self.inputs["model"])
+
+    def named(self, attempt: int) -> str:
+        """Return the words by which lines name an attempt."""
+        attempts = self.inputs["attempts"]
+        which = f", attempt {attempt} of {len(attempts)}" if len(attempts) > 1 else ""
+        return f"run {self.number}{which}, {attempts[attempt - 1]['method']}"
 
     def _end(
         self,
@@ -139,7 +149,7 @@ class _Attempt:
             except AlteredFile:  # it may be restored: the run stays unfinished
                 raise
             except (InputError, Diverged) as error:
-                self.run.watch(f"run {self.run.number}, {self.settings['method']}: {FAILED}: {one_line(error)}")
+                self.run.watch(f"{self.run.named(self.number)}: {FAILED}: {one_line(error)}")
                 failed = {"attempt": self.number, "error": recorded_error(error, self.job.path)}
                 self.ledger.store.append(FAILED, failed, self.run.number)
         return [Check("method", None, None, False, failed["error"])], None
@@ -171,7 +181,7 @@ class _Attempt:
             taken = {"attempt": self.number, **take()}
         taken["seconds"] = time.perf_counter() - started
         payload = self.ledger.store.append(event, taken, self.run.number).payload
-        self.run.watch(f"run {self.run.number}, {self.settings['method']}: {event}, {taken['seconds']:.1f} s")
+        self.run.watch(f"{self.run.named(self.number)}: {event}, {taken['seconds']:.1f} s")
         return payload
 
     @property
@@ -180,7 +190,7 @@ class _Attempt:
 
     @cached_property
     def _strategy(self) -> str:
-        strategy: str = self.settings.get("strategy", "del")
+        strategy: str = self.settings.get("strategy", STRATEGY)
         return strategy
 
     def _localize(self) -> dict[str, Any]:

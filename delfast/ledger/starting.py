@@ -6,9 +6,10 @@ has the same sets and references as that of the result.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 
 from delfast.arguments import check_choice, check_seed, describe
 from delfast.errors import InputError
-from delfast.jobs.values import check_setting
+from delfast.jobs.values import check_setting, hyperparameters
 from delfast.ledger.artefacts import RUNS, discard_unrecorded
 from delfast.ledger.auditing import audit_recorded
 from delfast.ledger.checks import refuse_unmeasurable, refuse_unmeasured
@@ -27,11 +28,14 @@ from delfast.ledger.networks import drawing
 from delfast.ledger.references import references_of
 from delfast.ledger.store import Entry, canonical
 from delfast.ledger.versions import versions
+from delfast.localization import BUDGET
+from delfast.unlearning import make_method
 
 if TYPE_CHECKING:
     from delfast.ledger.records import Records
 
 SEEDS_PER_RUN = 1000  # more than a run has attempts, so that no two attempts draw alike
+STRATEGY = "del"  # of a setting that names none
 LocalizeOn = Literal["new", "all"]
 
 
@@ -60,14 +64,14 @@ def start(
     localize_on = choice.localize_on or "new"
     check_choice("localize_on", localize_on, LocalizeOn)
     numbers = _chosen_requests(history, choice.requests)
-    attempts = _attempts(ledger, choice)
+    attempts = [_resolved(each, ledger.job.batch_size) for each in _attempts(ledger, choice)]
     canonical(attempts)  # InputError for values that an entry cannot hold
     number = history.last_run + 1
     seed = SEEDS_PER_RUN * number if choice.seed is None else check_seed(choice.seed)
     examples = _examples(ledger, history, numbers)
     references = [each.number for each in references_of(ledger.store)]
     accept = ledger.job.accept
-    refuse_unmeasurable(accept, ledger.job.loss_fn is None, len(references))
+    refuse_unmeasurable(accept, ledger.job.loss_fn is None, len(references), _options(ledger))
     began = time.perf_counter()
     path = ledger.path / RUNS / f"{number:04d}" / f"{BASELINE}.json"
     try:
@@ -103,6 +107,12 @@ def start(
         raise
     watch(f"run {number}: {BASELINE}, the audit of the model before it, {baseline['seconds']:.1f} s")
     return entry
+
+
+def _options(ledger: Records) -> str:
+    """Return the options of a command that names the ledger, its job file, and the key file if it has one."""
+    named = f"{shlex.quote(str(ledger.path))} --job {shlex.quote(str(ledger.job.path))}"
+    return f"{named} --hash-ids KEYFILE" if ledger.created["hash_ids"] else named
 
 
 def discard_run(ledger: Records, run: int) -> None:
@@ -162,6 +172,16 @@ def _chosen_requests(history: History, wanted: Sequence[int] | None) -> list[int
             known = "is accepted already" if number in history.accepted_requests else "does not exist"
             raise InputError(f"expected open requests, request {number} {known}; see `delfast ledger list`")
     return sorted({int(number) for number in wanted})
+
+
+def _resolved(setting: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """Return a setting with the default of every value that it leaves out: the ledger records the values that ran."""
+    method = make_method(setting["method"], hyperparameters(setting))
+    found = {"batch_size": batch_size, **setting}
+    found |= {field.name: getattr(method, field.name) for field in fields(method) if field.init}
+    if method.localizes or "budget" in setting or "strategy" in setting:
+        found = {"budget": BUDGET, "strategy": STRATEGY, **found}
+    return found
 
 
 def _attempts(ledger: Records, choice: Choice) -> list[dict[str, Any]]:

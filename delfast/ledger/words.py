@@ -28,12 +28,13 @@ class Threshold:
 
 THRESHOLDS = {
     "outside_mask": Threshold(
-        "Changes outside the mask",
+        "Changes outside the mask and the last layer",
         "",
         0,
-        "Number of the model's elements outside the mask that differ, bit by bit, from those before the run.",
-        "{value} elements outside the mask changed. This shows what the run left alone. It shows nothing about "
-        "forgetting.",
+        "Number of the model's elements outside the mask and the last layer that differ, bit by bit, from those before "
+        "the run.",
+        "{value} elements outside the mask and the last layer changed. This shows what the run left alone. It shows "
+        "nothing about forgetting.",
     ),
     "test_drop": Threshold(
         "Change of test accuracy",
@@ -59,7 +60,7 @@ THRESHOLDS = {
         "",
         3,
         "The attack's largest advantage of the forget sets of all accepted runs before. A run is rejected if the lower "
-        "end of the 95 % interval is above the limit: the largest of many figures is above any limit by chance.",
+        "end of the interval is above the limit: the largest of many figures is above any limit by chance.",
         "Of the forget sets of earlier runs, the attacker separated {set} best from never-seen examples, with an "
         "advantage of {value}, where 0 is guessing and 1 is always right.",
         compared=" for the lower end of the interval",

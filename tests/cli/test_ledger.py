@@ -182,7 +182,10 @@ def test_show_prints_why_a_run_was_rejected(ledger: str, capsys: pytest.CaptureF
     assert main(["ledger", "show", ledger, "1"]) == 0
     out = capsys.readouterr().out
     assert "run 1 started: 1 attempt, 1 request\n" in out and "run 1 baseline: seconds 0.8\n" in out
-    assert re.search(r"run 1 rejected: 1 attempt\n +check +figure .*\n +Changes outside the mask +0 .* held\n", out)
+    assert re.search(
+        r"run 1 rejected: 1 attempt\n +check +figure .*\n +Changes outside the mask and the last layer +0 .* held\n",
+        out,
+    )
     assert re.search(r"\n +Relearning ratio +2.70 +2.00 to 3.00 +1.50 +did not hold\n +- a larger budget\n", out)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from delfast.evaluation import Audit, Reference, Relearning, RelearningCurve, audit
+from delfast.evaluation.relearning import _counted
 
 INPUTS, CLASSES = 40, 5
 SETTINGS = Relearning(steps=40, lr=0.02, batch_size=20, every=10)
@@ -57,6 +58,10 @@ class Lab:
 @pytest.fixture(scope="module")
 def lab() -> Lab:
     return Lab()
+
+
+def test_one_example_is_named_in_the_singular() -> None:
+    assert _counted(1) == "1 forget example is" and _counted(60) == "60 forget examples are"
 
 
 def curves(found: Audit) -> dict[str, RelearningCurve]:

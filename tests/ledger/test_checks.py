@@ -83,7 +83,7 @@ def test_unmeasured_holds_where_the_run_accepts_it_and_stays_visible() -> None:
     checks = by_name(audit, accept_unmeasured=True)
     assert all(check.held for check in checks.values())
     assert (checks["attack_advantage"].value, checks["attack_advantage"].set) == (None, "forget")
-    assert checks["attack_advantage"].reason == "30 examples are too few for the attack"
+    assert checks["attack_advantage"].reason == "it needs at least 2 examples, the forget set has 30"
     assert checks["earlier_attack_advantage"].value == 0.02
     assert [result_of(check, has_mask=True) for check in checks.values()].count(UNMEASURED) == 2
     audit = audited(forget={"attack_advantage": None}, run_1={"attack_advantage": figure(0.3, 0.2, 0.4)})
@@ -99,7 +99,7 @@ def test_figure_of_the_new_set_is_shown_where_an_earlier_set_has_a_larger_one() 
     new, earlier = checks["attack_advantage"], checks["earlier_attack_advantage"]
     assert (new.set, new.value, new.before, new.held_before) == ("forget", 0.05, 0.6, False)
     assert (earlier.set, earlier.value, earlier.before, earlier.held_before) == ("run 1", 0.08, 0.07, False)
-    assert row_of(earlier, has_mask=True)[1:3] == ["0.080", "0.000 to 0.200"]
+    assert row_of(earlier, has_mask=True)[1:3] == ["0.080", "0.000 to 0.200 (90 %)"]
     assert result_of(earlier, has_mask=True) != BLIND
 
 
@@ -134,7 +134,10 @@ def test_earlier_set_that_cannot_be_measured_is_counted() -> None:
     unmeasured = {"run_1": {"attack_advantage": None}}
     check = by_name(audited(**unmeasured))["earlier_attack_advantage"]
     assert check.held and check.value is None
-    words = "not measured: 1 of 1 earlier sets cannot be measured. Accepted: each run before was accepted without it."
+    words = (
+        "not measured: 1 of 1 earlier sets cannot be measured. It does not count against the run: each run before was "
+        "accepted without it."
+    )
     assert sentence(check) == f"Attack advantage, earlier sets: {words}"
     check = by_name(audited(**unmeasured, run_2=set_figures(figure(0.05, 0.0, 0.2))))["earlier_attack_advantage"]
     assert (check.held, check.value, check.set) == (True, 0.05, "run 2")

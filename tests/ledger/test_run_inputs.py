@@ -150,7 +150,9 @@ def test_what_cannot_be_measured_is_found_out_before_the_run(ledger: Ledger) -> 
     ledger.add(persons(0, 1))
     head = ledger.head
     kept = files(ledger)
-    with pytest.raises(InputError, match=r"examples are too few for the attack.*--accept-unmeasured"):
+    with pytest.raises(
+        InputError, match=r"but it needs at least 2 examples, the forget set has 1; .*--accept-unmeasured"
+    ):
         ledger.run(device="cpu")
     assert ledger.head == head
     assert files(ledger) == kept, "no audit of a run that did not begin"

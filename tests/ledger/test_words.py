@@ -13,6 +13,7 @@ from delfast.ledger.evidence import (
     UNMEASURED,
     UNSURE,
     counted_results,
+    figure_results,
     result_of,
     row_of,
     sentence_of,
@@ -39,11 +40,11 @@ METHOD = Check("method", None, None, False, "the loss is not finite")
 @pytest.mark.parametrize(
     ("check", "row"),
     [
-        (OUTSIDE, ["Changes outside the mask", "0", "", "0", "", HELD]),
+        (OUTSIDE, ["Changes outside the mask and the last layer", "0", "", "0", "", HELD]),
         (LOST, ["Change of test accuracy", "-0.50 points", "-1.40 to +0.40", "-2.00 points", "0.00 points", HELD]),
         (GAINED, ["Change of test accuracy", "+7.80 points", "+4.36 to +10.72", "-2.00 points", "+7.20 points", HELD]),
         (UNSURE_LOSS, ["Change of test accuracy", "-1.00 points", "-2.50 to +1.00", "-2.00 points", "", UNSURE]),
-        (EARLIER, ["Attack advantage, earlier sets (run 3)", "0.300", "0.100 to 0.500", "0.250", "", UNSURE]),
+        (EARLIER, ["Attack advantage, earlier sets (run 3)", "0.300", "0.100 to 0.500 (90 %)", "0.250", "", UNSURE]),
         (ALIKE, ["Relearning ratio", "1.00", "none: all alike", "1.50", "", HELD]),
         (BEFORE, ["Relearning ratio", "1.00", "0.02 to 123", "1.50", "1.10", BLIND]),
         (WIDE, ["Relearning ratio", "2.00", "0.02 to 5.0e+07", "1.50", "", FAILED]),
@@ -57,7 +58,7 @@ def test_row(check: Check, row: list[str]) -> None:
 
 
 def test_a_run_without_a_mask_has_nothing_outside_it() -> None:
-    assert row_of(OUTSIDE, has_mask=False) == ["Changes outside the mask", "", "", "", "", NO_MASK]
+    assert row_of(OUTSIDE, has_mask=False) == ["Changes outside the mask and the last layer", "", "", "", "", NO_MASK]
     assert "the run had no mask" in sentence_of(OUTSIDE, has_mask=False, has_accuracy=True)
     assert result_of(LOST, has_mask=False) == HELD
 
@@ -65,15 +66,15 @@ def test_a_run_without_a_mask_has_nothing_outside_it() -> None:
 @pytest.mark.parametrize(
     ("check", "words"),
     [
-        (OUTSIDE, "0 elements outside the mask changed. This shows what the run left alone."),
+        (OUTSIDE, "0 elements outside the mask and the last layer changed. This shows what the run left alone."),
         (LOST, "Accuracy on the test set is 0.50 points below that of the ledger's first model."),
         (GAINED, "Accuracy on the test set is 7.80 points above that of the ledger's first model."),
         (EARLIER, "separated the forget set of run 3 best from never-seen examples, with an advantage of 0.300"),
         (EARLIER, "The limit is for the lower end of the interval."),
         (ALIKE, "odds of a right answer there were 1.00 times those of networks that never saw these examples"),
         (UNMEASURED_RATIO, "Relearning ratio: not measured: too few."),
-        (TOLD, "Relearning ratio: not measured: too few. Accepted by --accept-unmeasured."),
-        (NO_EARLIER, "cannot be measured. Accepted: each run before was accepted without it."),
+        (TOLD, "Relearning ratio: not measured: too few. By --accept-unmeasured it does not count against the run."),
+        (NO_EARLIER, "cannot be measured. It does not count against the run: each run before was accepted without it."),
         (METHOD, "The method failed: the loss is not finite."),
     ],
 )
@@ -112,3 +113,10 @@ def test_a_table_has_equal_columns_and_what_its_results_mean() -> None:
 )
 def test_a_change_that_rounds_to_0_has_no_sign(drop: float, shown: str) -> None:
     assert amount(drop, THRESHOLDS["test_drop"]) == f"{shown} points"
+
+
+def test_a_comparison_of_bits_is_no_figure_unless_it_failed() -> None:
+    failed = Check("outside_mask", 3, 0, False, "model")
+    assert figure_results([OUTSIDE, LOST], has_mask=True) == [HELD]
+    assert figure_results([failed, LOST], has_mask=True) == [FAILED, HELD]
+    assert figure_results([OUTSIDE, LOST], has_mask=False) == [HELD], "without a mask it does not apply"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import date
 
 from delfast.ledger.events import ACCEPTED, REJECTED
-from delfast.ledger.evidence import NO_MASK, RESULTS, counted_results, interval_of, result_of
-from delfast.ledger.report import wording
+from delfast.ledger.evidence import RESULTS, counted_results, figure_results, interval_of, result_of
+from delfast.ledger.report import verdict, wording
 from delfast.ledger.report.history import History, Run, TakenRequest
 from delfast.ledger.results import Check, HeldFile
 from delfast.ledger.words import THRESHOLDS, amount
@@ -18,7 +18,7 @@ Rows = list[list[str]]
 
 
 def answer(history: History) -> str:
-    """One sentence: how many requests there are, and how they stand."""
+    """How many requests there are, how they stand, and for how many forgetting is seen."""
     if not history.requests:
         return "No request has been received."
     parts = [
@@ -26,7 +26,21 @@ def answer(history: History) -> str:
         for status, words in wording.REQUEST_STATUS.items()
         if (count := len(history.having(status))) or status == ACCEPTED
     ]
-    return f"{wording.counted(len(history.requests), 'forget request')}: {'; '.join(parts)}."
+    first = f"{wording.counted(len(history.requests), 'forget request')}: {'; '.join(parts)}."
+    return " ".join([first, *_forgetting(history)])
+
+
+def _forgetting(history: History) -> list[str]:
+    """Return a sentence with the totals of the timeline's column on forgetting; none without a value in it."""
+    found = [(request, verdict.kind_of(request, history)) for request in history.requests.values()]
+    kinds = [kind for _, kind in found]
+    totals = [f"{each} in {count:,}" for each in verdict.KINDS if (count := kinds.count(each))]
+    if not totals:
+        return []
+    measured = [request for request, kind in found if kind and kind != verdict.RETRAINED]
+    pooled = any(len(request.runs[-1].requests) > 1 for request in measured)
+    head = "Forgetting, measured of all examples of a run together" if pooled else "Forgetting"
+    return [f"{head}: {', '.join(totals)}."]
 
 
 def summary(history: History, holding: Sequence[HeldFile], today: date) -> list[str]:
@@ -37,7 +51,7 @@ def summary(history: History, holding: Sequence[HeldFile], today: date) -> list[
     return [
         *_figures(history.accepted),
         *map(_rejection, rejected[-SHOWN:]),
-        *[sentence for request in history.having(ACCEPTED) for sentence in _repetition(request)][-SHOWN:],
+        *_repetitions(history),
         *_retraining(history),
         *_open(open_requests, history, holding),
         *_overdue(open_requests, today),
@@ -46,7 +60,7 @@ def summary(history: History, holding: Sequence[HeldFile], today: date) -> list[
 
 def _figures(accepted: Sequence[Run]) -> list[str]:
     """Return a sentence on what the figures of the runs that passed show."""
-    results = [result for run in accepted for _, result in run.results if result != NO_MASK]
+    results = [result for run in accepted for result in figure_results(run.checks, has_mask=run.has_mask)]
     if not results:
         return []
     meanings = [f"“{each}”: {RESULTS[each]}" for each in RESULTS if each in results and RESULTS[each]]
@@ -61,15 +75,24 @@ def _rejection(run: Run) -> str:
     )
 
 
-def _repetition(request: TakenRequest) -> list[str]:
-    """Return a sentence on a request that was carried out after runs that did not pass."""
-    before = [run for run in request.runs[:-1] if run.status == REJECTED]
-    if not before:
-        return []
-    return [
-        f"Request {request.number} was tried in {len(request.runs)} runs: "
+def _repetitions(history: History) -> list[str]:
+    """Return sentences on requests that were carried out after runs or attempts that did not pass."""
+    groups: dict[tuple[int, ...], list[TakenRequest]] = {}
+    repeated = [request for request in history.having(ACCEPTED) if request.attempt_count > 1]
+    for request in repeated:
+        groups.setdefault(tuple(run.number for run in request.runs), []).append(request)
+    sentences = [_repetition(group) for group in groups.values() if len(group[0].runs) > 1]
+    return [*sentences[-SHOWN:], *([wording.CHOSEN] if repeated else [])]
+
+
+def _repetition(group: Sequence[TakenRequest]) -> str:
+    """Return a sentence on the runs before the last of requests that were always taken up together."""
+    before = group[0].runs[:-1]
+    named = wording.requests([request.number for request in group])
+    return (
+        f"{named[0].upper()}{named[1:]} {'was' if len(group) == 1 else 'were'} tried in {len(before) + 1} runs: "
         f"{'; '.join(f'run {run.number} did not pass ({run.failures})' for run in before)}."
-    ]
+    )
 
 
 def _retraining(history: History) -> list[str]:

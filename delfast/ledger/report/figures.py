@@ -91,7 +91,8 @@ def _attack(runs: list[Run]) -> Drawing | None:
     return Drawing(
         plots.draw_attack(runs),
         "Attack: how well an attacker separates a forget set from never-seen examples. 0 is guessing, 1 is always "
-        "right. The limit is for a run's own forget set; an earlier one rejects a run if its whole interval is above.",
+        "right. The limit is for a run's own forget set; an earlier one rejects a run if its whole interval is above. "
+        "Ranges hold the true figure about 90 % of the time.",
         "",
         ["run", "status", "its forget set", "largest of all", "limit"],
         [

@@ -154,6 +154,11 @@ class TakenRequest:
         """Status of the newest run that took it up; PENDING without one."""
         return self.runs[-1].status if self.runs else PENDING
 
+    @property
+    def attempt_count(self) -> int:
+        """Number of attempts of all its runs."""
+        return sum(len(run.attempts) for run in self.runs)
+
 
 @dataclass
 class History:

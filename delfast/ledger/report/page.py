@@ -23,7 +23,8 @@ from delfast.ledger.store import Entry
 HTML, MARKDOWN = "report.html", "report.md"
 SHOWN_REQUESTS = KEPT_IDS  # requests with a section; the page names the command for older ones
 SHOWN_ROWS = 1000  # requests in the timeline
-TIMELINE = ["request", "received, UTC", "status", "forgetting", "decided, UTC", "due", "reason", "examples", "run"]
+FORGETTING = "forgetting (all examples of the run)"
+TIMELINE = ["request", "received, UTC", "status", FORGETTING, "decided, UTC", "due", "reason", "examples", "run"]
 SHOWN_CURVES = 10  # runs with drawn relearning curves, the newest: a drawing takes about a tenth of a second
 
 

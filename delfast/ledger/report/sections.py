@@ -150,7 +150,7 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
     if mask is not None:
         share = 100 * mask["selected"] / mask["total"]
         size = f"{mask['selected']:,} of {mask['total']:,} elements ({share:.1f} %)"
-        facts.append(("Mask", f"{size}, chosen {_chosen_on(run)}; {_artefact(mask['mask'])}"))
+        facts.append(("Mask", f"{size}, chosen {_chosen_on(run)}; {_artefact(mask['mask'])}{_allowed(run)}"))
     if verified is not None:
         changed = wording.counted(verified["changed"], "element") + " changed"
         outside = f", {verified['outside']:,} outside the mask and the last layer" if run.has_mask else "; no mask"
@@ -160,6 +160,14 @@ def _facts(run: Run, request: TakenRequest) -> list[tuple[str, str]]:
     facts.append(("Seconds", f"{sum(seconds.values()):.1f} ({steps})"))
     facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in started["versions"].items())))
     return facts
+
+
+def _allowed(run: Run) -> str:
+    """Return the file to compare with, which has the last layer too; empty before it is recorded."""
+    found = run.artefact(UNLEARNED, "allowed")
+    if found is None:
+        return ""
+    return f"; what changed outside the mask and the last layer: compare with {found['file']}"
 
 
 def _chosen_on(run: Run) -> str:

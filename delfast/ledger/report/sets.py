@@ -7,7 +7,7 @@ from typing import Any
 
 from delfast.ledger.report import wording
 
-SET_COLUMNS = ["set", "examples", "accuracy, %", "loss", "attack advantage", "LiRA AUC", "TPR at 1 %, %"]
+SET_COLUMNS = ["set", "examples", "accuracy, %", "loss", "attack advantage (90 %)", "LiRA AUC", "TPR at 1 %, %"]
 SET_NAMES = {"forget": "this run's forget set", "retain": "retain set", "test": "test set"}
 LEFT_OUT = "control"  # the test set again: a ledger has no other never-seen examples
 Rows = list[list[str]]

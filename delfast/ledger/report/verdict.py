@@ -6,11 +6,15 @@ from delfast.ledger.events import ACCEPTED, LOCALIZED, REJECTED
 from delfast.ledger.evidence import BLIND, FAILED, HELD, RESULTS, UNMEASURED, UNSURE, title_of
 from delfast.ledger.report import wording
 from delfast.ledger.report.history import History, Run, TakenRequest
+from delfast.ledger.results import Check
 
 FORGETTING = ("attack_advantage", "relearn_ratio")
+SEEN, UNDECIDED, NOTHING, RETRAINED = "seen", "undecided", "nothing to see before the run", "trained without them"
+KINDS = (SEEN, UNDECIDED, NOTHING, UNMEASURED, RETRAINED)
+"""The verdicts on forgetting, in the order in which they are counted."""
 HEADS = {
     HELD: "Held",
-    UNSURE: f"Held, but the interval passes the limit ({RESULTS[UNSURE]})",
+    UNSURE: f"Held, but undecided ({RESULTS[UNSURE]})",
     BLIND: f"Held, but shows nothing ({RESULTS[BLIND]})",
     UNMEASURED: "Not measured",
     FAILED: "Did not hold",
@@ -27,6 +31,8 @@ def verdict_of(request: TakenRequest, history: History, *, is_held: bool) -> lis
             f"Carried out on {run.decided[:10]} by run {run.number}: {deed(run)}. The model in use changed from "
             f"{run.started['model']['file']} to {run.result['model']['file']}.",
             f"Forgetting: {forgetting_of(request, history)}.",
+            *_retrained(request, history, is_held=is_held),
+            *_pooled(request, run),
             *_shown(run),
         ]
     elif run.status == REJECTED:
@@ -36,29 +42,57 @@ def verdict_of(request: TakenRequest, history: History, *, is_held: bool) -> lis
         ]
     else:
         sentences = [f"Not carried out yet: run {run.number} has no result. It is at work, or it was stopped."]
-    return [*sentences, *_tried(request), *_retrained(request, history, is_held=is_held)]
+    if request.status != ACCEPTED:
+        sentences += _retrained(request, history, is_held=is_held)
+    return [*sentences, *_tried(request)]
 
 
 def forgetting_of(request: TakenRequest, history: History) -> str:
-    """In a few words, whether forgetting is seen; empty for a request that is open and that no retraining left out.
+    """Return the verdict on forgetting in a few words, with the figures that show it; empty without a verdict."""
+    kind = kind_of(request, history)
+    return f"{SEEN} in {' and '.join(_seen(request.runs[-1]))}" if kind == SEEN else kind
 
-    A figure shows it that was above its limit before the run, and is below it with its whole interval after the run.
+
+def kind_of(request: TakenRequest, history: History) -> str:
+    """Return one of ``KINDS``; empty for a request that is open and that no retraining left out.
+
+    A figure shows forgetting that was above its limit before the run, and is below it with its whole interval after
+    the run.
     """
     retraining = history.retraining
     if retraining is not None and request.number in history.left_out_by(retraining):
-        return "trained without them"
+        return RETRAINED
     if request.status != ACCEPTED:
         return ""
-    measured = [(check, result) for check, result in request.runs[-1].results if check.name in FORGETTING]
-    changed = [
+    run = request.runs[-1]
+    if not _measured(run):
+        return UNMEASURED
+    if _seen(run):
+        return SEEN
+    return UNDECIDED if any(result == UNSURE for _, result in _changed(run)) else NOTHING
+
+
+def _measured(run: Run) -> list[tuple[Check, str]]:
+    """Return the checks of forgetting with a figure before and after the run, each with its result."""
+    return [
         (check, result)
-        for check, result in measured
+        for check, result in run.results
+        if check.name in FORGETTING and check.value is not None and check.before is not None
+    ]
+
+
+def _changed(run: Run) -> list[tuple[Check, str]]:
+    """Return the measured checks whose figure was above its limit before the run."""
+    return [
+        (check, result)
+        for check, result in _measured(run)
         if check.before is not None and check.limit is not None and check.before > check.limit
     ]
-    seen = [title_of(check).lower() for check, result in changed if result == HELD]
-    if seen:
-        return f"seen in {' and '.join(seen)}"
-    return "undecided" if any(result == UNSURE for _, result in changed) else "not seen"
+
+
+def _seen(run: Run) -> list[str]:
+    """Return the titles of the checks that show forgetting."""
+    return [title_of(check).lower() for check, result in _changed(run) if result == HELD]
 
 
 def deed(run: Run) -> str:
@@ -70,6 +104,18 @@ def deed(run: Run) -> str:
     text = f"the method {run.settings['method']} changed the model to forget {count}"
     mask = run.last.get(LOCALIZED)
     return text if mask is None else f"{text}, in {100 * mask['selected'] / mask['total']:.1f} % of its elements"
+
+
+def _pooled(request: TakenRequest, run: Run) -> list[str]:
+    """Return a sentence on figures that are of several requests together."""
+    if len(run.requests) == 1:
+        return []
+    count = wording.counted(run.started["forget"], "example")
+    alone = "this one" if request.count == 1 else "these"
+    return [
+        f"The figures are of {count} together, {request.count:,} of them this request's; they do not show what became "
+        f"of {alone} alone."
+    ]
 
 
 def _shown(run: Run) -> list[str]:
@@ -100,6 +146,8 @@ def _tried(request: TakenRequest) -> list[str]:
     if last.earlier_checks:
         attempts = wording.counted(len(last.earlier_checks), "attempt")
         sentences.append(f"In run {last.number}, {attempts} before the last did not pass.")
+    if request.status == ACCEPTED and request.attempt_count > 1:
+        sentences.append(wording.CHOSEN)
     return sentences
 
 
@@ -119,7 +167,8 @@ def _retrained(request: TakenRequest, history: History, *, is_held: bool) -> lis
         )
     since = [each.number for each in history.accepted if each.number > run.number]
     if since:
-        sentences.append(f"The model in use is that network, changed by {wording.runs(since).lower()} since.")
+        changes = f", changed by {wording.runs(since).lower()} since"
+        sentences.append(f"The model in use is the network of run {run.number}{changes}.")
     else:
-        sentences.append("The model in use is that network.")
+        sentences.append(f"The model in use is the network of run {run.number}.")
     return sentences

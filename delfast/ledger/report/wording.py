@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from delfast.ledger.checks import MIN_EXAMPLES
 from delfast.ledger.events import ACCEPTED, REJECTED
 from delfast.ledger.evidence import RESULTS
 from delfast.ledger.report.history import TakenRequest
@@ -38,6 +39,10 @@ DIFFERENT = (
     "Two runs can give different figures for the same model and examples: each run draws other random parts for the "
     "attack, and other examples for relearning. A difference within the intervals is no change of the model."
 )
+CHOSEN = (
+    "More than one attempt was made. The figures of an attempt that is kept because it passed look better, on average, "
+    "than its model is."
+)
 DEFINITIONS = (
     (
         "Carried out, open",
@@ -52,9 +57,10 @@ DEFINITIONS = (
     ("Held", "The figure is within its limit. Only a figure that was outside before the run shows forgetting."),
     (
         "Forgetting",
-        "Seen: a figure was above its limit before the run, and is below it with its whole interval after the run. "
-        "Undecided: the interval passes the limit. Not seen: no figure was above its limit before, or none was "
-        "measured. Trained without them: a new network was trained from nothing without the examples.",
+        "The verdict is on all examples of a run together. Seen: a figure was above its limit before the run, whatever "
+        "its interval, and is below it with its whole interval after the run. Undecided: the interval includes the "
+        "limit. Nothing to see before the run: no figure was above its limit before. Not measured: there is no figure "
+        "of forgetting. Trained without them: a new network was trained from nothing without the examples.",
     ),
     *(
         (result[0].upper() + result[1:], meaning[0].upper() + meaning[1:] + ".")
@@ -101,7 +107,7 @@ DEFINITIONS = (
     (
         "Interval",
         "Ranges in brackets, and those called 95 % interval, hold the true figure about 19 times of 20. Those of the "
-        "attack do so about 18 times.",
+        "attack, marked 90 %, do so about 18 times.",
     ),
     (
         "SHA-256, digest, head",
@@ -125,6 +131,8 @@ def missing(figures: Mapping[str, Any]) -> list[str]:
     """Sentences on what an audit could not measure, or measured on few examples."""
     forget = figures["sets"]["forget"]
     found = []
+    if forget["count"] < MIN_EXAMPLES:
+        return ["The forget set has 1 example. The attack and the relearning ratio need at least 2: not measured."]
     if forget["count"] < SMALL:
         found.append(
             f"The forget set has {counted(forget['count'], 'example')}: most intervals are too wide to separate "
