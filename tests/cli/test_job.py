@@ -18,6 +18,13 @@ from tests.jobs.files import WHOLE, line_of, network, points, write_job
 
 SHORT = '\nbatch_size = 8\ntraining = {"epochs": 4, "lr": 0.2}\n'
 NAMED = "\ndef example_ids():\n    return [f'p {i:02}' for i in range(40)]\n"
+OFFSET = """
+given = train_set
+def train_set():
+    inputs, targets = given().tensors
+    from pathlib import Path
+    return torch.utils.data.TensorDataset(inputs + float(Path(__file__).with_name("offset.txt").read_text()), targets)
+"""
 LOSS = "\ndef loss_fn(model, batch):\n    return (model(batch[0]) - batch[0][:, :3]).square().sum(1)\n"
 
 
@@ -304,6 +311,24 @@ def test_compare_takes_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "it holds none; run it first" in refusal(capsys, *refused)
     write_job(tmp_path, WHOLE + SHORT + "# changed\n")
     assert "it holds 2 cells of other settings" in refusal(capsys, *grid, "--report-only")
+
+
+@pytest.mark.long
+def test_compare_refuses_a_job_whose_data_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, offset in (("a", "0"), ("b", "5")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "offset.txt").write_text(offset)
+        write_job(tmp_path / name, WHOLE + SHORT + OFFSET)
+    (tmp_path / "grid.toml").write_text(GRID.replace("job.py", "a/job.py"))
+    grid = ["compare", tmp_path / "grid.toml", "--workers", 1, "--output-dir", tmp_path / "out"]
+    run(*grid)
+    run(*grid, "--report-only")
+    message = "expected 'job.py' to hold the data that"
+    for options in ([], ["--report-only"]):
+        assert message in refusal(capsys, *grid, "--job", tmp_path / "b" / "job.py", *options)
+    (tmp_path / "a" / "offset.txt").write_text("5")  # the same path
+    for options in ([], ["--report-only"]):
+        assert message in refusal(capsys, *grid, *options)
 
 
 @pytest.mark.parametrize(
