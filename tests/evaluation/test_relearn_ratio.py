@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from delfast.evaluation.intervals import Figure, student
-from delfast.evaluation.relearn_ratio import Comparison, compare, worst
+from delfast.evaluation.relearn_ratio import Comparison, compare, general_advantage, worst
 
 
 def answers(*parts: float, count: int = 100) -> Tensor:
@@ -194,11 +194,8 @@ def test_a_better_network_beside_half_trained_ones(memory: float) -> None:
         difficulty, unseen = (torch.randn(count, generator=generator) for count in (200, 400))
         own = network([1 - 2 * memory] + 3 * [1 + memory], difficulty)
         others = [network(4 * [0.0], difficulty) for _ in range(4)]
-        general = compare(
-            network([1.0, 1.0], unseen),
-            [network([0.0, 0.0], unseen) for _ in range(4)],
-            [torch.ones(400, dtype=torch.bool)] * 4,
-            False,
+        general = general_advantage(
+            network([1.0], unseen)[0], [network([0.0], unseen)[0] for _ in range(4)], is_loss=False
         )
         found = compare(own, others, everywhere(others), False, general)
         assert found is not None
@@ -213,3 +210,21 @@ def test_the_worst_ratio_is_the_highest_with_evidence() -> None:
     assert worst([narrow, high, unsure]) == high
     assert worst([unsure, Figure(1.1, 0.9, 1.3)]) == Figure(1.1, 0.9, 1.3), "by chance the highest is above 1"
     assert worst([]) is None
+
+
+@pytest.mark.parametrize("is_loss", [False, True])
+def test_the_general_advantage_of_a_network_that_is_worse_is_below_1(is_loss: bool) -> None:
+    """The other way round it has the inverse; a network that is no better has nothing taken off."""
+    low, high = (
+        (torch.full((40,), loss, dtype=torch.float64) for loss in (0.5, 2.0))
+        if is_loss
+        else (answers(0.9)[0], answers(0.5)[0])
+    )
+    expected = 4.0 if is_loss else odds(90) / odds(50)
+    better, worse = (general_advantage(own, [other], is_loss) for own, other in ((low, high), (high, low)))
+    assert better is not None and worse is not None
+    assert math.exp(better.log) == pytest.approx(expected)
+    assert math.exp(worse.log) == pytest.approx(1 / expected)
+    own, other = (answers(0.7, 0.9), answers(0.5, 0.5))
+    plain, beside_worse = (compare(own, [other], everywhere([other]), False, general) for general in (None, worse))
+    assert plain is not None and beside_worse is not None and beside_worse.log == plain.log
