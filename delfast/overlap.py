@@ -80,7 +80,7 @@ def _drawn(loader: DataLoader[Any]) -> NDArray[numpy.int64] | None:
     if batches is not None and type(batches) is not BatchSampler:
         return None
     if type(sampler) in OF_ALL:
-        source = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+        source: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
         return numpy.arange(len(source))
     if type(sampler) is SubsetRandomSampler:
         return _integers(sampler.indices)
