@@ -90,7 +90,10 @@ def check_function(name: str, value: object) -> None:
 
 
 def check_loader(value: object, what: str) -> None:
-    """Raise InputError unless ``value`` can be iterated over and could yield batches; a data set yields examples."""
+    """Raise InputError unless ``value`` can be iterated over and could yield batches.
+
+    Data sets with positions are refused, since most of them yield single examples.
+    """
     iterable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
     if not iterable or isinstance(value, (str, bytes, Mapping, type)) or is_scalar(value):
         raise InputError(
@@ -99,16 +102,23 @@ def check_loader(value: object, what: str) -> None:
     if _is_data_set(value):
         raise InputError(
             f"expected the {what} to be a DataLoader or another iterable of batches, got the data set "
-            f"{type(value).__name__}, which yields single examples; pass a torch.utils.data.DataLoader of it"
+            f"{type(value).__name__}; pass a torch.utils.data.DataLoader of it, with batch_size=None if its items are "
+            "whole batches"
         )
 
 
 def _is_data_set(value: object) -> bool:
     """Return whether ``value`` is torch's or Hugging Face's data set; an IterableDataset may yield batches."""
-    library = sys.modules.get("datasets")  # no other user needs an import
-    if library is not None and isinstance(value, library.Dataset):
+    if is_hugging_face(value):
         return True
     return isinstance(value, torch.utils.data.Dataset) and not isinstance(value, torch.utils.data.IterableDataset)
+
+
+def is_hugging_face(value: object) -> bool:
+    """Return whether ``value`` is a ``datasets.Dataset``; without an import, which no other user needs."""
+    # the module that defines the class: "datasets" alone may be a module of the user's own
+    kind = getattr(sys.modules.get("datasets.arrow_dataset"), "Dataset", None)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def check_type(name: str, value: object, kind: type | tuple[type, ...], text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from numbers import Number
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from delfast.arguments import is_hugging_face
 from delfast.batches import data_sets_of, tensors_of
 
 ROWS = 16  # of a datasets.Dataset, which are compared between processes
@@ -29,7 +29,7 @@ def signature_of(loader: Any, *, without_varying: bool = False) -> str:
     for dataset in data_sets_of(loader):
         size = f" of {len(dataset)}" if isinstance(dataset, Sized) else ""
         parts.append(f"{type(dataset).__qualname__}{size}")
-        if _is_hugging_face(dataset):
+        if is_hugging_face(dataset):
             parts.append(content_of(_rows(dataset)))
         elif isinstance(dataset, (list, tuple)):
             parts.append(content_of([dataset[:1], dataset[-1:]]))
@@ -74,12 +74,6 @@ def _ends_of(loader: Any) -> str:
 
 def _as_it_is(example: Any) -> Any:
     return example
-
-
-def _is_hugging_face(dataset: Any) -> bool:
-    """Return whether this is a ``datasets.Dataset``; without an import, which no other user needs."""
-    library = sys.modules.get("datasets")
-    return library is not None and isinstance(dataset, library.Dataset)
 
 
 def _rows(dataset: Any) -> Any:

@@ -63,8 +63,11 @@ def check_distinct(sets: Mapping[str, Any], others: Mapping[str, Any]) -> None:
 
 def _common(first: Places, second: Places) -> int:
     """Return the number of examples in both."""
-    shared = first.keys() & second.keys()
-    return sum(len(numpy.intersect1d(numpy.concatenate(first[key]), numpy.concatenate(second[key]))) for key in shared)
+    count = 0
+    for key in first.keys() & second.keys():
+        smaller, larger = sorted((numpy.concatenate(first[key]), numpy.concatenate(second[key])), key=len)
+        count += int(numpy.isin(numpy.unique(smaller), larger).sum())  # sorts no set of millions
+    return count
 
 
 def _places(loader: Any) -> Places:
@@ -75,7 +78,7 @@ def _places(loader: Any) -> Places:
     try:
         drawn = _drawn(loader)
         if drawn is not None:
-            _add(loader.dataset, drawn, found)
+            _add(loader.dataset, _from_beginning(drawn, loader.dataset), found)
     except (TypeError, ValueError, IndexError, NotImplementedError):  # no length, or indices that are no positions
         return {}
     return found
@@ -89,7 +92,8 @@ def _drawn(loader: DataLoader[Any]) -> NDArray[numpy.int64] | None:
     if batches is not None and type(batches) is not BatchSampler:
         return None
     if type(sampler) in OF_ALL:
-        return numpy.arange(len(loader.dataset))  # type: ignore[arg-type]
+        source: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+        return numpy.arange(len(source))
     if type(sampler) is SubsetRandomSampler:
         return _integers(sampler.indices)
     return _integers(sampler) if isinstance(sampler, (list, tuple, range)) else None
@@ -99,8 +103,7 @@ def _add(dataset: Any, positions: NDArray[numpy.int64], found: Places) -> None:
     """Add the examples at these positions, by the innermost data set that holds them."""
     if type(dataset) is Subset:
         chosen = _integers(dataset.indices)[positions]
-        size = len(dataset.dataset)  # type: ignore[arg-type]
-        _add(dataset.dataset, numpy.where(chosen < 0, chosen + size, chosen), found)
+        _add(dataset.dataset, _from_beginning(chosen, dataset.dataset), found)
     elif type(dataset) is ConcatDataset:
         begin = 0
         for part, end in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
@@ -110,6 +113,13 @@ def _add(dataset: Any, positions: NDArray[numpy.int64], found: Places) -> None:
         rows = _rows(dataset) if type(dataset) is TensorDataset else None
         key, first = (id(dataset), 0) if rows is None else rows
         found.setdefault(key, []).append(first + positions)
+
+
+def _from_beginning(positions: NDArray[numpy.int64], dataset: Any) -> NDArray[numpy.int64]:
+    """Return positions in a data set, those that count from its end as numbers from its beginning."""
+    if not (positions < 0).any():
+        return positions
+    return numpy.where(positions < 0, positions + len(dataset), positions)
 
 
 def _rows(dataset: TensorDataset) -> tuple[Hashable, int] | None:

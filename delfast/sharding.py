@@ -187,7 +187,12 @@ def resharded(tensors: Iterable[Any]) -> dict[int, Any]:
         if not isinstance(module, fsdp.FSDPModule):
             continue
         held = [each for group in _groups_of(module) for each in group.fsdp_params]
-        copies = {id(getattr(each, kind, None)): each.sharded_param for each in held for kind in COPIES}
+        copies = {
+            id(copy): each.sharded_param
+            for each in held
+            for kind in COPIES
+            if (copy := getattr(each, kind, None)) is not None
+        }
         if own := copies.keys() & wanted:
             found.update({key: copies[key] for key in own})
             module.reshard()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable, Iterator, MutableMapping
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -17,7 +19,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -28,7 +32,9 @@ from torch.utils.data import (
 
 import delfast
 from delfast import InputError
+from delfast.arguments import check_loader
 from delfast.batches import cut, examples_in, map_tensors, split_batch, warn_about_loader
+from delfast.contents import signature_of
 from delfast.evaluation import kl_to_oracle, predictions
 from delfast.localization import signed_channels
 from delfast.unlearning.head import find_head
@@ -269,3 +275,47 @@ def test_samplers_that_give_each_example_once_draw_none() -> None:
             iter([(X, Y)]),
         ):
             warn_about_loader(loader, "forget set")
+
+
+# Data sets in place of loaders
+
+
+class Stream(IterableDataset[Any]):
+    """A data set that yields batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(X, Y)])
+
+
+@pytest.mark.parametrize("has_class", [True, False])
+def test_a_users_own_module_datasets_is_not_hugging_faces(monkeypatch: pytest.MonkeyPatch, has_class: bool) -> None:
+    module = ModuleType("datasets")
+    if has_class:
+        module.Dataset = Dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.delitem(sys.modules, "datasets.arrow_dataset", raising=False)
+    for loader in ([(X, Y)], Stream()):
+        check_loader(loader, "loader")
+    assert signature_of(DataLoader(TensorDataset(X, Y))).startswith("TensorDataset of 8; torch.float32")
+
+
+class Chunks(Dataset[Any]):
+    """A data set whose items are batches."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, place: int) -> Any:
+        return X.flatten(1)[4 * place : 4 * place + 4], Y[4 * place : 4 * place + 4]
+
+
+def test_a_data_set_of_whole_batches_is_refused_with_the_loader_that_works() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(X[0].numel(), 8), torch.nn.ReLU(), torch.nn.Linear(8, 7))
+    flat = TensorDataset(X.flatten(1), Y)
+    with pytest.raises(InputError, match=r"got the data set Chunks; pass .*DataLoader of it, with batch_size=None if"):
+        delfast.localize(model, Chunks())
+    found = [
+        delfast.localize(model, loader, budget=0.3).digest
+        for loader in (DataLoader(Chunks(), batch_size=None), DataLoader(flat, batch_size=4))
+    ]
+    assert found[0] == found[1]

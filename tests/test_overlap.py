@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy
@@ -15,6 +16,8 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -122,6 +125,39 @@ def test_one_object_is_no_two_sets(one: Any) -> None:
         check_disjoint({"forget": one}, {"retain": one})
     check_disjoint({"forget": [(INPUTS, LABELS)]}, {"retain": [(INPUTS, LABELS)]})
     check_disjoint({"forget": None}, {"retain": None})
+
+
+@pytest.mark.parametrize("base", [DATA, OWN])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": SequentialSampler(range(4))},
+        {"sampler": RandomSampler(range(4))},
+        {"sampler": DistributedSampler(range(4), 2, 0)},  # type: ignore[arg-type]
+        {"batch_sampler": BatchSampler(SequentialSampler(range(4)), 2, False)},
+    ],
+)
+def test_a_sampler_draws_the_positions_of_its_own_source(base: Any, options: dict[str, Any]) -> None:
+    forget = {"forget": DataLoader(base, **options)}
+    check_disjoint(forget, {"retain": DataLoader(Subset(base, range(4, COUNT)))})
+    with pytest.raises(InputError, match="got 1 that both have"):
+        check_disjoint(forget, {"retain": DataLoader(Subset(base, range(3, COUNT)))})
+
+
+@pytest.mark.parametrize("options", [{"sampler": [-1, -2]}, {"batch_sampler": [[-1], [-2]]}])
+@pytest.mark.parametrize("base", [DATA, OWN])
+def test_positions_that_count_from_the_end_are_found(base: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="got 2 that both have"):
+        check_disjoint({"forget": DataLoader(base, **options)}, {"retain": DataLoader(Subset(base, [COUNT - 1, 22]))})
+
+
+def test_many_earlier_sets_take_no_time_beside_a_large_one() -> None:
+    """The large set is not sorted for each of them: that took 0.2 s for each."""
+    large = TensorDataset(torch.zeros(400_000, 1))
+    earlier = {str(first): DataLoader(Subset(large, range(first, first + 50))) for first in range(0, 1000, 50)}
+    begin = time.process_time()
+    check_disjoint(earlier, {"retain": DataLoader(large, sampler=range(1000, 400_000))})
+    assert time.process_time() - begin < 1
 
 
 def loader(*places: int) -> DataLoader[Any]:

@@ -150,7 +150,7 @@ def oracle(
 def localize(
     run_dir: RunDir,
     output_dir: OutputDir,
-    budget: Annotated[float, typer.Option(help="fraction of all parameters to select, in (0, 1]")] = BUDGET,
+    budget: Annotated[float, typer.Option(help="fraction of all elements to select, in (0, 1]")] = BUDGET,
     preset: Annotated[str, typer.Option(help="paper or published-code")] = "paper",
     strategy: Annotated[
         str | None, typer.Option(help=f"criterion and granularity by name: {', '.join(STRATEGIES)}")
@@ -218,7 +218,7 @@ def unlearn(
         ),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help=f"without --mask: fraction of all parameters to select  [default: {BUDGET}]")
+        float | None, typer.Option(help=f"without --mask: fraction of all elements to select  [default: {BUDGET}]")
     ] = None,
     strategy: Annotated[
         str | None, typer.Option(help=f"without --mask: {', '.join(STRATEGIES)}  [default: del]")

@@ -156,7 +156,7 @@ def bench(
         str, typer.Option(help=f"the network, without RUN, on random images of 32 pixels: {', '.join(NETWORKS)}")
     ] = "resnet18",
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    budget: Annotated[float, typer.Option(help="fraction of all parameters that the mask selects")] = BUDGET,
+    budget: Annotated[float, typer.Option(help="fraction of all elements that the mask selects")] = BUDGET,
     channels_last: Annotated[str, typer.Option(help="on, off or auto")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="default: torch's")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="of each stage; the median counts")] = 5,

@@ -5,15 +5,20 @@ They are parts that are right, in [0, 1], or losses. Each measurement has a log 
 that is right, or minus the log of the mean loss. The log ratio to one never-seen network is the difference of their
 scores, of the means over the times after 0.
 
-What is asked for is the memory m(t) of these examples in the network's score, beside the score r(t) of networks that
-never saw them. A network that was trained on more has a general advantage A too, on examples that nobody saw: its score
-is r(t) + A + m(t). The difference of the scores is A + m(t) after the beginning and A + m(0) at the beginning. Where
-m(0) is negative, the network hid what comes back later: it is measured from where it begins, m(t) - m(0). That is the
-plain difference of both, from which A has cancelled: taking A off once more would hide what was hidden. Elsewhere m(t)
-is measured, the difference after the beginning less A. So the smaller one of A and of the difference at the beginning
-is taken off: at the boundary both are the same. A is estimated on control examples at time 0, since the finetuning can
-harm a network, and counts as 0 where it is negative: a network that is worse in general is not expected to be worse at
-wrong labels. An advantage is taken off as far as it goes towards a ratio of 1.
+The ratio estimates the memory m(t) of the examples in the network's score. r(t) is the score of networks that never saw
+the examples. A network that was trained on more also has a general advantage A, on examples that no network has seen.
+Its score is r(t) + A + m(t): the difference of the scores is d = A + m(t) after the beginning and d0 = A + m(0) at time
+0. The smaller one of d0 and A is taken off, as far as the ratio stays at 1 or more:
+
+- d0 < A: the network hid at time 0 what comes back later, m(0) < 0. The log ratio is d - d0 = m(t) - m(0). A has
+  cancelled.
+- d0 >= A > 0: the network has a general advantage. The log ratio is d - A = m(t).
+- d0 >= 0 >= A: the network has no general advantage. The log ratio is d. A negative A counts as 0, since a network that
+  is worse in general is not expected to be worse at wrong labels.
+
+At each boundary both formulas are equal. A is estimated on control examples at time 0, since the finetuning can harm a
+network. The smaller of two estimates is biased downwards, so the ratio of a network without memory is above a limit by
+chance more often than one estimate alone would be, and more often with fewer examples. The interval shows it.
 
 The variance from the sample of examples is that of the paired differences, plus that of an example more for each
 network, half right and half wrong: Haldane's 1/2, which the log odds include. Without pairing the sum of the two is at
@@ -67,36 +72,37 @@ def compare(
 ) -> Comparison | None:
     """Compare a network's measurements (times, N) with those of others, each on examples that it was not trained on.
 
-    unknown: bool (N,) for each of ``others``. Others with fewer than ``MIN_EXAMPLES`` are left out. general: the same
-    comparison on examples that no network has seen, whose advantage does not count. None if no other network is left,
-    and for losses whose mean is not above 0, which have no ratio.
+    unknown: bool (N,) for each of ``others``. Others with fewer than ``MIN_EXAMPLES`` are left out. general: what
+    ``general_advantage`` returns, which is taken off. None if no other network is left, and for losses
+    whose mean is not above 0, which have no ratio.
     """
-    levels, starts = [], []
-    for other, known_not in zip(others, unknown, strict=True):
-        if int(known_not.sum()) < MIN_EXAMPLES:
-            continue
-        pair = [values[:, known_not] for values in (own, other)]
-        if is_loss and any(bool((values[1:].mean() <= 0) | (values[0].mean() <= 0)) for values in pair):
-            return None
-        levels.append(_difference(pair[0][1:].mean(0), pair[1][1:].mean(0), known_not, is_loss))
-        starts.append(_difference(pair[0][0], pair[1][0], known_not, is_loss))
-    if not levels:
+    level = _compared(own[1:].mean(0), [other[1:].mean(0) for other in others], unknown, is_loss)
+    start = _compared(own[0], [other[0] for other in others], unknown, is_loss)
+    if level is None or start is None:
         return None
-    level, start = _Differences.of(levels), _Differences.of(starts)
     from_start = level.less(start)
     after, before = (each.logs.mean().item() for each in (level, start))
     advantage = 0.0 if general is None else max(general.log, 0.0)
     taken = min(before, advantage)
-    logs = from_start.logs if before < advantage else level.logs
-    count, examples = len(levels), level.influence.shape[1]
     return Comparison(
         after - min(taken, max(after, 0.0)),
         # the larger of both, and that of the advantage, since the examples also decide which one it is; where the
         # advantage does not count, the interval is too wide
         max(level.sampling(), from_start.sampling()) + (0.0 if general is None else general.sampling),
-        (logs.var() * (1 + 1 / count)).item() if count > 1 else 0.0,
-        (examples - 1, count - 1),
+        (from_start if before < advantage else level).networks(),
+        level.degrees(),
     )
+
+
+def general_advantage(own: Tensor, others: Sequence[Tensor], is_loss: bool) -> Comparison | None:
+    """Compare a network's measurements (N,) with those of others, on examples that no network was trained on.
+
+    The log ratio is negative for a network that is worse in general. None as in ``compare``.
+    """
+    level = _compared(own, others, [torch.ones(len(own), dtype=torch.bool)] * len(others), is_loss)
+    if level is None:
+        return None
+    return Comparison(level.logs.mean().item(), level.sampling(), level.networks(), level.degrees())
 
 
 def worst(ratios: Sequence[Figure]) -> Figure | None:
@@ -152,6 +158,27 @@ class _Differences:
         # the network is the same in each pair; the others are independent of each other
         added = self.own.mean(0).square().sum() + self.others.square().sum() / networks**2
         return (drawn + added).item()
+
+    def networks(self) -> float:
+        """Return the variance of the mean difference between never-seen networks, 0 for one."""
+        count = len(self.logs)
+        return (self.logs.var() * (1 + 1 / count)).item() if count > 1 else 0.0
+
+    def degrees(self) -> tuple[int, int]:
+        """Return the degrees of freedom of both variances."""
+        return self.influence.shape[1] - 1, len(self.logs) - 1
+
+
+def _compared(own: Tensor, others: Sequence[Tensor], unknown: Sequence[Tensor], is_loss: bool) -> _Differences | None:
+    """Return the differences of the scores of measurements (N,); None as in ``compare``."""
+    pairs = []
+    for other, where in zip(others, unknown, strict=True):
+        if int(where.sum()) < MIN_EXAMPLES:
+            continue
+        if is_loss and any(bool(values[where].mean() <= 0) for values in (own, other)):
+            return None
+        pairs.append(_difference(own[where], other[where], where, is_loss))
+    return _Differences.of(pairs) if pairs else None
 
 
 def _difference(own: Tensor, other: Tensor, where: Tensor, is_loss: bool) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from delfast.copies import copy_of
 from delfast.errors import InputError
 from delfast.evaluation.intervals import Figure
 from delfast.evaluation.measuring import Measured, measure
-from delfast.evaluation.relearn_ratio import MIN_EXAMPLES, compare
+from delfast.evaluation.relearn_ratio import MIN_EXAMPLES, compare, general_advantage
 from delfast.evaluation.samples import Examples, UncutBatches, joined
 from delfast.language import causal_lm_loss, is_token_batch
 from delfast.naming import unwrap
@@ -108,8 +108,9 @@ class RelearningCurve:
     ratio : Figure, optional
         How much more the network regains than never-seen ones, see ``audit``.
     advantage : Figure, optional
-        The same on control examples, which no network has seen, before the finetuning: above 1 if the network has
-        learned more in general.
+        The network's odds of a right answer over those of never-seen networks, on control examples, which no network
+        has seen, before the finetuning; with a ``loss_fn`` their mean loss over the network's. Above 1 if the network
+        has learned more in general, below 1 if it has learned less. ``ratio`` counts a value below 1 as 1.
     compared_on : list of int
         For each never-seen network the number of measured forget examples that it was not trained on; 0 if these
         are fewer than two, and the network is left out.
@@ -322,10 +323,8 @@ def curve_of(courses: Sequence[Course | str], trained: int, settings: Relearning
     scale = 1 if is_loss else 100
     others = [course.unknown for course in whole[1:]]
     unknown_counts = [int(unknown.sum()) for unknown in others]
-    general = [course.control.expand(2, -1) for course in whole]  # one time, which is the first and the last
-    usable = [other for other, count in zip(general[1:], unknown_counts, strict=True) if count >= MIN_EXAMPLES]
-    known_not = [torch.ones(general[0].shape[1], dtype=torch.bool)] * len(usable)
-    advantage = compare(general[0], usable, known_not, is_loss)
+    usable = [other.control for other, count in zip(whole[1:], unknown_counts, strict=True) if count >= MIN_EXAMPLES]
+    advantage = general_advantage(own.control, usable, is_loss)
     ratio = compare(values[0], values[1:], others, is_loss, advantage) if advantage else None
     return RelearningCurve(
         steps=settings.measured_at,

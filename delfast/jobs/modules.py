@@ -1,14 +1,18 @@
-"""The modules beside a job file: a job gets its own, and not those of another job that the process has read."""
+"""The modules beside a job file: a job gets its own, not those of another job or of the process that reads it."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from delfast.errors import InputError
+
+INSTALLED = {"site-packages", "dist-packages"}  # the second is Debian's
 
 # folders of jobs that were read, and the names of modules in each that the process had imported before by itself
 _folders: dict[Path, frozenset[str]] = {}
@@ -17,28 +21,29 @@ _folders: dict[Path, frozenset[str]] = {}
 def prepare_imports(job: Path) -> None:
     """Make the modules in the job's folder importable, as they are now.
 
-    Modules that an earlier reading of a job in this folder imported are read again. InputError for a module that is
-    also in the folder of another job: Python keeps one module of a name in a process, so one job would silently have
-    the other one's data.
+    Modules that an earlier reading of a job in this folder imported are read again. InputError for a module of which
+    the process has, or finds first, another one: Python keeps one module of a name in a process, so the job would
+    silently have another job's data, or the calling script's. Installed packages and Python's own modules come first.
     """
     folder = job.parent
+    importlib.invalidate_caches()
     kept = _folders.get(folder)
     if kept is None:
-        kept = frozenset(name for name in list(sys.modules) if _is_from(name, folder))
+        kept = frozenset(name for name in list(sys.modules) if "." not in name and _is_from(name, folder))
     own = _own_imports(job, folder, kept)
-    for name in own:
-        for other in _folders:
-            if other != folder and _file(name, other) is not None:
-                raise InputError(
-                    f"expected modules of '{job}' that no other job of this process has, got '{name}', which is also "
-                    f"in '{other}'; read the jobs in two processes, or rename one of the modules"
-                )
+    for name in sorted(own):
+        foreign = _foreign(name, folder)
+        if foreign is not None:
+            raise InputError(
+                f"expected '{job}' to import its own module '{name}', '{_place(name, folder)}', got the one that this "
+                f"process uses, {foreign}; read the job in a process of its own, or rename one of the modules"
+            )
     _folders.setdefault(folder, kept)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # at the end, where its modules cannot replace installed packages
+    again = {name for name in own if _is_from(name, folder)}
     for name in list(sys.modules):
-        top = name.partition(".")[0]
-        if top in own and _is_from(top, folder):
+        if name.partition(".")[0] in again:
             del sys.modules[name]
     importlib.invalidate_caches()
 
@@ -49,11 +54,13 @@ def _own_imports(path: Path, folder: Path, kept: frozenset[str]) -> set[str]:
     waiting = [path]
     while waiting:
         for name in _imported(waiting.pop()):
-            file = _file(name, folder)
-            if file is None or name in found or name in kept:
+            if name in found or name in kept or (place := _place(name, folder)) is None or _is_installed(name):
                 continue
-            found.add(name)
-            waiting += file.parent.rglob("*.py") if file.name == "__init__.py" else [file]
+            package = place.parent if place.name == "__init__.py" else place
+            files = list(package.rglob("*.py")) if package.is_dir() else [place]
+            if files:  # a folder without any is one of data, and no package
+                found.add(name)
+                waiting += files
     return found
 
 
@@ -70,14 +77,55 @@ def _imported(path: Path) -> Iterator[str]:
             yield node.module.partition(".")[0]
 
 
-def _file(name: str, folder: Path) -> Path | None:
-    """Return the file of a module of this name in a folder; None without one."""
-    files = (folder / f"{name}.py", folder / name / "__init__.py")
-    return next((file for file in files if file.is_file()), None)
+def _place(name: str, folder: Path) -> Path | None:
+    """Return the file of a module in a folder, or the folder of a package without ``__init__.py``; None without one."""
+    spec = PathFinder.find_spec(name, [str(folder)])
+    if spec is None:
+        return None
+    return Path(spec.origin) if spec.has_location and spec.origin else folder / name
+
+
+def _places(name: str) -> tuple[Path, ...] | None:
+    """Return the file of the module that the process has or finds, or the folders of a package without one.
+
+    None without a module; () for a module without a file, as Python's built-in ones.
+    """
+    module = sys.modules.get(name)
+    if module is not None:
+        file, folders = getattr(module, "__file__", None), getattr(module, "__path__", ())
+    else:
+        spec = None if name in sys.modules else importlib.util.find_spec(name)
+        if spec is None:
+            return None
+        file, folders = spec.origin if spec.has_location else None, spec.submodule_search_locations or ()
+    return tuple(Path(place).resolve() for place in ([file] if file is not None else folders))
+
+
+def _foreign(name: str, folder: Path) -> str | None:
+    """Return the place of a module that the process has, or finds first, in place of the folder's; None without one.
+
+    The folders of a package without ``__init__.py`` are searched together: folders without Python files, as of
+    data, replace nothing.
+    """
+    place, places = _place(name, folder), _places(name)
+    if place is None or places is None:
+        return None
+    others = [other for other in places if other != place.resolve()]
+    if name not in sys.modules and not place.is_dir():
+        others = [other for other in others if not other.is_dir()]  # a file of this name goes before such folders
+    others = [other for other in others if not other.is_dir() or next(other.rglob("*.py"), None) is not None]
+    if others:
+        return f"'{others[0]}'"
+    return None if places else "which has no file"
+
+
+def _is_installed(name: str) -> bool:
+    """Return whether the process has this module from an installed package or from Python itself."""
+    places = _places(name) or ()
+    return name in sys.stdlib_module_names or any(INSTALLED & set(place.parts) for place in places)
 
 
 def _is_from(name: str, folder: Path) -> bool:
     """Return whether the module that the process has imported by this name is the one in the folder."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    found = _file(name, folder)
-    return file is not None and found is not None and Path(file).resolve() == found.resolve()
+    place = _place(name, folder) if sys.modules.get(name) is not None else None
+    return place is not None and place.resolve() in (_places(name) or ())

@@ -158,7 +158,7 @@ def unlearn(
         The elements that may change. Default: "del" localizes; with any other method everything may change. The head is
         not trained where the mask was localized with ``include`` or ``exclude`` that leave it out.
     budget : float, default 0.3
-        The fraction of all parameters that "del" selects by ``delfast.localize``, in (0, 1]; the default is the DEL
+        The fraction of all elements that "del" selects by ``delfast.localize``, in (0, 1]; the default is the DEL
         paper's. Refused beside ``mask``, and for other methods: pass them a mask of that budget.
     strategy : str, default "del"
         The strategy of ``delfast.localize``, a key of ``STRATEGIES``; refused where ``budget`` is. Its other arguments,

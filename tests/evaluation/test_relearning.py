@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from delfast.evaluation import Audit, Reference, Relearning, RelearningCurve, audit
-from delfast.evaluation.relearning import _counted
+from delfast.evaluation.relearning import Course, _counted, curve_of
 
 INPUTS, CLASSES = 40, 5
 SETTINGS = Relearning(steps=40, lr=0.02, batch_size=20, every=10)
@@ -128,3 +128,17 @@ def test_a_finetuning_that_diverges_is_left_out_by_name(lab: Lab) -> None:
     reason = found.relearning["retain"]
     assert isinstance(reason, str) and reason.startswith("finetuning the model with lr 1e+20 diverged in step")
     assert found.relearn_ratio is None
+
+
+def test_a_network_that_is_worse_in_general_has_an_advantage_below_1() -> None:
+    right = (torch.arange(100) < 50).double()
+    everywhere = torch.ones(100, dtype=torch.bool)
+    worse, better = (
+        Course(right.expand(2, -1), right.expand(2, -1), (torch.arange(100) < count).double(), everywhere)
+        for count in (50, 90)
+    )
+    found = curve_of([worse, better, better], 0, Relearning(steps=1))
+    assert isinstance(found, RelearningCurve) and found.advantage is not None and found.ratio is not None
+    assert found.advantage.value == pytest.approx(50.5 / 50.5 / (90.5 / 10.5))
+    assert found.advantage.high is not None and found.advantage.high < 1
+    assert found.ratio.value == 1, "a disadvantage is not added"
