@@ -331,9 +331,8 @@ def demo(summary: dict[str, Any]) -> str:
         before, after = (abs(methods[method]["delta_forget"]) for method in ("original", "del"))
         lines.append(line + (f"; DEL closes {100 * (1 - after / before):.0f} % of Δ forget" if before else ""))
     made, backend = summary["provenance"], summary["backend"]["backend"]
-    lines.append(
-        f"- delfast {made['delfast']}, torch {made['torch']}, Python {made['python']}, backend {backend}, seed {made['seed']}\n"
-    )
+    versions = f"delfast {made['delfast']}, torch {made['torch']}, Python {made['python']}"
+    lines.append(f"- {versions}, backend {backend}, seed {made['seed']}\n")
     return "\n".join([markdown_table(*method_table(measured)), *lines])
 
 

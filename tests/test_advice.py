@@ -1,4 +1,4 @@
-"""What the error of a bad batch advises is an argument of the function that was called."""
+"""Advice in the error of a bad batch names an argument of the function that was called."""
 
 from __future__ import annotations
 
