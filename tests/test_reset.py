@@ -123,7 +123,7 @@ def test_bad_input_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_reset_to_the_models_own_values_is_refused() -> None:
-    """A reset to the own values would change nothing. Values are not compared, since a seed may give a beginning back."""
+    """A reset to these would change nothing. Values are not compared: a seed may give the beginning back."""
     model, mask = model_and_mask()
     before = copy.deepcopy(model.state_dict())
     shared = cases.Everything()
