@@ -88,8 +88,8 @@ def speed(results: dict[str, dict[str, Any]]) -> str:
     cpu, gpu_results = results["CPU"]["machine_info"]["cpu"], results["GPU"]
     here = f"{cpu['brand_raw'].replace('(R)', '').removesuffix(' Processor')}, {cpu['count']} CPUs"
     float32, bfloat16 = _job_times(results["JOB"])
-    select = _figure(results["CPU"], "test_selection_of_channels_whole_call").partition(" faster")[0]
-    vmap = _figure(results["CPU"], "test_scores_against_other_ways[resnet18-vmap]").partition(" faster")[0]
+    select = _figure(results["CPU"], "test_selection_of_channels_whole_call").partition(" as fast")[0]
+    vmap = _figure(results["CPU"], "test_scores_against_other_ways[resnet18-vmap]").partition(" as fast")[0]
     on_gpu = _measured_on(gpu_results)
     rows = [
         ("Select a channel mask from scores", "double argsort", f"{select} as fast", f"ResNet-18; {here}"),

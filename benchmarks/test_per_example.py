@@ -150,7 +150,7 @@ def test_channel_dot(versus: Versus, name: str, layout: str) -> None:
         rounds=41,
     )
     gigabytes = 8 * output_grad.numel() / versus.benchmark.stats.stats.median / 1e9
-    versus.report(f"{ratio:.1f} x faster than product, then sum ({gigabytes:.1f} GB/s)", "none")
+    versus.report(f"{ratio:.1f} x as fast as product, then sum ({gigabytes:.1f} GB/s)", "none")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
@@ -177,4 +177,4 @@ def test_channel_sums(versus: Versus, name: str, layout: str) -> None:
 
     ratio = versus(lambda: NATIVE.channel_sums_(sums, output_grad, inputs, *statistics), apart, rounds=41)
     gigabytes = 8 * output_grad.numel() / versus.benchmark.stats.stats.median / 1e9
-    versus.report(f"{ratio:.1f} x faster than the steps apart ({gigabytes:.1f} GB/s)", "none")
+    versus.report(f"{ratio:.1f} x as fast as the steps apart ({gigabytes:.1f} GB/s)", "none")

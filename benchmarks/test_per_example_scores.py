@@ -128,7 +128,7 @@ def test_scores_against_other_ways(versus: Versus, name: str, other: str) -> Non
         assert difference < 1e-4, f"{parameter}: {difference:.2g}"
     ratio = versus(partial(scored, model, [batch] * BATCHES), partial(function, model, few), rounds=3)
     per_example = ratio * BATCH * BATCHES / examples
-    versus.report(f"{per_example:.1f} x faster an example than {other}, which was timed on {examples}", LEAST[other])
+    versus.report(f"{per_example:.1f} x as fast an example as {other}, which was timed on {examples}", LEAST[other])
 
 
 @pytest.mark.parametrize("size", SETS)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated, cast
 
 import typer
 
+from delfast._version import __version__
 from delfast.cli import ledger, steps, tools
 from delfast.cli.console import start_log
 from delfast.errors import InputError
@@ -33,8 +34,18 @@ def run(arguments: Sequence[str] | None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"delfast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _app() -> None:
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
     """Find the channels of a network that hold what it memorised of a forget set, and make the network unlearn it."""
 
 

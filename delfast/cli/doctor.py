@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,7 +16,11 @@ import torch
 from delfast.backend import driver_cuda, driver_is_too_old, status
 from delfast.ops.native import read_build_info
 
-EXPERIMENTS = ("torchvision", "scikit-learn", "matplotlib", "typer", "rich", "vit-pytorch")
+# what the extra `experiments` requires; a test compares it with pyproject.toml
+EXPERIMENTS = [
+    *("jinja2", "matplotlib", "rich", "scikit-learn", "scipy", "torchvision", "typer", "vit-pytorch"),
+    *(("tomli",) if sys.version_info < (3, 11) else ()),
+]
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_bf16")
 
 
@@ -67,7 +72,7 @@ def _advise(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _kind() -> str:
-    """Say what was installed: a wheel and what it is for, or what was compiled here."""
+    """Return what was installed: a wheel and what it is for, or what was compiled here."""
     info = read_build_info()
     if "torch" not in info:
         return "without native kernels"

@@ -163,7 +163,7 @@ def bench(
     data_dir: DataDir = None,
     device: Device = "auto",
 ) -> None:
-    """Time every stage of an unlearning job on one batch, for each backend and precision; write a table and a plot."""
+    """Time every stage of an unlearning job on a batch, for each backend and precision; print a table, draw a plot."""
     import torch
 
     from delfast.experiments import profile

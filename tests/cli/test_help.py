@@ -13,6 +13,7 @@ import pytest
 from typer.main import get_command
 from typer.models import CommandInfo
 
+from delfast._version import __version__
 from delfast.cli import main, names
 from delfast.cli.commands import app
 from delfast.experiments.networks import NAMES
@@ -96,3 +97,8 @@ def test_arguments_are_shown_in_one_form() -> None:
     shown = dict(arguments_of(get_command(app), "delfast"))
     assert len(shown) > 10
     assert [name for name, metavar in shown.items() if metavar is None or not metavar.isupper()] == []
+
+
+def test_version_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"delfast {__version__}\n"

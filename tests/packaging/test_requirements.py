@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from delfast.cli.doctor import EXPERIMENTS
 from tests import ROOT
 
 if sys.version_info >= (3, 11):
@@ -87,3 +88,9 @@ def test_make_help_prints_the_targets() -> None:
     assert done.stdout == "".join(
         line.removeprefix("# ") for line in makefile.splitlines(keepends=True)[: len(done.stdout.splitlines())]
     )
+
+
+def test_doctor_looks_for_what_the_extra_of_the_experiments_requires() -> None:
+    needed = map(Requirement, PROJECT["project"]["optional-dependencies"]["experiments"])
+    names = {each.name for each in needed if each.marker is None or each.marker.evaluate()}
+    assert set(EXPERIMENTS) == names
