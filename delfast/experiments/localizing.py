@@ -192,7 +192,7 @@ def discard_localized(output_dir: Path) -> None:
     directory = output_dir / LOCALIZED
     for name in (SUMMARY, MASK):
         (directory / name).unlink(missing_ok=True)
-    if not any(directory.iterdir()):
+    if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
 

@@ -245,7 +245,7 @@ def broken_calls(rank):
     """Return the errors of calls that differ between the processes, or fail on one."""
     world, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
     model, ddp = network(), DistributedDataParallel(network())
-    sets = (batches(8),) * 3
+    sets = (batches(8), batches(8), batches(8))
     own = DataLoader(OwnShare(rank), batch_size=4)
     mask, sharded = delfast.localize(model, batches()), fully_shard(network(), mesh=mesh)
     parts = delfast.score(sharded, criterion="weight", group=mesh)

@@ -97,7 +97,7 @@ def localized_by_tensor_parallelism(layer):
 
 def evaluated(layer):
     model, mesh = fsdp(layer)
-    return delfast.evaluate(model, *[batches(8)] * 3, mia=False, group=mesh)
+    return delfast.evaluate(model, batches(8), batches(8), batches(8), mia=False, group=mesh)
 
 
 def unlearned(layer, **options):

@@ -77,7 +77,7 @@ def test_the_base_stays_bit_identical_through_a_whole_job(make, settings) -> Non
         init=lambda: fresh(make, **settings),
     )
     assert result.mask.digest == mask.digest and changed_in_the_mask_alone(model, before, mask)
-    assert delfast.evaluate(model, *[FORGET] * 3, mia=False).forget_perplexity > 0
+    assert delfast.evaluate(model, FORGET, list(FORGET), list(FORGET), mia=False).forget_perplexity > 0
 
 
 def test_of_fresh_adapters_the_first_matrix_has_no_gradient() -> None:

@@ -247,7 +247,7 @@ def test_retrained_model_holds_no_request_that_its_run_left_out(ledger: Ledger) 
     assert in_use not in {each.file for each in ledger.holding()}
     ledger.report(ledger.path.parent / "report")
     text = (ledger.path.parent / "report" / "report.md").read_text()
-    assert "Not carried out: request 2. The model in use was retrained without these examples." in text
+    assert "Not carried out yet: request 2. The model in use was retrained without these examples." in text
     ledger.add(persons(80, 120))
     (held,) = [each for each in ledger.holding() if each.file == in_use]
     assert (held.requests, held.why) == ((3,), "the model of run 1, trained on them")
