@@ -170,15 +170,14 @@ def localized_in(
         mask = _read_again(directory / MASK, run, model, {"budget": budget, "strategy": strategy, "seed": seed})
         yield Localized(mask, describe_mask(mask, directory / MASK), {"localize": 0.0})
         return
-    with output_directory(directory):
-        options: dict[str, Any] = {"preset": "paper", "per_example": False}  # the command's defaults
-        found = localize(run, model, directory, budget=budget, strategy=strategy, seed=seed, **options)
-        try:
-            yield found
-        except InputError:
-            if not (output_dir / CHECKPOINT).exists():
-                discard_localized(output_dir)
-            raise
+    options: dict[str, Any] = {"preset": "paper", "per_example": False}  # the command's defaults
+    found = localize(run, model, directory, budget=budget, strategy=strategy, seed=seed, **options)
+    try:
+        yield found
+    except InputError:
+        if not (output_dir / CHECKPOINT).exists():
+            discard_localized(output_dir)
+        raise
 
 
 def is_of_another(output_dir: Path, mask: Mask | None) -> bool:

@@ -151,7 +151,8 @@ def test_the_loss_is_captured_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None
     expected = delfast.localize(model, forget, loss_fn=causal_lm_loss, cuda_graphs=False)
     assert delfast.localize(model, forget, loss_fn=causal_lm_loss).digest == expected.digest
     assert backends[-1].replays == len(forget)
-    metrics = [delfast.evaluate(model, forget, list(forget), list(forget), mia=False, cuda_graphs=each) for each in (False, "auto")]
+    sets = (forget, list(forget), list(forget))
+    metrics = [delfast.evaluate(model, *sets, mia=False, cuda_graphs=each) for each in (False, "auto")]
     assert metrics[0] == metrics[1] and backends[-1].replays == len(forget)
 
 
