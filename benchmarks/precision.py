@@ -111,7 +111,7 @@ def _masks(run: Run, model: nn.Module) -> Iterator[tuple[dict[str, Any], Mask]]:
 
 def _gaps(run: Run, model: nn.Module, mask: Mask, method: Del, oracle: Any, other_seed: int = 0) -> dict[str, float]:
     """Unlearn within the mask; return the gaps to the oracle."""
-    unlearned, seed = copy.deepcopy(model), run.config.seed + pipeline.RESET_SEED + other_seed
+    unlearned, seed = copy.deepcopy(model), run.config.seed + pipeline.UNLEARN_OFFSET + other_seed
     pipeline.run_method(run, unlearned, mask, method=method, batch_size=BATCH_SIZE, seed=seed, progress=False)
     return dict(gaps(run.measure(unlearned), oracle))
 

@@ -50,7 +50,7 @@ from delfast.unlearning.head import head_parameters
 from delfast.unlearning.loop import BatchNormMode
 
 MOMENTUM = 0.9  # of SGD, in every training and finetuning of the DEL paper
-ORACLE_SEED, RESET_SEED = 1, 2  # added to the run's seed
+ORACLE_OFFSET, UNLEARN_OFFSET = 1, 2  # added to the run's seed
 SHADOW_SEED = 1000  # added for each shadow, a network that differs from another only in its seeds
 
 
@@ -93,7 +93,7 @@ def oracle(
 
     ``seed`` defaults to the run's + 1. The other arguments are those of ``train``.
     """
-    seed = _or_default(seed, run.config.seed + ORACLE_SEED)
+    seed = _or_default(seed, run.config.seed + ORACLE_OFFSET)
     return _train(run, output_dir, "oracle", run.forget.retain, seed, shadow, progress, remedy)
 
 
@@ -262,7 +262,7 @@ def unlearn(
     a checkpoint of the last whole epoch. With ``resume`` training continues from it to the same weights.
     """
     check_localizes(method, mask, budget=budget, strategy=strategy)
-    step_seed, seed = seed, _or_default(seed, run.config.seed + RESET_SEED)
+    step_seed, seed = seed, _or_default(seed, run.config.seed + UNLEARN_OFFSET)
     if head is not None:  # methods that do not train the head ignore its name, a wrong one too
         head_parameters(model, head)
     original = digest_state(model.state_dict())

@@ -21,9 +21,9 @@ _folders: dict[Path, frozenset[str]] = {}
 def prepare_imports(job: Path) -> None:
     """Make the modules in the job's folder importable, as they are now.
 
-    Modules that an earlier reading of a job in this folder imported are read again. InputError for a module of which
-    the process has, or finds first, another one: Python keeps one module of a name in a process, so the job would
-    silently have another job's data, or the calling script's. Installed packages and Python's own modules come first.
+    Modules that an earlier job in this folder imported are read again. InputError if the process has, or finds first,
+    a module of the same name elsewhere: Python keeps one module of a name in a process, so the job would silently have
+    another job's data, or the calling script's. Installed packages and Python's own modules come first.
     """
     folder = job.parent
     importlib.invalidate_caches()

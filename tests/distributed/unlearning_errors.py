@@ -233,7 +233,7 @@ class NanLoss(FailingLoss):
 
 
 class FailingSet(TensorDataset):
-    """A copy of the data set of which one process cannot read some examples."""
+    """A copy of the data set; one process cannot read some of its examples."""
 
     fails = False
 

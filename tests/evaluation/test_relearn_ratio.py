@@ -146,7 +146,7 @@ def test_networks_of_one_kind_have_1_in_their_interval() -> None:
 
 
 def beside(own: Tensor, other: Tensor, advantage: float, variance: float = 0.03) -> Comparison:
-    """Compare two networks, the first of which has ``advantage`` times the other's odds on what nobody saw."""
+    """Compare two networks; the first has ``advantage`` times the other's odds on never-seen examples."""
     found = compare(own, [other], everywhere([other]), False, Comparison(math.log(advantage), variance, 0.0, (99, 3)))
     assert found is not None
     return found

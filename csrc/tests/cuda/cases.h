@@ -1,5 +1,5 @@
-// Shared by the tests of the emulated CUDA kernels: parameters of awkward sizes, several of which are in one launch,
-// workspaces, and the schedules to try.
+// Shared by the tests of the emulated CUDA kernels: parameters of awkward sizes, with several in
+// one launch, workspaces, and the schedules to try.
 #pragma once
 
 #include <cstdlib>

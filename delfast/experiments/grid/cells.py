@@ -340,7 +340,7 @@ def _unlearn(
         mask,
         method=cell.method,
         batch_size=cell.batch_size,
-        seed=_seed(cell, shadow) + pipeline.RESET_SEED,
+        seed=_seed(cell, shadow) + pipeline.UNLEARN_OFFSET,
         progress=False,
         remedy="another batch_size in [unlearn]",
     )

@@ -195,7 +195,7 @@ class _Seed:
             mask,
             method=sequence.method,
             batch_size=sequence.batch_size,
-            seed=seed + pipeline.RESET_SEED,
+            seed=seed + pipeline.UNLEARN_OFFSET,
             progress=False,
             remedy="another batch_size in [unlearn]",
         )

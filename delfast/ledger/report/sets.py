@@ -48,11 +48,7 @@ def class_rows(classes: Mapping[str, list[Mapping[str, float | None] | None]]) -
 def accuracies(figures: Mapping[str, Any]) -> str:
     """The accuracies of an audit, of its forget set beside that of references; empty for a job with its own loss."""
     values = {name: figures["sets"][name]["accuracy"] for name in SET_NAMES}
-    parts = [
-        f"{SET_NAMES[name].removeprefix('this run' + chr(39) + 's ')} {each['value']:.1f} %"
-        for name, each in values.items()
-        if each is not None
-    ]
+    parts = [f"{name} set {each['value']:.1f} %" for name, each in values.items() if each is not None]
     if parts and (references := _references(figures)) is not None:
         parts.append(f"reference models that never saw the forget set {references:.1f} % of it")
     return ", ".join(parts)
